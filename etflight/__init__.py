@@ -1,0 +1,55 @@
+"""Image classifiers whose last layer is a fixed simplex equiangular tight frame (ETF)."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from etflight._version import __version__
+
+if TYPE_CHECKING:
+    from etflight.classifier import Classifier
+    from etflight.geometry import class_code, nearest_etf, simplex_etf
+    from etflight.heads import CosineHead, ETFHead, Head, LinearHead
+    from etflight.losses import CrossEntropyLoss, DotRegressionLoss, Loss
+
+# Lazy, because torch and Lightning take seconds to import and `etflight --version` should not.
+_HOMES = {
+    "Classifier": "classifier",
+    "CosineHead": "heads",
+    "CrossEntropyLoss": "losses",
+    "DotRegressionLoss": "losses",
+    "ETFHead": "heads",
+    "Head": "heads",
+    "LinearHead": "heads",
+    "Loss": "losses",
+    "class_code": "geometry",
+    "nearest_etf": "geometry",
+    "simplex_etf": "geometry",
+}
+_SUBMODULES = {"backbones", "callbacks", "data", "geometry", "heads", "losses", "metrics", "optim", "plotting"}
+
+__all__ = [
+    "Classifier",
+    "CosineHead",
+    "CrossEntropyLoss",
+    "DotRegressionLoss",
+    "ETFHead",
+    "Head",
+    "LinearHead",
+    "Loss",
+    "__version__",
+    "class_code",
+    "nearest_etf",
+    "simplex_etf",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _SUBMODULES:
+        return import_module(f"etflight.{name}")
+    if name in _HOMES:
+        return getattr(import_module(f"etflight.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'etflight' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_SUBMODULES})
