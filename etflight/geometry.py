@@ -1,0 +1,177 @@
+"""Frames of class vectors: pure functions on tensors, class vectors in rows `[K, d]` as in `nn.Linear.weight`."""
+
+import math
+
+import numpy as np
+import torch
+from scipy.linalg import helmert
+from torch import Tensor
+
+from etflight.errors import UserError
+
+
+def simplex_etf(num_classes: int, feature_dim: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    r"""The simplex equiangular tight frame: unit rows with pairwise inner product `-1/(K-1)`.
+
+    `W = sqrt(K/(K-1)) Vᵀ Qᵀ` with `V` the Helmert matrix `[K-1, K]` (orthonormal rows, orthogonal to the ones vector) and `Q` a
+    Haar-random `[d, K-1]` with orthonormal columns. Unlike the polar form `sqrt(K/(K-1)) (I - 11ᵀ/K) U` this is a
+    simplex for every `K <= d + 1`, `K = d + 1` included. Computed in float64, then cast.
+
+    Args:
+        num_classes: K >= 2.
+        feature_dim: d >= K - 1.
+        seed: picks the rotation Q; the same seed gives bitwise the same frame on one machine.
+        dtype: of the result; inner products are exact to 1e-12 in float64 and 1e-6 in float32.
+
+    Returns:
+        `[K, d]`, rows of norm 1 that sum to zero.
+
+    Raises:
+        UserError: fewer than two classes, or more than d + 1.
+
+    Source:
+        Papyan, Han & Donoho 2020, Definition 1 (the frame); Yang et al. 2022, arXiv 2203.09081, equation 1 (as classifier).
+
+    Example:
+        >>> W = simplex_etf(4, 3, dtype=torch.float64)
+        >>> torch.allclose(W @ W.T, (4 * torch.eye(4) - 1).double() / 3)
+        True
+    """
+    _check_sizes(num_classes, feature_dim)
+    if num_classes > feature_dim + 1:
+        raise UserError(
+            f"no simplex ETF of K = {num_classes} class vectors exists in d = {feature_dim} dimensions (K <= d + 1 is needed): "
+            f'give the head projection_dim={num_classes - 1} or more (a non-linear projection), or code="sphere"'
+        )
+    frame = (
+        math.sqrt(num_classes / (num_classes - 1))
+        * helmert(num_classes).T
+        @ _haar(feature_dim, num_classes - 1, seed).T
+    )
+    return torch.from_numpy(frame).to(dtype)
+
+
+def simplex_equiangular_tight_frame(k: int, d: int, seed: int = 0) -> np.ndarray:
+    """The simplex ETF as a NumPy array: `M[i] @ M[j]` is 1 for `i == j` and `-1/(k-1)` otherwise.
+
+    Args:
+        k: number of vectors, at least 2 and at most `d + 1`.
+        d: their dimension.
+        seed: picks the rotation.
+
+    Returns:
+        `[k, d]`, float64.
+
+    Example:
+        >>> M = simplex_equiangular_tight_frame(5, 8)
+        >>> M.shape
+        (5, 8)
+        >>> bool(abs(M[0] @ M[0] - 1) < 1e-12 and abs(M[0] @ M[1] + 1 / 4) < 1e-12)
+        True
+    """
+    frame: np.ndarray = simplex_etf(k, d, seed=seed, dtype=torch.float64).numpy()
+    return frame
+
+
+def nearest_etf(M: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The simplex ETF closest to the rows of `M`, in closed form.
+
+    With `V` the Helmert matrix and the polar decomposition `V M = U S Zᵀ`, the frame `sqrt(K/(K-1)) Vᵀ U Zᵀ` maximises the inner
+    product with the centred rows `M_c` over all simplex ETFs (orthogonal Procrustes), and
+    `score = ‖M_c‖_* / (sqrt(K-1) ‖M_c‖_F)`.
+
+    Args:
+        M: `[K, d]`, class means or class vectors; adding one vector to every row changes nothing.
+
+    Returns:
+        The frame `[K, d]` of unit rows and the score, a scalar in [0, 1] that is 1 exactly when the centred rows are a multiple of
+        a simplex ETF. The squared Frobenius distance between the two, each scaled to norm 1, is `2 - 2 score`.
+
+    Raises:
+        UserError: K > d + 1, or centred rows of rank below K - 1 (the closest frame is not unique then).
+    """
+    K, d = M.shape
+    _check_sizes(K, d)
+    if K > d + 1:
+        raise UserError(
+            f"no simplex ETF of K = {K} rows exists in d = {d} dimensions, so none is nearest: K <= d + 1 is needed"
+        )
+    V = torch.from_numpy(helmert(K)).to(M.device)
+    U, S, Zh = torch.linalg.svd(V @ M.detach().double(), full_matrices=False)
+    if not bool(S[-1] > S[0] * max(K, d) * torch.finfo(S.dtype).eps):
+        raise UserError(
+            f"the {K} centred rows have rank below K - 1 = {K - 1}: the nearest simplex ETF is not unique "
+            "(are two rows equal, or a class without samples?)"
+        )
+    frame = math.sqrt(K / (K - 1)) * V.T @ U @ Zh
+    score = S.sum() / (math.sqrt(K - 1) * S.norm())
+    return frame.to(M.dtype), score.to(M.dtype)
+
+
+def class_code(num_classes: int, feature_dim: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The best known code of unit class vectors: the largest pairwise cosine is as small as it can be.
+
+    - `K <= d + 1`: the simplex, all cosines `-1/(K-1)`.
+    - `d + 1 < K <= 2d`: `m = K - d` mutually orthogonal simplices of near-equal size; the largest cosine is 0, which no
+      code of so many vectors can undercut (Rankin 1955). `K = 2d` is the orthoplex.
+    - `d = 2`: the regular polygon, largest cosine `cos(2π/K)`.
+
+    Rows always sum to zero.
+
+    Args:
+        num_classes: K >= 2.
+        feature_dim: d >= 1.
+        seed: picks the rotation (Haar).
+        dtype: of the result.
+
+    Returns:
+        `[K, d]`, unit rows.
+
+    Raises:
+        UserError: fewer than two classes; d = 1 with K > 2; or K > 2d with d > 2.
+    """
+    _check_sizes(num_classes, feature_dim)
+    if num_classes <= feature_dim + 1:
+        return simplex_etf(num_classes, feature_dim, seed=seed, dtype=dtype)
+    if feature_dim == 1:
+        raise UserError(
+            f"K = {num_classes} distinct unit vectors do not exist in d = 1 dimension: give the head projection_dim=2 or more"
+        )
+    if feature_dim == 2:
+        angles = 2 * math.pi * np.arange(num_classes) / num_classes
+        code = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    elif num_classes <= 2 * feature_dim:
+        code = _orthogonal_simplices(num_classes, feature_dim)
+    else:
+        raise UserError(
+            f"no code is known in closed form for K = {num_classes} > 2d = {2 * feature_dim}: "
+            f"give the head projection_dim={-(-num_classes // 2)} or more"
+        )
+    return torch.from_numpy(code @ _haar(feature_dim, feature_dim, seed)).to(dtype)
+
+
+def _orthogonal_simplices(num_classes: int, feature_dim: int) -> np.ndarray:
+    """`K - d` simplices of near-equal size in orthogonal subspaces: a simplex of s vectors fills s - 1 dimensions."""
+    parts = num_classes - feature_dim
+    sizes = [len(part) for part in np.array_split(np.arange(num_classes), parts)]
+    code = np.zeros((num_classes, feature_dim))
+    row = column = 0
+    for size in sizes:
+        code[row : row + size, column : column + size - 1] = math.sqrt(size / (size - 1)) * helmert(size).T
+        row, column = row + size, column + size - 1
+    return code
+
+
+def _haar(rows: int, columns: int, seed: int) -> np.ndarray:
+    """A Haar-random matrix with orthonormal columns; without the signs of R, QR's convention would bias it."""
+    gaussian = np.random.Generator(np.random.PCG64(seed)).standard_normal((rows, columns))
+    Q, R = np.linalg.qr(gaussian)
+    orthonormal: np.ndarray = Q * np.sign(np.diag(R))
+    return orthonormal
+
+
+def _check_sizes(num_classes: int, feature_dim: int) -> None:
+    if num_classes < 2:
+        raise UserError(f"a classifier needs at least two classes, got K = {num_classes}")
+    if feature_dim < 1:
+        raise UserError(f"feature_dim must be at least 1, got {feature_dim}")

@@ -1,0 +1,224 @@
+"""Classifier heads: what maps a backbone's pooled features to logits, and the class vectors it does it with."""
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from etflight.errors import UserError
+from etflight.geometry import class_code, simplex_etf
+
+
+class Head(nn.Module, ABC):
+    """What every head has; whatever obeys it can be trained by `Classifier` and measured by the callbacks.
+
+    Attributes:
+        in_features: width d of the features it takes.
+        num_classes: K.
+        weight: class vectors `[K, d']`, a parameter or a buffer.
+        bias: `[K]`, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, num_classes: int) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise UserError(f"a classifier needs at least two classes, got num_classes={num_classes}")
+        self.in_features = in_features
+        self.num_classes = num_classes
+
+    @abstractmethod
+    def embed(self, features: Tensor) -> Tensor:
+        """The embedding that meets the class vectors.
+
+        Args:
+            features: `[B, d]`, any float dtype.
+
+        Returns:
+            `[B, d']`.
+        """
+
+    @abstractmethod
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits `[B, K]` of features `[B, d]`."""
+
+
+class ETFHead(Head):
+    """A fixed frame of class vectors, never trained.
+
+    `embed` is an optional projection, an optional `BatchNorm1d`, then L2 normalisation; the logits are `scale · cos(h, w_k)`.
+    The frame is a buffer: it is in the state dict, so a checkpoint always meets its own frame, but no optimizer sees it.
+
+    BatchNorm is on by default: features pooled after a ReLU are non-negative and cannot reach the negative cosines of a simplex.
+    Normalisation and the product with the class vectors stay in float32 under autocast: bfloat16 rounds a cosine of 0.9985 to
+    1, where dot regression has no gradient.
+
+    Args:
+        in_features: d, width of the backbone's pooled features.
+        num_classes: K.
+        projection_dim: width d' of a projection before the frame, or None for none: linear up to `in_features`, above it
+            Linear-BatchNorm-ReLU-Linear (a linear map keeps the rank d, so it could not make room for more classes).
+        code: "simplex", which needs K <= d' + 1, or "sphere", `etflight.class_code`.
+        batch_norm: whether to apply an affine `BatchNorm1d` to the embedding.
+        normalize: whether to scale the embedding to norm 1.
+        scale: multiplies the cosine, > 0; 1 for dot regression, larger for cross-entropy, whose softmax of
+            unit cosines can never be confident.
+        learn_scale: whether the scale is a parameter.
+        seed: picks the frame's rotation.
+
+    Raises:
+        UserError: K and d' admit no such code.
+
+    Source:
+        Yang et al. 2022, arXiv 2203.09081, section 3.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        projection_dim: int | None = None,
+        code: Literal["simplex", "sphere"] = "simplex",
+        batch_norm: bool = True,
+        normalize: bool = True,
+        scale: float = 1.0,
+        learn_scale: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(in_features, num_classes)
+        if scale <= 0:
+            raise UserError(f"ETFHead: scale must be positive, got {scale}")
+        if code not in ("simplex", "sphere"):
+            raise UserError(f'ETFHead: code must be "simplex" or "sphere", got {code!r}')
+        width = projection_dim or in_features
+        self.normalize = normalize
+        self.learn_scale = learn_scale
+        self.bias = None
+        make = simplex_etf if code == "simplex" else class_code
+        self.register_buffer("weight", make(num_classes, width, seed=seed))
+        self.projection = _projection(in_features, projection_dim)
+        self.batch_norm = nn.BatchNorm1d(width) if batch_norm else nn.Identity()
+        self._log_scale = nn.Parameter(torch.tensor(scale).log()) if learn_scale else None
+        self._scale = float(scale)
+
+    @property
+    def scale(self) -> float | Tensor:
+        """What multiplies the cosine: a number, or when learned a scalar tensor (its logarithm is the parameter, so it stays positive)."""
+        return self._scale if self._log_scale is None else self._log_scale.exp()
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Unit embeddings `[B, d']` in float32 (not scaled to norm 1 with `normalize=False`)."""
+        embedding = self.batch_norm(self.projection(features)).float()
+        return F.normalize(embedding, dim=1) if self.normalize else embedding
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`scale · <w_k, h>` for every class, `[B, K]` in float32."""
+        return _float32_product(self.embed(features), self.weight) * self.scale
+
+    def target_logits(self, features: Tensor, target: Tensor) -> Tensor:
+        """The logit of each sample's own class only, in O(B·d).
+
+        Args:
+            features: `[B, d]`.
+            target: class indices `[B]`.
+
+        Returns:
+            `[B]`, equal to `forward(features)[arange(B), target]`.
+        """
+        return (self.embed(features) * self.weight[target]).sum(dim=1) * self.scale
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print(head)`."""
+        return f"num_classes={self.num_classes}, dim={self.weight.shape[1]}, normalize={self.normalize}"
+
+
+class LinearHead(Head):
+    """The learnable head of every baseline: `W h + b`.
+
+    The two `feature_` options give it the embedding of `ETFHead`, so that an experiment can change one thing at a time.
+
+    Args:
+        in_features: d.
+        num_classes: K.
+        use_bias: whether there is a bias.
+        feature_batch_norm: whether an affine `BatchNorm1d` comes before the product.
+        feature_normalize: whether the embedding is scaled to norm 1.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        use_bias: bool = True,
+        feature_batch_norm: bool = False,
+        feature_normalize: bool = False,
+    ) -> None:
+        super().__init__(in_features, num_classes)
+        self.feature_normalize = feature_normalize
+        self.batch_norm = nn.BatchNorm1d(in_features) if feature_batch_norm else nn.Identity()
+        linear = nn.Linear(in_features, num_classes, bias=use_bias)  # for torch's own initialisation
+        self.weight = linear.weight
+        self.bias = linear.bias
+
+    def embed(self, features: Tensor) -> Tensor:
+        """`[B, d]`: the features themselves unless an option says otherwise."""
+        embedding = self.batch_norm(features)
+        return F.normalize(embedding.float(), dim=1) if self.feature_normalize else embedding
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits `[B, K]`."""
+        return F.linear(self.embed(features), self.weight, self.bias)
+
+
+class CosineHead(Head):
+    """A learnable head on the sphere: `cosine_scale · cos(h, w_k)`, no bias.
+
+    Args:
+        in_features: d.
+        num_classes: K.
+        cosine_scale: multiplies the cosine, > 0.
+        feature_batch_norm: whether an affine `BatchNorm1d` comes before the normalisation, as in `ETFHead`.
+    """
+
+    def __init__(
+        self, in_features: int, num_classes: int, *, cosine_scale: float = 16.0, feature_batch_norm: bool = False
+    ) -> None:
+        super().__init__(in_features, num_classes)
+        if cosine_scale <= 0:
+            raise UserError(f"CosineHead: cosine_scale must be positive, got {cosine_scale}")
+        self.cosine_scale = cosine_scale
+        self.batch_norm = nn.BatchNorm1d(in_features) if feature_batch_norm else nn.Identity()
+        self.weight = nn.Linear(in_features, num_classes, bias=False).weight
+        self.bias = None
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Unit embeddings `[B, d]` in float32."""
+        return F.normalize(self.batch_norm(features).float(), dim=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits `[B, K]` in float32."""
+        return _float32_product(self.embed(features), F.normalize(self.weight.float(), dim=1)) * self.cosine_scale
+
+
+def _float32_product(embedding: Tensor, weight: Tensor) -> Tensor:
+    with torch.autocast(embedding.device.type, enabled=False):
+        return embedding @ weight.T
+
+
+def _projection(in_features: int, projection_dim: int | None) -> nn.Module:
+    if projection_dim is None:
+        return nn.Identity()
+    if projection_dim <= in_features:
+        return nn.Linear(in_features, projection_dim, bias=False)
+    return nn.Sequential(
+        nn.Linear(in_features, projection_dim, bias=False),
+        nn.BatchNorm1d(projection_dim),
+        nn.ReLU(),
+        nn.Linear(projection_dim, projection_dim, bias=False),
+    )
