@@ -1,0 +1,28 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.distributed import ProcessPool
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def two_processes() -> Iterator[ProcessPool]:
+    pool = ProcessPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def three_processes() -> Iterator[ProcessPool]:
+    pool = ProcessPool(3)
+    yield pool
+    pool.close()
