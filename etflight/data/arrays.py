@@ -1,0 +1,112 @@
+"""Any image set in one `.npz` file, in MedMNIST's layout."""
+
+import zipfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from etflight.data.base import ImageDataModule, Split
+from etflight.data.sources import ArraySource
+from etflight.errors import UserError
+
+
+@dataclass(eq=False)
+class ArrayImages(ImageDataModule):
+    """Images from one `.npz` file in MedMNIST's layout (Yang et al., Scientific Data 2023).
+
+    `train_images` and `test_images`, uint8 `[N, H, W]` or `[N, H, W, C]`; `train_labels` and `test_labels`, integers
+    `[N]` or `[N, 1]`; optionally `val_images`, `val_labels` and `class_names` `[K]`. Without `class_names`, K is the
+    largest training label plus one. Nothing in the file is unpickled.
+
+    Args:
+        path: The file.
+    """
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__} {self.path}"
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """The file's `class_names`, else the labels as text."""
+        if "class_names" in self._members:
+            return [str(name) for name in np.atleast_1d(self._array("class_names"))]
+        return [str(label) for label in range(int(self._labels("train").max(initial=-1)) + 1)]
+
+    @property
+    def num_classes(self) -> int:
+        """K, from the file's `class_names`, else from its training labels."""
+        return len(self.class_names)
+
+    @cached_property
+    def num_channels(self) -> int:
+        """C, from the header of `train_images`."""
+        self._array_is_there("train_images")
+        with zipfile.ZipFile(self.path) as archive, archive.open("train_images.npy") as stream:
+            version = np.lib.format.read_magic(stream)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape = read(stream)[0]
+        return shape[3] if len(shape) == 4 else 1
+
+    @property
+    def has_val_split(self) -> bool:
+        """Whether the file has `val_images`."""
+        return "val_images" in self._members
+
+    def load(self, split: Split) -> ArraySource:
+        """Read one split's two arrays."""
+        images = self._array(f"{split}_images")
+        if images.dtype != np.uint8 or images.ndim not in (3, 4):
+            raise UserError(
+                f"{self.path}: {split}_images is {images.dtype} of shape {list(images.shape)}: "
+                "give uint8 [N, H, W] or [N, H, W, C]"
+            )
+        labels = self._labels(split)
+        if len(images) != len(labels):
+            raise UserError(
+                f"{self.path}: {split} has {len(images)} images but {len(labels)} labels: give one per image"
+            )
+        pixels = torch.from_numpy(images.reshape(*images.shape[:3], -1)).permute(0, 3, 1, 2)
+        return ArraySource(pixels, torch.from_numpy(labels.astype(np.int64)))
+
+    @cached_property
+    def _members(self) -> list[str]:
+        """Names of the arrays in the file."""
+        if not Path(self.path).is_file():
+            raise UserError(f"{self.path}: no such file: give the path of an .npz file")
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                return [name.removesuffix(".npy") for name in archive.namelist()]
+        except (zipfile.BadZipFile, OSError) as error:
+            raise UserError(f"{self.path} is no .npz file ({error}): write it with numpy.savez") from None
+
+    def _array_is_there(self, name: str) -> None:
+        if name not in self._members:
+            needed = [f"{split}_{kind}" for split in ("train", "test") for kind in ("images", "labels")]
+            missing = [member for member in dict.fromkeys([*needed, name]) if member not in self._members]
+            raise UserError(
+                f"{self.path}: missing {', '.join(missing)}; it holds {', '.join(self._members) or 'nothing'}"
+            )
+
+    def _array(self, name: str) -> NDArray[np.generic]:
+        self._array_is_there(name)
+        try:
+            with np.load(self.path, allow_pickle=False) as archive:
+                array: NDArray[np.generic] = archive[name]
+                return array
+        except (ValueError, zipfile.BadZipFile, OSError, EOFError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{self.path}: {name} cannot be read ({reason}): store plain arrays of numbers") from None
+
+    def _labels(self, split: Split) -> NDArray[np.generic]:
+        labels = self._array(f"{split}_labels")
+        if labels.dtype.kind not in "iu" or labels.ndim not in (1, 2) or (labels.ndim == 2 and labels.shape[1] != 1):
+            raise UserError(
+                f"{self.path}: {split}_labels is {labels.dtype} of shape {list(labels.shape)}: give integers [N] or [N, 1]"
+            )
+        return labels.reshape(-1)

@@ -1,0 +1,342 @@
+"""The data module that every image set shares: subset, sampler, loaders and batch transforms."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Literal, get_args
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from etflight.data.profiles import Profile, fingerprint, long_tailed_subset, training_counts
+from etflight.data.sampler import ImbalancedSampler, ShardSampler, resolve_policy, world
+from etflight.data.sources import Batch, ImageSource, ImageSplit
+from etflight.data.transforms import TrainTransform, normalize
+from etflight.errors import UserError
+
+Split = Literal["train", "val", "test"]
+
+
+@dataclass(eq=False, kw_only=True)
+class ImageDataModule(LightningDataModule, ABC):
+    """Images with a long-tailed profile, a sampling policy, and augmentation of whole batches on the device.
+
+    Batches are `(images, labels)`, uint8 `[B, C, H, W]` and int64 `[B]`, until `on_after_batch_transfer` makes them
+    float32 and, with mixup or CutMix, probabilities `[B, K]`.
+
+    A new set gives `num_classes`, `num_channels`, `class_names` and `load`, its recipe as the class variables, and
+    `has_val_split` where it has one.
+
+    Args:
+        imbalance_ratio: Largest over smallest class count, at least 1; 1 is balanced.
+        profile: How counts fall from class to class, or the counts themselves, one per class.
+        max_count: Images of the largest class; None: the largest that every class can satisfy, and at ratio 1 the set
+            as it is.
+        seed: Chooses the subset, the order of the images and their augmentation.
+        sampler: Class-sampling policy (instance, sqrt, balanced, effective, progressive, reverse) or an exponent q
+            of p ∝ n^q; None: instance, every image once.
+        val_fraction: Part of each class's training images held out for validation, before the profile; 0: the set's
+            own validation split, or else the test set, watched.
+        batch_size: Images per step and device.
+        num_workers: Loader processes; 0 is quickest for sets in memory.
+        crop_padding: Zeros around the image before a random crop; None: the set's standard recipe.
+        flip: Mirror half of the training images; None: the set's standard recipe.
+        mixup: α of mixup; 0: off.
+        cutmix: α of CutMix; 0: off.
+        mean: Per channel, of pixels in [0, 1]; None: the set's own.
+        std: Per channel; None: the set's own.
+
+    Raises:
+        UserError: An option is out of range (at once), or the files cannot give what was asked (in `setup`).
+    """
+
+    standard_mean: ClassVar[tuple[float, ...]] = (0.5,)
+    standard_std: ClassVar[tuple[float, ...]] = (0.5,)
+    standard_crop_padding: ClassVar[int] = 0
+    standard_flip: ClassVar[bool] = False
+
+    imbalance_ratio: float = 1.0
+    profile: Profile | list[int] = "exp"
+    max_count: int | None = None
+    seed: int = 0
+    sampler: str | float | None = None
+    val_fraction: float = 0.0
+    batch_size: int = 128
+    num_workers: int = 0
+    crop_padding: int | None = None
+    flip: bool | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+    _splits: dict[Split, ImageSplit] = field(default_factory=dict, init=False, repr=False)
+    _announced: bool = field(default=False, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the options that need no file."""
+        LightningDataModule.__init__(self)
+        explicit = not isinstance(self.profile, str)
+        for name, holds, rule in (
+            ("imbalance_ratio", self.imbalance_ratio >= 1, "n_max / n_min is 1 (balanced) or more, not its inverse"),
+            ("profile", explicit or self.profile in get_args(Profile), f"give {_names(Profile)}, or explicit counts"),
+            ("max_count", self.max_count is None or self.max_count >= 1, "give at least 1, or leave it out"),
+            ("seed", 0 <= self.seed < 2**32, "give an integer from 0 to 2**32 - 1"),
+            ("val_fraction", 0 <= self.val_fraction < 1, "give a part of the training images, from 0 to below 1"),
+            ("batch_size", self.batch_size >= 1, "give at least 1"),
+            ("num_workers", self.num_workers >= 0, "give 0 (load in the main process) or more"),
+            ("crop_padding", self.crop_padding is None or self.crop_padding >= 0, "give 0 (no crop) or more pixels"),
+            ("mixup", self.mixup >= 0, "α is 0 (off) or more"),
+            ("cutmix", self.cutmix >= 0, "α is 0 (off) or more"),
+            ("std", self.std is None or (self.std != [] and min(self.std) > 0), "give positive numbers"),
+        ):
+            if not holds:
+                raise UserError(f"{type(self).__name__}: {name} is {getattr(self, name)!r}: {rule}")
+        if explicit and (self.imbalance_ratio != 1 or self.max_count is not None):
+            raise UserError(
+                f"{type(self).__name__}: profile gives explicit counts: leave out imbalance_ratio and max_count"
+            )
+        if self.sampler is not None:
+            resolve_policy(self.sampler)
+
+    # What a set gives.
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int:
+        """K, without a download where the set fixes it."""
+
+    @property
+    @abstractmethod
+    def num_channels(self) -> int:
+        """C of the images."""
+
+    @property
+    @abstractmethod
+    def class_names(self) -> list[str]:
+        """K names, in label order."""
+
+    @abstractmethod
+    def load(self, split: Split) -> ImageSource:
+        """Read one split of the set as published; `"val"` is asked for only where `has_val_split`."""
+
+    @property
+    def has_val_split(self) -> bool:
+        """Whether the set comes with a validation split."""
+        return False
+
+    # Which images.
+
+    @property
+    def val_is_held_out(self) -> bool:
+        """Whether validation images are neither trained on nor tested on; else the test set is watched."""
+        return self.val_fraction > 0 or self.has_val_split
+
+    @property
+    def class_counts(self) -> NDArray[np.int64]:
+        """`[K]` int64: training images per class, after validation split and profile."""
+        return np.bincount(self.split("train").labels.numpy(), minlength=self.num_classes).astype(np.int64)
+
+    @property
+    def subset_indices(self) -> NDArray[np.int64]:
+        """`[N]` int64: the training images' positions in the published training set, in training-subset order."""
+        return self.split("train").indices.numpy()
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that tell this choice of training images from another."""
+        return fingerprint(self.subset_indices)
+
+    def split(self, name: Split) -> ImageSplit:
+        """The images of `train`, `val` or `test`, read on first use.
+
+        Raises:
+            UserError: Files are missing or malformed, or a class cannot satisfy the profile.
+        """
+        if name not in get_args(Split):
+            raise UserError(f"split {name!r} is unknown: give one of {_names(Split)}")
+        if name == "val" and not self.val_is_held_out:
+            name = "test"
+        if name not in self._splits:
+            if name == "train" or (name == "val" and self.val_fraction > 0):
+                self._splits.update(self._divide(self._checked("train")))
+            else:
+                source = self._checked(name)
+                self._splits[name] = ImageSplit(source, np.arange(len(source.labels)))
+        return self._splits[name]
+
+    def _checked(self, name: Split) -> ImageSource:
+        source = self.load(name)
+        wrong = torch.nonzero((source.labels < 0) | (source.labels >= self.num_classes)).flatten()
+        if len(wrong):
+            raise UserError(
+                f"{self}: label {int(source.labels[wrong[0]])} of {name} image {source.name(int(wrong[0]))} "
+                f"is outside 0 … {self.num_classes - 1}: correct it, or name {self.num_classes} classes"
+            )
+        return source
+
+    def _divide(self, source: ImageSource) -> dict[Split, ImageSplit]:
+        """Hold out validation images first, then give what is left its profile."""
+        if self.num_classes < 2:
+            raise UserError(f"{self} has {self.num_classes} class: a classifier needs at least two")
+        labels = source.labels.numpy()
+        pool = np.arange(len(labels))
+        splits: dict[Split, ImageSplit] = {}
+        if self.val_fraction > 0:
+            sizes = np.bincount(labels, minlength=self.num_classes)
+            held_out = np.maximum(1, np.rint(sizes * self.val_fraction)).astype(np.int64)
+            val = np.sort(long_tailed_subset(labels, held_out, self.seed))
+            pool = np.setdiff1d(pool, val, assume_unique=True)
+            splits["val"] = ImageSplit(source, val)
+        available = np.bincount(labels[pool], minlength=self.num_classes)
+        try:
+            counts = training_counts(
+                available, self.imbalance_ratio, self.profile, self.max_count, class_names=self.class_names
+            )
+        except UserError as error:
+            after = f" (val_fraction {self.val_fraction} is held out first)" if self.val_fraction > 0 else ""
+            raise UserError(f"{self}: {error}{after}") from None
+        if (counts < available).any():
+            pool = pool[long_tailed_subset(labels[pool], counts, self.seed)]
+        return {**splits, "train": ImageSplit(source, pool)}
+
+    def sample_name(self, split: Split, index: int) -> str:
+        """What people call image `index` of `eval_dataloader(split)`: its file, or its position in the published split."""
+        return self.split(split).name(index)
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+    # Lightning's hooks.
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the splits that `fit`, `validate`, `test` or `predict` needs; None reads them all."""
+        needed: dict[str | None, tuple[Split, ...]] = {
+            "fit": ("train", "val"),
+            "validate": ("val",),
+            None: get_args(Split),
+        }
+        for name in needed.get(stage, ("test",)):
+            self.split(name)
+        if "train" in self._splits and not self._announced:
+            self._announced = True
+            counts = self.class_counts
+            rank_zero_info(
+                f"{self}: {counts.sum()} training images, {self.num_classes} classes, "
+                f"imbalance ratio {counts.max() / counts.min():.4g}, subset {self.fingerprint}"
+            )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Training images as the sampling policy draws them, shared by the ranks.
+
+        The last, short batch is dropped only where some rank would have no batch or a batch of one.
+        """
+        data = self.split("train")
+        world_size, rank = self._world()
+        if len(data) < world_size:
+            raise UserError(f"{self}: {len(data)} training images for {world_size} ranks: use fewer devices")
+        sampler = ImbalancedSampler(
+            data.labels.numpy(),
+            "instance" if self.sampler is None else self.sampler,
+            num_epochs=self.trainer.max_epochs if self.trainer is not None else None,
+            seed=self.seed,
+            num_replicas=world_size,
+            rank=rank,
+        )
+        full = self.batch_size * world_size
+        return self._loader(data, sampler, drop_last=len(data) >= full and 0 < len(data) % full < 2 * world_size)
+
+    def eval_dataloader(self, split: Split) -> DataLoader[Batch]:
+        """Every image of a split exactly once over all ranks, in order, for `eval_transform` alone.
+
+        Raises:
+            UserError: There are fewer images than ranks.
+        """
+        data = self.split(split)
+        return self._loader(data, ShardSampler(data, *self._world()))
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """The validation images, or the watched test set."""
+        return self.eval_dataloader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """The test images."""
+        return self.eval_dataloader("test")
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """The test images, labels with them."""
+        return self.eval_dataloader("test")
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Augment and normalise on the device while training, else normalise only."""
+        if self.trainer is not None and self.trainer.training:
+            # Lightning counts the batch only after this hook: + 1 makes the first step 0.
+            return self.train_transform(batch, self.trainer.fit_loop.total_batch_idx + 1, self.trainer.global_rank)
+        return self.eval_transform(batch)
+
+    def train_transform(self, batch: Batch, step: int, rank: int = 0) -> Batch:
+        """Augment and normalise a training batch, repeatably from (seed, step, rank).
+
+        Returns:
+            Images float32 `[B, C, H, W]`, and labels int64 `[B]` or, with mixup or CutMix, float32 `[B, K]`.
+        """
+        return self._augment(*batch, step, rank)
+
+    def eval_transform(self, batch: Batch) -> Batch:
+        """Normalise: uint8 to float32 `[B, C, H, W]`, labels untouched."""
+        images, labels = batch
+        return normalize(images, *self._statistics), labels
+
+    @cached_property
+    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        chosen = []
+        for name, own, standard in (("mean", self.mean, self.standard_mean), ("std", self.std, self.standard_std)):
+            values = tuple(standard if own is None else own)
+            if len(values) not in (1, self.num_channels):
+                raise UserError(f"{self}: {name} has {len(values)} numbers for {self.num_channels} channels")
+            chosen.append(values)
+        return chosen[0], chosen[1]
+
+    @cached_property
+    def _augment(self) -> TrainTransform:
+        mean, std = self._statistics
+        return TrainTransform(
+            num_classes=self.num_classes,
+            mean=mean,
+            std=std,
+            crop_padding=self.standard_crop_padding if self.crop_padding is None else self.crop_padding,
+            flip=self.standard_flip if self.flip is None else self.flip,
+            mixup=self.mixup,
+            cutmix=self.cutmix,
+            seed=self.seed,
+        )
+
+    def _world(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else world()
+
+    def _loader(
+        self, data: ImageSplit, sampler: ImbalancedSampler | ShardSampler, drop_last: bool = False
+    ) -> DataLoader[Batch]:
+        return DataLoader(
+            data,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=_as_it_is,
+        )
+
+
+def _as_it_is(batch: Any) -> Any:
+    """`ImageSplit.__getitems__` has made the batch already; a named function, for workers that are spawned."""
+    return batch
+
+
+def _names(literal: object) -> str:
+    return ", ".join(get_args(literal))

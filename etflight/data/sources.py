@@ -1,0 +1,117 @@
+"""Where a split's images come from, and the data set that loaders read."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2.functional import center_crop, resize, to_dtype  # type: ignore[attr-defined]
+
+from etflight.errors import UserError
+
+Batch = tuple[Tensor, Tensor]
+
+
+class ImageSource(ABC):
+    """All images of one split, before any subset is chosen. `labels` is int64 `[N]`."""
+
+    labels: Tensor
+
+    @abstractmethod
+    def images(self, indices: Tensor) -> Tensor:
+        """uint8 `[B, C, H, W]`, contiguous, at `indices` (int64 `[B]`)."""
+
+    def name(self, index: int) -> str:
+        """What people call image `index`."""
+        return str(index)
+
+
+class ArraySource(ImageSource):
+    """Images in memory.
+
+    Args:
+        images: uint8 `[N, C, H, W]` tensor.
+        labels: `[N]` tensor of integers.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.pixels = images.contiguous()
+        self.labels = labels.long()
+
+    def images(self, indices: Tensor) -> Tensor:
+        """Fetch the whole batch in one call."""
+        return self.pixels.index_select(0, indices)
+
+
+class FileSource(ImageSource):
+    """Image files, decoded to RGB, the shorter side resized to `size`, the centre cropped to a square.
+
+    Args:
+        paths: N files.
+        labels: `[N]` tensor of integers.
+        size: Pixels of the square's side.
+    """
+
+    def __init__(self, paths: Sequence[Path], labels: Tensor, size: int) -> None:
+        self.paths = [str(path) for path in paths]
+        self.labels = labels.long()
+        self.size = size
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Decode one file: uint8 `[3, size, size]`.
+
+        Raises:
+            UserError: The file is missing or is no image; names its path.
+        """
+        path = self.paths[index]
+        try:
+            image = decode_image(path, mode=ImageReadMode.RGB)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path} cannot be read as an image ({reason}): replace it or remove it") from None
+        image = to_dtype(image, torch.uint8, scale=True)  # 16-bit PNGs come as uint16
+        return center_crop(resize(image, [self.size], antialias=True), [self.size, self.size])
+
+    def images(self, indices: Tensor) -> Tensor:
+        """Decode the batch's files one by one."""
+        return torch.stack([self[i] for i in indices.tolist()])
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return self.paths[index]
+
+
+class ImageSplit(Dataset[Batch]):
+    """The images of a source that one split uses, fetched a whole batch at a time.
+
+    Args:
+        source: The images.
+        indices: int64 `[N]` positions in the source.
+    """
+
+    def __init__(self, source: ImageSource, indices: NDArray[np.int64]) -> None:
+        self.source = source
+        self.indices = torch.from_numpy(indices)
+        self.labels = source.labels[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitems__(self, positions: list[int]) -> Batch:
+        """Images uint8 `[B, C, H, W]` and labels int64 `[B]`; DataLoader calls this once per batch."""
+        where = torch.tensor(positions)
+        return self.source.images(self.indices[where]), self.labels[where]
+
+    def __getitem__(self, position: int) -> Batch:
+        """One image uint8 `[C, H, W]` and its label, int64 without dimensions."""
+        images, labels = self.__getitems__([position])
+        return images[0], labels[0]
+
+    def name(self, position: int) -> str:
+        """What people call the image at `position`."""
+        return self.source.name(int(self.indices[position]))
