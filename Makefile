@@ -1,0 +1,51 @@
+# One obvious way to do each thing. Every target sets up .venv by itself; a stamp file says what is already installed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# quiet, without the nag for a newer pip
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+SEED ?= 0
+
+.PHONY: demo test test-slow lint bench clean
+
+$(VENV)/.package: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing etflight into $(VENV) (a few minutes the first time: torch is large) ..."
+	$(PIP) install -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.package
+	$(PIP) install -e '.[test]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.package
+	$(PIP) install -e '.[lint]'
+	@touch $@
+
+# Three arms on scikit-learn's digits: fit, test, and the results side by side.
+demo: $(VENV)/.package
+	@for arm in ce ce_balanced etf_dr_balanced; do \
+		echo; echo "=== $$arm ==="; \
+		if [ -e runs/demo/$$arm/checkpoints/last.ckpt ]; then resume="--ckpt_path last"; else resume=""; fi; \
+		$(BIN)/etflight fit --config configs/digits/$$arm.yaml --name demo/$$arm --seed_everything $(SEED) $$resume && \
+		$(BIN)/etflight test --config configs/digits/$$arm.yaml --ckpt_path runs/demo/$$arm/checkpoints/last.ckpt || exit 1; \
+	done
+	@$(BIN)/etflight report runs/demo/ce runs/demo/ce_balanced runs/demo/etf_dr_balanced
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not slow and not benchmark"
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/.test
+	$(BIN)/python -m pytest -m benchmark -s
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,54 @@
+"""`etflight …` and `python -m etflight …`: errors become one line."""
+
+import os
+import re
+import sys
+
+from etflight._version import __version__
+
+
+def run() -> int:
+    """Run the command line of this process.
+
+    Returns:
+        The exit status: 0, or 1 when something the user gave cannot work (usage errors exit with 2 by themselves).
+    """
+    if sys.argv[1:] == ["--version"]:
+        print(f"etflight {__version__}")
+        return 0
+    sys.path.insert(0, os.getcwd())  # a user's own head or data set in a module of the current folder
+    try:
+        from etflight.cli import main
+
+        main()
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if os.environ.get("ETFLIGHT_DEBUG") == "1":
+            raise
+        print(f"etflight: error: {one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, in one line, wherever it was wrapped: by the parser, or with a traceback by a data worker."""
+    from etflight.errors import UserError
+
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, UserError):
+            return _message(seen)
+        seen = seen.__cause__ or seen.__context__
+    return f"{type(error).__name__}: {_message(error)} (ETFLIGHT_DEBUG=1 shows where)"
+
+
+def _message(error: BaseException) -> str:
+    text = str(error).strip()
+    if "Original Traceback" in text:  # a worker's exception carries its traceback as text
+        text = re.sub(r"^[\w.]*(Error|Exception): ", "", text.splitlines()[-1])
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    sys.exit(run())

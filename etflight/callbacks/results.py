@@ -1,0 +1,121 @@
+"""What a run leaves on disk: config.yaml, run.json, test_metrics.json, per_class.csv, predictions.csv."""
+
+import csv
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
+
+from etflight.classifier import Classifier
+from etflight.run import facts, write_json
+
+
+class RunRecord(SaveConfigCallback):
+    """Writes `config.yaml` and `run.json` into the run folder when training starts.
+
+    Args:
+        parser: that parsed the configuration.
+        config: the parsed configuration.
+        folder: the run folder.
+        name: of the run.
+        arm: stem of the configuration file, or None.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, folder: Path, name: str, arm: str | None) -> None:
+        super().__init__(parser, config, overwrite=True)
+        self.folder, self.name, self.arm = folder, name, arm
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write both, on the first process only."""
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, self.folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+        seed = self.config.get("seed_everything")
+        write_json(self.folder / "run.json", facts(name=self.name, arm=self.arm, seed=seed, data=_data(trainer)))
+
+
+class TestResults(Callback):
+    """Writes `test_metrics.json` and `per_class.csv` after a test, for a `Classifier`.
+
+    Args:
+        folder: where.
+    """
+
+    __test__ = False  # not a test case, whatever its name suggests to a test runner
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write both on the first process; all take part in adding up the classes."""
+        model = cast(Classifier, pl_module)
+        accuracy = model.per_class_accuracy()
+        if not trainer.is_global_zero:
+            return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
+        write_json(self.folder / "test_metrics.json", metrics)
+        names = model.class_names or [str(k) for k in range(len(accuracy))]
+        rows = zip(range(len(names)), names, model.class_counts.tolist(), accuracy.tolist(), strict=True)
+        _write_csv(self.folder / "per_class.csv", ["class", "name", "train_images", "acc"], list(rows))
+        rank_zero_info(f"results: {self.folder / 'test_metrics.json'} and per_class.csv")
+
+
+class PredictionTable(Callback):
+    """Writes `predictions.csv`: index or path, class and calibrated probability of every image, in the data's order.
+
+    Args:
+        folder: where.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._rows: list[tuple[int, int, float]] = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the decision of each image; rank r of W sees images r, r + W, r + 2W and so on."""
+        probability, label = outputs.max(dim=1)
+        start = len(self._rows)
+        for i, (p, k) in enumerate(zip(probability.tolist(), label.tolist(), strict=True), start=start):
+            self._rows.append((trainer.global_rank + i * trainer.world_size, k, p))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gather the rows on the first process and write them."""
+        parts = [self._rows]
+        if trainer.world_size > 1:
+            parts = [[] for _ in range(trainer.world_size)]
+            dist.all_gather_object(parts, self._rows)
+        if not trainer.is_global_zero:
+            return
+        data = _data(trainer)
+        names = cast(Classifier, pl_module).class_names
+        rows = [
+            (data.sample_name("test", index), names[k] if names else k, f"{p:.6f}")
+            for index, k, p in sorted(row for part in parts for row in part)
+        ]
+        _write_csv(self.folder / "predictions.csv", ["image", "class", "probability"], rows)
+        rank_zero_info(f"predictions: {self.folder / 'predictions.csv'}")
+
+
+def _data(trainer: Trainer) -> Any:
+    return trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning outside the class body
+
+
+def _write_csv(path: Path, header: list[str], rows: list[tuple[Any, ...]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    os.replace(partial, path)

@@ -1,0 +1,340 @@
+"""The LightningModule: backbone -> head -> loss."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, Self, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassCalibrationError
+
+from etflight.backbones import build_backbone
+from etflight.checkpoints import read_checkpoint
+from etflight.errors import UserError
+from etflight.heads import ETFHead, Head
+from etflight.losses import DotRegressionLoss, Loss
+from etflight.metrics.calibration import TemperatureFit
+from etflight.metrics.shots import ShotAccuracy
+from etflight.optim import PROTOCOL_SGD
+from etflight.specs import describe, is_plain, resolve
+
+# the arguments that take a class, and what it must be a subclass of
+PLUGGABLE: dict[str, type] = {"head": Head, "loss": Loss, "optimizer": Optimizer, "lr_scheduler": LRScheduler}
+
+Batch = tuple[Tensor, Tensor]
+_LOOK_EVERY = 50  # steps between two looks at whether a loss was not finite
+
+
+class Classifier(LightningModule):
+    """An image classifier of a timm backbone, a head and a loss.
+
+    `head`, `loss`, `optimizer` and `lr_scheduler` are classes, or `functools.partial` of classes with keyword arguments; they are
+    saved as plain data, so a checkpoint loads with `weights_only=True`.
+
+    Logged: `train/loss`, and for `val/` and `test/`: `loss`, `acc`, `acc_macro`, `acc_many`, `acc_medium`, `acc_few`, `ece`,
+    `ece_calibrated`. Accuracies lie in [0, 1].
+
+    Args:
+        num_classes: K.
+        backbone: any name timm knows, ours included (`resnet32_cifar`).
+        head: makes a `Head` from (in_features, num_classes).
+        loss: makes a `Loss`.
+        optimizer: makes an optimizer from parameters.
+        lr_scheduler: makes a schedule, stepped each epoch, from an optimizer; None keeps the rate.
+        class_counts: training images of each class, for shot groups and "global" class balance; the data module's by default.
+        in_chans: channels of the images.
+        pretrained: whether the backbone starts from timm's weights.
+        model_kwargs: further arguments of timm's model, such as `{"width": 2}` for the CIFAR ResNets.
+
+    Attributes:
+        temperature: scalar buffer that divides the logits of `predict` and of `ece_calibrated`; fitted on held-out validation
+            images, 1 until then.
+        class_names: names of the classes, from the data module or the checkpoint; None if unknown.
+
+    Raises:
+        UserError: parts that cannot work together.
+    """
+
+    temperature: Tensor
+    class_counts: Tensor
+    _bad_step: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: str = "resnet32_cifar",
+        head: Callable[[int, int], Head] = ETFHead,
+        loss: Callable[[], Loss] = DotRegressionLoss,
+        optimizer: OptimizerCallable = PROTOCOL_SGD,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        class_counts: list[int] | None = None,
+        in_chans: int = 3,
+        pretrained: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self._save_plain_hyperparameters()
+        self.backbone, feature_dim = build_backbone(
+            backbone, in_chans=in_chans, pretrained=pretrained, model_kwargs=model_kwargs
+        )
+        self.head: Any = self._build("head")(feature_dim, num_classes)
+        self.loss: Any = self._build("loss")()
+        self.loss.check_head(self.head)
+        self.class_names: list[str] | None = None
+        self.register_buffer("temperature", torch.ones(()))
+        self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.long))
+        self.register_buffer("_bad_step", torch.tensor(-1), persistent=False)
+        if class_counts is not None:
+            self._set_class_counts(torch.as_tensor(class_counts))
+        self.shots = nn.ModuleDict({stage: ShotAccuracy(num_classes) for stage in ("val_", "test_")})
+        self.calibration = nn.ModuleDict(
+            {
+                f"{stage}_{name}": MulticlassCalibrationError(num_classes, n_bins=15, validate_args=False)
+                for stage in ("val", "test")
+                for name in ("ece", "ece_calibrated")
+            }
+        )
+        self.temperature_fit = TemperatureFit()
+        # every rank builds the frame from the seed: broadcasting it in every forward would cost 205 MB at K = 100,000
+        frozen = [name for name, _ in self.named_buffers() if name == "head.weight"]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)  # type: ignore[no-untyped-call]
+
+    # --- the model ---------------------------------------------------------------------------------------------------------
+
+    def features(self, images: Tensor) -> Tensor:
+        """Pooled features `[B, d]` of normalised images `[B, C, H, W]`."""
+        return cast(Tensor, self.backbone(images))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """What meets the class vectors, `[B, d']`."""
+        return cast(Tensor, self.head.embed(self.features(images)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `[B, K]` of normalised images `[B, C, H, W]`."""
+        return cast(Tensor, self.head(self.features(images)))
+
+    # --- steps -------------------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of one training batch."""
+        loss, _ = self._step(batch, "train")
+        bad = ~torch.isfinite(loss.detach()) & (self._bad_step < 0)
+        self._bad_step = torch.where(bad, self.global_step, self._bad_step)  # stays on the device: no wait each step
+        self.log("loss", loss, prog_bar=True, logger=False)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add one validation batch to the metrics."""
+        logits = self._evaluate(batch, "val")
+        if self._fits_temperature:
+            self.temperature_fit.update(logits, batch[1])
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add one test batch to the metrics."""
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Calibrated probabilities `[B, K]`."""
+        return (self(batch[0]).float() / self.temperature).softmax(dim=1)
+
+    def _step(self, batch: Batch, stage: str) -> tuple[Tensor, Tensor]:
+        images, target = batch
+        logits: Tensor = self(images)
+        loss: Tensor = self.loss(logits, target)
+        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
+        return loss, logits
+
+    def _evaluate(self, batch: Batch, stage: str) -> Tensor:
+        _, logits = self._step(batch, stage)
+        logits, target = logits.float(), batch[1]
+        self._shots(stage).update(logits.argmax(dim=1), target)
+        self._calibration(stage, "ece").update(logits.softmax(dim=1), target)
+        self._calibration(stage, "ece_calibrated").update((logits / self.temperature).softmax(dim=1), target)
+        return logits
+
+    # --- epochs ------------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Take the training counts and the class names from the data module, if there is one."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            return
+        names = getattr(data, "class_names", None)
+        if names is not None and len(names) == self.hparams["num_classes"]:
+            self.class_names = list(names)
+        if stage == "fit" and getattr(data, "class_counts", None) is not None:
+            self._set_class_counts(torch.as_tensor(data.class_counts))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Look at the recorded loss now and then: each look waits for the device."""
+        if batch_idx % _LOOK_EVERY == 0:
+            self._stop_at_bad_loss()
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the shot groups from the training counts."""
+        if self.trainer.training:
+            self._stop_at_bad_loss()
+        self._start_shots("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Start the shot groups from the training counts."""
+        self._start_shots("test")
+
+    def on_train_epoch_end(self) -> None:
+        """Never let a checkpoint be written from a loss that is not a number."""
+        self._stop_at_bad_loss()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log, and fit the temperature if the validation images are held out."""
+        self._log_epoch("val")
+        if self._fits_temperature and not self.trainer.sanity_checking:
+            self.temperature.copy_(self.temperature_fit.compute())
+        self.temperature_fit.reset()
+
+    def on_test_epoch_end(self) -> None:
+        """Log."""
+        self._log_epoch("test")
+
+    def _log_epoch(self, stage: str) -> None:
+        for name, value in self._shots(stage).compute().items():
+            self.log(f"{stage}/{name}", value, prog_bar=name == "acc", sync_dist=True)
+        for name in ("ece", "ece_calibrated"):
+            self.log(f"{stage}/{name}", self._calibration(stage, name))
+
+    def _shots(self, stage: str) -> ShotAccuracy:
+        return cast(ShotAccuracy, self.shots[f"{stage}_"])
+
+    def _calibration(self, stage: str, name: str) -> Metric:
+        return cast(Metric, self.calibration[f"{stage}_{name}"])
+
+    def _start_shots(self, stage: str) -> None:
+        self._shots(stage).reset()
+        if bool(self.class_counts.any()):
+            self._shots(stage).set_class_counts(self.class_counts)
+
+    def per_class_accuracy(self) -> Tensor:
+        """Test accuracies `[K]` of the last test epoch over all ranks, NaN for a class without test images."""
+        shots = self._shots("test")
+        with shots.sync_context(should_sync=shots._to_sync):
+            return shots.per_class()
+
+    @property
+    def _fits_temperature(self) -> bool:
+        return (
+            bool(getattr(getattr(self.trainer, "datamodule", None), "val_is_held_out", False)) and self.trainer.training
+        )
+
+    def _stop_at_bad_loss(self) -> None:
+        step = int(self.trainer.strategy.reduce(self._bad_step, reduce_op="max"))
+        if step >= 0:
+            raise UserError(
+                f"the loss became NaN or infinite at step {step} (epoch {self.current_epoch}): lower the learning rate "
+                "(--model.optimizer.lr), lengthen the warm-up, or clip gradients (--trainer.gradient_clip_val 1)"
+            )
+
+    def _set_class_counts(self, class_counts: Tensor) -> None:
+        if class_counts.shape != self.class_counts.shape:
+            raise UserError(
+                f"class_counts has {len(class_counts)} entries for {len(self.class_counts)} classes: give one per class"
+            )
+        self.class_counts.copy_(class_counts)
+        self.loss.set_class_counts(self.class_counts)
+
+    # --- optimizer ---------------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over everything trainable, and the schedule, stepped each epoch."""
+        optimizer = self._build("optimizer")(p for p in self.parameters() if p.requires_grad)
+        if self.hparams["lr_scheduler"] is None:
+            return cast(Optimizer, optimizer)
+        make = self._build("lr_scheduler")
+        if "total_epochs" in inspect.signature(make).parameters and "total_epochs" not in make.keywords:
+            make.keywords["total_epochs"] = self.trainer.max_epochs
+        schedule = make(optimizer)
+        monitor = {"monitor": "val/loss"} if isinstance(schedule, ReduceLROnPlateau) else {}
+        return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, **monitor}})
+
+    # --- plain data in, plain data out -------------------------------------------------------------------------------------
+
+    def _save_plain_hyperparameters(self) -> None:
+        frame = inspect.currentframe()
+        assert frame is not None
+        self.save_hyperparameters(frame=frame.f_back)
+        self.hparams.pop("_instantiator", None)  # names a function to import and call when loading
+        plain = dict(self.hparams)
+        for name in PLUGGABLE:
+            if plain[name] is not None:
+                plain[name] = describe(plain[name], name)
+        self.save_hyperparameters(plain)
+
+    def _build(self, name: str) -> Any:
+        return resolve(self.hparams[name], PLUGGABLE[name], name)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the class names."""
+        checkpoint["class_names"] = self.class_names
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the class names back, and refuse optimizer settings that the restored state would silently undo."""
+        self.class_names = checkpoint.get("class_names") or self.class_names
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        saved = checkpoint.get("hyper_parameters", {})
+        for name in ("optimizer", "lr_scheduler"):
+            if name in saved and saved[name] != self.hparams[name]:
+                raise UserError(
+                    f"--model.{name} differs from the checkpoint being resumed, whose saved state would undo it: "
+                    "give the same settings, or start a new run from scratch"
+                )
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path | IO[bytes],
+        map_location: Any = "cpu",
+        hparams_file: None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = True,
+        **kwargs: Any,
+    ) -> Self:
+        """A model from a checkpoint; nothing in the file can import or run code.
+
+        Args:
+            checkpoint_path: the file.
+            map_location: where the tensors go.
+            hparams_file: not used; hyper-parameters are in the checkpoint.
+            strict: whether all weights must match, True by default.
+            weights_only: not used; only plain data is ever read.
+            kwargs: hyper-parameters that replace the saved ones.
+
+        Raises:
+            UserError: a file that cannot be read, or that names a class which is not imported.
+        """
+        checkpoint = read_checkpoint(cast(str, checkpoint_path), map_location)
+        hparams = plain_hyperparameters(checkpoint)
+        model = cls(**{**hparams, **kwargs})
+        model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"], strict=strict is not False)
+        return model
+
+
+def plain_hyperparameters(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The constructor arguments that a checkpoint holds, checked to be plain data; its backbone never asks for other weights.
+
+    Raises:
+        UserError: anything that is not plain data.
+    """
+    hparams = {k: v for k, v in checkpoint["hyper_parameters"].items() if k != "_instantiator"}
+    for name, value in hparams.items():
+        spec = name in PLUGGABLE and value is not None
+        if not is_plain(describe(value, name)["init_args"] if spec else value):
+            raise UserError(f"the checkpoint's hyper-parameter {name} is not plain data: {value!r}")
+    return {**hparams, "pretrained": False}

@@ -1,0 +1,324 @@
+"""The command line: LightningCLI over `Classifier` and the data modules, with run folders and errors for people."""
+
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
+
+import etflight.data
+from etflight.callbacks.results import PredictionTable, RunRecord, TestResults
+from etflight.checkpoints import read_checkpoint
+from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
+from etflight.data.base import ImageDataModule
+from etflight.errors import UserError
+from etflight.optim import PROTOCOL_SGD
+from etflight.run import MetricsCSV, claim, last_checkpoint
+from etflight.specs import describe, is_known
+
+_CHECKPOINT_HELP = "The command line beats the configuration files, which beat what the checkpoint says of the model."
+
+
+class Parser(LightningArgumentParser):
+    """LightningCLI's parser, with usage errors of one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong in one line and exit with status 2."""
+        cause: BaseException | None = ex
+        while cause is not None:
+            if isinstance(cause, UserError):
+                raise cause
+            cause = cause.__cause__ or cause.__context__
+        print(f"etflight: error: {summarise(message)} (see etflight --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class EtflightCLI(LightningCLI):
+    """Adds to LightningCLI: run folders, checkpoints as defaults of the model, and the linked sizes of the data."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Our arguments, links and defaults, for every stage."""
+        parser.add_argument(
+            "--name", type=str | None, default=None, help="Name of the run: its folder is <default_root_dir>/<name>."
+        )
+        parser.add_argument(
+            "--overlays",
+            type=list[str] | None,
+            default=None,
+            help="In a configuration file: files it builds on, relative to it.",
+        )
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.num_channels", "model.in_chans", apply_on="instantiate")
+        parser.set_defaults(
+            {
+                "model.optimizer": describe(PROTOCOL_SGD, "optimizer"),
+                "trainer.default_root_dir": "runs",
+                "trainer.enable_autolog_hparams": False,
+            }
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse with the checkpoint's model as the lowest of the three: checkpoint, configuration files, command line."""
+        self.resume_step: int | None = None
+        self.saved_num_classes: int | None = None
+        given = list(sys.argv[1:] if args is None else args)
+        argv = _expand_overlays(given)
+        self.arm = _first_config_stem(given)
+        stage = argv[0] if argv and argv[0] in self._subcommand_parsers else None
+        checkpoint = self._find_checkpoint(argv[1:], stage) if stage else None
+        if stage is None or checkpoint is None:
+            super().parse_arguments(parser, argv)
+            return
+        content = read_checkpoint(checkpoint)
+        self.resume_step = int(content.get("global_step", 0))
+        saved = plain_hyperparameters(content)
+        self.saved_num_classes = saved.pop("num_classes", None)
+        saved = {name: value for name, value in saved.items() if name not in ("in_chans", "class_counts")}
+        missing = {
+            n: v
+            for n, v in saved.items()
+            if n in PLUGGABLE and v is not None and not is_known(describe(v, n), PLUGGABLE[n])
+        }
+        self._default_model(stage, {name: value for name, value in saved.items() if name not in missing})
+        super().parse_arguments(parser, argv)
+        if missing:  # parsing imported the classes that the user named; the checkpoint's own arguments can be read now
+            chosen = {name: (self._get(self.config, f"model.{name}") or {}).get("class_path") for name in missing}
+            for name, spec in missing.items():
+                if chosen[name] == spec["class_path"]:
+                    self._default_model(stage, {name: spec})
+                elif not _is_given(argv, f"model.{name}"):
+                    raise UserError(
+                        f"checkpoint {checkpoint} needs {spec['class_path']} as its {name}: "
+                        f"name it, so that it is imported (--model.{name} {spec['class_path']})"
+                    )
+            super().parse_arguments(parser, argv)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: `parse_arguments` has done it, in the order that lets the command line win."""
+
+    def _default_model(self, stage: str, values: dict[str, Any]) -> None:
+        self._subcommand_parsers[stage].set_defaults({f"model.{name}": value for name, value in values.items()})
+
+    def _find_checkpoint(self, argv: list[str], stage: str) -> Path | None:
+        """The checkpoint asked for, as a path; `last` is the one of the run's own folder."""
+        asked = _value(argv, "ckpt_path")
+        root = Path(_value(argv, "trainer.default_root_dir") or "runs")
+        name = _value(argv, "name") or self.arm or (_value(argv, "data") or "run").rpartition(".")[2].lower()
+        self.folder, self.run_name = root / name, name
+        self.ckpt_path: Path | None = None
+        wants_help = any(arg in ("-h", "--help", "--print_config") or arg.endswith(".help") for arg in argv)
+        if wants_help:
+            return None
+        if asked is None and stage != "fit":
+            raise UserError(
+                f"{stage} needs a trained model: give --ckpt_path FILE, or --ckpt_path last with the name of its run"
+            )
+        if asked == "last":
+            self.ckpt_path = last_checkpoint(self.folder)
+            if not self.ckpt_path.is_file():
+                if stage != "fit":
+                    raise UserError(f"there is no {self.ckpt_path}: train first, or give --ckpt_path FILE")
+                rank_zero_info(f"there is no {self.ckpt_path}: training starts from scratch")
+                self.ckpt_path = None
+        elif asked is not None:
+            self.ckpt_path = Path(asked)
+            if stage != "fit" and _value(argv, "name") is None and self.ckpt_path.parent.name == "checkpoints":
+                self.folder = self.ckpt_path.parent.parent
+        return self.ckpt_path
+
+    def before_instantiate_classes(self) -> None:
+        """Put the found checkpoint into the configuration, and claim the run folder."""
+        config = self.config[self.subcommand]
+        config["ckpt_path"] = None if self.ckpt_path is None else str(self.ckpt_path)
+        config["weights_only"] = True
+        config["overlays"] = None  # merged by now; their relative paths would mean nothing in the run folder
+        if self.subcommand == "fit" and not config["trainer"]["fast_dev_run"]:
+            claim(self.folder, self.ckpt_path)
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse a checkpoint of another number of classes before Lightning finds tensors of other shapes."""
+        if self.saved_num_classes is not None and self.saved_num_classes != self.model.hparams["num_classes"]:
+            raise UserError(
+                f"checkpoint {self.ckpt_path} was trained on {self.saved_num_classes} classes, but the data has "
+                f"{self.model.hparams['num_classes']}: give the data it was trained on"
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, with what writes the run folder in front of the user's own loggers and callbacks."""
+        config = self._get(self.config_init, "trainer")
+        self.save_config_kwargs = {"folder": self.folder, "name": self.run_name, "arm": self.arm}
+        callbacks = list(_as_list(config.get("callbacks")))
+        callbacks += [TestResults(self.folder), PredictionTable(self.folder)]
+        if config.get("enable_checkpointing") is not False:
+            callbacks.append(_keep_last(self.folder))
+        logger = config.get("logger")
+        if logger is not False:
+            own = [MetricsCSV(self.folder, self.resume_step)] if self.subcommand == "fit" else []
+            kwargs["logger"] = [*own, *_as_list(None if logger is True else logger)] or False
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+
+def main(args: Sequence[str] | None = None) -> EtflightCLI:
+    """Run `etflight` with these arguments (those of the process by default); errors are raised.
+
+    Args:
+        args: such as `["fit", "--config", "configs/digits/ce.yaml"]`.
+
+    Raises:
+        UserError: what the user gave cannot work.
+        SystemExit: status 2 for a usage error, 0 after help.
+    """
+    _quieten()
+    return EtflightCLI(
+        Classifier,
+        ImageDataModule,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        save_config_callback=RunRecord,
+        parser_class=Parser,
+        auto_configure_optimizers=False,
+        args=None if args is None else list(args),
+        parser_kwargs={
+            "prog": "etflight",
+            **{stage: {"description": f"{text} {_CHECKPOINT_HELP}"} for stage, text in _STAGES.items()},
+        },
+    )
+
+
+_STAGES = {
+    "fit": "Train a classifier.",
+    "validate": "Measure a trained classifier on the validation images.",
+    "test": "Measure a trained classifier on the test images.",
+    "predict": "Write a trained classifier's decisions on the test images to predictions.csv.",
+}
+
+
+def summarise(message: str) -> str:
+    """One line from the parser's many: the innermost reason, with near matches for a class that does not exist."""
+    unknown = re.search(
+        r"(?:Import path|class_path|Unable to import|not found|No module named)[^'\"]*['\"]([\w.]+)['\"]", message
+    )
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
+    head = " ".join(lines[:2]) if len(lines) > 1 else lines[0]
+    if unknown is None:
+        return head[:500]
+    return f"{head[:400]}{near_matches(unknown.group(1))}"
+
+
+def near_matches(name: str) -> str:
+    """`; near matches: …` among the names of heads, losses, optimizers, schedules and data modules, or nothing."""
+    known: list[str] = [
+        cls.__name__ for base in (*PLUGGABLE.values(), ImageDataModule) for cls in _all_subclasses(base)
+    ]
+    close = get_close_matches(name.rpartition(".")[2], sorted(set(known)), n=3, cutoff=0.4)
+    return f"; near matches: {', '.join(close)}" if close else ""
+
+
+def _all_subclasses(base: type) -> list[type]:
+    children: list[type] = base.__subclasses__()
+    return [cls for child in children for cls in (child, *_all_subclasses(child))]
+
+
+def _keep_last(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        dirpath=folder / "checkpoints", filename="last", save_on_train_epoch_end=True, enable_version_counter=False
+    )
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _configs(argv: Sequence[str]) -> list[Path]:
+    return [Path(value) for value in _values(argv, "config", "-c")]
+
+
+def _expand_overlays(argv: list[str]) -> list[str]:
+    """Put the files that a configuration file builds on in front of it, as if they had been given one by one."""
+    expanded: list[str] = []
+    for i, arg in enumerate(argv):
+        if i > 0 and argv[i - 1] in ("-c", "--config"):
+            for overlay in _overlays(Path(arg)):
+                expanded += [str(overlay), "--config"]
+        elif arg.startswith("--config="):
+            for overlay in _overlays(Path(arg.partition("=")[2])):
+                expanded += ["--config", str(overlay)]
+        expanded.append(arg)
+    return expanded
+
+
+def _overlays(path: Path) -> list[Path]:
+    content = yaml.safe_load(path.read_text()) if path.is_file() else None
+    names = content.get("overlays") if isinstance(content, dict) else None
+    found = []
+    for name in names or []:
+        overlay = path.parent / name
+        if not overlay.is_file():
+            raise UserError(f"{path} builds on {overlay}, which does not exist: mend the path in its overlays")
+        found += [*_overlays(overlay), overlay]
+    return found
+
+
+def _first_config_stem(argv: Sequence[str]) -> str | None:
+    configs = _configs(argv)
+    return configs[0].stem if configs else None
+
+
+def _value(argv: Sequence[str], key: str) -> str | None:
+    """What the command line, or else the last configuration file that has it, gives for a key."""
+    given = _values(argv, key)
+    if given:
+        return given[-1]
+    for path in reversed(_configs(argv)):
+        if not path.is_file():
+            continue  # the parser says so, in its own words
+        value: Any = yaml.safe_load(path.read_text()) or {}
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if isinstance(value, str):
+            return value
+    return None
+
+
+def _values(argv: Sequence[str], key: str, *short: str) -> list[str]:
+    found = []
+    for flag, following in zip(argv, [*argv[1:], ""], strict=True):
+        if flag in (f"--{key}", *short):
+            found.append(following)
+        elif flag.startswith(f"--{key}="):
+            found.append(flag.partition("=")[2])
+    return found
+
+
+def _is_given(argv: Sequence[str], key: str) -> bool:
+    return _value(argv, key) is not None or _value(argv, f"{key}.class_path") is not None
+
+
+def _quieten() -> None:
+    """Silence what is noise for this program: hints about a service we do not use, workers that in-memory sets do not need."""
+    for pattern in (
+        r".*does not have many workers.*",
+        r".*smaller than the logging interval.*",
+        r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+        r".*epoch parameter in `scheduler.step\(\)` was not necessary.*",
+        r".*Checkpoint directory .* exists and is not empty.*",
+        r".*No seed found.*",
+    ):
+        warnings.filterwarnings("ignore", pattern)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
+
+
+# the data sets are found by name because they are imported here
+_ = etflight.data

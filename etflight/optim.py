@@ -1,0 +1,63 @@
+"""Optimizer and learning-rate schedules of the field's protocols, composed from torch's own.
+
+A schedule that takes `total_epochs` gets the trainer's `max_epochs` unless it is given.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
+
+from etflight.errors import UserError
+
+PROTOCOL_SGD = partial(SGD, lr=0.1, momentum=0.9, weight_decay=2e-4)
+"""SGD as in the released code of Yang et al. 2022 for the CIFAR sets."""
+
+
+class WarmupMultiStep(SequentialLR):
+    """Linear warm-up, then steps: at epoch e, counted from 1, `lr·e/warmup_epochs`, later `lr·gamma^(milestones passed)`.
+
+    Args:
+        optimizer: whose learning rate it is.
+        milestones: epochs after which the rate is multiplied by `gamma`; (160, 180) of 200 is the CIFAR protocol.
+        gamma: the factor.
+        warmup_epochs: length of the warm-up; 0 or 1 for none.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, milestones: Sequence[int] = (160, 180), gamma: float = 0.1, warmup_epochs: int = 5
+    ) -> None:
+        warmup = _warmup(optimizer, warmup_epochs)
+        if any(milestone <= warmup_epochs for milestone in milestones):
+            raise UserError(
+                f"WarmupMultiStep: milestones {list(milestones)} must come after the {warmup_epochs} warm-up epochs"
+            )
+        main = MultiStepLR(optimizer, [milestone - len(warmup) * warmup_epochs for milestone in milestones], gamma)
+        super().__init__(optimizer, [*warmup, main], [warmup_epochs] * len(warmup))
+
+
+class WarmupCosine(SequentialLR):
+    """Linear warm-up, then a half cosine down to 0 at the end of training.
+
+    Args:
+        optimizer: whose learning rate it is.
+        total_epochs: length of training; the trainer's `max_epochs` when used through `Classifier`.
+        warmup_epochs: length of the warm-up; 0 or 1 for none.
+    """
+
+    def __init__(self, optimizer: Optimizer, total_epochs: int, warmup_epochs: int = 5) -> None:
+        warmup = _warmup(optimizer, warmup_epochs)
+        if total_epochs <= warmup_epochs:
+            raise UserError(
+                f"WarmupCosine: {total_epochs} epochs leave none after a warm-up of {warmup_epochs}: set warmup_epochs lower"
+            )
+        main = CosineAnnealingLR(optimizer, total_epochs - len(warmup) * warmup_epochs)
+        super().__init__(optimizer, [*warmup, main], [warmup_epochs] * len(warmup))
+
+
+def _warmup(optimizer: Optimizer, epochs: int) -> list[LRScheduler]:
+    """Factors 1/n, 2/n, … 1 over n epochs; a warm-up of one epoch changes nothing."""
+    if epochs < 0:
+        raise UserError(f"warmup_epochs must not be negative, got {epochs}")
+    return [LinearLR(optimizer, start_factor=1 / epochs, total_iters=epochs - 1)] if epochs > 1 else []

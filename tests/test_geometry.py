@@ -1,0 +1,142 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.linalg import orthogonal_procrustes
+from torch.testing import assert_close
+
+from etflight import class_code, nearest_etf, simplex_etf
+from etflight.errors import UserError
+from etflight.geometry import simplex_equiangular_tight_frame
+
+
+def gram_of_simplex(K):
+    return (K * torch.eye(K, dtype=torch.float64) - 1) / (K - 1)
+
+
+sizes = st.integers(2, 24).flatmap(lambda K: st.tuples(st.just(K), st.integers(K - 1, 40)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(sizes, st.integers(0, 2**31 - 1))
+def test_simplex_has_unit_rows_equal_angles_and_centre_zero(size, seed):
+    K, d = size
+    W = simplex_etf(K, d, seed=seed, dtype=torch.float64)
+    assert W.shape == (K, d)
+    assert_close(W @ W.T, gram_of_simplex(K), rtol=0, atol=1e-12)
+    assert_close(W.sum(0), torch.zeros(d, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("K", "d"), [(2, 1), (11, 10), (65, 64), (1000, 999), (1000, 4096)])
+def test_extreme_sizes_keep_their_accuracy_in_both_dtypes(K, d):
+    W = simplex_etf(K, d, dtype=torch.float64)
+    assert_close(W @ W.T, gram_of_simplex(K), rtol=0, atol=1e-12)
+    W32 = simplex_etf(K, d)
+    assert W32.dtype == torch.float32
+    assert_close((W32.double() @ W32.double().T), gram_of_simplex(K), rtol=0, atol=1e-6)
+
+
+def test_simplex_is_tight_in_the_space_it_spans():
+    W = simplex_etf(7, 6, dtype=torch.float64)
+    assert_close(W.T @ W, 7 / 6 * torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_same_seed_same_bits_other_seed_other_frame():
+    assert torch.equal(simplex_etf(10, 64, seed=3), simplex_etf(10, 64, seed=3))
+    assert (simplex_etf(10, 64, seed=3) - simplex_etf(10, 64, seed=4)).abs().max() > 0.1
+
+
+def test_rotation_is_haar_so_the_first_coordinate_has_mean_zero():
+    first = torch.stack([simplex_etf(2, 3, seed=s, dtype=torch.float64)[0] for s in range(4000)])
+    # coordinates of a uniform point of the sphere: mean 0, variance 1/3; five standard errors
+    assert first.mean(0).abs().max() < 5 * (1 / 3 / 4000) ** 0.5
+    assert_close(first.T @ first / 4000, torch.eye(3, dtype=torch.float64) / 3, rtol=0, atol=5 * (4 / 45 / 4000) ** 0.5)
+
+
+def test_too_many_classes_names_sizes_and_both_ways_out():
+    with pytest.raises(UserError, match=r"K = 12 .*d = 10 .*projection_dim=11.*code=\"sphere\""):
+        simplex_etf(12, 10)
+
+
+@pytest.mark.parametrize("K", [1, 0, -3])
+def test_fewer_than_two_classes_is_an_error(K):
+    with pytest.raises(UserError, match="at least two classes"):
+        simplex_etf(K, 8)
+
+
+def test_numpy_frame_is_the_same_frame():
+    M = simplex_equiangular_tight_frame(5, 7, seed=2)
+    assert isinstance(M, np.ndarray)
+    assert M.dtype == np.float64
+    for i, j in itertools.product(range(5), range(5)):
+        assert M[i] @ M[j] == pytest.approx(1.0 if i == j else -0.25, abs=1e-12)
+    np.testing.assert_array_equal(M, simplex_etf(5, 7, seed=2, dtype=torch.float64).numpy())
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(2, 10), st.integers(0, 12), st.integers(0, 10**6))
+def test_nearest_etf_beats_every_rotation_and_agrees_with_procrustes(K, extra, seed):
+    d = K - 1 + extra
+    generator = torch.Generator().manual_seed(seed)
+    M = torch.randn(K, d, generator=generator, dtype=torch.float64)
+    W, score = nearest_etf(M)
+    assert_close(W @ W.T, gram_of_simplex(K), rtol=0, atol=1e-10)
+    centred = M - M.mean(0)
+    inner = (W * centred).sum()
+    # independent oracle: rotate the regular simplex of R^K (standard basis, centred) onto the rows with SciPy
+    simplex = np.sqrt(K / (K - 1)) * (np.eye(K) - 1 / K)
+    wide = np.pad(centred.numpy(), ((0, 0), (0, max(0, K - d))))
+    simplex = np.pad(simplex, ((0, 0), (0, wide.shape[1] - K)))
+    _, nuclear = orthogonal_procrustes(simplex, wide)
+    assert inner.item() == pytest.approx(nuclear, rel=1e-9)
+    assert score.item() == pytest.approx(nuclear / np.linalg.norm(wide) / np.sqrt(K), rel=1e-9)
+    assert 0 < score <= 1 + 1e-12
+    distance = ((W / W.norm() - centred / centred.norm()) ** 2).sum()
+    assert_close(distance, 2 - 2 * score, rtol=0, atol=1e-10)
+
+
+def test_an_etf_shifted_and_scaled_is_its_own_nearest():
+    W = simplex_etf(6, 9, dtype=torch.float64)
+    nearest, score = nearest_etf(2.5 * W + torch.arange(9.0).double())
+    assert_close(nearest, W, rtol=0, atol=1e-12)
+    assert score.item() == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("M", [torch.randn(5, 3), torch.ones(4, 6), torch.cat([torch.eye(4), torch.eye(4)[:1]])])
+def test_nearest_etf_refuses_what_has_no_unique_answer(M):
+    with pytest.raises(UserError):
+        nearest_etf(M)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(2, 16).flatmap(lambda d: st.tuples(st.integers(2, 2 * d), st.just(d))), st.integers(0, 1000))
+def test_class_code_reaches_rankins_bound(size, seed):
+    K, d = size
+    W = class_code(K, d, seed=seed, dtype=torch.float64)
+    cosines = W @ W.T
+    assert_close(cosines.diagonal(), torch.ones(K, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert_close(W.sum(0), torch.zeros(d, dtype=torch.float64), rtol=0, atol=1e-10)
+    largest = (cosines - 2 * torch.eye(K)).max().item()
+    if K <= d + 1:
+        bound = -1 / (K - 1)
+    elif d == 2:
+        bound = np.cos(2 * np.pi / K)
+    else:
+        bound = 0.0
+    assert largest == pytest.approx(bound, abs=1e-12)
+
+
+@pytest.mark.parametrize("K", [3, 5, 12, 100])
+def test_class_code_in_the_plane_is_the_regular_polygon(K):
+    W = class_code(K, 2, dtype=torch.float64)
+    largest = (W @ W.T - 2 * torch.eye(K)).max().item()
+    assert largest == pytest.approx(np.cos(2 * np.pi / K), abs=1e-12)
+
+
+@pytest.mark.parametrize(("K", "d"), [(3, 1), (21, 10)])
+def test_class_code_says_what_it_cannot_do(K, d):
+    with pytest.raises(UserError, match=rf"K = {K}"):
+        class_code(K, d)

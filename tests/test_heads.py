@@ -1,0 +1,129 @@
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from etflight import CosineHead, ETFHead, LinearHead, simplex_etf
+from etflight.errors import UserError
+
+torch.manual_seed(0)
+FEATURES = torch.randn(32, 16)
+
+
+@pytest.mark.parametrize(
+    "head", [ETFHead(16, 10), LinearHead(16, 10), CosineHead(16, 10)], ids=lambda h: type(h).__name__
+)
+def test_heads_obey_one_contract(head):
+    logits = head(FEATURES)
+    assert logits.shape == (32, 10)
+    assert head.embed(FEATURES).shape == (32, head.weight.shape[1])
+    assert (head.num_classes, head.in_features, len(head.weight)) == (10, 16, 10)
+    assert head.bias is None or head.bias.shape == (10,)
+
+
+def test_the_frame_is_saved_but_never_trained():
+    head = ETFHead(16, 10, seed=5)
+    assert "weight" in head.state_dict()
+    assert "weight" not in dict(head.named_parameters())
+    assert not head.weight.requires_grad
+    assert torch.equal(head.weight, simplex_etf(10, 16, seed=5))
+    before = head.weight.clone()
+    head(FEATURES).square().sum().backward()
+    torch.optim.SGD(head.parameters(), lr=1.0).step()
+    assert torch.equal(head.weight, before)
+
+
+def test_a_loaded_head_has_the_frame_it_was_saved_with():
+    trained, other = ETFHead(16, 10, seed=1), ETFHead(16, 10, seed=2)
+    other.load_state_dict(trained.state_dict())
+    assert torch.equal(other.weight, trained.weight)
+
+
+def test_logits_are_scaled_cosines():
+    head = ETFHead(16, 10, scale=8.0).eval()
+    h = head.embed(FEATURES)
+    assert_close(h.norm(dim=1), torch.ones(32))
+    assert_close(
+        head(FEATURES), 8 * nn.functional.cosine_similarity(h[:, None], head.weight[None], dim=2), rtol=0, atol=1e-5
+    )
+
+
+def test_target_logits_are_the_targets_column_of_the_logits():
+    head = ETFHead(16, 10, scale=3.0).eval()
+    target = torch.arange(32) % 10
+    assert_close(head.target_logits(FEATURES, target), head(FEATURES)[torch.arange(32), target])
+
+
+def test_without_batch_norm_features_after_relu_cannot_reach_negative_cosines_with_it_they_can():
+    positive = FEATURES.relu()
+    plain = ETFHead(16, 10, batch_norm=False).embed(positive)
+    assert (plain @ plain.T).min() >= 0
+    normed = ETFHead(16, 10).embed(positive)
+    assert (normed @ normed.T).min() < -0.2
+
+
+def test_cosines_near_one_keep_their_gradient_under_bfloat16_autocast():
+    head = ETFHead(16, 10, batch_norm=False)
+    w = head.weight[0]
+    other = head.weight[1] - (head.weight[1] @ w) * w
+    h = (0.9985 * w + (1 - 0.9985**2) ** 0.5 * other / other.norm())[None].requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = head(h)[0, 0]
+        loss = (z - 1) ** 2 / 2
+    assert z.dtype == torch.float32
+    assert z.item() == pytest.approx(0.9985, abs=1e-5)
+    loss.backward()
+    assert h.grad.norm() > 1e-5
+
+
+def test_a_learned_scale_is_a_parameter_that_stays_positive():
+    head = ETFHead(16, 10, scale=4.0, learn_scale=True)
+    assert head.scale.item() == pytest.approx(4.0)
+    optimizer = torch.optim.SGD(head.parameters(), lr=10.0)
+    for _ in range(5):
+        head(FEATURES).pow(2).mean().backward()
+        optimizer.step()
+    assert 0 < head.scale.item() != pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(("projection_dim", "linear"), [(9, True), (16, True), (40, False)])
+def test_projection_is_linear_up_to_the_features_width_and_non_linear_above(projection_dim, linear):
+    head = ETFHead(16, 10, projection_dim=projection_dim)
+    assert head.weight.shape == (10, projection_dim)
+    assert isinstance(head.projection, nn.Linear) is linear
+
+
+def test_more_classes_than_dimensions_fit_behind_a_projection_or_on_a_sphere_code():
+    with pytest.raises(UserError, match=r"K = 20 .*d = 16"):
+        ETFHead(16, 20)
+    assert ETFHead(16, 20, projection_dim=19).weight.shape == (20, 19)
+    cosines = ETFHead(16, 20, code="sphere").weight
+    assert (cosines @ cosines.T - 2 * torch.eye(20)).max() < 1e-6
+
+
+def test_a_non_linear_projection_reaches_a_rank_that_a_linear_map_cannot():
+    projected = ETFHead(4, 20, projection_dim=30).projection(torch.randn(200, 4))
+    assert torch.linalg.matrix_rank(projected - projected.mean(0)) > 4
+
+
+def test_baselines_can_take_the_embedding_of_the_etf_head():
+    etf = ETFHead(16, 10)
+    linear = LinearHead(16, 10, feature_batch_norm=True, feature_normalize=True)
+    cosine = CosineHead(16, 10, feature_batch_norm=True)
+    for head in (linear, cosine):
+        assert_close(head.embed(FEATURES), etf.embed(FEATURES))
+
+
+def test_linear_head_is_torchs_linear_layer():
+    torch.manual_seed(1)
+    head = LinearHead(16, 10)
+    torch.manual_seed(1)
+    linear = nn.Linear(16, 10)
+    assert_close(head(FEATURES), linear(FEATURES), rtol=0, atol=0)
+    assert LinearHead(16, 10, use_bias=False).bias is None
+
+
+@pytest.mark.parametrize("bad", [{"scale": 0.0}, {"scale": -1.0}, {"code": "cube"}])
+def test_etf_head_names_the_bad_argument(bad):
+    with pytest.raises(UserError, match=next(iter(bad))):
+        ETFHead(16, 10, **bad)
