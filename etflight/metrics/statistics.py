@@ -1,0 +1,359 @@
+"""One-pass, mergeable class statistics from which every neural-collapse measure follows."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from etflight.errors import UserError
+
+
+class Moments(NamedTuple):
+    """Class statistics of one set of features, all on the metric's device.
+
+    Attributes:
+        counts: `[K]` int64, samples per class.
+        means: `[K, d]` float64, class means; rows of classes without samples are NaN.
+        variances: `[K]` float64, mean squared distance of a class's samples to their mean, `tr Σ_k` (divided by n, not n - 1). 0 for
+            a class with one sample, NaN without samples; a negative rounding residue is set to 0.
+        within: `[d, d]` float64, the pooled within-class covariance `Σ_W`, or None when the scatter was not collected.
+            `(1/N) Σ_i (h_i - μ_y)(h_i - μ_y)ᵀ`, or the same with weights `1/n_y`, that sum to one, when `class_weighted`.
+        class_weighted: whether every class weighs the same in `within`, whatever its number of samples.
+    """
+
+    counts: Tensor
+    means: Tensor
+    variances: Tensor
+    within: Tensor | None
+    class_weighted: bool
+
+
+class ClassStatistics(Metric):
+    r"""Counts, means, variances and within-class scatter of labelled features, in one pass and without cancellation.
+
+    Each class has an anchor `a_k`, its first sample or, after `set_anchors`, its mean of the last epoch. The states are sums of
+    differences to the anchors, as small as the classes are tight: `n_k`, `s_k = Σ (h - a_k)`, `q_k = Σ ‖h - a_k‖²` and
+    `Q = Σ (h - a_y)(h - a_y)ᵀ`. With `δ = s/n` the mean is `a + δ` and `Σ_W = (Q - Σ n_k δ_k δ_kᵀ)/N`. NC1 of float32
+    features is right to 1e-7 (1e-5 with `scatter_dtype=torch.float32`) down to 1e-13, where a raw `HᵀH` has no digit left.
+
+    States with different anchors add after moving one to the anchors of the other, `D = a - a'`: `s' = s + nD`,
+    `Q' = Q + sᵀD + Dᵀs + Dᵀdiag(n)D`, `q' = q + 2⟨s, D⟩ + n‖D‖²`. Ranks first agree on the common class means as anchors, then
+    all-reduce the sums: memory and traffic do not grow with the number of ranks. `dist_sync_fn` is not used.
+
+    `update` does not wait for the device, records no gradient and ignores autocast, TF32 and other reduced float32 matrix products.
+    Casting a module that holds the metric (`.half()`, `.to(torch.bfloat16)`) moves the states but keeps their precision.
+
+    Args:
+        num_classes: K >= 2.
+        feature_dim: d >= 1.
+        scatter: collect `Q` (`[d, d]`), which NC1 and the spectrum of `Σ_W` need; without it `Moments.within` is None.
+        scatter_dtype: float64 or float32, precision of `Q` and of the class sums `s`; counts and `q` are always float64.
+        class_counts: `[K]` samples per class that the pass will see. Given, `Σ_W` is class-weighted: a sample of class y weighs `1/n_y`
+            instead of 1, relative to the sum of weights. It has to be known beforehand: one pass cannot re-weight a pooled scatter.
+        kwargs: those of `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: sizes, dtype or class counts that cannot be; in `update`, features that are not floating `[B, d]` or labels
+            that are not integer `[B]`; in `compute`, labels outside `[0, K)`, naming their number (`update` only counts
+            them, since looking would wait for the device), or samples of a class whose given count is zero.
+
+    Source:
+        Youngs & Cramer 1971 and Chan, Golub & LeVeque 1983 for shifted one-pass variances and their merging.
+
+    Example:
+        >>> statistics = ClassStatistics(num_classes=2, feature_dim=2)
+        >>> statistics.update(torch.tensor([[0.0, 1.0], [2.0, 1.0], [5.0, 5.0]]), torch.tensor([0, 0, 1]))
+        >>> moments = statistics.compute()
+        >>> moments.counts.tolist(), moments.means.tolist(), moments.variances.tolist()
+        ([2, 1], [[1.0, 1.0], [5.0, 5.0]], [1.0, 0.0])
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    # Row K of every per-class state takes the samples with labels outside [0, K) and is never read, except its count.
+    anchor: Tensor  # [K + 1, d] float32: an anchor need not be exact, only close, and differences to it are exact
+    anchored: Tensor  # [K + 1] bool
+    count: Tensor  # [K + 1] float64
+    shift: Tensor  # [K + 1, d], s
+    square: Tensor  # [K + 1] float64, q
+    outer: Tensor  # [d, d], Q
+    _class_weight: Tensor | None
+
+    def __init__(
+        self,
+        num_classes: int,
+        feature_dim: int,
+        *,
+        scatter: bool = True,
+        scatter_dtype: torch.dtype = torch.float64,
+        class_counts: Tensor | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if num_classes < 2 or feature_dim < 1:
+            raise ValueError(f"needs num_classes >= 2 and feature_dim >= 1, got {num_classes} and {feature_dim}")
+        if scatter_dtype not in (torch.float64, torch.float32):
+            raise ValueError(f"scatter_dtype is torch.float64 or torch.float32, got {scatter_dtype}")
+        self.num_classes = num_classes
+        self.feature_dim = feature_dim
+        self.scatter = scatter
+        self.scatter_dtype = scatter_dtype
+        rows = num_classes + 1
+        self._add_zeros("anchor", (rows, feature_dim), torch.float32, None)
+        self._add_zeros("anchored", (rows,), torch.bool, None)
+        self._add_zeros("count", (rows,), torch.float64, "sum")
+        self._add_zeros("shift", (rows, feature_dim), scatter_dtype, "sum")
+        self._add_zeros("square", (rows,), torch.float64, "sum")
+        if scatter:
+            self._add_zeros("outer", (feature_dim, feature_dim), scatter_dtype, "sum")
+        self.register_buffer("_class_weight", self._weights(class_counts), persistent=False)
+
+    def _add_zeros(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, reduction: str | None) -> None:
+        zero = torch.zeros((), dtype=dtype)
+        self.add_state(name, zero.expand(shape), dist_reduce_fx=reduction)
+        self._defaults[name] = zero.expand(shape)  # reset() clones it: no second copy of [K, d] is kept
+
+    def _weights(self, class_counts: Tensor | Sequence[int] | None) -> Tensor | None:
+        if class_counts is None:
+            return None
+        counts = torch.as_tensor(class_counts).detach().to(device=self.device, dtype=torch.float64)
+        if counts.shape != (self.num_classes,) or not bool((counts >= 0).all()) or not bool((counts > 0).any()):
+            raise ValueError(f"class_counts must be {self.num_classes} non-negative numbers, not all zero")
+        weights = torch.where(counts > 0, counts.mean() / counts, 0.0)
+        return torch.cat([weights, weights.new_zeros(1)])
+
+    @torch.no_grad()
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            features: `[B, d]`, any floating dtype.
+            labels: `[B]`, integer, in `[0, K)`.
+        """
+        if features.ndim != 2 or features.shape[1] != self.feature_dim or not features.is_floating_point():
+            raise ValueError(f"features must be floating [B, {self.feature_dim}], got {_describe(features)}")
+        if labels.shape != features.shape[:1] or labels.dtype not in _INTEGERS:
+            raise ValueError(f"labels must be integer [{features.shape[0]}], got {_describe(labels)}")
+        self._own_states()
+        with _no_autocast(features.device):
+            # -1 % (K + 1) is K: everything outside [0, K) lands in the spare row.
+            rows = labels.long().clamp(-1, self.num_classes).remainder(self.num_classes + 1)
+            # A sample of a class that has an anchor is written to the spare row instead: no mask, no wait.
+            known = self.anchored.index_select(0, rows)
+            self.anchor.index_copy_(0, rows.masked_fill(known, self.num_classes), features.to(torch.float32))
+            self.anchored.index_fill_(0, rows, True)
+            difference = features.to(torch.promote_types(features.dtype, self.scatter_dtype))
+            difference = (difference - self.anchor.index_select(0, rows)).to(self.scatter_dtype)
+            squares = torch.linalg.vector_norm(difference, dim=1).to(torch.float64).square_()
+            self.count.index_add_(0, rows, torch.ones_like(squares))
+            self.shift.index_add_(0, rows, difference)
+            self.square.index_add_(0, rows, squares)
+            if self.scatter:
+                if self._class_weight is not None:
+                    root = self._class_weight.index_select(0, rows).sqrt_().to(self.scatter_dtype)
+                    difference = difference * root[:, None]
+                with _full_float32(difference):
+                    self.outer.addmm_(difference.T, difference)
+
+    @torch.no_grad()
+    def compute(self) -> Moments:
+        """The statistics of everything seen, on all ranks together.
+
+        Returns:
+            Moments, see there for shapes and for what becomes of classes without samples.
+
+        Raises:
+            ValueError: labels outside `[0, K)` were seen, or samples of a class whose given count is zero.
+        """
+        K = self.num_classes
+        with _no_autocast(self.count.device):
+            outside = int(self.count[K])
+            if outside:
+                raise UserError(f"{outside} labels lie outside [0, {K}): is num_classes right?")
+            count, anchored = self.count[:K], self.count[:K] > 0
+            weight = torch.ones_like(count) if self._class_weight is None else self._class_weight[:K]
+            if bool((anchored & (weight == 0)).any()):
+                raise UserError("samples were seen of a class that class_counts says is empty")
+            delta = self.shift[:K].to(torch.float64) / count.clamp(min=1)[:, None]
+            variances = (self.square[:K] / count - delta.square().sum(1)).clamp(min=0)  # 0/0 is NaN, as promised
+            within = None
+            if self.scatter:
+                weighted = weight * count
+                within = self.outer.to(torch.float64) - (weighted[:, None] * delta).T @ delta
+                within = within / weighted.sum()
+            means = torch.where(anchored[:, None], self.anchor[:K] + delta, torch.nan)
+        return Moments(count.to(torch.int64), means, variances, within, self._class_weight is not None)
+
+    @torch.no_grad()
+    def set_anchors(self, means: Tensor) -> None:
+        """Use these anchors, exactly equivalent but closer to the samples to come, such as the class means of the last epoch.
+
+        Call it at any time, usually after `reset`, on every rank or only on some. A row that is not finite, as that of a class without
+        samples is in `Moments.means`, leaves its class as it is.
+
+        Args:
+            means: `[K, d]`.
+
+        Raises:
+            ValueError: another shape.
+        """
+        if means.shape != (self.num_classes, self.feature_dim):
+            raise ValueError(f"means must be [{self.num_classes}, {self.feature_dim}], got {_describe(means)}")
+        self._own_states()
+        spare = self.anchor[self.num_classes :]
+        anchors = torch.cat([means.detach().to(spare), spare])
+        self._move(anchors, torch.isfinite(anchors).all(1))
+
+    def _move(self, anchors: Tensor, valid: Tensor) -> None:
+        """Express the states by `anchors` where `valid`."""
+        anchors = torch.where(valid[:, None], anchors, self.anchor)
+        moved = self._moved(self.metric_state, anchors)
+        for name, value in moved.items():
+            setattr(self, name, value)
+        self.anchor = anchors
+        self.anchored = self.anchored | valid
+
+    def _moved(self, state: dict[str, Any], anchors: Tensor) -> dict[str, Tensor]:
+        """The sums of `state` about `anchors` instead of its own."""
+        dtype = self.scatter_dtype
+        with _no_autocast(anchors.device):
+            D = torch.where(state["anchored"][:, None], state["anchor"].to(dtype) - anchors.to(dtype), 0.0)
+            nD = state["count"].to(dtype)[:, None] * D
+            half = state["shift"] + 0.5 * nD
+            moved = {
+                "shift": state["shift"] + nD,
+                "square": state["square"] + 2 * (half * D).sum(1, dtype=torch.float64),
+            }
+            if self.scatter:
+                if self._class_weight is not None:
+                    half = half * self._class_weight.to(dtype)[:, None]
+                with _full_float32(D):
+                    cross = half.T @ D
+                moved["outer"] = state["outer"] + cross + cross.T
+        return moved
+
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        """Add another state, whatever its anchors; what `forward` and `merge_state` call."""
+        missing = sorted(set(self._defaults) - set(incoming_state))
+        if missing:
+            raise ValueError(f"the incoming state lacks {', '.join(missing)}")
+        with torch.no_grad():
+            incoming = {name: incoming_state[name].to(self.device) for name in self._defaults}
+            self._move(incoming["anchor"], incoming["anchored"] & ~self.anchored)
+            incoming |= self._moved(incoming, self.anchor)
+            for name in self._defaults:
+                if name not in ("anchor", "anchored"):
+                    setattr(self, name, getattr(self, name) + incoming[name])
+        self._computed = None
+        self._update_count = max(self._update_count, 1)
+
+    def merge_state(self, incoming_state: "dict[str, Any] | Metric") -> None:
+        """Add the samples another instance has seen; see `torchmetrics.Metric.merge_state`.
+
+        Raises:
+            ValueError: the other instance weighs classes differently, or its state has other parts.
+        """
+        if isinstance(incoming_state, ClassStatistics):
+            ours, theirs = self._class_weight, incoming_state._class_weight
+            if (ours is None) != (theirs is None) or (
+                ours is not None and theirs is not None and not torch.equal(ours, theirs.to(ours.device))
+            ):
+                raise ValueError("statistics with different class_counts do not add")
+        super().merge_state(incoming_state)
+
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
+    ) -> None:
+        """Replace the states by their sum over ranks, by all-reduces only."""
+        group = process_group or self.process_group
+        with torch.no_grad():
+            total = self.count.clone()
+            dist.all_reduce(total, group=group)
+            # The common anchors are the class means over all ranks: a sum of every rank's part in them.
+            share = (self.count / total.clamp(min=1)).to(self.scatter_dtype)[:, None]
+            anchors = self.shift / total.clamp(min=1).to(self.scatter_dtype)[:, None]
+            anchors += share * self.anchor
+            dist.all_reduce(anchors, group=group)
+            self._move(anchors.to(torch.float32), total > 0)
+            del anchors
+            self.count = total
+            for name in ("shift", "square", "outer") if self.scatter else ("shift", "square"):
+                state = getattr(self, name).contiguous()
+                dist.all_reduce(state, group=group)
+                setattr(self, name, state)
+
+    def _own_states(self) -> None:
+        """Copy states made under `torch.inference_mode` once we are outside: they refuse in-place updates there."""
+        if self.count.is_inference() and not torch.is_inference_mode_enabled():
+            for name in self._defaults:
+                setattr(self, name, getattr(self, name).clone())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Copies: torchmetrics would keep the checkpoint's own tensors, on the checkpoint's device, and update them in place.
+        found = {name: state_dict[prefix + name] for name in self._defaults if prefix + name in state_dict}
+        for name, value in found.items():
+            mine = getattr(self, name)
+            if value.shape != mine.shape:
+                error_msgs = args[-1]
+                error_msgs.append(f"{prefix}{name} is {list(value.shape)} in the state and {list(mine.shape)} here")
+                return
+        own = {name: getattr(self, name) for name in found}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        for name, mine in own.items():
+            setattr(self, name, torch.empty_like(mine).copy_(found[name]))
+        if found:
+            self._computed = None
+            self._update_count = max(self._update_count, 1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        module: nn.Module = super()._apply(keep_precision, exclude_state)
+        return module
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _no_autocast(device: torch.device) -> Any:
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+@contextmanager
+def _full_float32(operand: Tensor) -> Iterator[None]:
+    """Switch TF32 and bfloat16 matrix products of float32 operands off, on GPU and CPU, and back as they were."""
+    if operand.dtype != torch.float32:
+        yield
+        return
+    # torch 2.9 made the setting one per backend; its older spelling fails once a user has touched the new one.
+    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    if all(hasattr(backend, "fp32_precision") for backend in backends):
+        before = [backend.fp32_precision for backend in backends]
+        try:
+            for backend in backends:
+                backend.fp32_precision = "ieee"
+            yield
+        finally:
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision
+    else:
+        legacy = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            torch.set_float32_matmul_precision(legacy)
