@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
+from etflight.data.loader import TrainLoader
 from etflight.data.profiles import Profile, fingerprint, long_tailed_subset, training_counts
 from etflight.data.sampler import ImbalancedSampler, ShardSampler, resolve_policy, world
 from etflight.data.sources import Batch, ImageSource, ImageSplit
@@ -248,7 +249,10 @@ class ImageDataModule(LightningDataModule, ABC):
             rank=rank,
         )
         full = self.batch_size * world_size
-        return self._loader(data, sampler, drop_last=len(data) >= full and 0 < len(data) % full < 2 * world_size)
+        drop_last = len(data) >= full and 0 < len(data) % full < 2 * world_size
+        loader = TrainLoader(data, sampler=sampler, drop_last=drop_last, **self._loading())
+        loader.trainer = self.trainer
+        return loader
 
     def eval_dataloader(self, split: Split) -> DataLoader[Batch]:
         """Every image of a split exactly once over all ranks, in order, for `eval_transform` alone.
@@ -257,7 +261,7 @@ class ImageDataModule(LightningDataModule, ABC):
             UserError: There are fewer images than ranks.
         """
         data = self.split(split)
-        return self._loader(data, ShardSampler(data, *self._world()))
+        return DataLoader(data, sampler=ShardSampler(data, *self._world()), **self._loading())
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The validation images, or the watched test set."""
@@ -318,19 +322,15 @@ class ImageDataModule(LightningDataModule, ABC):
     def _world(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else world()
 
-    def _loader(
-        self, data: ImageSplit, sampler: ImbalancedSampler | ShardSampler, drop_last: bool = False
-    ) -> DataLoader[Batch]:
-        return DataLoader(
-            data,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            drop_last=drop_last,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=_as_it_is,
-        )
+    def _loading(self) -> dict[str, Any]:
+        """What all loaders share."""
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "collate_fn": _as_it_is,
+        }
 
 
 def _as_it_is(batch: Any) -> Any:

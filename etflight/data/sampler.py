@@ -101,6 +101,7 @@ class ImbalancedSampler(_Sharded):
             raise UserError(f"the progressive sampler needs the number of epochs, got num_epochs={num_epochs}")
         super().__init__(flat, flat.size if num_samples is None else num_samples, num_replicas, rank, seed)
         self.num_epochs = num_epochs
+        self.skip = 0  # images of this rank that a resumed epoch has had already
         self.beta = beta
         self._counts = np.unique(flat, return_counts=True)[1]
         self._by_class = np.split(np.argsort(flat, kind="stable"), np.cumsum(self._counts)[:-1])
@@ -141,7 +142,7 @@ class ImbalancedSampler(_Sharded):
         return out
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.draw()[self.rank :: self.num_replicas].tolist())
+        return iter(self.draw()[self.rank :: self.num_replicas][self.skip :].tolist())
 
 
 class ShardSampler(_Sharded):

@@ -1,0 +1,39 @@
+"""The training loader, which a resumed run continues within an epoch."""
+
+from collections.abc import Iterator
+
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
+
+from etflight.data.sampler import ImbalancedSampler
+from etflight.data.sources import Batch
+
+
+class TrainLoader(DataLoader[Batch]):
+    """A DataLoader whose place in the epoch is part of a checkpoint, through Lightning's `state_dict` protocol.
+
+    `__iter__` is a generator because Lightning calls `iter()` before it tells the sampler the epoch: with workers, a
+    plain DataLoader has by then fetched images of epoch 0. The sampler skips what was served, so nothing is decoded
+    twice.
+    """
+
+    trainer: Trainer | None = None
+    _served = 0
+    _resume_at = 0
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        self._served, self._resume_at = self._resume_at, 0
+        if isinstance(self.sampler, ImbalancedSampler) and self.batch_size is not None:
+            self.sampler.skip = self._served * self.batch_size
+        for batch in super().__iter__():
+            self._served += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Batches of this epoch that were served; 0 once it is over, be it cut short by `limit_train_batches`."""
+        length = len(self) if self.trainer is None else min(len(self), int(self.trainer.num_training_batches))
+        return {"served": self._served % max(length, 1)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the next epoch start after the batches that were served."""
+        self._resume_at = state["served"]
