@@ -92,7 +92,7 @@ def training_counts(
 
     def refuse(classes: Indices, problem: str) -> UserError:
         k = int(classes[0])
-        others = f" (and {len(classes) - 1} more classes)" if len(classes) > 1 else ""
+        others = f" (and {len(classes) - 1} more)" if len(classes) > 1 else ""
         return UserError(f"class {k} ({names[k]}){others} {problem}")
 
     if (empty := np.flatnonzero(has == 0)).size:

@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+
+from etflight.data import ArrayImages
+from etflight.errors import UserError
+
+
+def test_classes_come_from_the_training_labels(arrays):
+    data = ArrayImages(arrays())
+    assert (data.num_classes, data.num_channels, data.class_names) == (3, 3, ["0", "1", "2"])
+
+
+def test_class_names_of_the_file_are_used(arrays):
+    data = ArrayImages(arrays(class_names=np.array(["cat", "dog", "cow"])))
+    assert (data.num_classes, data.class_names) == (3, ["cat", "dog", "cow"])
+
+
+def test_grey_images_have_one_channel(arrays):
+    grey = {name: np.full((n, 2, 4), n, np.uint8) for name, n in (("train_images", 70), ("test_images", 13))}
+    data = ArrayImages(arrays(**grey))
+    assert data.num_channels == 1
+    assert data.split("test")[0][0].shape == (1, 2, 4)
+
+
+def test_labels_may_be_a_column(arrays):
+    path = arrays()
+    labels = {name: np.load(path)[name][:, None].astype(np.uint8) for name in ("train_labels", "test_labels")}
+    assert ArrayImages(arrays(**labels)).class_counts.tolist() == [40, 20, 10]
+
+
+def test_a_compressed_file_is_read_too(arrays, tmp_path):
+    plain = arrays()
+    np.savez_compressed(tmp_path / "small.npz", **np.load(plain))
+    one, other = ArrayImages(plain), ArrayImages(str(tmp_path / "small.npz"))
+    assert other.num_channels == 3
+    assert np.array_equal(one.split("train").source.pixels, other.split("train").source.pixels)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"test_images": None, "test_labels": None},
+            "missing test_images, test_labels; it holds train_images, train_labe",
+        ),
+        ({"train_images": np.zeros((70, 2, 4), np.float32)}, r"train_images is float32 of shape \[70, 2, 4\]"),
+        ({"train_images": np.zeros((70, 8), np.uint8)}, r"train_images is uint8 of shape \[70, 8\]"),
+        ({"train_images": np.zeros((69, 2, 4), np.uint8)}, "train has 69 images but 70 labels"),
+        ({"train_labels": np.zeros(70, np.float64)}, r"train_labels is float64 of shape \[70\]"),
+        ({"train_labels": np.zeros((70, 2), int)}, r"train_labels is int64 of shape \[70, 2\]"),
+        ({"train_labels": np.array([object()] * 70)}, "train_labels cannot be read"),
+        ({"train_images": np.array([None] * 70)}, "train_images cannot be read"),
+        ({"val_images": np.zeros((2, 2, 4), np.uint8)}, "missing val_labels; it holds"),
+        ({"train_images": np.zeros((0, 2, 4), np.uint8), "train_labels": np.zeros(0, int)}, "has 0 class"),
+    ],
+)
+def test_a_malformed_file_is_refused_in_one_line(arrays, changes, message):
+    path = arrays(**changes)
+    with pytest.raises(UserError, match=message) as caught:
+        ArrayImages(path).setup()
+    assert path in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_archive_is_refused(tmp_path):
+    path = tmp_path / "text.npz"
+    path.write_text("hello")
+    with pytest.raises(UserError, match="text.npz is no .npz file"):
+        ArrayImages(str(path)).setup("fit")
+
+
+def test_damaged_contents_are_refused(arrays):
+    path = arrays()
+    data = bytearray(open(path, "rb").read())
+    data[1000:1100] = bytes(100)  # within the pixels of train_images
+    open(path, "wb").write(data)
+    with pytest.raises(UserError, match="train_images cannot be read"):
+        ArrayImages(path).setup("fit")
+
+
+def test_several_empty_classes_are_named(arrays):
+    with pytest.raises(UserError, match=r"class 1 \(1\) has no training image"):
+        ArrayImages(arrays(train_labels=np.repeat([0, 2], 35))).setup("fit")

@@ -1,0 +1,360 @@
+import logging
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningModule, Trainer
+
+from etflight.data import ArrayImages, Digits, ImageDataModule, ImbalancedSampler, class_counts
+from etflight.data.profiles import fingerprint, long_tailed_subset
+from etflight.errors import UserError
+
+
+def positions(loader):
+    """What the `arrays` fixture wrote into the pixels: each image's position in its split."""
+    return [int(i) for images, _ in loader for i in images[:, 0, 0, 0]]
+
+
+@pytest.fixture
+def on_rank():
+    """Gives a data module a world size and a rank, as an attached trainer does."""
+
+    def attach(data, world_size, rank):
+        data._world = lambda: (world_size, rank)
+        return data
+
+    return attach
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"imbalance_ratio": 0.01}, "imbalance_ratio is 0.01: .*not its inverse"),
+        ({"imbalance_ratio": float("nan")}, "imbalance_ratio is nan"),
+        ({"profile": "linear"}, "profile is 'linear': give exp, step, none"),
+        ({"max_count": 0}, "max_count is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"val_fraction": 1.0}, "val_fraction is 1.0"),
+        ({"val_fraction": -0.1}, "val_fraction is -0.1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"num_workers": -1}, "num_workers is -1"),
+        ({"crop_padding": -1}, "crop_padding is -1"),
+        ({"mixup": -1.0}, "mixup is -1.0"),
+        ({"cutmix": -1.0}, "cutmix is -1.0"),
+        ({"std": [0.0]}, r"std is \[0.0\]"),
+        ({"std": []}, r"std is \[\]"),
+        ({"sampler": "balanze"}, "did you mean balanced"),
+        ({"profile": [1, 2], "max_count": 3}, "explicit counts: leave out imbalance_ratio and max_count"),
+        ({"profile": [1, 2], "imbalance_ratio": 3.0}, "explicit counts: leave out imbalance_ratio and max_count"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_before_any_file_is_read(options, message):
+    with pytest.raises(UserError, match=message):
+        ArrayImages("nowhere.npz", **options)
+
+
+def test_construction_reads_no_file_and_setup_does():
+    data = ArrayImages("nowhere.npz", imbalance_ratio=10)
+    with pytest.raises(UserError, match=r"nowhere\.npz: no such file"):
+        data.setup("fit")
+
+
+def test_at_ratio_one_the_set_stays_as_it_is(arrays):
+    data = ArrayImages(arrays())
+    data.setup("fit")
+    assert data.class_counts.tolist() == [40, 20, 10]
+    assert data.class_counts.dtype == np.int64
+    assert data.subset_indices.tolist() == list(range(70))
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_the_profile_chooses_by_the_fields_rule(arrays, seed):
+    path = arrays()
+    labels = np.load(path)["train_labels"]
+    data = ArrayImages(path, imbalance_ratio=8, seed=seed)
+    data.setup("fit")
+    assert data.class_counts.tolist() == [40, 14, 5] == class_counts(3, 40, 8).tolist()
+    chosen = long_tailed_subset(labels, [40, 14, 5], seed)
+    assert data.subset_indices.tolist() == chosen.tolist()
+    assert data.fingerprint == fingerprint(chosen)
+    assert positions(data.eval_dataloader("train")) == chosen.tolist()
+
+
+def test_setup_again_keeps_the_splits(arrays):
+    data = ArrayImages(arrays(), imbalance_ratio=8)
+    data.setup("fit")
+    first = data.split("train")
+    data.setup("fit")
+    data.setup()
+    assert data.split("train") is first
+
+
+def test_setup_for_fit_says_once_what_is_trained_on(arrays, caplog):
+    data = ArrayImages(path := arrays(), imbalance_ratio=8)
+    with caplog.at_level(logging.INFO):
+        data.setup("fit")
+        data.setup("fit")
+    lines = [record.message for record in caplog.records if path in record.message]
+    assert lines == [f"ArrayImages {path}: 59 training images, 3 classes, imbalance ratio 8, subset {data.fingerprint}"]
+
+
+def test_a_class_that_cannot_satisfy_the_profile_is_named_with_the_set(arrays):
+    path = arrays(class_names=np.array(["cat", "dog", "cow"]))
+    with pytest.raises(UserError, match=r"set\.npz: class 1 \(dog\) .* has 20 training images, 30 were asked"):
+        ArrayImages(path, max_count=30).setup("fit")
+
+
+def test_validation_is_held_out_per_class_before_the_profile(arrays):
+    data = ArrayImages(path := arrays(), val_fraction=0.04, imbalance_ratio=4)
+    data.setup("fit")
+    assert data.val_is_held_out
+    val = data.split("val")
+    assert val.labels.bincount().tolist() == [2, 1, 1]  # rounded, at least one
+    assert not set(val.indices.tolist()) & set(data.subset_indices.tolist())
+    assert data.class_counts.tolist() == class_counts(3, 38, 4).tolist()
+    again, other = (ArrayImages(path, val_fraction=0.04, seed=seed).split("val").indices for seed in (0, 1))
+    assert torch.equal(val.indices, again)
+    assert not torch.equal(val.indices, other)
+
+
+def test_a_class_that_validation_uses_up_is_named(arrays):
+    labels = np.repeat([0, 1, 2], [60, 9, 1])
+    with pytest.raises(UserError, match=r"class 2 \(2\) has no training image.*val_fraction 0.1 is held out first"):
+        ArrayImages(arrays(train_labels=labels), val_fraction=0.1).setup("fit")
+
+
+def test_without_a_validation_split_the_test_set_is_watched(arrays):
+    data = ArrayImages(arrays())
+    assert not data.val_is_held_out
+    assert positions(data.val_dataloader()) == positions(data.test_dataloader()) == list(range(13))
+
+
+def test_the_sets_own_validation_split_is_used(arrays):
+    images, labels = np.full((4, 2, 4, 3), 9, np.uint8), np.array([0, 1, 2, 0])
+    data = ArrayImages(arrays(val_images=images, val_labels=labels))
+    assert data.val_is_held_out
+    assert positions(data.val_dataloader()) == [9, 9, 9, 9]
+    assert ArrayImages(data.path, val_fraction=0.1).split("val").labels.bincount().tolist() == [4, 2, 1]
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_eval_dataloader_has_every_sample_once_over_all_ranks(arrays, on_rank, split, world_size):
+    path = arrays()
+    parts = []
+    for rank in range(world_size):
+        data = on_rank(ArrayImages(path, imbalance_ratio=4, val_fraction=0.2, batch_size=4), world_size, rank)
+        parts.append(positions(data.eval_dataloader(split)))
+    assert sorted(chain(*parts)) == sorted(data.split(split).indices.tolist())
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_batches_are_contiguous_uint8_and_int64(arrays):
+    images, labels = next(iter(ArrayImages(arrays(), batch_size=4).train_dataloader()))
+    assert (images.shape, images.dtype, labels.shape, labels.dtype) == ((4, 3, 2, 4), torch.uint8, (4,), torch.int64)
+    assert images.is_contiguous()
+
+
+def test_images_keep_their_labels_and_layout(arrays):
+    path = arrays(train_images=np.random.default_rng(1).integers(0, 256, (70, 2, 4, 3), dtype=np.uint8))
+    stored = np.load(path)
+    data = ArrayImages(path, imbalance_ratio=4)
+    images, labels = data.split("train")[3]
+    index = data.subset_indices[3]
+    assert np.array_equal(images.permute(1, 2, 0), stored["train_images"][index])
+    assert labels == stored["train_labels"][index]
+
+
+def test_training_takes_every_image_once_by_default(arrays):
+    assert sorted(positions(ArrayImages(arrays(), batch_size=8).train_dataloader())) == list(range(70))
+
+
+def test_the_sampling_policy_reaches_the_loader(arrays):
+    loader = ArrayImages(arrays(), sampler="0.5", seed=3, batch_size=8).train_dataloader()
+    assert isinstance(loader.sampler, ImbalancedSampler)
+    assert (loader.sampler.policy, loader.sampler.seed) == (0.5, 3)
+    assert positions(loader) == list(loader.sampler)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "world_size", "batches"),
+    [
+        (10, 1, 7),  # 70 = 7 · 10
+        (23, 1, 3),  # a tail of 1 is dropped
+        (17, 1, 5),  # a tail of 2 stays
+        (11, 3, 2),  # a tail of 4: some rank would get one image
+        (16, 3, 2),  # a tail of 22 stays
+        (35, 2, 1),
+        (69, 1, 1),
+        (1000, 3, 1),  # less than a batch: nothing may be dropped
+    ],
+)
+def test_only_a_tail_that_starves_a_rank_is_dropped(arrays, on_rank, batch_size, world_size, batches):
+    path = arrays()
+    for rank in range(world_size):
+        loader = on_rank(ArrayImages(path, batch_size=batch_size), world_size, rank).train_dataloader()
+        sizes = [len(labels) for _, labels in loader]
+        assert len(sizes) == len(loader) == batches
+        assert min(sizes) > 1
+
+
+def test_fewer_training_images_than_ranks_is_refused(arrays, on_rank):
+    with pytest.raises(UserError, match="3 training images for 4 ranks"):
+        on_rank(ArrayImages(arrays(), profile=[1, 1, 1]), 4, 0).train_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [([0, 1, 2, 3], "label 3 of test image 3 is outside 0 … 2"), ([0, -1, 2, 1], "label -1 of test image 1")],
+)
+def test_a_label_outside_the_classes_is_named(arrays, labels, message):
+    data = ArrayImages(arrays(test_images=np.zeros((4, 2, 4), np.uint8), test_labels=np.array(labels)))
+    with pytest.raises(UserError, match=message):
+        data.setup("test")
+
+
+def test_one_class_is_refused(arrays):
+    with pytest.raises(UserError, match="has 1 class: a classifier needs at least two"):
+        ArrayImages(arrays(train_labels=np.zeros(70, int))).setup("fit")
+
+
+def test_an_unknown_split_is_refused(arrays):
+    with pytest.raises(UserError, match="split 'valid' is unknown: give one of train, val, test"):
+        ArrayImages(arrays()).eval_dataloader("valid")
+
+
+def test_a_sample_is_named_by_its_place_in_the_published_split(arrays):
+    data = ArrayImages(arrays(), imbalance_ratio=8)
+    assert data.sample_name("train", 7) == str(data.subset_indices[7])
+    assert data.sample_name("test", 7) == "7"
+
+
+def test_statistics_that_fit_no_channel_count_are_refused(arrays):
+    data = ArrayImages(arrays(), mean=[0.1, 0.2])
+    with pytest.raises(UserError, match="mean has 2 numbers for 3 channels"):
+        data.eval_transform((torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.zeros(1).long()))
+
+
+def test_eval_transform_only_normalises(arrays):
+    data = ArrayImages(arrays(), mean=[0.0, 0.5, 1.0], std=[1.0, 0.5, 2.0], mixup=1.0, crop_padding=2)
+    images, labels = data.eval_transform((torch.full((2, 3, 2, 4), 255, dtype=torch.uint8), torch.tensor([0, 2])))
+    torch.testing.assert_close(images[1, :, 0, 0], torch.tensor([1.0, 1.0, 0.0]))
+    assert labels.tolist() == [0, 2]
+
+
+def test_options_override_the_standard_recipe():
+    standard, own = Digits(), Digits(crop_padding=1, flip=True, mean=[0.0], std=[1.0])
+    assert (standard._augment.crop_padding, standard._augment.flip) == (0, False)
+    assert (own._augment.crop_padding, own._augment.flip, own._augment.mean) == (1, True, (0.0,))
+
+
+def test_options_reach_the_module_from_the_command_line(arrays):
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(ImageDataModule, "data")
+    path = arrays()
+    arguments = ["--data", "ArrayImages", "--data.path", path, "--data.imbalance_ratio", "4", "--data.sampler", "0.5"]
+    config = parser.parse_args([*arguments, "--data.flip", "true", "--data.val_fraction", "0.1"])
+    again = parser.parse_string(parser.dump(config))
+    data = parser.instantiate(again).data
+    assert isinstance(data, ArrayImages)
+    assert (data.path, data.imbalance_ratio, data.sampler, data.flip) == (path, 4.0, "0.5", True)
+    explicit = parser.parse_args(["--data", "ArrayImages", "--data.path", path, "--data.profile", "[5, 4, 3]"])
+    assert parser.instantiate(explicit).data.class_counts.tolist() == [5, 4, 3]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--data", "ArrayImages", "--data.path", path, "--data.profile", "linear"])
+
+
+class Recorder(LightningModule):
+    """Records the batches it is given; optionally stops in the middle of an epoch."""
+
+    def __init__(self, stop_at=None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.stop_at = stop_at
+        self.steps, self.evaluated = [], []
+
+    def training_step(self, batch, batch_idx):
+        self.steps.append((self.global_step, [tensor.clone() for tensor in batch]))
+        if self.global_step + 1 == self.stop_at:
+            self.trainer.should_stop = True
+        return self.weight
+
+    def validation_step(self, batch, batch_idx):
+        self.evaluated.append(batch)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.global_step == self.stop_at:
+            self.trainer.save_checkpoint(self.trainer.default_root_dir + "/middle.ckpt")
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fit(data, root, model=None, ckpt_path=None, **options):
+    model = model or Recorder()
+    trainer = Trainer(
+        default_root_dir=root,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"max_epochs": 3, "num_sanity_val_steps": 0, **options},
+    )
+    trainer.fit(model, data, ckpt_path=ckpt_path)
+    return model
+
+
+def test_training_batches_are_augmented_by_step_and_validation_only_normalised(arrays, tmp_path):
+    data = ArrayImages(path := arrays(), batch_size=32, crop_padding=2, flip=True, mixup=1.0, sampler="balanced")
+    model = fit(data, tmp_path)
+    fresh = ArrayImages(path, batch_size=32, crop_padding=2, flip=True, mixup=1.0, sampler="balanced")
+    loader = fresh.train_dataloader()
+    expected = []
+    for epoch in range(3):
+        loader.sampler.set_epoch(epoch)
+        expected += list(loader)
+    assert [step for step, _ in model.steps] == list(range(9))
+    for (step, seen), batch in zip(model.steps, expected, strict=True):
+        for one, other in zip(seen, fresh.train_transform(batch, step, 0), strict=True):
+            assert torch.equal(one, other)
+    for seen, batch in zip(model.evaluated[:1], fresh.val_dataloader(), strict=True):
+        assert torch.equal(seen[0], fresh.eval_transform(batch)[0])
+
+
+@pytest.mark.parametrize("limit", [1.0, 2])
+@pytest.mark.parametrize(("num_workers", "stop_at"), [(0, 2), (0, 4), (0, 5), (1, 5)])
+def test_a_run_resumed_within_an_epoch_sees_the_batches_it_would_have_seen(
+    arrays, tmp_path, num_workers, stop_at, limit
+):
+    path = arrays()
+
+    def data():
+        return ArrayImages(path, batch_size=24, mixup=1.0, sampler="sqrt", num_workers=num_workers)
+
+    options = {"limit_train_batches": limit, "limit_val_batches": 0, "max_epochs": 4}
+    whole = fit(data(), tmp_path, **options)
+    fit(data(), tmp_path, Recorder(stop_at), **options)
+    resumed = fit(data(), tmp_path, ckpt_path=tmp_path / "middle.ckpt", **options)
+    assert [step for step, _ in resumed.steps] == list(range(stop_at, len(whole.steps)))
+    for (_, seen), (_, expected) in zip(resumed.steps, whole.steps[stop_at:], strict=True):
+        assert torch.equal(seen[0], expected[0])
+        assert torch.equal(seen[1], expected[1])
+
+
+def test_workers_deliver_the_same_batches(arrays):
+    path = arrays()
+    one, other = (list(ArrayImages(path, num_workers=n, batch_size=16).train_dataloader()) for n in (0, 2))
+    for (images, labels), (same_images, same_labels) in zip(one, other, strict=True):
+        assert torch.equal(images, same_images)
+        assert torch.equal(labels, same_labels)
+
+
+def test_progressive_sampling_takes_its_epochs_from_the_trainer(arrays, tmp_path):
+    data = ArrayImages(arrays(), sampler="progressive")
+    with pytest.raises(UserError, match="number of epochs"):
+        data.train_dataloader()
+    fit(data, tmp_path, max_epochs=2)
+    assert data.trainer.train_dataloader.sampler.num_epochs == 2

@@ -1,0 +1,154 @@
+import time
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from etflight.data import ImbalancedSampler
+from etflight.data.sampler import ShardSampler
+from etflight.errors import UserError
+
+COUNTS = np.array([400, 100, 30, 10])
+LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(4), COUNTS))
+
+
+def share(weights):
+    return np.asarray(weights, dtype=float) / np.sum(weights)
+
+
+EXPECTED = {
+    "sqrt": share(COUNTS**0.5),
+    "balanced": share(np.ones(4)),
+    "effective": share([n * (1 - 0.9) / (1 - 0.9**n) for n in COUNTS.tolist()]),
+    "reverse": share(400 / COUNTS),
+    0.3: share(COUNTS**0.3),
+    "0.3": share(COUNTS**0.3),
+    "-1": share(1 / COUNTS),
+    1.0: share(COUNTS),
+}
+
+
+@pytest.mark.parametrize("policy", EXPECTED, ids=repr)
+def test_classes_are_drawn_with_the_policys_probabilities(policy):
+    draws = 200_000
+    sampler = ImbalancedSampler(LABELS, policy, beta=0.9, num_samples=draws)
+    np.testing.assert_allclose(sampler.probabilities(), EXPECTED[policy], rtol=1e-12)
+    seen = np.bincount(LABELS[list(sampler)], minlength=4)
+    chi_square = ((seen - draws * EXPECTED[policy]) ** 2 / (draws * EXPECTED[policy])).sum()
+    assert chi_square < 16.3  # 0.999 quantile, three degrees of freedom
+
+
+def test_effective_lies_between_instance_and_balanced():
+    instance, balanced = (ImbalancedSampler(LABELS, "effective", beta=b).probabilities() for b in (0, 1 - 1e-12))
+    np.testing.assert_allclose(instance, share(COUNTS))
+    np.testing.assert_allclose(balanced, share(np.ones(4)), rtol=1e-3)
+
+
+def test_progressive_goes_from_instance_to_balanced():
+    sampler = ImbalancedSampler(LABELS, "progressive", num_epochs=5)
+    for epoch, t in enumerate([0, 0.25, 0.5, 0.75, 1.0]):
+        sampler.set_epoch(epoch)
+        np.testing.assert_allclose(sampler.probabilities(), (1 - t) * share(COUNTS) + t / 4)
+
+
+def test_progressive_over_one_epoch_is_instance():
+    sampler = ImbalancedSampler(LABELS, "progressive", num_epochs=1)
+    np.testing.assert_allclose(sampler.probabilities(), share(COUNTS))
+
+
+def test_instance_is_a_permutation_that_changes_with_the_epoch():
+    sampler = ImbalancedSampler(LABELS, "instance")
+    first = list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert sorted(first) == sorted(second) == list(range(len(LABELS)))
+    assert first != second != list(range(len(LABELS)))
+
+
+def test_no_image_comes_again_before_all_others_of_its_class():
+    drawn = np.array(list(ImbalancedSampler(LABELS, "balanced", num_samples=2000)))
+    for k in range(4):
+        walked = drawn[LABELS[drawn] == k]
+        passes = [walked[i : i + COUNTS[k]] for i in range(0, len(walked), COUNTS[k])]
+        assert all(len(set(one)) == len(one) for one in passes)
+        assert all(one.tolist() != other.tolist() for one, other in pairwise(passes))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=40),
+    st.sampled_from(["instance", "balanced", "reverse", 0.7]),
+    st.integers(1, 7),
+    st.integers(1, 60),
+    st.integers(0, 9),
+)
+def test_ranks_together_draw_exactly_what_one_process_draws(labels, policy, world_size, num_samples, epoch):
+    alone = ImbalancedSampler(labels, policy, num_samples=num_samples, num_replicas=1, rank=0)
+    alone.set_epoch(epoch)
+    draw = list(alone)
+    for rank in range(world_size):
+        shard = ImbalancedSampler(labels, policy, num_samples=num_samples, num_replicas=world_size, rank=rank)
+        shard.set_epoch(epoch)
+        assert list(shard) == draw[rank::world_size]
+        assert len(shard) == len(draw[rank::world_size])
+    assert len(draw) == num_samples
+
+
+def test_the_draw_is_a_function_of_seed_and_epoch_alone():
+    def draw(seed, epoch):
+        sampler = ImbalancedSampler(LABELS, "balanced", seed=seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    again = ImbalancedSampler(LABELS, "balanced", seed=3)
+    for epoch in range(3):  # earlier epochs leave no trace
+        again.set_epoch(epoch)
+        walked = list(again)
+    assert walked == draw(3, 2)
+    assert len({tuple(draw(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+def test_labels_may_have_gaps():
+    assert set(ImbalancedSampler([7, 2, 7], "balanced", num_samples=50)) == {0, 1, 2}
+
+
+def test_a_million_images_take_a_moment():
+    labels = np.repeat(np.arange(1000), 1280)
+    sampler = ImbalancedSampler(labels, "balanced")
+    start = time.process_time()
+    sampler.draw()
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((LABELS, "balance"), {}, "did you mean balanced"),
+        ((LABELS, "zzz"), {}, "instance, sqrt, balanced, effective, progressive, reverse, or an exponent"),
+        ((LABELS, "nan"), {}, "finite"),
+        ((LABELS, "progressive"), {}, "number of epochs"),
+        ((LABELS, "progressive"), {"num_epochs": -1}, "number of epochs"),
+        ((LABELS, "effective"), {"beta": 1.0}, "beta"),
+        ((LABELS,), {"num_samples": 0}, "num_samples"),
+        ((LABELS,), {"seed": -1}, "seed"),
+        ((LABELS,), {"num_replicas": 2, "rank": 2}, "rank is 2"),
+        (([],), {}, "no labels"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(arguments, options, message):
+    with pytest.raises(UserError, match=message):
+        ImbalancedSampler(*arguments, **options)
+
+
+@given(st.integers(1, 8), st.integers(8, 40))
+def test_shards_hold_every_image_once_without_padding(world_size, length):
+    shards = [ShardSampler(range(length), world_size, rank) for rank in range(world_size)]
+    assert sorted(i for shard in shards for i in shard) == list(range(length))
+    assert [len(shard) for shard in shards] == [len(list(shard)) for shard in shards]
+
+
+def test_fewer_images_than_ranks_is_refused():
+    with pytest.raises(UserError, match="2 images cannot be shared by 3 ranks"):
+        ShardSampler(range(2), 3, 0)
