@@ -71,8 +71,8 @@ class ArrayImages(ImageDataModule):
             raise UserError(
                 f"{self.path}: {split} has {len(images)} images but {len(labels)} labels: give one per image"
             )
-        pixels = torch.from_numpy(images.reshape(*images.shape[:3], -1)).permute(0, 3, 1, 2)
-        return ArraySource(pixels, torch.from_numpy(labels.astype(np.int64)))
+        pixels = torch.from_numpy(images[..., None] if images.ndim == 3 else images).permute(0, 3, 1, 2)
+        return ArraySource(pixels, torch.from_numpy(labels))
 
     @cached_property
     def _members(self) -> list[str]:
@@ -103,10 +103,10 @@ class ArrayImages(ImageDataModule):
             reason = str(error).splitlines()[0]
             raise UserError(f"{self.path}: {name} cannot be read ({reason}): store plain arrays of numbers") from None
 
-    def _labels(self, split: Split) -> NDArray[np.generic]:
+    def _labels(self, split: Split) -> NDArray[np.int64]:
         labels = self._array(f"{split}_labels")
         if labels.dtype.kind not in "iu" or labels.ndim not in (1, 2) or (labels.ndim == 2 and labels.shape[1] != 1):
             raise UserError(
                 f"{self.path}: {split}_labels is {labels.dtype} of shape {list(labels.shape)}: give integers [N] or [N, 1]"
             )
-        return labels.reshape(-1)
+        return labels.reshape(-1).astype(np.int64)

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.v2.functional import center_crop, resize, to_dtype  # type: ignore[attr-defined]
+from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize  # type: ignore[attr-defined]
 
 from etflight.errors import UserError
 
@@ -70,11 +70,13 @@ class FileSource(ImageSource):
         """
         path = self.paths[index]
         try:
-            image = decode_image(path, mode=ImageReadMode.RGB)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path} cannot be read as an image ({reason}): replace it or remove it") from None
-        image = to_dtype(image, torch.uint8, scale=True)  # 16-bit PNGs come as uint16
+            with Image.open(path) as file:
+                # Pillow's own conversion of 16-bit grey clips at 255.
+                deep = file.mode.startswith("I")
+                picture = Image.fromarray((np.asarray(file) // 257).astype(np.uint8)) if deep else file
+                image = pil_to_tensor(picture.convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: what Pillow raises for a broken PNG
+            raise UserError(f"{path} cannot be read as an image ({error}): replace it or remove it") from None
         return center_crop(resize(image, [self.size], antialias=True), [self.size, self.size])
 
     def images(self, indices: Tensor) -> Tensor:

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -65,15 +67,15 @@ def test_a_malformed_file_is_refused_in_one_line(arrays, changes, message):
 def test_a_file_that_is_no_archive_is_refused(tmp_path):
     path = tmp_path / "text.npz"
     path.write_text("hello")
-    with pytest.raises(UserError, match="text.npz is no .npz file"):
+    with pytest.raises(UserError, match=r"text\.npz is no \.npz file"):
         ArrayImages(str(path)).setup("fit")
 
 
 def test_damaged_contents_are_refused(arrays):
     path = arrays()
-    data = bytearray(open(path, "rb").read())
+    data = bytearray(Path(path).read_bytes())
     data[1000:1100] = bytes(100)  # within the pixels of train_images
-    open(path, "wb").write(data)
+    Path(path).write_bytes(data)
     with pytest.raises(UserError, match="train_images cannot be read"):
         ArrayImages(path).setup("fit")
 

@@ -175,7 +175,8 @@ def test_the_python_version_gives_the_same_images_as_torchvision(tmp_path, monke
 @pytest.mark.parametrize("set_class", [FashionMNIST, CIFAR10, CIFAR100])
 def test_only_download_downloads(clothes, tmp_path, monkeypatch, set_class):
     calls = []
-    monkeypatch.setattr(set_class, "published", lambda *args, **kwargs: calls.append((args, kwargs)))
+    published = staticmethod(lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(set_class, "published", published)
     set_class(str(tmp_path)).prepare_data()
     assert calls == []
     set_class(str(tmp_path), download=True).prepare_data()
