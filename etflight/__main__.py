@@ -3,8 +3,11 @@
 import os
 import re
 import sys
+from importlib import import_module
 
 from etflight._version import __version__
+
+COMMANDS = ("report",)  # what is not a stage of the Trainer: etflight/commands/<name>.py, imported only when asked for
 
 
 def run() -> int:
@@ -18,9 +21,10 @@ def run() -> int:
         return 0
     sys.path.insert(0, os.getcwd())  # a user's own head or data set in a module of the current folder
     try:
-        from etflight.cli import main
-
-        main()
+        if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+            import_module(f"etflight.commands.{sys.argv[1]}").main(sys.argv[2:])
+        else:
+            import_module("etflight.cli").main()
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -143,7 +143,8 @@ class Classifier(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Calibrated probabilities `[B, K]`."""
-        return (self(batch[0]).float() / self.temperature).softmax(dim=1)
+        logits: Tensor = self(batch[0])
+        return (logits.float() / self.temperature).softmax(dim=1)
 
     def _step(self, batch: Batch, stage: str) -> tuple[Tensor, Tensor]:
         images, target = batch
@@ -256,9 +257,10 @@ class Classifier(LightningModule):
         if self.hparams["lr_scheduler"] is None:
             return cast(Optimizer, optimizer)
         make = self._build("lr_scheduler")
-        if "total_epochs" in inspect.signature(make).parameters and "total_epochs" not in make.keywords:
-            make.keywords["total_epochs"] = self.trainer.max_epochs
-        schedule = make(optimizer)
+        arguments = {}
+        if "total_epochs" in inspect.signature(make).parameters and make.keywords.get("total_epochs") is None:
+            arguments["total_epochs"] = self.trainer.max_epochs
+        schedule = make(optimizer, **arguments)
         monitor = {"monitor": "val/loss"} if isinstance(schedule, ReduceLROnPlateau) else {}
         return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, **monitor}})
 

@@ -76,7 +76,7 @@ class EtflightCLI(LightningCLI):
         stage = argv[0] if argv and argv[0] in self._subcommand_parsers else None
         checkpoint = self._find_checkpoint(argv[1:], stage) if stage else None
         if stage is None or checkpoint is None:
-            super().parse_arguments(parser, argv)
+            self.config = parser.parse_args(argv)
             return
         content = read_checkpoint(checkpoint)
         self.resume_step = int(content.get("global_step", 0))
@@ -89,7 +89,7 @@ class EtflightCLI(LightningCLI):
             if n in PLUGGABLE and v is not None and not is_known(describe(v, n), PLUGGABLE[n])
         }
         self._default_model(stage, {name: value for name, value in saved.items() if name not in missing})
-        super().parse_arguments(parser, argv)
+        self.config = parser.parse_args(argv)
         if missing:  # parsing imported the classes that the user named; the checkpoint's own arguments can be read now
             chosen = {name: (self._get(self.config, f"model.{name}") or {}).get("class_path") for name in missing}
             for name, spec in missing.items():
@@ -100,7 +100,7 @@ class EtflightCLI(LightningCLI):
                         f"checkpoint {checkpoint} needs {spec['class_path']} as its {name}: "
                         f"name it, so that it is imported (--model.{name} {spec['class_path']})"
                     )
-            super().parse_arguments(parser, argv)
+            self.config = parser.parse_args(argv)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: `parse_arguments` has done it, in the order that lets the command line win."""

@@ -1,6 +1,6 @@
 """Optimizer and learning-rate schedules of the field's protocols, composed from torch's own.
 
-A schedule that takes `total_epochs` gets the trainer's `max_epochs` unless it is given.
+`Classifier` gives the trainer's `max_epochs` to a schedule that takes `total_epochs` and was given none.
 """
 
 from collections.abc import Sequence
@@ -42,12 +42,14 @@ class WarmupCosine(SequentialLR):
 
     Args:
         optimizer: whose learning rate it is.
-        total_epochs: length of training; the trainer's `max_epochs` when used through `Classifier`.
+        total_epochs: length of training; None only where `Classifier` puts the trainer's `max_epochs`.
         warmup_epochs: length of the warm-up; 0 or 1 for none.
     """
 
-    def __init__(self, optimizer: Optimizer, total_epochs: int, warmup_epochs: int = 5) -> None:
+    def __init__(self, optimizer: Optimizer, total_epochs: int | None = None, warmup_epochs: int = 5) -> None:
         warmup = _warmup(optimizer, warmup_epochs)
+        if total_epochs is None:
+            raise UserError("WarmupCosine: give total_epochs, the length of training")
         if total_epochs <= warmup_epochs:
             raise UserError(
                 f"WarmupCosine: {total_epochs} epochs leave none after a warm-up of {warmup_epochs}: set warmup_epochs lower"

@@ -1,0 +1,63 @@
+"""`etflight report RUN…`: the test results of runs side by side."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from etflight.errors import UserError
+
+COLUMNS = {
+    "acc": "accuracy",
+    "acc_macro": "mean of classes",
+    "acc_many": "many",
+    "acc_medium": "medium",
+    "acc_few": "few",
+    "ece": "ECE",
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print one row per run: accuracies in per cent and where its files lie.
+
+    Args:
+        argv: run folders that hold a `test_metrics.json`.
+
+    Raises:
+        UserError: a folder without test results.
+    """
+    parser = argparse.ArgumentParser(prog="etflight report", description="Print the test results of runs side by side.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, such as runs/digits/ce")
+    runs: list[Path] = parser.parse_args(argv).runs
+    table = Table(title="Test results in per cent (many > 100, medium 20-100, few < 20 training images)")
+    table.add_column("run")
+    table.add_column("seed", justify="right")
+    for title in COLUMNS.values():
+        table.add_column(title, justify="right")
+    for run in runs:
+        metrics, facts = _read(run / "test_metrics.json"), _read(run / "run.json")
+        cells = [f"{100 * metrics[key]:.1f}" if (key := f"test/{name}") in metrics else "-" for name in COLUMNS]
+        table.add_row(str(run), str(facts.get("seed", "?")), *cells)
+    # into a file, where no terminal says how wide it is, nothing may be cut
+    console = Console()
+    console = console if console.is_terminal else Console(width=120)
+    console.print(table)
+    console.print(
+        "One run per row. Each folder has config.yaml, run.json, metrics.csv, per_class.csv and checkpoints/.",
+        style="dim",
+    )
+
+
+def _read(path: Path) -> dict[str, float | str]:
+    if not path.is_file():
+        raise UserError(
+            f"{path} does not exist: is {path.parent} a run folder, and has it been tested (etflight test)?"
+        )
+    try:
+        content: dict[str, float | str] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not whole ({error}): test the run again") from error
+    return content
