@@ -142,7 +142,11 @@ def _without_null(rows: Tensor, null: Tensor) -> Tensor:
 def _factor(reduced: Tensor) -> _Between:
     wide = reduced.shape[0] <= reduced.shape[1]
     q, r = torch.linalg.qr(reduced.T if wide else reduced)
-    return _Between(reduced, q, r, torch.linalg.svdvals(r))
+    finite = bool(
+        r.isfinite().all()
+    )  # a diverged network is to be shown as NaN, not to end its training with a LAPACK error
+    singular: Tensor = torch.linalg.svdvals(r) if finite else r.new_full((len(r),), math.nan)
+    return _Between(reduced, q, r, singular)
 
 
 def _rank(singular: Tensor, shape: torch.Size) -> int:
@@ -152,6 +156,8 @@ def _rank(singular: Tensor, shape: torch.Size) -> int:
 def _root_pinv(between: _Between) -> Tensor:
     """`X` with `(AᵀA)⁺ = X Xᵀ`."""
     reduced, q, r, singular = between
+    if bool(singular.isnan().any()):
+        return torch.full_like(reduced.T, math.nan)
     rank = _rank(singular, reduced.shape)
     if rank < len(singular):  # coinciding or dependent centres
         _, kept, right = torch.linalg.svd(reduced, full_matrices=False)
@@ -823,7 +829,10 @@ def spectrum(stats: Moments, *, of: Literal["means", "within"] = "means", global
         if stats.within is None:
             raise ValueError("the spectrum of Σ_W needs the scatter: collect it with ClassStatistics(scatter=True)")
         d = stats.means.shape[1]
-        eigenvalues: Tensor = torch.linalg.eigvalsh(stats.within.reshape(d, d))
+        within = stats.within.reshape(d, d)
+        if not bool(within.isfinite().all()):
+            return within.new_full((d,), math.nan)
+        eigenvalues: Tensor = torch.linalg.eigvalsh(within)
         return eigenvalues.flip(0).clamp(min=0)
     if of != "means":
         raise ValueError(f'of is "means" or "within", got {of!r}')

@@ -1,0 +1,139 @@
+"""Neural collapse the slow way: NumPy, float64, two passes, pseudo-inverses and double loops. Shares no code with etflight."""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+
+def two_pass(features, labels, num_classes, *, class_weighted=False):
+    h, y = np.asarray(features, dtype=np.float64), np.asarray(labels)
+    d = h.shape[1]
+    counts = np.array([(y == k).sum() for k in range(num_classes)])
+    means = np.full((num_classes, d), np.nan)
+    scatters = np.zeros((num_classes, d, d))
+    for k in range(num_classes):
+        if counts[k]:
+            means[k] = h[y == k].mean(0)
+            centred = h[y == k] - means[k]
+            scatters[k] = centred.T @ centred / counts[k]
+    present = counts > 0
+    share = np.where(present, 1 / present.sum(), 0) if class_weighted else counts / counts.sum()
+    variances = np.where(present, np.trace(scatters, axis1=1, axis2=2), np.nan)
+    return SimpleNamespace(
+        counts=counts,
+        means=means,
+        variances=variances,
+        within=np.einsum("k,kij->ij", share, scatters),
+        present=present,
+        K=int(present.sum()),
+    )
+
+
+def centred(o, global_mean="class"):
+    m, n = o.means[o.present], o.counts[o.present]
+    return m - (m.mean(0) if global_mean == "class" else np.average(m, axis=0, weights=n))
+
+
+def vectors(o, weight, center=True):
+    w = np.asarray(weight, dtype=np.float64)[o.present]
+    return w - w.mean(0) if center else w
+
+
+def variances(o, correction=0):
+    v, n = o.variances[o.present], o.counts[o.present]
+    kept = n > correction
+    return v[kept] * n[kept] / (n[kept] - correction), kept
+
+
+def nc1(o, divide_by_classes=True, global_mean="class", correction=0):
+    m = centred(o, global_mean)
+    between = m.T @ m / o.K
+    n = o.counts.sum()
+    within = o.within * n / (n - correction * o.K)
+    trace = np.trace(within @ np.linalg.pinv(between, rcond=1e-11, hermitian=True))
+    return trace / o.K if divide_by_classes else trace
+
+
+def nc1_ratio(o, weighting="class", divide_by_classes=False, global_mean="class", correction=0):
+    v, kept = variances(o, correction)
+    weights = None if weighting == "class" else o.counts[o.present][kept]
+    m = centred(o, global_mean)
+    ratio = np.average(v, weights=weights) / np.trace(m.T @ m / o.K)
+    return ratio / o.K if divide_by_classes else ratio
+
+
+def nc1_per_class(o, global_mean="class"):
+    m = centred(o, global_mean)
+    return o.variances / np.trace(m.T @ m / o.K)
+
+
+def cdnv(o, exponent=2, correction=0):
+    v, kept = variances(o, correction)
+    m = o.means[o.present][kept]
+    values = [
+        (v[i] + v[j]) / (2 * np.linalg.norm(m[i] - m[j]) ** exponent)
+        for i in range(len(m))
+        for j in range(len(m))
+        if i != j
+    ]
+    return np.mean(values)
+
+
+def equinorm(rows, correction=0):
+    norms = np.linalg.norm(rows, axis=1)
+    return norms.std(ddof=correction) / norms.mean()
+
+
+def cosines(left, right):
+    return np.array(
+        [
+            left[i] @ right[j] / np.linalg.norm(left[i]) / np.linalg.norm(right[j])
+            for i in range(len(left))
+            for j in range(len(right))
+            if i != j
+        ]
+    )
+
+
+def equiangularity(rows, deviation="etf"):
+    c = cosines(rows, rows)
+    return np.abs(c + 1 / (len(rows) - 1)).mean() if deviation == "etf" else c.std()
+
+
+def etf_distance(rows):
+    """By Procrustes on an explicit frame: the nearest of all rotations of one simplex."""
+    K, d = rows.shape
+    if K > d + 1:
+        return np.nan
+    frame = np.linalg.qr(np.eye(K) - 1 / K)[0][:, : K - 1]  # orthonormal columns, orthogonal to the ones vector
+    u, _, vt = np.linalg.svd(frame.T @ (rows - rows.mean(0)), full_matrices=False)
+    nearest = frame @ u @ vt
+    unit = (rows - rows.mean(0)) / np.linalg.norm(rows - rows.mean(0))
+    return np.linalg.norm(unit - nearest / np.linalg.norm(nearest)) ** 2
+
+
+def alignments(m, w):
+    return np.array([a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(m, w, strict=True)])
+
+
+def nc3(m, w):
+    return np.linalg.norm(m / np.linalg.norm(m) - w / np.linalg.norm(w)) ** 2
+
+
+def structure_error(left, right):
+    K = len(left)
+    gram = left @ right.T
+    return np.linalg.norm(gram / np.linalg.norm(gram) - (np.eye(K) - np.ones((K, K)) / K) / np.sqrt(K - 1))
+
+
+def nearest_centre(o, features):
+    h = np.asarray(features, dtype=np.float64)
+    distances = np.linalg.norm(h[:, None] - o.means[None], axis=2)
+    return np.nanargmin(distances, axis=1)
+
+
+def effective_rank(matrix):
+    s = np.linalg.svd(matrix, compute_uv=False)
+    p = s / s.sum()
+    p = p[p > 1e-14]
+    return np.exp(-(p * np.log(p)).sum())
