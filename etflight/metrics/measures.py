@@ -271,12 +271,13 @@ def nc1_ratio(
     Source:
         The matrices of Papyan, Han & Donoho 2020.
     """
-    variances = _variances(stats, correction)
+    kept = stats.counts > correction
+    variances = _variances(stats, correction)[kept]
     if weighting == "sample":
-        weights = torch.where(variances.isnan(), 0.0, stats.counts.to(torch.float64))
-        within = (variances.nan_to_num(0.0) * weights).sum() / weights.sum()
+        weights = stats.counts[kept].to(torch.float64)
+        within = (variances * weights).sum() / weights.sum()
     elif weighting == "class":
-        within = variances.nanmean()
+        within = variances.mean()
     else:
         raise ValueError(f'weighting is "class" or "sample", got {weighting!r}')
     ratio = within / _between_trace(stats, global_mean)
@@ -303,9 +304,8 @@ def cdnv(stats: Moments, *, exponent: int = 2, correction: int = 0, tile: int = 
     """
     if exponent not in (1, 2):
         raise ValueError(f"exponent is 1 or 2, got {exponent}")
-    variances = _variances(stats, correction)
-    kept = ~variances.isnan()
-    variances, means = variances[kept], stats.means[kept]
+    kept = stats.counts > correction
+    variances, means = _variances(stats, correction)[kept], stats.means[kept]
     K = len(means)
     if K < 2:
         return _nan(stats)
