@@ -203,15 +203,23 @@ _STAGES = {
 
 
 def summarise(message: str) -> str:
-    """One line from the parser's many: the innermost reason, with near matches for a class that does not exist."""
-    unknown = re.search(
-        r"(?:Import path|class_path|Unable to import|not found|No module named)[^'\"]*['\"]([\w.]+)['\"]", message
-    )
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    head = " ".join(lines[:2]) if len(lines) > 1 else lines[0]
-    if unknown is None:
-        return head[:500]
-    return f"{head[:400]}{near_matches(unknown.group(1))}"
+    """One line from the parser's many: the key, the reason, the value; near matches for a class that does not exist."""
+    found = re.search(r'Parser key "([^"]+)"', message)
+    key = f"--{found.group(1)}: " if found else ""
+    unknown = re.search(r"Expected a path but (\S+) either", message)
+    if unknown:
+        name = unknown.group(1)
+        reason = re.search(r"No module named '[^']+'|module '[^']+' has no attribute '[^']+'", message)
+        return f"{key}nothing is called {name!r}{f' ({reason.group()})' if reason else ''}{near_matches(name)}"
+    given = re.search(r"Given value: (.*)", message)
+    lines = [line.strip(" -") for line in message.splitlines()]
+    reasons = [
+        line
+        for line in lines
+        if line and not re.match(r"Parser key|Subtypes|Errors|Given value|Does not validate", line)
+    ]
+    reason_line = " or ".join(dict.fromkeys(reasons)).replace("<class '", "").replace("'>", "")
+    return f"{key}{reason_line[:400]}{f', got {given.group(1)}' if given else ''}"
 
 
 def near_matches(name: str) -> str:

@@ -1,5 +1,6 @@
 """The data module that every image set shares: subset, sampler, loaders and batch transforms."""
 
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,7 +38,8 @@ class ImageDataModule(LightningDataModule, ABC):
         profile: How counts fall from class to class, or the counts themselves, one per class.
         max_count: Images of the largest class; None: the largest that every class can satisfy, and at ratio 1 the set
             as it is.
-        seed: Chooses the subset, the order of the images and their augmentation.
+        seed: Chooses the subset. The order of the images and their augmentation follow the run's own seed
+            (`seed_everything`), so that runs over several seeds share their images; this one where none was set.
         sampler: Class-sampling policy (instance, sqrt, balanced, effective, progressive, reverse) or an exponent q
             of p ∝ n^q; None: instance, every image once.
         val_fraction: Part of each class's training images held out for validation, before the profile; 0: the set's
@@ -244,7 +246,7 @@ class ImageDataModule(LightningDataModule, ABC):
             data.labels.numpy(),
             "instance" if self.sampler is None else self.sampler,
             num_epochs=self.trainer.max_epochs if self.trainer is not None else None,
-            seed=self.seed,
+            seed=self._run_seed,
             num_replicas=world_size,
             rank=rank,
         )
@@ -316,8 +318,12 @@ class ImageDataModule(LightningDataModule, ABC):
             flip=self.standard_flip if self.flip is None else self.flip,
             mixup=self.mixup,
             cutmix=self.cutmix,
-            seed=self.seed,
+            seed=self._run_seed,
         )
+
+    @property
+    def _run_seed(self) -> int:
+        return int(os.environ.get("PL_GLOBAL_SEED", self.seed))  # where Lightning's seed_everything puts it
 
     def _world(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else world()
