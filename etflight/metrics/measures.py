@@ -193,6 +193,14 @@ def nc1(
 
     Source:
         Zhu et al. 2021, arXiv 2105.02375 (with 1/K); Papyan, Han & Donoho 2020 (without, sample-weighted).
+
+    Example:
+        >>> from etflight.metrics import ClassStatistics
+        >>> statistics = ClassStatistics(num_classes=2, feature_dim=2)
+        >>> features = torch.tensor([[0.9, 0.0], [1.1, 0.0], [-1.0, 0.1], [-1.0, -0.1]])
+        >>> statistics.update(features, torch.tensor([0, 0, 1, 1]))
+        >>> round(nc1(statistics.compute()).item(), 6)
+        0.0025
     """
     if stats.within is None:
         raise ValueError("nc1 needs the scatter: collect it with ClassStatistics(scatter=True)")

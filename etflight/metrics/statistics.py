@@ -128,7 +128,6 @@ class ClassStatistics(Metric):
         weights = torch.where(counts > 0, counts.mean() / counts, 0.0)
         return torch.cat([weights, weights.new_zeros(1)])
 
-    @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch.
 
@@ -141,30 +140,30 @@ class ClassStatistics(Metric):
         if labels.shape != features.shape[:1] or labels.dtype not in _INTEGERS:
             raise ValueError(f"labels must be integer [{features.shape[0]}], got {_describe(labels)}")
         self._own_states()
-        with _no_autocast(features.device):
-            # -1 % (K + 1) is K: everything outside [0, K) lands in the spare row.
-            rows = labels.long().clamp(-1, self.num_classes).remainder(self.num_classes + 1)
-            # A sample of a class that has an anchor is written to the spare row instead: no mask, no wait.
-            known = self.anchored.index_select(0, rows)
-            self.anchor.index_copy_(0, rows.masked_fill(known, self.num_classes), features.to(torch.float32))
-            self.anchored.index_fill_(0, rows, True)
-            work = torch.promote_types(features.dtype, self.scatter_dtype)
-            difference = self.anchor.index_select(0, rows).to(work)
-            difference = torch.sub(features.to(work), difference, out=difference).to(self.scatter_dtype)
-            squares = torch.linalg.vector_norm(difference, dim=1).to(torch.float64).square_()
-            self.count.index_add_(0, rows, torch.ones_like(squares))
-            self.shift.index_add_(0, rows, difference)
-            self.square.index_add_(0, rows, squares)
-            if self.scatter:
-                if self._class_weight is not None:
-                    root = self._class_weight.index_select(0, rows).sqrt_().to(self.scatter_dtype)
-                    difference = difference * root[:, None]
-                # Only blocks that meet the upper triangle: 5/8 of the products. `compute` mirrors it.
-                width = max(128, -(-self.feature_dim // 4))
-                with _full_float32(difference):
-                    for start in range(0, self.feature_dim, width):
-                        block = self.outer[start : start + width, start:]
-                        block.addmm_(difference[:, start : start + width].T, difference[:, start:])
+        features = features.detach()
+        # -1 % (K + 1) is K: everything outside [0, K) lands in the spare row.
+        rows = labels.long().clamp(-1, self.num_classes).remainder(self.num_classes + 1)
+        # A sample of a class that has an anchor is written to the spare row instead: no mask, no wait.
+        known = self.anchored.index_select(0, rows)
+        self.anchor.index_copy_(0, rows.masked_fill(known, self.num_classes), features.to(torch.float32))
+        self.anchored.index_fill_(0, rows, True)
+        work = torch.promote_types(features.dtype, self.scatter_dtype)
+        difference = self.anchor.index_select(0, rows).to(work)
+        difference = torch.sub(features.to(work), difference, out=difference).to(self.scatter_dtype)
+        self.shift.index_add_(0, rows, difference)
+        squares = torch.linalg.vector_norm(difference, dim=1).to(torch.float64).square_()
+        self.square.index_add_(0, rows, squares)
+        self.count.index_add_(0, rows, squares.new_ones(()).expand_as(squares))
+        if self.scatter:
+            if self._class_weight is not None:
+                root = self._class_weight.index_select(0, rows).sqrt_().to(self.scatter_dtype)
+                difference = difference * root[:, None]
+            # Only blocks that meet the upper triangle: 5/8 of the products. `compute` mirrors it.
+            width = max(128, -(-self.feature_dim // 4))
+            with _no_autocast(features.device), _full_float32(difference):
+                for start in range(0, self.feature_dim, width):
+                    block = self.outer[start : start + width, start:]
+                    block.addmm_(difference[:, start : start + width].T, difference[:, start:])
 
     @torch.no_grad()
     def compute(self) -> Moments:
