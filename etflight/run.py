@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -140,6 +141,14 @@ class MetricsCSV(Logger):
             writer.writeheader()
             writer.writerows(rows)
         os.replace(partial, self._path)
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Where a run keeps its files: the folder of its `metrics.csv`, or else the trainer's root."""
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsCSV):
+            return Path(logger.save_dir)
+    return Path(trainer.default_root_dir)
 
 
 def _commit() -> str | None:

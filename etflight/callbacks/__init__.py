@@ -1,1 +1,5 @@
 """Lightning callbacks."""
+
+from etflight.callbacks.monitor import NeuralCollapseMonitor
+
+__all__ = ["NeuralCollapseMonitor"]

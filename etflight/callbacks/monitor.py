@@ -1,0 +1,660 @@
+"""Neural collapse, measured while a model trains."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from etflight.callbacks.embedding_source import HEAD, Caught, EmbeddingSource, Space, frozen_modes
+from etflight.data.sampler import ShardSampler
+from etflight.errors import UserError
+from etflight.metrics import ClassStatistics, Moments, measures
+from etflight.run import run_folder
+
+_KEEP_BYTES = 2**30  # embeddings kept in host memory for `nc/train/nc4`
+_ANCHOR_BYTES = 2**26  # anchors that go into a checkpoint; they only spare rounding
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class NeuralCollapseMonitor(Callback):
+    """Measures neural collapse each epoch: `nc/train/nc1`, `nc/train/alignment`, …, `nc/val/nc4`.
+
+    The names after `nc/<split>/` are those of `measures.summary`, a standard deviation as `…_std`, and `nc4`; what is undefined is NaN,
+    and `missing_classes`, `single_sample_classes` count the classes that make it so. They are in `trainer.callback_metrics`, in
+    every logger, and in `history` in full precision.
+
+    - **train**: one extra forward over the training set, each sample exactly once on any number of processes, in evaluation mode, not
+      augmented and not re-sampled: just before validation, or at the end of an epoch without one. `limit_train_batches` limits the
+      training, not this sweep (`fast_dev_run` limits both). Validation within an epoch is measured too.
+    - **val**: the validation loop's own forward (of its first loader), no extra one. `nc/val/nc4` compares with the centres of the sweep.
+    - **online**: the training forwards themselves, no sweep: `nc/train_online/…`. These embeddings are *stale*, each from the weights
+      of its step, with the batch's BatchNorm and augmentation; batches whose labels are probabilities (mixup) are left out.
+    - before the first step: a sweep, logged at step 0.
+
+    Under `WeightAveraging` (EMA) the averaged weights are measured, wherever that callback stands in the list, but online, which sees
+    the current ones; `measured_weights` says which. On several processes the sweep runs the model itself, without DDP, with rank
+    0's buffers. Models whose parameters are sharded are not supported.
+
+    Args:
+        every_n_epochs: measure epochs n, 2n, …, and the last.
+        splits: of "train" and "val".
+        space: "embedding": what meets the class vectors, `head.embed(features)` for an `etflight.Head`, the input for any other
+            module. "backbone": the head's input, under `nc_raw/…`; without the measures that need class vectors for an `etflight.Head`.
+        head: name of the submodule with `weight` `[K, d]`, and perhaps `bias`.
+        train_dataloader: whose data set the sweep reads, in order, in batches of the same size; None takes
+            `eval_dataloader("train")` of the data module. Its batches are `(inputs, labels, …)`; `model(inputs)` runs the head.
+        online: measure the training forwards instead of a sweep.
+        layers: further submodules, of the model or of its backbone ("layer1"), or indices of timm's `forward_intermediates` (one more
+            forward, in the sweep only), averaged over places and logged as `nc_<layer>/…`, without class vectors.
+        snapshots: embeddings kept per class and sweep, the first of each class in the data's order, float16, in
+            `<run folder>/snapshots/epoch_XXX.npz` with `labels`, `indices`, `epoch` and `weight`; XXX counts finished epochs.
+        before_training: whether to sweep before the first step.
+        spectra: whether to measure `effective_rank` and `effective_rank_within`, whose eigenvalues cost O(d³).
+
+    Attributes:
+        epochs: finished epochs at each measurement, 0 before training; a fraction for a validation within an epoch.
+        history: log name to the values at `epochs`, NaN where it was not measured. In checkpoints, as are the anchors.
+        latest: split ("train", "val", "train_online") to its last class statistics, on the CPU.
+        latest_layers: layer to the same.
+        latest_weight: class vectors `[K, d]` of the last measurement, on the CPU.
+        latest_bias: `[K]`, or None.
+        measured_weights: "averaged" or "current".
+
+    Raises:
+        UserError: an option that cannot be, a model without that head or layer, or no way to the training images.
+
+    Example:
+        In any LightningModule whose `forward(images)` goes through `self.fc`:
+
+        >>> from etflight.callbacks import NeuralCollapseMonitor
+        >>> monitor = NeuralCollapseMonitor(head="fc", train_dataloader=DataLoader([(torch.zeros(3), 0)]))
+        >>> trainer = Trainer(callbacks=[monitor], accelerator="cpu", logger=False, enable_checkpointing=False)
+
+        In a plain PyTorch loop, the statistics and the measures do without it:
+
+        >>> from etflight.metrics import ClassStatistics, measures
+        >>> body, fc = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+        >>> loader = DataLoader([(torch.randn(3), i % 2) for i in range(8)], batch_size=4)
+        >>> statistics = ClassStatistics(num_classes=2, feature_dim=4)
+        >>> with torch.no_grad():
+        ...     for inputs, labels in loader:
+        ...         statistics.update(body(inputs), labels)
+        >>> values = measures.summary(statistics.compute(), fc.weight, fc.bias)
+        >>> sorted(values)[:3]
+        ['alignment', 'alignment_std', 'cdnv']
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int = 1,
+        splits: Sequence[Literal["train", "val"]] = ("train", "val"),
+        space: Space = "embedding",
+        head: str = "head",
+        train_dataloader: DataLoader | None = None,  # type: ignore[type-arg]  # the command line's parser takes no generics here
+        online: bool = False,
+        layers: Sequence[str | int] = (),
+        snapshots: int = 0,
+        before_training: bool = True,
+        spectra: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, holds, rule in (
+            ("every_n_epochs", every_n_epochs >= 1, "give 1 or more"),
+            ("splits", len(splits) > 0 and set(splits) <= {"train", "val"}, 'give "train", "val", or both'),
+            ("space", space in ("embedding", "backbone"), 'give "embedding" or "backbone"'),
+            ("snapshots", snapshots >= 0, "give 0 (none) or more per class"),
+        ):
+            if not holds:
+                raise UserError(f"NeuralCollapseMonitor: {name} is {locals()[name]!r}: {rule}")
+        self.every_n_epochs = every_n_epochs
+        self.splits = tuple(splits)
+        self.space = space
+        self.head = head
+        self.train_dataloader = train_dataloader
+        self.online = online
+        self.layers = tuple(layers)
+        self.snapshots = snapshots
+        self.before_training = before_training
+        self.spectra = spectra
+
+        self.epochs: list[float] = []
+        self.history: dict[str, list[float]] = {}
+        self.latest: dict[str, Moments] = {}
+        self.latest_layers: dict[str, dict[str, Moments]] = {str(layer): {} for layer in layers}
+        self.latest_weight: Tensor | None = None
+        self.latest_bias: Tensor | None = None
+        self.measured_weights: Literal["averaged", "current"] = "current"
+
+        self._anchors: dict[str, Tensor] = {}
+        self._measured_epoch = -1
+        self._source: EmbeddingSource | None = None
+        self._loader: DataLoader[Any] | None = None
+        self._online: _Pass | None = None
+        self._val: _Pass | None = None
+        self._val_agrees: Tensor | None = None
+        self._centres: Moments | None = None
+        self._awaits_sweep = False
+        self._values: dict[str, float] = {}
+        self._told: set[str] = set()
+
+    # --- when --------------------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the head, the layers and the training images, or say at once what is missing."""
+        self._source = EmbeddingSource(pl_module, self.head, self.space, self.layers)
+        self._loader = self._val = self._online = None
+        if not self._sweeps:
+            return
+        if self.train_dataloader is None and not hasattr(_data_module(trainer), "eval_dataloader"):
+            raise UserError(
+                "NeuralCollapseMonitor needs the training images without augmentation: give train_dataloader=, or a data "
+                'module with eval_dataloader("train")'
+            )
+        if not is_overridden("forward", pl_module, LightningModule):
+            raise UserError(
+                f"NeuralCollapseMonitor calls {type(pl_module).__name__}'s forward(inputs), which it does not define"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the untrained model, at step 0."""
+        if trainer.global_step > 0 or not (self._sweeps and self.before_training):
+            return
+        self._sweep(trainer, pl_module, 0.0)
+        values = self._publish(0.0)
+        for logger in trainer.loggers:
+            logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=0)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Get ready for a sweep, which waits for the first batch: by then every callback has swapped its weights in."""
+        self._awaits_sweep = self._measures(trainer) and not trainer.sanity_checking
+        self._val = None
+        if self._awaits_sweep and "val" in self.splits:
+            self._val = self._new_pass(trainer, "val")
+            self._val_agrees = torch.zeros(2, dtype=torch.float64, device=self._val.device)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Sweep before the first batch, then catch the validation loop's own forward."""
+        if self._awaits_sweep:
+            self._before_validation(trainer, pl_module)
+        if self._val is not None and dataloader_idx == 0:
+            self._found().attach()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add the batch."""
+        if self._val is None or dataloader_idx != 0:
+            return
+        labels = _hard_labels(batch, "validation")
+        caught = self._found().take(len(labels))
+        self._found().detach()
+        self._val.add(caught.features, labels)
+        if self._centres is not None and caught.decision is not None and self._val_agrees is not None:
+            features = caught.features[HEAD].to(self._val.device)
+            nearest = measures.nearest_centre(features, self._centres)
+            agreeing = (nearest == caught.decision.to(nearest.device)).sum()
+            self._val_agrees += torch.stack([agreeing, torch.full_like(agreeing, len(nearest))])
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the sweep and the validation pass."""
+        if self._awaits_sweep:  # this process saw no validation batch
+            self._before_validation(trainer, pl_module)
+        if self._val is not None:
+            with _plain_tensors():
+                self._finish(self._val, "val")
+                if self._centres is not None and self._val_agrees is not None:
+                    self._values[f"{self._group(HEAD)}/val/nc4"] = self._share(trainer, self._val_agrees)
+            self._val = None
+        self._centres = None
+        if self._values:
+            self._measured_epoch = trainer.current_epoch
+            pl_module.log_dict(self._publish(trainer.current_epoch + _part_of_epoch(trainer)), sync_dist=True)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Catch the training forward."""
+        if self.online and "train" in self.splits and self._measures(trainer):
+            if self._online is None:
+                self._online = self._new_pass(trainer, "train_online")
+            self._found().attach()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add the batch."""
+        if self._online is None:
+            return
+        labels = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+        if isinstance(labels, Tensor) and labels.ndim > 1:
+            self._tell("online neural-collapse statistics leave out batches whose labels are probabilities (mixup)")
+        else:
+            labels = _hard_labels(batch, "training")
+            self._online.add(self._found().take(len(labels)).features, labels)
+        self._found().detach()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the online pass, and sweep if no validation of this epoch did."""
+        if self._online is not None:
+            passed, self._online = self._online, None
+            if passed.statistics:
+                with _plain_tensors():
+                    self._remember_weight()
+                    self._finish(passed, "train_online")
+        elif self._sweeps and self._measures(trainer) and self._measured_epoch != trainer.current_epoch:
+            with _averaged(trainer, pl_module):
+                self._sweep(trainer, pl_module, trainer.current_epoch + 1.0)
+            self._measured_epoch = trainer.current_epoch
+        if self._values:
+            pl_module.log_dict(self._publish(trainer.current_epoch + 1.0), sync_dist=True)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind."""
+        self._release()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the model and of the loader's workers."""
+        self._release()
+        self._source = self._loader = None
+
+    def _release(self) -> None:
+        if self._source is not None:
+            self._source.detach()
+        self._val = self._online = self._centres = None
+        self._awaits_sweep = False
+        self._values = {}
+
+    @property
+    def _sweeps(self) -> bool:
+        return "train" in self.splits and not self.online
+
+    def _measures(self, trainer: Trainer) -> bool:
+        epoch = trainer.current_epoch + 1
+        return trainer.state.fn == TrainerFn.FITTING and (
+            epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs
+        )
+
+    # --- what --------------------------------------------------------------------------------------------------------------
+
+    def _before_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._awaits_sweep = False
+        if self._sweeps:
+            self._centres = self._sweep(trainer, pl_module, trainer.current_epoch + _part_of_epoch(trainer))
+        else:
+            with _plain_tensors():
+                self._remember_weight()
+
+    def _sweep(self, trainer: Trainer, pl_module: LightningModule, epoch: float) -> Moments:
+        """One pass over the training images; returns the statistics of the embedding, on the device."""
+        self._say_which_weights(trainer)
+        source = self._found()
+        loader = self._training_images(trainer)
+        limit = int(trainer.num_training_batches) if trainer.fast_dev_run else None  # type: ignore[attr-defined]
+        with _plain_tensors(), _undisturbed(trainer, pl_module), source.attached():
+            self._remember_weight()
+            passed = self._new_pass(trainer, "train")
+            kept = _Kept(trainer.global_rank, trainer.world_size, self.snapshots)
+            for raw in islice(iter(loader), limit):
+                batch = _to_device(trainer, pl_module, raw)
+                labels = _hard_labels(batch, "training")
+                with trainer.precision_plugin.forward_context():
+                    pl_module(batch[0])
+                    further = source.intermediates(batch[0])
+                caught = source.take(len(labels))
+                passed.add(caught.features | further, labels)
+                kept.add(caught, labels)
+            moments = self._finish(passed, "train")
+            agrees = kept.agrees(moments)
+            missing = float(trainer.strategy.reduce(torch.tensor(float(agrees is None)), reduce_op="sum"))
+            if missing:
+                if not kept.without_decision:
+                    self._tell(
+                        f"{self._group(HEAD)}/train/nc4 is left out: the embeddings of a process take more than "
+                        f"{_KEEP_BYTES / 2**30:g} GiB"
+                    )
+            else:
+                self._values[f"{self._group(HEAD)}/train/nc4"] = self._share(trainer, cast(Tensor, agrees))
+            if self.snapshots:
+                self._write_snapshot(trainer, kept, epoch)
+        return moments
+
+    def _new_pass(self, trainer: Trainer, split: str) -> "_Pass":
+        device = trainer.strategy.root_device
+        anchors = {
+            key.removeprefix(f"{split}/"): value for key, value in self._anchors.items() if key.startswith(f"{split}/")
+        }
+        return _Pass(self._found().num_classes, device, anchors)
+
+    def _finish(self, passed: "_Pass", split: str) -> Moments:
+        """Compute over all ranks, and keep values, statistics and anchors."""
+        source = self._found()
+        computed = passed.compute()
+        for name, moments in computed.items():
+            meets = name == HEAD and source.meets_weight
+            weight, bias = (self.latest_weight, self.latest_bias) if meets else (None, None)
+            weight = None if weight is None else weight.to(moments.means.device)
+            scalars = measures.summary(moments, weight, bias, spectra=self.spectra)
+            numbers = torch.stack(list(scalars.values())).tolist()  # one wait for the device
+            self._values |= {
+                f"{self._group(name)}/{split}/{key}": value for key, value in zip(scalars, numbers, strict=True)
+            }
+            self._anchors[f"{split}/{name}"] = moments.means.to("cpu", torch.float32)
+            latest = self.latest if name == HEAD else self.latest_layers.setdefault(name, {})
+            latest[split] = Moments(*(part.cpu() if isinstance(part, Tensor) else part for part in moments))  # type: ignore[arg-type]
+        return computed[HEAD]
+
+    def _group(self, name: str) -> str:
+        if name != HEAD:
+            return f"nc_{name}"
+        return "nc" if self.space == "embedding" else "nc_raw"
+
+    def _share(self, trainer: Trainer, agrees: Tensor) -> float:
+        agreeing, total = trainer.strategy.reduce(agrees.to(trainer.strategy.root_device), reduce_op="sum").tolist()
+        return agreeing / total if total else math.nan
+
+    def _publish(self, epoch: float) -> dict[str, float]:
+        """Put the collected values into the history, and return them."""
+        values, self._values = self._values, {}
+        while self.epochs and self.epochs[-1] > epoch:  # another fit, or one that went back
+            self.epochs.pop()
+            for series in self.history.values():
+                series.pop()
+        if not self.epochs or self.epochs[-1] < epoch:
+            self.epochs.append(epoch)
+            for series in self.history.values():
+                series.append(math.nan)
+        for name, value in values.items():
+            self.history.setdefault(name, [math.nan] * len(self.epochs))[-1] = value
+        return values
+
+    def _remember_weight(self) -> None:
+        source = self._found()
+        self.latest_weight = source.weight.cpu().clone()
+        self.latest_bias = None if source.bias is None else source.bias.cpu().clone()
+
+    def _say_which_weights(self, trainer: Trainer) -> None:
+        averaging = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
+        self.measured_weights = "averaged" if averaging else "current"
+        if averaging and "weights" not in self._told:
+            self._told.add("weights")
+            rank_zero_info(f"neural collapse is measured with the averaged weights of {type(averaging[0]).__name__}")
+
+    def _tell(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            rank_zero_warn(message)
+
+    def _found(self) -> EmbeddingSource:
+        assert self._source is not None
+        return self._source
+
+    def _training_images(self, trainer: Trainer) -> DataLoader[Any]:
+        if self._loader is None:
+            if self.train_dataloader is None:
+                self._loader = _data_module(trainer).eval_dataloader("train")
+            else:
+                self._loader = every_sample_once(self.train_dataloader, trainer.world_size, trainer.global_rank)
+        return self._loader
+
+    def _write_snapshot(self, trainer: Trainer, kept: "_Kept", epoch: float) -> None:
+        content = kept.snapshot()
+        if not trainer.is_global_zero or epoch != int(epoch) or self.latest_weight is None:
+            return
+        path = run_folder(trainer) / "snapshots" / f"epoch_{int(epoch):03d}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        with partial.open("wb") as file:
+            np.savez_compressed(file, **content, epoch=np.int64(epoch), weight=self.latest_weight.float().numpy())
+        partial.replace(path)
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """Tells several monitors of one run apart."""
+        return self._generate_state_key(space=self.space, head=self.head, online=self.online)
+
+    def state_dict(self) -> dict[str, Any]:
+        """History and anchors, as plain data and tensors."""
+        anchors = {key: value for key, value in self._anchors.items() if value.nbytes <= _ANCHOR_BYTES}
+        return {
+            "epochs": list(self.epochs),
+            "history": {name: list(series) for name, series in self.history.items()},
+            "anchors": anchors,
+            "measured_epoch": self._measured_epoch,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the history."""
+        self.epochs = list(state_dict["epochs"])
+        self.history = {name: list(series) for name, series in state_dict["history"].items()}
+        self._anchors = dict(state_dict["anchors"])
+        self._measured_epoch = state_dict["measured_epoch"]
+
+
+class _Pass:
+    """The class statistics of one pass over a split: those of the head's features, and of each layer's."""
+
+    def __init__(self, num_classes: int, device: torch.device, anchors: Mapping[str, Tensor]) -> None:
+        self.num_classes = num_classes
+        self.device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        self.anchors = anchors
+        self.statistics: dict[str, ClassStatistics] = {}
+
+    def add(self, features: Mapping[str, Tensor], labels: Tensor) -> None:
+        """Add a batch."""
+        with _plain_tensors():
+            for name, values in features.items():
+                if name not in self.statistics:
+                    self.statistics[name] = self._new(name, values.shape[1])
+                self.statistics[name].update(values.to(self.device), labels.to(self.device))
+
+    def _new(self, name: str, width: int) -> ClassStatistics:
+        statistics = ClassStatistics(self.num_classes, width).to(self.device)
+        anchors = self.anchors.get(name)
+        if anchors is not None and anchors.shape == (self.num_classes, width):
+            statistics.set_anchors(anchors)
+        return statistics
+
+    def compute(self) -> dict[str, Moments]:
+        """Over all ranks, in the same order on each."""
+        return {name: self.statistics[name].compute() for name in sorted(self.statistics)}
+
+
+class _Kept:
+    """Embeddings of a sweep that are needed after it, in host memory."""
+
+    def __init__(self, rank: int, world_size: int, per_class: int) -> None:
+        self._rank, self._world_size, self._per_class = rank, world_size, per_class
+        self._seen = 0
+        self._chosen_of: dict[int, int] = {}
+        self._chosen: list[tuple[int, int, Tensor]] = []
+        self._bytes = 0
+        self._parts: list[tuple[Tensor, Tensor]] | None = []
+        self.without_decision = False
+
+    def add(self, caught: Caught, labels: Tensor) -> None:
+        """Keep a batch, unless there is no room or nothing to compare."""
+        features = caught.features[HEAD]
+        if caught.decision is None:
+            self.without_decision = True
+            self._parts = None
+        if self._parts is not None:
+            assert caught.decision is not None
+            self._bytes += features.nbytes
+            if self._bytes > _KEEP_BYTES:
+                self._parts = None
+            else:
+                self._parts.append((features.cpu(), caught.decision.cpu()))
+        if self._per_class:
+            for row, label in enumerate(labels.tolist()):
+                if self._chosen_of.get(label, 0) < self._per_class:
+                    self._chosen_of[label] = self._chosen_of.get(label, 0) + 1
+                    index = (self._seen + row) * self._world_size + self._rank
+                    self._chosen.append((index, label, features[row].half().cpu()))
+        self._seen += len(labels)
+
+    def agrees(self, moments: Moments) -> Tensor | None:
+        """How many decisions agree with the nearest centre, of how many; None if embeddings were not kept."""
+        if self._parts is None:
+            return None
+        agreeing = total = 0
+        for features, decision in self._parts:
+            nearest = measures.nearest_centre(features.to(moments.means.device), moments).cpu()
+            agreeing += int((nearest == decision).sum())
+            total += len(decision)
+        return torch.tensor([agreeing, total], dtype=torch.float64)
+
+    def snapshot(self) -> dict[str, Any]:
+        """The first `per_class` embeddings of each class over all ranks, in the data's order; a collective call."""
+        parts = [self._chosen]
+        if self._world_size > 1:
+            parts = [[] for _ in range(self._world_size)]
+            dist.all_gather_object(parts, self._chosen)
+        taken: dict[int, int] = {}
+        rows = []
+        for index, label, embedding in sorted((row for part in parts for row in part), key=lambda row: row[0]):
+            taken[label] = taken.get(label, 0) + 1
+            if taken[label] <= self._per_class:
+                rows.append((index, label, embedding))
+        return {
+            "embeddings": torch.stack([embedding for _, _, embedding in rows]).numpy(),
+            "labels": np.array([label for _, label, _ in rows], dtype=np.int64),
+            "indices": np.array([index for index, _, _ in rows], dtype=np.int64),
+        }
+
+
+def every_sample_once(loader: DataLoader[Any], world_size: int, rank: int) -> DataLoader[Any]:
+    """A loader of the same data set that gives each sample exactly once over all ranks, in order.
+
+    Raises:
+        UserError: an iterable data set on several ranks, which only its author can share out, or fewer samples than ranks.
+    """
+    if isinstance(loader.dataset, IterableDataset):
+        if world_size > 1:
+            raise UserError(
+                f"NeuralCollapseMonitor cannot share the iterable data set {type(loader.dataset).__name__} among ranks: "
+                "give train_dataloader with a data set that has a length"
+            )
+        return loader
+    batch_size = loader.batch_size
+    if batch_size is None and loader.batch_sampler is not None:  # a batch sampler of the user's own
+        batch_size = getattr(loader.batch_sampler, "batch_size", None) or 256
+    dataset: Any = loader.dataset
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=ShardSampler(dataset, world_size, rank),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """No gradient, but tensors that outlive Lightning's inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
+def _undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Evaluate within the block and leave no trace: modes, buffers, random numbers and the trainer's stage come back."""
+    stage = trainer.state.stage
+    trainer.state.stage = RunningStage.VALIDATING  # batch transforms of a data module ask whether it is training
+    try:
+        with (
+            isolate_rng(include_cuda=trainer.strategy.root_device.type == "cuda"),
+            frozen_modes(pl_module),
+            _buffers_of_rank_zero(trainer, pl_module),
+        ):
+            yield
+    finally:
+        trainer.state.stage = stage
+
+
+@contextmanager
+def _buffers_of_rank_zero(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    if trainer.world_size == 1:
+        yield
+        return
+    ignored = set(getattr(pl_module, "_ddp_params_and_buffers_to_ignore", ()))
+    buffers = [buffer for name, buffer in pl_module.named_buffers() if name not in ignored]
+    own = [buffer.clone() for buffer in buffers]
+    for buffer in buffers:
+        dist.broadcast(buffer, src=0)
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, own, strict=True):
+            buffer.copy_(value)
+
+
+@contextmanager
+def _averaged(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Swap averaged weights in, as their callbacks do for a validation."""
+    averaging = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
+    for callback in averaging:
+        callback.on_validation_epoch_start(trainer, pl_module)
+    try:
+        yield
+    finally:
+        for callback in averaging:
+            callback.on_validation_epoch_end(trainer, pl_module)
+
+
+def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
+    """What Lightning's loops do with a batch, the data module's and the module's hooks included."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    return trainer.precision_plugin.convert_input(batch)
+
+
+def _hard_labels(batch: Any, kind: str) -> Tensor:
+    """`[B]` class indices of a batch `(inputs, labels, …)`."""
+    labels = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype not in _INTEGERS:
+        raise UserError(
+            f"NeuralCollapseMonitor needs {kind} batches (inputs, labels) with class indices [B] as labels, "
+            f"got {type(batch).__name__ if labels is None else labels!r:.60}"
+        )
+    return labels
+
+
+def _data_module(trainer: Trainer) -> Any:
+    return trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning outside the class body
+
+
+def _part_of_epoch(trainer: Trainer) -> float:
+    """How much of the current epoch has been trained."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    batches = trainer.num_training_batches
+    if progress.is_last_batch or progress.current.ready >= batches:
+        return 1.0
+    return progress.current.ready / batches
