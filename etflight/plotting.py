@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -88,7 +89,7 @@ def cosine_heatmap(
     names = [str(k) for k in shown] if class_names is None else [class_names[k] for k in shown.tolist()]
 
     size = 7.0 if K <= 40 else 8.5
-    figure = Figure(figsize=(size, 0.9 * size), dpi=_DPI if K <= 200 else 200, layout="constrained")
+    figure = Figure(figsize=(size, 0.88 * size), dpi=_DPI if K <= 200 else 200, layout="compressed")
     axes = figure.add_subplot()
     axes.set_facecolor("#d0d0d0")
     image = axes.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1, interpolation_stage="rgba")
@@ -242,7 +243,7 @@ def collapse_curves(
 ) -> Figure:
     """NC1 on a logarithmic axis, alignment, NC2 and cosines over epochs, one line style per split.
 
-    Measures with an `_std` beside them are drawn with a band of one standard deviation.
+    Measures with an `_std` beside them are drawn with a band of one standard deviation around the first split, `train` if there is one.
 
     Args:
         history: log names such as `nc/train/nc1`, with one value per epoch; NaN where a value was not measured. A shorter list belongs to
@@ -270,20 +271,7 @@ def collapse_curves(
 
     figure = Figure(figsize=(10, 7.2), dpi=_DPI, layout="constrained")
     for axes, panel in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
-        _draw_panel(axes, panel, history, x, prefix, splits)
-        if panel.measures[0] == "cos_means" and num_classes is not None and num_classes > 1:
-            goal = -1 / (num_classes - 1)
-            axes.axhline(goal, color=GREY, lw=1, ls=(0, (1, 2)), zorder=0)
-            axes.annotate(
-                f"−1/(K−1) = −{-goal:.3g}",
-                (1, goal),
-                (-2, 3),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                ha="right",
-                fontsize=9,
-                color=GREY,
-            )
+        _draw_panel(axes, panel, history, x, prefix, splits, num_classes)
     styles = [
         Line2D([], [], color="black", lw=1.8, ls=_STYLES[i % len(_STYLES)], label=s) for i, s in enumerate(splits)
     ]
@@ -294,7 +282,13 @@ def collapse_curves(
 
 
 def _draw_panel(
-    axes: Axes, panel: _Panel, history: Mapping[str, Sequence[float]], x: Array, prefix: str, splits: Sequence[str]
+    axes: Axes,
+    panel: _Panel,
+    history: Mapping[str, Sequence[float]],
+    x: Array,
+    prefix: str,
+    splits: Sequence[str],
+    num_classes: int | None,
 ) -> None:
     measures = [m for m in panel.measures if any(f"{prefix}/{split}/{m}" in history for split in splits)]
     if not measures and panel.log:
@@ -324,11 +318,14 @@ def _draw_panel(
                 zorder=3,
             )
             drawn = True
-            spread = _series(history, f"{key}_std", x)
+            spread = _series(history, f"{key}_std", x) if i == 0 else None
             if spread is not None:
                 axes.fill_between(x, values - spread, values + spread, color=colour, alpha=0.12, lw=0)
         if drawn:
             legend.append(Line2D([], [], color=colour, lw=1.8, label=_CALLED[measure]))
+    if "cos_means" in measures and num_classes is not None and num_classes > 1:
+        goal = axes.axhline(-1 / (num_classes - 1), color="black", lw=1.2, ls=(0, (1, 2)), label="simplex: −1/(K−1)")
+        legend.append(goal)
     axes.set_title(panel.title, fontsize=11)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -354,9 +351,10 @@ def _series(history: Mapping[str, Sequence[float]], key: str, x: Array) -> Array
 def variability_by_size(
     variances: Numbers, counts: Numbers, class_names: Sequence[str] | None = None, *, title: str | None = None
 ) -> Figure:
-    """Each class's variance against its number of training images, both on logarithmic axes.
+    """Each class's variance against its number of training images, on a logarithmic axis.
 
-    Classes with a single sample, whose variance is zero by necessity, are hollow and sit on the lower edge. Up to 20 classes are all named,
+    Variances are on a logarithmic axis too if they span more than a factor of 20. Classes of variance zero, as one with a single sample
+    has by necessity, are hollow and sit on the lower edge. Up to 20 classes are all named,
     of more the three most and the three least variable.
 
     Args:
@@ -382,24 +380,25 @@ def variability_by_size(
     figure, axes = _single()
     axes.scatter(x[positive], y[positive], s=46 if len(shown) <= 100 else 16, color=BLUE, alpha=0.85, lw=0, zorder=3)
     axes.set_xscale("log")
-    axes.set_yscale("log")
-    if len(positive):
-        low, high = y[positive].min(), y[positive].max()
-        margin = max((high / low) ** 0.12, 1.15)
-        axes.set_ylim(low / margin, high * margin)
     if len(shown):
         low, high = x[shown].min(), x[shown].max()
         margin = max((high / low) ** 0.08, 1.5)
         axes.set_xlim(low / margin, high * margin)
-        if high / low < 8:  # no power of ten inside: label the counts that are there
-            axes.set_xticks(np.unique(np.asarray([low, high])), minor=False)
-            axes.xaxis.set_major_formatter("{x:.0f}")
-            axes.xaxis.set_minor_formatter(NullFormatter())
+        if high / low < 100:
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_locator(NullLocator())
+    if len(positive) and y[positive].max() > 20 * y[positive].min():
+        axes.set_yscale("log")
+        low, high = y[positive].min(), y[positive].max()
+        axes.set_ylim(low / (high / low) ** 0.12, high * (high / low) ** 0.12)
+    elif len(positive):
+        axes.set_ylim(0, 1.15 * y[positive].max())
     if len(zero):
-        edge = np.full(len(zero), 0.012)
         where = axes.get_xaxis_transform()
-        axes.scatter(x[zero], edge, s=40, facecolors="none", edgecolors=VERMILION, transform=where, zorder=3)
-        axes.text(0.99, 0.03, "hollow: variance 0", transform=axes.transAxes, ha="right", fontsize=9, color=VERMILION)
+        edge = np.full(len(zero), 0.012)
+        axes.scatter(x[zero], edge, s=40, facecolors="none", edgecolors=VERMILION, transform=where, zorder=4)
+        axes.text(0.99, 0.96, "hollow: variance 0", transform=axes.transAxes, ha="right", fontsize=9, color=VERMILION)
     by_variance = positive[np.argsort(y[positive])]
     named = by_variance if len(positive) <= 20 else np.concatenate([by_variance[:3], by_variance[-3:]])
     _name_points(figure, axes, x[named], y[named], [_short(names[k]) for k in named])
@@ -432,6 +431,8 @@ def _name_points(figure: Figure, axes: Axes, x: Array, y: Array, names: Sequence
             textcoords="axes fraction",
             fontsize=9,
             va="center",
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            zorder=5,
             arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.6} if abs(ty - py) > 0.02 else None,
         )
 
@@ -485,21 +486,12 @@ def triangle(
         axes.plot([0, corner[0]], [0, corner[1]], color="#d9d9d9", lw=1, zorder=1.5)
     for colour, marker, k in zip((BLUE, VERMILION, GREEN), "os^", chosen, strict=True):
         own = points[y == k]
-        dense = len(own) > 300
-        axes.scatter(
-            own[:, 0],
-            own[:, 1],
-            s=9 if dense else 18,
-            marker=marker,
-            color=colour,
-            alpha=0.35 if dense else 0.55,
-            lw=0,
-            zorder=3,
-        )
+        size, alpha = (9, 0.35) if len(own) > 300 else (20, 0.55) if len(own) > 30 else (36, 0.75)
+        axes.scatter(own[:, 0], own[:, 1], s=size, marker=marker, color=colour, alpha=alpha, lw=0, zorder=3)
     axes.scatter(
         corners[:, 0], corners[:, 1], s=150, marker="*", facecolor="white", edgecolor="black", lw=1.2, zorder=4
     )
-    half = extent if extent is not None else _extent(corners, points[np.isin(y, chosen)])
+    half = extent if extent is not None else _extent(plane, points[np.isin(y, chosen)])
     for colour, k, corner in zip((BLUE, VERMILION, GREEN), chosen, corners, strict=True):
         name = str(k) if class_names is None else _short(class_names[k])
         direction = corner / max(float(np.linalg.norm(corner)), 1e-12)
@@ -517,7 +509,7 @@ def triangle(
             bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.75},
         )
     axes.set_xlim(-half, half)
-    axes.set_ylim(-half, half)
+    axes.set_ylim(plane.middle - half, plane.middle + half)
     axes.set_aspect("equal")
     axes.set_xticks([])
     axes.set_yticks([])
@@ -543,6 +535,7 @@ class _Plane:
             raise ValueError("the three class vectors lie on one line: they span no plane")
         self.axes: Array = np.stack([across / norm, up])
         self.corners = self.project(vectors)
+        self.middle = float(self.corners[:, 1].max() + self.corners[:, 1].min()) / 2  # of the picture, above the origin
 
     def project(self, points: Array) -> Array:
         """`[N, d]` to `[N, 2]`."""
@@ -557,13 +550,14 @@ def _three(classes: Sequence[int], num_classes: int) -> list[int]:
     return chosen
 
 
-def _extent(corners: Array, points: Array) -> float:
+def _extent(plane: _Plane, points: Array) -> float:
     """Half a side that holds the corners with their names and all but the farthest embeddings."""
-    reach = np.abs(corners).max()
+    middle = np.array([0.0, plane.middle])
+    reach = 1.3 * float(np.abs(plane.corners - middle).max())
     finite = points[np.isfinite(points).all(1)]
     if len(finite):
-        reach = max(reach, float(np.quantile(np.abs(finite).max(1), 0.995)))
-    return 1.22 * float(reach)
+        reach = max(reach, 1.05 * float(np.quantile(np.abs(finite - middle).max(1), 0.995)))
+    return reach
 
 
 def triangle_film(
@@ -598,8 +592,7 @@ def triangle_film(
     chosen = _three(classes, len(weight))
     plane = _Plane(_matrix(weight)[chosen])
     extent = max(
-        _extent(plane.corners, plane.project(_matrix(shot["embeddings"])[np.isin(shot["labels"], chosen)]))
-        for shot in shots
+        _extent(plane, plane.project(_matrix(shot["embeddings"])[np.isin(shot["labels"], chosen)])) for shot in shots
     )
     frames = []
     for shot in shots:
