@@ -125,11 +125,12 @@ class _Between(NamedTuple):
     reduced: Tensor  # A, [K - 1, d]
     q: Tensor  # orthonormal columns: AᵀA = q r rᵀ qᵀ if K - 1 <= d, else A = q r
     r: Tensor
-    singular: Tensor  # of A, descending
+    singular: Tensor  # of A, descending, 0 where only rounding is left
 
 
 def _between(stats: Moments, global_mean: GlobalMean) -> _Between:
-    return _factor(_without_null(centred_means(stats, global_mean=global_mean), _mean_weights(stats, global_mean)))
+    rows = _without_null(centred_means(stats, global_mean=global_mean), _mean_weights(stats, global_mean))
+    return _factor(rows, stats.means[_present(stats)].norm())
 
 
 def _without_null(rows: Tensor, null: Tensor) -> Tensor:
@@ -139,18 +140,17 @@ def _without_null(rows: Tensor, null: Tensor) -> Tensor:
     return (rows - torch.outer(reflect, 2 / reflect.square().sum() * (reflect @ rows)))[1:]
 
 
-def _factor(reduced: Tensor) -> _Between:
+def _factor(reduced: Tensor, scale: Tensor) -> _Between:
+    """Factorise; singular values that rounding in rows of norm `scale`, before centring, can explain are set to 0."""
     wide = reduced.shape[0] <= reduced.shape[1]
     q, r = torch.linalg.qr(reduced.T if wide else reduced)
-    finite = bool(
+    if not bool(
         r.isfinite().all()
-    )  # a diverged network is to be shown as NaN, not to end its training with a LAPACK error
-    singular: Tensor = torch.linalg.svdvals(r) if finite else r.new_full((len(r),), math.nan)
-    return _Between(reduced, q, r, singular)
-
-
-def _rank(singular: Tensor, shape: torch.Size) -> int:
-    return int((singular > max(shape) * torch.finfo(singular.dtype).eps * singular[0]).sum())
+    ):  # a diverged network is to be shown as NaN, not to end its training with a LAPACK error
+        return _Between(reduced, q, r, r.new_full((len(r),), math.nan))
+    singular = torch.linalg.svdvals(r)
+    floor = max(reduced.shape) * torch.finfo(r.dtype).eps * torch.maximum(singular[0], scale)
+    return _Between(reduced, q, r, torch.where(singular > floor, singular, 0.0))
 
 
 def _root_pinv(between: _Between) -> Tensor:
@@ -158,7 +158,7 @@ def _root_pinv(between: _Between) -> Tensor:
     reduced, q, r, singular = between
     if bool(singular.isnan().any()):
         return torch.full_like(reduced.T, math.nan)
-    rank = _rank(singular, reduced.shape)
+    rank = int(singular.count_nonzero())
     if rank < len(singular):  # coinciding or dependent centres
         _, kept, right = torch.linalg.svd(reduced, full_matrices=False)
         root: Tensor = right[:rank].T / kept[:rank]
@@ -472,14 +472,15 @@ def etf_distance(stats: Moments, weight: Tensor | None = None, *, of: Of = "mean
         squared: False takes the root.
 
     Returns:
-        Scalar in [0, 2) (squared); 0 under perfect collapse; NaN for K > d + 1, where no simplex ETF exists.
+        Scalar in [0, 2) (squared); 0 under perfect collapse; NaN for K > d + 1, where no simplex ETF exists, or if all
+            centres coincide.
     """
     results = []
-    for vectors in _vectors(stats, weight, of, "class", True, True):
-        if len(vectors) < 2:
+    for raw in _vectors(stats, weight, of, "class", False, False):
+        if len(raw) < 2:
             return _nan(stats)
-        null = torch.ones_like(vectors[:, 0])
-        results.append(_etf_distance(_factor(_without_null(vectors, null))))
+        rows = _without_null(raw - raw.mean(0), torch.ones_like(raw[:, 0]))
+        results.append(_etf_distance(_factor(rows, raw.norm())))
     distance = torch.stack(results).mean()
     return distance if squared else distance.sqrt()
 

@@ -221,11 +221,10 @@ def test_a_bias_turns_a_decision():
     assert measures.nc4_centres(stats, weight, threshold + torch.tensor([100.0, 0])) == 0.5
 
 
-def perfect(K, d, counts=None, noise=0.0, scale=3.0):
+def perfect(K, d, counts=None):
     frame = simplex_etf(K, d, dtype=torch.float64)
     labels = torch.repeat_interleave(torch.arange(K), torch.tensor(counts or [8] * K))
-    features = scale * frame[labels] + 1.5  # a common offset does not matter
-    return features + noise * torch.randn(features.shape, dtype=torch.float64), labels, frame
+    return 3 * frame[labels] + 1.5, labels, frame  # a common offset does not matter
 
 
 @pytest.mark.parametrize(
@@ -317,10 +316,13 @@ def test_centres_that_nearly_coincide_keep_the_digits_of_their_distance():
     close(measures.cdnv(stats), oracle.cdnv(o), rtol=1e-6)
 
 
-def test_a_network_collapsed_to_one_point_has_no_nc1():
-    features = torch.randn(6, 4).repeat(3, 1)
-    stats = collect(features, torch.arange(3).repeat_interleave(6), 3)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_network_collapsed_to_one_point_is_not_measured_by_its_rounding_errors(seed):
+    cloud = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
+    stats = collect(cloud.repeat(3, 1), torch.arange(3).repeat_interleave(6), 3)
     assert measures.nc1(stats).isnan()
+    assert measures.etf_distance(stats).isnan()
+    assert measures.effective_rank(stats).isnan()
 
 
 def test_missing_and_single_sample_classes_are_counted():
