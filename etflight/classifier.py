@@ -181,7 +181,7 @@ class Classifier(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start the shot groups from the training counts."""
-        if self.trainer.training:
+        if self.trainer.state.fn == "fit":
             self._stop_at_bad_loss()
         self._start_shots("val")
 

@@ -91,9 +91,9 @@ class EtflightCLI(LightningCLI):
         self._default_model(stage, {name: value for name, value in saved.items() if name not in missing})
         self.config = parser.parse_args(argv)
         if missing:  # parsing imported the classes that the user named; the checkpoint's own arguments can be read now
-            chosen = {name: (self._get(self.config, f"model.{name}") or {}).get("class_path") for name in missing}
             for name, spec in missing.items():
-                if chosen[name] == spec["class_path"]:
+                chosen = self.config[stage].get(f"model.{name}")
+                if getattr(chosen, "class_path", None) == spec["class_path"]:
                     self._default_model(stage, {name: spec})
                 elif not _is_given(argv, f"model.{name}"):
                     raise UserError(
@@ -212,12 +212,8 @@ def summarise(message: str) -> str:
         reason = re.search(r"No module named '[^']+'|module '[^']+' has no attribute '[^']+'", message)
         return f"{key}nothing is called {name!r}{f' ({reason.group()})' if reason else ''}{near_matches(name)}"
     given = re.search(r"Given value: (.*)", message)
-    lines = [line.strip(" -") for line in message.splitlines()]
-    reasons = [
-        line
-        for line in lines
-        if line and not re.match(r"Parser key|Subtypes|Errors|Given value|Does not validate", line)
-    ]
+    lines = [re.sub(r'^Parser key "[^"]+":', "", line).strip(" -") for line in message.splitlines()]
+    reasons = [line for line in lines if line and not re.match(r"Subtypes|Errors|Given value|Does not validate", line)]
     reason_line = " or ".join(dict.fromkeys(reasons)).replace("<class '", "").replace("'>", "")
     return f"{key}{reason_line[:400]}{f', got {given.group(1)}' if given else ''}"
 

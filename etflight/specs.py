@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from etflight.errors import UserError
 
@@ -25,14 +25,15 @@ def describe(factory: object, argument: str) -> Spec:
     """
     if isinstance(factory, Mapping) and isinstance(factory.get("class_path"), str):
         return {"class_path": factory["class_path"], "init_args": dict(factory.get("init_args") or {})}
-    bound = factory if isinstance(factory, partial) else partial(cast(Callable[..., object], factory))
-    cls = bound.func
-    if not inspect.isclass(cls) or "<locals>" in cls.__qualname__ or bound.args:
+    cls, args, init_args = (
+        (factory.func, factory.args, factory.keywords) if isinstance(factory, partial) else (factory, (), {})
+    )
+    if not inspect.isclass(cls) or "<locals>" in cls.__qualname__ or args:
         raise UserError(
             f"{argument}={factory!r} cannot be written into a checkpoint: "
             "give a module-level class, or functools.partial of one with keyword arguments"
         )
-    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": dict(bound.keywords)}
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": dict(init_args)}
 
 
 def resolve(spec: Spec, base: type, argument: str) -> Callable[..., Any]:

@@ -3,6 +3,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.command_line import CommandLine
 from tests.distributed import ProcessPool
 
 
@@ -26,3 +27,10 @@ def three_processes() -> Iterator[ProcessPool]:
     pool = ProcessPool(3)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def etflight_command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
+    command = CommandLine(tmp_path_factory.mktemp("command_line"))
+    yield command
+    command.close()

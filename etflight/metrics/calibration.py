@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-_COARSEST, _FINEST, _STEPS = 20.0, 0.002, 93  # a ratio of 1.105 between neighbours
+_COARSEST, _FINEST, _STEPS = 100.0, 0.002, 109  # a ratio of 1.105 between neighbours
 
 
 class TemperatureFit(Metric):

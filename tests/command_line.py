@@ -1,0 +1,73 @@
+"""Runs `etflight …` as a process of its own, forked from one that has already imported the package."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+SERVER = """
+import json, os, sys, traceback
+import etflight.cli, etflight.backbones, torch, sklearn.datasets
+from etflight.__main__ import run
+torch.set_num_threads(1)
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        os.chdir(job["cwd"])
+        os.environ.update(job["env"])
+        null = os.open(os.devnull, os.O_RDONLY)
+        out = os.open(job["out"], os.O_WRONLY | os.O_CREAT)
+        err = os.open(job["err"], os.O_WRONLY | os.O_CREAT)
+        os.dup2(null, 0); os.dup2(out, 1); os.dup2(err, 2)
+        sys.argv = ["etflight", *job["argv"]]
+        try:
+            status = run()
+        except SystemExit as stop:
+            status = stop.code or 0
+        except BaseException:
+            traceback.print_exc()
+            status = 99
+        sys.stdout.flush(); sys.stderr.flush()
+        os._exit(status)
+    _, status = os.waitpid(pid, 0)
+    print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
+"""
+
+
+@dataclass
+class Result:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def error_lines(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("etflight: error:")]
+
+
+class CommandLine:
+    """One parent process for the whole test session: importing torch and Lightning takes seconds, forking does not."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._count = 0
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ}
+        )
+
+    def __call__(self, *argv: object, cwd: Path, **env: str) -> Result:
+        self._count += 1
+        out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
+        job = {"argv": [str(a) for a in argv], "cwd": str(cwd), "env": env, "out": str(out), "err": str(err)}
+        assert self._server.stdin
+        assert self._server.stdout
+        print(json.dumps(job), file=self._server.stdin, flush=True)
+        status = json.loads(self._server.stdout.readline())
+        return Result(status, out.read_text(), err.read_text())
+
+    def close(self) -> None:
+        self._server.kill()
+        self._server.wait()

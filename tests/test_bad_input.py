@@ -1,0 +1,147 @@
+"""What goes wrong in front of a user: one clear line, the right exit status, no traceback, nothing half-written."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.test_cli import QUICK
+
+FIT = ["fit", *QUICK, "--model.backbone", "resnet20_cifar"]
+MARKER = "HOSTILE CODE RAN"
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, (f"open('pwned', 'w').write('{MARKER}')",))
+
+
+def arrays(path, *, train=40, classes=4, **changes):
+    generator = np.random.default_rng(0)
+    content = {}
+    for split, size in (("train", train), ("test", 16)):
+        content[f"{split}_images"] = generator.integers(0, 256, (size, 8, 8), dtype=np.uint8)
+        content[f"{split}_labels"] = np.arange(size) % classes
+    content |= changes
+    np.savez(path, **{k: v for k, v in content.items() if v is not None})
+    return ["--data", "ArrayImages", "--data.path", path.name]
+
+
+def folder(root, sizes):
+    for split in ("train", "test"):
+        for name, size in sizes.items():
+            (root / split / name).mkdir(parents=True)
+            for i in range(size):
+                Image.fromarray(np.full((8, 8, 3), 20 * i, np.uint8)).save(root / split / name / f"{i}.png")
+    return ["--data", "FolderImages", "--data.root", root.name, "--data.image_size", 8]
+
+
+def corrupt_folder(tmp_path, workers):
+    flags = folder(tmp_path / "images", {"cat": 4, "dog": 4})
+    (tmp_path / "images/train/dog/2.png").write_bytes(b"no image")
+    return [*flags, "--data.num_workers", workers, "--data.batch_size", 4]
+
+
+def checkpoint(tmp_path, hyper_parameters=None, **more):
+    content = {"state_dict": {}, "hyper_parameters": hyper_parameters or {"num_classes": 10}, "global_step": 0, **more}
+    torch.save(content, tmp_path / "c.ckpt")
+    return ["test", "--data", "Digits", "--ckpt_path", "c.ckpt", *QUICK[2:]]
+
+
+def truncated(tmp_path):
+    argv = checkpoint(tmp_path)
+    whole = (tmp_path / "c.ckpt").read_bytes()
+    (tmp_path / "c.ckpt").write_bytes(whole[: len(whole) // 2])
+    return argv
+
+
+def hostile_class_path(tmp_path):
+    (tmp_path / "evil.py").write_text(f"open('pwned', 'w').write('{MARKER}')\ndef fn(*a, **k): pass\n")
+    spec = {"class_path": "evil.fn", "init_args": {}}
+    return checkpoint(tmp_path, {"num_classes": 10, "head": spec, "_instantiator": "evil.fn"})
+
+
+def other_classes(tmp_path):
+    from etflight import Classifier
+
+    model = Classifier(7, "resnet20_cifar", in_chans=1)
+    torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}, tmp_path / "c.ckpt")
+    return ["test", "--data", "Digits", "--ckpt_path", "c.ckpt", *QUICK[2:]]
+
+
+# name: (exit status, what the line must say, what is run)
+CASES = {
+    "more classes than an ETF has room for": (
+        1, ["K = 70", "d = 64", "projection_dim", "sphere"], lambda t: [*FIT, *arrays(t / "a.npz", train=140, classes=70)]),
+    "fewer than two classes": (
+        1, ["two classes"], lambda t: [*FIT, *arrays(t / "a.npz", classes=1)]),
+    "a negative label": (
+        1, ["label -1", "a.npz"], lambda t: [*FIT, *arrays(t / "a.npz", train_labels=np.arange(40) % 4 - 1)]),
+    "a label beyond the named classes": (
+        1, ["label 4"], lambda t: [*FIT, *arrays(t / "a.npz", classes=5, class_names=np.array(list("abcd")))]),
+    "a class with fewer images than asked": (
+        1, ["has 10", "12"], lambda t: [*FIT, *arrays(t / "a.npz"), "--data.max_count", 12]),
+    "a class left without any": (
+        1, ["class 2", "0 images", "imbalance_ratio"], lambda t: [*FIT, *arrays(t / "a.npz"), "--data.imbalance_ratio", 100]),
+    "a missing data folder": (
+        1, ["nowhere"], lambda t: [*FIT, "--data", "FolderImages", "--data.root", "nowhere"]),
+    "an empty data folder": (
+        1, ["train"], lambda t: [*FIT, *folder(t / "images", {})]),
+    "a missing npz": (
+        1, ["gone.npz"], lambda t: [*FIT, "--data", "ArrayImages", "--data.path", "gone.npz"]),
+    "an npz without the arrays": (
+        1, ["train_images"], lambda t: [*FIT, *arrays(t / "a.npz", train_images=None)]),
+    "an npz of mismatched lengths": (
+        1, ["39", "40"], lambda t: [*FIT, *arrays(t / "a.npz", train_labels=np.arange(39) % 4)]),
+    "an npz with pickled objects": (
+        1, ["pickle"], lambda t: [*FIT, *arrays(t / "a.npz", train_labels=np.array([Bomb()] * 40))]),
+    "a corrupt image": (1, ["images/train/dog/2.png"], lambda t: [*FIT, *corrupt_folder(t, 0)]),
+    "a corrupt image in a data worker": (1, ["images/train/dog/2.png"], lambda t: [*FIT, *corrupt_folder(t, 1)]),
+    "an unknown backbone": (
+        1, ["resnet32_cifr", "resnet32_cifar"], lambda t: [*FIT, "--data", "Digits", "--model.backbone", "resnet32_cifr"]),
+    "an unknown head": (2, ["EFTHead", "ETFHead"], lambda t: [*FIT, "--data", "Digits", "--model.head", "EFTHead"]),
+    "an unknown data set": (2, ["CIFAR-10", "CIFAR10"], lambda t: [*FIT, "--data", "CIFAR-10"]),
+    "an unknown flag": (2, ["--bogus"], lambda t: [*FIT, "--data", "Digits", "--bogus", 1]),
+    "a missing checkpoint": (1, ["gone.ckpt"], lambda t: ["test", "--data", "Digits", "--ckpt_path", "gone.ckpt"]),
+    "no checkpoint at all": (1, ["--ckpt_path"], lambda t: ["test", "--data", "Digits"]),
+    "no last checkpoint": (1, ["last.ckpt"], lambda t: ["test", "--data", "Digits", "--ckpt_path", "last"]),
+    "a truncated checkpoint": (1, ["c.ckpt", "truncated"], truncated),
+    "a checkpoint of another number of classes": (1, ["7 classes", "10"], other_classes),
+    "a checkpoint that runs code": (1, ["c.ckpt", "refused"], lambda t: checkpoint(t, bomb=Bomb())),
+    "a checkpoint that names a hostile class": (1, ["evil.fn"], hostile_class_path),
+    "a file that is no checkpoint": (
+        1, ["c.ckpt"], lambda t: (t / "c.ckpt").write_text("hello") and ["test", "--data", "Digits", "--ckpt_path", "c.ckpt"]),
+    "an imbalance ratio below one": (1, ["imbalance_ratio", "0.5"], lambda t: [*FIT, "--data", "Digits", "--data.imbalance_ratio", 0.5]),
+    "a loss that becomes infinite": (
+        1, ["NaN or infinite at step", "epoch 0"],
+        lambda t: [*FIT, "--data", "Digits", "--model.loss", "CrossEntropyLoss", "--model.head", "LinearHead",
+                   "--model.optimizer.lr", "1e30"]),
+    "dot regression with a head it cannot train": (
+        1, ["DotRegressionLoss", "LinearHead"], lambda t: [*FIT, "--data", "Digits", "--model.head", "LinearHead"]),
+    "a configuration file that does not exist": (2, ["gone.yaml"], lambda t: ["fit", "-c", "gone.yaml"]),
+    "a configuration file that builds on a missing one": (
+        1, ["gone.yaml", "overlays"], lambda t: (t / "c.yaml").write_text("overlays: [gone.yaml]") and ["fit", "-c", "c.yaml"]),
+    "a report of a folder that is no run": (1, ["nowhere"], lambda t: ["report", "nowhere"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_clear_line(case, etflight_command, tmp_path):
+    status, words, prepare = CASES[case]
+    argv = prepare(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    result = etflight_command(*argv, cwd=tmp_path)
+    assert result.status == status, result.err
+    assert "Traceback" not in result.err + result.out
+    assert len(result.error_lines) == 1, result.err
+    for word in words:
+        assert word in result.error_lines[0]
+    assert not (tmp_path / "pwned").exists()
+    new = {p for p in tmp_path.rglob("*") if p.is_file()} - before
+    assert not [p for p in new if p.suffix in (".ckpt", ".partial")]
+
+
+def test_debug_shows_the_traceback(etflight_command, tmp_path):
+    result = etflight_command("test", "--data", "Digits", "--ckpt_path", "gone.ckpt", cwd=tmp_path, ETFLIGHT_DEBUG="1")
+    assert result.status != 0
+    assert "Traceback" in result.err

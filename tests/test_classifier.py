@@ -1,0 +1,167 @@
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from scipy.optimize import minimize_scalar
+from torch.optim import SGD, AdamW
+from torch.utils.data import DataLoader, TensorDataset
+
+from etflight import Classifier, CrossEntropyLoss, DotRegressionLoss, ETFHead, LinearHead
+from etflight.data import Digits
+from etflight.errors import UserError
+from etflight.metrics.calibration import TemperatureFit
+from etflight.metrics.shots import ShotAccuracy
+from etflight.optim import WarmupCosine
+
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def trainer(**options):
+    return Trainer(accelerator="cpu", **{**QUIET, **options})
+
+
+def small(**options):
+    return Classifier(10, "resnet20_cifar", in_chans=1, **options)
+
+
+def test_the_frame_neither_trains_nor_decays():
+    seed_everything(0, verbose=False)
+    model = small(optimizer=partial(SGD, lr=0.1, weight_decay=0.1))
+    before = model.head.weight.clone()
+    trainer(max_steps=5, limit_val_batches=0).fit(model, Digits(batch_size=16))
+    assert torch.equal(model.head.weight, before)
+    assert not any(p is model.head.weight for group in model.optimizers().param_groups for p in group["params"])
+
+
+def test_parts_fit_together():
+    model = small().eval()
+    images = torch.randn(4, 1, 8, 8)
+    features = model.features(images)
+    assert features.shape == (4, 64)
+    torch.testing.assert_close(model.embed(images), model.head.embed(features))
+    torch.testing.assert_close(model(images), model.head(features))
+
+
+def test_one_step_lowers_the_loss_by_the_optimizers_rule():
+    seed_everything(0, verbose=False)
+    model = small(head=LinearHead, loss=CrossEntropyLoss, optimizer=partial(SGD, lr=0.01))
+    images, target = torch.randn(16, 1, 8, 8), torch.arange(16) % 10
+    twin = small(head=LinearHead, loss=CrossEntropyLoss)
+    twin.load_state_dict(model.state_dict())
+    loss = F.cross_entropy(twin.train()(images), target)
+    loss.backward()
+    expected = [p.detach() - 0.01 * p.grad for p in twin.parameters()]
+    trainer(max_steps=1, limit_val_batches=0).fit(model, DataLoader(TensorDataset(images, target), batch_size=16))
+    for after, hand in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(after.detach(), hand)
+
+
+@pytest.mark.parametrize("argument", ["head", "loss", "optimizer", "lr_scheduler"])
+def test_a_lambda_is_refused_in_one_line(argument):
+    with pytest.raises(UserError, match=f"{argument}=.*partial"):
+        small(**{argument: lambda *a: None})
+
+
+def test_a_model_made_in_python_saves_plain_data(tmp_path):
+    model = small(
+        head=partial(ETFHead, scale=2.0),
+        loss=partial(DotRegressionLoss, length=2.0),
+        optimizer=AdamW,
+        lr_scheduler=WarmupCosine,
+    )
+    run = trainer(max_epochs=6, limit_train_batches=1, limit_val_batches=1)
+    run.fit(model, Digits(batch_size=16))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert content["hyper_parameters"]["loss"] == {
+        "class_path": "etflight.losses.DotRegressionLoss",
+        "init_args": {"length": 2.0},
+    }
+    loaded = Classifier.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert loaded.class_names == [str(k) for k in range(10)]
+    assert loaded.class_counts.tolist() == Digits().class_counts.tolist()
+    images = torch.randn(4, 1, 8, 8)
+    torch.testing.assert_close(loaded.eval()(images), model.eval()(images), rtol=0, atol=0)
+    replaced = Classifier.load_from_checkpoint(tmp_path / "a.ckpt", optimizer=SGD)
+    assert replaced.hparams["optimizer"]["class_path"] == "torch.optim.sgd.SGD"
+
+
+def test_dot_regression_with_a_scale_that_differs_is_refused_at_once():
+    with pytest.raises(UserError, match="scale 2.0"):
+        small(head=partial(ETFHead, scale=2.0))
+
+
+def test_class_counts_come_from_the_data_and_reach_the_loss():
+    model = small(loss=partial(DotRegressionLoss, class_balance="global"))
+    data = Digits(imbalance_ratio=20)
+    trainer(max_steps=1, limit_val_batches=0).fit(model, data)
+    assert model.class_counts.tolist() == data.class_counts.tolist()
+    with pytest.raises(UserError, match="one per class"):
+        small(class_counts=[3, 4])
+
+
+def test_shot_accuracies_equal_a_count_by_hand():
+    counts = torch.tensor([500, 101, 100, 20, 19, 1])
+    generator = torch.Generator().manual_seed(0)
+    target, predicted = torch.randint(0, 5, (2, 300), generator=generator)  # class 5 is never seen
+    metric = ShotAccuracy(6)
+    metric.set_class_counts(counts)
+    for part in (slice(0, 7), slice(7, 300)):
+        metric.update(predicted[part], target[part])
+    accuracy = [(predicted[target == k] == k).float().mean().item() for k in range(5)]
+    result = {k: v.item() for k, v in metric.compute().items()}
+    assert result["acc"] == pytest.approx((predicted == target).float().mean().item())
+    assert result["acc_macro"] == pytest.approx(sum(accuracy) / 5)
+    assert result["acc_many"] == pytest.approx(sum(accuracy[:2]) / 2)
+    assert result["acc_medium"] == pytest.approx(sum(accuracy[2:4]) / 2)
+    assert result["acc_few"] == pytest.approx(accuracy[4])
+
+
+@pytest.mark.parametrize(("sharpness", "scale"), [(1.0, 1.0), (0.05, 1.0), (6.0, 1.0), (1.0, 30.0)])
+def test_temperature_minimises_the_likelihood(sharpness, scale):
+    generator = torch.Generator().manual_seed(1)
+    clean = torch.randn(4000, 10, generator=generator) * 2
+    target = torch.multinomial(clean.softmax(1), 1, generator=generator).squeeze(1)
+    logits = clean * sharpness * scale
+    fit = TemperatureFit()
+    fit.update(logits[:100], target[:100])
+    fit.update(logits[100:], target[100:])
+    best = minimize_scalar(
+        lambda t: F.cross_entropy(logits.double() / t, target).item(),
+        bounds=(0.004, 90),
+        method="bounded",
+        options={"xatol": 1e-9},
+    ).x
+    assert fit.compute().item() == pytest.approx(best, rel=5e-3)
+
+
+def test_temperature_is_fitted_on_held_out_validation_and_never_on_the_test_set():
+    seed_everything(0, verbose=False)
+    watched = small()
+    trainer(max_epochs=1).fit(watched, Digits(batch_size=32))
+    assert watched.temperature.item() == 1.0
+    held_out = small()
+    run = trainer(max_epochs=3)
+    run.fit(held_out, Digits(batch_size=32, val_fraction=0.2))
+    assert 0 < held_out.temperature.item() < 0.8  # unit cosines are never confident
+    before = held_out.temperature.clone()
+    result = run.test(held_out, Digits(batch_size=32, val_fraction=0.2), verbose=False)[0]
+    assert torch.equal(held_out.temperature, before)
+    assert result["test/ece_calibrated"] < result["test/ece"]
+
+
+def test_averaged_weights_keep_the_frame():
+    model = small()
+    frame = model.head.weight.clone()
+    trainer(max_steps=6, limit_val_batches=1, callbacks=[EMAWeightAveraging(decay=0.9)]).fit(
+        model, Digits(batch_size=16)
+    )
+    torch.testing.assert_close(model.head.weight, frame, rtol=0, atol=1e-6)
+
+
+def test_any_timm_model_is_a_backbone():
+    model = Classifier(5, "test_vit", head=LinearHead, loss=CrossEntropyLoss)
+    assert model(torch.randn(2, 3, 160, 160)).shape == (2, 5)

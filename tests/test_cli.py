@@ -1,0 +1,286 @@
+import csv
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import etflight
+from etflight import Classifier, __version__
+from etflight.specs import describe
+
+ROOT = Path(__file__).parent.parent
+QUICK = [
+    "--trainer.max_epochs", 1, "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
+    "--trainer.accelerator", "cpu",
+]  # fmt: skip
+DIGITS = ["--data", "Digits", "--data.imbalance_ratio", 20, "--model.backbone", "resnet20_cifar", *QUICK]
+
+
+@pytest.fixture(scope="module")
+def run(etflight_command, tmp_path_factory):
+    """A finished run of one epoch: the folder it was started in, and its run folder."""
+    cwd = tmp_path_factory.mktemp("cwd")
+    result = etflight_command("fit", *DIGITS, "--name", "first", cwd=cwd)
+    assert result.status == 0, result.err
+    return cwd, cwd / "runs" / "first"
+
+
+def test_version_needs_no_torch_and_prints_the_version():
+    code = "import sys; sys.argv=['etflight','--version']; from etflight.__main__ import run; run(); assert 'torch' not in sys.modules"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert printed.stdout.strip() == f"etflight {__version__}"
+
+
+def test_the_module_runs_as_the_command_does():
+    printed = subprocess.run(
+        [sys.executable, "-m", "etflight", "--version"], capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.strip() == f"etflight {__version__}"
+
+
+def test_a_run_leaves_its_folder_and_nothing_else(run):
+    cwd, folder = run
+    assert {p.name for p in folder.iterdir()} >= {"config.yaml", "run.json", "metrics.csv", "checkpoints"}
+    assert {p.name for p in cwd.iterdir()} == {"runs"}
+    record = json.loads((folder / "run.json").read_text())
+    assert record["seed"] == 0
+    assert sum(record["data"]["class_counts"]) == 431
+    assert record["data"]["validation"] == "the test set, watched only"
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert any(row["train/loss"] for row in rows)
+    assert {"val/acc", "val/acc_many", "val/acc_few", "val/ece", "val/loss"} <= rows[0].keys()
+
+
+def test_checkpoint_is_plain_data_and_stays_plain_when_saved_again(run, tmp_path):
+    path = run[1] / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["hyper_parameters"]["head"]["class_path"] == "etflight.ETFHead"
+    assert "_instantiator" not in checkpoint["hyper_parameters"]
+    assert checkpoint["class_names"] == [str(k) for k in range(10)]
+    model = Classifier.load_from_checkpoint(path)
+    torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}, tmp_path / "again.ckpt")
+    again = Classifier.load_from_checkpoint(tmp_path / "again.ckpt")
+    assert torch.equal(again.head.weight, model.head.weight)
+
+
+def test_test_rebuilds_the_model_from_the_checkpoint_alone(run, etflight_command, tmp_path):
+    checkpoint = run[1] / "checkpoints" / "last.ckpt"
+    result = etflight_command("test", "--data", "Digits", "--ckpt_path", checkpoint, *QUICK[2:], cwd=tmp_path)
+    assert result.status == 0, result.err
+    metrics = json.loads((run[1] / "test_metrics.json").read_text())
+    assert {
+        "test/acc",
+        "test/acc_macro",
+        "test/acc_many",
+        "test/acc_medium",
+        "test/acc_few",
+        "test/ece",
+    } <= metrics.keys()
+    rows = list(csv.DictReader((run[1] / "per_class.csv").open()))
+    assert len(rows) == 10
+    assert sum(float(row["acc"]) for row in rows) / 10 == pytest.approx(metrics["test/acc_macro"], abs=1e-6)
+    assert int(rows[0]["train_images"]) > int(rows[-1]["train_images"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_predict_writes_one_row_per_image_in_order(run, etflight_command, tmp_path):
+    checkpoint = run[1] / "checkpoints" / "last.ckpt"
+    result = etflight_command("predict", "--data", "Digits", "--ckpt_path", checkpoint, *QUICK[2:], cwd=tmp_path)
+    assert result.status == 0, result.err
+    rows = list(csv.DictReader((run[1] / "predictions.csv").open()))
+    assert len(rows) == 500
+    assert all(0 < float(row["probability"]) <= 1 for row in rows)
+
+
+def test_a_folder_with_a_checkpoint_is_refused_and_untouched(run, etflight_command):
+    cwd, folder = run
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    result = etflight_command("fit", *DIGITS, "--name", "first", cwd=cwd)
+    assert result.status == 1
+    assert len(result.error_lines) == 1
+    assert "--ckpt_path last" in result.error_lines[0]
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+
+
+def test_last_resumes_this_run_and_continues_its_metrics(etflight_command, tmp_path):
+    first = etflight_command("fit", *DIGITS, "--name", "r", "--ckpt_path", "last", cwd=tmp_path)
+    assert first.status == 0, first.err
+    assert "starts from scratch" in first.err + first.out
+    second = etflight_command(
+        "fit", *DIGITS, "--name", "r", "--ckpt_path", "last", "--trainer.max_epochs", 2, cwd=tmp_path
+    )
+    assert second.status == 0, second.err
+    rows = list(csv.DictReader((tmp_path / "runs/r/metrics.csv").open()))
+    assert [row["epoch"] for row in rows if row["train/loss"]] == ["0.0", "1.0"]
+    assert torch.load(tmp_path / "runs/r/checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
+
+
+def test_other_optimizer_settings_are_refused_on_resume(run, etflight_command):
+    cwd, _ = run
+    result = etflight_command(
+        "fit",
+        *DIGITS,
+        "--name",
+        "first",
+        "--ckpt_path",
+        "last",
+        "--model.optimizer.lr",
+        0.5,
+        "--trainer.max_epochs",
+        2,
+        cwd=cwd,
+    )
+    assert result.status == 1
+    assert "--model.optimizer differs" in result.error_lines[0]
+
+
+def test_command_line_beats_config_beats_checkpoint(run, etflight_command, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        yaml.safe_dump({"model": {"loss": {"class_path": "DotRegressionLoss", "init_args": {"exponent": 0.5}}}})
+    )
+    checkpoint = run[1] / "checkpoints" / "last.ckpt"
+    common = ["validate", "--data", "Digits", "--ckpt_path", checkpoint, "--print_config"]
+
+    def loss(*argv):
+        result = etflight_command(*argv, *common[1:], cwd=tmp_path)
+        assert result.status == 0, result.err
+        return yaml.safe_load(result.out)["model"]["loss"]["init_args"]
+
+    assert loss("validate", "--config", config)["exponent"] == 0.5
+    assert loss("validate", "--config", config, "--model.loss.exponent", 0.25)["exponent"] == 0.25
+
+
+def test_configuration_files_compose_and_the_later_wins(etflight_command, tmp_path):
+    result = etflight_command(
+        "fit",
+        "-c",
+        ROOT / "configs/cifar10_lt/etf_dr.yaml",
+        "-c",
+        ROOT / "configs/trainer/ddp.yaml",
+        "--print_config",
+        cwd=tmp_path,
+    )
+    assert result.status == 0, result.err
+    config = yaml.safe_load(result.out)
+    assert config["trainer"]["strategy"] == "ddp"
+    assert config["trainer"]["max_epochs"] == 200
+    assert config["data"]["init_args"]["imbalance_ratio"] == 100
+    assert config["model"]["loss"]["class_path"].endswith("DotRegressionLoss")
+
+
+def test_short_flags_name_every_part(etflight_command, tmp_path):
+    result = etflight_command(
+        "fit", "--data", "Digits", "--data.imbalance_ratio", 100, "--model.backbone", "resnet18", "--model.head", "LinearHead",
+        "--model.loss", "CrossEntropyLoss", "--model.optimizer", "AdamW", "--model.lr_scheduler", "CosineAnnealingLR",
+        "--model.lr_scheduler.T_max", 5, "--print_config", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    model = yaml.safe_load(result.out)["model"]
+    assert model["head"]["class_path"] == "etflight.LinearHead"
+    assert model["loss"]["class_path"] == "etflight.CrossEntropyLoss"
+    assert model["optimizer"]["class_path"] == "torch.optim.AdamW"
+
+
+@pytest.mark.parametrize("name", ["ETFHead", "LinearHead", "CosineHead"])
+def test_switching_the_head_by_name_gives_its_own_defaults(name, etflight_command, tmp_path):
+    result = etflight_command(
+        "fit",
+        "-c",
+        ROOT / "configs/arm/etf_ce.yaml",
+        "--data",
+        "Digits",
+        "--model.head",
+        name,
+        "--print_config",
+        cwd=tmp_path,
+    )
+    given = yaml.safe_load(result.out)["model"]["head"]["init_args"]
+    defaults = {
+        k: p.default
+        for k, p in inspect.signature(getattr(etflight, name)).parameters.items()
+        if p.default is not p.empty
+    }
+    if name == "ETFHead":
+        defaults["scale"] = 16.0  # the same class: the configuration's argument stays
+    assert given == defaults
+    assert describe(getattr(etflight, name), "head")["class_path"] == f"etflight.heads.{name}"
+
+
+MY_HEAD = """
+from etflight import LinearHead
+
+class MyHead(LinearHead):
+    def __init__(self, in_features, num_classes, *, sharpness: float = 2.0):
+        super().__init__(in_features, num_classes)
+        self.sharpness = sharpness
+
+    def forward(self, features):
+        return super().forward(features) * self.sharpness
+"""
+
+
+def test_a_users_own_head_in_the_current_folder_trains_and_tests(etflight_command, tmp_path):
+    (tmp_path / "my_heads.py").write_text(MY_HEAD)
+    head = ["--model.head", "my_heads.MyHead"]
+    loss = ["--model.loss", "CrossEntropyLoss"]
+    result = etflight_command(
+        "fit", *DIGITS, *head, "--model.head.sharpness", 3.0, *loss, "--name", "mine", cwd=tmp_path
+    )
+    assert result.status == 0, result.err
+    checkpoint = tmp_path / "runs/mine/checkpoints/last.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["hyper_parameters"]["head"]["init_args"] == {"sharpness": 3.0}
+    test = ["test", "--data", "Digits", "--ckpt_path", checkpoint, *QUICK[2:]]
+    unnamed = etflight_command(*test, cwd=tmp_path)
+    assert unnamed.status == 1
+    assert "--model.head my_heads.MyHead" in unnamed.error_lines[0]
+    named = etflight_command(*test, *head, cwd=tmp_path)
+    assert named.status == 0, named.err
+
+
+def test_a_users_head_with_a_wrong_argument_is_a_usage_error(etflight_command, tmp_path):
+    (tmp_path / "my_heads.py").write_text(MY_HEAD)
+    result = etflight_command("fit", *DIGITS, "--model.head", "my_heads.MyHead", "--model.head.blunt", 1, cwd=tmp_path)
+    assert result.status == 2
+    assert "blunt" in result.error_lines[0]
+
+
+def test_two_processes_log_the_keys_of_one(run, etflight_command, tmp_path):
+    argv = [sys.executable, "-m", "etflight"]
+    shared = [str(a) for a in ("--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.devices", 2)]
+    fit = [*argv, "fit", *map(str, DIGITS), *shared, "--name", "two"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(fit, cwd=tmp_path, check=True, capture_output=True, env=environment)
+    test = [
+        *argv,
+        "test",
+        "--data",
+        "Digits",
+        "--ckpt_path",
+        "runs/two/checkpoints/last.ckpt",
+        *map(str, QUICK[2:]),
+        *shared,
+    ]
+    subprocess.run(test, cwd=tmp_path, check=True, capture_output=True, env=environment)
+    two = tmp_path / "runs/two"
+
+    def header(folder):
+        return next(csv.reader((folder / "metrics.csv").open()))
+
+    assert sorted(header(two)) == sorted(header(run[1]))
+    assert sum(1 for _ in csv.DictReader((two / "per_class.csv").open())) == 10
+    two_tested = json.loads((two / "test_metrics.json").read_text())
+    one = etflight_command(
+        "test", "--data", "Digits", "--ckpt_path", "runs/two/checkpoints/last.ckpt", *QUICK[2:], cwd=tmp_path
+    )
+    assert one.status == 0, one.err
+    one_tested = json.loads((two / "test_metrics.json").read_text())
+    assert two_tested.keys() == one_tested.keys()
+    for key, value in one_tested.items():
+        assert two_tested[key] == pytest.approx(value, abs=1e-5), key

@@ -1,0 +1,73 @@
+import math
+
+import pytest
+import torch
+from torch.optim import SGD
+
+from etflight.errors import UserError
+from etflight.optim import WarmupCosine, WarmupMultiStep
+
+
+def rates(make, epochs):
+    optimizer = SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    schedule = make(optimizer)
+    seen = []
+    for _ in range(epochs):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return seen
+
+
+def test_the_cifar_protocol_epoch_by_epoch():
+    def protocol(e):  # e from 1
+        if e <= 5:
+            return 0.1 * e / 5
+        return 0.1 * (0.01 if e > 180 else 0.1 if e > 160 else 1)
+
+    assert rates(WarmupMultiStep, 200) == pytest.approx([protocol(e) for e in range(1, 201)])
+
+
+def test_cosine_after_a_warm_up_ends_near_zero():
+    def protocol(e):
+        return 0.1 * e / 5 if e <= 5 else 0.1 * 0.5 * (1 + math.cos(math.pi * (e - 6) / 15))
+
+    assert rates(lambda o: WarmupCosine(o, total_epochs=20), 20) == pytest.approx([protocol(e) for e in range(1, 21)])
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_no_warm_up_starts_at_the_full_rate(warmup):
+    assert rates(lambda o: WarmupCosine(o, total_epochs=10, warmup_epochs=warmup), 1) == [0.1]
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda o: WarmupCosine(o, total_epochs=5), "warmup_epochs"),
+        (lambda o: WarmupCosine(o), "total_epochs"),
+        (lambda o: WarmupMultiStep(o, milestones=[3]), "milestones"),
+        (lambda o: WarmupCosine(o, total_epochs=5, warmup_epochs=-1), "negative"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(make, reason):
+    with pytest.raises(UserError, match=reason):
+        make(SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))
+
+
+@pytest.mark.parametrize("make", [WarmupMultiStep, lambda o: WarmupCosine(o, total_epochs=20)])
+def test_state_is_plain_data_and_continues_where_it_was(make, tmp_path):
+    optimizer = SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    schedule = make(optimizer)
+    for _ in range(7):
+        optimizer.step()
+        schedule.step()
+    torch.save({"o": optimizer.state_dict(), "s": schedule.state_dict()}, tmp_path / "s.pt")
+    saved = torch.load(tmp_path / "s.pt", weights_only=True)
+    other = SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    resumed = make(other)
+    resumed.load_state_dict(saved["s"])
+    other.load_state_dict(saved["o"])
+    for o, s in ((optimizer, schedule), (other, resumed)):
+        o.step()
+        s.step()
+    assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
