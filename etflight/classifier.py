@@ -229,9 +229,8 @@ class Classifier(LightningModule):
 
     @property
     def _fits_temperature(self) -> bool:
-        return (
-            bool(getattr(getattr(self.trainer, "datamodule", None), "val_is_held_out", False)) and self.trainer.training
-        )
+        held_out = getattr(getattr(self.trainer, "datamodule", None), "val_is_held_out", False)
+        return bool(held_out) and self.trainer.state.fn == "fit"
 
     def _stop_at_bad_loss(self) -> None:
         step = int(self.trainer.strategy.reduce(self._bad_step, reduce_op="max"))

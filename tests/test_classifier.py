@@ -90,7 +90,7 @@ def test_a_model_made_in_python_saves_plain_data(tmp_path):
 
 
 def test_dot_regression_with_a_scale_that_differs_is_refused_at_once():
-    with pytest.raises(UserError, match="scale 2.0"):
+    with pytest.raises(UserError, match=r"scale 2\.0"):
         small(head=partial(ETFHead, scale=2.0))
 
 
