@@ -204,6 +204,40 @@ def test_autocast_and_reduced_precision_products_change_nothing(name):
         assert torch.equal(a, e) if isinstance(e, torch.Tensor) else a == e
 
 
+class PrecisionOfProducts(TorchDispatchMode):
+    """Notes which float32 precision is allowed at every matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().startswith(("aten::mm", "aten::addmm")):
+            backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+            if all(hasattr(backend, "fp32_precision") for backend in backends):
+                self.seen += [backend.fp32_precision for backend in backends]
+            else:
+                self.seen.append(torch.get_float32_matmul_precision())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_float32_products_are_full_ones_whatever_the_user_allows(precision):
+    # The flags themselves, as not every processor has the faster products to show a difference.
+    features, labels = clusters(K, D)
+    legacy = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        with PrecisionOfProducts() as products:
+            metric = collect(features, labels, scatter_dtype=torch.float32)
+            metric.merge_state(collect(features, labels, scatter_dtype=torch.float32))
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(legacy)
+    assert len(products.seen) > 2
+    assert set(products.seen) <= {"ieee", "highest"}
+
+
 def test_reduced_precision_set_by_backend_is_restored():
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         pytest.skip("torch before 2.9 has one switch for all")
