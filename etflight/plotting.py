@@ -1,7 +1,7 @@
 """Pictures of neural collapse: pure functions that return matplotlib figures.
 
 Each returns a `matplotlib.figure.Figure` of its own, never registered with pyplot: safe in threads, and freed like any object. Tensors may
-be on any device, arrays are taken as well. `save` writes one to a file.
+be on any device, arrays are taken as well. `render` makes its pixels, `save` writes it to a file.
 """
 
 import os
@@ -22,9 +22,20 @@ from PIL import Image
 from torch import Tensor
 
 from etflight.errors import UserError
+from etflight.metrics import Moments, measures
 from etflight.metrics.measures import GlobalMean
 
-__all__ = ["collapse_curves", "cosine_heatmap", "save", "spectrum", "triangle", "triangle_film", "variability_by_size"]
+__all__ = [
+    "collapse_curves",
+    "cosine_heatmap",
+    "portrait",
+    "render",
+    "save",
+    "spectrum",
+    "triangle",
+    "triangle_film",
+    "variability_by_size",
+]
 
 Array = NDArray[np.float64]
 Matrix = Tensor | NDArray[Any]
@@ -38,13 +49,56 @@ _STYLES = ("-", "--", ":", "-.")
 _MOST_CLASSES = 1000  # sides of the largest heat map: more cells than that are more than a picture has pixels
 
 
-def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure, as what the file's suffix says, so that a reader sees the old picture or the new one, never half of it."""
+def render(figure: Figure) -> Image.Image:
+    """The figure's pixels, RGB."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    pixels = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+    return Image.fromarray(pixels).convert("RGB")
+
+
+def save(picture: Figure | Image.Image, path: str | Path) -> None:
+    """Write a figure, or what `render` made of it, so that a reader sees the old picture or the new one, never half of it.
+
+    Args:
+        picture: the figure or its pixels.
+        path: whose suffix says the format.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    figure.savefig(partial)
+    picture.savefig(partial) if isinstance(picture, Figure) else picture.save(partial)
     os.replace(partial, path)
+
+
+def portrait(
+    stats: Moments,
+    weight: Matrix | None = None,
+    *,
+    counts: Numbers | None = None,
+    class_names: Sequence[str] | None = None,
+) -> dict[str, Figure]:
+    """What can be drawn of one measurement.
+
+    Args:
+        stats: class statistics of K classes.
+        weight: `[K, d]`, class vectors that meet these features; without, there is no heat map.
+        counts: `[K]`, training images per class; by default the samples that `stats` saw.
+        class_names: `[K]`; the labels as numbers by default.
+
+    Returns:
+        `heat_map`, `variability` and `spectrum`; without the first and the last if fewer than two classes have samples.
+    """
+    figures = {}
+    singular = measures.spectrum(stats)
+    if weight is not None and len(singular):
+        figures["heat_map"] = cosine_heatmap(stats.means, weight, class_names)
+    figures["variability"] = variability_by_size(
+        stats.variances, stats.counts if counts is None else counts, class_names
+    )
+    if len(singular):
+        figures["spectrum"] = spectrum(singular)
+    return figures
 
 
 # The frame ----------------------------------------------------------------------------------------------------------
@@ -606,10 +660,7 @@ def triangle_film(
             extent=extent,
         )
         figure.set_dpi(80)
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()  # type: ignore[no-untyped-call]
-        pixels = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
-        frame = Image.fromarray(pixels).convert("RGB")
+        frame = render(figure)
         frames.append(frame.quantize(64, dither=Image.Dither.NONE))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,202 @@
+"""Pictures of the collapse while a model trains, in every logger that takes images and on disk."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+from matplotlib.figure import Figure
+
+from etflight import plotting
+from etflight.callbacks.monitor import NeuralCollapseMonitor
+from etflight.errors import UserError
+from etflight.run import run_folder
+
+_SPLITS = ("train", "train_online", "val")  # of which a picture of one split takes the first that was measured
+
+
+class CollapseFigures(Callback):
+    """Draws what each `NeuralCollapseMonitor` among the trainer's callbacks measured.
+
+    `nc/curves`: measures over epochs; `nc/heat_map`: cosines of class means and class vectors; `nc/variability`: of each class against
+    its size; `nc/spectrum`: of the class means; `nc/triangle`: three classes in the plane of their vectors. A monitor of another space has
+    its own prefix (`nc_raw/curves`).
+
+    They go to every logger with a `log_image(key, images, step)` as that of Weights & Biases, to TensorBoard, and, the last one of each, to
+    `<run folder>/figures/nc_curves.png` and so on. The place in the list of callbacks does not matter.
+
+    Args:
+        every_n_epochs: draw when a measurement passes a multiple of it, and at the end of training.
+        triangle: three labels, for the triangle and, at the end of training, its film `figures/nc_triangle.gif`; needs a monitor with
+            `snapshots`.
+        film: whether to make the film.
+
+    Raises:
+        UserError: options that cannot be; a trainer without monitor, or for the triangle without snapshots.
+
+    Example:
+        >>> from etflight.callbacks.figures import CollapseFigures
+        >>> callbacks = [NeuralCollapseMonitor(snapshots=50), CollapseFigures(every_n_epochs=20, triangle=(0, 1, 8))]
+    """
+
+    def __init__(self, every_n_epochs: int = 10, triangle: Sequence[int] | None = None, film: bool = True) -> None:
+        super().__init__()
+        if every_n_epochs < 1:
+            raise UserError(f"CollapseFigures: every_n_epochs is {every_n_epochs!r}: give 1 or more")
+        if triangle is not None and (len(set(triangle)) != 3 or len(triangle) != 3 or min(triangle) < 0):
+            raise UserError(f"CollapseFigures: triangle is {list(triangle)!r}: give three different labels, from 0")
+        self.every_n_epochs = every_n_epochs
+        self.triangle = None if triangle is None else tuple(triangle)
+        self.film = film
+        self._monitors: dict[str, NeuralCollapseMonitor] = {}
+        self._drawn: dict[str, float] = {}
+
+    # --- when --------------------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the monitors, or say at once what is missing."""
+        monitors = [c for c in _callbacks(trainer) if isinstance(c, NeuralCollapseMonitor)]
+        if not monitors:
+            raise UserError(
+                "CollapseFigures draws what a NeuralCollapseMonitor measures, and the trainer has none: "
+                "add NeuralCollapseMonitor to trainer.callbacks"
+            )
+        self._monitors = {}
+        for monitor in monitors:
+            prefix = "nc" if monitor.space == "embedding" else "nc_raw"
+            key = prefix if prefix not in self._monitors else f"{prefix}_{monitor.head.replace('.', '_')}"
+            self._monitors[key] = monitor
+        self._drawn = {key: max(m.epochs, default=0.0) for key, m in self._monitors.items()}
+        if self.triangle is not None:
+            self._check_triangle(pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw what a monitor further down the list measured at the end of the last epoch."""
+        self._draw_what_is_due(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw."""
+        self._draw_what_is_due(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the last measurement, and make the film."""
+        self._draw_what_is_due(trainer, pl_module, last=True)
+        if self.film and trainer.is_global_zero and not _is_rehearsal(trainer):
+            for key, monitor in self._monitors.items():
+                files = self._triangle_files(trainer, monitor)
+                if files:
+                    path, names = _folder(trainer) / f"{key}_triangle.gif", _class_names(trainer, pl_module, monitor)
+                    plotting.triangle_film(files, cast(Sequence[int], self.triangle), path, class_names=names)
+                    rank_zero_info(f"film: {path}")
+
+    def _draw_what_is_due(self, trainer: Trainer, pl_module: LightningModule, last: bool = False) -> None:
+        for key, monitor in self._monitors.items():
+            if not monitor.epochs:
+                continue
+            epoch, before = monitor.epochs[-1], self._drawn[key]
+            n = self.every_n_epochs
+            if (last and epoch != before) or math.floor(epoch / n) > math.floor(before / n):
+                self._drawn[key] = epoch
+                if trainer.is_global_zero:
+                    self._send(trainer, {f"{key}/{k}": f for k, f in self._draw(trainer, pl_module, monitor).items()})
+
+    # --- what --------------------------------------------------------------------------------------------------------------
+
+    def _draw(self, trainer: Trainer, pl_module: LightningModule, monitor: NeuralCollapseMonitor) -> dict[str, Figure]:
+        prefix = "nc" if monitor.space == "embedding" else "nc_raw"
+        weight, names = monitor.latest_weight, _class_names(trainer, pl_module, monitor)
+        num_classes = None if weight is None else len(weight)
+        figures = {
+            "curves": plotting.collapse_curves(monitor.history, monitor.epochs, prefix=prefix, num_classes=num_classes)
+        }
+        split = next((split for split in _SPLITS if split in monitor.latest), None)
+        if split is not None:
+            meets = f"{prefix}/{split}/alignment" in monitor.history
+            figures |= plotting.portrait(
+                monitor.latest[split],
+                weight if meets else None,
+                counts=_of_classes("class_counts", trainer, pl_module, monitor),
+                class_names=names,
+            )
+        files = self._triangle_files(trainer, monitor)
+        if files:
+            with np.load(files[-1]) as shot:
+                figures["triangle"] = plotting.triangle(
+                    shot["embeddings"],
+                    shot["labels"],
+                    shot["weight"],
+                    cast(Sequence[int], self.triangle),
+                    int(shot["epoch"]),
+                    class_names=names,
+                )
+        return figures
+
+    def _triangle_files(self, trainer: Trainer, monitor: NeuralCollapseMonitor) -> list[Path]:
+        wanted = self.triangle is not None and monitor.snapshots > 0 and monitor.space == "embedding"
+        return _snapshots(trainer, monitor) if wanted else []
+
+    def _send(self, trainer: Trainer, figures: dict[str, Figure]) -> None:
+        step = trainer.global_step
+        for key, figure in figures.items():
+            picture = plotting.render(figure)
+            if not _is_rehearsal(trainer):
+                plotting.save(picture, _folder(trainer) / f"{key.replace('/', '_')}.png")
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_image(key, np.asarray(picture), step, dataformats="HWC")
+                elif callable(log_image := getattr(logger, "log_image", None)):
+                    log_image(key=key, images=[picture], step=step)
+
+    def _check_triangle(self, pl_module: LightningModule) -> None:
+        assert self.triangle is not None
+        monitor = next((m for m in self._monitors.values() if m.snapshots and m.space == "embedding"), None)
+        if monitor is None:
+            raise UserError(
+                "CollapseFigures: the triangle needs embeddings: give NeuralCollapseMonitor snapshots, such as snapshots=50"
+            )
+        head: Any = dict(pl_module.named_modules()).get(monitor.head)
+        if head is not None and max(self.triangle) >= len(head.weight):
+            raise UserError(
+                f"CollapseFigures: triangle is {list(self.triangle)}: give labels from 0 to {len(head.weight) - 1}"
+            )
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]  # set by Lightning outside the class body
+
+
+def _data_module(trainer: Trainer) -> Any:
+    return trainer.datamodule  # type: ignore[attr-defined]
+
+
+def _is_rehearsal(trainer: Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def _folder(trainer: Trainer) -> Path:
+    return run_folder(trainer) / "figures"
+
+
+def _snapshots(trainer: Trainer, monitor: NeuralCollapseMonitor) -> list[Path]:
+    """Those of this run in the order of epochs; the folder may hold an earlier one's too."""
+    files = (run_folder(trainer) / "snapshots" / f"epoch_{int(e):03d}.npz" for e in monitor.epochs if e == int(e))
+    return [file for file in files if file.is_file()]
+
+
+def _class_names(trainer: Trainer, pl_module: LightningModule, monitor: NeuralCollapseMonitor) -> list[str] | None:
+    names = _of_classes("class_names", trainer, pl_module, monitor)
+    return None if names is None else [str(name) for name in names]
+
+
+def _of_classes(name: str, trainer: Trainer, pl_module: LightningModule, monitor: NeuralCollapseMonitor) -> Any:
+    """An attribute with an entry per class, of the model or else of the data module; None if neither has it, or all are 0."""
+    for owner in (pl_module, _data_module(trainer)):
+        values = getattr(owner, name, None)
+        weight = monitor.latest_weight
+        if values is not None and weight is not None and len(values) == len(weight) and any(values):
+            return values
+    return None
