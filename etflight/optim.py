@@ -47,15 +47,16 @@ class WarmupCosine(SequentialLR):
     """
 
     def __init__(self, optimizer: Optimizer, total_epochs: int | None = None, warmup_epochs: int = 5) -> None:
-        warmup = _warmup(optimizer, warmup_epochs)
-        if total_epochs is None:
-            raise UserError("WarmupCosine: give total_epochs, the length of training")
-        if total_epochs <= warmup_epochs:
+        if total_epochs is None or total_epochs < 1:
             raise UserError(
-                f"WarmupCosine: {total_epochs} epochs leave none after a warm-up of {warmup_epochs}: set warmup_epochs lower"
+                f"WarmupCosine needs the length of training, got total_epochs={total_epochs}: set trainer.max_epochs"
             )
-        main = CosineAnnealingLR(optimizer, total_epochs - len(warmup) * warmup_epochs)
-        super().__init__(optimizer, [*warmup, main], [warmup_epochs] * len(warmup))
+        warmup = _warmup(optimizer, warmup_epochs)
+        rest = total_epochs - len(warmup) * warmup_epochs
+        if rest < 1:  # a trial run, over before the warm-up is
+            super().__init__(optimizer, warmup, [])
+        else:
+            super().__init__(optimizer, [*warmup, CosineAnnealingLR(optimizer, rest)], [warmup_epochs] * len(warmup))
 
 
 def _warmup(optimizer: Optimizer, epochs: int) -> list[LRScheduler]:

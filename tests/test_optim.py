@@ -35,6 +35,10 @@ def test_cosine_after_a_warm_up_ends_near_zero():
     assert rates(lambda o: WarmupCosine(o, total_epochs=20), 20) == pytest.approx([protocol(e) for e in range(1, 21)])
 
 
+def test_a_trial_run_shorter_than_the_warm_up_only_warms_up():
+    assert rates(lambda o: WarmupCosine(o, total_epochs=3), 3) == pytest.approx([0.02, 0.04, 0.06])
+
+
 @pytest.mark.parametrize("warmup", [0, 1])
 def test_no_warm_up_starts_at_the_full_rate(warmup):
     assert rates(lambda o: WarmupCosine(o, total_epochs=10, warmup_epochs=warmup), 1) == [0.1]
@@ -43,8 +47,8 @@ def test_no_warm_up_starts_at_the_full_rate(warmup):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda o: WarmupCosine(o, total_epochs=5), "warmup_epochs"),
-        (lambda o: WarmupCosine(o), "total_epochs"),
+        (lambda o: WarmupCosine(o), "total_epochs=None"),
+        (lambda o: WarmupCosine(o, total_epochs=-1), "total_epochs=-1"),
         (lambda o: WarmupMultiStep(o, milestones=[3]), "milestones"),
         (lambda o: WarmupCosine(o, total_epochs=5, warmup_epochs=-1), "negative"),
     ],

@@ -1,0 +1,95 @@
+"""Every shipped YAML is parsed, and run for a step on tiny data of the right shape."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent / "configs"
+ALL = sorted(ROOT.rglob("*.yaml"))
+PARTS = {"arm", "data", "trainer", "logger", "sweep"}  # overlays: no experiment by themselves
+EXPERIMENTS = [path for path in ALL if not PARTS & set(path.relative_to(ROOT).parts)]
+OVERLAYS = [path for path in ALL if path not in EXPERIMENTS]
+RANDOM = np.random.default_rng(0)
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+def tiny_fashion(folder):
+    raw = folder / "fashion"
+    raw.mkdir()
+    for split in ("train", "t10k"):
+        images = RANDOM.integers(0, 256, (40, 28, 28), dtype=np.uint8)
+        labels = (np.arange(40) % 10).astype(np.uint8)
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+            (raw / f"{split}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
+    return ["--data.root", raw]
+
+
+def tiny_cifar(folder, classes):
+    records = RANDOM.integers(0, 256, (10000, 3072), dtype=np.uint8)
+    labels = (np.arange(10000) % classes).astype(np.uint8)[:, None]
+    if classes == 10:
+        content = np.hstack([labels, records]).tobytes()
+        files = {
+            f"cifar-10-batches-bin/{f}.bin": content for f in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+        }
+    else:
+        content = np.hstack([labels // 5, labels, records]).tobytes()
+        files = {"cifar-100-binary/train.bin": content * 5, "cifar-100-binary/test.bin": content}
+    for path, data in files.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_bytes(data)
+    return ["--data.root", folder]
+
+
+def tiny_folder(folder):
+    for split in ("train", "test"):
+        for label in ("cat", "dog"):
+            (folder / "images" / split / label).mkdir(parents=True)
+            for i in range(4):
+                pixels = RANDOM.integers(0, 256, (40, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / "images" / split / label / f"{i}.png")
+    return ["--data.root", folder / "images", "--data.image_size", 32, "--data.num_workers", 0]
+
+
+def tiny_data(config, folder):
+    match config.parent.name, config.stem:
+        case "fashion_mnist_lt", _:
+            return [*tiny_fashion(folder), "--data.imbalance_ratio", 2]
+        case "cifar10_lt", _:
+            return tiny_cifar(folder, 10)
+        case "cifar100_lt", _:
+            return tiny_cifar(folder, 100)
+        case _, "folder":
+            return tiny_folder(folder)
+    return []
+
+
+@pytest.mark.parametrize("config", EXPERIMENTS, ids=name)
+def test_config_trains_a_step(config, etflight_command, tmp_path):
+    result = etflight_command(
+        "fit", "-c", config, *tiny_data(config, tmp_path), "--data.batch_size", 8, "--trainer.accelerator", "cpu",
+        "--trainer.fast_dev_run", "true", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    assert not (tmp_path / "runs").exists()  # a trial run leaves nothing
+
+
+@pytest.mark.parametrize("config", OVERLAYS, ids=name)
+def test_overlay_composes_with_an_experiment(config, etflight_command, tmp_path):
+    result = etflight_command("fit", "-c", ROOT / "digits/ce.yaml", "-c", config, "--print_config", cwd=tmp_path)
+    assert result.status == 0, result.err
+
+
+@pytest.mark.parametrize("dataset", ["digits", "fashion_mnist_lt", "cifar10_lt", "cifar100_lt"])
+def test_every_data_set_has_every_arm_under_its_own_name(dataset, etflight_command, tmp_path):
+    arms = {"ce", "ce_balanced", "etf_ce", "etf_dr", "etf_dr_balanced"}
+    assert {path.stem for path in (ROOT / dataset).glob("*.yaml")} >= arms
+    for arm in arms:
+        assert f"name: {dataset}/{arm}\n" in (ROOT / dataset / f"{arm}.yaml").read_text()
