@@ -141,8 +141,23 @@ class EtflightCLI(LightningCLI):
         config["ckpt_path"] = None if self.ckpt_path is None else str(self.ckpt_path)
         config["weights_only"] = True
         config["overlays"] = None  # merged by now; their relative paths would mean nothing in the run folder
+        for logger in _as_list(config["trainer"]["logger"]):
+            self._put_into_run_folder(logger)
         if self.subcommand == "fit" and not config["trainer"]["fast_dev_run"]:
             claim(self.folder, self.ckpt_path)
+
+    def _put_into_run_folder(self, logger: Any) -> None:
+        """Let a logger without a place of its own write into the run folder, and call the run by its name at W&B."""
+        arguments = getattr(logger, "init_args", None)
+        if arguments is None:
+            return
+        if arguments.get("save_dir", ".") in (None, "."):
+            arguments["save_dir"] = str(self.folder)
+        if logger.class_path.endswith("WandbLogger") and arguments.get("name") is None:
+            arguments["name"] = self.run_name
+            self.folder.mkdir(
+                parents=True, exist_ok=True
+            )  # wandb falls back to a temporary folder where this is missing
 
     def after_instantiate_classes(self) -> None:
         """Refuse a checkpoint of another number of classes before Lightning finds tensors of other shapes."""

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch.distributed as dist
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from etflight.classifier import Classifier
@@ -37,6 +39,12 @@ class RunRecord(SaveConfigCallback):
         self.parser.save(self.config, self.folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
         seed = self.config.get("seed_everything")
         write_json(self.folder / "run.json", facts(name=self.name, arm=self.arm, seed=seed, data=_data(trainer)))
+        resolved = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.config.update(resolved, allow_val_change=True)  # once: Lightning's own log is off
+                for metrics in ("train/loss", "val/*", "test/*", "nc/*", "nc_raw/*"):
+                    logger.experiment.define_metric(metrics, step_metric="epoch")
 
 
 class TestResults(Callback):
