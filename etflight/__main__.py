@@ -7,7 +7,8 @@ from importlib import import_module
 
 from etflight._version import __version__
 
-COMMANDS = ("report",)  # what is not a stage of the Trainer: etflight/commands/<name>.py, imported only when asked for
+# what is not a stage of the Trainer: etflight/commands/<name>.py, imported only when asked for
+COMMANDS = ("report", "collapse")
 
 
 def run() -> int:
