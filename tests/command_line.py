@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SERVER = """
-import json, os, sys, traceback
+import atexit, json, os, sys, traceback
 import etflight.cli, etflight.backbones, torch, sklearn.datasets
 from etflight.__main__ import run
 torch.set_num_threads(1)
@@ -30,6 +30,7 @@ for line in sys.stdin:
         except BaseException:
             traceback.print_exc()
             status = 99
+        atexit._run_exitfuncs()  # what a process does at its end, such as wandb closing its file
         sys.stdout.flush(); sys.stderr.flush()
         os._exit(status)
     _, status = os.waitpid(pid, 0)

@@ -1,0 +1,57 @@
+"""Reads an offline W&B run file back: LevelDB log blocks of `Record` messages."""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from wandb.proto.wandb_internal_pb2 import Record
+
+_BLOCK, _HEADER = 32768, 7
+_FULL, _FIRST, _LAST = 1, 2, 4
+
+
+def records(path: Path) -> Iterator[Record]:
+    data = path.read_bytes()
+    position, pending = _HEADER, b""  # the file starts with a header of seven bytes
+    while position + _HEADER <= len(data):
+        left = _BLOCK - position % _BLOCK
+        if left < _HEADER:  # padding at the end of a block
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + _HEADER])
+        position += _HEADER
+        part = data[position : position + length]
+        position += length
+        pending = part if kind in (_FULL, _FIRST) else pending + part
+        if kind in (_FULL, _LAST):
+            record = Record()
+            record.ParseFromString(pending)
+            yield record
+
+
+def history(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for record in records(path):
+        if record.HasField("history"):
+            rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
+    return rows
+
+
+def config_updates(path: Path) -> list[dict[str, Any]]:
+    found = []
+    for record in records(path):
+        for config in ([record.config] if record.HasField("config") else []) + (
+            [record.run.config] if record.HasField("run") else []
+        ):
+            found.append({(u.key or "/".join(u.nested_key)): json.loads(u.value_json) for u in config.update})
+    return found
+
+
+def step_metrics(path: Path) -> dict[str, str]:
+    return {
+        (r.metric.name or r.metric.glob_name): r.metric.step_metric
+        for r in records(path)
+        if r.HasField("metric") and r.metric.step_metric
+    }
