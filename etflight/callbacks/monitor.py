@@ -152,6 +152,11 @@ class NeuralCollapseMonitor(Callback):
 
     # --- when --------------------------------------------------------------------------------------------------------------
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the last fit; a checkpoint is loaded after this."""
+        if stage == "fit":
+            self._measured_epoch = -1
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the head, the layers and the training images, or say at once what is missing."""
         self._source = EmbeddingSource(pl_module, self.head, self.space, self.layers)
@@ -258,6 +263,7 @@ class NeuralCollapseMonitor(Callback):
         if self._online is not None:
             passed, self._online = self._online, None
             if passed.statistics:
+                self.measured_weights = "current"
                 with _plain_tensors():
                     self._remember_weight()
                     self._finish(passed, "train_online")
@@ -301,6 +307,7 @@ class NeuralCollapseMonitor(Callback):
         if self._sweeps:
             self._centres = self._sweep(trainer, pl_module, trainer.current_epoch + _part_of_epoch(trainer))
         else:
+            self._say_which_weights(trainer)
             with _plain_tensors():
                 self._remember_weight()
 
@@ -334,7 +341,7 @@ class NeuralCollapseMonitor(Callback):
                     )
             else:
                 self._values[f"{self._group(HEAD)}/train/nc4"] = self._share(trainer, cast(Tensor, agrees))
-            if self.snapshots:
+            if self.snapshots and limit is None:
                 self._write_snapshot(trainer, kept, epoch)
         return moments
 

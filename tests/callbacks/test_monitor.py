@@ -279,6 +279,58 @@ def test_nothing_is_measured_while_sanity_checking(tmp_path):
     assert watch.epochs == [1, 2]
 
 
+def test_the_untrained_model_is_measured_before_the_first_step_unless_told_not_to(tmp_path):
+    class Look(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 0:
+                self.metrics = dict(trainer.callback_metrics)
+
+    watch, look = plain_monitor(), Look()
+    fit(tmp_path, watch, look)
+    torch.manual_seed(0)
+    assert_equal_values({"nc/train/nc1": watch.history["nc/train/nc1"][:1]}, "nc/train", nc1_of(Plain()))
+    assert look.metrics["nc/train/nc1"].item() == pytest.approx(watch.history["nc/train/nc1"][0], rel=1e-6)
+    fit(tmp_path, watch := plain_monitor(before_training=False), look)
+    assert look.metrics == {}
+    assert watch.epochs == [1, 2]
+
+
+def nc1_of(model):
+    return {"nc1": plain_values(model, TRAIN)[0]["nc1"]}
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_the_sweep_runs_in_the_trainers_precision(tmp_path, precision):
+    watch = plain_monitor()
+    model, runs = fit(tmp_path, watch, precision=precision)
+    model.eval()
+    x, y = TRAIN.tensors
+    with torch.no_grad(), runs.precision_plugin.forward_context():
+        h = torch.cat([model.body(part.to(model.fc.weight.dtype)) for part in x.split(8)])
+    values, _ = from_scratch(h, y, model.fc.weight.detach())
+    assert_equal_values(watch.history, "nc/train", values)
+    assert "nc/val/nc1" in watch.history
+
+
+def test_only_the_first_validation_loader_is_measured(tmp_path):
+    class Two(Plain):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            super().validation_step(batch, batch_idx)
+
+    watch = plain_monitor()
+    runs = trainer(tmp_path, watch)
+    runs.fit(Two(), DataLoader(TRAIN, batch_size=8), [DataLoader(VAL, batch_size=8), DataLoader(TRAIN, batch_size=8)])
+    assert watch.latest["val"].counts.sum() == len(VAL)
+    assert "nc/val/nc1" in runs.callback_metrics
+
+
+def test_a_trial_run_of_one_batch_sweeps_one_batch_and_writes_nothing(tmp_path):
+    watch = plain_monitor(snapshots=1)
+    fit(tmp_path, watch, fast_dev_run=True)
+    assert watch.latest["train"].counts.sum() == 8
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_n_epochs_and_always_the_last(tmp_path):
     watch = plain_monitor(every_n_epochs=2)
     fit(tmp_path, watch, epochs=5)
@@ -441,10 +493,11 @@ def test_a_resumed_run_continues_the_history(tmp_path):
         assert series == pytest.approx(second.history[name], rel=1e-12, abs=1e-15, nan_ok=True), name
 
 
-def test_a_second_fit_starts_a_new_history(tmp_path):
+@pytest.mark.parametrize("val", [True, False])
+def test_a_second_fit_starts_a_new_history(tmp_path, val):
     watch = plain_monitor()
-    fit(tmp_path, watch, epochs=3)
-    fit(tmp_path, watch, epochs=1)
+    fit(tmp_path, watch, epochs=3, val=val)
+    fit(tmp_path, watch, epochs=1, val=val)
     assert watch.epochs == [0, 1]
     assert {len(series) for series in watch.history.values()} == {2}
 
@@ -547,8 +600,18 @@ def train_on_this_rank(rank, folder, online):
     return watch.history, metrics, model.state_dict(), sizes
 
 
-def test_two_processes_with_an_uneven_last_batch_measure_what_one_does(two_processes, tmp_path):
-    first, second = two_processes(train_on_this_rank, [(tmp_path, False)] * 2)
+def import_this_module(rank):
+    return rank
+
+
+@pytest.fixture(scope="module")
+def two_ready_processes(two_processes):
+    two_processes(import_this_module, [(), ()])  # importing takes longer than the rest: it gets a time limit of its own
+    return two_processes
+
+
+def test_two_processes_with_an_uneven_last_batch_measure_what_one_does(two_ready_processes, tmp_path):
+    first, second = two_ready_processes(train_on_this_rank, [(tmp_path, False)] * 2)
     sizes = first[3], second[3]
     assert sum(sizes[0]) != sum(sizes[1])
     for name, series in first[0].items():
@@ -578,8 +641,8 @@ def test_two_processes_with_an_uneven_last_batch_measure_what_one_does(two_proce
     np.testing.assert_allclose(content["embeddings"], h[expected], rtol=2e-3, atol=1e-3)
 
 
-def test_two_processes_measure_online(two_processes, tmp_path):
-    first, second = two_processes(train_on_this_rank, [(tmp_path, True)] * 2)
+def test_two_processes_measure_online(two_ready_processes, tmp_path):
+    first, second = two_ready_processes(train_on_this_rank, [(tmp_path, True)] * 2)
     assert first[0]["nc/train_online/nc1"] == pytest.approx(second[0]["nc/train_online/nc1"], rel=1e-12)
 
 
