@@ -26,12 +26,14 @@ from torch import Tensor, nn
 import etflight.data
 from etflight import plotting
 from etflight.backbones import resnet_cifar
-from etflight.classifier import Classifier
+from etflight.checkpoints import read_checkpoint
+from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
 from etflight.errors import UserError
 from etflight.metrics import ClassStatistics, Moments, measures
 from etflight.run import write_json
+from etflight.specs import describe, is_known
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 
@@ -101,7 +103,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--weights goes with --timm NAME: an etflight checkpoint is given by --ckpt_path FILE alone")
     for module in config.imports:
         _import(module)
-    data: ImageDataModule = parser.instantiate_classes(config).data
+    data: ImageDataModule = parser.instantiate(config).data
     device = _device(config.device)
     model = _from_checkpoint(config.ckpt_path, data) if config.timm is None else _from_timm(config, data)
     output = Path(config.output) if config.output else _default_output(config)
@@ -180,6 +182,12 @@ def _to(moments: Moments, device: torch.device) -> Moments:
 
 
 def _from_checkpoint(path: str, data: ImageDataModule) -> Model:
+    for argument, value in plain_hyperparameters(read_checkpoint(path)).items():
+        if argument in PLUGGABLE and value is not None and not is_known(describe(value, argument), PLUGGABLE[argument]):
+            module = value["class_path"].rpartition(".")[0]
+            raise UserError(
+                f"checkpoint {path} needs {value['class_path']} as its {argument}: import its module (--imports {module})"
+            )
     classifier = Classifier.load_from_checkpoint(path)
     head, hparams = classifier.head, classifier.hparams
     _check_classes(f"checkpoint {path}", head.num_classes, data, "give the data it was trained on")
