@@ -60,7 +60,8 @@ class NeuralCollapseMonitor(Callback):
         layers: further submodules, of the model or of its backbone ("layer1"), or indices of timm's `forward_intermediates` (one more
             forward, in the sweep only), averaged over places and logged as `nc_<layer>/…`, without class vectors.
         snapshots: embeddings kept per class and sweep, the first of each class in the data's order, float16, in
-            `<run folder>/snapshots/epoch_XXX.npz` with `labels`, `indices`, `epoch` and `weight`; XXX counts finished epochs.
+            `<run folder>/snapshots/epoch_XXX.npz` (`snapshots_raw/` of the backbone) with `labels`, `indices`, `epoch` and `weight`;
+            XXX counts finished epochs.
         before_training: whether to sweep before the first step.
         spectra: whether to measure `effective_rank` and `effective_rank_within`, whose eigenvalues cost O(d³).
 
@@ -230,7 +231,7 @@ class NeuralCollapseMonitor(Callback):
             with _plain_tensors():
                 self._finish(self._val, "val")
                 if self._centres is not None and self._val_agrees is not None:
-                    self._values[f"{self._group(HEAD)}/val/nc4"] = self._share(trainer, self._val_agrees)
+                    self._values[f"{self._group(HEAD)}/val/nc4"] = _share(trainer, self._val_agrees)
             self._val = None
         self._centres = None
         if self._values:
@@ -332,7 +333,7 @@ class NeuralCollapseMonitor(Callback):
                 kept.add(caught, labels)
             moments = self._finish(passed, "train")
             agrees = kept.agrees(moments)
-            missing = float(trainer.strategy.reduce(torch.tensor(float(agrees is None)), reduce_op="sum"))
+            missing = float(_total(trainer, torch.tensor(float(agrees is None))))
             if missing:
                 if not kept.without_decision:
                     self._tell(
@@ -340,7 +341,7 @@ class NeuralCollapseMonitor(Callback):
                         f"{_KEEP_BYTES / 2**30:g} GiB"
                     )
             else:
-                self._values[f"{self._group(HEAD)}/train/nc4"] = self._share(trainer, cast(Tensor, agrees))
+                self._values[f"{self._group(HEAD)}/train/nc4"] = _share(trainer, cast(Tensor, agrees))
             if self.snapshots and limit is None:
                 self._write_snapshot(trainer, kept, epoch)
         return moments
@@ -374,10 +375,6 @@ class NeuralCollapseMonitor(Callback):
         if name != HEAD:
             return f"nc_{name}"
         return "nc" if self.space == "embedding" else "nc_raw"
-
-    def _share(self, trainer: Trainer, agrees: Tensor) -> float:
-        agreeing, total = trainer.strategy.reduce(agrees.to(trainer.strategy.root_device), reduce_op="sum").tolist()
-        return agreeing / total if total else math.nan
 
     def _publish(self, epoch: float) -> dict[str, float]:
         """Put the collected values into the history, and return them."""
@@ -427,7 +424,8 @@ class NeuralCollapseMonitor(Callback):
         content = kept.snapshot()
         if not trainer.is_global_zero or epoch != int(epoch) or self.latest_weight is None:
             return
-        path = run_folder(trainer) / "snapshots" / f"epoch_{int(epoch):03d}.npz"
+        folder = "snapshots" if self.space == "embedding" else "snapshots_raw"
+        path = run_folder(trainer) / folder / f"epoch_{int(epoch):03d}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
         with partial.open("wb") as file:
@@ -633,6 +631,18 @@ def _averaged(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     finally:
         for callback in averaging:
             callback.on_validation_epoch_end(trainer, pl_module)
+
+
+def _total(trainer: Trainer, part: Tensor) -> Tensor:
+    """The sum over ranks."""
+    if trainer.world_size == 1:
+        return part
+    return cast(Tensor, trainer.strategy.reduce(part.to(trainer.strategy.root_device), reduce_op="sum"))
+
+
+def _share(trainer: Trainer, agrees: Tensor) -> float:
+    agreeing, total = _total(trainer, agrees).tolist()
+    return agreeing / total if total else math.nan
 
 
 def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:

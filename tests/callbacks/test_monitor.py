@@ -193,7 +193,7 @@ def test_a_plain_pytorch_loop_uses_the_statistics_directly():
 
 
 def test_raw_features_have_their_own_keys_and_no_class_vectors_of_an_etf_head(tmp_path):
-    raw, embedding = NeuralCollapseMonitor(space="backbone"), NeuralCollapseMonitor()
+    raw, embedding = NeuralCollapseMonitor(space="backbone", snapshots=1), NeuralCollapseMonitor(snapshots=1)
     data, model = digits(), classifier()
     trainer(tmp_path, raw, embedding, epochs=1).fit(model, datamodule=data)
     model.eval()
@@ -206,6 +206,8 @@ def test_raw_features_have_their_own_keys_and_no_class_vectors_of_an_etf_head(tm
     assert 0 <= raw.history["nc_raw/val/nc4"][-1] <= 1
     assert embedding.history["nc/train/nc1"] != raw.history["nc_raw/train/nc1"]
     assert raw.state_key != embedding.state_key
+    one, other = (np.load(tmp_path / name / "epoch_001.npz")["embeddings"] for name in ("snapshots_raw", "snapshots"))
+    assert not np.array_equal(one, other)
 
 
 def test_layers_are_measured_by_name_and_by_index(tmp_path):
