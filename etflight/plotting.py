@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -275,8 +275,8 @@ _PANELS = (
     _Panel("Cosines between different classes", "cos_means", "cos_weights", "cos_cross"),
 )
 _CALLED = {
-    "nc1": "tr(Σ_W Σ_B⁺)/K",
-    "nc1_ratio": "tr Σ_W / tr Σ_B",
+    "nc1": r"tr$(\Sigma_W \Sigma_B^{+})/K$",
+    "nc1_ratio": r"tr$\,\Sigma_W$ / tr$\,\Sigma_B$",
     "alignment": "cos(mean, class vector)",
     "nc2_equinorm": "spread of norms",
     "nc2_equiangularity": "spread of angles",
@@ -349,6 +349,8 @@ def _draw_panel(
         measures = ["nc1_ratio"]  # what there is of NC1 without the scatter
     if panel.log:
         axes.set_yscale("log", nonpositive="mask")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
     if panel.goal is not None:
         axes.axhline(panel.goal, color=GREY, lw=1, ls=(0, (1, 2)), zorder=0)
     legend = []
