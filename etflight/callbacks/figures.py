@@ -97,7 +97,10 @@ class CollapseFigures(Callback):
         for key, monitor in self._monitors.items():
             if not monitor.epochs:
                 continue
-            epoch, before = monitor.epochs[-1], self._drawn[key]
+            epoch = monitor.epochs[-1]
+            before = (
+                self._drawn[key] if self._drawn[key] <= epoch else 0.0
+            )  # a monitor that starts anew after we looked
             n = self.every_n_epochs
             if (last and epoch != before) or math.floor(epoch / n) > math.floor(before / n):
                 self._drawn[key] = epoch

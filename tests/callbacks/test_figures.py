@@ -173,6 +173,13 @@ def test_figures_follow_a_monitor_that_measures_less_often(tmp_path, monkeypatch
     assert [step for step, _ in recorder.sent] == [6, 12, 14]
 
 
+def test_a_second_fit_with_the_same_callbacks_draws_again(tmp_path, monkeypatch):
+    recorder, watch, draw = Recorder(monkeypatch), monitor(), CollapseFigures(every_n_epochs=2)
+    for _ in range(2):
+        small_fit(tmp_path, draw, watch, epochs=3)
+    assert [step for step, _ in recorder.sent] == [4, 6, 4, 6]
+
+
 def test_figures_of_two_spaces_have_prefixes_of_their_own(tmp_path, monkeypatch):
     recorder = Recorder(monkeypatch)
     small_fit(tmp_path, monitor(), monitor(space="backbone"), CollapseFigures(), epochs=1)
