@@ -131,7 +131,7 @@ class EtflightCLI(LightningCLI):
                 self.ckpt_path = None
         elif asked is not None:
             self.ckpt_path = Path(asked)
-            if stage != "fit" and _value(argv, "name") is None and self.ckpt_path.parent.name == "checkpoints":
+            if stage != "fit" and not _values(argv, "name") and self.ckpt_path.parent.name == "checkpoints":
                 self.folder = self.ckpt_path.parent.parent
         return self.ckpt_path
 

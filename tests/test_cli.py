@@ -89,6 +89,19 @@ def test_test_rebuilds_the_model_from_the_checkpoint_alone(run, etflight_command
     assert list(tmp_path.iterdir()) == []
 
 
+def test_results_go_to_the_run_of_the_checkpoint_whatever_the_configuration_is_called(run, etflight_command, tmp_path):
+    checkpoint = run[1] / "checkpoints" / "last.ckpt"
+    argv = ["test", "-c", ROOT / "configs/digits/etf_dr.yaml", "--ckpt_path", checkpoint, *QUICK[2:]]
+    (run[1] / "test_metrics.json").unlink(missing_ok=True)
+    result = etflight_command(*argv, cwd=tmp_path)
+    assert result.status == 0, result.err
+    assert (run[1] / "test_metrics.json").is_file()
+    assert list(tmp_path.iterdir()) == []
+    named = etflight_command(*argv, "--name", "elsewhere", cwd=tmp_path)
+    assert named.status == 0, named.err
+    assert (tmp_path / "runs/elsewhere/test_metrics.json").is_file()
+
+
 def test_predict_writes_one_row_per_image_in_order(run, etflight_command, tmp_path):
     checkpoint = run[1] / "checkpoints" / "last.ckpt"
     result = etflight_command("predict", "--data", "Digits", "--ckpt_path", checkpoint, *QUICK[2:], cwd=tmp_path)
