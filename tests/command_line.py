@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SERVER = """
-import atexit, json, os, sys, traceback
+import json, os, sys, traceback, wandb
 import etflight.cli, etflight.backbones, torch, sklearn.datasets
 from etflight.__main__ import run
 torch.set_num_threads(1)
@@ -30,7 +30,8 @@ for line in sys.stdin:
         except BaseException:
             traceback.print_exc()
             status = 99
-        atexit._run_exitfuncs()  # what a process does at its end, such as wandb closing its file
+        if wandb.run is not None:
+            wandb.finish()  # as at the end of any process; other exit functions would remove the parent's temporary files
         sys.stdout.flush(); sys.stderr.flush()
         os._exit(status)
     _, status = os.waitpid(pid, 0)

@@ -15,6 +15,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _no_seed_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`seed_everything` leaves the run's seed in the environment, where the data modules look for it."""
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+
 @pytest.fixture(scope="session")
 def two_processes() -> Iterator[ProcessPool]:
     pool = ProcessPool(2)
