@@ -1,5 +1,6 @@
 """The command line: LightningCLI over `Classifier` and the data modules, with run folders and errors for people."""
 
+import inspect
 import logging
 import re
 import sys
@@ -68,72 +69,82 @@ class EtflightCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse with the checkpoint's model as the lowest of the three: checkpoint, configuration files, command line."""
-        self.resume_step: int | None = None
-        self.saved_num_classes: int | None = None
         given = list(sys.argv[1:] if args is None else args)
         argv = _expand_overlays(given)
         self.arm = _first_config_stem(given)
+        self.ckpt_path: Path | None = None
+        self.resume_step: int | None = None
+        self.saved_num_classes: int | None = None
         stage = argv[0] if argv and argv[0] in self._subcommand_parsers else None
-        checkpoint = self._find_checkpoint(argv[1:], stage) if stage else None
-        if stage is None or checkpoint is None:
+        if stage is not None and not any(arg in ("-h", "--help") or arg.endswith(".help") for arg in argv):
+            self.ckpt_path = self._locate_run(argv, stage)
+        if stage is None or self.ckpt_path is None:
             self.config = parser.parse_args(argv)
-            return
-        content = read_checkpoint(checkpoint)
+        else:
+            self._parse_over_checkpoint(parser, argv, stage, self.ckpt_path)
+
+    def _locate_run(self, argv: list[str], stage: str) -> Path | None:
+        """Find the run folder, and the checkpoint asked for; `last` is the one of the run's own folder."""
+        asked = _value(argv, "ckpt_path")
+        root = Path(_value(argv, "trainer.default_root_dir") or "runs")
+        self.run_name = _value(argv, "name") or self.arm or (_value(argv, "data") or "run").rpartition(".")[2].lower()
+        self.folder = root / self.run_name
+        if asked is None:
+            if stage != "fit" and "--print_config" not in argv:
+                raise UserError(
+                    f"{stage} needs a trained model: give --ckpt_path FILE, or --ckpt_path last with the name of its run"
+                )
+            return None
+        if asked != "last":
+            path = Path(asked)
+            if stage != "fit" and not _values(argv, "name") and path.parent.name == "checkpoints":
+                self.folder = path.parent.parent
+            return path
+        last = last_checkpoint(self.folder)
+        if last.is_file():
+            return last
+        if stage != "fit":
+            raise UserError(f"there is no {last}: train first, or give --ckpt_path FILE")
+        rank_zero_info(f"there is no {last}: training starts from scratch")
+        return None
+
+    def _parse_over_checkpoint(self, parser: LightningArgumentParser, argv: list[str], stage: str, path: Path) -> None:
+        """Parse with the checkpoint's hyper-parameters as the model's defaults; no class is imported because it names it."""
+        content = read_checkpoint(path)
         self.resume_step = int(content.get("global_step", 0))
         saved = plain_hyperparameters(content)
+        foreign = saved.keys() - inspect.signature(Classifier).parameters.keys()
+        if foreign:
+            raise UserError(
+                f"checkpoint {path} is not one of a Classifier: it has the hyper-parameter {min(foreign)!r}"
+            )
         self.saved_num_classes = saved.pop("num_classes", None)
-        saved = {name: value for name, value in saved.items() if name not in ("in_chans", "class_counts")}
-        missing = {
-            n: v
-            for n, v in saved.items()
-            if n in PLUGGABLE and v is not None and not is_known(describe(v, n), PLUGGABLE[n])
+        for linked in ("in_chans", "class_counts"):  # the data module gives the one, the state dict holds the other
+            saved.pop(linked, None)
+        unknown = {
+            name: describe(saved.pop(name), name)
+            for name, base in PLUGGABLE.items()
+            if saved.get(name) is not None and not is_known(describe(saved[name], name), base)
         }
-        self._default_model(stage, {name: value for name, value in saved.items() if name not in missing})
+        self._default_model(stage, saved)
         self.config = parser.parse_args(argv)
-        if missing:  # parsing imported the classes that the user named; the checkpoint's own arguments can be read now
-            for name, spec in missing.items():
-                chosen = self.config[stage].get(f"model.{name}")
-                if getattr(chosen, "class_path", None) == spec["class_path"]:
-                    self._default_model(stage, {name: spec})
-                elif not _is_given(argv, f"model.{name}"):
-                    raise UserError(
-                        f"checkpoint {checkpoint} needs {spec['class_path']} as its {name}: "
-                        f"name it, so that it is imported (--model.{name} {spec['class_path']})"
-                    )
-            self.config = parser.parse_args(argv)
+        if not unknown:
+            return
+        for name, spec in unknown.items():  # parsing imported what the user named, and only that
+            if getattr(self.config[stage].get(f"model.{name}"), "class_path", None) == spec["class_path"]:
+                self._default_model(stage, {name: spec})
+            elif _value(argv, f"model.{name}") is None and _value(argv, f"model.{name}.class_path") is None:
+                raise UserError(
+                    f"checkpoint {path} needs {spec['class_path']} as its {name}: "
+                    f"name it, so that it is imported (--model.{name} {spec['class_path']})"
+                )
+        self.config = parser.parse_args(argv)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: `parse_arguments` has done it, in the order that lets the command line win."""
 
     def _default_model(self, stage: str, values: dict[str, Any]) -> None:
         self._subcommand_parsers[stage].set_defaults({f"model.{name}": value for name, value in values.items()})
-
-    def _find_checkpoint(self, argv: list[str], stage: str) -> Path | None:
-        """The checkpoint asked for, as a path; `last` is the one of the run's own folder."""
-        asked = _value(argv, "ckpt_path")
-        root = Path(_value(argv, "trainer.default_root_dir") or "runs")
-        name = _value(argv, "name") or self.arm or (_value(argv, "data") or "run").rpartition(".")[2].lower()
-        self.folder, self.run_name = root / name, name
-        self.ckpt_path: Path | None = None
-        wants_help = any(arg in ("-h", "--help", "--print_config") or arg.endswith(".help") for arg in argv)
-        if wants_help:
-            return None
-        if asked is None and stage != "fit":
-            raise UserError(
-                f"{stage} needs a trained model: give --ckpt_path FILE, or --ckpt_path last with the name of its run"
-            )
-        if asked == "last":
-            self.ckpt_path = last_checkpoint(self.folder)
-            if not self.ckpt_path.is_file():
-                if stage != "fit":
-                    raise UserError(f"there is no {self.ckpt_path}: train first, or give --ckpt_path FILE")
-                rank_zero_info(f"there is no {self.ckpt_path}: training starts from scratch")
-                self.ckpt_path = None
-        elif asked is not None:
-            self.ckpt_path = Path(asked)
-            if stage != "fit" and not _values(argv, "name") and self.ckpt_path.parent.name == "checkpoints":
-                self.folder = self.ckpt_path.parent.parent
-        return self.ckpt_path
 
     def before_instantiate_classes(self) -> None:
         """Put the found checkpoint into the configuration, and claim the run folder."""
@@ -155,9 +166,8 @@ class EtflightCLI(LightningCLI):
             arguments["save_dir"] = str(self.folder)
         if logger.class_path.endswith("WandbLogger") and arguments.get("name") is None:
             arguments["name"] = self.run_name
-            self.folder.mkdir(
-                parents=True, exist_ok=True
-            )  # wandb falls back to a temporary folder where this is missing
+            # wandb would fall back to a temporary folder where this one is missing
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def after_instantiate_classes(self) -> None:
         """Refuse a checkpoint of another number of classes before Lightning finds tensors of other shapes."""
@@ -320,10 +330,6 @@ def _values(argv: Sequence[str], key: str, *short: str) -> list[str]:
     return found
 
 
-def _is_given(argv: Sequence[str], key: str) -> bool:
-    return _value(argv, key) is not None or _value(argv, f"{key}.class_path") is not None
-
-
 def _quieten() -> None:
     """Silence what is noise for this program: hints about a service we do not use, workers that in-memory sets do not need."""
     for pattern in (
@@ -333,6 +339,7 @@ def _quieten() -> None:
         r".*epoch parameter in `scheduler.step\(\)` was not necessary.*",
         r".*Checkpoint directory .* exists and is not empty.*",
         r".*No seed found.*",
+        r".*callbacks used to create the checkpoint need to be provided.*",
     ):
         warnings.filterwarnings("ignore", pattern)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):

@@ -109,6 +109,8 @@ CASES = {
     "a checkpoint of another number of classes": (1, ["7 classes", "10"], other_classes),
     "a checkpoint that runs code": (1, ["c.ckpt", "refused"], lambda t: checkpoint(t, bomb=Bomb())),
     "a checkpoint that names a hostile class": (1, ["evil.fn"], hostile_class_path),
+    "a checkpoint of another program": (
+        1, ["c.ckpt", "hidden_size"], lambda t: checkpoint(t, {"num_classes": 10, "hidden_size": 3})),
     "a file that is no checkpoint": (
         1, ["c.ckpt"], lambda t: (t / "c.ckpt").write_text("hello") and ["test", "--data", "Digits", "--ckpt_path", "c.ckpt"]),
     "an imbalance ratio below one": (1, ["imbalance_ratio", "0.5"], lambda t: [*FIT, "--data", "Digits", "--data.imbalance_ratio", 0.5]),

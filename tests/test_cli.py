@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import yaml
 
 import etflight
-from etflight import Classifier, __version__
+from etflight import Classifier, DotRegressionLoss, __version__
 from etflight.specs import describe
 
 ROOT = Path(__file__).parent.parent
@@ -153,21 +154,24 @@ def test_other_optimizer_settings_are_refused_on_resume(run, etflight_command):
     assert "--model.optimizer differs" in result.error_lines[0]
 
 
-def test_command_line_beats_config_beats_checkpoint(run, etflight_command, tmp_path):
+def test_command_line_beats_config_beats_checkpoint(etflight_command, tmp_path):
+    model = Classifier(10, "resnet20_cifar", loss=partial(DotRegressionLoss, exponent=0.75), in_chans=1)
+    torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}, tmp_path / "c.ckpt")
     config = tmp_path / "c.yaml"
     config.write_text(
         yaml.safe_dump({"model": {"loss": {"class_path": "DotRegressionLoss", "init_args": {"exponent": 0.5}}}})
     )
-    checkpoint = run[1] / "checkpoints" / "last.ckpt"
-    common = ["validate", "--data", "Digits", "--ckpt_path", checkpoint, "--print_config"]
+    base = ["validate", "--data", "Digits", "--ckpt_path", "c.ckpt"]
 
-    def loss(*argv):
-        result = etflight_command(*argv, *common[1:], cwd=tmp_path)
+    def model_of(*argv):
+        result = etflight_command(*argv, "--print_config", cwd=tmp_path)
         assert result.status == 0, result.err
-        return yaml.safe_load(result.out)["model"]["loss"]["init_args"]
+        return yaml.safe_load(result.out)["model"]
 
-    assert loss("validate", "--config", config)["exponent"] == 0.5
-    assert loss("validate", "--config", config, "--model.loss.exponent", 0.25)["exponent"] == 0.25
+    assert model_of(*base)["loss"]["init_args"]["exponent"] == 0.75
+    assert model_of(*base)["backbone"] == "resnet20_cifar"
+    assert model_of(*base, "-c", config)["loss"]["init_args"]["exponent"] == 0.5
+    assert model_of(*base, "-c", config, "--model.loss.exponent", 0.25)["loss"]["init_args"]["exponent"] == 0.25
 
 
 def test_configuration_files_compose_and_the_later_wins(etflight_command, tmp_path):
