@@ -274,6 +274,8 @@ class Classifier(LightningModule):
         for name in PLUGGABLE:
             if plain[name] is not None:
                 plain[name] = describe(plain[name], name)
+        if plain["class_counts"] is not None:
+            plain["class_counts"] = [int(count) for count in plain["class_counts"]]
         self.save_hyperparameters(plain)
 
     def _build(self, name: str) -> Any:

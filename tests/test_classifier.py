@@ -99,6 +99,7 @@ def test_class_counts_come_from_the_data_and_reach_the_loss():
     data = Digits(imbalance_ratio=20)
     trainer(max_steps=1, limit_val_batches=0).fit(model, data)
     assert model.class_counts.tolist() == data.class_counts.tolist()
+    assert small(class_counts=data.class_counts).hparams["class_counts"] == data.class_counts.tolist()
     with pytest.raises(UserError, match="one per class"):
         small(class_counts=[3, 4])
 

@@ -45,6 +45,13 @@ def test_every_scalar_of_metrics_csv_is_in_the_wandb_run_with_the_same_value(run
     assert "val/acc_few" in sent
 
 
+def test_figures_arrive_as_images(run, file):
+    sent = {key for row in history(file) for key, value in row.items() if isinstance(value, dict)}
+    sent |= {key.rpartition("/")[0] for row in history(file) for key in row if key.endswith("/_type")}
+    assert {"nc/curves", "nc/heat_map", "nc/variability", "nc/spectrum", "nc/triangle"} <= sent
+    assert len(list((file.parent / "files" / "media" / "images").rglob("*.png"))) >= 5
+
+
 def test_the_resolved_configuration_is_there_once(run, file):
     ours = [update for update in config_updates(file) if "model" in update]
     assert len(ours) == 1

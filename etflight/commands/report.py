@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     console = console if console.is_terminal else Console(width=120)
     console.print(table)
     console.print(
-        "One run per row. Each folder has config.yaml, run.json, metrics.csv, per_class.csv and checkpoints/.",
+        "One run, so one seed, per row. Each folder has config.yaml, run.json, metrics.csv, per_class.csv and checkpoints/.",
         style="dim",
     )
 
