@@ -268,15 +268,13 @@ class Classifier(LightningModule):
     def _save_plain_hyperparameters(self) -> None:
         frame = inspect.currentframe()
         assert frame is not None
-        self.save_hyperparameters(frame=frame.f_back)
+        self.save_hyperparameters(frame=frame.f_back, ignore=["class_counts"])  # a buffer: the state dict has them
         self.hparams.pop("_instantiator", None)  # names a function to import and call when loading
         plain = dict(self.hparams)
         for name in PLUGGABLE:
             if plain[name] is not None:
                 plain[name] = describe(plain[name], name)
-        if plain["class_counts"] is not None:
-            plain["class_counts"] = [int(count) for count in plain["class_counts"]]
-        self.save_hyperparameters(plain)
+        self.save_hyperparameters(plain, ignore=["class_counts"])
 
     def _build(self, name: str) -> Any:
         return resolve(self.hparams[name], PLUGGABLE[name], name)
@@ -326,6 +324,8 @@ class Classifier(LightningModule):
         model = cls(**{**hparams, **kwargs})
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"], strict=strict is not False)
+        if bool(model.class_counts.any()):
+            model.loss.set_class_counts(model.class_counts)
         return model
 
 

@@ -99,9 +99,17 @@ def test_class_counts_come_from_the_data_and_reach_the_loss():
     data = Digits(imbalance_ratio=20)
     trainer(max_steps=1, limit_val_batches=0).fit(model, data)
     assert model.class_counts.tolist() == data.class_counts.tolist()
-    assert small(class_counts=data.class_counts).hparams["class_counts"] == data.class_counts.tolist()
     with pytest.raises(UserError, match="one per class"):
         small(class_counts=[3, 4])
+
+
+def test_a_loaded_model_balances_by_the_counts_it_was_trained_on(tmp_path):
+    counts = Digits(imbalance_ratio=20).class_counts
+    model = small(loss=partial(DotRegressionLoss, class_balance="global"), class_counts=counts)
+    torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}, tmp_path / "c.ckpt")
+    loaded = Classifier.load_from_checkpoint(tmp_path / "c.ckpt")
+    logits, target = torch.randn(8, 10), torch.arange(8)
+    torch.testing.assert_close(loaded.loss.train()(logits, target), model.loss.train()(logits, target))
 
 
 def test_shot_accuracies_equal_a_count_by_hand():
