@@ -214,11 +214,16 @@ def main(args: Sequence[str] | None = None) -> EtflightCLI:
         args=None if args is None else list(args),
         parser_kwargs={
             "prog": "etflight",
+            "description": _DESCRIPTION,
             **{stage: {"description": f"{text} {_CHECKPOINT_HELP}"} for stage, text in _STAGES.items()},
         },
     )
 
 
+_DESCRIPTION = (
+    "Image classifiers with a fixed simplex-ETF head. Beside the stages below: `etflight report RUN...` prints test results side by "
+    "side, `etflight collapse` measures neural collapse of a trained model, `etflight --version`."
+)
 _STAGES = {
     "fit": "Train a classifier.",
     "validate": "Measure a trained classifier on the validation images.",
@@ -322,7 +327,7 @@ def _value(argv: Sequence[str], key: str) -> str | None:
 
 def _values(argv: Sequence[str], key: str, *short: str) -> list[str]:
     found = []
-    for flag, following in zip(argv, [*argv[1:], ""], strict=True):
+    for flag, following in zip(argv, [*argv[1:], ""], strict=False):
         if flag in (f"--{key}", *short):
             found.append(following)
         elif flag.startswith(f"--{key}="):

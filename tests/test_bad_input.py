@@ -101,6 +101,7 @@ CASES = {
         1, ["resnet32_cifr", "resnet32_cifar"], lambda t: [*FIT, "--data", "Digits", "--model.backbone", "resnet32_cifr"]),
     "an unknown head": (2, ["EFTHead", "ETFHead"], lambda t: [*FIT, "--data", "Digits", "--model.head", "EFTHead"]),
     "an unknown data set": (2, ["CIFAR-10", "CIFAR10"], lambda t: [*FIT, "--data", "CIFAR-10"]),
+    "no words at all": (2, ["subcommand"], lambda t: []),
     "an unknown flag": (2, ["--bogus"], lambda t: [*FIT, "--data", "Digits", "--bogus", 1]),
     "a missing checkpoint": (1, ["gone.ckpt"], lambda t: ["test", "--data", "Digits", "--ckpt_path", "gone.ckpt"]),
     "no checkpoint at all": (1, ["--ckpt_path"], lambda t: ["test", "--data", "Digits"]),
