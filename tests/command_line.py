@@ -56,8 +56,10 @@ class CommandLine:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._count = 0
+        # wandb leaves the address of this process's own service in the environment
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
         self._server = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ}
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
     def __call__(self, *argv: object, cwd: Path, **env: str) -> Result:
