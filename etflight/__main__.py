@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 
 from etflight._version import __version__
+from etflight.errors import user_error_in
 
 # what is not a stage of the Trainer: etflight/commands/<name>.py, imported only when asked for
 COMMANDS = ("report", "collapse")
@@ -38,13 +39,9 @@ def run() -> int:
 
 def one_line(error: BaseException) -> str:
     """What went wrong, in one line, wherever it was wrapped: by the parser, or with a traceback by a data worker."""
-    from etflight.errors import UserError
-
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, UserError):
-            return _message(seen)
-        seen = seen.__cause__ or seen.__context__
+    wrapped = user_error_in(error)
+    if wrapped is not None:
+        return _message(wrapped)
     return f"{type(error).__name__}: {_message(error)} (ETFLIGHT_DEBUG=1 shows where)"
 
 

@@ -21,7 +21,7 @@ from etflight.callbacks.results import PredictionTable, RunRecord, TestResults
 from etflight.checkpoints import read_checkpoint
 from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
 from etflight.data.base import ImageDataModule
-from etflight.errors import UserError
+from etflight.errors import UserError, user_error_in
 from etflight.optim import PROTOCOL_SGD
 from etflight.run import MetricsCSV, claim, last_checkpoint
 from etflight.specs import describe, is_known
@@ -34,11 +34,8 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong in one line and exit with status 2."""
-        cause: BaseException | None = ex
-        while cause is not None:
-            if isinstance(cause, UserError):
-                raise cause
-            cause = cause.__cause__ or cause.__context__
+        if (wrapped := user_error_in(ex)) is not None:
+            raise wrapped
         print(f"etflight: error: {summarise(message)} (see etflight --help)", file=sys.stderr)
         raise SystemExit(2)
 

@@ -6,3 +6,10 @@ class UserError(ValueError):
 
     The command line prints the message alone and exits with status 1; library callers catch it as a `ValueError`.
     """
+
+
+def user_error_in(error: BaseException | None) -> UserError | None:
+    """The `UserError` at the bottom of what a parser or a data worker wrapped, or None."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error

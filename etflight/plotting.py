@@ -4,7 +4,6 @@ Each returns a `matplotlib.figure.Figure` of its own, never registered with pypl
 be on any device, arrays are taken as well. `render` makes its pixels, `save` writes it to a file.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from etflight.errors import UserError
+from etflight.files import replacing
 from etflight.metrics import Moments, measures
 from etflight.metrics.measures import GlobalMean
 
@@ -64,11 +64,8 @@ def save(picture: Figure | Image.Image, path: str | Path) -> None:
         picture: the figure or its pixels.
         path: whose suffix says the format.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    picture.savefig(partial) if isinstance(picture, Figure) else picture.save(partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        picture.savefig(partial) if isinstance(picture, Figure) else picture.save(partial)
 
 
 def portrait(
@@ -664,12 +661,9 @@ def triangle_film(
         figure.set_dpi(80)
         frame = render(figure)
         frames.append(frame.quantize(64, dither=Image.Dither.NONE))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     times = [frame_ms] * (len(frames) - 1) + [last_ms]
-    frames[0].save(partial, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        frames[0].save(partial, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
 
 
 def _read_snapshot(file: str | Path) -> dict[str, NDArray[Any]]:

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from etflight.errors import UserError
+from etflight.files import replacing
 
 PACKAGES = ("etflight", "torch", "lightning", "torchmetrics", "torchvision", "timm", "numpy")
 
@@ -45,10 +45,8 @@ def claim(folder: Path, resume_from: Path | None) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file so that a reader sees the old one or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
 def facts(*, name: str, arm: str | None, seed: Any, data: object) -> dict[str, Any]:
@@ -134,13 +132,10 @@ class MetricsCSV(Logger):
 
     def _rewrite(self, columns: list[str], rows: list[dict[str, str]]) -> None:
         self._columns = columns
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_name(".metrics.csv.partial")
-        with partial.open("w", newline="") as file:
+        with replacing(self._path) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(partial, self._path)
 
 
 def run_folder(trainer: Trainer) -> Path:

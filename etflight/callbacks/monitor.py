@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from etflight.callbacks.embedding_source import HEAD, Caught, EmbeddingSource, Space, frozen_modes
 from etflight.data.sampler import ShardSampler
 from etflight.errors import UserError
+from etflight.files import replacing
 from etflight.metrics import ClassStatistics, Moments, measures
 from etflight.run import run_folder
 
@@ -426,11 +427,8 @@ class NeuralCollapseMonitor(Callback):
             return
         folder = "snapshots" if self.space == "embedding" else "snapshots_raw"
         path = run_folder(trainer) / folder / f"epoch_{int(epoch):03d}.npz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        with partial.open("wb") as file:
-            np.savez_compressed(file, **content, epoch=np.int64(epoch), weight=self.latest_weight.float().numpy())
-        partial.replace(path)
+        with replacing(path) as partial:
+            np.savez_compressed(partial, **content, epoch=np.int64(epoch), weight=self.latest_weight.float().numpy())
 
     # --- checkpoints -------------------------------------------------------------------------------------------------------
 

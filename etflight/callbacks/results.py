@@ -1,7 +1,6 @@
 """What a run leaves on disk: config.yaml, run.json, test_metrics.json, per_class.csv, predictions.csv."""
 
 import csv
-import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from etflight.classifier import Classifier
+from etflight.files import replacing
 from etflight.run import facts, write_json
 
 
@@ -122,8 +122,5 @@ def _data(trainer: Trainer) -> Any:
 
 
 def _write_csv(path: Path, header: list[str], rows: list[tuple[Any, ...]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="") as file:
+    with replacing(path) as partial, partial.open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
-    os.replace(partial, path)

@@ -30,7 +30,7 @@ from etflight.checkpoints import read_checkpoint
 from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
-from etflight.errors import UserError
+from etflight.errors import UserError, user_error_in
 from etflight.metrics import ClassStatistics, Moments, measures
 from etflight.run import write_json
 from etflight.specs import describe, is_known
@@ -350,11 +350,8 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong in one line and exit with status 2."""
-        cause: BaseException | None = ex
-        while cause is not None:
-            if isinstance(cause, UserError):
-                raise cause
-            cause = cause.__cause__ or cause.__context__
+        if (wrapped := user_error_in(ex)) is not None:
+            raise wrapped
         lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
         text = shorten(" ".join(lines[:2]), 400, placeholder=" …")
         print(f"etflight: error: {text} (see etflight collapse --help)", file=sys.stderr)
