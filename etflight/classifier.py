@@ -1,11 +1,13 @@
 """The LightningModule: backbone -> head -> loss."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import IO, Any, Self, cast
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -22,14 +24,20 @@ from etflight.errors import UserError
 from etflight.heads import ETFHead, Head
 from etflight.losses import DotRegressionLoss, Loss
 from etflight.metrics.calibration import TemperatureFit
+from etflight.metrics.mean import SampleMean
 from etflight.metrics.shots import ShotAccuracy
 from etflight.optim import PROTOCOL_SGD
-from etflight.specs import describe, is_plain, resolve
+from etflight.specs import describe, find, is_plain, objections, resolve
+from etflight.untrusted import refuse_names
 
 # the arguments that take a class, and what it must be a subclass of
 PLUGGABLE: dict[str, type] = {"head": Head, "loss": Loss, "optimizer": Optimizer, "lr_scheduler": LRScheduler}
 
 Batch = tuple[Tensor, Tensor]
+_MEND_OF_DIVERGENCE = (
+    "lower the learning rate (--model.optimizer.lr), lengthen the warm-up, or clip gradients (--trainer.gradient_clip_val 1); "
+    "the last checkpoint is from before"
+)
 _LOOK_EVERY = 50  # steps between two looks at whether a loss was not finite
 
 
@@ -94,6 +102,7 @@ class Classifier(LightningModule):
         self.register_buffer("_bad_step", torch.tensor(-1), persistent=False)
         if class_counts is not None:
             self._set_class_counts(torch.as_tensor(class_counts))
+        self.losses = nn.ModuleDict({f"{stage}_loss": SampleMean() for stage in ("train", "val", "test")})
         self.shots = nn.ModuleDict({stage: ShotAccuracy(num_classes) for stage in ("val_", "test_")})
         self.calibration = nn.ModuleDict(
             {
@@ -129,7 +138,7 @@ class Classifier(LightningModule):
         bad = ~torch.isfinite(loss.detach()) & (self._bad_step < 0)
         self._bad_step = torch.where(bad, self.global_step, self._bad_step)  # stays on the device: no wait each step
         self.log("loss", loss, prog_bar=True, logger=False)
-        return loss
+        return loss * self._share_of_images(len(batch[0]))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one validation batch to the metrics."""
@@ -150,8 +159,18 @@ class Classifier(LightningModule):
         images, target = batch
         logits: Tensor = self(images)
         loss: Tensor = self.loss(logits, target)
-        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
+        mean = cast(Metric, self.losses[f"{stage}_loss"])
+        mean.update(loss, len(images))
+        self.log(f"{stage}/loss", mean, on_step=False, on_epoch=True, batch_size=len(images))
         return loss, logits
+
+    def _share_of_images(self, images: int) -> Tensor | float:
+        """Images of this process over the processes' mean: gradients are averaged over processes, whatever each had in its batch."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return 1.0
+        total = torch.full((), float(images), device=self.device)
+        dist.all_reduce(total)
+        return images * dist.get_world_size() / total
 
     def _evaluate(self, batch: Batch, stage: str) -> Tensor:
         _, logits = self._step(batch, stage)
@@ -199,6 +218,7 @@ class Classifier(LightningModule):
         if self._fits_temperature and not self.trainer.sanity_checking:
             self.temperature.copy_(self.temperature_fit.compute())
         self.temperature_fit.reset()
+        self._shots("val").reset()
 
     def on_test_epoch_end(self) -> None:
         """Log."""
@@ -236,8 +256,7 @@ class Classifier(LightningModule):
         step = int(self.trainer.strategy.reduce(self._bad_step, reduce_op="max"))
         if step >= 0:
             raise UserError(
-                f"the loss became NaN or infinite at step {step} (epoch {self.current_epoch}): lower the learning rate "
-                "(--model.optimizer.lr), lengthen the warm-up, or clip gradients (--trainer.gradient_clip_val 1)"
+                f"the loss became NaN or infinite at step {step} (epoch {self.current_epoch}): {_MEND_OF_DIVERGENCE}"
             )
 
     def _set_class_counts(self, class_counts: Tensor) -> None:
@@ -255,13 +274,17 @@ class Classifier(LightningModule):
         optimizer = self._build("optimizer")(p for p in self.parameters() if p.requires_grad)
         if self.hparams["lr_scheduler"] is None:
             return cast(Optimizer, optimizer)
-        make = self._build("lr_scheduler")
-        arguments = {}
-        if "total_epochs" in inspect.signature(make).parameters and make.keywords.get("total_epochs") is None:
-            arguments["total_epochs"] = self.trainer.max_epochs
-        schedule = make(optimizer, **arguments)
+        arguments = {"total_epochs": self.trainer.max_epochs} if self._schedule_takes_total_epochs else {}
+        schedule = self._build("lr_scheduler")(optimizer, **arguments)
         monitor = {"monitor": "val/loss"} if isinstance(schedule, ReduceLROnPlateau) else {}
         return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, **monitor}})
+
+    @property
+    def _schedule_takes_total_epochs(self) -> bool:
+        if self.hparams["lr_scheduler"] is None:
+            return False
+        make = self._build("lr_scheduler")
+        return "total_epochs" in inspect.signature(make).parameters and make.keywords.get("total_epochs") is None
 
     # --- plain data in, plain data out -------------------------------------------------------------------------------------
 
@@ -280,8 +303,18 @@ class Classifier(LightningModule):
         return resolve(self.hparams[name], PLUGGABLE[name], name)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the class names."""
+        """Add what the weights alone do not tell; refuse to save a model that has become useless.
+
+        Raises:
+            UserError: a loss or a weight is not finite.
+        """
         checkpoint["class_names"] = self.class_names
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        checkpoint["total_epochs"] = self.trainer.max_epochs
+        self._stop_at_bad_loss()
+        if not all(bool(torch.isfinite(p).all()) for p in self.parameters()):
+            raise UserError(f"weights became NaN or infinite by step {self.global_step}: {_MEND_OF_DIVERGENCE}")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the class names back, and refuse optimizer settings that the restored state would silently undo."""
@@ -295,6 +328,25 @@ class Classifier(LightningModule):
                     f"--model.{name} differs from the checkpoint being resumed, whose saved state would undo it: "
                     "give the same settings, or start a new run from scratch"
                 )
+        epochs = checkpoint.get("total_epochs")
+        if self._schedule_takes_total_epochs and epochs not in (None, self.trainer.max_epochs):
+            raise UserError(
+                f"the schedule of the checkpoint being resumed was made for {epochs} epochs, and its saved state would undo another "
+                f"length: give --trainer.max_epochs {epochs}, or start a new run from scratch"
+            )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As any module's.
+
+        Raises:
+            UserError: weights of another model.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except RuntimeError as error:
+            raise UserError(
+                f"the checkpoint's weights are those of another model: {shorten(str(error), 300, placeholder=' …')}"
+            ) from error
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -320,8 +372,8 @@ class Classifier(LightningModule):
             UserError: a file that cannot be read, or that names a class which is not imported.
         """
         checkpoint = read_checkpoint(cast(str, checkpoint_path), map_location)
-        hparams = plain_hyperparameters(checkpoint)
-        model = cls(**{**hparams, **kwargs})
+        with objections({"class_path": cls.__name__, "init_args": {}}, f"checkpoint {checkpoint_path}"):
+            model = cls(**plain_hyperparameters(checkpoint, kwargs))
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"], strict=strict is not False)
         if bool(model.class_counts.any()):
@@ -329,15 +381,46 @@ class Classifier(LightningModule):
         return model
 
 
-def plain_hyperparameters(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The constructor arguments that a checkpoint holds, checked to be plain data; its backbone never asks for other weights.
+# what in timm's arguments says where other weights lie; the checkpoint has its own
+_WEIGHT_SOURCES = {
+    "checkpoint_path", "cache_dir", "url", "file", "state_dict", "source", "hf_hub_id", "hf_hub_filename", "custom_load",
+}  # fmt: skip
+
+
+def plain_hyperparameters(checkpoint: dict[str, Any], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The constructor arguments that a checkpoint holds, checked to be plain data that names no code and asks for no other weights.
+
+    Args:
+        checkpoint: what `read_checkpoint` returns.
+        given: arguments of the caller's own, which take the place of the saved ones.
 
     Raises:
-        UserError: anything that is not plain data.
+        UserError: anything else; a backbone that is described outside of timm, unless it is `given`.
     """
-    hparams = {k: v for k, v in checkpoint["hyper_parameters"].items() if k != "_instantiator"}
-    for name, value in hparams.items():
-        spec = name in PLUGGABLE and value is not None
-        if not is_plain(describe(value, name)["init_args"] if spec else value):
+    given = given or {}
+    saved = {k: v for k, v in checkpoint["hyper_parameters"].items() if k != "_instantiator" and k not in given}
+    foreign = saved.keys() - inspect.signature(Classifier).parameters.keys()
+    if foreign:
+        raise UserError(f"the checkpoint is not one of a Classifier: it has the hyper-parameter {min(foreign)!r}")
+    for name, value in saved.items():
+        spec = describe(value, name) if name in PLUGGABLE and value is not None else None
+        if not is_plain(spec["init_args"] if spec else value):
             raise UserError(f"the checkpoint's hyper-parameter {name} is not plain data: {value!r}")
-    return {**hparams, "pretrained": False}
+        if spec is None:
+            refuse_names(Classifier, {name: _without_weights(value) if name == "model_kwargs" else value}, "model")
+        elif (cls := find(spec, PLUGGABLE[name])) is not None:
+            refuse_names(cls, spec["init_args"], name)
+    if isinstance(backbone := saved.get("backbone"), str) and ":" in backbone:
+        raise UserError(
+            f"the checkpoint's backbone {backbone} is described outside of timm: name it yourself if you trust it "
+            f"(--model.backbone {backbone}, or backbone= in Python)"
+        )
+    if "model_kwargs" in saved:
+        saved["model_kwargs"] = _without_weights(saved["model_kwargs"])
+    return {**saved, "pretrained": False, **given}
+
+
+def _without_weights(arguments: Any) -> Any:
+    if not isinstance(arguments, Mapping):
+        return arguments
+    return {name: _without_weights(value) for name, value in arguments.items() if name not in _WEIGHT_SOURCES}

@@ -12,12 +12,15 @@ from typing import Any, NoReturn
 
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
 import etflight.data
+from etflight.callbacks import LastCheckpoint, StepSeed, StopSignals
+from etflight.callbacks.checkpoint import KEY as CHECKPOINT_KEY
 from etflight.callbacks.results import PredictionTable, RunRecord, TestResults
+from etflight.callbacks.step_notice import StepNotice
+from etflight.checkpoint_io import SafeCheckpointIO
 from etflight.checkpoints import read_checkpoint
 from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
 from etflight.data.base import ImageDataModule
@@ -54,6 +57,7 @@ class EtflightCLI(LightningCLI):
             default=None,
             help="In a configuration file: files it builds on, relative to it.",
         )
+        parser.add_class_arguments(LastCheckpoint, "checkpoint")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("data.num_channels", "model.in_chans", apply_on="instantiate")
         parser.set_defaults(
@@ -70,7 +74,7 @@ class EtflightCLI(LightningCLI):
         argv = _expand_overlays(given)
         self.arm = _first_config_stem(given)
         self.ckpt_path: Path | None = None
-        self.resume_step: int | None = None
+        self.saved_rows = 0
         self.saved_num_classes: int | None = None
         stage = argv[0] if argv and argv[0] in self._subcommand_parsers else None
         if stage is not None and not any(arg in ("-h", "--help") or arg.endswith(".help") for arg in argv):
@@ -108,7 +112,7 @@ class EtflightCLI(LightningCLI):
     def _parse_over_checkpoint(self, parser: LightningArgumentParser, argv: list[str], stage: str, path: Path) -> None:
         """Parse with the checkpoint's hyper-parameters as the model's defaults; no class is imported because it names it."""
         content = read_checkpoint(path)
-        self.resume_step = int(content.get("global_step", 0))
+        self.saved_rows = int(content.get(CHECKPOINT_KEY, {}).get("metrics_rows", 0))
         saved = plain_hyperparameters(content)
         foreign = saved.keys() - inspect.signature(Classifier).parameters.keys()
         if foreign:
@@ -179,13 +183,17 @@ class EtflightCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         self.save_config_kwargs = {"folder": self.folder, "name": self.run_name, "arm": self.arm}
         callbacks = list(_as_list(config.get("callbacks")))
-        callbacks += [TestResults(self.folder), PredictionTable(self.folder)]
-        if config.get("enable_checkpointing") is not False:
-            callbacks.append(_keep_last(self.folder))
+        callbacks += [StepNotice(), TestResults(self.folder), PredictionTable(self.folder)]
+        if self.subcommand == "fit":
+            last = self._get(self.config_init, "checkpoint") if config.get("enable_checkpointing") is not False else None
+            callbacks += [StepSeed(), StopSignals(last), *_as_list(last)]
         logger = config.get("logger")
         if logger is not False:
-            own = [MetricsCSV(self.folder, self.resume_step)] if self.subcommand == "fit" else []
+            own = [MetricsCSV(self.folder, self.saved_rows)] if self.subcommand == "fit" else []
             kwargs["logger"] = [*own, *_as_list(None if logger is True else logger)] or False
+        kwargs["plugins"] = [*_as_list(config.get("plugins")), SafeCheckpointIO()]
+        # whatever Lightning itself writes belongs to the run, too
+        kwargs["default_root_dir"] = str(self.folder)
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
 
@@ -257,12 +265,6 @@ def near_matches(name: str) -> str:
 def _all_subclasses(base: type) -> list[type]:
     children: list[type] = base.__subclasses__()
     return [cls for child in children for cls in (child, *_all_subclasses(child))]
-
-
-def _keep_last(folder: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(
-        dirpath=folder / "checkpoints", filename="last", save_on_train_epoch_end=True, enable_version_counter=False
-    )
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from etflight.errors import UserError
-from etflight.files import replacing
+from etflight.files import flush_to_disk, replacing
 
 PACKAGES = ("etflight", "torch", "lightning", "torchmetrics", "torchvision", "timm", "numpy")
 
@@ -37,7 +37,7 @@ def claim(folder: Path, resume_from: Path | None) -> None:
     """
     own = folder / "checkpoints"
     resumes_itself = resume_from is not None and resume_from.resolve().parent == own.resolve()
-    if any(own.glob("*.ckpt")) and not resumes_itself:
+    if any(not path.name.startswith(".") for path in own.glob("*.ckpt")) and not resumes_itself:
         raise UserError(
             f"run folder {folder} already holds a checkpoint: give --ckpt_path last to resume it, or a new --name"
         )
@@ -78,14 +78,17 @@ class MetricsCSV(Logger):
 
     Args:
         folder: the run folder.
-        resume_step: the global step of the checkpoint being resumed, from which rows are written again; None starts a new file.
+        keep_rows: how many rows the file had when the checkpoint being resumed was saved; later ones are written again.
+
+    Attributes:
+        rows: how many rows the file has now.
     """
 
-    def __init__(self, folder: Path, resume_step: int | None = None) -> None:
+    def __init__(self, folder: Path, keep_rows: int = 0) -> None:
         super().__init__()
         self._path = folder / "metrics.csv"
         self._columns: list[str] = []
-        self._resume_step = resume_step
+        self.rows = keep_rows
         self._opened = False
 
     @property
@@ -115,18 +118,23 @@ class MetricsCSV(Logger):
         row = {"step": step, **{key: float(value) for key, value in metrics.items()}}
         new = sorted(row.keys() - set(self._columns))
         if new:
-            self._rewrite([*self._columns, *new], self._rows())
+            self._rewrite([*self._columns, *new], self._read())
         with self._path.open("a", newline="") as file:
             csv.DictWriter(file, self._columns).writerow(row)
+        self.rows += 1
+
+    def flush(self) -> None:
+        """Wait until the rows are on the disk, so that no checkpoint counts rows which a power cut could still take."""
+        if self._path.is_file():
+            flush_to_disk(self._path)
 
     def _open(self) -> None:
-        kept: list[dict[str, str]] = []
-        if self._resume_step is not None and self._path.is_file():
-            kept = [row for row in self._rows() if int(row["step"]) < self._resume_step]
+        kept = self._read()[: self.rows] if self.rows and self._path.is_file() else []
+        self.rows = len(kept)
         self._rewrite(list(kept[0]) if kept else ["step", "epoch"], kept)
         self._opened = True
 
-    def _rows(self) -> list[dict[str, str]]:
+    def _read(self) -> list[dict[str, str]]:
         with self._path.open(newline="") as file:
             return list(csv.DictReader(file))
 

@@ -1,6 +1,9 @@
 """Lightning callbacks."""
 
+from etflight.callbacks.checkpoint import LastCheckpoint
 from etflight.callbacks.figures import CollapseFigures
 from etflight.callbacks.monitor import NeuralCollapseMonitor
+from etflight.callbacks.step_seed import StepSeed
+from etflight.callbacks.stop_signals import StopSignals
 
-__all__ = ["CollapseFigures", "NeuralCollapseMonitor"]
+__all__ = ["CollapseFigures", "LastCheckpoint", "NeuralCollapseMonitor", "StepSeed", "StopSignals"]

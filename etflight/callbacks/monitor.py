@@ -26,7 +26,6 @@ from etflight.metrics import ClassStatistics, Moments, measures
 from etflight.run import run_folder
 
 _KEEP_BYTES = 2**30  # embeddings kept in host memory for `nc/train/nc4`
-_ANCHOR_BYTES = 2**26  # anchors that go into a checkpoint; they only spare rounding
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -145,6 +144,7 @@ class NeuralCollapseMonitor(Callback):
         self._source: EmbeddingSource | None = None
         self._loader: DataLoader[Any] | None = None
         self._online: _Pass | None = None
+        self._online_states: list[dict[str, Any]] = []
         self._val: _Pass | None = None
         self._val_agrees: Tensor | None = None
         self._centres: Moments | None = None
@@ -244,6 +244,9 @@ class NeuralCollapseMonitor(Callback):
         if self.online and "train" in self.splits and self._measures(trainer):
             if self._online is None:
                 self._online = self._new_pass(trainer, "train_online")
+                for state in self._online_states:
+                    self._online.add_state(state)
+                self._online_states = []
             self._found().attach()
 
     def on_train_batch_end(
@@ -439,11 +442,10 @@ class NeuralCollapseMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """History and anchors, as plain data and tensors."""
-        anchors = {key: value for key, value in self._anchors.items() if value.nbytes <= _ANCHOR_BYTES}
         return {
             "epochs": list(self.epochs),
             "history": {name: list(series) for name, series in self.history.items()},
-            "anchors": anchors,
+            "anchors": dict(self._anchors),
             "measured_epoch": self._measured_epoch,
         }
 
@@ -453,6 +455,15 @@ class NeuralCollapseMonitor(Callback):
         self.history = {name: list(series) for name, series in state_dict["history"].items()}
         self._anchors = dict(state_dict["anchors"])
         self._measured_epoch = state_dict["measured_epoch"]
+
+    def rank_state(self) -> dict[str, Any]:
+        """The statistics of the training forwards of this epoch so far, of this process."""
+        passed = self._online
+        return {} if passed is None else {name: metric.metric_state for name, metric in passed.statistics.items()}
+
+    def load_rank_states(self, states: list[dict[str, Any]]) -> None:
+        """Continue from the statistics of one process, or from the sum of several."""
+        self._online_states = [state for state in states if state]
 
 
 class _Pass:
@@ -471,6 +482,14 @@ class _Pass:
                 if name not in self.statistics:
                     self.statistics[name] = self._new(name, values.shape[1])
                 self.statistics[name].update(values.to(self.device), labels.to(self.device))
+
+    def add_state(self, state: Mapping[str, dict[str, Tensor]]) -> None:
+        """Add what another pass over the same split has seen."""
+        with _plain_tensors():
+            for name, values in state.items():
+                if name not in self.statistics:
+                    self.statistics[name] = self._new(name, values["anchor"].shape[1])
+                self.statistics[name].merge_state(values)
 
     def _new(self, name: str, width: int) -> ClassStatistics:
         statistics = ClassStatistics(self.num_classes, width).to(self.device)

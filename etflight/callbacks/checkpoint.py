@@ -1,0 +1,226 @@
+"""The checkpoint of a run from which training goes on as if it had never stopped."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch.distributed as dist
+from lightning.fabric.utilities.apply_func import apply_to_collection
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torchmetrics import Metric
+
+from etflight.errors import UserError
+from etflight.run import MetricsCSV, last_checkpoint, run_folder
+
+KEY = "etflight"  # what this callback adds to a checkpoint
+
+
+@runtime_checkable
+class RankState(Protocol):
+    """A callback that gathers something within an epoch which differs from rank to rank."""
+
+    def rank_state(self) -> dict[str, Any]:
+        """Tensors and plain data of this rank, empty between epochs."""
+
+    def load_rank_states(self, states: list[dict[str, Any]]) -> None:
+        """Continue from one rank's state, or from the sum of several."""
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps `<run folder>/checkpoints/last.ckpt`, saved only where a resumed run repeats the uninterrupted one bit by bit.
+
+    These places lie *between* two steps or two epochs, when everything has been logged and nothing is pending: not while gradients
+    accumulate, not with a validation due. A checkpoint holds what every rank has gathered in the epoch so far, and how many rows
+    `metrics.csv` had. On another number of processes or with another batch size the epoch goes on with the images that were not yet
+    drawn; only a run of the same shape is repeated exactly.
+
+    Args:
+        every_n_steps: also save within an epoch, at the first safe place after so many optimizer steps; None: after each epoch only.
+
+    Raises:
+        UserError: `every_n_steps` below 1; a disk that is full.
+    """
+
+    def __init__(self, every_n_steps: int | None = None) -> None:
+        super().__init__()
+        if every_n_steps is not None and every_n_steps < 1:
+            raise UserError(f"LastCheckpoint: every_n_steps is {every_n_steps}: give 1 or more, or leave it out")
+        self.every_n_steps = every_n_steps
+        self._between: Literal["steps", "epochs"] | None = None
+        self._saved_step = 0
+        self._saved_epoch = 0
+        self._has_just_validated = False
+
+    # --- when --------------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from here."""
+        self._saved_step, self._saved_epoch = trainer.global_step, trainer.current_epoch
+        self._has_just_validated = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The trainer would skip a batch's bookkeeping if it was resumed right after a validation within an epoch."""
+        self._has_just_validated = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Forget the validation before this batch."""
+        self._has_just_validated = False
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the epoch that is over by now, its last rows logged."""
+        if trainer.current_epoch > self._saved_epoch and self.is_safe_between_epochs(trainer):
+            self.save(trainer, "epochs")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Save the step that is over by now."""
+        n = self.every_n_steps
+        due = n is not None and trainer.global_step // n > self._saved_step // n
+        if (due or trainer.current_epoch > self._saved_epoch) and self.is_safe_between_steps(trainer, batch_idx):
+            self.save(trainer, "steps")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last steps."""
+        if trainer.global_step > self._saved_step or trainer.current_epoch > self._saved_epoch:
+            self.save(trainer, None)
+
+    def is_safe_between_epochs(self, trainer: Trainer) -> bool:
+        """Whether `on_train_epoch_start` may save; with `max_steps` the trainer takes an epoch's end for one of its steps."""
+        return trainer.max_steps == -1
+
+    def is_safe_between_steps(self, trainer: Trainer, batch_idx: int) -> bool:
+        """Whether `on_train_batch_start` of this batch may save."""
+        accumulating = batch_idx % trainer.accumulate_grad_batches != 0
+        return batch_idx > 0 and not accumulating and not self._has_just_validated
+
+    def save(self, trainer: Trainer, between: Literal["steps", "epochs"] | None) -> None:
+        """Save now; a collective call.
+
+        Args:
+            trainer: the trainer.
+            between: of what the trainer has begun the next one: counters go back to where it had not.
+        """
+        self._saved_step, self._saved_epoch = trainer.global_step, trainer.current_epoch
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning outside the class body
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.flush()
+        with self.between(between):
+            trainer.save_checkpoint(last_checkpoint(run_folder(trainer)), weights_only=False)
+
+    @contextmanager
+    def between(self, what: Literal["steps", "epochs"] | None) -> Iterator[None]:
+        """Checkpoints that are saved in this block say that the next step or epoch has not begun."""
+        self._between = what
+        try:
+            yield
+        finally:
+            self._between = None
+
+    # --- what --------------------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Set the counters right, and add what only the single ranks know; a collective call."""
+        loops = checkpoint["loops"]["fit_loop"]
+        if self._between == "steps":
+            batches = loops["epoch_loop.batch_progress"]
+            batches["total"]["ready"] -= 1
+            batches["current"]["ready"] -= 1
+            for loader in loops["state_dict"].get("combined_loader", []):
+                loader["served"] = batches["current"]["ready"]
+        elif self._between == "epochs":
+            loops["epoch_progress"]["total"]["ready"] -= 1
+            loops["epoch_progress"]["current"]["ready"] -= 1
+            checkpoint["epoch"] -= 1
+        own = _rank_state(trainer, pl_module)
+        ranks = [own]
+        if trainer.world_size > 1:
+            ranks = [{} for _ in range(trainer.world_size)]
+            dist.all_gather_object(ranks, own)
+        checkpoint[KEY] = {
+            "global_batch": _global_batch(trainer),
+            "ranks": ranks,
+            "metrics_rows": next((log.rows for log in trainer.loggers if isinstance(log, MetricsCSV)), 0),
+        }
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Give this rank what it had gathered, and find the place in the epoch."""
+        added = checkpoint.get(KEY)
+        if added is None or trainer.state.fn != "fit":
+            return
+        ranks = added["ranks"]
+        if len(ranks) == trainer.world_size:
+            _load_rank_states(trainer, pl_module, [ranks[trainer.global_rank]])
+        elif trainer.global_rank == 0:
+            _load_rank_states(trainer, pl_module, ranks)
+        if added["global_batch"] != _global_batch(trainer):
+            _move_in_epoch(trainer, checkpoint["loops"]["fit_loop"], added["global_batch"])
+
+
+def _rank_state(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    metrics = {
+        name: metric.metric_state
+        for name, metric in pl_module.named_modules()
+        if isinstance(metric, Metric) and metric.update_called
+    }
+    return {
+        "metrics": {name: apply_to_collection(state, Tensor, _copy_on_host) for name, state in metrics.items()},
+        "callbacks": {callback.state_key: callback.rank_state() for callback in _with_rank_state(trainer)},
+    }
+
+
+def _load_rank_states(trainer: Trainer, pl_module: LightningModule, states: list[dict[str, Any]]) -> None:
+    modules = dict(pl_module.named_modules())
+    for state in states:
+        for name, values in state["metrics"].items():
+            metric = modules.get(name)
+            if isinstance(metric, Metric) and values.keys() == metric.metric_state.keys():
+                _add(metric, apply_to_collection(values, Tensor, lambda tensor, device=metric.device: tensor.to(device)))
+    for callback in _with_rank_state(trainer):
+        callback.load_rank_states([s["callbacks"][callback.state_key] for s in states if callback.state_key in s["callbacks"]])
+
+
+def _add(metric: Metric, state: dict[str, Any]) -> None:
+    if metric.update_called:
+        metric.merge_state(state)
+        return
+    for name, value in state.items():
+        setattr(metric, name, value)
+    metric._update_count = 1
+
+
+def _copy_on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone()
+
+
+def _with_rank_state(trainer: Trainer) -> list[Any]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning outside the class body
+    return [callback for callback in callbacks if isinstance(callback, RankState)]
+
+
+def _global_batch(trainer: Trainer) -> int:
+    """Images of a batch over all processes, 0 where the data module does not tell."""
+    data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning outside the class body
+    return int(getattr(data, "batch_size", 0)) * trainer.world_size
+
+
+def _move_in_epoch(trainer: Trainer, loops: dict[str, Any], saved_global_batch: int) -> None:
+    """Count the epoch's batches anew where each now holds another number of images; a few images may come twice, none is left out."""
+    batches = loops["epoch_loop.batch_progress"]
+    done, now = batches["current"]["completed"], _global_batch(trainer)
+    if done == 0 or batches["is_last_batch"] or saved_global_batch == 0 or now == 0:
+        return
+    steps = trainer.accumulate_grad_batches
+    moved = done * saved_global_batch // now // steps * steps
+    batches["current"] = dict.fromkeys(batches["current"], moved)
+    for loader in loops["state_dict"].get("combined_loader", []):
+        loader["served"] = moved
+    rank_zero_info(
+        f"the checkpoint was saved after {done} batches of {saved_global_batch} images in its epoch: "
+        f"training goes on after {moved} batches of {now}"
+    )

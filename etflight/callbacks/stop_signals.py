@@ -1,0 +1,100 @@
+"""Leaving in order when the machine is about to be taken away."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from etflight.callbacks.checkpoint import LastCheckpoint
+from etflight.run import run_folder
+
+
+class StopSignals(Callback):
+    """On SIGTERM, saves at the next place where nothing is pending and exits with status 143 (128 + 15).
+
+    Where Lightning has been told by SLURM to requeue the job on a signal (SIGUSR1), its own handler is called at such a place instead
+    of in the middle of a step, and the process exits with status 0. It is enough that one process gets the signal: all of them agree
+    on the step, by an all-reduce of one integer per step that nobody waits for.
+
+    Args:
+        last: saves; None where checkpoints are off.
+    """
+
+    def __init__(self, last: LastCheckpoint | None) -> None:
+        self._last = last
+        self._requeue: dict[int, Callable[..., Any]] = {}
+        self._received = 0
+        self._agreed = 0
+        self._group: Any = None
+        self._pending: tuple[Any, Tensor] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the place of Lightning's handlers, which call collectives and save in the middle of whatever runs."""
+        self._received = self._agreed = 0
+        self._pending = None
+        self._group = dist.new_group(backend="gloo") if trainer.world_size > 1 else None
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            handler = signal.getsignal(number)
+            if callable(handler) and handler is not signal.default_int_handler:
+                self._requeue[number] = handler
+        for number in (signal.SIGTERM, *self._requeue):
+            signal.signal(number, self._note)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave between two epochs."""
+        if self._agreed and (self._last is None or self._last.is_safe_between_epochs(trainer)):
+            self._leave(trainer, "epochs")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Agree with the other processes, and leave between two steps."""
+        self._agree(trainer)
+        if self._agreed and (self._last is None or self._last.is_safe_between_steps(trainer, batch_idx)):
+            self._leave(trainer, "steps")
+
+    def _note(self, number: int, frame: object) -> None:
+        self._received = max(self._received, number)
+
+    def _agree(self, trainer: Trainer) -> None:
+        if trainer.world_size == 1:
+            self._agreed = self._received
+            return
+        if self._pending is not None:
+            work, highest = self._pending
+            work.wait()
+            self._agreed = max(self._agreed, int(highest))
+        flag = torch.tensor(self._received)
+        self._pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True), flag)
+
+    def _leave(self, trainer: Trainer, between: Any) -> None:
+        name = signal.Signals(self._agreed).name
+        if self._last is not None:
+            self._last.save(trainer, between)
+            rank_zero_info(f"{name}: saved step {trainer.global_step}; --ckpt_path last resumes it")
+        requeue = self._requeue.get(self._agreed)
+        if requeue is not None:
+            before = set(run_folder(trainer).glob("hpc_ckpt_*.ckpt"))
+            requeue(self._agreed, None)
+            self._remove_copies(trainer, before)
+            sys.exit(0)
+        sys.exit(0 if _is_child_of_lightning(trainer) else 128 + self._agreed)
+
+    def _remove_copies(self, trainer: Trainer, before: set[Path]) -> None:
+        """Lightning's handler saves once more, in a file that nothing would ever remove; `last.ckpt` is the same."""
+        if trainer.is_global_zero and self._last is not None:
+            for copy in set(run_folder(trainer).glob("hpc_ckpt_*.ckpt")) - before:
+                copy.unlink()
+
+
+def _is_child_of_lightning(trainer: Trainer) -> bool:
+    """Lightning kills the first process, which may still be closing its loggers, when one it started exits with an error."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return isinstance(environment, LightningEnvironment) and int(os.environ.get("LOCAL_RANK", 0)) > 0
