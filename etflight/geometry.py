@@ -164,6 +164,8 @@ def _orthogonal_simplices(num_classes: int, feature_dim: int) -> np.ndarray:
 
 def _haar(rows: int, columns: int, seed: int) -> np.ndarray:
     """A Haar-random matrix with orthonormal columns; without the signs of R, QR's convention would bias it."""
+    if seed < 0:
+        raise UserError(f"the seed of a frame is {seed}: give 0 or more")
     gaussian = np.random.Generator(np.random.PCG64(seed)).standard_normal((rows, columns))
     Q, R = np.linalg.qr(gaussian)
     orthonormal: np.ndarray = Q * np.sign(np.diag(R))

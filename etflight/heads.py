@@ -1,5 +1,6 @@
 """Classifier heads: what maps a backbone's pooled features to logits, and the class vectors it does it with."""
 
+import math
 from abc import ABC, abstractmethod
 from typing import Literal
 
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from etflight.errors import UserError
 from etflight.geometry import class_code, simplex_etf
+
+_WIDEST = 2**17  # of a projection: a frame and a layer of this width still fit some machine's memory
 
 
 class Head(nn.Module, ABC):
@@ -71,7 +74,7 @@ class ETFHead(Head):
         seed: picks the frame's rotation.
 
     Raises:
-        UserError: K and d' admit no such code.
+        UserError: K and d' admit no such code, or an argument is out of range.
 
     Source:
         Yang et al. 2022, arXiv 2203.09081, section 3.
@@ -91,11 +94,14 @@ class ETFHead(Head):
         seed: int = 0,
     ) -> None:
         super().__init__(in_features, num_classes)
-        if scale <= 0:
-            raise UserError(f"ETFHead: scale must be positive, got {scale}")
+        _check_scale("ETFHead: scale", scale)
         if code not in ("simplex", "sphere"):
             raise UserError(f'ETFHead: code must be "simplex" or "sphere", got {code!r}')
-        width = projection_dim or in_features
+        if projection_dim is not None and not 1 <= projection_dim <= _WIDEST:
+            raise UserError(
+                f"ETFHead: projection_dim is {projection_dim}: give a width from 1 to {_WIDEST}, or leave it out for no projection"
+            )
+        width = in_features if projection_dim is None else projection_dim
         self.normalize = normalize
         self.learn_scale = learn_scale
         self.bias = None
@@ -190,8 +196,7 @@ class CosineHead(Head):
         self, in_features: int, num_classes: int, *, cosine_scale: float = 16.0, feature_batch_norm: bool = False
     ) -> None:
         super().__init__(in_features, num_classes)
-        if cosine_scale <= 0:
-            raise UserError(f"CosineHead: cosine_scale must be positive, got {cosine_scale}")
+        _check_scale("CosineHead: cosine_scale", cosine_scale)
         self.cosine_scale = cosine_scale
         self.batch_norm = nn.BatchNorm1d(in_features) if feature_batch_norm else nn.Identity()
         self.weight = nn.Linear(in_features, num_classes, bias=False).weight
@@ -204,6 +209,11 @@ class CosineHead(Head):
     def forward(self, features: Tensor) -> Tensor:
         """Logits `[B, K]` in float32."""
         return _float32_product(self.embed(features), F.normalize(self.weight.float(), dim=1)) * self.cosine_scale
+
+
+def _check_scale(what: str, scale: float) -> None:
+    if not 0 < scale < math.inf:
+        raise UserError(f"{what} must be positive and finite, got {scale}")
 
 
 def _float32_product(embedding: Tensor, weight: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Losses on logits, with class balance as a named option of all of them."""
 
+import math
 from abc import ABC, abstractmethod
 from typing import Literal
 
@@ -29,7 +30,7 @@ class Loss(nn.Module, ABC):
         exponent: of the weights, >= 0.
 
     Raises:
-        UserError: an unknown class balance, or a negative exponent.
+        UserError: an unknown class balance, or an exponent that is negative or not finite.
     """
 
     def __init__(self, *, class_balance: ClassBalance = "none", exponent: float = 1.0) -> None:
@@ -38,8 +39,8 @@ class Loss(nn.Module, ABC):
             raise UserError(
                 f'{type(self).__name__}: class_balance must be "none", "batch" or "global", got {class_balance!r}'
             )
-        if exponent < 0:
-            raise UserError(f"{type(self).__name__}: exponent must not be negative, got {exponent}")
+        if not 0 <= exponent < math.inf:
+            raise UserError(f"{type(self).__name__}: exponent must be finite and not negative, got {exponent}")
         self.class_balance = class_balance
         self.exponent = exponent
         self._class_counts: Tensor | None = None
@@ -141,8 +142,8 @@ class DotRegressionLoss(Loss):
 
     def __init__(self, *, length: float = 1.0, class_balance: ClassBalance = "none", exponent: float = 1.0) -> None:
         super().__init__(class_balance=class_balance, exponent=exponent)
-        if length <= 0:
-            raise UserError(f"DotRegressionLoss: length must be positive, got {length}")
+        if not 0 < length < math.inf:
+            raise UserError(f"DotRegressionLoss: length must be positive and finite, got {length}")
         self.length = length
 
     def check_head(self, head: nn.Module) -> None:
@@ -151,7 +152,6 @@ class DotRegressionLoss(Loss):
         Raises:
             UserError: the head's scale is learned or differs from `length`, or its embeddings are not normalised.
         """
-        name = type(head).__name__
         name, mend = type(head).__name__, "or use CrossEntropyLoss"
         if getattr(head, "learn_scale", False):
             raise UserError(

@@ -7,6 +7,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from scipy.optimize import minimize_scalar
 from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from etflight import Classifier, CrossEntropyLoss, DotRegressionLoss, ETFHead, LinearHead
@@ -174,3 +175,17 @@ def test_averaged_weights_keep_the_frame():
 def test_any_timm_model_is_a_backbone():
     model = Classifier(5, "test_vit", head=LinearHead, loss=CrossEntropyLoss)
     assert model(torch.randn(2, 3, 160, 160)).shape == (2, 5)
+
+
+def test_a_schedule_that_cannot_be_stepped_is_named():
+    model = small(lr_scheduler=partial(CosineAnnealingLR, T_max=0))
+    with pytest.raises(UserError, match=r"lr_scheduler: CosineAnnealingLR\(T_max=0\) cannot work: .*zero"):
+        trainer(max_epochs=2, limit_train_batches=1, limit_val_batches=0).fit(model, Digits(batch_size=8))
+
+
+def test_a_step_of_one_image_is_refused_where_it_has_no_spread():
+    with pytest.raises(UserError, match=r"one image: give --data.batch_size 2"):
+        trainer(max_steps=1, limit_val_batches=0).fit(small(), Digits(batch_size=1))
+    linear = small(head=LinearHead, loss=CrossEntropyLoss)  # its backbone's maps have more than one pixel
+    trainer(max_steps=1, limit_val_batches=0).fit(linear, Digits(batch_size=1))
+    assert linear.global_step == 1

@@ -140,3 +140,9 @@ def test_class_code_in_the_plane_is_the_regular_polygon(K):
 def test_class_code_says_what_it_cannot_do(K, d):
     with pytest.raises(UserError, match=rf"K = {K}"):
         class_code(K, d)
+
+
+@pytest.mark.parametrize("frame", [simplex_etf, class_code])
+def test_a_negative_seed_is_refused(frame):
+    with pytest.raises(UserError, match="seed of a frame is -1"):
+        frame(4, 8, seed=-1)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -123,7 +125,24 @@ def test_linear_head_is_torchs_linear_layer():
     assert LinearHead(16, 10, use_bias=False).bias is None
 
 
-@pytest.mark.parametrize("bad", [{"scale": 0.0}, {"scale": -1.0}, {"code": "cube"}])
+NO_SCALES = [0.0, -1.0, math.nan, math.inf]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *({"scale": scale} for scale in NO_SCALES),
+        *({"projection_dim": width} for width in (0, -1, 10**30)),
+        {"seed": -1},
+        {"code": "cube"},
+    ],
+)
 def test_etf_head_names_the_bad_argument(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         ETFHead(16, 10, **bad)
+
+
+@pytest.mark.parametrize("scale", NO_SCALES)
+def test_cosine_head_refuses_what_is_no_scale(scale):
+    with pytest.raises(UserError, match=f"cosine_scale .* got {scale}"):
+        CosineHead(16, 10, cosine_scale=scale)

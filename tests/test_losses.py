@@ -1,3 +1,6 @@
+import math
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -161,9 +164,9 @@ def test_dot_regression_takes_a_head_of_its_own_length():
 @pytest.mark.parametrize(
     "bad",
     [
-        lambda: DotRegressionLoss(length=0),
-        lambda: CrossEntropyLoss(label_smoothing=1.0),
-        lambda: CrossEntropyLoss(exponent=-1),
+        *(partial(DotRegressionLoss, length=length) for length in (0, -1.0, math.nan, math.inf)),
+        *(partial(CrossEntropyLoss, label_smoothing=smoothing) for smoothing in (1.0, -0.1, math.nan)),
+        *(partial(make, exponent=exponent) for make in LOSSES for exponent in (-1, math.nan, math.inf)),
     ],
 )
 def test_bad_arguments_are_refused(bad):

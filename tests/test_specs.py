@@ -1,3 +1,4 @@
+import math
 from functools import partial
 
 import pytest
@@ -75,3 +76,29 @@ def test_plain_means_no_objects_and_no_class_paths_at_any_depth():
     assert not is_plain({"a": [torch.ones(1)]})
     assert not is_plain({"a": [{"class_path": "x.Y"}]})
     assert not is_plain({1: 2})
+
+
+@pytest.mark.parametrize(
+    ("name", "init_args", "reason"),
+    [
+        ("SGD", {"lr": -1.0}, r"optimizer: SGD\(lr=-1.0\) cannot work: Invalid learning rate"),
+        ("SGD", {"lr": 0.1, "nesterov": True}, "Nesterov momentum requires"),
+        ("SGD", {"lr": math.nan}, "lr of SGD is nan"),
+        ("AdamW", {"betas": (0.9, math.inf)}, "betas of AdamW"),
+        ("SGD", {"momentum": None}, "momentum of SGD is null"),
+    ],
+)
+def test_what_torch_has_against_an_argument_becomes_one_line(name, init_args, reason):
+    spec = {"class_path": f"torch.optim.{name}", "init_args": init_args}
+    with pytest.raises(UserError, match=reason):
+        resolve(spec, torch.optim.Optimizer, "optimizer")([torch.nn.Parameter(torch.ones(1))])
+
+
+def test_an_argument_may_be_null_where_its_type_allows_it_or_is_unknown():
+    head = resolve({"class_path": "etflight.ETFHead", "init_args": {"projection_dim": None}}, Head, "head")(16, 10)
+    assert head.weight.shape == (10, 16)
+    spec = {"class_path": "torch.optim.SGD", "init_args": {"foreach": None}}
+    assert (
+        resolve(spec, torch.optim.Optimizer, "optimizer")([torch.nn.Parameter(torch.ones(1))]).defaults["foreach"]
+        is None
+    )

@@ -1,8 +1,9 @@
 """The data module that every image set shares: subset, sampler, loaders and batch transforms."""
 
+import math
 import os
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
 
@@ -83,6 +84,9 @@ class ImageDataModule(LightningDataModule, ABC):
     def __post_init__(self) -> None:
         """Check the options that need no file."""
         LightningDataModule.__init__(self)
+        for option in fields(self):
+            if option.init and option.default is not None and getattr(self, option.name) is None:
+                raise UserError(f"{type(self).__name__}: {option.name} is null: give a value, or leave it out")
         explicit = not isinstance(self.profile, str)
         for name, holds, rule in (
             ("imbalance_ratio", self.imbalance_ratio >= 1, "n_max / n_min is 1 (balanced) or more, not its inverse"),
@@ -90,12 +94,13 @@ class ImageDataModule(LightningDataModule, ABC):
             ("max_count", self.max_count is None or self.max_count >= 1, "give at least 1, or leave it out"),
             ("seed", 0 <= self.seed < 2**32, "give an integer from 0 to 2**32 - 1"),
             ("val_fraction", 0 <= self.val_fraction < 1, "give a part of the training images, from 0 to below 1"),
-            ("batch_size", self.batch_size >= 1, "give at least 1"),
+            ("batch_size", 1 <= self.batch_size < 2**31, "give at least 1, and less than 2**31"),
             ("num_workers", self.num_workers >= 0, "give 0 (load in the main process) or more"),
             ("crop_padding", self.crop_padding is None or self.crop_padding >= 0, "give 0 (no crop) or more pixels"),
-            ("mixup", self.mixup >= 0, "α is 0 (off) or more"),
-            ("cutmix", self.cutmix >= 0, "α is 0 (off) or more"),
-            ("std", self.std is None or (self.std != [] and min(self.std) > 0), "give positive numbers"),
+            ("mixup", _is_alpha(self.mixup), "α is 0 (off), or finite and 1e-6 or more"),
+            ("cutmix", _is_alpha(self.cutmix), "α is 0 (off), or finite and 1e-6 or more"),
+            ("mean", _all_within(self.mean, 0, 1), "give numbers from 0 to 1, of pixels divided by 255"),
+            ("std", _all_within(self.std, 1e-3, 1e3), "give numbers from 0.001 to 1000, of pixels divided by 255"),
         ):
             if not holds:
                 raise UserError(f"{type(self).__name__}: {name} is {getattr(self, name)!r}: {rule}")
@@ -342,6 +347,15 @@ class ImageDataModule(LightningDataModule, ABC):
 def _as_it_is(batch: Any) -> Any:
     """`ImageSplit.__getitems__` has made the batch already; a named function, for workers that are spawned."""
     return batch
+
+
+def _is_alpha(value: float) -> bool:
+    # below 1e-6, λ is 0 or 1 in all but one batch of a million, until Beta(α, α) underflows
+    return value == 0 or 1e-6 <= value < math.inf
+
+
+def _all_within(values: list[float] | None, low: float, high: float) -> bool:
+    return values is None or (values != [] and all(low <= value <= high for value in values))
 
 
 def _names(literal: object) -> str:

@@ -11,6 +11,7 @@ from etflight.data.sources import FileSource
 from etflight.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+LARGEST_SIDE = 2**14  # one such image is 805 MB
 LAYOUT = "expected are train/<class>/*.jpg, test/<class>/*.jpg and optionally val/<class>/*.jpg"
 
 
@@ -33,8 +34,10 @@ class FolderImages(ImageDataModule):
     def __post_init__(self) -> None:
         """Check the options that need no file."""
         super().__post_init__()
-        if self.image_size < 1:
-            raise UserError(f"{type(self).__name__}: image_size is {self.image_size}: give at least 1 pixel")
+        if not 1 <= self.image_size <= LARGEST_SIDE:
+            raise UserError(
+                f"{type(self).__name__}: image_size is {self.image_size}: give from 1 to {LARGEST_SIDE} pixels"
+            )
 
     def __str__(self) -> str:
         return f"{type(self).__name__} {self.root}"

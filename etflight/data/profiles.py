@@ -16,6 +16,7 @@ from etflight.errors import UserError
 
 Profile = Literal["exp", "step", "none"]
 Indices = NDArray[np.int64]
+_MOST = 2**53  # beyond it float64, which profiles are computed in, skips integers
 
 
 def class_counts(
@@ -44,8 +45,8 @@ def class_counts(
     """
     if num_classes < 2:
         raise UserError(f"num_classes is {num_classes}: a profile needs at least two classes")
-    if max_count < 1:
-        raise UserError(f"max_count is {max_count}: the largest class needs at least one image")
+    if not 1 <= max_count <= _MOST:
+        raise UserError(f"max_count is {max_count}: the largest class needs at least one image, and at most 2**53")
     if not imbalance_ratio >= 1:
         raise UserError(
             f"imbalance_ratio is {imbalance_ratio}: it is n_max / n_min, so give 1 (balanced) or more, not its inverse"
@@ -97,6 +98,10 @@ def training_counts(
 
     if (empty := np.flatnonzero(has == 0)).size:
         raise refuse(empty, "has no training image: every class needs at least one, so leave it out or add some")
+
+    most = max(map(abs, [max_count or 0, *([] if isinstance(profile, str) else profile)]))
+    if most > _MOST:
+        raise UserError(f"a count in profile or max_count is ±{most}: no class has more than 2**53 images")
 
     mend = "lower max_count or leave it out"
     if not isinstance(profile, str):

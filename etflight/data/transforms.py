@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import CutMix, MixUp, RandomChoice  # type: ignore[attr-defined]
 
+from etflight.errors import UserError
+
 
 @contextmanager
 def step_randomness(seed: int, step: int, rank: int) -> Iterator[None]:
@@ -95,7 +97,17 @@ class TrainTransform:
     seed: int = 0
 
     def __call__(self, images: Tensor, labels: Tensor, step: int, rank: int = 0) -> tuple[Tensor, Tensor]:
-        """Transform uint8 `[B, C, H, W]` and int64 `[B]` to float32 and int64 `[B]` or float32 `[B, K]`."""
+        """Transform uint8 `[B, C, H, W]` and int64 `[B]` to float32 and int64 `[B]` or float32 `[B, K]`.
+
+        Raises:
+            UserError: The padding is wider than the images.
+        """
+        if self.crop_padding > min(images.shape[-2:]):
+            height, width = images.shape[-2:]
+            raise UserError(
+                f"crop_padding is {self.crop_padding}, but images are {height} × {width}: "
+                "give at most the shorter side, or a crop may miss the image"
+            )
         with step_randomness(self.seed, step, rank):
             if self.crop_padding or self.flip:
                 crops = draw_crops(len(images), self.crop_padding, self.flip)

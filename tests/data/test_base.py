@@ -1,5 +1,6 @@
 import logging
 from itertools import chain
+from math import inf, nan
 
 import numpy as np
 import pytest
@@ -40,9 +41,15 @@ def on_rank():
         ({"val_fraction": -0.1}, "val_fraction is -0.1"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"num_workers": -1}, "num_workers is -1"),
-        ({"crop_padding": -1}, "crop_padding is -1"),
         ({"mixup": -1.0}, "mixup is -1.0"),
         ({"cutmix": -1.0}, "cutmix is -1.0"),
+        ({"crop_padding": -1}, "crop_padding is -1"),
+        *(({name: alpha}, f"{name} is {alpha}") for name in ("mixup", "cutmix") for alpha in (1e-300, inf, nan)),
+        *(({"mean": mean}, "mean is .* divided by 255") for mean in ([], [127.5], [-1.0], [nan], [0.5, inf])),
+        *(({"std": std}, "std is .* divided by 255") for std in ([-1.0], [1e-300], [nan], [0.5, inf])),
+        ({"batch_size": 2**31}, "batch_size is 2147483648"),
+        ({"batch_size": None}, "batch_size is null"),
+        ({"imbalance_ratio": None}, "imbalance_ratio is null"),
         ({"std": [0.0]}, r"std is \[0.0\]"),
         ({"std": []}, r"std is \[\]"),
         ({"sampler": "balanze"}, "did you mean balanced"),

@@ -100,6 +100,7 @@ def test_a_corrupt_image_is_named_even_from_a_worker(tree, content, workers):
         list(FolderImages(str(tree), image_size=4, num_workers=workers).train_dataloader())
 
 
-def test_an_image_size_of_zero_is_refused():
-    with pytest.raises(UserError, match="image_size is 0"):
-        FolderImages("x", image_size=0)
+@pytest.mark.parametrize("size", [0, -1, 10**30])
+def test_an_image_size_that_no_image_can_have_is_refused(size):
+    with pytest.raises(UserError, match=f"image_size is {size}"):
+        FolderImages("x", image_size=size)

@@ -60,7 +60,12 @@ def test_a_ratio_below_one_is_refused(ratio):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((1, 5, 1), "two classes"), ((3, 0, 1), "at least one image"), ((3, 5, 1, "linear"), "exp, step, none")],
+    [
+        ((1, 5, 1), "two classes"),
+        ((3, 0, 1), "at least one image"),
+        ((3, 10**30, 1), "at most"),
+        ((3, 5, 1, "linear"), "exp, step, none"),
+    ],
 )
 def test_arguments_out_of_range_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
@@ -125,6 +130,9 @@ def test_explicit_counts_are_kept():
         ({"profile": [9, 5, 7]}, r"class 1 \(dog\) has 4 training images, 5 were asked for: lower its count"),
         ({"profile": [9, 0, 7]}, r"class 1 \(dog\) is left with 0 images"),
         ({"profile": [9, -1, 7]}, r"class 1 \(dog\) is left with -1 images"),
+        ({"profile": [9, 10**30, 7]}, "no class has more"),
+        ({"profile": [9, -(10**30), 7]}, "no class has more"),
+        ({"max_count": 10**30, "profile": "none"}, "no class has more"),
         ({"profile": [9, 4]}, "2 counts for 3 classes"),
         ({"imbalance_ratio": 50.0}, r"class 2 \(cow\) is left with 0 images"),
     ],

@@ -4,6 +4,7 @@ import torch
 from torchvision.transforms.v2 import functional as F
 
 from etflight.data.transforms import TrainTransform, crop_and_flip, draw_crops, normalize, step_randomness
+from etflight.errors import UserError
 
 MEAN, STD = (0.1, 0.5, 0.7), (0.2, 0.3, 0.4)
 
@@ -130,3 +131,10 @@ def test_the_global_generator_is_restored_after_an_error():
     with pytest.raises(RuntimeError), step_randomness(0, 0, 0):
         torch.rand(3).reshape(2)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_padding_wider_than_the_images_is_refused(batch):
+    fits = TrainTransform(num_classes=5, mean=MEAN, std=STD, crop_padding=6)
+    assert fits(*batch, step=0)[0].shape == (15, 3, 6, 9)
+    with pytest.raises(UserError, match="crop_padding is 7, but images are 6 × 9"):
+        TrainTransform(num_classes=5, mean=MEAN, std=STD, crop_padding=7)(*batch, step=0)
