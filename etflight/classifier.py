@@ -157,7 +157,14 @@ class Classifier(LightningModule):
 
     def _step(self, batch: Batch, stage: str) -> tuple[Tensor, Tensor]:
         images, target = batch
-        logits: Tensor = self(images)
+        try:
+            logits: Tensor = self(images)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                "batch normalisation cannot train on a step of one image: give --data.batch_size 2 or more"
+            ) from error
         loss: Tensor = self.loss(logits, target)
         mean = cast(Metric, self.losses[f"{stage}_loss"])
         mean.update(loss, len(images))
@@ -278,6 +285,11 @@ class Classifier(LightningModule):
         schedule = self._build("lr_scheduler")(optimizer, **arguments)
         monitor = {"monitor": "val/loss"} if isinstance(schedule, ReduceLROnPlateau) else {}
         return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, **monitor}})
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step the schedule; only here does one of torch's meet a period of 0."""
+        with self._build("lr_scheduler").objections():
+            super().lr_scheduler_step(scheduler, metric)
 
     @property
     def _schedule_takes_total_epochs(self) -> bool:
