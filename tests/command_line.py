@@ -51,13 +51,18 @@ class Result:
 
 
 class CommandLine:
-    """One parent process for the whole test session: importing torch and Lightning takes seconds, forking does not."""
+    """One parent process for the whole test session: importing torch and Lightning takes seconds, forking does not.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: for the output of the commands.
+        env: more of the parent's environment, for what is looked at when a package is imported.
+    """
+
+    def __init__(self, folder: Path, **env: str) -> None:
         self._folder = folder
         self._count = 0
         # wandb leaves the address of this process's own service in the environment
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | env
         self._server = subprocess.Popen(
             [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

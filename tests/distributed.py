@@ -106,6 +106,7 @@ class ProcessPool:
 
 def _serve(rank: int, world_size: int, store: str, connection: Connection, timeout: float) -> None:
     torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)  # tells a Lightning trainer that its processes are there already
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     if loopback:  # the host's own name need not resolve
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])

@@ -1,7 +1,6 @@
 import csv
 import inspect
 import json
-import os
 import subprocess
 import sys
 from functools import partial
@@ -266,38 +265,3 @@ def test_a_users_head_with_a_wrong_argument_is_a_usage_error(etflight_command, t
     result = etflight_command("fit", *DIGITS, "--model.head", "my_heads.MyHead", "--model.head.blunt", 1, cwd=tmp_path)
     assert result.status == 2
     assert "blunt" in result.error_lines[0]
-
-
-def test_two_processes_log_the_keys_of_one(run, etflight_command, tmp_path):
-    argv = [sys.executable, "-m", "etflight"]
-    shared = [str(a) for a in ("--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.devices", 2)]
-    fit = [*argv, "fit", *map(str, DIGITS), *shared, "--name", "two"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(fit, cwd=tmp_path, check=True, capture_output=True, env=environment)
-    test = [
-        *argv,
-        "test",
-        "--data",
-        "Digits",
-        "--ckpt_path",
-        "runs/two/checkpoints/last.ckpt",
-        *map(str, QUICK[2:]),
-        *shared,
-    ]
-    subprocess.run(test, cwd=tmp_path, check=True, capture_output=True, env=environment)
-    two = tmp_path / "runs/two"
-
-    def header(folder):
-        return next(csv.reader((folder / "metrics.csv").open()))
-
-    assert sorted(header(two)) == sorted(header(run[1]))
-    assert sum(1 for _ in csv.DictReader((two / "per_class.csv").open())) == 10
-    two_tested = json.loads((two / "test_metrics.json").read_text())
-    one = etflight_command(
-        "test", "--data", "Digits", "--ckpt_path", "runs/two/checkpoints/last.ckpt", *QUICK[2:], cwd=tmp_path
-    )
-    assert one.status == 0, one.err
-    one_tested = json.loads((two / "test_metrics.json").read_text())
-    assert two_tested.keys() == one_tested.keys()
-    for key, value in one_tested.items():
-        assert two_tested[key] == pytest.approx(value, abs=1e-5), key

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etflight.data import ImbalancedSampler
-from etflight.data.sampler import ShardSampler
+from etflight.data.sampler import POLICIES, ShardSampler
 from etflight.errors import UserError
 
 COUNTS = np.array([400, 100, 30, 10])
@@ -79,17 +79,18 @@ def test_no_image_comes_again_before_all_others_of_its_class():
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.integers(0, 5), min_size=1, max_size=40),
-    st.sampled_from(["instance", "balanced", "reverse", 0.7]),
+    st.sampled_from([*POLICIES, 0.7]),
     st.integers(1, 7),
     st.integers(1, 60),
     st.integers(0, 9),
 )
 def test_ranks_together_draw_exactly_what_one_process_draws(labels, policy, world_size, num_samples, epoch):
-    alone = ImbalancedSampler(labels, policy, num_samples=num_samples, num_replicas=1, rank=0)
+    options = {"num_samples": num_samples, "num_epochs": 10}
+    alone = ImbalancedSampler(labels, policy, **options, num_replicas=1, rank=0)
     alone.set_epoch(epoch)
     draw = list(alone)
     for rank in range(world_size):
-        shard = ImbalancedSampler(labels, policy, num_samples=num_samples, num_replicas=world_size, rank=rank)
+        shard = ImbalancedSampler(labels, policy, **options, num_replicas=world_size, rank=rank)
         shard.set_epoch(epoch)
         assert list(shard) == draw[rank::world_size]
         assert len(shard) == len(draw[rank::world_size])
