@@ -241,14 +241,21 @@ def summarise(message: str) -> str:
     """One line from the parser's many: the key, the reason, the value; near matches for a class that does not exist."""
     found = re.search(r'Parser key "([^"]+)"', message)
     key = f"--{found.group(1)}: " if found else ""
+    ambiguous = re.search(r"Multiple subclasses with name [^\n]*", message)
+    if ambiguous:
+        return f"{key}{ambiguous.group()}"
     unknown = re.search(r"Expected a path but (\S+) either", message)
-    if unknown:
+    number = re.search(r"Subtypes: .*<class '(?:float|int)'>", message)  # a tensor would do as well, for a learning rate
+    if unknown and not number:
         name = unknown.group(1)
         reason = re.search(r"No module named '[^']+'|module '[^']+' has no attribute '[^']+'", message)
         return f"{key}nothing is called {name!r}{f' ({reason.group()})' if reason else ''}{near_matches(name)}"
     given = re.search(r"Given value: (.*)", message)
     lines = [re.sub(r'^Parser key "[^"]+":', "", line).strip(" -") for line in message.splitlines()]
-    reasons = [line for line in lines if line and not re.match(r"Subtypes|Errors|Given value|Does not validate", line)]
+    noise = r"Subtypes|Errors|Given value|Does not validate"
+    if number:
+        noise += r"|Expected a path|Expected a dot import|Not a valid subclass|Subclass types|a class path|a dict with"
+    reasons = [line for line in lines if line and not re.match(noise, line)]
     reason_line = " or ".join(dict.fromkeys(reasons)).replace("<class '", "").replace("'>", "")
     return f"{key}{reason_line[:400]}{f', got {given.group(1)}' if given else ''}"
 

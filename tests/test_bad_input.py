@@ -101,6 +101,11 @@ CASES = {
         1, ["resnet32_cifr", "resnet32_cifar"], lambda t: [*FIT, "--data", "Digits", "--model.backbone", "resnet32_cifr"]),
     "an unknown head": (2, ["EFTHead", "ETFHead"], lambda t: [*FIT, "--data", "Digits", "--model.head", "EFTHead"]),
     "an unknown data set": (2, ["CIFAR-10", "CIFAR10"], lambda t: [*FIT, "--data", "CIFAR-10"]),
+    "a learning rate that is no number": (
+        2, ["--lr: Expected a float, got fast"], lambda t: [*FIT, "--data", "Digits", "--model.optimizer.lr", "fast"]),
+    "a name that two classes have": (
+        2, ["--model.lr_scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau"],
+        lambda t: [*FIT, "--data", "Digits", "--model.lr_scheduler", "ReduceLROnPlateau"]),
     "no words at all": (2, ["subcommand"], lambda t: []),
     "an unknown flag": (2, ["--bogus"], lambda t: [*FIT, "--data", "Digits", "--bogus", 1]),
     "a missing checkpoint": (1, ["gone.ckpt"], lambda t: ["test", "--data", "Digits", "--ckpt_path", "gone.ckpt"]),
