@@ -245,7 +245,7 @@ def summarise(message: str) -> str:
     if ambiguous:
         return f"{key}{ambiguous.group()}"
     unknown = re.search(r"Expected a path but (\S+) either", message)
-    number = re.search(r"Subtypes: .*<class '(?:float|int)'>", message)  # a tensor would do as well, for a learning rate
+    number = re.search(r"Subtypes: .*<class '(?:float|int)'>", message)  # such as "a float or a tensor"
     if unknown and not number:
         name = unknown.group(1)
         reason = re.search(r"No module named '[^']+'|module '[^']+' has no attribute '[^']+'", message)
