@@ -13,11 +13,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
@@ -25,6 +27,7 @@ from etflight import Classifier, DotRegressionLoss, ETFHead
 from etflight.data import ArrayImages, Digits
 from tests.command_line import CommandLine
 
+ROOT = Path(__file__).parent.parent
 GLOBAL_BATCH = 60  # for one, two and three processes alike
 EPOCHS = 3
 CPU = [
@@ -35,6 +38,7 @@ RECIPE = [
     "--model.model_kwargs", '{"img_size": 8, "patch_size": 4}', "--model.head.batch_norm", "false",
     "--model.loss.class_balance", "batch", "--model.optimizer.lr", 0.05, "--trainer.callbacks+", "NeuralCollapseMonitor",
 ]  # fmt: skip
+OVERLAY = ["-c", ROOT / "configs/trainer/ddp_cpu.yaml", "--data.batch_size", GLOBAL_BATCH // 2]
 
 
 # --- real runs ---------------------------------------------------------------------------------------------------------
@@ -103,11 +107,11 @@ class Started:
     def __init__(self, commands):
         self._commands = commands
 
-    def __call__(self, *argv, cwd, processes, by="torchrun"):
+    def __call__(self, *argv, cwd, processes, by="torchrun", **env):
         port = free_port()
         with ThreadPoolExecutor(processes) as threads:
             jobs = [
-                threads.submit(command, *argv, cwd=cwd, **getattr(self, by)(rank, processes, port))
+                threads.submit(command, *argv, cwd=cwd, **getattr(self, by)(rank, processes, port), **env)
                 for rank, command in enumerate(self._commands[:processes])
             ]
             results = [job.result() for job in jobs]
@@ -210,8 +214,8 @@ def test_the_step_is_described_once(one, two):
 
 
 def torchrun(argv, cwd, **_):
-    finish(start("torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port(), "-m", "etflight",
-                 *argv, *shared_by(2), cwd=cwd))  # fmt: skip
+    agent = ["torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]
+    finish(start(*agent, "-m", "etflight", *argv, *OVERLAY, cwd=cwd))
 
 
 def two_nodes(argv, cwd, **_):
@@ -231,7 +235,7 @@ def two_nodes(argv, cwd, **_):
 
 
 def slurm(argv, cwd, started):
-    started(*argv, *shared_by(2), cwd=cwd, processes=2, by="slurm")
+    started(*argv, *OVERLAY, cwd=cwd, processes=2, by="slurm")
 
 
 @pytest.mark.parametrize("launch", [torchrun, two_nodes, slurm])
@@ -242,6 +246,57 @@ def test_however_two_processes_are_started_they_do_the_same(launch, two, fit, st
     assert (folder / "metrics.csv").read_text() == (two[0] / "metrics.csv").read_text()
     expected = weights(two[0])
     assert not [name for name, value in weights(folder).items() if not torch.equal(value, expected[name])]
+
+
+SIGNAL_AT_STEP = """
+import os, signal
+from lightning.pytorch import Callback
+
+class SignalAtStep(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 10 and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_a_slurm_job_out_of_time_requeues_itself_and_ends_as_if_it_had_had_more(two, fit, started, cwd):
+    (cwd / "signal_at_step.py").write_text(SIGNAL_AT_STEP)
+    scontrol = cwd / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {cwd}/requeued\n')
+    scontrol.chmod(0o755)
+    array = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "1", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    argv = [*fit, *OVERLAY, "--trainer.max_epochs", EPOCHS, "--name", "requeued", "--ckpt_path", "last"]
+    started(*argv, "--trainer.callbacks+", "signal_at_step.SignalAtStep", cwd=cwd, processes=2, by="slurm", **array)
+    assert (cwd / "requeued").read_text() == "requeue 70_1\n"
+    folder = cwd / "runs/requeued"
+    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] in (10, 11, 12)
+    started(*argv, cwd=cwd, processes=2, by="slurm", **array)
+    assert (folder / "metrics.csv").read_text() == (two[0] / "metrics.csv").read_text()
+    expected = weights(two[0])
+    assert not [name for name, value in weights(folder).items() if not torch.equal(value, expected[name])]
+
+
+def test_the_readmes_job_script_gives_each_task_its_seed_and_its_run(etflight_command, tmp_path):
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    script = next(block for block in blocks if "#SBATCH" in block)
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    srun.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "2"}
+    command = subprocess.run(
+        ["bash", "-euc", script], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.splitlines()
+    assert command[0] == "etflight"
+    result = etflight_command(*command[1:], "--print_config", cwd=ROOT)
+    assert result.status == 0, result.err
+    config = yaml.safe_load(result.out)
+    assert config["seed_everything"] == 2
+    assert config["name"].endswith("_2")
+    assert config["trainer"]["strategy"] == "ddp"
+    asked = {name: int(number) for name, number in re.findall(r"#SBATCH --([\w-]+)=(\d+)\n", script)}
+    assert asked["nodes"] == config["trainer"]["num_nodes"]
+    assert asked["ntasks-per-node"] == asked["gpus-per-node"]  # one process per GPU
 
 
 def printed_table(text):
