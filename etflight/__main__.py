@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from importlib import import_module
+from textwrap import shorten
 
 from etflight._version import __version__
 from etflight.errors import user_error_in
@@ -21,7 +22,8 @@ def run() -> int:
     if sys.argv[1:] == ["--version"]:
         print(f"etflight {__version__}")
         return 0
-    sys.path.insert(0, os.getcwd())  # a user's own head or data set in a module of the current folder
+    # a user's own head or data set in a module of the current folder; last, so that no file there takes the place of a package
+    sys.path.append(os.getcwd())
     try:
         if sys.argv[1:2] and sys.argv[1] in COMMANDS:
             import_module(f"etflight.commands.{sys.argv[1]}").main(sys.argv[2:])
@@ -49,7 +51,9 @@ def _message(error: BaseException) -> str:
     text = str(error).strip()
     if "Original Traceback" in text:  # a worker's exception carries its traceback as text
         text = re.sub(r"^[\w.]*(Error|Exception): ", "", text.splitlines()[-1])
-    return " ".join(text.split())
+    # what a file says may be part of the message, but commands no terminal
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    return shorten(text, 1500, placeholder=" …")
 
 
 if __name__ == "__main__":

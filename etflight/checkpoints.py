@@ -1,13 +1,31 @@
 """Reading checkpoints that somebody else may have written: plain data or nothing."""
 
-import pickle
+import re
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePath
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from etflight.errors import UserError
+from etflight.untrusted import refuse_aliases, texts
+
+_MAX_VALUES = 10_000_000
+# what Lightning and this package take from a checkpoint without asking; not every one has all of it
+_KINDS: dict[str, type] = {
+    "state_dict": dict,
+    "hyper_parameters": dict,
+    "callbacks": dict,
+    "loops": dict,
+    "etflight": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "epoch": int,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+}
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -18,27 +36,73 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         map_location: where its tensors go, as in `torch.load`.
 
     Raises:
-        UserError: missing, truncated or no checkpoint; holding anything but tensors and plain data; or made by another program.
+        UserError: missing, truncated or no checkpoint; not a file of this machine; holding anything but tensors and plain data;
+            made by another program; or naming files that a callback would delete.
     """
+    if re.match(r"[A-Za-z][\w+.-]+:|.*::", str(path)):  # two characters or more: C: is a drive
+        raise UserError(
+            f"checkpoint {path} is not a file on this machine: download it first, and give the path of the file"
+        )
     file = Path(path)
     if not file.is_file():
         raise UserError(f"checkpoint {path} does not exist: give the path of a file such as RUN/checkpoints/last.ckpt")
-    if not zipfile.is_zipfile(file) and _is_zip_cut_short(file):
-        raise UserError(f"checkpoint {path} is truncated: copy it again, or use an earlier one")
     try:
+        _check_size(file)
         checkpoint = torch.load(file, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UserError:
+        raise
+    except UnpicklingError as error:
         raise UserError(
             f"checkpoint {path} was refused and nothing in it was run: it is damaged or holds more than tensors and plain data "
             "(only load checkpoints that etflight wrote)"
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except Exception as error:  # a damaged file can end in any of them
         raise UserError(f"checkpoint {path} is truncated or damaged: copy it again, or use an earlier one") from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= checkpoint.keys():
         raise UserError(f"checkpoint {path} is not one of etflight's: it has no state_dict with hyper_parameters")
+    _check_contents(path, checkpoint)
     return checkpoint
 
 
-def _is_zip_cut_short(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return stream.read(2) == b"PK"
+def _check_size(file: Path) -> None:
+    """Refuse a file that would unpack to more than it holds; torch.save compresses nothing."""
+    if not zipfile.is_zipfile(file):
+        with file.open("rb") as stream:
+            if stream.read(2) == b"PK":
+                raise EOFError("a zip file cut short")
+        return
+    with zipfile.ZipFile(file) as archive:
+        if sum(member.file_size for member in archive.infolist()) > file.stat().st_size:
+            raise UserError(
+                f"checkpoint {file} was refused: it unpacks to more than its size, as no checkpoint of etflight's does"
+            )
+
+
+def _check_contents(path: str | Path, checkpoint: dict[str, Any]) -> None:
+    try:
+        refuse_aliases(checkpoint, _MAX_VALUES)
+    except UserError as error:
+        raise _no_checkpoint(path, str(error)) from None
+    for key, kind in _KINDS.items():
+        if key in checkpoint and not isinstance(checkpoint[key], kind):
+            raise _no_checkpoint(path, f"its {key} is of type {type(checkpoint[key]).__name__}, not {kind.__name__}")
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in checkpoint["state_dict"].items()):
+        raise _no_checkpoint(path, "its state_dict holds more than named tensors")
+    if not all(isinstance(name, str) for name in checkpoint["hyper_parameters"]):
+        raise _no_checkpoint(path, "its hyper_parameters have names that are no text")
+    names, num_classes = checkpoint.get("class_names"), checkpoint["hyper_parameters"].get("num_classes")
+    if names is not None:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise _no_checkpoint(path, "its class_names are no list of names")
+        if len(names) != num_classes:
+            raise _no_checkpoint(path, f"it has {len(names)} class_names for {num_classes} classes")
+    for text in texts(checkpoint.get("callbacks")):
+        # Lightning's ModelCheckpoint deletes the files, and folders, that its saved state calls its earlier checkpoints
+        if ".." in PurePath(text.replace("\\", "/")).parts or "::" in text or "://" in text:
+            raise UserError(
+                f"checkpoint {path} was refused: the saved state of its callbacks names {text!r}, outside of the run's own folder"
+            )
+
+
+def _no_checkpoint(path: str | Path, reason: str) -> UserError:
+    return UserError(f"checkpoint {path} is not one of etflight's, or is damaged: {reason}")

@@ -411,9 +411,6 @@ def plain_hyperparameters(checkpoint: dict[str, Any], given: Mapping[str, Any] |
     """
     given = given or {}
     saved = {k: v for k, v in checkpoint["hyper_parameters"].items() if k != "_instantiator" and k not in given}
-    foreign = saved.keys() - inspect.signature(Classifier).parameters.keys()
-    if foreign:
-        raise UserError(f"the checkpoint is not one of a Classifier: it has the hyper-parameter {min(foreign)!r}")
     for name, value in saved.items():
         spec = describe(value, name) if name in PLUGGABLE and value is not None else None
         if not is_plain(spec["init_args"] if spec else value):

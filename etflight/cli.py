@@ -10,7 +10,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
@@ -23,6 +22,7 @@ from etflight.callbacks.step_notice import StepNotice
 from etflight.checkpoint_io import SafeCheckpointIO
 from etflight.checkpoints import read_checkpoint
 from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
+from etflight.configuration import guard_parser, read_yaml
 from etflight.data.base import ImageDataModule
 from etflight.errors import UserError, user_error_in
 from etflight.optim import PROTOCOL_SGD
@@ -113,7 +113,9 @@ class EtflightCLI(LightningCLI):
         """Parse with the checkpoint's hyper-parameters as the model's defaults; no class is imported because it names it."""
         content = read_checkpoint(path)
         self.saved_rows = int(content.get(CHECKPOINT_KEY, {}).get("metrics_rows", 0))
-        saved = plain_hyperparameters(content)
+        backbone = _value(argv, "model.backbone")
+        given = {} if backbone is None else {"backbone": backbone}
+        saved = plain_hyperparameters(content, given)
         foreign = saved.keys() - inspect.signature(Classifier).parameters.keys()
         if foreign:
             raise UserError(
@@ -131,7 +133,8 @@ class EtflightCLI(LightningCLI):
         self.config = parser.parse_args(argv)
         if not unknown:
             return
-        for name, spec in unknown.items():  # parsing imported what the user named, and only that
+        plain_hyperparameters(content, given)  # again: parsing imported what the user named, and only that
+        for name, spec in unknown.items():
             if getattr(self.config[stage].get(f"model.{name}"), "class_path", None) == spec["class_path"]:
                 self._default_model(stage, {name: spec})
             elif _value(argv, f"model.{name}") is None and _value(argv, f"model.{name}.class_path") is None:
@@ -150,7 +153,8 @@ class EtflightCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Put the found checkpoint into the configuration, and claim the run folder."""
         config = self.config[self.subcommand]
-        config["ckpt_path"] = None if self.ckpt_path is None else str(self.ckpt_path)
+        # absolute: Lightning takes "best", "registry:…" or "http…" at the start for something else than a file
+        config["ckpt_path"] = None if self.ckpt_path is None else str(self.ckpt_path.absolute())
         config["weights_only"] = True
         config["overlays"] = None  # merged by now; their relative paths would mean nothing in the run folder
         for logger in _as_list(config["trainer"]["logger"]):
@@ -208,6 +212,7 @@ def main(args: Sequence[str] | None = None) -> EtflightCLI:
         SystemExit: status 2 for a usage error, 0 after help.
     """
     _quieten()
+    guard_parser()
     return EtflightCLI(
         Classifier,
         ImageDataModule,
@@ -299,7 +304,7 @@ def _expand_overlays(argv: list[str]) -> list[str]:
 
 
 def _overlays(path: Path) -> list[Path]:
-    content = yaml.safe_load(path.read_text()) if path.is_file() else None
+    content = read_yaml(path) if path.is_file() else None
     names = content.get("overlays") if isinstance(content, dict) else None
     found = []
     for name in names or []:
@@ -323,7 +328,7 @@ def _value(argv: Sequence[str], key: str) -> str | None:
     for path in reversed(_configs(argv)):
         if not path.is_file():
             continue  # the parser says so, in its own words
-        value: Any = yaml.safe_load(path.read_text()) or {}
+        value: Any = read_yaml(path)
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         if isinstance(value, str):

@@ -28,6 +28,7 @@ from etflight import plotting
 from etflight.backbones import resnet_cifar
 from etflight.checkpoints import read_checkpoint
 from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
+from etflight.configuration import guard_parser
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
 from etflight.errors import UserError, user_error_in
@@ -94,6 +95,7 @@ def main(argv: Sequence[str]) -> None:
         UserError: what the user gave cannot work.
         SystemExit: status 2 for a usage error, 0 after help.
     """
+    guard_parser()
     parser = _parser()
     _check_data_name(argv)
     config = parser.parse_args(list(argv))
@@ -269,7 +271,7 @@ def _read_weights(path: str) -> dict[str, Tensor]:
         raise UserError(f"--weights {path} does not exist: give a file of torch.save or .safetensors")
     try:
         state: dict[str, Tensor] = load_state_dict(path, weights_only=True)
-    except _UNREADABLE as error:
+    except Exception as error:  # a hostile file can end in any of them
         reason = "it holds more than tensors and plain data, or is damaged"
         raise UserError(f"--weights {path} was refused and nothing in it was run: {reason}") from error
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):

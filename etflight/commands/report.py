@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from etflight.errors import UserError
 
@@ -39,8 +40,8 @@ def main(argv: Sequence[str]) -> None:
         table.add_column(title, justify="right")
     for run in runs:
         metrics, facts = _read(run / "test_metrics.json"), _read(run / "run.json")
-        cells = [f"{100 * metrics[key]:.1f}" if (key := f"test/{name}") in metrics else "-" for name in COLUMNS]
-        table.add_row(str(run), str(facts.get("seed", "?")), *cells)
+        cells = [_per_cent(run, metrics.get(f"test/{name}")) for name in COLUMNS]
+        table.add_row(_as_it_is(run), _as_it_is(facts.get("seed", "?")), *cells)
     # into a file, where no terminal says how wide it is, nothing may be cut
     console = Console()
     console = console if console.is_terminal else Console(width=120)
@@ -51,13 +52,30 @@ def main(argv: Sequence[str]) -> None:
     )
 
 
-def _read(path: Path) -> dict[str, float | str]:
+def _per_cent(run: Path, value: object) -> str:
+    if value is None:
+        return "-"
+    if not isinstance(value, float | int) or abs(value) > 1:
+        raise UserError(
+            f"{run / 'test_metrics.json'} has {value!r:.60} where a number from 0 to 1 belongs: test the run again"
+        )
+    return f"{100 * value:.1f}"
+
+
+def _as_it_is(value: object) -> Text:
+    """Text without what would be markup, or command the terminal."""
+    return Text("".join(letter for letter in str(value) if letter.isprintable()))
+
+
+def _read(path: Path) -> dict[str, object]:
     if not path.is_file():
         raise UserError(
             f"{path} does not exist: is {path.parent} a run folder, and has it been tested (etflight test)?"
         )
     try:
-        content: dict[str, float | str] = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:  # among them what is no JSON or no text
         raise UserError(f"{path} is not whole ({error}): test the run again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not whole (it holds no names): test the run again")
     return content

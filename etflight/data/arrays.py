@@ -1,6 +1,9 @@
 """Any image set in one `.npz` file, in MedMNIST's layout."""
 
+import math
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +15,7 @@ from numpy.typing import NDArray
 from etflight.data.base import ImageDataModule, Split
 from etflight.data.sources import ArraySource
 from etflight.errors import UserError
+from etflight.untrusted import refuse_growth
 
 
 @dataclass(eq=False)
@@ -20,7 +24,8 @@ class ArrayImages(ImageDataModule):
 
     `train_images` and `test_images`, uint8 `[N, H, W]` or `[N, H, W, C]`; `train_labels` and `test_labels`, integers
     `[N]` or `[N, 1]`; optionally `val_images`, `val_labels` and `class_names` `[K]`. Without `class_names`, K is the
-    largest training label plus one. Nothing in the file is unpickled.
+    largest training label plus one. Nothing in the file is unpickled,
+    and nothing is read that unpacks to more than 256 MiB and a hundred times its size.
 
     Args:
         path: The file.
@@ -36,7 +41,14 @@ class ArrayImages(ImageDataModule):
         """The file's `class_names`, else the labels as text."""
         if "class_names" in self._members:
             return [str(name) for name in np.atleast_1d(self._array("class_names"))]
-        return [str(label) for label in range(int(self._labels("train").max(initial=-1)) + 1)]
+        labels = self._labels("train")
+        num_classes = int(labels.max(initial=-1)) + 1
+        if num_classes > len(labels):
+            raise UserError(
+                f"{self.path}: label {num_classes - 1} of train is beyond what {len(labels)} images can fill: "
+                "give labels from 0 without gaps"
+            )
+        return [str(label) for label in range(num_classes)]
 
     @property
     def num_classes(self) -> int:
@@ -46,11 +58,8 @@ class ArrayImages(ImageDataModule):
     @cached_property
     def num_channels(self) -> int:
         """C, from the header of `train_images`."""
-        self._array_is_there("train_images")
-        with zipfile.ZipFile(self.path) as archive, archive.open("train_images.npy") as stream:
-            version = np.lib.format.read_magic(stream)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape = read(stream)[0]
+        with self._reading("train_images"):
+            shape = self._checked_shape("train_images")
         return shape[3] if len(shape) == 4 else 1
 
     @property
@@ -82,7 +91,7 @@ class ArrayImages(ImageDataModule):
         try:
             with zipfile.ZipFile(self.path) as archive:
                 return [name.removesuffix(".npy") for name in archive.namelist()]
-        except (zipfile.BadZipFile, OSError) as error:
+        except (zipfile.BadZipFile, OSError, ValueError) as error:
             raise UserError(f"{self.path} is no .npz file ({error}): write it with numpy.savez") from None
 
     def _array_is_there(self, name: str) -> None:
@@ -94,14 +103,40 @@ class ArrayImages(ImageDataModule):
             )
 
     def _array(self, name: str) -> NDArray[np.generic]:
+        with self._reading(name), np.load(self.path, allow_pickle=False) as archive:
+            self._checked_shape(name)
+            array: NDArray[np.generic] = archive[name]
+            return array
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        """Inside, whatever a damaged or hostile file does to its reader becomes one line."""
         self._array_is_there(name)
         try:
-            with np.load(self.path, allow_pickle=False) as archive:
-                array: NDArray[np.generic] = archive[name]
-                return array
-        except (ValueError, zipfile.BadZipFile, OSError, EOFError) as error:
-            reason = str(error).splitlines()[0]
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{self.path}: {name} cannot be read ({reason}): store plain arrays of numbers") from None
+
+    def _checked_shape(self, name: str) -> tuple[int, ...]:
+        """The shape that an array's header gives, once as many bytes are there, before memory is set aside for them."""
+        with zipfile.ZipFile(self.path) as archive:
+            member = archive.getinfo(f"{name}.npy")
+            with archive.open(member) as stream:
+                version = np.lib.format.read_magic(stream)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(stream)
+                header = stream.tell()
+        refuse_growth(
+            f"{self.path}: {name}", member.file_size, min(member.compress_size, Path(self.path).stat().st_size)
+        )
+        if not dtype.hasobject and header + math.prod(shape) * dtype.itemsize != member.file_size:
+            raise ValueError(
+                f"its header says {dtype} of shape {list(shape)}, but it has {member.file_size - header:,} bytes"
+            )
+        return shape
 
     def _labels(self, split: Split) -> NDArray[np.int64]:
         labels = self._array(f"{split}_labels")

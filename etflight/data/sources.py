@@ -1,5 +1,6 @@
 """Where a split's images come from, and the data set that loaders read."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, res
 from etflight.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
+MAX_PIXELS = 89_478_485  # Pillow's limit, from where on it suspects a bomb: 256 MiB as RGB
+FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 class ImageSource(ABC):
@@ -49,7 +52,9 @@ class ArraySource(ImageSource):
 
 
 class FileSource(ImageSource):
-    """Image files, decoded to RGB, the shorter side resized to `size`, the centre cropped to a square.
+    """Image files (JPEG, PNG, WebP), decoded to RGB, the shorter side resized to `size`, the centre cropped to a square.
+
+    At most `MAX_PIXELS` are decoded from a file.
 
     Args:
         paths: N files.
@@ -66,18 +71,29 @@ class FileSource(ImageSource):
         """Decode one file: uint8 `[3, size, size]`.
 
         Raises:
-            UserError: The file is missing or is no image; names its path.
+            UserError: The file is missing, is no image, or is too large; names its path.
         """
         path = self.paths[index]
         try:
-            with Image.open(path) as file:
+            with _opened(path) as file:
+                self._check_shape(path, *file.size)
                 # Pillow's own conversion of 16-bit grey clips at 255.
                 deep = file.mode.startswith("I")
                 picture = Image.fromarray((np.asarray(file) // 257).astype(np.uint8)) if deep else file
                 image = pil_to_tensor(picture.convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: what Pillow raises for a broken PNG
+        except UserError:
+            raise
+        except Exception as error:  # Pillow's readers of broken files raise all kinds
             raise UserError(f"{path} cannot be read as an image ({error}): replace it or remove it") from None
         return center_crop(resize(image, [self.size], antialias=True), [self.size, self.size])
+
+    def _check_shape(self, path: str, width: int, height: int) -> None:
+        """Refuse a line of pixels: with its shorter side resized it would fill the memory."""
+        shorter, longer = sorted((width, height))
+        if self.size**2 * longer // max(shorter, 1) > max(MAX_PIXELS, 4 * self.size**2):
+            raise UserError(
+                f"{path} has {width}×{height} pixels, too long and thin for a square: crop it, or remove it"
+            )
 
     def images(self, indices: Tensor) -> Tensor:
         """Decode the batch's files one by one."""
@@ -86,6 +102,14 @@ class FileSource(ImageSource):
     def name(self, index: int) -> str:
         """The file's path."""
         return self.paths[index]
+
+
+def _opened(path: str) -> Image.Image:
+    """An image file, of which only the header has been read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        # by content, whatever the name: Pillow would run Ghostscript for a PostScript file that is called .png
+        return Image.open(path, formats=FORMATS)
 
 
 class ImageSplit(Dataset[Batch]):

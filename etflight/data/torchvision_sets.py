@@ -1,7 +1,12 @@
 """The classic sets that torchvision downloads, read into memory."""
 
 import gzip
+import math
+import tarfile
+import zlib
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +19,7 @@ from torchvision import datasets
 from etflight.data.base import ImageDataModule, Split
 from etflight.data.sources import ArraySource
 from etflight.errors import UserError
+from etflight.untrusted import refuse_growth
 
 
 @dataclass(eq=False)
@@ -58,10 +64,30 @@ class TorchvisionImages(ImageDataModule):
     def prepare_data(self) -> None:
         """Download what is missing, if asked to; Lightning calls this on one process per node."""
         if self.download and not self.is_there:
-            self.published(self.root, download=True)
+            with members_stay_inside():
+                self.published(self.root, download=True)
 
     def _missing(self, what: str) -> UserError:
         return UserError(f"{self}: {what}: put the files there, or give --data.download true")
+
+
+@contextmanager
+def members_stay_inside() -> Iterator[None]:
+    """Inside, tar archives are unpacked without members that leave their folder, links out of it, devices and set-uid bits.
+
+    Python itself does so from 3.14 on. (torchvision verifies an archive's checksum first; its zip files cannot leave their folder.)
+
+    Raises:
+        UserError: an archive with such a member, of which nothing more is unpacked.
+    """
+    before = tarfile.TarFile.extraction_filter
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+    try:
+        yield
+    except tarfile.TarError as error:
+        raise UserError(f"a downloaded archive was refused: {error}") from error
+    finally:
+        tarfile.TarFile.extraction_filter = before
 
 
 @dataclass(eq=False)
@@ -122,16 +148,20 @@ def read_idx(file: Path, ndim: int) -> NDArray[np.uint8]:
     Raises:
         UserError: The file is damaged, or holds something else.
     """
-    try:
-        data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (OSError, EOFError) as error:
-        raise UserError(f"{file} is damaged ({error}): fetch it again") from None
     start = 4 * (ndim + 1)
-    shape = np.frombuffer(data[4:start], dtype=">i4") if len(data) >= start else ()
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            header = stream.read(start)
+            shape = np.frombuffer(header[4:], dtype=">u4").tolist() if len(header) == start else []
+            size = math.prod(shape)
+            refuse_growth(str(file), size, file.stat().st_size)
+            data = stream.read(size + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file} is damaged ({error}): fetch it again") from None
     # 8 is the format's code of unsigned bytes.
-    if data[:4] != bytes([0, 0, 8, ndim]) or len(data) != start + np.prod(shape, dtype=np.int64):
+    if header[:4] != bytes([0, 0, 8, ndim]) or len(data) != size:
         raise UserError(f"{file} is no IDX file of bytes in {ndim} dimensions, or is cut short: fetch it again")
-    return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape).copy()
+    return np.frombuffer(data, dtype=np.uint8).reshape(shape).copy()
 
 
 @dataclass(eq=False)

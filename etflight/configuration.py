@@ -1,0 +1,52 @@
+"""Configuration files: plain data of a bounded size."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import get_loader, set_loader
+
+from etflight.errors import UserError
+from etflight.untrusted import refuse_aliases
+
+_MAX_VALUES = 100_000
+_load = get_loader("yaml")
+
+
+def guard_parser() -> None:
+    """Let every configuration that jsonargparse reads, files within files too, go through `load_yaml`."""
+    set_loader("yaml", load_yaml, (yaml.YAMLError,))
+
+
+def read_yaml(path: Path) -> Any:
+    """The plain data of a configuration file.
+
+    Raises:
+        UserError: no text, no YAML, names of Python objects, or aliases that multiply.
+    """
+    try:
+        return load_yaml(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, UserError) as error:
+        raise UserError(f"{path} cannot be read as a configuration file: {' '.join(str(error).split())}") from error
+
+
+def load_yaml(text: str) -> Any:
+    """Plain data from YAML, as jsonargparse reads it.
+
+    Raises:
+        yaml.YAMLError: no YAML, or names of Python objects.
+        UserError: more than 100,000 values with the aliases written out, or nested beyond reason.
+    """
+    # before anything is constructed: a merge (<<) of aliases copies what they stand for
+    try:
+        document = yaml.compose(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except RecursionError:
+        raise UserError("it is nested too deeply") from None
+    refuse_aliases(document, _MAX_VALUES, _parts_of)
+    return _load(text)
+
+
+def _parts_of(node: object) -> Iterable[object]:
+    value = node if isinstance(node, tuple) else getattr(node, "value", ())
+    return value if isinstance(value, list | tuple) else ()
