@@ -127,7 +127,7 @@ class CollapseFigures(Callback):
             )
         files = self._triangle_files(trainer, monitor)
         if files:
-            with np.load(files[-1]) as shot:
+            with np.load(files[-1], allow_pickle=False) as shot:
                 figures["triangle"] = plotting.triangle(
                     shot["embeddings"],
                     shot["labels"],
