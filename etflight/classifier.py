@@ -38,6 +38,7 @@ _MEND_OF_DIVERGENCE = (
     "lower the learning rate (--model.optimizer.lr), lengthen the warm-up, or clip gradients (--trainer.gradient_clip_val 1); "
     "the last checkpoint is from before"
 )
+_NEVER = 2**62  # a step that no training reaches
 _LOOK_EVERY = 50  # steps between two looks at whether a loss was not finite
 
 
@@ -99,7 +100,7 @@ class Classifier(LightningModule):
         self.class_names: list[str] | None = None
         self.register_buffer("temperature", torch.ones(()))
         self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.long))
-        self.register_buffer("_bad_step", torch.tensor(-1), persistent=False)
+        self.register_buffer("_bad_step", torch.tensor(_NEVER), persistent=False)
         if class_counts is not None:
             self._set_class_counts(torch.as_tensor(class_counts))
         self.losses = nn.ModuleDict({f"{stage}_loss": SampleMean() for stage in ("train", "val", "test")})
@@ -113,8 +114,8 @@ class Classifier(LightningModule):
         )
         self.temperature_fit = TemperatureFit()
         # every rank builds the frame from the seed: broadcasting it in every forward would cost 205 MB at K = 100,000
-        frozen = [name for name, _ in self.named_buffers() if name == "head.weight"]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)  # type: ignore[no-untyped-call]
+        own = [name for name, _ in self.named_buffers() if name in ("head.weight", "_bad_step")]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, own)  # type: ignore[no-untyped-call]
 
     # --- the model ---------------------------------------------------------------------------------------------------------
 
@@ -135,8 +136,8 @@ class Classifier(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one training batch."""
         loss, _ = self._step(batch, "train")
-        bad = ~torch.isfinite(loss.detach()) & (self._bad_step < 0)
-        self._bad_step = torch.where(bad, self.global_step, self._bad_step)  # stays on the device: no wait each step
+        bad_step = torch.where(torch.isfinite(loss.detach()), _NEVER, self.global_step)
+        self._bad_step = torch.minimum(self._bad_step, bad_step)  # stays on the device: no wait each step
         self.log("loss", loss, prog_bar=True, logger=False)
         return loss * self._share_of_images(len(batch[0]))
 
@@ -260,8 +261,8 @@ class Classifier(LightningModule):
         return bool(held_out) and self.trainer.state.fn == "fit"
 
     def _stop_at_bad_loss(self) -> None:
-        step = int(self.trainer.strategy.reduce(self._bad_step, reduce_op="max"))
-        if step >= 0:
+        step = int(self.trainer.strategy.reduce(self._bad_step, reduce_op="min"))
+        if step < _NEVER:
             raise UserError(
                 f"the loss became NaN or infinite at step {step} (epoch {self.current_epoch}): {_MEND_OF_DIVERGENCE}"
             )

@@ -25,6 +25,7 @@ from torch import nn
 
 from etflight import Classifier, DotRegressionLoss, ETFHead
 from etflight.data import ArrayImages, Digits
+from etflight.errors import UserError
 from tests.command_line import CommandLine
 
 ROOT = Path(__file__).parent.parent
@@ -429,6 +430,25 @@ def test_the_comparison_notices_a_process_that_counts_for_itself(
     (losses, trained), _ = two_ready_processes(train_twenty_steps, [(tmp_path, 2, model, loss)] * 2)
     assert losses != pytest.approx(twenty_steps_alone[0], abs=100 * TOLERANCE)
     assert largest_difference(trained, twenty_steps_alone[1]) > 100 * TOLERANCE
+
+
+class BadOnTheSecondProcess(Classifier):
+    """Its loss is not a number in one step of one process."""
+
+    def forward(self, images):
+        logits = super().forward(images)
+        return logits * torch.nan if self.global_rank == 1 and self.global_step == 3 else logits
+
+
+def train_until_refused(rank, folder):
+    with pytest.raises(UserError) as refusal:
+        train_twenty_steps(rank, folder, 2, BadOnTheSecondProcess, DotRegressionLoss)
+    return str(refusal.value)
+
+
+def test_a_loss_that_is_not_a_number_on_one_process_stops_all_and_names_its_step(two_ready_processes, tmp_path):
+    for message in two_ready_processes(train_until_refused, [(tmp_path,)] * 2):
+        assert "NaN or infinite at step 3 " in message
 
 
 class Register(LightningModule):
