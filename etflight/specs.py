@@ -10,7 +10,7 @@ from typing import Any, get_args
 from etflight.errors import UserError
 
 Spec = dict[str, Any]
-_LARGEST = 3.4e38  # float32
+_LARGEST = 1e30  # what an optimizer makes of it still fits float32
 
 
 def describe(factory: object, argument: str) -> Spec:
@@ -82,7 +82,7 @@ def resolve(spec: Spec, base: type, argument: str) -> Maker:
     Nothing is imported and nothing but the constructor can be called, so a spec from a file that somebody else wrote is safe.
 
     Raises:
-        UserError: no such class, arguments it does not take, or a number that float32 does not hold.
+        UserError: no such class, arguments it does not take, or a number that is NaN or beyond 1e30.
     """
     path, init_args = spec["class_path"], spec["init_args"]
     cls = find(spec, base)
@@ -143,7 +143,7 @@ def _check_arguments(cls: type, init_args: dict[str, Any], argument: str) -> Non
             raise UserError(f"{argument}: {name} of {cls.__name__} is null: give a value, or leave it out")
         numbers = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(number, float) and not abs(number) <= _LARGEST for number in numbers):
-            raise UserError(f"{argument}: {name} of {cls.__name__} is {value}: give a number that float32 holds")
+            raise UserError(f"{argument}: {name} of {cls.__name__} is {value}: give a number within ±{_LARGEST:g}")
 
 
 def _needs_value(parameter: inspect.Parameter | None) -> bool:

@@ -85,6 +85,7 @@ def test_plain_means_no_objects_and_no_class_paths_at_any_depth():
         ("SGD", {"lr": 0.1, "nesterov": True}, "Nesterov momentum requires"),
         ("SGD", {"lr": math.nan}, "lr of SGD is nan"),
         ("AdamW", {"betas": (0.9, math.inf)}, "betas of AdamW"),
+        ("AdamW", {"lr": 1e38}, r"lr of AdamW is 1e\+38"),
         ("SGD", {"momentum": None}, "momentum of SGD is null"),
     ],
 )

@@ -122,7 +122,7 @@ class ImbalancedSampler(_Sharded):
             case str(name):
                 p = n ** _EXPONENTS[name]
             case exponent:
-                p = (n / n.max()) ** exponent
+                p = (n / (n.max() if exponent > 0 else n.min())) ** exponent  # at most 1, whatever the exponent
         return cast(NDArray[np.float64], p / p.sum())
 
     def draw(self) -> NDArray[np.int64]:

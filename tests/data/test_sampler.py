@@ -153,3 +153,9 @@ def test_shards_hold_every_image_once_without_padding(world_size, length):
 def test_fewer_images_than_ranks_is_refused():
     with pytest.raises(UserError, match="2 images cannot be shared by 3 ranks"):
         ShardSampler(range(2), 3, 0)
+
+
+@pytest.mark.parametrize(("exponent", "drawn"), [(1e300, 0), (-1e300, 2)])
+def test_an_extreme_exponent_draws_only_the_largest_or_the_smallest_class(exponent, drawn):
+    sampler = ImbalancedSampler([0] * 10 + [1] * 3 + [2] * 2, exponent)
+    assert sampler.probabilities().tolist() == [float(k == drawn) for k in range(3)]
