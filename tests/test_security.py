@@ -188,9 +188,25 @@ def test_last_runs_no_code(command, cwd, content, etflight_command):
     assert_refused(etflight_command(*argv, cwd=cwd), cwd, "last.ckpt", "refused")
 
 
-@pytest.mark.parametrize("place", ["command line", "configuration", "overlay"])
-@pytest.mark.parametrize("url", ["http://127.0.0.1:{port}/c.ckpt", "file://{cwd}/c.ckpt", "s3://bucket/c.ckpt", "hf://a/b/c.ckpt",
-                                 "simplecache::http://127.0.0.1:{port}/c.ckpt", "registry:user/model"])  # fmt: skip
+HTTP = "http://127.0.0.1:{port}/c.ckpt"
+OTHER_URLS = [
+    "file://{cwd}/c.ckpt",
+    "s3://bucket/c.ckpt",
+    "hf://a/b/c.ckpt",
+    "simplecache::" + HTTP,
+    "registry:user/model",
+]
+
+
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        (HTTP, "command line"),
+        (HTTP, "configuration"),
+        (HTTP, "overlay"),
+        *((url, "command line") for url in OTHER_URLS),
+    ],
+)
 def test_a_url_is_refused_and_nothing_fetched(url, place, cwd, content, etflight_command):
     save_zip(content, "c.ckpt")
     body = Path("c.ckpt").read_bytes()
@@ -638,8 +654,13 @@ HOSTILE_YAML = {
 }
 
 
-@pytest.mark.parametrize("place", ["--config", "overlay", "file within"])
-@pytest.mark.parametrize("name", HOSTILE_YAML)
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        *((name, "--config") for name in HOSTILE_YAML),
+        *((name, place) for name in ("a call", "aliases that multiply") for place in ("overlay", "file within")),
+    ],
+)
 def test_hostile_yaml_is_refused(name, place, cwd, etflight_command):
     Path("c.yaml").write_text(HOSTILE_YAML[name])
     Path("over.yaml").write_text("overlays: [c.yaml]")
