@@ -1,13 +1,11 @@
 """`etflight …` and `python -m etflight …`: errors become one line."""
 
 import os
-import re
 import sys
 from importlib import import_module
-from textwrap import shorten
 
+from etflight import last_words
 from etflight._version import __version__
-from etflight.errors import user_error_in
 
 # what is not a stage of the Trainer: etflight/commands/<name>.py, imported only when asked for
 COMMANDS = ("report", "collapse")
@@ -34,26 +32,9 @@ def run() -> int:
     except Exception as error:
         if os.environ.get("ETFLIGHT_DEBUG") == "1":
             raise
-        print(f"etflight: error: {one_line(error)}", file=sys.stderr)
+        last_words.say(error)
         return 1
     return 0
-
-
-def one_line(error: BaseException) -> str:
-    """What went wrong, in one line, wherever it was wrapped: by the parser, or with a traceback by a data worker."""
-    wrapped = user_error_in(error)
-    if wrapped is not None:
-        return _message(wrapped)
-    return f"{type(error).__name__}: {_message(error)} (ETFLIGHT_DEBUG=1 shows where)"
-
-
-def _message(error: BaseException) -> str:
-    text = str(error).strip()
-    if "Original Traceback" in text:  # a worker's exception carries its traceback as text
-        text = re.sub(r"^[\w.]*(Error|Exception): ", "", text.splitlines()[-1])
-    # what a file says may be part of the message, but commands no terminal
-    text = "".join(letter if letter.isprintable() else " " for letter in text)
-    return shorten(text, 1500, placeholder=" …")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
 from etflight.configuration import guard_parser, read_yaml
 from etflight.data.base import ImageDataModule
 from etflight.errors import UserError, user_error_in
+from etflight.last_words import speak_for_lost_processes
 from etflight.optim import PROTOCOL_SGD
 from etflight.run import MetricsCSV, claim, last_checkpoint
 from etflight.specs import describe, is_known
@@ -358,6 +359,7 @@ def _quieten() -> None:
         r".*callbacks used to create the checkpoint need to be provided.*",
     ):
         warnings.filterwarnings("ignore", pattern)
+    speak_for_lost_processes()
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
 

@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from etflight.errors import UserError
 from etflight.run import MetricsCSV, last_checkpoint, run_folder
 
+Place = Literal["steps", "epochs", "end"]
 KEY = "etflight"  # what this callback adds to a checkpoint
 
 
@@ -49,7 +50,7 @@ class LastCheckpoint(Checkpoint):
         if every_n_steps is not None and every_n_steps < 1:
             raise UserError(f"LastCheckpoint: every_n_steps is {every_n_steps}: give 1 or more, or leave it out")
         self.every_n_steps = every_n_steps
-        self._between: Literal["steps", "epochs"] | None = None
+        self._between: Place | None = None
         self._saved_step = 0
         self._saved_epoch = 0
         self._has_just_validated = False
@@ -86,7 +87,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last steps."""
         if trainer.global_step > self._saved_step or trainer.current_epoch > self._saved_epoch:
-            self.save(trainer, None)
+            self.save(trainer, "end")
 
     def is_safe_between_epochs(self, trainer: Trainer) -> bool:
         """Whether `on_train_epoch_start` may save; with `max_steps` the trainer takes an epoch's end for one of its steps."""
@@ -97,12 +98,12 @@ class LastCheckpoint(Checkpoint):
         accumulating = batch_idx % trainer.accumulate_grad_batches != 0
         return batch_idx > 0 and not accumulating and not self._has_just_validated
 
-    def save(self, trainer: Trainer, between: Literal["steps", "epochs"] | None) -> None:
+    def save(self, trainer: Trainer, between: Place) -> None:
         """Save now; a collective call.
 
         Args:
             trainer: the trainer.
-            between: of what the trainer has begun the next one: counters go back to where it had not.
+            between: "steps" or "epochs": the trainer has begun the next one, and counters go back to where it had not; or the "end".
         """
         self._saved_step, self._saved_epoch = trainer.global_step, trainer.current_epoch
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning outside the class body
@@ -114,7 +115,7 @@ class LastCheckpoint(Checkpoint):
             trainer.save_checkpoint(last_checkpoint(run_folder(trainer)), weights_only=False)
 
     @contextmanager
-    def between(self, what: Literal["steps", "epochs"] | None) -> Iterator[None]:
+    def between(self, what: Place) -> Iterator[None]:
         """Checkpoints that are saved in this block say that the next step or epoch has not begun."""
         self._between = what
         try:
@@ -136,7 +137,8 @@ class LastCheckpoint(Checkpoint):
         elif self._between == "epochs":
             loops["epoch_progress"]["total"]["ready"] -= 1
             loops["epoch_progress"]["current"]["ready"] -= 1
-            checkpoint["epoch"] -= 1
+        if self._between in ("epochs", "end"):
+            checkpoint["epoch"] -= 1  # the last one trained, as within an epoch
         own = _rank_state(trainer, pl_module)
         ranks = [own]
         if trainer.world_size > 1:

@@ -1,5 +1,7 @@
 """The temperature that makes probabilities honest, fitted in one pass with a state of constant size."""
 
+import math
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -20,12 +22,9 @@ class TemperatureFit(Metric):
     full_state_update = False
     losses: Tensor
     samples: Tensor
-    log_temperatures: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        grid = torch.linspace(torch.tensor(_FINEST).log().item(), torch.tensor(_COARSEST).log().item(), _STEPS)
-        self.register_buffer("log_temperatures", grid, persistent=False)
         self.add_state("losses", torch.zeros(_STEPS, dtype=torch.double), dist_reduce_fx="sum")
         self.add_state("samples", torch.tensor(0), dist_reduce_fx="sum")
 
@@ -33,7 +32,7 @@ class TemperatureFit(Metric):
         """Add logits `[B, K]` and class indices `[B]`."""
         logits = logits.float()
         shifted = logits - logits.gather(1, target[:, None])
-        self.losses += torch.stack([(shifted / t).logsumexp(dim=1).sum() for t in self.log_temperatures.exp()])
+        self.losses += torch.stack([(shifted / t).logsumexp(dim=1).sum() for t in self._grid().exp()])
         self.samples += len(target)
 
     def compute(self) -> Tensor:
@@ -42,6 +41,10 @@ class TemperatureFit(Metric):
         left, middle, right = self.losses[best - 1], self.losses[best], self.losses[best + 1]
         curvature = left - 2 * middle + right
         offset = torch.where(curvature > 0, 0.5 * (left - right) / curvature.clamp(min=1e-300), 0.0).clamp(-1, 1)
-        step = self.log_temperatures[1] - self.log_temperatures[0]
-        temperature = (self.log_temperatures[best] + offset.float() * step).exp()
+        grid = self._grid()
+        temperature = (grid[best] + offset.float() * (grid[1] - grid[0])).exp()
         return torch.where(self.samples > 0, temperature, 1.0)
+
+    def _grid(self) -> Tensor:
+        """Logarithms of the temperatures; no buffer, which averaging weights would move."""
+        return torch.linspace(math.log(_FINEST), math.log(_COARSEST), _STEPS, device=self.losses.device)
