@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -190,8 +191,12 @@ class EtflightCLI(LightningCLI):
         callbacks = list(_as_list(config.get("callbacks")))
         callbacks += [StepNotice(), TestResults(self.folder), PredictionTable(self.folder)]
         if self.subcommand == "fit":
-            last = self._get(self.config_init, "checkpoint") if config.get("enable_checkpointing") is not False else None
-            callbacks += [StepSeed(), StopSignals(last), *_as_list(last)]
+            last = (
+                self._get(self.config_init, "checkpoint") if config.get("enable_checkpointing") is not False else None
+            )
+            callbacks = [StopSignals(last), *_as_list(last), StepSeed(), *callbacks]
+            # else Lightning would add a checkpoint of its own; a user's ModelCheckpoint stays
+            kwargs["enable_checkpointing"] = last is not None and any(isinstance(c, Checkpoint) for c in callbacks)
         logger = config.get("logger")
         if logger is not False:
             own = [MetricsCSV(self.folder, self.saved_rows)] if self.subcommand == "fit" else []

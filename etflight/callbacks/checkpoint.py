@@ -7,7 +7,6 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch.distributed as dist
 from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric
@@ -30,13 +29,16 @@ class RankState(Protocol):
         """Continue from one rank's state, or from the sum of several."""
 
 
-class LastCheckpoint(Checkpoint):
+class LastCheckpoint(Callback):
     """Keeps `<run folder>/checkpoints/last.ckpt`, saved only where a resumed run repeats the uninterrupted one bit by bit.
 
     These places lie *between* two steps or two epochs, when everything has been logged and nothing is pending: not while gradients
     accumulate, not with a validation due. A checkpoint holds what every rank has gathered in the epoch so far, and how many rows
     `metrics.csv` had. On another number of processes or with another batch size the epoch goes on with the images that were not yet
     drawn; only a run of the same shape is repeated exactly.
+
+    It has to be the first callback, so that nothing of the next step or epoch has happened yet. That is why it is none of Lightning's
+    `Checkpoint`s, which come last; give the trainer `enable_checkpointing=False` unless it shall keep checkpoints of its own, too.
 
     Args:
         every_n_steps: also save within an epoch, at the first safe place after so many optimizer steps; None: after each epoch only.
@@ -182,9 +184,13 @@ def _load_rank_states(trainer: Trainer, pl_module: LightningModule, states: list
         for name, values in state["metrics"].items():
             metric = modules.get(name)
             if isinstance(metric, Metric) and values.keys() == metric.metric_state.keys():
-                _add(metric, apply_to_collection(values, Tensor, lambda tensor, device=metric.device: tensor.to(device)))
+                _add(
+                    metric, apply_to_collection(values, Tensor, lambda tensor, device=metric.device: tensor.to(device))
+                )
     for callback in _with_rank_state(trainer):
-        callback.load_rank_states([s["callbacks"][callback.state_key] for s in states if callback.state_key in s["callbacks"]])
+        callback.load_rank_states(
+            [s["callbacks"][callback.state_key] for s in states if callback.state_key in s["callbacks"]]
+        )
 
 
 def _add(metric: Metric, state: dict[str, Any]) -> None:

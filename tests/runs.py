@@ -1,0 +1,72 @@
+"""Comparing what two runs left on disk, bit by bit; and a callback that kills its own process."""
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+
+class Kill(Callback):
+    """Sends a signal to its own process at the end of a batch, counted over the whole run.
+
+    Args:
+        after: the batch, from 0.
+        signal: its number, 9 for SIGKILL.
+        rank: of the process that gets it.
+    """
+
+    def __init__(self, after: int, signal: int = 9, rank: int = 0) -> None:
+        self.after, self.signal, self.rank = after, signal, rank
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.fit_loop.total_batch_idx == self.after and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), self.signal)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def differences(one: Any, other: Any, place: str = "") -> list[str]:
+    """Where two nests of plain data and tensors are not the same bit by bit (NaN equals NaN)."""
+    if type(one) is not type(other):
+        return [f"{place}: {type(one).__name__}, {type(other).__name__}"]
+    if isinstance(one, torch.Tensor):
+        same = one.shape == other.shape and one.dtype == other.dtype and _bytes(one) == _bytes(other)
+        return [] if same else [place]
+    if isinstance(one, dict):
+        found = [f"{place}: keys {sorted(map(str, one.keys() ^ other.keys()))}"] if one.keys() != other.keys() else []
+        return found + [
+            line for key in one if key in other for line in differences(one[key], other[key], f"{place}/{key}")
+        ]
+    if isinstance(one, list | tuple):
+        found = [f"{place}: length {len(one)}, {len(other)}"] if len(one) != len(other) else []
+        pairs = enumerate(zip(one, other, strict=False))
+        return found + [line for i, (a, b) in pairs for line in differences(a, b, f"{place}/{i}")]
+    return [] if repr(one) == repr(other) else [f"{place}: {one!r}, {other!r}"]
+
+
+def count_tensors(content: Any) -> int:
+    if isinstance(content, dict):
+        content = list(content.values())
+    if isinstance(content, list | tuple):
+        return sum(count_tensors(part) for part in content)
+    return int(isinstance(content, torch.Tensor))
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights, optimizer, schedule, averages, counters, collapse curves; and every row of `metrics.csv`."""
+    assert differences(read(one), read(other)) == []
+    assert (one / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
+
+
+def logged_values(folder: Path) -> int:
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    return sum(bool(value) for row in rows for value in row.values())
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
