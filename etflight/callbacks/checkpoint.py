@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.apply_func import apply_to_collection
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 from torchmetrics import Metric
 
 from etflight.errors import UserError
@@ -173,7 +173,7 @@ def _rank_state(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         if isinstance(metric, Metric) and metric.update_called
     }
     return {
-        "metrics": {name: apply_to_collection(state, Tensor, _copy_on_host) for name, state in metrics.items()},
+        "metrics": {name: move_data_to_device(state, torch.device("cpu")) for name, state in metrics.items()},
         "callbacks": {callback.state_key: callback.rank_state() for callback in _with_rank_state(trainer)},
     }
 
@@ -200,10 +200,6 @@ def _add(metric: Metric, state: dict[str, Any]) -> None:
     for name, value in state.items():
         setattr(metric, name, value)
     metric._update_count = 1
-
-
-def _copy_on_host(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().clone()
 
 
 def _with_rank_state(trainer: Trainer) -> list[Any]:

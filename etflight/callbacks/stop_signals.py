@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -46,8 +46,8 @@ class StopSignals(Callback):
             handler = signal.getsignal(number)
             if callable(handler) and handler is not signal.default_int_handler:
                 self._requeue[number] = handler
-        for number in (signal.SIGTERM, *self._requeue):
-            signal.signal(number, self._note)
+        for handled in (signal.SIGTERM, *self._requeue):
+            signal.signal(handled, self._note)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave between two epochs."""
