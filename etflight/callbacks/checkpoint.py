@@ -184,9 +184,7 @@ def _load_rank_states(trainer: Trainer, pl_module: LightningModule, states: list
         for name, values in state["metrics"].items():
             metric = modules.get(name)
             if isinstance(metric, Metric) and values.keys() == metric.metric_state.keys():
-                _add(
-                    metric, apply_to_collection(values, Tensor, lambda tensor, device=metric.device: tensor.to(device))
-                )
+                _add(metric, move_data_to_device(values, metric.device))
     for callback in _with_rank_state(trainer):
         callback.load_rank_states(
             [s["callbacks"][callback.state_key] for s in states if callback.state_key in s["callbacks"]]
