@@ -129,7 +129,7 @@ DATA = [
     ),
 ]
 
-REQUIRED = {"step_size", "T_max", "max_lr", "total_steps", "milestones"}
+REQUIRED = {"step_size", "T_max", "max_lr", "total_steps", "milestones", "image_size"}
 
 EVERY_ARGUMENT = [
     *(f"data.{name}" for name in DATA[-1][1]),
