@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SEED ?= 0
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow soak lint bench clean
 
 $(VENV)/.package: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,10 @@ test: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
+
+# Kills a training at random moments and compares; its tally is in the README.
+soak: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow tests/test_soak.py -s
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest -m benchmark -s

@@ -27,6 +27,7 @@ from etflight.metrics.calibration import TemperatureFit
 from etflight.metrics.mean import SampleMean
 from etflight.metrics.shots import ShotAccuracy
 from etflight.optim import PROTOCOL_SGD
+from etflight.ranks import take_buffers_of_rank_zero
 from etflight.specs import describe, find, is_plain, objections, resolve
 from etflight.untrusted import refuse_names
 
@@ -210,6 +211,7 @@ class Classifier(LightningModule):
         """Start the shot groups from the training counts."""
         if self.trainer.state.fn == "fit":
             self._stop_at_bad_loss()
+            take_buffers_of_rank_zero(self)  # callbacks have swapped averaged weights in by now
         self._start_shots("val")
 
     def on_test_epoch_start(self) -> None:

@@ -2,11 +2,12 @@
 
 import csv
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class Kill(Callback):
@@ -16,14 +17,64 @@ class Kill(Callback):
         after: the batch, from 0.
         signal: its number, 9 for SIGKILL.
         rank: of the process that gets it.
+        mark: a file that is made then; nothing happens while it is there.
     """
 
-    def __init__(self, after: int, signal: int = 9, rank: int = 0) -> None:
-        self.after, self.signal, self.rank = after, signal, rank
+    def __init__(self, after: int, signal: int = 9, rank: int = 0, mark: str = "killed.mark") -> None:
+        self.after, self.signal, self.rank, self.mark = after, signal, rank, Path(mark)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.fit_loop.total_batch_idx == self.after and trainer.global_rank == self.rank:
+        due = trainer.fit_loop.total_batch_idx == self.after and trainer.global_rank == self.rank
+        if due and not self.mark.exists():
+            self.mark.touch()
             os.kill(os.getpid(), self.signal)
+
+
+class LimitFiles(Callback):
+    """Lets no file grow beyond a size from a batch on: what is written then fails as on a full disk.
+
+    Args:
+        after: the batch, from 0.
+        size: bytes.
+    """
+
+    def __init__(self, after: int, size: int) -> None:
+        self.after, self.size = after, size
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.fit_loop.total_batch_idx == self.after:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
+
+
+class Spoil(Callback):
+    """Makes a weight infinite after a batch, as a step that is far too long would.
+
+    Args:
+        after: the batch, from 0.
+    """
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.fit_loop.total_batch_idx == self.after:
+            next(pl_module.parameters()).data[0] = float("inf")
+
+
+class Footprints(Callback):
+    """Appends the number of each batch that is trained, counted over the whole run, to a file.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.is_global_zero:
+            with open(self.path, "a") as file:
+                print(trainer.fit_loop.total_batch_idx, file=file)
 
 
 def read(folder: Path) -> dict[str, Any]:

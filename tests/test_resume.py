@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -15,6 +16,8 @@ DIGITS = [
     "--model.lr_scheduler.warmup_epochs", 2, "--trainer.max_epochs", 2, "--trainer.accelerator", "cpu",
     "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--trainer.log_every_n_steps", 1,
 ]  # fmt: skip
+TWO = ["--trainer.strategy", "ddp", "--trainer.devices", 2]
+KILL = ["--trainer.callbacks+=tests.runs.Kill", "--trainer.callbacks.after"]
 WATCHED = """
 trainer:
   callbacks:
@@ -50,7 +53,7 @@ def test_a_killed_run_resumes_bit_by_bit(kind, etflight_command, tmp_path):
     assert whole.status == 0, whole.err
     for after in kills:
         name = f"killed_{after}"
-        kill = ["--trainer.callbacks+=tests.runs.Kill", "--trainer.callbacks.after", after]
+        kill = [*KILL, after, "--trainer.callbacks.mark", f"{name}.mark"]
         assert etflight_command(*fit, "--name", name, *kill, cwd=tmp_path).status == -9
         saved = read(tmp_path / "runs" / name)
         assert 0 < saved["global_step"] < read(tmp_path / "runs/whole")["global_step"]
@@ -60,21 +63,16 @@ def test_a_killed_run_resumes_bit_by_bit(kind, etflight_command, tmp_path):
         assert_same_run(tmp_path / "runs/whole", tmp_path / "runs" / name)
 
 
-def etflight_processes(*argv, cwd, devices=2):
-    """`etflight` on several processes, which must start from a real one."""
-    command = [
-        sys.executable,
-        "-m",
-        "etflight",
-        *map(str, argv),
-        "--trainer.strategy",
-        "ddp",
-        "--trainer.devices",
-        str(devices),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+def processes(*command, cwd, **env):
+    """Run several `etflight` processes, which must start from a real one."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **env}
     environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), environment.get("PYTHONPATH", "")])
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, check=False)
+    argv = [sys.executable, "-m", *map(str, command)]
+    return subprocess.run(argv, cwd=cwd, capture_output=True, text=True, env=environment, check=False)
+
+
+def etflight_processes(*argv, cwd):
+    return processes("etflight", *argv, *TWO, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +80,15 @@ def killed_on_two(tmp_path_factory):
     """A run on two processes that was never interrupted, and one whose first process was killed within the second epoch."""
     cwd = tmp_path_factory.mktemp("two")
     (cwd / "watched.yaml").write_text(WATCHED)
-    fit = ["fit", "-c", "watched.yaml", *DIGITS, "--data.batch_size", 16, "--checkpoint.every_n_steps", 2]
+    # a validation while gradients accumulate: DDP does not equalise BatchNorm's statistics before it
+    odd = ["--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 7]
+    fit = ["fit", "-c", "watched.yaml", *DIGITS, "--data.batch_size", 16, "--checkpoint.every_n_steps", 1, *odd]
     whole = etflight_processes(*fit, "--name", "whole", cwd=cwd)
     assert whole.returncode == 0, whole.stderr
-    kill = ["--trainer.callbacks+=tests.runs.Kill", "--trainer.callbacks.after", 20]
-    assert etflight_processes(*fit, "--name", "killed", *kill, cwd=cwd).returncode != 0
-    assert read(cwd / "runs/killed")["global_step"] == 20
+    kill = [*KILL, 20]
+    killed = etflight_processes(*fit, "--name", "killed", *kill, cwd=cwd)
+    assert killed.returncode == -9
+    assert read(cwd / "runs/killed")["global_step"] == 7 + 3
     return cwd, fit
 
 
@@ -105,7 +106,33 @@ def test_one_process_goes_on_within_the_epoch_of_two(killed_on_two, etflight_com
     result = etflight_command(*fit, "--name", "one", "--ckpt_path", "last", cwd=cwd)
     assert result.status == 0, result.err
     assert "goes on after 12 batches of 16" in result.err + result.out  # 6 batches of 2 x 16 images
-    assert read(cwd / "runs/one")["global_step"] == 20 + 27 - 12  # 431 images make 27 batches of 16
+    assert read(cwd / "runs/one")["global_step"] == 10 + 8  # 431 images make 27 batches of 16, of which 15 are left
+
+
+def test_a_job_whose_process_dies_ends_with_one_message(killed_on_two):
+    cwd, fit = killed_on_two
+    kill = [*KILL, 3, "--trainer.callbacks.rank", 1, "--trainer.callbacks.mark", "rank_one.mark"]
+    job = etflight_processes(*fit, "--name", "rank_one", *kill, cwd=cwd)
+    assert job.returncode != 0
+    assert time.time() - (cwd / "rank_one.mark").stat().st_mtime < 60
+    errors = [line for line in job.stderr.splitlines() if line.startswith("etflight: error:")]
+    assert len(errors) == 1, job.stderr
+    assert "process 1 of this job was killed by SIGKILL" in errors[0]
+    assert "--ckpt_path last" in errors[0]
+    assert "Traceback" not in job.stderr
+
+
+def test_torchrun_restarts_a_dead_process_from_the_last_checkpoint(killed_on_two):
+    cwd, fit = killed_on_two
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1]
+    kill = [*KILL, 17, "--trainer.callbacks.rank", 1, "--trainer.callbacks.mark", "torchrun.mark"]
+    argv = ["-m", "etflight", *fit, *TWO, "--name", "torchrun", *kill, "--ckpt_path", "last"]
+    # without it, the second try finds the first one's addresses in the store
+    job = processes(*torchrun, *argv, cwd=cwd, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    assert job.returncode == 0, job.stderr
+    assert (cwd / "torchrun.mark").exists()
+    assert "Restored all states" in job.stderr
+    assert_same_run(cwd / "runs/whole", cwd / "runs/torchrun")
 
 
 def test_the_last_steps_are_saved_whatever_the_rhythm(etflight_command, tmp_path):
@@ -115,7 +142,7 @@ def test_the_last_steps_are_saved_whatever_the_rhythm(etflight_command, tmp_path
 
 
 def test_sigterm_saves_at_the_next_batch_and_exits_143(etflight_command, tmp_path):
-    stop = ["--trainer.callbacks+=tests.runs.Kill", "--trainer.callbacks.after", 16, "--trainer.callbacks.signal", 15]
+    stop = [*KILL, 16, "--trainer.callbacks.signal", 15]
     whole = etflight_command("fit", *DIGITS, "--name", "whole", cwd=tmp_path)
     assert whole.status == 0, whole.err
     stopped = etflight_command("fit", *DIGITS, "--name", "r", *stop, cwd=tmp_path)
@@ -134,3 +161,56 @@ def test_another_length_of_the_schedule_is_refused_on_resume(etflight_command, t
     )
     assert longer.status == 1
     assert "--trainer.max_epochs 2" in longer.error_lines[0]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(etflight_command, tmp_path):
+    full = [
+        "--trainer.callbacks+=tests.runs.LimitFiles",
+        "--trainer.callbacks.after",
+        16,
+        "--trainer.callbacks.size",
+        100_000,
+    ]
+    fit = ["fit", *DIGITS, "--checkpoint.every_n_steps", 1]
+    assert etflight_command(*fit, "--name", "whole", cwd=tmp_path).status == 0
+    result = etflight_command(*fit, "--name", "r", *full, cwd=tmp_path)
+    assert result.status == 1
+    assert len(result.error_lines) == 1
+    assert "could not be written" in result.error_lines[0]
+    assert "the checkpoint before it is intact" in result.error_lines[0]
+    assert read(tmp_path / "runs/r")["global_step"] == 16
+    assert [path.name for path in (tmp_path / "runs/r/checkpoints").iterdir()] == ["last.ckpt"]
+    assert etflight_command(*fit, "--name", "r", "--ckpt_path", "last", cwd=tmp_path).status == 0
+    assert_same_run(tmp_path / "runs/whole", tmp_path / "runs/r")
+
+
+def test_weights_that_are_not_finite_never_reach_the_checkpoint(etflight_command, tmp_path):
+    spoil = ["--trainer.callbacks+=tests.runs.Spoil", "--trainer.callbacks.after", 16]
+    result = etflight_command("fit", *DIGITS, "--name", "r", *spoil, "--checkpoint.every_n_steps", 1, cwd=tmp_path)
+    assert result.status == 1
+    assert len(result.error_lines) == 1
+    assert "NaN or infinite" in result.error_lines[0]
+    assert "step 17" in result.error_lines[0]
+    saved = read(tmp_path / "runs/r")
+    assert saved["global_step"] == 16
+    assert all(bool(value.isfinite().all()) for value in saved["state_dict"].values())
+
+
+GREEDY = """
+import torch
+from etflight import LinearHead
+
+class GreedyHead(LinearHead):
+    def forward(self, features):
+        return super().forward(features) + torch.empty(10**15)[0]
+"""
+
+
+def test_too_little_memory_is_told_with_the_mend(etflight_command, tmp_path):
+    (tmp_path / "greedy.py").write_text(GREEDY)
+    head = ["--model.head", "greedy.GreedyHead", "--model.loss", "CrossEntropyLoss"]
+    result = etflight_command("fit", *DIGITS, "--name", "r", *head, cwd=tmp_path)
+    assert result.status == 1
+    assert len(result.error_lines) == 1
+    assert "out of memory" in result.error_lines[0]
+    assert "--data.batch_size" in result.error_lines[0]

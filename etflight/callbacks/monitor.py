@@ -23,6 +23,7 @@ from etflight.data.sampler import ShardSampler
 from etflight.errors import UserError
 from etflight.files import replacing
 from etflight.metrics import ClassStatistics, Moments, measures
+from etflight.ranks import broadcast_buffers, take_buffers_of_rank_zero
 from etflight.run import run_folder
 
 _KEEP_BYTES = 2**30  # embeddings kept in host memory for `nc/train/nc4`
@@ -625,15 +626,12 @@ def _buffers_of_rank_zero(trainer: Trainer, pl_module: LightningModule) -> Itera
     if trainer.world_size == 1:
         yield
         return
-    ignored = set(getattr(pl_module, "_ddp_params_and_buffers_to_ignore", ()))
-    buffers = [buffer for name, buffer in pl_module.named_buffers() if name not in ignored]
-    own = [buffer.clone() for buffer in buffers]
-    for buffer in buffers:
-        dist.broadcast(buffer, src=0)
+    own = [(buffer, buffer.clone()) for buffer in broadcast_buffers(pl_module)]
+    take_buffers_of_rank_zero(pl_module)
     try:
         yield
     finally:
-        for buffer, value in zip(buffers, own, strict=True):
+        for buffer, value in own:
             buffer.copy_(value)
 
 
