@@ -27,8 +27,9 @@ from etflight.configuration import guard_parser, read_yaml
 from etflight.data.base import ImageDataModule
 from etflight.errors import UserError, user_error_in
 from etflight.last_words import speak_for_lost_processes
+from etflight.loggers import steadfast
 from etflight.optim import PROTOCOL_SGD
-from etflight.run import MetricsCSV, claim, last_checkpoint
+from etflight.run import MetricsCSV, check_writable, claim, last_checkpoint
 from etflight.specs import describe, is_known
 
 _CHECKPOINT_HELP = "The command line beats the configuration files, which beat what the checkpoint says of the model."
@@ -161,20 +162,20 @@ class EtflightCLI(LightningCLI):
         config["overlays"] = None  # merged by now; their relative paths would mean nothing in the run folder
         for logger in _as_list(config["trainer"]["logger"]):
             self._put_into_run_folder(logger)
-        if self.subcommand == "fit" and not config["trainer"]["fast_dev_run"]:
-            claim(self.folder, self.ckpt_path)
+        if self.subcommand != "validate" and not config["trainer"]["fast_dev_run"]:
+            check_writable(self.folder)
+            if self.subcommand == "fit":
+                claim(self.folder, self.ckpt_path)
 
     def _put_into_run_folder(self, logger: Any) -> None:
         """Let a logger without a place of its own write into the run folder, and call the run by its name at W&B."""
         arguments = getattr(logger, "init_args", None)
         if arguments is None:
             return
-        if arguments.get("save_dir", ".") in (None, "."):
+        if arguments.get("save_dir", "elsewhere") in (None, "."):
             arguments["save_dir"] = str(self.folder)
         if logger.class_path.endswith("WandbLogger") and arguments.get("name") is None:
             arguments["name"] = self.run_name
-            # wandb would fall back to a temporary folder where this one is missing
-            self.folder.mkdir(parents=True, exist_ok=True)
 
     def after_instantiate_classes(self) -> None:
         """Refuse a checkpoint of another number of classes before Lightning finds tensors of other shapes."""
@@ -200,7 +201,9 @@ class EtflightCLI(LightningCLI):
         logger = config.get("logger")
         if logger is not False:
             own = [MetricsCSV(self.folder, self.saved_rows)] if self.subcommand == "fit" else []
-            kwargs["logger"] = [*own, *_as_list(None if logger is True else logger)] or False
+            numbers = self.folder / "metrics.csv" if own else self.folder
+            others = [steadfast(other, numbers) for other in _as_list(None if logger is True else logger)]
+            kwargs["logger"] = [*own, *others] or False
         kwargs["plugins"] = [*_as_list(config.get("plugins")), SafeCheckpointIO()]
         # whatever Lightning itself writes belongs to the run, too
         kwargs["default_root_dir"] = str(self.folder)

@@ -1,16 +1,19 @@
 """The run folder `<default_root_dir>/<name>/`: one run, one folder, the same with every logger."""
 
 import csv
+import fcntl
 import json
+import os
 import platform
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -21,6 +24,7 @@ from torch import Tensor
 from etflight.errors import UserError
 from etflight.files import flush_to_disk, replacing
 
+RECORD = "run.json"  # marks a folder as a run's
 PACKAGES = ("etflight", "torch", "lightning", "torchmetrics", "torchvision", "timm", "numpy")
 
 
@@ -30,17 +34,76 @@ def last_checkpoint(folder: Path) -> Path:
 
 
 def claim(folder: Path, resume_from: Path | None) -> None:
-    """Refuse a folder that holds another run's checkpoint, so that no run overwrites one.
+    """Refuse a folder whose files training would overwrite; a run that was stopped before its first checkpoint may start again.
 
     Raises:
-        UserError: the folder holds a checkpoint, and `resume_from` is not one of its own.
+        UserError: the folder holds a checkpoint, and `resume_from` is not one of its own; or files of another program.
     """
     own = folder / "checkpoints"
-    resumes_itself = resume_from is not None and resume_from.resolve().parent == own.resolve()
-    if any(not path.name.startswith(".") for path in own.glob("*.ckpt")) and not resumes_itself:
+    if resume_from is not None and resume_from.resolve().parent == own.resolve():
+        return
+    if any(not path.name.startswith(".") for path in own.glob("*.ckpt")):
         raise UserError(
             f"run folder {folder} already holds a checkpoint: give --ckpt_path last to resume it, or a new --name"
         )
+    for name in ("config.yaml", "metrics.csv"):
+        if os.path.lexists(folder / name) and not (folder / RECORD).is_file():
+            raise UserError(
+                f"run folder {folder} has a {name} but no {RECORD}, so it is not one of etflight's and stays as it is: give a new --name"
+            )
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a run folder that cannot be made or written to, as far as that can be seen without touching anything.
+
+    Raises:
+        UserError: it, or the nearest folder above it that exists, is none or may not be written to.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    with writing_to(folder):
+        if not there.is_dir():
+            raise NotADirectoryError(0, f"{there} is not a folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(0, f"{there} is read-only")
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """A block that writes into a run folder.
+
+    Raises:
+        UserError: the block raised an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"run folder {folder} cannot be written to ({error.strerror or error}): "
+            "mend that, or give another --name or --trainer.default_root_dir"
+        ) from error
+
+
+def lock(folder: Path) -> IO[str] | None:
+    """Keep other processes from training in a run folder, until this one closes the file or ends, however it ends.
+
+    Returns:
+        The open file; None where the file system knows no locks.
+
+    Raises:
+        UserError: another process has it.
+    """
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no loader process inherits it
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise UserError(
+            f"run folder {folder} is in use, another process trains in it: wait for its end, or give a new --name"
+        ) from None
+    except OSError:
+        file.close()
+        return None
+    return file
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

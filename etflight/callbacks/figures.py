@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from etflight import plotting
 from etflight.callbacks.monitor import NeuralCollapseMonitor
 from etflight.errors import UserError
+from etflight.loggers import may_fall_silent
 from etflight.run import run_folder
 
 _SPLITS = ("train", "train_online", "val")  # of which a picture of one split takes the first that was measured
@@ -149,10 +150,11 @@ class CollapseFigures(Callback):
             if not _is_rehearsal(trainer):
                 plotting.save(picture, _folder(trainer) / f"{key.replace('/', '_')}.png")
             for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_image(key, np.asarray(picture), step, dataformats="HWC")
-                elif callable(log_image := getattr(logger, "log_image", None)):
-                    log_image(key=key, images=[picture], step=step)
+                with may_fall_silent(logger):
+                    if isinstance(logger, TensorBoardLogger):
+                        logger.experiment.add_image(key, np.asarray(picture), step, dataformats="HWC")
+                    elif callable(log_image := getattr(logger, "log_image", None)):
+                        log_image(key=key, images=[picture], step=step)
 
     def _check_triangle(self, pl_module: LightningModule) -> None:
         assert self.triangle is not None

@@ -2,7 +2,7 @@
 
 import csv
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import torch.distributed as dist
 import yaml
@@ -13,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from etflight.classifier import Classifier
 from etflight.files import replacing
-from etflight.run import facts, write_json
+from etflight.loggers import may_fall_silent
+from etflight.run import RECORD, facts, lock, write_json, writing_to
 
 
 class RunRecord(SaveConfigCallback):
@@ -30,21 +31,29 @@ class RunRecord(SaveConfigCallback):
     def __init__(self, parser: LightningArgumentParser, config: Any, folder: Path, name: str, arm: str | None) -> None:
         super().__init__(parser, config, overwrite=True)
         self.folder, self.name, self.arm = folder, name, arm
+        self._lock: IO[str] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write both, on the first process only."""
+        """Write both, on the first process only.
+
+        Raises:
+            UserError: the folder cannot be written to, or another process trains in it.
+        """
         if stage != "fit" or not trainer.is_global_zero:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, self.folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
         seed = self.config.get("seed_everything")
-        write_json(self.folder / "run.json", facts(name=self.name, arm=self.arm, seed=seed, data=_data(trainer)))
+        with writing_to(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = self._lock or lock(self.folder)
+            write_json(self.folder / RECORD, facts(name=self.name, arm=self.arm, seed=seed, data=_data(trainer)))
+            self.parser.save(self.config, self.folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
         resolved = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.experiment.config.update(resolved, allow_val_change=True)  # once: Lightning's own log is off
-                for metrics in ("train/loss", "val/*", "test/*", "nc/*", "nc_raw/*"):
-                    logger.experiment.define_metric(metrics, step_metric="epoch")
+                with may_fall_silent(logger):
+                    logger.experiment.config.update(resolved, allow_val_change=True)  # once: Lightning's own log is off
+                    for metrics in ("train/loss", "val/*", "test/*", "nc/*", "nc_raw/*"):
+                        logger.experiment.define_metric(metrics, step_metric="epoch")
 
 
 class TestResults(Callback):
@@ -66,10 +75,11 @@ class TestResults(Callback):
         if not trainer.is_global_zero:
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
-        write_json(self.folder / "test_metrics.json", metrics)
         names = model.class_names or [str(k) for k in range(len(accuracy))]
         rows = zip(range(len(names)), names, model.class_counts.tolist(), accuracy.tolist(), strict=True)
-        _write_csv(self.folder / "per_class.csv", ["class", "name", "train_images", "acc"], list(rows))
+        with writing_to(self.folder):
+            write_json(self.folder / "test_metrics.json", metrics)
+            _write_csv(self.folder / "per_class.csv", ["class", "name", "train_images", "acc"], list(rows))
         rank_zero_info(f"results: {self.folder / 'test_metrics.json'} and per_class.csv")
 
 
@@ -113,7 +123,8 @@ class PredictionTable(Callback):
             (data.sample_name("test", index), names[k] if names else k, f"{p:.6f}")
             for index, k, p in sorted(row for part in parts for row in part)
         ]
-        _write_csv(self.folder / "predictions.csv", ["image", "class", "probability"], rows)
+        with writing_to(self.folder):
+            _write_csv(self.folder / "predictions.csv", ["image", "class", "probability"], rows)
         rank_zero_info(f"predictions: {self.folder / 'predictions.csv'}")
 
 

@@ -2,6 +2,8 @@
 
 import gzip
 import math
+import os
+import socket
 import tarfile
 import zlib
 from abc import abstractmethod
@@ -9,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from textwrap import shorten
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,6 +24,8 @@ from etflight.data.base import ImageDataModule, Split
 from etflight.data.sources import ArraySource
 from etflight.errors import UserError
 from etflight.untrusted import refuse_growth
+
+PATIENCE = 60.0
 
 
 @dataclass(eq=False)
@@ -62,13 +68,41 @@ class TorchvisionImages(ImageDataModule):
         """Whether the files can be read without torchvision."""
 
     def prepare_data(self) -> None:
-        """Download what is missing, if asked to; Lightning calls this on one process per node."""
-        if self.download and not self.is_there:
-            with members_stay_inside():
-                self.published(self.root, download=True)
+        """Download what is missing, if asked to; Lightning calls this on one process per node.
+
+        Raises:
+            UserError: the files cannot be fetched, are not those that were published, or cannot be written.
+        """
+        if not self.download or self.is_there:
+            return
+        try:
+            with members_stay_inside(), silence_ends():
+                self.fetch()
+        except UserError:
+            raise
+        except Exception as error:  # of the network, of archives, and torchvision's own
+            reason = shorten(str(error) or type(error).__name__, 300, placeholder=" …")
+            raise UserError(
+                f"{self}: the download failed ({reason}): try again, or put the files there yourself"
+            ) from error
+
+    def fetch(self) -> None:
+        """Download the published files into `root`."""
+        self.published(self.root, download=True)
 
     def _missing(self, what: str) -> UserError:
         return UserError(f"{self}: {what}: put the files there, or give --data.download true")
+
+
+@contextmanager
+def silence_ends() -> Iterator[None]:
+    """Inside, a server that says nothing for `PATIENCE` seconds has failed; by default Python waits for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 @contextmanager
@@ -117,6 +151,16 @@ class FashionMNIST(TorchvisionImages):
         return all(
             self._file(f"{part}-{kind}") for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
         )
+
+    def fetch(self) -> None:
+        """Download the published files, and let only whole ones into `root`: torchvision takes half a file for the file."""
+        Path(self.root).mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=self.root, prefix=".download-") as partial:
+            self.published(partial, download=True)
+            to = Path(self.root, "FashionMNIST", "raw")
+            to.mkdir(parents=True, exist_ok=True)
+            for file in Path(partial).glob("*/raw/*"):
+                os.replace(file, to / file.name)
 
     def load(self, split: Split) -> ArraySource:
         """Read one split's two IDX files."""
