@@ -263,7 +263,7 @@ def test_wandb_keeps_what_a_server_that_went_away_has_not_taken(started, tmp_pat
     wait = ["--trainer.callbacks+", "tests.test_faults.WaitFor", "--trainer.callbacks.path", tmp_path / "gone"]
     process = started(
         "fit", *WANDB, *wait, "--name", "w", cwd=tmp_path,
-        **ACCOUNT | {"WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "4", "WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "1"},
+        **ACCOUNT | {"WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "15", "WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "1"},
         WANDB_BASE_URL=f"http://127.0.0.1:{server.server_port}",
     )  # fmt: skip
     assert server.seen_rows.wait(120)
