@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -38,11 +38,13 @@ _CHECKPOINT_HELP = "The command line beats the configuration files, which beat w
 class Parser(LightningArgumentParser):
     """LightningCLI's parser, with usage errors of one line."""
 
+    given: ClassVar[Sequence[str]] = ()  # the command line, in which errors find the full name of an option
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong in one line and exit with status 2."""
         if (wrapped := user_error_in(ex)) is not None:
             raise wrapped
-        print(f"etflight: error: {summarise(message)} (see etflight --help)", file=sys.stderr)
+        print(f"etflight: error: {summarise(message, self.given)} (see etflight --help)", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -73,7 +75,7 @@ class EtflightCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse with the checkpoint's model as the lowest of the three: checkpoint, configuration files, command line."""
-        given = list(sys.argv[1:] if args is None else args)
+        Parser.given = given = list(sys.argv[1:] if args is None else args)
         argv = _expand_overlays(given)
         self.arm = _first_config_stem(given)
         self.ckpt_path: Path | None = None
@@ -251,10 +253,13 @@ _STAGES = {
 }
 
 
-def summarise(message: str) -> str:
+def summarise(message: str, argv: Sequence[str] = ()) -> str:
     """One line from the parser's many: the key, the reason, the value; near matches for a class that does not exist."""
     found = re.search(r'Parser key "([^"]+)"', message)
-    key = f"--{found.group(1)}: " if found else ""
+    key = f"--{_full_name(found.group(1), argv)}: " if found else ""
+    alien = re.fullmatch(r"Option '([^']+)' is not accepted", message.strip())
+    if alien:
+        return f"--{_full_name(alien.group(1), argv)}: the chosen class takes no argument {alien.group(1)!r}"
     ambiguous = re.search(r"Multiple subclasses with name [^\n]*", message)
     if ambiguous:
         return f"{key}{ambiguous.group()}"
@@ -271,7 +276,14 @@ def summarise(message: str) -> str:
         noise += r"|Expected a path|Expected a dot import|Not a valid subclass|Subclass types|a class path|a dict with"
     reasons = [line for line in lines if line and not re.match(noise, line)]
     reason_line = " or ".join(dict.fromkeys(reasons)).replace("<class '", "").replace("'>", "")
+    reason_line = re.sub(r"Expected a typing\.Literal\[([^\]]*)\]", r"Expected one of \1", reason_line)
     return f"{key}{reason_line[:400]}{f', got {given.group(1)}' if given else ''}"
+
+
+def _full_name(key: str, argv: Sequence[str]) -> str:
+    """The option that was given for a key of which the parser only tells the last part."""
+    options = (arg.partition("=")[0].removeprefix("--") for arg in argv)
+    return next((option for option in options if option.endswith(f".{key}")), key)
 
 
 def near_matches(name: str) -> str:

@@ -49,6 +49,7 @@ class Tally:
     kills_while_writing: int = 0
     whole_checkpoints: int = 0
     true_resumes: int = 0
+    kills_after_the_last_step: int = 0
     finished_runs: int = 0
     tensors_compared: int = 0
     values_compared: int = 0
@@ -102,6 +103,7 @@ def test_a_run_killed_at_random_moments_is_the_run_that_was_left_alone(processes
     seconds = time.monotonic() - training_begins
     print(f"left alone: {training_begins - started:.0f} s to the first step, {seconds:.0f} s of training")
 
+    all_batches = len(steps.read_text().split())
     resumed_from = None
     while tally.kills < kills or resumed_from is not None:
         steps.unlink(missing_ok=True)
@@ -130,6 +132,9 @@ def test_a_run_killed_at_random_moments_is_the_run_that_was_left_alone(processes
                     "the first batch is not the one after the checkpoint"
                 )
                 tally.true_resumes += 1
+            else:
+                assert resumed_from == all_batches, "a resumed run that trains nothing"
+                tally.kills_after_the_last_step += 1
         with zipfile.ZipFile(last) as archive:
             assert archive.testzip() is None
         content = read(last.parent.parent)
@@ -146,7 +151,7 @@ def test_a_run_killed_at_random_moments_is_the_run_that_was_left_alone(processes
             tally.values_compared += logged_values(tmp_path / "runs/killed")
             resumed_from = None
             (tmp_path / "runs/killed").rename(tmp_path / f"runs/finished_{tally.finished_runs}")
-    assert tally.kills == kills
+    assert tally.kills == kills == tally.true_resumes + tally.kills_after_the_last_step
     assert tally.kills_while_writing > 0
     assert tally.finished_runs > 0
     print(json.dumps(asdict(tally)))
