@@ -191,18 +191,18 @@ class EtflightCLI(LightningCLI):
         """The trainer, with what writes the run folder in front of the user's own loggers and callbacks."""
         config = self._get(self.config_init, "trainer")
         self.save_config_kwargs = {"folder": self.folder, "name": self.run_name, "arm": self.arm}
-        callbacks = list(_as_list(config.get("callbacks")))
+        fitting = self.subcommand == "fit"
+        saves = fitting and config.get("enable_checkpointing") is not False
+        last = self._get(self.config_init, "checkpoint") if saves else None
+        users = _as_list(config.get("callbacks"))
+        # what saves comes first, before anything of the next step has happened
+        callbacks = [StopSignals(last), *_as_list(last), *([StepSeed()] if fitting else []), *users]
         callbacks += [StepNotice(), TestResults(self.folder), PredictionTable(self.folder)]
-        if self.subcommand == "fit":
-            last = (
-                self._get(self.config_init, "checkpoint") if config.get("enable_checkpointing") is not False else None
-            )
-            callbacks = [StopSignals(last), *_as_list(last), StepSeed(), *callbacks]
-            # else Lightning would add a checkpoint of its own; a user's ModelCheckpoint stays
-            kwargs["enable_checkpointing"] = last is not None and any(isinstance(c, Checkpoint) for c in callbacks)
+        # else Lightning would add a checkpoint of its own
+        kwargs["enable_checkpointing"] = saves and any(isinstance(callback, Checkpoint) for callback in users)
         logger = config.get("logger")
         if logger is not False:
-            own = [MetricsCSV(self.folder, self.saved_rows)] if self.subcommand == "fit" else []
+            own = [MetricsCSV(self.folder, self.saved_rows)] if fitting else []
             numbers = self.folder / "metrics.csv" if own else self.folder
             others = [steadfast(other, numbers) for other in _as_list(None if logger is True else logger)]
             kwargs["logger"] = [*own, *others] or False

@@ -214,3 +214,33 @@ def test_too_little_memory_is_told_with_the_mend(etflight_command, tmp_path):
     assert len(result.error_lines) == 1
     assert "out of memory" in result.error_lines[0]
     assert "--data.batch_size" in result.error_lines[0]
+
+
+@pytest.mark.parametrize(
+    ("other", "word"),
+    [(["--seed_everything", 1], "--seed_everything"), (["--data.imbalance_ratio", 10], "--data options")],
+)
+def test_another_seed_or_other_images_are_refused_on_resume(other, word, etflight_command, tmp_path):
+    assert etflight_command("fit", *DIGITS, "--name", "r", cwd=tmp_path).status == 0
+    result = etflight_command("fit", *DIGITS, *other, "--name", "r", "--ckpt_path", "last", cwd=tmp_path)
+    assert result.status == 1
+    assert len(result.error_lines) == 1
+    assert word in result.error_lines[0]
+
+
+STOP = """
+import os, signal
+from lightning.pytorch import Callback
+
+class Stop(Callback):
+    def on_test_batch_start(self, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_sigterm_ends_a_test_at_once(etflight_command, tmp_path):
+    assert etflight_command("fit", *DIGITS, "--name", "r", cwd=tmp_path).status == 0
+    (tmp_path / "stop.py").write_text(STOP)
+    argv = ["test", "--data", "Digits", "--name", "r", "--ckpt_path", "last", "--trainer.callbacks+=stop.Stop"]
+    assert etflight_command(*argv, cwd=tmp_path).status == 143
+    assert not (tmp_path / "runs/r/test_metrics.json").exists()

@@ -1,5 +1,6 @@
 """The checkpoint of a run from which training goes on as if it had never stopped."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -14,6 +15,7 @@ from torchmetrics import Metric
 from etflight.errors import UserError
 from etflight.run import MetricsCSV, last_checkpoint, run_folder
 
+_SAME = {"seed": "give the same --seed_everything", "images": "give the same --data options"}
 Place = Literal["steps", "epochs", "end"]
 KEY = "etflight"  # what this callback adds to a checkpoint
 
@@ -147,16 +149,26 @@ class LastCheckpoint(Callback):
             ranks = [{} for _ in range(trainer.world_size)]
             dist.all_gather_object(ranks, own)
         checkpoint[KEY] = {
+            **_identity(trainer),
             "global_batch": _global_batch(trainer),
             "ranks": ranks,
             "metrics_rows": next((log.rows for log in trainer.loggers if isinstance(log, MetricsCSV)), 0),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Give this rank what it had gathered, and find the place in the epoch."""
+        """Give this rank what it had gathered, and find the place in the epoch.
+
+        Raises:
+            UserError: the run being resumed has another seed or other training images.
+        """
         added = checkpoint.get(KEY)
         if added is None or trainer.state.fn != "fit":
             return
+        for name, value in _identity(trainer).items():
+            if added.get(name) != value:
+                raise UserError(
+                    f"the run being resumed has the {name} {added.get(name)}, not {value}: {_SAME[name]}, or start a new run"
+                )
         ranks = added["ranks"]
         if len(ranks) == trainer.world_size:
             _load_rank_states(trainer, pl_module, [ranks[trainer.global_rank]])
@@ -164,6 +176,12 @@ class LastCheckpoint(Callback):
             _load_rank_states(trainer, pl_module, ranks)
         if added["global_batch"] != _global_batch(trainer):
             _move_in_epoch(trainer, checkpoint["loops"]["fit_loop"], added["global_batch"])
+
+
+def _identity(trainer: Trainer) -> dict[str, Any]:
+    """What makes the order of the images, which a resumed run must share."""
+    data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning outside the class body
+    return {"seed": os.environ.get("PL_GLOBAL_SEED"), "images": getattr(data, "fingerprint", None)}
 
 
 def _rank_state(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

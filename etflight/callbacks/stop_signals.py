@@ -22,11 +22,12 @@ class StopSignals(Callback):
     """On SIGTERM, saves at the next place where nothing is pending and exits with status 143 (128 + 15).
 
     Where Lightning has been told by SLURM to requeue the job on a signal (SIGUSR1), its own handler is called at such a place instead
-    of in the middle of a step, and the process exits with status 0. It is enough that one process gets the signal: all of them agree
-    on the step, by an all-reduce of one integer per step that nobody waits for.
+    of in the middle of a step, and the process exits with status 0. A validation, test or prediction just ends.
+
+    It is enough that one process gets the signal: all agree on the step, by an all-reduce of one integer that nobody waits for.
 
     Args:
-        last: saves; None where checkpoints are off.
+        last: saves; None where checkpoints are off, or nothing is trained.
     """
 
     def __init__(self, last: LastCheckpoint | None) -> None:
@@ -48,6 +49,22 @@ class StopSignals(Callback):
                 self._requeue[number] = handler
         for handled in (signal.SIGTERM, *self._requeue):
             signal.signal(handled, self._note)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Outside training there is nothing to save: end at once, where Lightning would go on to the end."""
+        self._end_at_once(trainer)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As in a validation of its own."""
+        self._end_at_once(trainer)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As in a validation of its own."""
+        self._end_at_once(trainer)
+
+    def _end_at_once(self, trainer: Trainer) -> None:
+        if trainer.state.fn != "fit":
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave between two epochs."""
