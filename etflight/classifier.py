@@ -18,7 +18,6 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassCalibrationError
 
-from etflight.backbones import build_backbone
 from etflight.checkpoints import read_checkpoint
 from etflight.errors import UserError
 from etflight.heads import ETFHead, Head
@@ -92,6 +91,8 @@ class Classifier(LightningModule):
     ) -> None:
         super().__init__()
         self._save_plain_hyperparameters()
+        from etflight.backbones import build_backbone  # timm takes a second, which `--help` need not wait for
+
         self.backbone, feature_dim = build_backbone(
             backbone, in_chans=in_chans, pretrained=pretrained, model_kwargs=model_kwargs
         )

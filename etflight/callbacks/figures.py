@@ -3,19 +3,23 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
-from matplotlib.figure import Figure
 
-from etflight import plotting
+import etflight
 from etflight.callbacks.monitor import NeuralCollapseMonitor
 from etflight.errors import UserError
 from etflight.loggers import may_fall_silent
 from etflight.run import run_folder
+
+if TYPE_CHECKING:  # matplotlib, which `--help` need not wait for
+    from matplotlib.figure import Figure
+
+    import etflight.plotting
 
 _SPLITS = ("train", "train_online", "val")  # of which a picture of one split takes the first that was measured
 
@@ -91,7 +95,7 @@ class CollapseFigures(Callback):
                 files = self._triangle_files(trainer, monitor)
                 if files:
                     path, names = _folder(trainer) / f"{key}_triangle.gif", _class_names(trainer, pl_module, monitor)
-                    plotting.triangle_film(files, cast(Sequence[int], self.triangle), path, class_names=names)
+                    etflight.plotting.triangle_film(files, cast(Sequence[int], self.triangle), path, class_names=names)
                     rank_zero_info(f"film: {path}")
 
     def _draw_what_is_due(self, trainer: Trainer, pl_module: LightningModule, last: bool = False) -> None:
@@ -110,17 +114,21 @@ class CollapseFigures(Callback):
 
     # --- what --------------------------------------------------------------------------------------------------------------
 
-    def _draw(self, trainer: Trainer, pl_module: LightningModule, monitor: NeuralCollapseMonitor) -> dict[str, Figure]:
+    def _draw(
+        self, trainer: Trainer, pl_module: LightningModule, monitor: NeuralCollapseMonitor
+    ) -> dict[str, "Figure"]:
         prefix = "nc" if monitor.space == "embedding" else "nc_raw"
         weight, names = monitor.latest_weight, _class_names(trainer, pl_module, monitor)
         num_classes = None if weight is None else len(weight)
         figures = {
-            "curves": plotting.collapse_curves(monitor.history, monitor.epochs, prefix=prefix, num_classes=num_classes)
+            "curves": etflight.plotting.collapse_curves(
+                monitor.history, monitor.epochs, prefix=prefix, num_classes=num_classes
+            )
         }
         split = next((split for split in _SPLITS if split in monitor.latest), None)
         if split is not None:
             meets = f"{prefix}/{split}/alignment" in monitor.history
-            figures |= plotting.portrait(
+            figures |= etflight.plotting.portrait(
                 monitor.latest[split],
                 weight if meets else None,
                 counts=_of_classes("class_counts", trainer, pl_module, monitor),
@@ -129,7 +137,7 @@ class CollapseFigures(Callback):
         files = self._triangle_files(trainer, monitor)
         if files:
             with np.load(files[-1], allow_pickle=False) as shot:
-                figures["triangle"] = plotting.triangle(
+                figures["triangle"] = etflight.plotting.triangle(
                     shot["embeddings"],
                     shot["labels"],
                     shot["weight"],
@@ -143,12 +151,12 @@ class CollapseFigures(Callback):
         wanted = self.triangle is not None and monitor.snapshots > 0 and monitor.space == "embedding"
         return _snapshots(trainer, monitor) if wanted else []
 
-    def _send(self, trainer: Trainer, figures: dict[str, Figure]) -> None:
+    def _send(self, trainer: Trainer, figures: dict[str, "Figure"]) -> None:
         step = trainer.global_step
         for key, figure in figures.items():
-            picture = plotting.render(figure)
+            picture = etflight.plotting.render(figure)
             if not _is_rehearsal(trainer):
-                plotting.save(picture, _folder(trainer) / f"{key.replace('/', '_')}.png")
+                etflight.plotting.save(picture, _folder(trainer) / f"{key.replace('/', '_')}.png")
             for logger in trainer.loggers:
                 with may_fall_silent(logger):
                     if isinstance(logger, TensorBoardLogger):

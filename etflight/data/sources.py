@@ -4,16 +4,18 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize  # type: ignore[attr-defined]
 
 from etflight.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Batch = tuple[Tensor, Tensor]
 MAX_PIXELS = 89_478_485  # Pillow's limit, from where on it suspects a bomb: 256 MiB as RGB
@@ -73,6 +75,10 @@ class FileSource(ImageSource):
         Raises:
             UserError: The file is missing, is no image, or is too large; names its path.
         """
+        # torchvision takes seconds, which sets in memory and `--help` need not wait for
+        from PIL import Image
+        from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize  # type: ignore[attr-defined]
+
         path = self.paths[index]
         try:
             with _opened(path) as file:
@@ -104,8 +110,10 @@ class FileSource(ImageSource):
         return self.paths[index]
 
 
-def _opened(path: str) -> Image.Image:
+def _opened(path: str) -> "Image.Image":
     """An image file, of which only the header has been read."""
+    from PIL import Image
+
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         # by content, whatever the name: Pillow would run Ghostscript for a PostScript file that is called .png

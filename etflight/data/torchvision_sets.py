@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torchvision import datasets
 
 from etflight.data.base import ImageDataModule, Split
 from etflight.data.sources import ArraySource
@@ -40,7 +39,7 @@ class TorchvisionImages(ImageDataModule):
     root: str = "data"
     download: bool = False
 
-    published: ClassVar[Any]  # the class of torchvision.datasets
+    published_name: ClassVar[str]  # in torchvision.datasets
     names: ClassVar[tuple[str, ...]]
     channels: ClassVar[int]
 
@@ -61,6 +60,13 @@ class TorchvisionImages(ImageDataModule):
     def class_names(self) -> list[str]:
         """The published names."""
         return list(self.names)
+
+    @property
+    def published(self) -> Any:
+        """The set's class in torchvision."""
+        from torchvision import datasets  # seconds, which `--help` need not wait for
+
+        return getattr(datasets, self.published_name)
 
     @property
     @abstractmethod
@@ -137,8 +143,10 @@ class FashionMNIST(TorchvisionImages):
     """
 
     system_folder: ClassVar[str] = "/usr/share/datasets/fashion-mnist"
-    published: ClassVar[Any] = datasets.FashionMNIST
-    names: ClassVar[tuple[str, ...]] = tuple(datasets.FashionMNIST.classes)
+    published_name: ClassVar[str] = "FashionMNIST"
+    names: ClassVar[tuple[str, ...]] = (
+        "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+    )  # fmt: skip
     channels: ClassVar[int] = 1
     standard_mean: ClassVar[tuple[float, ...]] = (0.2860,)
     standard_std: ClassVar[tuple[float, ...]] = (0.3530,)
@@ -220,7 +228,7 @@ class CIFAR10(TorchvisionImages):
         download: Fetch what is missing into `root`.
     """
 
-    published: ClassVar[Any] = datasets.CIFAR10
+    published_name: ClassVar[str] = "CIFAR10"
     binary_folder: ClassVar[str] = "cifar-10-batches-bin"
     binary_files: ClassVar[dict[str, tuple[str, ...]]] = {
         "train": tuple(f"data_batch_{part}.bin" for part in range(1, 6)),
@@ -274,7 +282,7 @@ class CIFAR100(CIFAR10):
         download: Fetch what is missing into `root`.
     """
 
-    published: ClassVar[Any] = datasets.CIFAR100
+    published_name: ClassVar[str] = "CIFAR100"
     binary_folder: ClassVar[str] = "cifar-100-binary"
     binary_files: ClassVar[dict[str, tuple[str, ...]]] = {"train": ("train.bin",), "test": ("test.bin",)}
     label_bytes: ClassVar[int] = 2

@@ -12,7 +12,6 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import CutMix, MixUp, RandomChoice  # type: ignore[attr-defined]
 
 from etflight.errors import UserError
 
@@ -108,6 +107,8 @@ class TrainTransform:
                 f"crop_padding is {self.crop_padding}, but images are {height} × {width}: "
                 "give at most the shorter side, or a crop may miss the image"
             )
+        from torchvision.transforms.v2 import CutMix, MixUp, RandomChoice  # type: ignore[attr-defined]
+
         with step_randomness(self.seed, step, rank):
             if self.crop_padding or self.flip:
                 crops = draw_crops(len(images), self.crop_padding, self.flip)

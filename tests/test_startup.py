@@ -1,0 +1,33 @@
+"""What the command line imports before it has anything to do; how long that takes is measured by `make bench`."""
+
+import re
+import subprocess
+import sys
+
+# each takes from a tenth of a second to seconds
+HEAVY = ("timm", "torchvision", "sklearn", "scipy", "matplotlib", "PIL", "wandb", "pandas", "tensorboard")
+
+
+def imported(*argv: str) -> set[str]:
+    """Every module that a fresh `python ARGV` imports, as the interpreter itself reports."""
+    done = subprocess.run([sys.executable, "-X", "importtime", *argv], capture_output=True, text=True, check=True)
+    return set(re.findall(r"^import time:\s+\d+ \|\s+\d+ \|\s+([\w.]+)$", done.stderr, flags=re.MULTILINE))
+
+
+def test_help_imports_no_heavy_package_that_lightning_does_not():
+    """Lightning's own metrics import matplotlib and torchvision where they are installed."""
+    ours, lightnings = imported("-m", "etflight", "fit", "--help"), imported("-c", "import lightning.pytorch.cli")
+    assert {"lightning.pytorch.cli", "etflight.data.base", "etflight.heads"} <= ours
+    assert {name for name in ours - lightnings if name.split(".")[0] in HEAVY} == set()
+
+
+def test_version_imports_neither_torch_nor_lightning():
+    modules = imported("-m", "etflight", "--version")
+    assert "etflight._version" in modules
+    assert not {name.split(".")[0] for name in modules} & {"torch", "lightning", "numpy", *HEAVY}
+
+
+def test_the_package_itself_imports_nothing():
+    modules = imported("-c", "import etflight")
+    assert {name for name in modules if name.startswith("etflight")} == {"etflight", "etflight._version"}
+    assert not {name.split(".")[0] for name in modules} & {"torch", "lightning", "numpy", *HEAVY}
