@@ -159,7 +159,7 @@ def _finish_wandb(run: Any) -> None:
 
 
 def _short(error: Exception) -> str:
-    return shorten(f"{type(error).__name__}: {error}".partition("\n")[0], 200, placeholder=" …")
+    return shorten(f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(": "), 200, placeholder=" …")
 
 
 def _warn(text: str) -> None:
