@@ -137,11 +137,13 @@ class Classifier(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one training batch."""
-        loss, _ = self._step(batch, "train")
+        images, target = batch
+        loss = self._training_loss(images, target)
+        self._log_loss(loss, len(images), "train")
         bad_step = torch.where(torch.isfinite(loss.detach()), _NEVER, self.global_step)
         self._bad_step = torch.minimum(self._bad_step, bad_step)  # stays on the device: no wait each step
         self.log("loss", loss, prog_bar=True, logger=False)
-        return loss * self._share_of_images(len(batch[0]))
+        return loss * self._share_of_images(len(images))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one validation batch to the metrics."""
@@ -158,21 +160,33 @@ class Classifier(LightningModule):
         logits: Tensor = self(batch[0])
         return (logits.float() / self.temperature).softmax(dim=1)
 
-    def _step(self, batch: Batch, stage: str) -> tuple[Tensor, Tensor]:
-        images, target = batch
+    def _training_loss(self, images: Tensor, target: Tensor) -> Tensor:
         try:
-            logits: Tensor = self(images)
+            if not self._needs_logits(target):
+                target_logits = self.head.target_logits(self.features(images), target)
+                return cast(Tensor, self.loss.from_target_logits(target_logits, target, self.head.num_classes))
+            return cast(Tensor, self.loss(self(images), target))
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
             raise UserError(
                 "batch normalisation cannot train on a step of one image: give --data.batch_size 2 or more"
             ) from error
-        loss: Tensor = self.loss(logits, target)
+
+    def _needs_logits(self, target: Tensor) -> bool:
+        """Whether a step needs the logits of all classes; at K = 100,000 they cost hundreds of times what those of the targets do."""
+        return (
+            target.is_floating_point()
+            or any(_is_watched(part) for part in (self, self.head, self.loss))
+            or type(self).forward is not Classifier.forward
+            or not _stands_in(self.head, "target_logits", "forward")
+            or not _stands_in(self.loss, "from_target_logits", "forward", "sample_losses")
+        )
+
+    def _log_loss(self, loss: Tensor, images: int, stage: str) -> None:
         mean = cast(Metric, self.losses[f"{stage}_loss"])
-        mean.update(loss, len(images))
-        self.log(f"{stage}/loss", mean, on_step=False, on_epoch=True, batch_size=len(images))
-        return loss, logits
+        mean.update(loss, images)
+        self.log(f"{stage}/loss", mean, on_step=False, on_epoch=True, batch_size=images)
 
     def _share_of_images(self, images: int) -> Tensor | float:
         """Images of this process over the processes' mean: gradients are averaged over processes, whatever each had in its batch."""
@@ -183,8 +197,10 @@ class Classifier(LightningModule):
         return images * dist.get_world_size() / total
 
     def _evaluate(self, batch: Batch, stage: str) -> Tensor:
-        _, logits = self._step(batch, stage)
-        logits, target = logits.float(), batch[1]
+        images, target = batch
+        logits: Tensor = self(images)
+        self._log_loss(self.loss(logits, target), len(images), stage)
+        logits = logits.float()
         self._shots(stage).update(logits.argmax(dim=1), target)
         self._calibration(stage, "ece").update(logits.softmax(dim=1), target)
         self._calibration(stage, "ece_calibrated").update((logits / self.temperature).softmax(dim=1), target)
@@ -395,6 +411,18 @@ class Classifier(LightningModule):
         if bool(model.class_counts.any()):
             model.loss.set_class_counts(model.class_counts)
         return model
+
+
+def _stands_in(part: nn.Module, shortcut: str, *general: str) -> bool:
+    """Whether a method may be called instead of the general ones: a subclass that overrides only those means them."""
+    for cls in type(part).__mro__:
+        if vars(cls).keys() & {shortcut, *general}:
+            return shortcut in vars(cls)
+    return False
+
+
+def _is_watched(part: nn.Module) -> bool:
+    return bool(part._forward_pre_hooks or part._forward_hooks or part._backward_pre_hooks or part._backward_hooks)
 
 
 # what in timm's arguments says where other weights lie; the checkpoint has its own

@@ -127,7 +127,10 @@ class ETFHead(Head):
         return _float32_product(self.embed(features), self.weight) * self.scale
 
     def target_logits(self, features: Tensor, target: Tensor) -> Tensor:
-        """The logit of each sample's own class only, in O(B·d).
+        """The logit of each sample's own class only: O(B·d) time and memory, forward and backward, whatever K.
+
+        `Classifier` trains dot regression with it, so a subclass that computes other logits overrides both methods. (One that overrides
+        only `forward` is trained with that.)
 
         Args:
             features: `[B, d]`.
@@ -136,7 +139,8 @@ class ETFHead(Head):
         Returns:
             `[B]`, equal to `forward(features)[arange(B), target]`.
         """
-        return (self.embed(features) * self.weight[target]).sum(dim=1) * self.scale
+        own = self.weight.index_select(0, target).float()
+        return (self.embed(features) * own).sum(dim=1) * self.scale
 
     def extra_repr(self) -> str:
         """Sizes, for `print(head)`."""
@@ -218,7 +222,7 @@ def _check_scale(what: str, scale: float) -> None:
 
 def _float32_product(embedding: Tensor, weight: Tensor) -> Tensor:
     with torch.autocast(embedding.device.type, enabled=False):
-        return embedding @ weight.T
+        return embedding @ weight.T.to(embedding.dtype)
 
 
 def _projection(in_features: int, projection_dim: int | None) -> nn.Module:

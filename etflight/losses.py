@@ -172,12 +172,15 @@ class DotRegressionLoss(Loss):
             return (target * self._squared_error(logits)).sum(dim=1)
         return self._squared_error(logits.gather(1, target[:, None]).squeeze(1))
 
-    def from_target_logits(self, target_logits: Tensor, target: Tensor | None = None) -> Tensor:
-        """The same loss from `ETFHead.target_logits`, for class indices.
+    def from_target_logits(
+        self, target_logits: Tensor, target: Tensor | None = None, num_classes: int | None = None
+    ) -> Tensor:
+        """The same loss from `ETFHead.target_logits`, for class indices; `Classifier` trains with it where it can.
 
         Args:
             target_logits: `[B]`.
             target: class indices `[B]`, needed only when classes are balanced.
+            num_classes: K, needed only to count a batch over several processes, unless `set_class_counts` was called.
 
         Returns:
             The scalar loss.
@@ -189,14 +192,15 @@ class DotRegressionLoss(Loss):
             raise UserError(
                 f"DotRegressionLoss(class_balance={self.class_balance!r}) needs the targets beside their logits"
             )
-        return (losses * self._class_weights(_count(target, self._num_classes(target)))[target]).mean()
+        counts = _count(target, num_classes or self._num_classes(target))
+        return (losses * self._class_weights(counts)[target]).mean()
 
     def _num_classes(self, target: Tensor) -> int:
         if self._class_counts is not None:
             return len(self._class_counts)
         if dist.is_available() and dist.is_initialized():
             raise UserError(
-                "DotRegressionLoss.from_target_logits counts classes over ranks: call set_class_counts before, so that K is known"
+                "DotRegressionLoss.from_target_logits counts classes over ranks: give num_classes, or call set_class_counts before"
             )
         return int(target.max()) + 1
 

@@ -1,3 +1,5 @@
+from collections import Counter
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -58,6 +60,91 @@ def test_one_step_lowers_the_loss_by_the_optimizers_rule():
     trainer(max_steps=1, limit_val_batches=0).fit(model, DataLoader(TensorDataset(images, target), batch_size=16))
     for after, hand in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(after.detach(), hand)
+
+
+class Counting(ETFHead):
+    """Counts its calls while it trains and while it does not."""
+
+    def __init__(self, in_features, num_classes):
+        super().__init__(in_features, num_classes)
+        self.calls = Counter()
+
+    def forward(self, features):
+        self.calls["all", self.training] += 1
+        return super().forward(features)
+
+    def target_logits(self, features, target):
+        self.calls["own", self.training] += 1
+        return super().target_logits(features, target)
+
+
+def test_dot_regression_on_class_indices_never_computes_the_logits_of_all_classes():
+    model = small(head=Counting)
+    options = {"max_steps": 3, "limit_val_batches": 2, "num_sanity_val_steps": 0, "val_check_interval": 3}
+    trainer(**options).fit(model, Digits(batch_size=16))
+    assert model.head.calls == {("own", True): 3, ("all", False): 2}
+    assert model.head.weight.grad is None
+    mixed = small(head=Counting)
+    trainer(max_steps=3, limit_val_batches=0).fit(mixed, Digits(batch_size=16, mixup=1.0))
+    assert mixed.head.calls == {("all", True): 3}
+
+
+@pytest.mark.parametrize("balance", ["none", "batch", "global"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+def test_a_step_on_the_targets_logits_is_the_step_on_all(balance, autocast):
+    counts = [50, 40, 30, 20, 10, 5, 4, 3, 2, 1]
+    model = small(head=Counting, loss=partial(DotRegressionLoss, class_balance=balance), class_counts=counts)
+    twin = deepcopy(model)
+    twin.head.register_forward_hook(lambda *_: None)  # somebody looks at the logits
+    twin.loss.set_class_counts(twin.class_counts)
+    images, target = torch.randn(16, 1, 8, 8), torch.arange(16) % 7
+    losses = []
+    for each in (model, twin):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            losses.append(each.training_step((images, target), 0))
+        losses[-1].backward()
+    assert (model.head.calls, twin.head.calls) == ({("own", True): 1}, {("all", True): 1})
+    torch.testing.assert_close(*losses)
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+class DoublingHead(ETFHead):
+    def forward(self, features):
+        return 2 * super().forward(features)
+
+
+class DoublingLoss(DotRegressionLoss):
+    def forward(self, logits, target):
+        return super().forward(2 * logits, target)
+
+
+class DoublingSampleLosses(DotRegressionLoss):
+    def sample_losses(self, logits, target):
+        return super().sample_losses(2 * logits, target)
+
+
+class DoublingClassifier(Classifier):
+    def forward(self, images):
+        return 2 * super().forward(images)
+
+
+@pytest.mark.parametrize(
+    ("model", "parts"),
+    [
+        (Classifier, {"head": DoublingHead}),
+        (Classifier, {"loss": DoublingLoss}),
+        (Classifier, {"loss": DoublingSampleLosses}),
+        (DoublingClassifier, {}),
+    ],
+    ids=["head", "loss", "sample losses", "classifier"],
+)
+def test_a_subclass_that_changes_the_logits_or_the_loss_trains_with_its_own(model, parts):
+    images, target = torch.randn(16, 1, 8, 8), torch.arange(16) % 10
+    theirs = model(10, "resnet20_cifar", in_chans=1, **parts)
+    logits = theirs.head.embed(theirs.features(images)) @ theirs.head.weight.T
+    expected = DotRegressionLoss()(2 * logits, target)
+    torch.testing.assert_close(theirs.training_step((images, target), 0), expected)
 
 
 @pytest.mark.parametrize("argument", ["head", "loss", "optimizer", "lr_scheduler"])

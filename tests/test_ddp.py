@@ -360,6 +360,13 @@ class LocalCounts(DotRegressionLoss):
             return super()._class_weights(batch_counts)
 
 
+class AllLogits(DotRegressionLoss):
+    """The same, from the logits of all classes: its own `forward` has the last word."""
+
+    def forward(self, logits, target):
+        return super().forward(logits, target)
+
+
 class MeanOfMeans(Classifier):
     """Wrong: processes count the same whatever number of images each had."""
 
@@ -415,8 +422,9 @@ def largest_difference(actual, expected):
 TOLERANCE = 2e-6  # of losses about 0.1 to 1 and of weights up to about 1
 
 
-def test_twenty_steps_of_two_processes_are_those_of_one(twenty_steps_alone, two_ready_processes, tmp_path):
-    first, second = two_ready_processes(train_twenty_steps, [(tmp_path, 2, Classifier, DotRegressionLoss)] * 2)
+@pytest.mark.parametrize("loss", [DotRegressionLoss, AllLogits])
+def test_twenty_steps_of_two_processes_are_those_of_one(loss, twenty_steps_alone, two_ready_processes, tmp_path):
+    first, second = two_ready_processes(train_twenty_steps, [(tmp_path, 2, Classifier, loss)] * 2)
     losses, trained = twenty_steps_alone
     assert first[0] == pytest.approx(losses, abs=TOLERANCE)
     assert largest_difference(first[1], trained) < TOLERANCE

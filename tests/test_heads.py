@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from etflight import CosineHead, ETFHead, LinearHead, simplex_etf
+from etflight import CosineHead, DotRegressionLoss, ETFHead, LinearHead, simplex_etf
 from etflight.errors import UserError
 
 torch.manual_seed(0)
@@ -54,6 +56,46 @@ def test_target_logits_are_the_targets_column_of_the_logits():
     head = ETFHead(16, 10, scale=3.0).eval()
     target = torch.arange(32) % 10
     assert_close(head.target_logits(FEATURES, target), head(FEATURES)[torch.arange(32), target])
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes, those of the backward included."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return result
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_target_logits_make_nothing_larger_than_the_features_backward_included(autocast):
+    head = ETFHead(64, 60)
+    features, target = torch.randn(8, 64, requires_grad=True), torch.arange(8)
+    with Largest() as all_classes:
+        DotRegressionLoss()(head(features), target).backward()
+    assert all_classes.elements >= 8 * 60
+    with Largest() as own_class, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        z = head.target_logits(features, target)
+        DotRegressionLoss().from_target_logits(z, target).backward()
+    assert z.dtype == torch.float32
+    assert own_class.elements == features.numel()
+    assert head.weight.grad is None
+
+
+def test_a_target_that_is_no_class_is_an_error_and_never_another_class():
+    for target in (-1, 10):
+        with pytest.raises(IndexError):
+            ETFHead(16, 10).target_logits(FEATURES, torch.full((32,), target))
+
+
+def test_a_model_in_bfloat16_still_multiplies_in_float32():
+    head = ETFHead(16, 10).bfloat16()
+    z, target = head(FEATURES.bfloat16()), torch.arange(32) % 10
+    assert z.dtype == torch.float32
+    assert_close(head.target_logits(FEATURES.bfloat16(), target), z[torch.arange(32), target])
 
 
 def test_without_batch_norm_features_after_relu_cannot_reach_negative_cosines_with_it_they_can():

@@ -177,6 +177,11 @@ def test_bad_arguments_are_refused(bad):
 def _balanced_on_rank(rank, logits, target):
     logits = logits.requires_grad_()
     losses = {make.__name__: make(class_balance="batch")(logits, target).item() for make in LOSSES}
+    loss = DotRegressionLoss(class_balance="batch")
+    own = logits.gather(1, target[:, None]).squeeze(1)
+    losses["from_target_logits"] = loss.from_target_logits(own, target, num_classes=K).item()
+    with pytest.raises(UserError, match="give num_classes"):  # both processes, before either waits for the other
+        loss.from_target_logits(own, target)
     evaluated = DotRegressionLoss(class_balance="batch").eval()
     if rank == 0:  # no collective call in eval: one rank alone must not wait for the other
         evaluated(logits, target)
@@ -185,6 +190,6 @@ def _balanced_on_rank(rank, logits, target):
 
 def test_batch_balance_counts_over_all_ranks(two_processes):
     parts = two_processes(_balanced_on_rank, [(LOGITS[:6], TARGET[:6]), (LOGITS[6:], TARGET[6:])])
-    for make in LOSSES:
-        mean = sum(part[make.__name__] for part in parts) / 2
+    for name, make in [*((make.__name__, make) for make in LOSSES), ("from_target_logits", DotRegressionLoss)]:
+        mean = sum(part[name] for part in parts) / 2
         assert mean == pytest.approx(make(class_balance="batch")(LOGITS, TARGET).item(), rel=1e-6)
