@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from etflight.geometry import class_code, nearest_etf, simplex_etf
     from etflight.heads import CosineHead, ETFHead, Head, LinearHead
     from etflight.losses import CrossEntropyLoss, DotRegressionLoss, Loss
+    from etflight.softmax_code import largest_cosine
 
 # Lazy, because torch and Lightning take seconds to import and `etflight --version` should not.
 _HOMES = {
@@ -22,6 +23,7 @@ _HOMES = {
     "LinearHead": "heads",
     "Loss": "losses",
     "class_code": "geometry",
+    "largest_cosine": "softmax_code",
     "nearest_etf": "geometry",
     "simplex_etf": "geometry",
 }
@@ -38,6 +40,7 @@ __all__ = [
     "Loss",
     "__version__",
     "class_code",
+    "largest_cosine",
     "nearest_etf",
     "simplex_etf",
 ]

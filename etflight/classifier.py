@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from textwrap import shorten
 from typing import IO, Any, Self, cast
@@ -20,7 +21,7 @@ from torchmetrics.classification import MulticlassCalibrationError
 
 from etflight.checkpoints import read_checkpoint
 from etflight.errors import UserError
-from etflight.heads import ETFHead, Head
+from etflight.heads import ETFHead, Head, codes_from_state_dict
 from etflight.losses import DotRegressionLoss, Loss
 from etflight.metrics.calibration import TemperatureFit
 from etflight.metrics.mean import SampleMean
@@ -115,7 +116,7 @@ class Classifier(LightningModule):
             }
         )
         self.temperature_fit = TemperatureFit()
-        # every rank builds the frame from the seed: broadcasting it in every forward would cost 205 MB at K = 100,000
+        # broadcast once, when training starts: in every forward it would cost 205 MB at K = 100,000
         own = [name for name, _ in self.named_buffers() if name in ("head.weight", "_bad_step")]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, own)  # type: ignore[no-untyped-call]
 
@@ -218,6 +219,11 @@ class Classifier(LightningModule):
             self.class_names = list(names)
         if stage == "fit" and getattr(data, "class_counts", None) is not None:
             self._set_class_counts(torch.as_tensor(data.class_counts))
+
+    def on_fit_start(self) -> None:
+        """Give all processes the first one's frame: descent amplifies rounding, which may differ from machine to machine."""
+        if dist.is_available() and dist.is_initialized() and not self.head.weight.requires_grad:
+            dist.broadcast(self.head.weight, 0)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Look at the recorded loss now and then: each look waits for the device."""
@@ -404,7 +410,8 @@ class Classifier(LightningModule):
             UserError: a file that cannot be read, or that names a class which is not imported.
         """
         checkpoint = read_checkpoint(cast(str, checkpoint_path), map_location)
-        with objections({"class_path": cls.__name__, "init_args": {}}, f"checkpoint {checkpoint_path}"):
+        code = codes_from_state_dict() if "head.weight" in checkpoint["state_dict"] else nullcontext()
+        with code, objections({"class_path": cls.__name__, "init_args": {}}, f"checkpoint {checkpoint_path}"):
             model = cls(**plain_hyperparameters(checkpoint, kwargs))
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"], strict=strict is not False)

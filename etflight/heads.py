@@ -2,6 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 import torch
@@ -12,6 +15,17 @@ from etflight.errors import UserError
 from etflight.geometry import class_code, simplex_etf
 
 _WIDEST = 2**17  # of a projection: a frame and a layer of this width still fit some machine's memory
+_codes_follow = ContextVar("codes_follow", default=False)
+
+
+@contextmanager
+def codes_from_state_dict() -> Iterator[None]:
+    """Within it, sphere codes are not computed, which can take minutes, but left NaN: for models whose state dict is loaded next."""
+    token = _codes_follow.set(True)
+    try:
+        yield
+    finally:
+        _codes_follow.reset(token)
 
 
 class Head(nn.Module, ABC):
@@ -65,7 +79,8 @@ class ETFHead(Head):
         num_classes: K.
         projection_dim: width d' of a projection before the frame, or None for none: linear up to `in_features`, above it
             Linear-BatchNorm-ReLU-Linear (a linear map keeps the rank d, so it could not make room for more classes).
-        code: "simplex", which needs K <= d' + 1, or "sphere", `etflight.class_code`.
+        code: "simplex", which needs K <= d' + 1, or "sphere", `etflight.class_code`, which for K > 2d' takes seconds to minutes
+            to compute; a checkpoint brings it along.
         batch_norm: whether to apply an affine `BatchNorm1d` to the embedding.
         normalize: whether to scale the embedding to norm 1.
         scale: multiplies the cosine, > 0; 1 for dot regression, larger for cross-entropy, whose softmax of
@@ -105,8 +120,7 @@ class ETFHead(Head):
         self.normalize = normalize
         self.learn_scale = learn_scale
         self.bias = None
-        make = simplex_etf if code == "simplex" else class_code
-        self.register_buffer("weight", make(num_classes, width, seed=seed))
+        self.register_buffer("weight", _class_vectors(code, num_classes, width, seed))
         self.projection = _projection(in_features, projection_dim)
         self.batch_norm = nn.BatchNorm1d(width) if batch_norm else nn.Identity()
         self._log_scale = nn.Parameter(torch.tensor(scale).log()) if learn_scale else None
@@ -213,6 +227,14 @@ class CosineHead(Head):
     def forward(self, features: Tensor) -> Tensor:
         """Logits `[B, K]` in float32."""
         return _float32_product(self.embed(features), F.normalize(self.weight.float(), dim=1)) * self.cosine_scale
+
+
+def _class_vectors(code: str, num_classes: int, width: int, seed: int) -> Tensor:
+    if code == "simplex":
+        return simplex_etf(num_classes, width, seed=seed)
+    if _codes_follow.get():
+        return torch.full((num_classes, width), math.nan)
+    return class_code(num_classes, width, seed=seed)
 
 
 def _check_scale(what: str, scale: float) -> None:
