@@ -28,7 +28,7 @@ def softmax_code(num_vectors: int, dim: int, seed: int) -> Tensor:
     """
     cost = num_vectors**2 * (dim + 20) / 1e7
     steps = max(8, round(2000 / math.sqrt(max(1.0, cost))))
-    starts = round(min(64.0, max(1.0, 0.5 / cost)))
+    starts = round(min(64.0, max(1.0, 0.2 / cost)))
     W = random_directions(starts * num_vectors, dim, seed, torch.float32).view(starts, num_vectors, dim)
     W = centre(W, rounds=3)
     mean, power = torch.zeros_like(W), W.new_zeros(starts, num_vectors, 1)
@@ -42,14 +42,15 @@ def softmax_code(num_vectors: int, dim: int, seed: int) -> Tensor:
         length = (power / (1 - _POWER_DECAY ** (step + 1))).sqrt() + 1e-12
         W = centre(W - angle / (1 - _MEAN_DECAY ** (step + 1)) * mean / length, rounds=1)
     W = centre(W.double(), rounds=50)
-    return min(W, key=largest_cosine)
+    best: Tensor = min(W, key=largest_cosine)
+    return best
 
 
 def random_directions(num_vectors: int, dim: int, seed: int, dtype: torch.dtype) -> Tensor:
     """Seeded random directions `[K, d]`, the same in every dtype, drawn in blocks."""
     generator = np.random.Generator(np.random.PCG64(seed))
     W = torch.empty(num_vectors, dim, dtype=dtype, device="cpu")
-    for block in W.split(max(1, _COSINES_AT_ONCE // dim)):
+    for block in torch.split(W, max(1, _COSINES_AT_ONCE // dim)):
         block.copy_(torch.from_numpy(generator.standard_normal(block.shape)))
     return W
 
@@ -80,7 +81,7 @@ def largest_cosine(code: Tensor, *, rows: int | None = None) -> float:
         .long()
     )
     largest = -math.inf
-    for part in chosen.split(max(1, _COSINES_AT_ONCE // K)):
+    for part in torch.split(chosen, max(1, _COSINES_AT_ONCE // K)):
         cosines = (code[part] @ code.T).scatter_(1, part[:, None], -math.inf)
         largest = max(largest, cosines.max().item())
     return largest
@@ -111,4 +112,4 @@ def _gradient(W: Tensor, temperature: float) -> Tensor:
 
 
 def _cooled(first: float, last: float, progress: float) -> float:
-    return first * (last / first) ** progress
+    return first * math.pow(last / first, progress)
