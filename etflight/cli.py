@@ -6,6 +6,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -26,6 +27,7 @@ from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
 from etflight.configuration import guard_parser, read_yaml
 from etflight.data.base import ImageDataModule
 from etflight.errors import UserError, user_error_in
+from etflight.heads import codes_from_state_dict
 from etflight.last_words import speak_for_lost_processes
 from etflight.loggers import steadfast
 from etflight.optim import PROTOCOL_SGD
@@ -178,6 +180,11 @@ class EtflightCLI(LightningCLI):
             arguments["save_dir"] = str(self.folder)
         if logger.class_path.endswith("WandbLogger") and arguments.get("name") is None:
             arguments["name"] = self.run_name
+
+    def instantiate_classes(self) -> None:
+        """As LightningCLI does, but what the checkpoint brings for an evaluation is not computed before."""
+        with nullcontext() if self.subcommand == "fit" else codes_from_state_dict():
+            super().instantiate_classes()
 
     def after_instantiate_classes(self) -> None:
         """Refuse a checkpoint of another number of classes before Lightning finds tensors of other shapes."""

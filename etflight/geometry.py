@@ -121,14 +121,15 @@ def class_code(num_classes: int, feature_dim: int, *, seed: int = 0, dtype: torc
       code of so many vectors can undercut (Rankin 1955). `K = 2d` is the orthoplex.
     - `d = 2`: the regular polygon, largest cosine `cos(2π/K)`.
     - other `K <= 16,384`: a softmax code, found by minimising `T log Σ_{i<j} exp(w_i·w_j / T)` while T falls, the best of up to
-      64 random starts. Where the best centred code is known (regular polytopes, the 24- and the 600-cell, the roots of E8), its
-      largest cosine is met to 5e-4 as a rule; beyond, a local optimum. The fewer steps the larger K and d are, so it takes a second or two
-      for small codes, seconds at K = 1000, a minute or two at K = 16,384 and d <= 512, on two cores.
+      64 random starts, fewer and shorter ones the larger the code: about a second for small ones, 5 at K = 1000 and d = 128, 60 to 120 at
+      K = 16,384 and d from 64 to 512, on one core. Where an optimal centred code is known (icosahedron, 24-cell, 600-cell, roots of
+      E8, …) the tests find its largest cosine to 5e-4; elsewhere it is a local optimum.
     - above: random directions, whose largest cosine is about `2 sqrt(log(K) / d)`.
 
-    Rows always sum to zero. Memory beyond the result is a few times its size and a block of 2^24 cosines, or one block of rows for
-    random directions. Optimising amplifies rounding: on another machine, or with another number of threads, the same seed may give another
-    code, as good. The largest cosine of an optimised or random code is logged at level INFO (of random ones, for 1,024 rows).
+    Rows always sum to zero. Memory beyond the result: a few times its size and blocks of 2^23 cosines for the descent, 8 MB for random
+    directions. The same seed gives bitwise the same code on one machine; on another one rounding, which the descent amplifies, may lead
+    to another code, as good. The largest cosine of the last two kinds is logged at level INFO (for random directions that of 1,024 of
+    them with all others); `largest_cosine` computes it.
 
     Args:
         num_classes: K >= 2.

@@ -1,12 +1,15 @@
 """Codes without a closed form: unit vectors whose largest pairwise cosine is made small by descent, or just random ones."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
 _COSINES_AT_ONCE = 2**23
+_DRAWN_AT_ONCE = 2**20  # numbers, in float64
 _HOTTEST, _COLDEST = 0.3, 0.02  # temperatures, the last one over the square root of the number of steps
 _FASTEST, _SLOWEST = 0.3, 0.2  # angles of a step, the last one over the number of steps
 _MEAN_DECAY, _POWER_DECAY = 0.9, 0.99  # Adam's, with one power for each vector
@@ -24,8 +27,13 @@ def softmax_code(num_vectors: int, dim: int, seed: int) -> Tensor:
         seed: of the starts.
 
     Returns:
-        `[K, d]`, float64.
+        `[K, d]`, float64; bitwise the same on one machine with any number of threads.
     """
+    with _one_thread():
+        return _descend(num_vectors, dim, seed)
+
+
+def _descend(num_vectors: int, dim: int, seed: int) -> Tensor:
     cost = num_vectors**2 * (dim + 20) / 1e7
     steps = max(8, round(2000 / math.sqrt(max(1.0, cost))))
     starts = round(min(64.0, max(1.0, 0.2 / cost)))
@@ -50,7 +58,7 @@ def random_directions(num_vectors: int, dim: int, seed: int, dtype: torch.dtype)
     """Seeded random directions `[K, d]`, the same in every dtype, drawn in blocks."""
     generator = np.random.Generator(np.random.PCG64(seed))
     W = torch.empty(num_vectors, dim, dtype=dtype, device="cpu")
-    for block in torch.split(W, max(1, _COSINES_AT_ONCE // dim)):
+    for block in torch.split(W, max(1, _DRAWN_AT_ONCE // dim)):
         block.copy_(torch.from_numpy(generator.standard_normal(block.shape)))
     return W
 
@@ -85,6 +93,17 @@ def largest_cosine(code: Tensor, *, rows: int | None = None) -> float:
         cosines = (code[part] @ code.T).scatter_(1, part[:, None], -math.inf)
         largest = max(largest, cosines.max().item())
     return largest
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Several would round differently, which the descent amplifies, and on a busy machine wait for each other most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _gradient(W: Tensor, temperature: float) -> Tensor:

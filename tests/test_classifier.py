@@ -177,6 +177,17 @@ def test_a_model_made_in_python_saves_plain_data(tmp_path):
     assert replaced.hparams["optimizer"]["class_path"] == "torch.optim.sgd.SGD"
 
 
+def test_a_loaded_model_has_the_sphere_code_of_its_checkpoint_without_computing_one(tmp_path, caplog):
+    model = small(head=partial(ETFHead, projection_dim=4, code="sphere"))
+    torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}, tmp_path / "c.ckpt")
+    with caplog.at_level("INFO", logger="etflight.geometry"):
+        loaded = Classifier.load_from_checkpoint(tmp_path / "c.ckpt")
+        assert not caplog.records
+        small(head=partial(ETFHead, projection_dim=4, code="sphere"))
+        assert len(caplog.records) == 1  # so it would have been seen
+    assert torch.equal(loaded.head.weight, model.head.weight)
+
+
 def test_dot_regression_with_a_scale_that_differs_is_refused_at_once():
     with pytest.raises(UserError, match=r"scale 2\.0"):
         small(head=partial(ETFHead, scale=2.0))

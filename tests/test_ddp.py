@@ -440,6 +440,26 @@ def test_the_comparison_notices_a_process_that_counts_for_itself(
     assert largest_difference(trained, twenty_steps_alone[1]) > 100 * TOLERANCE
 
 
+def train_a_frame_of_its_own(rank, folder):
+    classifier = Classifier(
+        10, "test_vit", partial(ETFHead, batch_norm=False, seed=rank), in_chans=1, model_kwargs={"img_size": 8, "patch_size": 4},
+    )  # fmt: skip
+    before = classifier.head.weight.clone()
+    trainer = Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_steps=1, limit_val_batches=0, default_root_dir=folder,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(classifier, datamodule=Digits(batch_size=GLOBAL_BATCH))
+    return before, classifier.head.weight
+
+
+def test_processes_that_computed_different_frames_train_on_the_first_ones(two_ready_processes, tmp_path):
+    (first, trained), (second, other) = two_ready_processes(train_a_frame_of_its_own, [(tmp_path,)] * 2)
+    assert not torch.equal(first, second)
+    assert torch.equal(trained, first)
+    assert torch.equal(other, first)
+
+
 class BadOnTheSecondProcess(Classifier):
     """Its loss is not a number in one step of one process."""
 

@@ -173,6 +173,20 @@ def test_an_optimised_code_is_far_better_than_a_random_one_and_no_better_than_po
     assert_close(class_code(K, d, seed=1), W.float(), rtol=0, atol=1e-6)
 
 
+def test_a_code_does_not_depend_on_the_number_of_threads():
+    def with_threads(n):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(n)
+        try:
+            return class_code(200, 40), torch.get_num_threads()
+        finally:
+            torch.set_num_threads(threads)
+
+    (one, _), (three, left) = with_threads(1), with_threads(3)
+    assert torch.equal(one, three)
+    assert left == 3
+
+
 def test_the_descent_follows_the_gradient_of_the_softened_largest_cosine(monkeypatch):
     monkeypatch.setattr(softmax_code, "_COSINES_AT_ONCE", 40 * 7)  # blocks of 7 rows, the last one smaller
     W = torch.nn.functional.normalize(torch.randn(2, 40, 5, dtype=torch.float64), dim=-1).requires_grad_()

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from etflight import CosineHead, DotRegressionLoss, ETFHead, LinearHead, simplex_etf
 from etflight.errors import UserError
+from etflight.heads import codes_from_state_dict
 
 torch.manual_seed(0)
 FEATURES = torch.randn(32, 16)
@@ -143,6 +144,18 @@ def test_more_classes_than_dimensions_fit_behind_a_projection_or_on_a_sphere_cod
     assert ETFHead(16, 20, projection_dim=19).weight.shape == (20, 19)
     cosines = ETFHead(16, 20, code="sphere").weight
     assert (cosines @ cosines.T - 2 * torch.eye(20)).max() < 1e-6
+
+
+def test_a_sphere_code_is_not_computed_where_a_state_dict_brings_it():
+    trained = ETFHead(5, 30, code="sphere")
+    with codes_from_state_dict():
+        loaded, simplex = ETFHead(5, 30, code="sphere"), ETFHead(16, 10)
+    assert loaded.weight.shape == trained.weight.shape
+    assert loaded.weight.isnan().all()
+    loaded.load_state_dict(trained.state_dict())
+    assert torch.equal(loaded.weight, trained.weight)
+    assert torch.equal(simplex.weight, ETFHead(16, 10).weight)
+    assert torch.isfinite(ETFHead(5, 30, code="sphere").weight).all()
 
 
 def test_a_non_linear_projection_reaches_a_rank_that_a_linear_map_cannot():
