@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from textwrap import shorten
-from typing import IO, Any, Self, cast
+from typing import IO, Any, Literal, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from etflight.losses import DotRegressionLoss, Loss
 from etflight.metrics.calibration import TemperatureFit
 from etflight.metrics.mean import SampleMean
 from etflight.metrics.shots import ShotAccuracy
-from etflight.optim import PROTOCOL_SGD
+from etflight.optim import PROTOCOL_SGD, match_layouts
 from etflight.ranks import take_buffers_of_rank_zero
 from etflight.specs import describe, find, is_plain, objections, resolve
 from etflight.untrusted import refuse_names
@@ -40,7 +40,7 @@ _MEND_OF_DIVERGENCE = (
     "the last checkpoint is from before"
 )
 _NEVER = 2**62  # a step that no training reaches
-_LOOK_EVERY = 50  # steps between two looks at whether a loss was not finite
+Compile = bool | Literal["reduce-overhead", "max-autotune"]
 
 
 class Classifier(LightningModule):
@@ -63,6 +63,7 @@ class Classifier(LightningModule):
         in_chans: channels of the images.
         pretrained: whether the backbone starts from timm's weights.
         model_kwargs: further arguments of timm's model, such as `{"width": 2}` for the CIFAR ResNets.
+        compile: whether to train through `torch.compile`, or its mode; "reduce-overhead" is the one with CUDA graphs.
 
     Attributes:
         temperature: scalar buffer that divides the logits of `predict` and of `ece_calibrated`; fitted on held-out validation
@@ -89,6 +90,7 @@ class Classifier(LightningModule):
         in_chans: int = 3,
         pretrained: bool = False,
         model_kwargs: dict[str, Any] | None = None,
+        compile: Compile = False,
     ) -> None:
         super().__init__()
         self._save_plain_hyperparameters()
@@ -97,6 +99,7 @@ class Classifier(LightningModule):
         self.backbone, feature_dim = build_backbone(
             backbone, in_chans=in_chans, pretrained=pretrained, model_kwargs=model_kwargs
         )
+        self.backbone.to(memory_format=torch.channels_last)
         self.head: Any = self._build("head")(feature_dim, num_classes)
         self.loss: Any = self._build("loss")()
         self.loss.check_head(self.head)
@@ -124,6 +127,8 @@ class Classifier(LightningModule):
 
     def features(self, images: Tensor) -> Tensor:
         """Pooled features `[B, d]` of normalised images `[B, C, H, W]`."""
+        if images.ndim == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
         return cast(Tensor, self.backbone(images))
 
     def embed(self, images: Tensor) -> Tensor:
@@ -140,10 +145,9 @@ class Classifier(LightningModule):
         """The loss of one training batch."""
         images, target = batch
         loss = self._training_loss(images, target)
-        self._log_loss(loss, len(images), "train")
+        self._mean_loss("train").update(loss, len(images))
         bad_step = torch.where(torch.isfinite(loss.detach()), _NEVER, self.global_step)
         self._bad_step = torch.minimum(self._bad_step, bad_step)  # stays on the device: no wait each step
-        self.log("loss", loss, prog_bar=True, logger=False)
         return loss * self._share_of_images(len(images))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -184,11 +188,6 @@ class Classifier(LightningModule):
             or not _stands_in(self.loss, "from_target_logits", "forward", "sample_losses")
         )
 
-    def _log_loss(self, loss: Tensor, images: int, stage: str) -> None:
-        mean = cast(Metric, self.losses[f"{stage}_loss"])
-        mean.update(loss, images)
-        self.log(f"{stage}/loss", mean, on_step=False, on_epoch=True, batch_size=images)
-
     def _share_of_images(self, images: int) -> Tensor | float:
         """Images of this process over the processes' mean: gradients are averaged over processes, whatever each had in its batch."""
         if not (dist.is_available() and dist.is_initialized()):
@@ -200,7 +199,7 @@ class Classifier(LightningModule):
     def _evaluate(self, batch: Batch, stage: str) -> Tensor:
         images, target = batch
         logits: Tensor = self(images)
-        self._log_loss(self.loss(logits, target), len(images), stage)
+        self._mean_loss(stage).update(self.loss(logits, target), len(images))
         logits = logits.float()
         self._shots(stage).update(logits.argmax(dim=1), target)
         self._calibration(stage, "ece").update(logits.softmax(dim=1), target)
@@ -210,7 +209,9 @@ class Classifier(LightningModule):
     # --- epochs ------------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Take the training counts and the class names from the data module, if there is one."""
+        """Compile the backbone for training; take the training counts and the class names from the data module, if there is one."""
+        if stage == "fit" and (compile := self.hparams["compile"]):
+            self.backbone.compile(mode="default" if compile is True else compile)
         data = getattr(self.trainer, "datamodule", None)
         if data is None:
             return
@@ -225,10 +226,18 @@ class Classifier(LightningModule):
         if dist.is_available() and dist.is_initialized() and not self.head.weight.requires_grad:
             dist.broadcast(self.head.weight, 0)
 
+    def on_train_start(self) -> None:
+        """Lay restored optimizer states out as the parameters are."""
+        for optimizer in self.trainer.optimizers:
+            match_layouts(optimizer)
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Look at the recorded loss now and then: each look waits for the device."""
-        if batch_idx % _LOOK_EVERY == 0:
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning outside the class body
+        if every > 0 and batch_idx % every == 0:
             self._stop_at_bad_loss()
+            loss = outputs["loss"] * self.trainer.accumulate_grad_batches
+            self.trainer.progress_bar_metrics["loss"] = float(loss)
 
     def on_validation_epoch_start(self) -> None:
         """Start the shot groups from the training counts."""
@@ -242,8 +251,9 @@ class Classifier(LightningModule):
         self._start_shots("test")
 
     def on_train_epoch_end(self) -> None:
-        """Never let a checkpoint be written from a loss that is not a number."""
+        """Log the loss; never let a checkpoint be written from one that is not a number."""
         self._stop_at_bad_loss()
+        self.log("train/loss", self._mean_loss("train"))
 
     def on_validation_epoch_end(self) -> None:
         """Log, and fit the temperature if the validation images are held out."""
@@ -258,10 +268,14 @@ class Classifier(LightningModule):
         self._log_epoch("test")
 
     def _log_epoch(self, stage: str) -> None:
+        self.log(f"{stage}/loss", self._mean_loss(stage))
         for name, value in self._shots(stage).compute().items():
             self.log(f"{stage}/{name}", value, prog_bar=name == "acc", sync_dist=True)
         for name in ("ece", "ece_calibrated"):
             self.log(f"{stage}/{name}", self._calibration(stage, name))
+
+    def _mean_loss(self, stage: str) -> Metric:
+        return cast(Metric, self.losses[f"{stage}_loss"])
 
     def _shots(self, stage: str) -> ShotAccuracy:
         return cast(ShotAccuracy, self.shots[f"{stage}_"])
@@ -304,13 +318,23 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over everything trainable, and the schedule, stepped each epoch."""
-        optimizer = self._build("optimizer")(p for p in self.parameters() if p.requires_grad)
+        make = self._build("optimizer")
+        fused = {"fused": True} if self._can_fuse(make) else {}
+        optimizer = make((p for p in self.parameters() if p.requires_grad), **fused)
         if self.hparams["lr_scheduler"] is None:
             return cast(Optimizer, optimizer)
         arguments = {"total_epochs": self.trainer.max_epochs} if self._schedule_takes_total_epochs else {}
         schedule = self._build("lr_scheduler")(optimizer, **arguments)
         monitor = {"monitor": "val/loss"} if isinstance(schedule, ReduceLROnPlateau) else {}
         return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, **monitor}})
+
+    def _can_fuse(self, make: Any) -> bool:
+        """Whether the optimizer has a fused step here and nobody has asked for another; Lightning cannot clip gradients for one."""
+        clips = self._trainer is not None and bool(self.trainer.gradient_clip_val)
+        if clips or "fused" not in inspect.signature(make.func).parameters:
+            return False
+        chosen = any(make.keywords.get(name) not in (None, False) for name in ("foreach", "differentiable"))
+        return not chosen and make.keywords.get("fused") is None and self.device.type in ("cpu", "cuda")
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Step the schedule; only here does one of torch's meet a period of 0."""

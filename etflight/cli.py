@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities import rank_zero_info
 
 import etflight.data
-from etflight.callbacks import LastCheckpoint, StepSeed, StopSignals
+from etflight.callbacks import LastCheckpoint, Speed, StepSeed, StopSignals
 from etflight.callbacks.checkpoint import KEY as CHECKPOINT_KEY
 from etflight.callbacks.results import PredictionTable, RunRecord, TestResults
 from etflight.callbacks.step_notice import StepNotice
@@ -203,10 +204,14 @@ class EtflightCLI(LightningCLI):
         last = self._get(self.config_init, "checkpoint") if saves else None
         users = _as_list(config.get("callbacks"))
         # what saves comes first, before anything of the next step has happened
-        callbacks = [StopSignals(last), *_as_list(last), *([StepSeed()] if fitting else []), *users]
+        callbacks = [StopSignals(last), *_as_list(last), *([StepSeed(), Speed()] if fitting else []), *users]
         callbacks += [StepNotice(), TestResults(self.folder), PredictionTable(self.folder)]
         # else Lightning would add a checkpoint of its own
         kwargs["enable_checkpointing"] = saves and any(isinstance(callback, Checkpoint) for callback in users)
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in users):
+            callbacks.append(RichProgressBar(refresh_rate=4))  # Lightning's own redraws 100 times a second
+        if config.get("profiler") in _PROFILERS:
+            kwargs["profiler"] = _PROFILERS[config["profiler"]](dirpath=self.folder, filename="profile")
         logger = config.get("logger")
         if logger is not False:
             own = [MetricsCSV(self.folder, self.saved_rows)] if fitting else []
@@ -248,6 +253,7 @@ def main(args: Sequence[str] | None = None) -> EtflightCLI:
     )
 
 
+_PROFILERS: dict[Any, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 _DESCRIPTION = (
     "Image classifiers with a fixed simplex-ETF head. Beside the stages below: `etflight report RUN...` prints test results side by "
     "side, `etflight collapse` measures neural collapse of a trained model, `etflight --version`."

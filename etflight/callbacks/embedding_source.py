@@ -91,6 +91,8 @@ class EmbeddingSource:
             self.head.register_forward_pre_hook(self._before_head, with_kwargs=True),
             self.head.register_forward_hook(self._after_head),
         ]
+        if self._modules:
+            torch.compiler.set_stance("force_eager")  # compiled code does not see new hooks
         for name, module in self._modules.items():
             self._handles.append(module.register_forward_hook(self._after_layer(name)))
         if isinstance(self.head, Head) and self.space == "embedding":
@@ -100,6 +102,8 @@ class EmbeddingSource:
         """Leave the model as it was, and forget what was caught."""
         for handle in self._handles:
             handle.remove()
+        if self._handles and self._modules:
+            torch.compiler.set_stance("default")
         self._handles = []
         self.head.__dict__.pop("embed", None)
         self._forget()

@@ -31,7 +31,10 @@ class StepSeed(Callback):
         """Seed."""
         key = [self._seed or 0, trainer.fit_loop.total_batch_idx, trainer.global_rank]
         first, second, third, fourth = np.random.SeedSequence(key).generate_state(4).tolist()
-        torch.manual_seed(first << 32 | second)
+        # not torch.manual_seed, which asks every kind of device that torch knows
+        torch.default_generator.manual_seed(first << 32 | second)
+        if pl_module.device.type != "cpu":
+            torch.get_device_module(pl_module.device).manual_seed(first << 32 | second)
         np.random.seed(third)
         random.seed(fourth)
 

@@ -1,5 +1,6 @@
 """The training loader, which a resumed run continues within an epoch."""
 
+import time
 from collections.abc import Iterator
 
 from lightning.pytorch import Trainer
@@ -15,8 +16,12 @@ class TrainLoader(DataLoader[Batch]):
     `__iter__` is a generator because Lightning calls `iter()` before it tells the sampler the epoch: with workers, a
     plain DataLoader has by then fetched images of epoch 0. The sampler skips what was served, so nothing is decoded
     twice.
+
+    Attributes:
+        waited: seconds that whoever iterates has waited for batches.
     """
 
+    waited = 0.0
     trainer: Trainer | None = None
     _served = 0
     _resume_at = 0
@@ -25,9 +30,12 @@ class TrainLoader(DataLoader[Batch]):
         self._served, self._resume_at = self._resume_at, 0
         if isinstance(self.sampler, ImbalancedSampler) and self.batch_size is not None:
             self.sampler.skip = self._served * self.batch_size
+        start = time.perf_counter()
         for batch in super().__iter__():
+            self.waited += time.perf_counter() - start
             self._served += 1
             yield batch
+            start = time.perf_counter()
 
     def state_dict(self) -> dict[str, int]:
         """Batches of this epoch that were served; 0 once it is over, be it cut short by `limit_train_batches`."""
