@@ -33,7 +33,18 @@ def small(**options):
 # --- no step waits for the device ----------------------------------------------------------------------------------------------
 
 # what needs a tensor's values on the host, or a shape that only they give
-PYTHON_READS = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "masked_select", "__bool__", "__float__", "__int__"}
+PYTHON_READS = {
+    "item",
+    "tolist",
+    "cpu",
+    "numpy",
+    "nonzero",
+    "unique",
+    "masked_select",
+    "__bool__",
+    "__float__",
+    "__int__",
+}
 PYTHON_READS |= {"__index__", "__contains__", "equal", "allclose", "synchronize"}
 READS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal, torch.ops.aten.masked_select}
 
@@ -143,16 +154,31 @@ def test_validation_and_the_monitor_share_one_forward_a_batch(tmp_path):
     count = CountForwards()
     data = Digits(batch_size=64, eval_batch_size=100)
     runs = trainer(
-        callbacks=[NeuralCollapseMonitor(splits=("val",)), count], max_epochs=1, num_sanity_val_steps=0, limit_train_batches=2
+        callbacks=[NeuralCollapseMonitor(splits=("val",)), count],
+        max_epochs=1,
+        num_sanity_val_steps=0,
+        limit_train_batches=2,
     )
     runs.fit(small(), datamodule=data)
     assert count.forwards["validate", 0] == len(data.val_dataloader()) == 5  # 500 images
-    assert ("validate", True) in count.inference
     assert "nc/val/nc1" in runs.callback_metrics
     sweep = CountForwards()
-    runs = trainer(callbacks=[NeuralCollapseMonitor(before_training=False), sweep], max_epochs=1, num_sanity_val_steps=0)
+    runs = trainer(
+        callbacks=[NeuralCollapseMonitor(before_training=False), sweep], max_epochs=1, num_sanity_val_steps=0
+    )
     runs.fit(small(), datamodule=data)
-    assert sweep.forwards["validate", 0] == 5 + len(data.eval_dataloader("train"))  # the sweep over the training images, once
+    assert sweep.forwards["validate", 0] == 5 + len(
+        data.eval_dataloader("train")
+    )  # the sweep over the training images, once
+
+
+def test_evaluation_runs_in_inference_mode():
+    """Validation within fit is Lightning's own `torch.no_grad`: tensors made there may be used by the next step."""
+    count, model = CountForwards(), small()
+    runs = trainer(callbacks=[count], limit_val_batches=1, limit_test_batches=1, limit_predict_batches=1)
+    for run in (runs.validate, runs.test, runs.predict):
+        run(model, datamodule=Digits())
+    assert count.inference == {("validate", True), ("test", True), ("predict", True)}
 
 
 def test_results_do_not_depend_on_the_size_of_evaluation_batches():

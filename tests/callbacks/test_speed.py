@@ -84,7 +84,9 @@ def test_the_share_of_waiting_is_the_loaders_and_validation_does_not_count(tmp_p
     seconds = 5 * 16 / quick["speed/images_per_s"]
     assert quick["speed/data_wait"] * seconds < 1.5
     # two runs at different speeds: nothing that depends on time is in the checkpoint
-    assert [line for line in differences(read(tmp_path / "quick"), read(tmp_path / "slow")) if "speed" in line.lower()] == []
+    assert [
+        line for line in differences(read(tmp_path / "quick"), read(tmp_path / "slow")) if "speed" in line.lower()
+    ] == []
     assert "Speed" not in read(tmp_path / "quick")["callbacks"]
 
 
