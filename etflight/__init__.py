@@ -9,7 +9,15 @@ if TYPE_CHECKING:
     from etflight.classifier import Classifier
     from etflight.geometry import class_code, nearest_etf, simplex_etf
     from etflight.heads import CosineHead, ETFHead, Head, LinearHead
-    from etflight.losses import CrossEntropyLoss, DotRegressionLoss, Loss
+    from etflight.losses import (
+        CrossEntropyLoss,
+        DotRegressionLoss,
+        FocalLoss,
+        LabelAwareSmoothingLoss,
+        LDAMLoss,
+        LogitAdjustedLoss,
+        Loss,
+    )
     from etflight.softmax_code import largest_cosine
 
 # Lazy, because torch and Lightning take seconds to import and `etflight --version` should not.
@@ -19,8 +27,12 @@ _HOMES = {
     "CrossEntropyLoss": "losses",
     "DotRegressionLoss": "losses",
     "ETFHead": "heads",
+    "FocalLoss": "losses",
     "Head": "heads",
+    "LDAMLoss": "losses",
+    "LabelAwareSmoothingLoss": "losses",
     "LinearHead": "heads",
+    "LogitAdjustedLoss": "losses",
     "Loss": "losses",
     "class_code": "geometry",
     "largest_cosine": "softmax_code",
@@ -35,8 +47,12 @@ __all__ = [
     "CrossEntropyLoss",
     "DotRegressionLoss",
     "ETFHead",
+    "FocalLoss",
     "Head",
+    "LDAMLoss",
+    "LabelAwareSmoothingLoss",
     "LinearHead",
+    "LogitAdjustedLoss",
     "Loss",
     "__version__",
     "class_code",

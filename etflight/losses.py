@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from etflight.errors import UserError
 
-ClassBalance = Literal["none", "batch", "global"]
+ClassBalance = Literal["none", "batch", "global", "effective"]
+SmoothingShape = Literal["concave", "linear", "convex"]
 
 
 class Loss(nn.Module, ABC):
@@ -21,33 +22,69 @@ class Loss(nn.Module, ABC):
     - `"batch"`: class y weighs `((B/U)/n_y)^exponent`, with the size B of the batch, the counts `n` (sums of probabilities when
       targets are mixed) and the number U of classes present, all taken over every rank of the step.
     - `"global"`: class y weighs `(N/(K n_y))^exponent` from the training counts given to `set_class_counts`.
+    - `"effective"`: class y weighs `(c (1-β)/(1-β^n_y))^exponent` from the training counts, the inverse of its *effective number* of
+      images, with c such that these inverses sum to K (Cui et al., CVPR 2019). β = 0 is "none", β -> 1 inverse frequency.
 
-    Weights are not renormalised. They act in training mode only: in eval mode the loss is unweighted and nothing is communicated.
-    Exponent 1 with "batch" is what the released code of Yang et al. 2022 does; 1/2 is what scaling by √E_W gives.
+    Weights are not renormalised within a batch. Exponent 1 with "batch" is what the released code of Yang et al. 2022 does; 1/2 is
+    what scaling by √E_W gives.
+
+    Whatever comes from class counts, the weights here and the margins, shifts and smoothings of subclasses, acts in training mode
+    only: in eval mode nothing is communicated, no counts are needed, and the loss is the plain one of the same logits.
 
     Args:
-        class_balance: "none", "batch" or "global".
+        class_balance: "none", "batch", "global" or "effective".
         exponent: of the weights, >= 0.
+        beta: β of "effective", in [0, 1).
 
     Raises:
-        UserError: an unknown class balance, or an exponent that is negative or not finite.
+        UserError: an unknown class balance, or a number out of range.
     """
 
-    def __init__(self, *, class_balance: ClassBalance = "none", exponent: float = 1.0) -> None:
+    def __init__(self, *, class_balance: ClassBalance = "none", exponent: float = 1.0, beta: float = 0.9999) -> None:
         super().__init__()
-        if class_balance not in ("none", "batch", "global"):
-            raise UserError(
-                f'{type(self).__name__}: class_balance must be "none", "batch" or "global", got {class_balance!r}'
-            )
-        if not 0 <= exponent < math.inf:
-            raise UserError(f"{type(self).__name__}: exponent must be finite and not negative, got {exponent}")
-        self.class_balance = class_balance
+        self._check("exponent", exponent, 0 <= exponent < math.inf, "must be finite and not negative")
+        self._check("beta", beta, 0 <= beta < 1, "must lie in [0, 1)")
+        self.set_class_balance(class_balance)
         self.exponent = exponent
+        self.beta = beta
         self._class_counts: Tensor | None = None
 
+    def _check(self, name: str, value: object, holds: bool, rule: str) -> None:
+        if not holds:
+            raise UserError(f"{type(self).__name__}: {name} {rule}, got {value!r}")
+
+    def set_class_balance(self, class_balance: ClassBalance) -> None:
+        """Balance otherwise from now on.
+
+        Raises:
+            UserError: no such class balance.
+        """
+        names = get_args(ClassBalance)
+        self._check("class_balance", class_balance, class_balance in names, f"must be one of {', '.join(names)}")
+        self.class_balance = class_balance
+
     def set_class_counts(self, class_counts: Tensor) -> None:
-        """Give the training counts `[K]` that "global" balance needs; the tensor is kept, not copied."""
+        """Give the training counts `[K]`, which some losses and balances need; the tensor is kept, not copied.
+
+        Raises:
+            UserError: no class has an image.
+        """
+        if not bool((class_counts > 0).any()):
+            raise UserError(f"{type(self).__name__}: no class has a training image: give counts that are not all 0")
         self._class_counts = class_counts
+
+    def training_counts(self) -> Tensor:
+        """The training counts `[K]`.
+
+        Raises:
+            UserError: nobody has given them.
+        """
+        if self._class_counts is None:
+            raise UserError(
+                f"{type(self).__name__} (class_balance {self.class_balance!r}) needs the training counts: "
+                "train with a data module that has class_counts, or call set_class_counts"
+            )
+        return self._class_counts
 
     def check_head(self, head: nn.Module) -> None:
         """Raise `UserError` when this loss cannot train that head; most losses take any."""
@@ -80,20 +117,19 @@ class Loss(nn.Module, ABC):
             counts = batch_counts.float()
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(counts)
-            fair_share = counts.sum() / (counts > 0).sum()
+            weights = counts.sum() / (counts > 0).sum() / counts.clamp(min=1e-12)
         else:
-            if self._class_counts is None:
-                raise UserError(
-                    f'{type(self).__name__}(class_balance="global") needs the training counts: '
-                    "train with a data module that has class_counts, or call set_class_counts"
-                )
-            counts = self._class_counts.to(batch_counts.device).float()
-            fair_share = counts.sum() / len(counts)
-        return torch.where(counts > 0, (fair_share / counts.clamp(min=1e-12)) ** self.exponent, 0.0)
+            counts = self.training_counts().to(batch_counts.device).float()
+            weights = counts.sum() / len(counts) / counts.clamp(min=1e-12)
+            if self.class_balance == "effective":
+                log_beta = math.log(self.beta) if self.beta > 0 else -math.inf
+                inverse = (counts > 0) / -torch.expm1(counts.clamp(min=1e-12) * log_beta)
+                weights = inverse * (len(counts) / inverse.sum())
+        return torch.where(counts > 0, weights**self.exponent, 0.0)
 
     def extra_repr(self) -> str:
         """The balance, for `print(loss)`."""
-        return f"class_balance={self.class_balance!r}, exponent={self.exponent}"
+        return f"class_balance={self.class_balance!r}, exponent={self.exponent}, beta={self.beta}"
 
 
 class CrossEntropyLoss(Loss):
@@ -106,14 +142,19 @@ class CrossEntropyLoss(Loss):
         label_smoothing: ε in [0, 1).
         class_balance: see `Loss`.
         exponent: see `Loss`.
+        beta: see `Loss`.
     """
 
     def __init__(
-        self, *, label_smoothing: float = 0.0, class_balance: ClassBalance = "none", exponent: float = 1.0
+        self,
+        *,
+        label_smoothing: float = 0.0,
+        class_balance: ClassBalance = "none",
+        exponent: float = 1.0,
+        beta: float = 0.9999,
     ) -> None:
-        super().__init__(class_balance=class_balance, exponent=exponent)
-        if not 0 <= label_smoothing < 1:
-            raise UserError(f"CrossEntropyLoss: label_smoothing must lie in [0, 1), got {label_smoothing}")
+        super().__init__(class_balance=class_balance, exponent=exponent, beta=beta)
+        self._check("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "must lie in [0, 1)")
         self.label_smoothing = label_smoothing
 
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -135,15 +176,17 @@ class DotRegressionLoss(Loss):
         length: `√(E_W E_H)`, the value that z_y is pulled to: the head's scale. > 0.
         class_balance: see `Loss`.
         exponent: see `Loss`.
+        beta: see `Loss`.
 
     Source:
         Yang et al. 2022, arXiv 2203.09081, section 4.
     """
 
-    def __init__(self, *, length: float = 1.0, class_balance: ClassBalance = "none", exponent: float = 1.0) -> None:
-        super().__init__(class_balance=class_balance, exponent=exponent)
-        if not 0 < length < math.inf:
-            raise UserError(f"DotRegressionLoss: length must be positive and finite, got {length}")
+    def __init__(
+        self, *, length: float = 1.0, class_balance: ClassBalance = "none", exponent: float = 1.0, beta: float = 0.9999
+    ) -> None:
+        super().__init__(class_balance=class_balance, exponent=exponent, beta=beta)
+        self._check("length", length, 0 < length < math.inf, "must be positive and finite")
         self.length = length
 
     def check_head(self, head: nn.Module) -> None:
@@ -206,6 +249,220 @@ class DotRegressionLoss(Loss):
 
     def _squared_error(self, logits: Tensor) -> Tensor:
         return (logits - self.length) ** 2 / (2 * self.length)
+
+
+class FocalLoss(Loss):
+    """Focal loss: cross-entropy with the samples that are right already turned down.
+
+    `L = -(1 - p_y)^γ log p_y` with the softmax p; for probabilities `Σ_k t_k L_k`. γ = 0 is cross-entropy.
+
+    Args:
+        gamma: γ >= 0.
+        class_balance: see `Loss`; "effective" makes this the class-balanced focal loss of Cui et al. 2019.
+        exponent: see `Loss`.
+        beta: see `Loss`.
+
+    Source:
+        Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, arXiv 1708.02002, equation 4, with a softmax.
+    """
+
+    def __init__(
+        self, *, gamma: float = 2.0, class_balance: ClassBalance = "none", exponent: float = 1.0, beta: float = 0.9999
+    ) -> None:
+        super().__init__(class_balance=class_balance, exponent=exponent, beta=beta)
+        self._check("gamma", gamma, 0 <= gamma < math.inf, "must be finite and not negative")
+        self.gamma = gamma
+
+    def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Focal losses `[B]`."""
+        log_p = logits.log_softmax(dim=1)
+        # not 0, where the power's gradient is infinite for γ < 1
+        one_minus_p = (-log_p.expm1()).clamp(min=torch.finfo(log_p.dtype).eps)
+        return -_at_target(one_minus_p**self.gamma * log_p, target)
+
+
+class LDAMLoss(Loss):
+    """Label-distribution-aware margin: cross-entropy after the target's cosine has lost a margin, larger for rarer classes.
+
+    With logits `z_k = s cos_k` and margins `Δ_k = max_margin (n_min / n_k)^(1/4)`: `L_y = log(1 + Σ_{k≠y} exp(z_k - (z_y - s Δ_y)))`; for
+    probabilities `Σ_k t_k L_k`, a mixup pair's `λ L(y_a) + (1-λ) L(y_b)`. `max_margin = 0` is cross-entropy. A class without training
+    images counts as the rarest that has some. With `DeferredBalance`, this is LDAM-DRW.
+
+    Args:
+        max_margin: the rarest class's Δ, of cosines, in [0, 2].
+        scale: s, which must equal the head's scale: the logits come multiplied by it already. > 0.
+        class_balance: see `Loss`.
+        exponent: see `Loss`.
+        beta: see `Loss`.
+
+    Source:
+        Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019, arXiv 1906.07413,
+        equations 11 to 13. (Its released code has the loss multiply bare cosines by s.)
+    """
+
+    def __init__(
+        self,
+        *,
+        max_margin: float = 0.5,
+        scale: float = 30.0,
+        class_balance: ClassBalance = "none",
+        exponent: float = 1.0,
+        beta: float = 0.9999,
+    ) -> None:
+        super().__init__(class_balance=class_balance, exponent=exponent, beta=beta)
+        self._check("max_margin", max_margin, 0 <= max_margin <= 2, "must lie in [0, 2]")
+        self._check("scale", scale, 0 < scale < math.inf, "must be positive and finite")
+        self.max_margin = max_margin
+        self.scale = scale
+
+    def check_head(self, head: nn.Module) -> None:
+        """Refuse a head whose logits are not `scale` times a cosine.
+
+        Raises:
+            UserError: the head does not give cosines, learns its scale, or has another one.
+        """
+        name = type(head).__name__
+        scale = getattr(head, "cosine_scale", None)
+        if getattr(head, "normalize", False) and not getattr(head, "learn_scale", False):
+            scale = head.scale
+        if scale is None:
+            raise UserError(
+                f"LDAMLoss needs cosines times a fixed scale, which {name} does not give: "
+                f"use CosineHead with cosine_scale {self.scale:g}, or ETFHead with scale {self.scale:g}"
+            )
+        if scale != self.scale:
+            raise UserError(f"LDAMLoss has scale {self.scale}, but {name} has {scale}: set one to the other")
+
+    def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Margin losses `[B]`."""
+        excess = _log_sum_exp_of_others(logits) - logits
+        if self.training:
+            excess = excess + self.scale * self._margins().to(logits)
+        return _at_target(F.softplus(excess), target)
+
+    def _margins(self) -> Tensor:
+        counts = _positive(self.training_counts())
+        return self.max_margin * (counts.min() / counts) ** 0.25
+
+
+class LogitAdjustedLoss(Loss):
+    """Cross-entropy of logits shifted by class frequencies in training, so that the bare ones decide as if classes were balanced.
+
+    `L = CE(z + τ log π, t)` with `π_k = n_k / N`. τ = 1 is *balanced softmax* (Ren et al., NeurIPS 2020, arXiv 2007.10740), τ = 0
+    cross-entropy. The shift is the same for every target, so probabilities need no rule of their own. A class without training images
+    counts as the rarest that has some. To adjust a model trained with any loss afterwards instead: `Classifier(logit_adjustment=τ)`.
+
+    Args:
+        tau: τ >= 0.
+        class_balance: see `Loss`.
+        exponent: see `Loss`.
+        beta: see `Loss`.
+
+    Source:
+        Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, arXiv 2007.07314, equation 10.
+    """
+
+    def __init__(
+        self, *, tau: float = 1.0, class_balance: ClassBalance = "none", exponent: float = 1.0, beta: float = 0.9999
+    ) -> None:
+        super().__init__(class_balance=class_balance, exponent=exponent, beta=beta)
+        self._check("tau", tau, 0 <= tau < math.inf, "must be finite and not negative")
+        self.tau = tau
+
+    def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropies `[B]` of adjusted logits."""
+        if self.training:
+            logits = logits + self.tau * log_prior(self.training_counts()).to(logits)
+        return F.cross_entropy(logits, target, reduction="none")
+
+
+class LabelAwareSmoothingLoss(Loss):
+    """Cross-entropy with more label smoothing for the frequent classes, which are the over-confident ones.
+
+    `L_y = -[(1-ε_y) log p_y + ε_y/K Σ_j log p_j]`; for probabilities `Σ_k t_k L_k`. `ε_y = ε_tail + (ε_head - ε_tail) g(f_y)` with
+    `f_y = (n_y - n_min)/(n_max - n_min)` and g one of `sin(πf/2)` ("concave"), `f` ("linear"), `1 - cos(πf/2)` ("convex"). Where all counts
+    are equal every class has ε_tail; a class without training images counts as the rarest that has some.
+
+    Args:
+        head_smoothing: ε of the most frequent class, in [0, 1); the authors take 0.3 for CIFAR-10-LT and 0.4 for CIFAR-100-LT at ratio 100.
+        tail_smoothing: ε of the rarest class, from 0 to `head_smoothing`; the authors take 0 and 0.1.
+        shape: how ε rises with the count.
+        class_balance: see `Loss`.
+        exponent: see `Loss`.
+        beta: see `Loss`.
+
+    Source:
+        Zhong et al., "Improving Calibration for Long-Tailed Recognition" (MiSLAS), CVPR 2021, arXiv 2104.00466, section 3.2. The
+        smoothed part goes to all K classes, as in its released code and in `CrossEntropyLoss`; the paper gives ε/(K-1) to the others.
+    """
+
+    def __init__(
+        self,
+        *,
+        head_smoothing: float = 0.3,
+        tail_smoothing: float = 0.0,
+        shape: SmoothingShape = "concave",
+        class_balance: ClassBalance = "none",
+        exponent: float = 1.0,
+        beta: float = 0.9999,
+    ) -> None:
+        super().__init__(class_balance=class_balance, exponent=exponent, beta=beta)
+        self._check("head_smoothing", head_smoothing, 0 <= head_smoothing < 1, "must lie in [0, 1)")
+        self._check(
+            "tail_smoothing", tail_smoothing, 0 <= tail_smoothing <= head_smoothing, "must lie in [0, head_smoothing]"
+        )
+        self._check(
+            "shape", shape, shape in get_args(SmoothingShape), f"must be one of {', '.join(get_args(SmoothingShape))}"
+        )
+        self.head_smoothing = head_smoothing
+        self.tail_smoothing = tail_smoothing
+        self.shape = shape
+
+    def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Smoothed cross-entropies `[B]`."""
+        log_p = logits.log_softmax(dim=1)
+        if not self.training:
+            return -_at_target(log_p, target)
+        smoothing = self._smoothing().to(logits)
+        return -_at_target((1 - smoothing) * log_p + smoothing * log_p.mean(dim=1, keepdim=True), target)
+
+    def _smoothing(self) -> Tensor:
+        counts = _positive(self.training_counts())
+        fraction = (counts - counts.min()) / (counts.max() - counts.min()).clamp(min=1e-12)
+        match self.shape:
+            case "concave":
+                rise = (math.pi / 2 * fraction).sin()
+            case "linear":
+                rise = fraction
+            case "convex":
+                rise = 1 - (math.pi / 2 * fraction).cos()
+        return self.tail_smoothing + (self.head_smoothing - self.tail_smoothing) * rise
+
+
+def log_prior(class_counts: Tensor) -> Tensor:
+    """`log π`, float32 `[K]`, of the class frequencies; a class without images counts as the rarest that has some."""
+    counts = _positive(class_counts)
+    return (counts / counts.sum()).log()
+
+
+def _positive(class_counts: Tensor) -> Tensor:
+    counts = class_counts.float()
+    return torch.where(counts > 0, counts, counts.where(counts > 0, math.inf).min())
+
+
+def _at_target(values: Tensor, target: Tensor) -> Tensor:
+    """`Σ_k t_k v_k`, `[B]`, of values `[B, K]`."""
+    if target.is_floating_point():
+        return (target * values).sum(dim=1)
+    return values.gather(1, target[:, None]).squeeze(1)
+
+
+def _log_sum_exp_of_others(logits: Tensor) -> Tensor:
+    """`log Σ_{j≠k} exp z_j` for every k, `[B, K]`; the largest logit's anew, because 1 - p would lose all its digits."""
+    top = logits.argmax(dim=1, keepdim=True)
+    p_of_rest = logits.softmax(dim=1).scatter(1, top, 0.0)
+    without_top = logits.scatter(1, top, torch.finfo(logits.dtype).min).logsumexp(dim=1, keepdim=True)
+    return (logits.logsumexp(dim=1, keepdim=True) + (-p_of_rest).log1p()).scatter(1, top, without_top)
 
 
 def _count(target: Tensor, num_classes: int) -> Tensor:

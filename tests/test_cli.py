@@ -229,6 +229,19 @@ def test_switching_the_head_by_name_gives_its_own_defaults(name, etflight_comman
     assert describe(getattr(etflight, name), "head")["class_path"] == f"etflight.heads.{name}"
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["CrossEntropyLoss", "DotRegressionLoss", "FocalLoss", "LDAMLoss", "LogitAdjustedLoss", "LabelAwareSmoothingLoss"],
+)
+def test_choosing_the_loss_by_name_gives_its_own_defaults(name, etflight_command, tmp_path):
+    result = etflight_command("fit", "--data", "Digits", "--model.loss", name, "--print_config", cwd=tmp_path)
+    loss = yaml.safe_load(result.out)["model"]["loss"]
+    parameters = inspect.signature(getattr(etflight, name)).parameters
+    assert loss["init_args"] == {key: parameter.default for key, parameter in parameters.items()}
+    assert loss["class_path"] == f"etflight.{name}"
+    assert describe(getattr(etflight, name), "loss")["class_path"] == f"etflight.losses.{name}"
+
+
 MY_HEAD = """
 from etflight import LinearHead
 

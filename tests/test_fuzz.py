@@ -59,7 +59,11 @@ def rarely():
 
 
 SWITCH = names("true", "false")
-BALANCE = {"class_balance": names("none", "batch", "global"), "exponent": real(0, 2)}
+BALANCE = {
+    "class_balance": names("none", "batch", "global", "effective"),
+    "exponent": real(0, 2),
+    "beta": real(0, 0.99999),
+}
 
 # Every argument of every class.
 CLASSES = {
@@ -74,6 +78,12 @@ CLASSES = {
     "model.loss": {
         "CrossEntropyLoss": {"label_smoothing": real(0, 0.9), **BALANCE},
         "DotRegressionLoss": {"length": real(0.1, 30), **BALANCE},
+        "FocalLoss": {"gamma": real(0, 5), **BALANCE},
+        "LDAMLoss": {"max_margin": real(0, 1), "scale": real(0.1, 30), **BALANCE},
+        "LogitAdjustedLoss": {"tau": real(0, 2), **BALANCE},
+        "LabelAwareSmoothingLoss": {
+            "head_smoothing": real(0.2, 0.9), "tail_smoothing": real(0, 0.2), "shape": names("concave", "linear", "convex"), **BALANCE,
+        },
     },
     "model.optimizer": {
         "SGD": {
@@ -145,7 +155,9 @@ def command_lines(draw):
     argv = [*FIT, f"--trainer.max_epochs={epochs}", f"--model.backbone={backbone}", *data]
     arguments = {f"data.{name}": argument for name, argument in arguments.items()}
     chosen = {part: draw(st.sampled_from(sorted(classes))) for part, classes in CLASSES.items()}
-    pulls = chosen["model.loss"] == "DotRegressionLoss" and not draw(rarely())
+    # the loss's argument that equals the scale of the ETF head which the loss needs
+    length = {"DotRegressionLoss": "length", "LDAMLoss": "scale"}.get(chosen["model.loss"])
+    pulls = length is not None and not draw(rarely())
     if pulls:
         chosen["model.head"] = "ETFHead"
     for part, name in chosen.items():
@@ -156,7 +168,7 @@ def command_lines(draw):
     values = draw(st.fixed_dictionaries(required, optional=valid))
     if pulls:
         values |= {"model.head.normalize": "true", "model.head.learn_scale": "false"}
-        values["model.head.scale"] = values.setdefault("model.loss.length", "1")
+        values["model.head.scale"] = values.setdefault(f"model.loss.{length}", "1")
     if values.get("data.profile", "").startswith("[") and not draw(rarely()):
         values = {key: value for key, value in values.items() if key not in ("data.imbalance_ratio", "data.max_count")}
     for key in draw(st.lists(st.sampled_from(sorted(arguments)), max_size=2, unique=True)):

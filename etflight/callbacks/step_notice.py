@@ -57,6 +57,8 @@ def describe_step(*, processes: int, batch_size: int, accumulated: int, lr: floa
         balance += ", not over accumulated micro-batches" if accumulated > 1 else ""
     elif loss.class_balance == "global":
         balance += f" (exponent {loss.exponent:g}): the training set's counts"
+    elif loss.class_balance == "effective":
+        balance += f" (exponent {loss.exponent:g}, beta {loss.beta:g}): the training set's counts"
     return "; ".join([*parts, balance])
 
 
