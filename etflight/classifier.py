@@ -1,6 +1,7 @@
 """The LightningModule: backbone -> head -> loss."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,7 +23,7 @@ from torchmetrics.classification import MulticlassCalibrationError
 from etflight.checkpoints import read_checkpoint
 from etflight.errors import UserError
 from etflight.heads import ETFHead, Head, codes_from_state_dict
-from etflight.losses import DotRegressionLoss, Loss
+from etflight.losses import DotRegressionLoss, Loss, log_prior
 from etflight.metrics.calibration import TemperatureFit
 from etflight.metrics.mean import SampleMean
 from etflight.metrics.shots import ShotAccuracy
@@ -63,11 +64,14 @@ class Classifier(LightningModule):
         in_chans: channels of the images.
         pretrained: whether the backbone starts from timm's weights.
         model_kwargs: further arguments of timm's model, such as `{"width": 2}` for the CIFAR ResNets.
+        logit_adjustment: τ of post-hoc logit adjustment (Menon et al. 2021): validation, test and predict decide by `z - τ log π`, with
+            the training frequencies π that the checkpoint holds. Training, and the logged losses, know nothing of it.
         compile: whether to train through `torch.compile`, or its mode; "reduce-overhead" is the one with CUDA graphs.
 
     Attributes:
-        temperature: scalar buffer that divides the logits of `predict` and of `ece_calibrated`; fitted on held-out validation
-            images, 1 until then.
+        temperature: scalar buffer that divides the logits, adjusted ones where there is a `logit_adjustment`, of `predict` and of
+            `ece_calibrated`, so it never changes a decision; fitted on held-out validation images with the adjustment of that training,
+            1 until then.
         class_names: names of the classes, from the data module or the checkpoint; None if unknown.
 
     Raises:
@@ -90,6 +94,7 @@ class Classifier(LightningModule):
         in_chans: int = 3,
         pretrained: bool = False,
         model_kwargs: dict[str, Any] | None = None,
+        logit_adjustment: float = 0.0,
         compile: Compile = False,
     ) -> None:
         super().__init__()
@@ -103,6 +108,8 @@ class Classifier(LightningModule):
         self.head: Any = self._build("head")(feature_dim, num_classes)
         self.loss: Any = self._build("loss")()
         self.loss.check_head(self.head)
+        if not math.isfinite(logit_adjustment):
+            raise UserError(f"logit_adjustment is {logit_adjustment}: give a finite τ, 0 for none")
         self.class_names: list[str] | None = None
         self.register_buffer("temperature", torch.ones(()))
         self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.long))
@@ -162,8 +169,7 @@ class Classifier(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Calibrated probabilities `[B, K]`."""
-        logits: Tensor = self(batch[0])
-        return (logits.float() / self.temperature).softmax(dim=1)
+        return (self._adjusted(self(batch[0])) / self.temperature).softmax(dim=1)
 
     def _training_loss(self, images: Tensor, target: Tensor) -> Tensor:
         try:
@@ -200,11 +206,22 @@ class Classifier(LightningModule):
         images, target = batch
         logits: Tensor = self(images)
         self._mean_loss(stage).update(self.loss(logits, target), len(images))
-        logits = logits.float()
+        logits = self._adjusted(logits)
         self._shots(stage).update(logits.argmax(dim=1), target)
         self._calibration(stage, "ece").update(logits.softmax(dim=1), target)
         self._calibration(stage, "ece_calibrated").update((logits / self.temperature).softmax(dim=1), target)
         return logits
+
+    def _adjusted(self, logits: Tensor) -> Tensor:
+        """What decides, float32 `[B, K]`."""
+        tau: float = self.hparams["logit_adjustment"]
+        if tau == 0:
+            return logits.float()
+        if not bool(self.class_counts.any()):
+            raise UserError(
+                "logit_adjustment needs the training counts, which this model does not hold: give class_counts, or leave it out"
+            )
+        return logits.float() - tau * log_prior(self.class_counts)
 
     # --- epochs ------------------------------------------------------------------------------------------------------------
 

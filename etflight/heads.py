@@ -172,6 +172,7 @@ class LinearHead(Head):
         use_bias: whether there is a bias.
         feature_batch_norm: whether an affine `BatchNorm1d` comes before the product.
         feature_normalize: whether the embedding is scaled to norm 1.
+        frozen: whether weight and bias keep their random values: a control that separates "fixed" from "fixed to a frame".
     """
 
     def __init__(
@@ -182,11 +183,13 @@ class LinearHead(Head):
         use_bias: bool = True,
         feature_batch_norm: bool = False,
         feature_normalize: bool = False,
+        frozen: bool = False,
     ) -> None:
         super().__init__(in_features, num_classes)
         self.feature_normalize = feature_normalize
         self.batch_norm = nn.BatchNorm1d(in_features) if feature_batch_norm else nn.Identity()
-        linear = nn.Linear(in_features, num_classes, bias=use_bias)  # for torch's own initialisation
+        # for torch's own initialisation
+        linear = nn.Linear(in_features, num_classes, bias=use_bias).requires_grad_(not frozen)
         self.weight = linear.weight
         self.bias = linear.bias
 

@@ -287,3 +287,37 @@ def test_a_step_of_one_image_is_refused_where_it_has_no_spread():
     linear = small(head=LinearHead, loss=CrossEntropyLoss)  # its backbone's maps have more than one pixel
     trainer(max_steps=1, limit_val_batches=0).fit(linear, Digits(batch_size=1))
     assert linear.global_step == 1
+
+
+def test_post_hoc_logit_adjustment_decides_by_logits_less_log_priors_of_the_checkpoints_counts(tmp_path):
+    seed_everything(0, verbose=False)
+    data = Digits(imbalance_ratio=20, batch_size=50)
+    plain = small(head=LinearHead, loss=CrossEntropyLoss)
+    fitted = trainer(max_epochs=1, limit_val_batches=0)
+    fitted.fit(plain, data)
+    fitted.save_checkpoint(tmp_path / "c.ckpt")
+    loaded = {tau: Classifier.load_from_checkpoint(tmp_path / "c.ckpt", logit_adjustment=tau) for tau in (0.0, 1.5)}
+    loaded[1.5].temperature.fill_(2.0)
+    results = {tau: trainer().test(model, Digits(), verbose=False)[0] for tau, model in loaded.items()}
+    predicted = torch.cat(trainer().predict(loaded[1.5], Digits()))
+
+    images, labels = zip(*(data.eval_transform(batch) for batch in data.eval_dataloader("test")), strict=True)
+    labels = torch.cat(labels)
+    with torch.no_grad():
+        logits = plain.eval()(torch.cat(images)).double()
+    frequencies = torch.as_tensor(data.class_counts).double() / data.class_counts.sum()
+    adjusted = logits - 1.5 * frequencies.log()
+    torch.testing.assert_close(predicted.double(), (adjusted / 2).softmax(1), rtol=1e-4, atol=1e-6)
+    for tau, z in ((0.0, logits), (1.5, adjusted)):
+        assert results[tau]["test/acc"] == pytest.approx((z.argmax(1) == labels).double().mean().item())
+        assert results[tau]["test/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert results[0.0]["test/acc"] != results[1.5]["test/acc"]
+    assert results[1.5]["test/ece"] != results[1.5]["test/ece_calibrated"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"), [({"logit_adjustment": float("nan")}, "finite"), ({"logit_adjustment": 1.0}, "class_counts")]
+)
+def test_a_logit_adjustment_that_cannot_be_is_refused(options, reason):
+    with pytest.raises(UserError, match=f"logit_adjustment.*{reason}"):
+        small(**options).predict_step((torch.zeros(2, 1, 8, 8), torch.zeros(2)), 0)

@@ -72,7 +72,7 @@ CLASSES = {
             "projection_dim": whole(9, 80), "code": names("simplex", "sphere"), "batch_norm": SWITCH,
             "normalize": SWITCH, "scale": real(0.1, 30), "learn_scale": SWITCH, "seed": whole(0, 2**40),
         },
-        "LinearHead": {"use_bias": SWITCH, "feature_batch_norm": SWITCH, "feature_normalize": SWITCH},
+        "LinearHead": {"use_bias": SWITCH, "feature_batch_norm": SWITCH, "feature_normalize": SWITCH, "frozen": SWITCH},
         "CosineHead": {"cosine_scale": real(0.1, 30), "feature_batch_norm": SWITCH},
     },
     "model.loss": {

@@ -180,6 +180,13 @@ def test_linear_head_is_torchs_linear_layer():
     assert LinearHead(16, 10, use_bias=False).bias is None
 
 
+def test_a_frozen_linear_head_trains_its_batch_norm_only():
+    head = LinearHead(16, 10, feature_batch_norm=True, frozen=True)
+    assert [name for name, p in head.named_parameters() if p.requires_grad] == ["batch_norm.weight", "batch_norm.bias"]
+    trained = [name for name, p in LinearHead(16, 10).named_parameters() if p.requires_grad]
+    assert trained == ["weight", "bias"]
+
+
 NO_SCALES = [0.0, -1.0, math.nan, math.inf]
 
 
