@@ -134,7 +134,9 @@ class Alternate(Callback):
 
     def on_train_epoch_end(self, trainer, pl_module):
         self.ours.append(self.clock() - self.started)
-        type(self).ratio = statistics.median(a / b for a, b in zip(self.ours[1:], self.theirs[1:], strict=False))
+
+    def on_train_end(self, trainer, pl_module):
+        type(self).ratio = statistics.median(a / b for a, b in zip(self.ours[1:], self.theirs[1:], strict=True))
 
 
 def fit(*more):
@@ -160,7 +162,7 @@ def seconds_of_fit_over(loop, clock, repeats):
 @pytest.mark.usefixtures("_two_threads")
 def test_fit_keeps_up_with_a_bare_loop(images, record_ratio):
     # processor seconds: both compute all the time, and another load on the machine does not count
-    ratio = seconds_of_fit_over(Bare(*images), time.process_time, repeats=9)
+    ratio = seconds_of_fit_over(Bare(*images), time.process_time, repeats=5)
     record_ratio("etflight fit / bare loop with the same tricks, ResNet-32, bf16", ratio, 1 / 0.97)
 
 
@@ -168,7 +170,7 @@ def test_fit_keeps_up_with_a_bare_loop(images, record_ratio):
 @pytest.mark.usefixtures("_two_threads")
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this processor has no bfloat16 of its own")
 def test_fit_is_twice_as_fast_as_the_usual_loop(images, record_ratio):
-    ratio = seconds_of_fit_over(Usual(*images), time.perf_counter, repeats=5)
+    ratio = seconds_of_fit_over(Usual(*images), time.perf_counter, repeats=3)
     record_ratio("etflight fit / the usual loop (NCHW, float32, single pictures), ResNet-32", ratio, 0.5)
 
 
