@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+ROOT = Path(__file__).parent.parent
 SERVER = """
 import json, os, sys, traceback, wandb
 import etflight.cli, etflight.backbones, torch, sklearn.datasets
@@ -63,6 +64,8 @@ class CommandLine:
         self._count = 0
         # wandb leaves the address of this process's own service in the environment
         environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | env
+        # the tests' own callbacks and loggers
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
         self._server = subprocess.Popen(
             [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

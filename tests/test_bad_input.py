@@ -102,7 +102,7 @@ CASES = {
     "an unknown head": (2, ["EFTHead", "ETFHead"], lambda t: [*FIT, "--data", "Digits", "--model.head", "EFTHead"]),
     "an unknown data set": (2, ["CIFAR-10", "CIFAR10"], lambda t: [*FIT, "--data", "CIFAR-10"]),
     "a learning rate that is no number": (
-        2, ["--lr: Expected a float, got fast"], lambda t: [*FIT, "--data", "Digits", "--model.optimizer.lr", "fast"]),
+        2, ["--model.optimizer.lr: Expected a float, got fast"], lambda t: [*FIT, "--data", "Digits", "--model.optimizer.lr", "fast"]),
     "a name that two classes have": (
         2, ["--model.lr_scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau"],
         lambda t: [*FIT, "--data", "Digits", "--model.lr_scheduler", "ReduceLROnPlateau"]),

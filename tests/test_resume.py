@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from tests.command_line import ROOT
 from tests.runs import assert_same_run, read
 
 DIGITS = [
@@ -66,7 +67,7 @@ def test_a_killed_run_resumes_bit_by_bit(kind, etflight_command, tmp_path):
 def processes(*command, cwd, **env):
     """Run several `etflight` processes, which must start from a real one."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **env}
-    environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), environment.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     argv = [sys.executable, "-m", *map(str, command)]
     return subprocess.run(argv, cwd=cwd, capture_output=True, text=True, env=environment, check=False)
 

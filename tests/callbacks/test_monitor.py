@@ -589,12 +589,13 @@ class Pool(ClusterEnvironment):
         return 0
 
 
-def train_on_this_rank(rank, folder, online):
+def train_on_this_rank(rank, folder, online, validate=True):
     watch = NeuralCollapseMonitor(snapshots=2, layers=("layer1",), online=online)
     model = classifier(head=LinearHead, loss=CrossEntropyLoss)
     # every rank keeps its own BatchNorm statistics, as they are during training
     strategy = DDPStrategy(cluster_environment=Pool(rank), process_group_backend="gloo", broadcast_buffers=False)
-    runs = trainer(folder, watch, epochs=2, devices=2, strategy=strategy, num_sanity_val_steps=0)
+    more = {} if validate else {"limit_val_batches": 0}
+    runs = trainer(folder, watch, epochs=2, devices=2, strategy=strategy, num_sanity_val_steps=0, **more)
     data = Digits(max_count=11, imbalance_ratio=2, batch_size=9)
     runs.fit(model, datamodule=data)
     metrics = {name: float(value) for name, value in runs.callback_metrics.items()}
@@ -620,8 +621,6 @@ def test_two_processes_with_an_uneven_last_batch_measure_what_one_does(two_ready
         assert series == pytest.approx(second[0][name], rel=1e-12, nan_ok=True), name
     nc = {name: value for name, value in first[1].items() if name.startswith("nc")}
     assert nc == pytest.approx({name: second[1][name] for name in nc}, nan_ok=True)
-    buffers = [name for name in first[2] if name.endswith("running_mean")]
-    assert not any(torch.equal(first[2][name], second[2][name]) for name in buffers)  # rank 1 has its own again
 
     model = classifier(head=LinearHead, loss=CrossEntropyLoss)
     model.load_state_dict(first[2])
@@ -641,6 +640,14 @@ def test_two_processes_with_an_uneven_last_batch_measure_what_one_does(two_ready
     expected = sorted(int(i) for k in range(10) for i in (labels == k).nonzero()[:2, 0])
     assert content["indices"].tolist() == expected
     np.testing.assert_allclose(content["embeddings"], h[expected], rtol=2e-3, atol=1e-3)
+
+
+def test_a_sweep_gives_each_process_its_own_statistics_back(two_ready_processes, tmp_path):
+    first, second = two_ready_processes(train_on_this_rank, [(tmp_path, False, False)] * 2)
+    assert first[0]["nc/train/nc1"] == pytest.approx(second[0]["nc/train/nc1"], rel=1e-12)
+    buffers = [name for name in first[2] if name.endswith("running_mean")]
+    assert buffers
+    assert not any(torch.equal(first[2][name], second[2][name]) for name in buffers)
 
 
 def test_two_processes_measure_online(two_ready_processes, tmp_path):
