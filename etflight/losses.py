@@ -59,8 +59,7 @@ class Loss(nn.Module, ABC):
         Raises:
             UserError: no such class balance.
         """
-        names = get_args(ClassBalance)
-        self._check("class_balance", class_balance, class_balance in names, f"must be one of {', '.join(names)}")
+        check_class_balance(type(self).__name__, class_balance)
         self.class_balance = class_balance
 
     def set_class_counts(self, class_counts: Tensor) -> None:
@@ -437,6 +436,21 @@ class LabelAwareSmoothingLoss(Loss):
             case "convex":
                 rise = 1 - (math.pi / 2 * fraction).cos()
         return self.tail_smoothing + (self.head_smoothing - self.tail_smoothing) * rise
+
+
+def check_class_balance(owner: str, class_balance: str) -> None:
+    """Refuse a class balance that does not exist.
+
+    Args:
+        owner: whose argument it is, for the error.
+        class_balance: what was given.
+
+    Raises:
+        UserError: no such class balance.
+    """
+    names = get_args(ClassBalance)
+    if class_balance not in names:
+        raise UserError(f"{owner}: class_balance must be one of {', '.join(names)}, got {class_balance!r}")
 
 
 def log_prior(class_counts: Tensor) -> Tensor:

@@ -1,10 +1,19 @@
 """Lightning callbacks."""
 
 from etflight.callbacks.checkpoint import LastCheckpoint
+from etflight.callbacks.deferred import DeferredBalance
 from etflight.callbacks.figures import CollapseFigures
 from etflight.callbacks.monitor import NeuralCollapseMonitor
 from etflight.callbacks.speed import Speed
 from etflight.callbacks.step_seed import StepSeed
 from etflight.callbacks.stop_signals import StopSignals
 
-__all__ = ["CollapseFigures", "LastCheckpoint", "NeuralCollapseMonitor", "Speed", "StepSeed", "StopSignals"]
+__all__ = [
+    "CollapseFigures",
+    "DeferredBalance",
+    "LastCheckpoint",
+    "NeuralCollapseMonitor",
+    "Speed",
+    "StepSeed",
+    "StopSignals",
+]

@@ -96,15 +96,24 @@ class ImbalancedSampler(_Sharded):
             raise UserError(f"beta is {beta}: it lies in [0, 1)")
         if seed < 0:
             raise UserError(f"seed is {seed}: give 0 or more")
-        self.policy = resolve_policy(policy)
-        if self.policy == "progressive" and (num_epochs is None or num_epochs < 1):
-            raise UserError(f"the progressive sampler needs the number of epochs, got num_epochs={num_epochs}")
-        super().__init__(flat, flat.size if num_samples is None else num_samples, num_replicas, rank, seed)
         self.num_epochs = num_epochs
+        self.set_policy(policy)
+        super().__init__(flat, flat.size if num_samples is None else num_samples, num_replicas, rank, seed)
         self.skip = 0  # images of this rank that a resumed epoch has had already
         self.beta = beta
         self._counts = np.unique(flat, return_counts=True)[1]
         self._by_class = np.split(np.argsort(flat, kind="stable"), np.cumsum(self._counts)[:-1])
+
+    def set_policy(self, policy: str | float) -> None:
+        """Draw by another policy from the next epoch on.
+
+        Raises:
+            UserError: An unknown policy, or `"progressive"` without a number of epochs.
+        """
+        resolved = resolve_policy(policy)
+        if resolved == "progressive" and (self.num_epochs is None or self.num_epochs < 1):
+            raise UserError(f"the progressive sampler needs the number of epochs, got num_epochs={self.num_epochs}")
+        self.policy = resolved
 
     def probabilities(self) -> NDArray[np.float64]:
         """Class probabilities of the current epoch, float64, one per class that has images, in class order."""

@@ -1,0 +1,105 @@
+"""Class balance that waits until the features have been learnt."""
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from etflight.data.sampler import ImbalancedSampler, resolve_policy
+from etflight.errors import UserError
+from etflight.losses import ClassBalance, Loss, check_class_balance
+
+
+class DeferredBalance(Callback):
+    """From an epoch on, weighs classes otherwise in the loss (deferred re-weighting, DRW), draws them otherwise (re-sampling), or both.
+
+    What is in force depends on the epoch alone, so a resumed run goes on as it would have. The new balance takes its `exponent` and
+    `beta` from the loss.
+
+    Args:
+        epoch: the first epoch, counted from 0, of the new balance; below 1, a part of `max_epochs`: 0.8 is epoch 160 of 200.
+        class_balance: of the loss, from then on; None leaves it.
+        sampler: the data module's class-sampling policy or exponent, from then on; None leaves it.
+
+    Raises:
+        UserError: neither a class balance nor a sampler, one that does not exist, or an epoch that is none; when training starts, an
+            epoch that is never reached, or a loss or data that cannot do what is asked.
+
+    Source:
+        Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019, arXiv 1906.07413, section 3.3:
+        LDAM-DRW is `LDAMLoss` with `class_balance="effective"`.
+    """
+
+    def __init__(
+        self,
+        epoch: int | float = 0.8,
+        class_balance: ClassBalance | None = None,
+        sampler: str | float | None = None,
+    ) -> None:
+        super().__init__()
+        if not (0 <= epoch < 1 or epoch in range(1, 2**31)):
+            raise UserError(
+                f"DeferredBalance: epoch is {epoch}: give an epoch, or a part of max_epochs from 0 to below 1"
+            )
+        if class_balance is None and sampler is None:
+            raise UserError("DeferredBalance has nothing to change: give class_balance, sampler or both")
+        if class_balance is not None:
+            check_class_balance("DeferredBalance", class_balance)
+        self.epoch = epoch
+        self.class_balance = class_balance
+        self.sampler = None if sampler is None else resolve_policy(sampler)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what would fail only in that epoch; go on with the new balance if a resumed epoch has it."""
+        first = self._first_epoch(trainer)
+        trial = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning outside the class body
+        if not trial and trainer.max_epochs not in (None, -1) and first >= trainer.max_epochs:
+            raise UserError(
+                f"DeferredBalance: epoch {first} is never reached in {trainer.max_epochs} epochs, counted from 0: "
+                "give an earlier one, or more --trainer.max_epochs"
+            )
+        if self.class_balance in ("global", "effective"):
+            self._loss(pl_module).training_counts()
+        if self.sampler is not None:
+            self._sampler(trainer)
+        self._apply_if_due(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Change the balance; the epoch's images have not been drawn yet."""
+        self._apply_if_due(trainer, pl_module)
+
+    def _apply_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch < self._first_epoch(trainer):
+            return
+        changes = []
+        if self.class_balance is not None and (loss := self._loss(pl_module)).class_balance != self.class_balance:
+            loss.set_class_balance(self.class_balance)
+            changes.append(f"class balance {self.class_balance!r}")
+        if self.sampler is not None and (sampler := self._sampler(trainer)).policy != self.sampler:
+            sampler.set_policy(self.sampler)
+            changes.append(f"sampler {self.sampler!r}")
+        if changes:
+            rank_zero_info(f"from epoch {trainer.current_epoch} on: {', '.join(changes)}")
+
+    def _first_epoch(self, trainer: Trainer) -> int:
+        if self.epoch >= 1 or self.epoch == 0:
+            return int(self.epoch)
+        if trainer.max_epochs in (None, -1):
+            raise UserError(
+                f"DeferredBalance: epoch {self.epoch} is a part of max_epochs, which this training does not have: "
+                "give the epoch itself"
+            )
+        return round(self.epoch * trainer.max_epochs)
+
+    def _loss(self, pl_module: LightningModule) -> Loss:
+        loss = getattr(pl_module, "loss", None)
+        if not isinstance(loss, Loss):
+            raise UserError(f"DeferredBalance needs {type(pl_module).__name__}.loss to be an etflight.Loss")
+        return loss
+
+    def _sampler(self, trainer: Trainer) -> ImbalancedSampler:
+        sampler = getattr(trainer.train_dataloader, "sampler", None)
+        if not isinstance(sampler, ImbalancedSampler):
+            raise UserError(
+                "DeferredBalance re-samples where the training loader has an etflight.data.ImbalancedSampler, as those of "
+                f"etflight's data modules do; this one has {type(sampler).__name__}"
+            )
+        return sampler
