@@ -35,7 +35,7 @@ class DeferredBalance(Callback):
         sampler: str | float | None = None,
     ) -> None:
         super().__init__()
-        if not (0 <= epoch < 1 or epoch in range(1, 2**31)):
+        if not (0 <= epoch < 1 or (epoch >= 1 and float(epoch).is_integer())):
             raise UserError(
                 f"DeferredBalance: epoch is {epoch}: give an epoch, or a part of max_epochs from 0 to below 1"
             )
