@@ -87,6 +87,11 @@ def test_overlay_composes_with_an_experiment(config, etflight_command, tmp_path)
     assert result.status == 0, result.err
 
 
+def test_the_digits_have_every_arm_under_its_own_name():
+    for arm in (ROOT / "arm").glob("*.yaml"):
+        assert f"arm/{arm.name}]\nname: digits/{arm.stem}\n" in (ROOT / "digits" / arm.name).read_text()
+
+
 @pytest.mark.parametrize("dataset", ["digits", "fashion_mnist_lt", "cifar10_lt", "cifar100_lt"])
 def test_every_data_set_has_every_arm_under_its_own_name(dataset, etflight_command, tmp_path):
     arms = {"ce", "ce_balanced", "etf_ce", "etf_dr", "etf_dr_balanced"}
