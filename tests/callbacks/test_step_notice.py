@@ -31,6 +31,16 @@ from etflight.callbacks.step_notice import describe_step, has_unsynced_batch_nor
             "class balance 'global' (exponent 0.5): the training set's counts",
         ),
         (
+            {
+                "processes": 1,
+                "batch_size": 32,
+                "accumulated": 1,
+                "lr": None,
+                "loss": CrossEntropyLoss(class_balance="effective", beta=0.99),
+            },
+            "global batch 32 = 1 process x 32 images; class balance 'effective' (exponent 1, beta 0.99): the training set's counts",
+        ),
+        (
             {"processes": 3, "batch_size": 8, "accumulated": 1, "lr": None, "loss": CrossEntropyLoss()},
             "global batch 24 = 3 processes x 8 images; class balance 'none'",
         ),
