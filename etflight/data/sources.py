@@ -86,7 +86,8 @@ class FileSource(ImageSource):
                 # Pillow's own conversion of 16-bit grey clips at 255.
                 deep = file.mode.startswith("I")
                 picture = Image.fromarray((np.asarray(file) // 257).astype(np.uint8)) if deep else file
-                image = pil_to_tensor(picture.convert("RGB"))
+                # `convert` copies even where there is nothing to convert
+                image = pil_to_tensor(picture if picture.mode == "RGB" else picture.convert("RGB"))
         except UserError:
             raise
         except Exception as error:  # Pillow's readers of broken files raise all kinds

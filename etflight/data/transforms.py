@@ -2,12 +2,27 @@
 
 All randomness is drawn on the CPU from a seed of its own, so a step repeats exactly on every device and leaves the
 process's random state alone.
+
+Processor time of other ways to crop, mirror and normalise 128 images of 3×32×32, on one thread (torchvision 0.29,
+Kornia 0.9), as a multiple of what is here:
+
+| way | drawing included | without drawing |
+|---|---|---|
+| one flat `gather`, an index per pixel | | 1.4 |
+| fancy indexing, an index per pixel and dimension | | more than 3.7 |
+| Kornia, `cropping_mode="slice"` | 5.0 | |
+| Kornia, `cropping_mode="resample"` | 6.5 | |
+| torchvision v2, image by image | 17 | |
+
+torchvision v2 would crop a whole batch at one place. Kornia draws a place for each image, but from the process's random
+state and of float32 images, four times the memory to move; and it would be one more dependency.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,21 +53,26 @@ def crop_and_flip(images: Tensor, crops: Tensor, padding: int) -> Tensor:
 
     Args:
         images: `[B, C, H, W]`, any dtype; uint8 so that the padding is black.
-        crops: `[3, B]` int64: top, left and flipped, as `draw_crops` gives them.
+        crops: `[3, B]` int64, on the CPU: top, left and flipped, as `draw_crops` gives them.
         padding: Pixels of zeros on each side.
 
     Returns:
-        `[B, C, H, W]`, same dtype.
+        `[B, C, H, W]`, same dtype; a view that is not contiguous, until it is normalised.
     """
     batch, channels, height, width = images.shape
-    top, left, flipped = crops.to(images.device, non_blocking=True).unsqueeze(2).unbind()
-    rows = top + torch.arange(height, device=images.device)
-    columns = torch.arange(width, device=images.device)
-    columns = left + torch.where(flipped.bool(), columns.flip(0), columns)
+    mirrored = crops[2].nonzero().squeeze(1)  # while the crops are on the CPU: a GPU would be waited for
+    slot = torch.where(crops[2] > 0, batch - 1 + crops[2].cumsum(0), torch.arange(batch))
     padded = torch.nn.functional.pad(images, [padding] * 4)
-    # One gather over flattened pixels, the index shared by the channels: several times quicker than fancy indexing.
-    pixels = (rows.unsqueeze(2) * (width + 2 * padding) + columns.unsqueeze(1)).reshape(batch, 1, -1)
-    return padded.flatten(2).gather(2, pixels.expand(-1, channels, -1)).view(images.shape)
+    padded = torch.cat([padded, padded.index_select(0, mirrored.to(images.device, non_blocking=True)).flip(3)])
+    # Each crop, all its channels included, lies in one window of consecutive elements, with pixels of its neighbours
+    # between the rows: one copy per image, twice as quick as an index per pixel.
+    image, channel, row, column = padded.stride()
+    left = torch.where(crops[2] > 0, 2 * padding - crops[1], crops[1])
+    starts = slot * image + crops[0] * row + left * column
+    size = (channels - 1) * channel + (height - 1) * row + (width - 1) * column + 1
+    windows = padded.as_strided((padded.numel() - size + 1, size), (1, 1))
+    chosen = windows.index_select(0, starts.to(images.device, non_blocking=True))
+    return chosen.as_strided(images.shape, (size, channel, row, column))
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -107,18 +127,23 @@ class TrainTransform:
                 f"crop_padding is {self.crop_padding}, but images are {height} × {width}: "
                 "give at most the shorter side, or a crop may miss the image"
             )
-        from torchvision.transforms.v2 import CutMix, MixUp, RandomChoice  # type: ignore[attr-defined]
-
         with step_randomness(self.seed, step, rank):
             if self.crop_padding or self.flip:
                 crops = draw_crops(len(images), self.crop_padding, self.flip)
                 images = crop_and_flip(images, crops, self.crop_padding)
             images = normalize(images, self.mean, self.std)
-            mixers = [
-                mixer(alpha=alpha, num_classes=self.num_classes)
-                for mixer, alpha in ((MixUp, self.mixup), (CutMix, self.cutmix))
-                if alpha > 0
-            ]
-            if mixers:
-                images, labels = RandomChoice(mixers)(images, labels)
-            return images, labels
+            return (images, labels) if self._mix is None else self._mix(images, labels)
+
+    @cached_property
+    def _mix(self) -> Any:
+        if not (self.mixup or self.cutmix):
+            return None
+        # torchvision takes seconds, which `--help` need not wait for
+        from torchvision.transforms.v2 import CutMix, MixUp, RandomChoice  # type: ignore[attr-defined]
+
+        mixers = [
+            mixer(alpha=alpha, num_classes=self.num_classes)
+            for mixer, alpha in ((MixUp, self.mixup), (CutMix, self.cutmix))
+            if alpha > 0
+        ]
+        return mixers[0] if len(mixers) == 1 else RandomChoice(mixers)

@@ -1,8 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 
+from etflight.data.base import _as_it_is
+from etflight.data.sources import ArraySource, ImageSplit
 from etflight.data.transforms import TrainTransform, crop_and_flip, draw_crops, normalize, step_randomness
 from etflight.errors import UserError
 
@@ -26,7 +30,38 @@ def test_whole_batch_crop_equals_one_image_at_a_time(batch, padding, flip):
         slow.append(F.hflip(image) if flipped else image)
     fast = crop_and_flip(images, crops, padding)
     assert torch.equal(fast, torch.stack(slow))
-    assert fast.is_contiguous()
+    assert normalize(fast, (0.5,), (0.5,)).is_contiguous()
+
+
+class Operations(TorchDispatchMode):
+    """Counts what reaches torch's kernels."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_batch_takes_as_many_operations_as_one_image_does(batch):
+    images, labels = batch
+    counts = []
+    for n in (1, 15):
+        data = ImageSplit(ArraySource(images, labels), np.arange(15))
+        loader = DataLoader(data, batch_size=n, collate_fn=_as_it_is)
+        transform = TrainTransform(num_classes=5, mean=MEAN, std=STD, crop_padding=4, flip=True, mixup=1.0)
+        transform(*next(iter(loader)), 0)  # makes what is kept
+        with Operations() as operations:
+            transform(*next(iter(loader)), 0)
+        counts.append(operations.count)
+    assert counts[0] == counts[1] > 10
+
+
+def test_a_batch_in_any_layout_is_cropped_alike(batch):
+    images, crops = batch[0], draw_crops(15, 2, True)
+    other = images.contiguous(memory_format=torch.channels_last)
+    assert not other.is_contiguous()
+    assert torch.equal(crop_and_flip(other, crops, 2), crop_and_flip(images, crops, 2))
 
 
 def test_every_offset_and_both_sides_are_drawn_evenly():

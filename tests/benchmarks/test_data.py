@@ -1,0 +1,140 @@
+"""Images per second of the input pipeline, against what the field usually writes and what it cannot do without."""
+
+import itertools
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms as v1
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2.functional import center_crop, resize
+
+from etflight import Classifier, LinearHead
+from etflight.data import ArrayImages, FolderImages
+from etflight.losses import CrossEntropyLoss
+
+pytestmark = pytest.mark.benchmark
+
+N = 50_000
+MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    """CIFAR-10's training set in size and shape, `[N, H, W, C]`."""
+    return np.random.default_rng(0).integers(0, 256, (N, 32, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def cifar_like(pixels, tmp_path):
+    """`cifar_like(**options)`: a data module on these images."""
+    labels = np.arange(N) % 10
+    file = tmp_path / "images.npz"
+    np.savez(file, train_images=pixels, train_labels=labels, test_images=pixels[:10], test_labels=labels[:10])
+    return lambda **options: ArrayImages(
+        str(file), batch_size=128, crop_padding=4, flip=True, mean=MEAN, std=STD, **options
+    )
+
+
+class Usual(Dataset):
+    """The field's: one image at a time, through PIL and `transforms.Compose`."""
+
+    def __init__(self, pixels):
+        self.pixels = pixels
+        self.transform = v1.Compose(
+            [v1.RandomCrop(32, padding=4), v1.RandomHorizontalFlip(), v1.ToTensor(), v1.Normalize(MEAN, STD)]
+        )
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, index):
+        return self.transform(Image.fromarray(self.pixels[index])), index % 10
+
+
+def exhaust(iterator):
+    deque(iterator, maxlen=0)
+
+
+def transformed(data, loader):
+    """The batches as a training step gets them."""
+    for step, batch in enumerate(loader):
+        yield data.train_transform(batch, step)
+
+
+def test_an_epoch_in_memory_takes_a_thirtieth_of_the_usual_pipeline(pixels, cifar_like, median_ratio, record_ratio):
+    usual = DataLoader(Usual(pixels), batch_size=128, shuffle=True, num_workers=2, persistent_workers=True)
+    data = cifar_like()
+    ours = data.train_dataloader()
+    images, labels = next(transformed(data, ours))
+    theirs = next(iter(usual))[0]
+    assert (images.shape, images.dtype, len(labels)) == (theirs.shape, theirs.dtype, 128)
+    ratio = median_ratio(lambda: exhaust(transformed(data, ours)), lambda: exhaust(usual), repeats=3)
+    record_ratio("epoch of CIFAR's images in memory / PIL and Compose, 2 workers", ratio, 1 / 30)
+
+
+@pytest.mark.parametrize("mixup", [0.0, 1.0], ids=["crop and flip", "mixup too"])
+def test_a_batch_in_memory_costs_little_of_a_training_step(mixup, cifar_like, median_ratio, record_ratio):
+    data = cifar_like(mixup=mixup)
+    batches = transformed(data, itertools.chain.from_iterable(itertools.repeat(data.train_dataloader())))
+    images, labels = next(batches)
+    torch.manual_seed(0)
+    model = Classifier(10, "resnet32_cifar", head=LinearHead, loss=CrossEntropyLoss)
+    model.to(memory_format=torch.channels_last)  # the quicker of the two, here as in training
+    images = images.contiguous(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def step():
+        optimizer.zero_grad()
+        model.loss(model(images), labels).backward()
+        optimizer.step()
+
+    ratio = median_ratio(lambda: next(batches), step, repeats=9)
+    record_ratio(f"batch of 128 ({'with mixup' if mixup else 'crop, flip'}) / step of ResNet-32", ratio, 0.03)
+
+
+class Bare(Dataset):
+    """torchvision's decoder and the resize that `FolderImages` promises, and nothing else."""
+
+    def __init__(self, files):
+        self.files = files
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        image = decode_image(self.files[index], mode=ImageReadMode.RGB)
+        return center_crop(resize(image, [224], antialias=True), [224, 224]), 0
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated since torchvision")
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_image_files_cost_little_more_than_bare_decoding(suffix, tmp_path, median_ratio, record_ratio):
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 192 if suffix == "jpg" else 64), ("test", 1)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(n):  # as large as ImageNet's on average, smooth with some grain
+                smooth = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375))
+                grain = rng.integers(-8, 9, (375, 500, 3))
+                photo = Image.fromarray((np.asarray(smooth) + grain).clip(0, 255).astype(np.uint8))
+                photo.save(folder / f"{i}.{suffix}", quality=90)
+    data = FolderImages(root=str(tmp_path), batch_size=32, num_workers=2)
+    ours = data.train_dataloader()
+    files = [data.sample_name("train", i) for i in range(len(data.split("train")))]
+    bare = DataLoader(Bare(files), batch_size=32, shuffle=True, num_workers=2, persistent_workers=True)
+    assert torch.equal(data.split("train")[0][0], bare.dataset[0][0])
+    ratio = median_ratio(lambda: exhaust(ours), lambda: exhaust(bare), repeats=9)
+    record_ratio(f"epoch of {suffix.upper()} files / bare torchvision.io, 2 workers each", ratio, 1 / 0.9)
