@@ -42,7 +42,8 @@ class NeuralCollapseMonitor(Callback):
       training, not this sweep (`fast_dev_run` limits both). Validation within an epoch is measured too.
     - **val**: the validation loop's own forward (of its first loader), no extra one. `nc/val/nc4` compares with the centres of the sweep.
     - **online**: the training forwards themselves, no sweep: `nc/train_online/…`. These embeddings are *stale*, each from the weights
-      of its step, with the batch's BatchNorm and augmentation; batches whose labels are probabilities (mixup) are left out.
+      of its step, with the batch's BatchNorm and augmentation; batches whose labels are probabilities (mixup) are left out. A head that
+      is watched gives the logits of all classes, where dot regression alone would need the targets' only.
     - before the first step: a sweep, logged at step 0.
 
     Under `WeightAveraging` (EMA) the averaged weights are measured, wherever that callback stands in the list, but online, which sees

@@ -450,7 +450,9 @@ def test_online_embeds_within_the_forward_of_our_heads(tmp_path):
 
     watch = NeuralCollapseMonitor(online=True)
     with_monitor, without = run(watch), run()
-    assert all(torch.equal(value, with_monitor[name]) for name, value in without.items())
+    # to rounding: a head that is watched gives the logits of all classes, where the loss needs only the targets'
+    for name, value in without.items():
+        torch.testing.assert_close(value, with_monitor[name], rtol=1e-4, atol=1e-6)
     assert watch.latest["train_online"].counts.tolist() == [12] * 10
 
 
