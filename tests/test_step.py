@@ -74,7 +74,7 @@ class ReadsOfTorch(TorchDispatchMode):
 class CountReads(Callback):
     """Counts them for each step, from the start of its batch to the start of the next one, loading and augmentation included.
 
-    Where everything is on the host, λ of mixup, which is drawn there, looks like a read.
+    Where everything is on the host, λ of mixup and the places of crops, which are drawn there, look like reads.
     """
 
     def __init__(self):
@@ -113,7 +113,7 @@ def test_no_step_between_logging_points_waits_for_the_device(loss, tmp_path):
         callbacks=callbacks, max_epochs=1, limit_train_batches=12, limit_val_batches=0, log_every_n_steps=10,
         default_root_dir=tmp_path, gradient_clip_val=1.0,
     )  # fmt: skip
-    runs.fit(small(**loss), datamodule=Digits(batch_size=16, crop_padding=1, flip=True))
+    runs.fit(small(**loss), datamodule=Digits(batch_size=16))
     assert len(count.reads) == 12
     assert [i for i, reads in enumerate(count.reads) if reads] == [0, 6, 10]  # 6 is this test's own: reads are seen
 
