@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.command_line import CommandLine
-from tests.distributed import ProcessPool
+from tests.distributed import ProcessPool, import_module
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,6 +26,13 @@ def two_processes() -> Iterator[ProcessPool]:
     pool = ProcessPool(2)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="module")
+def two_ready_processes(two_processes: ProcessPool, request: pytest.FixtureRequest) -> ProcessPool:
+    """Both have imported the test's module, which takes longer than the rest: it gets a time limit of its own."""
+    two_processes(import_module, [(request.module.__name__,)] * 2)
+    return two_processes
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """A pool of gloo processes, started once and used by every distributed test."""
 
+import importlib
 import os
 import pickle
 import socket
@@ -102,6 +103,11 @@ class ProcessPool:
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
+
+
+def import_module(rank: int, name: str) -> None:
+    """A worker that imports a module, and no more."""
+    importlib.import_module(name)
 
 
 def _serve(rank: int, world_size: int, store: str, connection: Connection, timeout: float) -> None:

@@ -400,16 +400,6 @@ def train_twenty_steps(rank, folder, processes, model, loss):
     return seen.losses, classifier.state_dict()
 
 
-def import_this_module(rank):
-    return rank
-
-
-@pytest.fixture(scope="module")
-def two_ready_processes(two_processes):
-    two_processes(import_this_module, [(), ()])  # importing takes longer than the rest: it gets a time limit of its own
-    return two_processes
-
-
 @pytest.fixture(scope="module")
 def twenty_steps_alone(tmp_path_factory):
     return train_twenty_steps(0, tmp_path_factory.mktemp("alone"), 1, Classifier, DotRegressionLoss)

@@ -605,16 +605,6 @@ def train_on_this_rank(rank, folder, online, validate=True):
     return watch.history, metrics, model.state_dict(), sizes
 
 
-def import_this_module(rank):
-    return rank
-
-
-@pytest.fixture(scope="module")
-def two_ready_processes(two_processes):
-    two_processes(import_this_module, [(), ()])  # importing takes longer than the rest: it gets a time limit of its own
-    return two_processes
-
-
 def test_two_processes_with_an_uneven_last_batch_measure_what_one_does(two_ready_processes, tmp_path):
     first, second = two_ready_processes(train_on_this_rank, [(tmp_path, False)] * 2)
     sizes = first[3], second[3]
