@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent / "configs"
@@ -71,7 +72,13 @@ def tiny_data(config, folder):
     return []
 
 
-@pytest.mark.parametrize("config", EXPERIMENTS, ids=name)
+# An experiment is a protocol and an arm. Every arm is trained for a step on the digits, every protocol with one arm.
+TRAINED = [
+    path for path in EXPERIMENTS if path.parent.name in ("digits", "configs") or path.stem in ("ce", "ce_no_mixup")
+]
+
+
+@pytest.mark.parametrize("config", TRAINED, ids=name)
 def test_config_trains_a_step(config, etflight_command, tmp_path):
     result = etflight_command(
         "fit", "-c", config, *tiny_data(config, tmp_path), "--data.batch_size", 8, "--trainer.accelerator", "cpu",
@@ -87,14 +94,24 @@ def test_overlay_composes_with_an_experiment(config, etflight_command, tmp_path)
     assert result.status == 0, result.err
 
 
-def test_the_digits_have_every_arm_under_its_own_name():
-    for arm in (ROOT / "arm").glob("*.yaml"):
-        assert f"arm/{arm.name}]\nname: digits/{arm.stem}\n" in (ROOT / "digits" / arm.name).read_text()
+# The arms of which a variant goes without the mixup of the set's protocol, or with mixup where the protocol has none.
+BY_MIXUP = {"ce", "ce_balanced", "balanced_softmax", "ldam_drw", "etf_dr_balanced"}
+MIXUP = {"digits": "mixup", "fashion_mnist_lt": "no_mixup", "cifar10_lt": "no_mixup", "cifar100_lt": "no_mixup"}
 
 
-@pytest.mark.parametrize("dataset", ["digits", "fashion_mnist_lt", "cifar10_lt", "cifar100_lt"])
-def test_every_data_set_has_every_arm_under_its_own_name(dataset, etflight_command, tmp_path):
-    arms = {"ce", "ce_balanced", "etf_ce", "etf_dr", "etf_dr_balanced"}
-    assert {path.stem for path in (ROOT / dataset).glob("*.yaml")} >= arms
-    for arm in arms:
-        assert f"name: {dataset}/{arm}\n" in (ROOT / dataset / f"{arm}.yaml").read_text()
+@pytest.mark.parametrize("dataset", MIXUP)
+def test_every_set_has_every_arm_and_arms_differ_in_nothing_else(dataset):
+    switch, protocol = MIXUP[dataset], f"../data/{dataset}.yaml"
+    experiments = {path.stem: [protocol, f"../arm/{path.name}"] for path in (ROOT / "arm").glob("*.yaml")}
+    experiments |= {f"{arm}_{switch}": [*experiments[arm], f"../data/{switch}.yaml"] for arm in BY_MIXUP}
+    found = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / dataset).glob("*.yaml")}
+    assert found == {arm: {"overlays": parts, "name": f"{dataset}/{arm}"} for arm, parts in experiments.items()}
+
+
+@pytest.mark.parametrize("dataset", MIXUP)
+def test_the_mixup_variant_switches_the_mixup_of_the_protocol(dataset, etflight_command, tmp_path):
+    alphas = []
+    for arm in ("ce", f"ce_{MIXUP[dataset]}"):
+        printed = etflight_command("fit", "-c", ROOT / dataset / f"{arm}.yaml", "--print_config", cwd=tmp_path).out
+        alphas.append(yaml.safe_load(printed)["data"]["init_args"]["mixup"])
+    assert sorted(alphas) == [0.0, 1.0]
