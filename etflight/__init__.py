@@ -8,7 +8,7 @@ from etflight._version import __version__
 if TYPE_CHECKING:
     from etflight.classifier import Classifier
     from etflight.geometry import class_code, nearest_etf, simplex_etf
-    from etflight.heads import CosineHead, ETFHead, Head, LinearHead
+    from etflight.heads import CosineHead, ETFHead, Head, LinearHead, ScaledLinearHead
     from etflight.losses import (
         CrossEntropyLoss,
         DotRegressionLoss,
@@ -34,6 +34,7 @@ _HOMES = {
     "LinearHead": "heads",
     "LogitAdjustedLoss": "losses",
     "Loss": "losses",
+    "ScaledLinearHead": "heads",
     "class_code": "geometry",
     "largest_cosine": "softmax_code",
     "nearest_etf": "geometry",
@@ -54,6 +55,7 @@ __all__ = [
     "LinearHead",
     "LogitAdjustedLoss",
     "Loss",
+    "ScaledLinearHead",
     "__version__",
     "class_code",
     "largest_cosine",

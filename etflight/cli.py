@@ -18,7 +18,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, Simpl
 from lightning.pytorch.utilities import rank_zero_info
 
 import etflight.data
-from etflight.callbacks import LastCheckpoint, Speed, StepSeed, StopSignals
+from etflight.callbacks import FineTuning, LastCheckpoint, Speed, StepSeed, StopSignals
 from etflight.callbacks.checkpoint import KEY as CHECKPOINT_KEY
 from etflight.callbacks.results import PredictionTable, RunRecord, TestResults
 from etflight.callbacks.step_notice import StepNotice
@@ -66,6 +66,7 @@ class EtflightCLI(LightningCLI):
             help="In a configuration file: files it builds on, relative to it.",
         )
         parser.add_class_arguments(LastCheckpoint, "checkpoint")
+        parser.add_class_arguments(FineTuning, "fine_tuning")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("data.num_channels", "model.in_chans", apply_on="instantiate")
         parser.set_defaults(
@@ -202,9 +203,15 @@ class EtflightCLI(LightningCLI):
         fitting = self.subcommand == "fit"
         saves = fitting and config.get("enable_checkpointing") is not False
         last = self._get(self.config_init, "checkpoint") if saves else None
+        fine_tuning = self._get(self.config_init, "fine_tuning")
         users = _as_list(config.get("callbacks"))
         # what saves comes first, before anything of the next step has happened
-        callbacks = [StopSignals(last), *_as_list(last), *([StepSeed(), Speed()] if fitting else []), *users]
+        callbacks = [
+            StopSignals(last),
+            *_as_list(last),
+            *([StepSeed(), Speed(), fine_tuning] if fitting else []),
+            *users,
+        ]
         callbacks += [StepNotice(), TestResults(self.folder), PredictionTable(self.folder)]
         # else Lightning would add a checkpoint of its own
         kwargs["enable_checkpointing"] = saves and any(isinstance(callback, Checkpoint) for callback in users)

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -201,6 +201,48 @@ class LinearHead(Head):
     def forward(self, features: Tensor) -> Tensor:
         """Logits `[B, K]`."""
         return F.linear(self.embed(features), self.weight, self.bias)
+
+
+class ScaledLinearHead(Head):
+    """A linear head with a learnable scale for each class, `s_k (w_k h + b_k)`: learnable weight scaling (LWS).
+
+    For a second stage, in which `linear` comes from a trained `LinearHead` and stays as it is; see `etflight.callbacks.FineTuning`.
+
+    Args:
+        in_features: d.
+        num_classes: K.
+
+    Attributes:
+        linear: the `nn.Linear` that is scaled.
+        class_scale: `[K]`, 1 at first.
+
+    Source:
+        Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, arXiv 1910.09217, section 4.2;
+        the bias is scaled, too, as in its released code.
+    """
+
+    def __init__(self, in_features: int, num_classes: int) -> None:
+        super().__init__(in_features, num_classes)
+        self.linear = nn.Linear(in_features, num_classes)
+        self.class_scale = nn.Parameter(torch.ones(num_classes))
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Scaled class vectors `[K, d]`."""
+        return self.class_scale[:, None] * self.linear.weight
+
+    @property
+    def bias(self) -> Tensor:  # type: ignore[override]
+        """Scaled biases `[K]`."""
+        return self.class_scale * self.linear.bias
+
+    def embed(self, features: Tensor) -> Tensor:
+        """`[B, d]`: the features themselves."""
+        return features
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits `[B, K]`."""
+        return self.class_scale * cast(Tensor, self.linear(features))
 
 
 class CosineHead(Head):

@@ -44,10 +44,10 @@ class EmbeddingSource:
     """
 
     def __init__(self, model: nn.Module, head: str, space: Space, layers: Sequence[str | int]) -> None:
-        self.head = _submodule(model, head, "head")
+        self.head = find_submodule(model, head, "head")
         self.name = head
         self.space = space
-        self._modules = {name: _submodule(model, name, "layers") for name in layers if isinstance(name, str)}
+        self._modules = {name: find_submodule(model, name, "layers") for name in layers if isinstance(name, str)}
         self._indices = [index for index in layers if isinstance(index, int)]
         self._backbone: Any = getattr(model, "backbone", model)
         if self._indices and not hasattr(self._backbone, "forward_intermediates"):
@@ -206,7 +206,12 @@ def frozen_modes(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _submodule(model: nn.Module, name: str, argument: str) -> nn.Module:
+def find_submodule(model: nn.Module, name: str, argument: str) -> nn.Module:
+    """A submodule of a model, or of its `backbone`, by name.
+
+    Raises:
+        UserError: there is none, said of `argument`, with near matches.
+    """
     modules: dict[str, nn.Module] = dict(model.named_modules())
     backbone = getattr(model, "backbone", None)
     inner: dict[str, nn.Module] = dict(backbone.named_modules()) if isinstance(backbone, nn.Module) else {}
