@@ -78,11 +78,25 @@ TRAINED = [
 ]
 
 
+SECOND_STAGES = {"crt", "lws"}  # they start from the set's run of the arm ce
+
+
+@pytest.fixture(scope="module")
+def first_stage(etflight_command, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("first_stage")
+    result = etflight_command(
+        "fit", "-c", ROOT / "digits/ce.yaml", "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 1,
+        "--trainer.accelerator", "cpu", cwd=cwd,
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    return ["--fine_tuning.checkpoint", cwd / "runs/digits/ce/checkpoints/last.ckpt"]
+
+
 @pytest.mark.parametrize("config", TRAINED, ids=name)
-def test_config_trains_a_step(config, etflight_command, tmp_path):
+def test_config_trains_a_step(config, first_stage, etflight_command, tmp_path):
     result = etflight_command(
         "fit", "-c", config, *tiny_data(config, tmp_path), "--data.batch_size", 8, "--trainer.accelerator", "cpu",
-        "--trainer.fast_dev_run", "true", cwd=tmp_path,
+        "--trainer.fast_dev_run", "true", *(first_stage if config.stem in SECOND_STAGES else []), cwd=tmp_path,
     )  # fmt: skip
     assert result.status == 0, result.err
     assert not (tmp_path / "runs").exists()  # a trial run leaves nothing
@@ -105,7 +119,10 @@ def test_every_set_has_every_arm_and_arms_differ_in_nothing_else(dataset):
     experiments = {path.stem: [protocol, f"../arm/{path.name}"] for path in (ROOT / "arm").glob("*.yaml")}
     experiments |= {f"{arm}_{switch}": [*experiments[arm], f"../data/{switch}.yaml"] for arm in BY_MIXUP}
     found = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / dataset).glob("*.yaml")}
-    assert found == {arm: {"overlays": parts, "name": f"{dataset}/{arm}"} for arm, parts in experiments.items()}
+    expected = {arm: {"overlays": parts, "name": f"{dataset}/{arm}"} for arm, parts in experiments.items()}
+    for arm in SECOND_STAGES:
+        expected[arm]["fine_tuning"] = {"checkpoint": f"runs/{dataset}/ce/checkpoints/last.ckpt"}
+    assert found == expected
 
 
 @pytest.mark.parametrize("dataset", MIXUP)

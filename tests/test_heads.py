@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from etflight import CosineHead, DotRegressionLoss, ETFHead, LinearHead, simplex_etf
+from etflight import CosineHead, DotRegressionLoss, ETFHead, LinearHead, ScaledLinearHead, simplex_etf
 from etflight.errors import UserError
 from etflight.heads import codes_from_state_dict
 
@@ -16,7 +16,9 @@ FEATURES = torch.randn(32, 16)
 
 
 @pytest.mark.parametrize(
-    "head", [ETFHead(16, 10), LinearHead(16, 10), CosineHead(16, 10)], ids=lambda h: type(h).__name__
+    "head",
+    [ETFHead(16, 10), LinearHead(16, 10), CosineHead(16, 10), ScaledLinearHead(16, 10)],
+    ids=lambda h: type(h).__name__,
 )
 def test_heads_obey_one_contract(head):
     logits = head(FEATURES)
@@ -178,6 +180,15 @@ def test_linear_head_is_torchs_linear_layer():
     linear = nn.Linear(16, 10)
     assert_close(head(FEATURES), linear(FEATURES), rtol=0, atol=0)
     assert LinearHead(16, 10, use_bias=False).bias is None
+
+
+def test_a_scaled_head_starts_as_its_linear_layer_and_shows_the_class_vectors_that_decide():
+    head = ScaledLinearHead(16, 10)
+    assert_close(head(FEATURES), head.linear(FEATURES), rtol=0, atol=0)
+    with torch.no_grad():
+        head.class_scale.copy_(torch.linspace(-1, 2, 10))
+    assert_close(head(FEATURES), nn.functional.linear(FEATURES, head.weight, head.bias))
+    assert_close(head.weight[9], 2 * head.linear.weight[9])
 
 
 def test_a_frozen_linear_head_trains_its_batch_norm_only():
