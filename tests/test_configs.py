@@ -49,6 +49,16 @@ def tiny_cifar(folder, classes):
     return ["--data.root", folder]
 
 
+def tiny_signs(folder):
+    images = RANDOM.integers(0, 256, (172, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(172) % 43
+    arrays = {
+        f"{split}_{kind}": a for split in ("train", "test") for kind, a in (("images", images), ("labels", labels))
+    }
+    np.savez(folder / "signs.npz", **arrays)
+    return ["--data.path", folder / "signs.npz"]
+
+
 def tiny_folder(folder):
     for split in ("train", "test"):
         for label in ("cat", "dog"):
@@ -67,6 +77,8 @@ def tiny_data(config, folder):
             return tiny_cifar(folder, 10)
         case "cifar100_lt", _:
             return tiny_cifar(folder, 100)
+        case "gtsrb", _:
+            return tiny_signs(folder)
         case _, "folder":
             return tiny_folder(folder)
     return []
@@ -123,6 +135,14 @@ def test_every_set_has_every_arm_and_arms_differ_in_nothing_else(dataset):
     for arm in SECOND_STAGES:
         expected[arm]["fine_tuning"] = {"checkpoint": f"runs/{dataset}/ce/checkpoints/last.ckpt"}
     assert found == expected
+
+
+def test_gtsrb_has_its_arms_and_they_differ_in_nothing_else():
+    found = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "gtsrb").glob("*.yaml")}
+    arms = ("ce", "ce_balanced", "balanced_softmax", "etf_dr_balanced")
+    assert found == {
+        arm: {"overlays": ["../data/gtsrb.yaml", f"../arm/{arm}.yaml"], "name": f"gtsrb/{arm}"} for arm in arms
+    }
 
 
 @pytest.mark.parametrize("dataset", MIXUP)
