@@ -50,8 +50,9 @@ class Classifier(LightningModule):
     `head`, `loss`, `optimizer` and `lr_scheduler` are classes, or `functools.partial` of classes with keyword arguments; they are
     saved as plain data, so a checkpoint loads with `weights_only=True`.
 
-    Logged: `train/loss`, and for `val/` and `test/`: `loss`, `acc`, `acc_macro`, `acc_many`, `acc_medium`, `acc_few`, `ece`,
-    `ece_calibrated`. Accuracies lie in [0, 1].
+    Logged: `train/loss`, and for `val/` and `test/`: `loss`, `acc`, `acc_macro` (balanced accuracy), `acc_worst`, `acc_harmonic`,
+    `acc_many`, `acc_medium`, `acc_few`, `acc_head`, `acc_middle`, `acc_tail` (see `ShotAccuracy`), `ece`, `ece_calibrated`. Accuracies
+    lie in [0, 1].
 
     Args:
         num_classes: K.

@@ -16,7 +16,6 @@ from etflight import Classifier, CrossEntropyLoss, DotRegressionLoss, ETFHead, L
 from etflight.data import Digits
 from etflight.errors import UserError
 from etflight.metrics.calibration import TemperatureFit
-from etflight.metrics.shots import ShotAccuracy
 from etflight.optim import WarmupCosine
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -209,23 +208,6 @@ def test_a_loaded_model_balances_by_the_counts_it_was_trained_on(tmp_path):
     loaded = Classifier.load_from_checkpoint(tmp_path / "c.ckpt")
     logits, target = torch.randn(8, 10), torch.arange(8)
     torch.testing.assert_close(loaded.loss.train()(logits, target), model.loss.train()(logits, target))
-
-
-def test_shot_accuracies_equal_a_count_by_hand():
-    counts = torch.tensor([500, 101, 100, 20, 19, 1])
-    generator = torch.Generator().manual_seed(0)
-    target, predicted = torch.randint(0, 5, (2, 300), generator=generator)  # class 5 is never seen
-    metric = ShotAccuracy(6)
-    metric.set_class_counts(counts)
-    for part in (slice(0, 7), slice(7, 300)):
-        metric.update(predicted[part], target[part])
-    accuracy = [(predicted[target == k] == k).float().mean().item() for k in range(5)]
-    result = {k: v.item() for k, v in metric.compute().items()}
-    assert result["acc"] == pytest.approx((predicted == target).float().mean().item())
-    assert result["acc_macro"] == pytest.approx(sum(accuracy) / 5)
-    assert result["acc_many"] == pytest.approx(sum(accuracy[:2]) / 2)
-    assert result["acc_medium"] == pytest.approx(sum(accuracy[2:4]) / 2)
-    assert result["acc_few"] == pytest.approx(accuracy[4])
 
 
 @pytest.mark.parametrize(("sharpness", "scale"), [(1.0, 1.0), (0.05, 1.0), (6.0, 1.0), (1.0, 30.0)])

@@ -80,6 +80,11 @@ def test_test_rebuilds_the_model_from_the_checkpoint_alone(run, etflight_command
         "test/acc_many",
         "test/acc_medium",
         "test/acc_few",
+        "test/acc_head",
+        "test/acc_middle",
+        "test/acc_tail",
+        "test/acc_worst",
+        "test/acc_harmonic",
         "test/ece",
     } <= metrics.keys()
     rows = list(csv.DictReader((run[1] / "per_class.csv").open()))

@@ -194,6 +194,9 @@ def test_two_processes_log_and_learn_what_one_does(one, two):
         "val/acc_many",
         "val/acc_medium",
         "val/acc_few",
+        "val/acc_tail",
+        "val/acc_worst",
+        "val/acc_harmonic",
     }
     assert columns >= {
         "val/ece",
