@@ -67,7 +67,9 @@ class Head(nn.Module, ABC):
 class ETFHead(Head):
     """A fixed frame of class vectors, never trained.
 
-    `embed` is an optional projection, an optional `BatchNorm1d`, then L2 normalisation; the logits are `scale · cos(h, w_k)`.
+    `embed` is an optional projection, an optional `BatchNorm1d`, L2 normalisation, then an optional rotation; the logits are
+    `scale · cos(h, w_k)`.
+
     The frame is a buffer: it is in the state dict, so a checkpoint always meets its own frame, but no optimizer sees it.
 
     BatchNorm is on by default: features pooled after a ReLU are non-negative and cannot reach the negative cosines of a simplex.
@@ -86,7 +88,9 @@ class ETFHead(Head):
         scale: multiplies the cosine, > 0; 1 for dot regression, larger for cross-entropy, whose softmax of
             unit cosines can never be confident.
         learn_scale: whether the scale is a parameter.
-        seed: picks the frame's rotation.
+        learn_rotation: whether a learnable `Rotation`, at first the identity, comes last in the embedding. With `<w_k, R h> = <Rᵀ w_k, h>`
+            this is the frame turning as a rigid body, but no class vector has to move: see `Rotation`.
+        seed: picks the frame's rotation, which `learn_rotation` starts from.
 
     Raises:
         UserError: K and d' admit no such code, or an argument is out of range.
@@ -106,6 +110,7 @@ class ETFHead(Head):
         normalize: bool = True,
         scale: float = 1.0,
         learn_scale: bool = False,
+        learn_rotation: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(in_features, num_classes)
@@ -123,6 +128,7 @@ class ETFHead(Head):
         self.register_buffer("weight", _class_vectors(code, num_classes, width, seed))
         self.projection = _projection(in_features, projection_dim)
         self.batch_norm = nn.BatchNorm1d(width) if batch_norm else nn.Identity()
+        self.rotation = Rotation(width) if learn_rotation else nn.Identity()
         self._log_scale = nn.Parameter(torch.tensor(scale).log()) if learn_scale else None
         self._scale = float(scale)
 
@@ -134,7 +140,8 @@ class ETFHead(Head):
     def embed(self, features: Tensor) -> Tensor:
         """Unit embeddings `[B, d']` in float32 (not scaled to norm 1 with `normalize=False`)."""
         embedding = self.batch_norm(self.projection(features)).float()
-        return F.normalize(embedding, dim=1) if self.normalize else embedding
+        embedding = F.normalize(embedding, dim=1) if self.normalize else embedding
+        return cast(Tensor, self.rotation(embedding))
 
     def forward(self, features: Tensor) -> Tensor:
         """`scale · <w_k, h>` for every class, `[B, K]` in float32."""
@@ -159,6 +166,39 @@ class ETFHead(Head):
     def extra_repr(self) -> str:
         """Sizes, for `print(head)`."""
         return f"num_classes={self.num_classes}, dim={self.weight.shape[1]}, normalize={self.normalize}"
+
+
+class Rotation(nn.Module):
+    """A learnable rotation, `R h` with `R = (I - S)⁻¹ (I + S)` and `S = (A - Aᵀ)/2`: orthogonal to rounding whatever A becomes.
+
+    Lengths and angles stay as they are, so a frame that is met through it keeps its Gram matrix. It is the identity at first.
+
+    Args:
+        dim: d.
+
+    Attributes:
+        generator: A `[d, d]`, of which only the skew-symmetric part counts.
+
+    Source:
+        Cayley's transform, which reaches every rotation but those with an eigenvalue -1. It needs one d x d solve a batch, where a matrix
+        exponential is many times as slow.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.generator = nn.Parameter(torch.zeros(dim, dim))
+
+    def matrix(self) -> Tensor:
+        """R `[d, d]`, float32, with determinant 1."""
+        A = self.generator.float()
+        S = (A - A.T) / 2
+        one = torch.eye(len(A), device=A.device)
+        return cast(Tensor, torch.linalg.solve(one - S, one + S))
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """Rotated rows `[B, d]`, in float32 under autocast, too."""
+        with torch.autocast(embedding.device.type, enabled=False):
+            return embedding.float() @ self.matrix().T
 
 
 class LinearHead(Head):

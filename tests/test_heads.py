@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from etflight import CosineHead, DotRegressionLoss, ETFHead, LinearHead, ScaledLinearHead, simplex_etf
 from etflight.errors import UserError
-from etflight.heads import codes_from_state_dict
+from etflight.heads import Rotation, codes_from_state_dict
 
 torch.manual_seed(0)
 FEATURES = torch.randn(32, 16)
@@ -17,7 +17,13 @@ FEATURES = torch.randn(32, 16)
 
 @pytest.mark.parametrize(
     "head",
-    [ETFHead(16, 10), LinearHead(16, 10), CosineHead(16, 10), ScaledLinearHead(16, 10)],
+    [
+        ETFHead(16, 10),
+        ETFHead(16, 10, learn_rotation=True),
+        LinearHead(16, 10),
+        CosineHead(16, 10),
+        ScaledLinearHead(16, 10),
+    ],
     ids=lambda h: type(h).__name__,
 )
 def test_heads_obey_one_contract(head):
@@ -131,6 +137,104 @@ def test_a_learned_scale_is_a_parameter_that_stays_positive():
         head(FEATURES).pow(2).mean().backward()
         optimizer.step()
     assert 0 < head.scale.item() != pytest.approx(4.0)
+
+
+def simplex_gram(K):
+    return torch.full((K, K), -1 / (K - 1)).fill_diagonal_(1)
+
+
+def turned(head, step=1.0):
+    """The head, with a rotation that is far from the identity."""
+    with torch.no_grad():
+        head.rotation.generator.normal_(0, step, generator=torch.Generator().manual_seed(3))
+    return head
+
+
+def test_a_rotation_starts_as_the_identity():
+    assert_close(ETFHead(16, 10, learn_rotation=True)(FEATURES), ETFHead(16, 10)(FEATURES))
+
+
+@pytest.mark.parametrize("loss", [DotRegressionLoss(), nn.functional.cross_entropy], ids=["dot_regression", "ce"])
+def test_the_frame_that_features_meet_turns_in_training_and_stays_a_simplex(loss):
+    head = ETFHead(16, 10, learn_rotation=True)
+    h, target = FEATURES.clone(), torch.arange(32) % 10  # features that do not move: only the rotation can help
+    optimizer = torch.optim.SGD([head.rotation.generator], lr=2.0, momentum=0.9, weight_decay=2e-4)
+    losses = []
+    for _ in range(200):
+        optimizer.zero_grad()
+        losses.append(loss(head(h), target))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    frame = head.weight @ head.rotation.matrix()  # <w, R h> = <Rᵀ w, h>
+    assert (frame - head.weight).norm() > 0.1
+    assert_close(frame @ frame.T, simplex_gram(10), rtol=0, atol=1e-5)
+    assert torch.equal(head.weight, ETFHead(16, 10).weight)
+
+
+@pytest.mark.parametrize("step", [0.1, 1.0, 100.0])
+def test_a_rotation_is_orthogonal_wherever_an_optimizer_takes_it(step):
+    rotation = Rotation(24)
+    nn.init.normal_(rotation.generator, std=step)
+    R = rotation.matrix()
+    assert_close(R @ R.T, torch.eye(24), rtol=0, atol=1e-5)
+    assert torch.linalg.det(R).item() == pytest.approx(1, abs=1e-4)
+    assert_close(rotation(FEATURES[:, :16].repeat(1, 2)[:, :24]).norm(dim=1), FEATURES.repeat(1, 2)[:, :24].norm(dim=1))
+
+
+def test_any_rotation_can_be_reached_by_the_inverse_of_cayleys_transform():
+    generator = torch.Generator().manual_seed(4)
+    Q, _ = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))
+    Q[:, 0] *= torch.linalg.det(Q).sign()
+    one = torch.eye(6, dtype=torch.float64)
+    rotation = Rotation(6)
+    with torch.no_grad():
+        rotation.generator.copy_((Q - one) @ torch.linalg.inv(Q + one))
+    assert_close(rotation.matrix(), Q.float(), rtol=0, atol=1e-4)
+
+
+def test_the_gradient_of_a_rotation_is_that_of_finite_differences():
+    rotation = Rotation(5)
+    torch.manual_seed(0)
+    h = torch.randn(3, 5)
+
+    def turn(A):
+        return torch.func.functional_call(rotation, {"generator": A}, (h,)).sin().sum()
+
+    A, direction = torch.randn(5, 5, requires_grad=True), torch.randn(5, 5)
+    (gradient,) = torch.autograd.grad(turn(A), A)
+    step = 1e-2
+    slope = (turn(A + step * direction) - turn(A - step * direction)) / (2 * step)
+    assert (gradient * direction).sum().item() == pytest.approx(slope.item(), rel=1e-2, abs=1e-3)
+
+
+@pytest.mark.parametrize("code", ["simplex", "sphere"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_target_logits_agree_with_the_logits_of_a_turned_code(code, autocast):
+    head = turned(ETFHead(16, 10, code=code, scale=3.0, learn_rotation=True)).eval()
+    target = torch.arange(32) % 10
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        logits, own = head(FEATURES), head.target_logits(FEATURES, target)
+    assert logits.dtype == own.dtype == torch.float32
+    assert_close(own, logits[torch.arange(32), target])
+    unturned = ETFHead(16, 10, code=code, scale=3.0).eval()
+    assert_close(logits, 3 * unturned.embed(FEATURES) @ head.rotation.matrix().T @ head.weight.T)
+    assert (logits - unturned(FEATURES)).abs().max() > 0.1
+
+
+def test_a_turned_head_with_a_learned_scale_is_loaded_as_it_was_saved():
+    trained = turned(ETFHead(16, 10, seed=1, scale=5.0, learn_scale=True, learn_rotation=True))
+    with torch.no_grad():
+        trained._log_scale.add_(0.7)
+    loaded = ETFHead(16, 10, seed=2, scale=5.0, learn_scale=True, learn_rotation=True)
+    loaded.load_state_dict(trained.state_dict())
+    assert torch.equal(loaded(FEATURES), trained(FEATURES))
+
+
+def test_dot_regression_trains_a_turned_head_and_refuses_a_learned_scale():
+    DotRegressionLoss().check_head(ETFHead(16, 10, learn_rotation=True))
+    with pytest.raises(UserError, match="learns its own"):
+        DotRegressionLoss().check_head(ETFHead(16, 10, learn_scale=True))
 
 
 @pytest.mark.parametrize(("projection_dim", "linear"), [(9, True), (16, True), (40, False)])
