@@ -90,7 +90,7 @@ TRAINED = [
 ]
 
 
-SECOND_STAGES = {"crt", "lws"}  # they start from the set's run of the arm ce
+SECOND_STAGES = {"crt", "lws", "mislas"}  # they start from the set's run of the arm ce, the last from one with mixup
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +132,10 @@ def test_every_set_has_every_arm_and_arms_differ_in_nothing_else(dataset):
     experiments |= {f"{arm}_{switch}": [*experiments[arm], f"../data/{switch}.yaml"] for arm in BY_MIXUP}
     found = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / dataset).glob("*.yaml")}
     expected = {arm: {"overlays": parts, "name": f"{dataset}/{arm}"} for arm, parts in experiments.items()}
+    with_mixup = "ce_mixup" if switch == "mixup" else "ce"
     for arm in SECOND_STAGES:
-        expected[arm]["fine_tuning"] = {"checkpoint": f"runs/{dataset}/ce/checkpoints/last.ckpt"}
+        first = with_mixup if arm == "mislas" else "ce"
+        expected[arm]["fine_tuning"] = {"checkpoint": f"runs/{dataset}/{first}/checkpoints/last.ckpt"}
     assert found == expected
 
 
