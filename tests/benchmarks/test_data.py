@@ -77,6 +77,7 @@ def test_an_epoch_in_memory_takes_a_thirtieth_of_the_usual_pipeline(pixels, cifa
     usual = DataLoader(Usual(pixels), batch_size=128, shuffle=True, num_workers=2, persistent_workers=True)
     data = cifar_like()
     ours = data.train_dataloader()
+    torch.set_num_threads(2)  # two cores for either: their two processes, our one
     images, labels = next(transformed(data, ours))
     theirs = next(iter(usual))[0]
     assert (images.shape, images.dtype, len(labels)) == (theirs.shape, theirs.dtype, 128)
