@@ -66,8 +66,10 @@ class Loss(nn.Module, ABC):
         """Give the training counts `[K]`, which some losses and balances need; the tensor is kept, not copied.
 
         Raises:
-            UserError: no class has an image.
+            UserError: they are no counts, or no class has an image.
         """
+        if class_counts.dim() != 1 or not bool(((class_counts >= 0) & class_counts.isfinite()).all()):
+            raise UserError(f"{type(self).__name__}: class_counts must be [K] numbers of images, none below 0")
         if not bool((class_counts > 0).any()):
             raise UserError(f"{type(self).__name__}: no class has a training image: give counts that are not all 0")
         self._class_counts = class_counts

@@ -79,6 +79,47 @@ CASES = {
         1, ["label -1", "a.npz"], lambda t: [*FIT, *arrays(t / "a.npz", train_labels=np.arange(40) % 4 - 1)]),
     "a label beyond the named classes": (
         1, ["label 4"], lambda t: [*FIT, *arrays(t / "a.npz", classes=5, class_names=np.array(list("abcd")))]),
+    "labels beyond the integers": (
+        1, ["a.npz", "train_labels", str(2**63)], lambda t: [*FIT, *arrays(t / "a.npz", train_labels=np.full(40, 2**63, np.uint64))]),
+    "a test label beyond the training classes": (
+        1, ["label 4", "test image 4", "0 … 3"], lambda t: [*FIT, *arrays(t / "a.npz", test_labels=np.arange(16))]),
+    "class names that are no list": (
+        1, ["a.npz", "class_names", "[2, 2]"], lambda t: [*FIT, *arrays(t / "a.npz", class_names=np.array([["a", "b"], ["c", "d"]]))]),
+    "no training image": (1, ["a.npz", "train_labels"], lambda t: [*FIT, *arrays(t / "a.npz", train=0)]),
+    "no test image": (
+        1, ["a.npz", "test holds no image"],
+        lambda t: [*FIT, *arrays(t / "a.npz", test_images=np.zeros((0, 8, 8), np.uint8), test_labels=np.zeros(0, int))]),
+    "images without pixels": (
+        1, ["a.npz", "train_images", "[40, 8, 0]"], lambda t: [*FIT, *arrays(t / "a.npz", train_images=np.zeros((40, 8, 0), np.uint8))]),
+    "channels before rows": (
+        1, ["a.npz", "[40, 3, 8, 8]", "[N, H, W, C]"],
+        lambda t: [*FIT, *arrays(t / "a.npz", train_images=np.zeros((40, 3, 8, 8), np.uint8))]),
+    "test images in colour, training images grey": (
+        1, ["test_images", "[16, 8, 8, 3]", "1 channels"],
+        lambda t: [*FIT, *arrays(t / "a.npz", test_images=np.zeros((16, 8, 8, 3), np.uint8))]),
+    "class-balanced sampling of a class without images": (
+        1, ["a.npz", "class 3 (d)", "no training image"],
+        lambda t: [*FIT, *arrays(t / "a.npz", train_labels=np.arange(40) % 3, class_names=np.array(list("abcd"))),
+                   "--data.sampler", "balanced"]),
+    "LDAM with a class without images": (
+        1, ["a.npz", "class 1", "no training image"],
+        lambda t: [*FIT, *arrays(t / "a.npz", train_labels=np.arange(40) // 20 * 2), "--model.loss", "LDAMLoss",
+                   "--model.head", "CosineHead", "--model.head.cosine_scale", 30]),
+    "validation images that leave a class without any": (
+        1, ["class 0", "val_fraction 0.5"], lambda t: [*FIT, *arrays(t / "a.npz", train=4), "--data.val_fraction", 0.5]),
+    "an unknown sampling policy": (
+        1, ["balnced", "did you mean balanced"], lambda t: [*FIT, "--data", "Digits", "--data.sampler", "balnced"]),
+    "progressive sampling without an end": (
+        1, ["progressive", "set trainer.max_epochs"],
+        lambda t: [*FIT, "--data", "Digits", "--data.sampler", "progressive", "--trainer.max_epochs", -1, "--trainer.max_steps", 2]),
+    "explicit counts for other classes": (
+        1, ["3 counts for 10 classes"], lambda t: [*FIT, "--data", "Digits", "--data.profile", "[5, 5, 5]"]),
+    "an explicit count of none": (
+        1, ["class 9", "0 images", "profile"], lambda t: [*FIT, "--data", "Digits", "--data.profile", "[5, 5, 5, 5, 5, 5, 5, 5, 5, 0]"]),
+    "an unknown loss": (2, ["LDAM", "LDAMLoss"], lambda t: [*FIT, "--data", "Digits", "--model.loss", "LDAM"]),
+    "LDAM with a head that gives no cosines": (
+        1, ["LDAMLoss", "LinearHead", "CosineHead"],
+        lambda t: [*FIT, "--data", "Digits", "--model.loss", "LDAMLoss", "--model.head", "LinearHead"]),
     "a class with fewer images than asked": (
         1, ["has 10", "12"], lambda t: [*FIT, *arrays(t / "a.npz"), "--data.max_count", 12]),
     "a class left without any": (

@@ -477,3 +477,9 @@ def test_batch_balance_counts_over_all_ranks(two_processes):
     for name, make in [*((make.__name__, make) for make in LOSSES), ("from_target_logits", DotRegressionLoss)]:
         mean = sum(part[name] for part in parts) / 2
         assert mean == pytest.approx(counted(make(class_balance="batch"))(LOGITS, TARGET).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("counts", [[5, -1], [[5, 1]], [float("nan"), 1.0], [float("inf"), 1.0]])
+def test_what_are_no_counts_is_refused(counts):
+    with pytest.raises(UserError, match="numbers of images, none below 0"):
+        LDAMLoss().set_class_counts(torch.tensor(counts))

@@ -40,9 +40,16 @@ class ArrayImages(ImageDataModule):
     def class_names(self) -> list[str]:
         """The file's `class_names`, else the labels as text."""
         if "class_names" in self._members:
-            return [str(name) for name in np.atleast_1d(self._array("class_names"))]
+            names = self._array("class_names")
+            if names.ndim != 1:
+                raise UserError(
+                    f"{self.path}: class_names is of shape {list(names.shape)}: give one name per class, [K]"
+                )
+            return [str(name) for name in names]
         labels = self._labels("train")
-        num_classes = int(labels.max(initial=-1)) + 1
+        if len(labels) == 0 or labels.max() < 0:
+            raise UserError(f"{self.path}: train_labels holds no label from 0 on: give one per image")
+        num_classes = int(labels.max()) + 1
         if num_classes > len(labels):
             raise UserError(
                 f"{self.path}: label {num_classes - 1} of train is beyond what {len(labels)} images can fill: "
@@ -70,11 +77,14 @@ class ArrayImages(ImageDataModule):
     def load(self, split: Split) -> ArraySource:
         """Read one split's two arrays."""
         images = self._array(f"{split}_images")
-        if images.dtype != np.uint8 or images.ndim not in (3, 4):
-            raise UserError(
-                f"{self.path}: {split}_images is {images.dtype} of shape {list(images.shape)}: "
-                "give uint8 [N, H, W] or [N, H, W, C]"
-            )
+        what = f"{self.path}: {split}_images is {images.dtype} of shape {list(images.shape)}"
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape[1:]:
+            raise UserError(f"{what}: give uint8 [N, H, W] or [N, H, W, C], none of H, W and C 0")
+        if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] > 4:
+            raise UserError(f"{what}, which looks like [N, C, H, W]: give [N, H, W, C]")
+        channels = images.shape[3] if images.ndim == 4 else 1
+        if channels != self.num_channels:
+            raise UserError(f"{what}, but train_images has {self.num_channels} channels: give the same number")
         labels = self._labels(split)
         if len(images) != len(labels):
             raise UserError(
@@ -144,4 +154,6 @@ class ArrayImages(ImageDataModule):
             raise UserError(
                 f"{self.path}: {split}_labels is {labels.dtype} of shape {list(labels.shape)}: give integers [N] or [N, 1]"
             )
+        if labels.max(initial=0) > np.iinfo(np.int64).max:
+            raise UserError(f"{self.path}: {split}_labels has label {labels.max()}: give labels from 0 without gaps")
         return labels.reshape(-1).astype(np.int64)

@@ -187,11 +187,13 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def _checked(self, name: Split) -> ImageSource:
         source = self.load(name)
+        if len(source.labels) == 0:
+            raise UserError(f"{self}: {name} holds no image: add some")
         wrong = torch.nonzero((source.labels < 0) | (source.labels >= self.num_classes)).flatten()
         if len(wrong):
             raise UserError(
                 f"{self}: label {int(source.labels[wrong[0]])} of {name} image {source.name(int(wrong[0]))} "
-                f"is outside 0 … {self.num_classes - 1}: correct it, or name {self.num_classes} classes"
+                f"is outside 0 … {self.num_classes - 1}: correct it, or the number of classes"
             )
         return source
 

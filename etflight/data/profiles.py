@@ -128,7 +128,12 @@ def training_counts(
         k = short[0]
         raise refuse(short, f"has {has[k]} training images, {asked[k]} were asked for: {mend}")
     if (none_left := np.flatnonzero(asked < 1)).size:
-        raise refuse(none_left, f"is left with {asked[none_left[0]]} images: lower imbalance_ratio, or raise max_count")
+        mend = (
+            "lower imbalance_ratio, or raise max_count"
+            if isinstance(profile, str)
+            else "raise its count in the profile"
+        )
+        raise refuse(none_left, f"is left with {asked[none_left[0]]} images: {mend}")
     return asked
 
 

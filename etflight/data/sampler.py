@@ -112,7 +112,9 @@ class ImbalancedSampler(_Sharded):
         """
         resolved = resolve_policy(policy)
         if resolved == "progressive" and (self.num_epochs is None or self.num_epochs < 1):
-            raise UserError(f"the progressive sampler needs the number of epochs, got num_epochs={self.num_epochs}")
+            raise UserError(
+                f"the progressive sampler needs the number of epochs, got num_epochs={self.num_epochs}: set trainer.max_epochs"
+            )
         self.policy = resolved
 
     def probabilities(self) -> NDArray[np.float64]:

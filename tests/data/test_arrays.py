@@ -52,8 +52,11 @@ def test_a_compressed_file_is_read_too(arrays, tmp_path):
         ({"train_labels": np.zeros((70, 2), int)}, r"train_labels is int64 of shape \[70, 2\]"),
         ({"train_labels": np.array([object()] * 70)}, "train_labels cannot be read"),
         ({"train_images": np.array([None] * 70)}, "train_images cannot be read"),
-        ({"val_images": np.zeros((2, 2, 4), np.uint8)}, "missing val_labels; it holds"),
-        ({"train_images": np.zeros((0, 2, 4), np.uint8), "train_labels": np.zeros(0, int)}, "has 0 class"),
+        ({"val_images": np.zeros((2, 2, 4, 3), np.uint8)}, "missing val_labels; it holds"),
+        (
+            {"train_images": np.zeros((0, 2, 4), np.uint8), "train_labels": np.zeros(0, int)},
+            "train_labels holds no label",
+        ),
     ],
 )
 def test_a_malformed_file_is_refused_in_one_line(arrays, changes, message):

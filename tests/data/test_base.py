@@ -217,7 +217,7 @@ def test_fewer_training_images_than_ranks_is_refused(arrays, on_rank):
     [([0, 1, 2, 3], "label 3 of test image 3 is outside 0 … 2"), ([0, -1, 2, 1], "label -1 of test image 1")],
 )
 def test_a_label_outside_the_classes_is_named(arrays, labels, message):
-    data = ArrayImages(arrays(test_images=np.zeros((4, 2, 4), np.uint8), test_labels=np.array(labels)))
+    data = ArrayImages(arrays(test_images=np.zeros((4, 2, 4, 3), np.uint8), test_labels=np.array(labels)))
     with pytest.raises(UserError, match=message):
         data.setup("test")
 
