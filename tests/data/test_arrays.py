@@ -55,7 +55,7 @@ def test_a_compressed_file_is_read_too(arrays, tmp_path):
         ({"val_images": np.zeros((2, 2, 4, 3), np.uint8)}, "missing val_labels; it holds"),
         (
             {"train_images": np.zeros((0, 2, 4), np.uint8), "train_labels": np.zeros(0, int)},
-            "train_labels holds no label",
+            "train holds no image",
         ),
     ],
 )
