@@ -2,13 +2,15 @@
 
 import csv
 import fcntl
+import hashlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -112,28 +114,57 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
-def facts(*, name: str, arm: str | None, seed: Any, data: object) -> dict[str, Any]:
-    """What it takes to repeat a run: command, commit, versions, hardware, seed, and which images were chosen."""
+def facts(*, name: str, arm: str | None, config: Mapping[str, Any], trainer: Trainer) -> dict[str, Any]:
+    """What it takes to repeat a run: command, configuration, commit, versions, hardware, seed, and which images were chosen.
+
+    Args:
+        name: of the run.
+        arm: stem of the configuration file, or None.
+        config: all arguments as plain data.
+        trainer: about to train.
+    """
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning outside the class body
+    counts = [int(n) for n in getattr(data, "class_counts", [])]
     return {
         "name": name,
         "arm": arm,
-        "command": " ".join(["etflight", *sys.argv[1:]]),
+        "command": shlex.join(["etflight", *sys.argv[1:]]),
+        "config_sha256": config_sha256(config),
         "commit": _commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seed": seed,
+        "seed": config.get("seed_everything"),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         "hardware": {
             "cpu": _processor(),
             "threads": torch.get_num_threads(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "device": trainer.strategy.root_device.type,
+            "processes": trainer.world_size,
         },
         "data": {
             "class": type(data).__name__,
             "fingerprint": getattr(data, "fingerprint", None),
-            "class_counts": [int(n) for n in getattr(data, "class_counts", [])],
+            "class_counts": counts,
+            "imbalance_ratio": _imbalance_ratio(data, counts),
             "validation": "held out" if getattr(data, "val_is_held_out", False) else "the test set, watched only",
         },
     }
+
+
+def config_sha256(config: Mapping[str, Any]) -> str:
+    """The hash of a configuration without what tells the runs of an arm apart: seed, name, place, loggers.
+
+    Args:
+        config: all arguments as plain data.
+
+    Returns:
+        64 hexadecimal digits, the same for every seed of an arm.
+    """
+    outer = {"seed_everything", "name", "overlays", "ckpt_path", "weights_only"}
+    content = {key: value for key, value in config.items() if key not in outer}
+    trainer = {key: value for key, value in config["trainer"].items() if key not in ("default_root_dir", "logger")}
+    text = json.dumps({**content, "trainer": trainer}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class MetricsCSV(Logger):
@@ -215,6 +246,14 @@ def run_folder(trainer: Trainer) -> Path:
         if isinstance(logger, MetricsCSV):
             return Path(logger.save_dir)
     return Path(trainer.default_root_dir)
+
+
+def _imbalance_ratio(data: object, counts: Sequence[int]) -> float | None:
+    """The one asked for, which truncated counts only come near; else that of the images as they are."""
+    asked = float(getattr(data, "imbalance_ratio", 1.0))
+    if asked > 1 and getattr(data, "profile", None) != "none":
+        return asked
+    return float(f"{max(counts) / min(counts):.4g}") if counts and min(counts) > 0 else None
 
 
 def _commit() -> str | None:

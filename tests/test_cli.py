@@ -1,6 +1,7 @@
 import csv
 import inspect
 import json
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -9,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 
 import etflight
 from etflight import Classifier, DotRegressionLoss, __version__
+from etflight.data import Digits
+from etflight.run import config_sha256, facts
 from etflight.specs import describe
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +59,35 @@ def test_a_run_leaves_its_folder_and_nothing_else(run):
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     assert any(row["train/loss"] for row in rows)
     assert {"val/acc", "val/acc_many", "val/acc_few", "val/ece", "val/loss"} <= rows[0].keys()
+
+
+def test_the_record_tells_the_configuration_but_for_what_tells_seeds_apart(run):
+    record = json.loads((run[1] / "run.json").read_text())
+    config = yaml.safe_load((run[1] / "config.yaml").read_text())
+    assert record["config_sha256"] == config_sha256(config)
+    trainer = config["trainer"] | {"default_root_dir": "elsewhere", "logger": "WandbLogger"}
+    seed = config | {"seed_everything": 1, "name": "other", "ckpt_path": "last", "trainer": trainer}
+    longer = config | {"trainer": config["trainer"] | {"max_epochs": 2}}
+    assert record["config_sha256"] == config_sha256(seed) != config_sha256(longer)
+    assert shlex.split(record["command"]) == ["etflight", "fit", *map(str, DIGITS), "--name", "first"]
+    assert record["data"]["imbalance_ratio"] == 20
+    assert record["hardware"]["device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("options", "ratio"),
+    [
+        ({"imbalance_ratio": 20}, 20),
+        ({"imbalance_ratio": 20, "profile": "none"}, 1.073),  # as the set is: 133 to 124 images a class
+        ({"profile": [100] * 5 + [25] * 5}, 4),
+    ],
+)
+def test_the_ratio_on_record_is_the_one_asked_for_or_that_of_the_images(options, ratio, tmp_path):
+    data = Digits(**options)
+    data.setup()
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+    trainer.datamodule = data
+    assert facts(name="r", arm=None, config={"trainer": {}}, trainer=trainer)["data"]["imbalance_ratio"] == ratio
 
 
 def test_checkpoint_is_plain_data_and_stays_plain_when_saved_again(run, tmp_path):

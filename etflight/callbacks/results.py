@@ -41,13 +41,13 @@ class RunRecord(SaveConfigCallback):
         """
         if stage != "fit" or not trainer.is_global_zero:
             return
-        seed = self.config.get("seed_everything")
+        resolved = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = self._lock or lock(self.folder)
-            write_json(self.folder / RECORD, facts(name=self.name, arm=self.arm, seed=seed, data=_data(trainer)))
+            record = facts(name=self.name, arm=self.arm, config=resolved, trainer=trainer)
+            write_json(self.folder / RECORD, record)
             self.parser.save(self.config, self.folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
-        resolved = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 with may_fall_silent(logger):

@@ -18,15 +18,17 @@ from etflight.run import MetricsCSV, run_folder
 class Speed(Callback):
     """Tells images per second, the share of time spent waiting for data, and peak memory.
 
-    In the progress bar every `log_every_n_steps`; of each epoch as `speed/images_per_s`, `speed/data_wait` and `speed/peak_memory_gb` in
-    `<run folder>/speed.csv` and every logger but `metrics.csv`, which is the same for every repetition of a run. Validation and what
-    callbacks do with it do not count. Images are those of all processes; waiting and memory are the first process's: that of its GPU, or
-    else of the whole process without its loader's workers. Reads clocks only: nothing waits for the device, nothing is in checkpoints.
+    In the progress bar every `log_every_n_steps`; of each epoch as `speed/images_per_s`, `speed/data_wait`, `speed/peak_memory_gb` and
+    `speed/epoch_s` in `<run folder>/speed.csv` and every logger but `metrics.csv`, which is the same for every repetition of a run.
+    Validation and what callbacks do with it count in `speed/epoch_s` only, the seconds that the whole epoch took. Images are those of all
+    processes; waiting and memory are the first process's: that of its GPU, or else of the whole process without its loader's workers.
+    Reads clocks only: nothing waits for the device, nothing is in checkpoints.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from here, should this be within an epoch."""
         self._epoch, self._recent = _Count(_waited(trainer)), _Count(_waited(trainer))
+        self._started_at = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from here."""
@@ -72,6 +74,7 @@ class Speed(Callback):
             "speed/images_per_s": self._epoch.images_per_second,
             "speed/data_wait": self._epoch.share(_waited(trainer)),
             "speed/peak_memory_gb": peak_memory(trainer.strategy.root_device) / 1e9,
+            "speed/epoch_s": time.perf_counter() - self._started_at,
         }
         row = {"epoch": trainer.current_epoch, "step": trainer.global_step, **values}
         path = run_folder(trainer) / "speed.csv"

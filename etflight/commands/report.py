@@ -1,81 +1,68 @@
-"""`etflight report RUN…`: the test results of runs side by side."""
+"""`etflight report RUN…`: results of runs side by side, averaged over seeds."""
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from etflight.errors import UserError
+from etflight.reporting import tables
+from etflight.reporting.groups import group
+from etflight.reporting.results import read_results
 
-COLUMNS = {
-    "acc": "accuracy",
-    "acc_macro": "mean of classes",
-    "acc_many": "many",
-    "acc_medium": "medium",
-    "acc_few": "few",
-    "ece": "ECE",
-}
+_EPILOG = (
+    "A run folder that is none or whose files are not whole is named on stderr and left out, the others are shown; "
+    "the exit status is 1 only if nothing could be shown."
+)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print one row per run: accuracies in per cent and where its files lie.
+    """Print the results by arm, or write them to stdout in another format.
 
     Args:
-        argv: run folders that hold a `test_metrics.json`.
+        argv: run folders and result files, and options.
 
     Raises:
-        UserError: a folder without test results.
+        UserError: nothing could be shown.
     """
-    parser = argparse.ArgumentParser(prog="etflight report", description="Print the test results of runs side by side.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, such as runs/digits/ce")
-    runs: list[Path] = parser.parse_args(argv).runs
-    table = Table(title="Test results in per cent (many > 100, medium 20-100, few < 20 training images)")
-    table.add_column("run")
-    table.add_column("seed", justify="right")
-    for title in COLUMNS.values():
-        table.add_column(title, justify="right")
-    for run in runs:
-        metrics, facts = _read(run / "test_metrics.json"), _read(run / "run.json")
-        cells = [_per_cent(run, metrics.get(f"test/{name}")) for name in COLUMNS]
-        table.add_row(_as_it_is(run), _as_it_is(facts.get("seed", "?")), *cells)
-    # into a file, where no terminal says how wide it is, nothing may be cut
-    console = Console()
-    console = console if console.is_terminal else Console(width=120)
-    console.print(table)
-    console.print(
-        "One run, so one seed, per row. Each folder has config.yaml, run.json, metrics.csv, per_class.csv and checkpoints/.",
-        style="dim",
+    parser = argparse.ArgumentParser(
+        prog="etflight report",
+        description="Results of runs side by side: mean ± standard deviation over seeds, by data set, imbalance ratio and arm.",
+        epilog=_EPILOG,
     )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run folder, such as runs/digits/ce, or result file (.json)"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("md", "csv", "tex", "json"),
+        help="instead of a table in the terminal: Markdown, CSV in full precision, LaTeX, or a result file with a record per run",
+    )
+    arguments = parser.parse_args(argv)
+    results, problems = read_results(arguments.runs)
+    if not results:
+        raise UserError("; ".join(problems) if problems else "there are no results in what was given")
+    sections, remarks = group(results)
+    untested = [r for r in results if "test/acc" not in r.metrics]
+    remarks += [f"{r.source} has not been tested: etflight test writes its test_metrics.json" for r in untested]
+    for line in [*(f"left out: {problem}" for problem in problems), *remarks]:
+        print(f"etflight: {tables.plain(line)}", file=sys.stderr)
 
-
-def _per_cent(run: Path, value: object) -> str:
-    if value is None:
-        return "-"
-    if not isinstance(value, float | int) or abs(value) > 1:
-        raise UserError(
-            f"{run / 'test_metrics.json'} has {value!r:.60} where a number from 0 to 1 belongs: test the run again"
-        )
-    return f"{100 * value:.1f}"
-
-
-def _as_it_is(value: object) -> Text:
-    """Text without what would be markup, or command the terminal."""
-    return Text("".join(letter for letter in str(value) if letter.isprintable()))
-
-
-def _read(path: Path) -> dict[str, object]:
-    if not path.is_file():
-        raise UserError(
-            f"{path} does not exist: is {path.parent} a run folder, and has it been tested (etflight test)?"
-        )
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:  # among them what is no JSON or no text
-        raise UserError(f"{path} is not whole ({error}): test the run again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not whole (it holds no names): test the run again")
-    return content
+    if arguments.format == "json":
+        kept = [r for section in sections for g in section.groups for r in g.results if r not in untested]
+        print(json.dumps([r.record() for r in kept], indent=2, allow_nan=False))
+    elif arguments.format is not None:
+        formats = {"md": tables.markdown, "csv": tables.comma_separated, "tex": tables.latex}
+        print(formats[arguments.format](sections), end="")
+    else:
+        console = Console()
+        # into a file, where no terminal says how wide it is, nothing may be cut
+        console = console if console.is_terminal else Console(width=200)
+        for section in sections:
+            console.print(tables.for_terminal(section))
+            for note in [*tables.notes(section), tables.hardware(section)]:
+                console.print(tables.plain(note), style="dim", markup=False, highlight=False)
+        console.print(tables.CAPTION, style="dim", highlight=False)

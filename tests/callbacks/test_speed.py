@@ -15,7 +15,7 @@ FIT = [
     "fit", "--data", "Digits", "--model.backbone", "resnet20_cifar", "--trainer.accelerator", "cpu", "--trainer.max_epochs", 2,
     "--trainer.limit_train_batches", 4, "--data.batch_size", 32, "--name", "r", "--trainer.enable_model_summary", "false",
 ]  # fmt: skip
-NAMES = ["speed/images_per_s", "speed/data_wait", "speed/peak_memory_gb"]
+NAMES = ["speed/images_per_s", "speed/data_wait", "speed/peak_memory_gb", "speed/epoch_s"]
 
 
 def rows(folder):
@@ -83,6 +83,7 @@ def test_the_share_of_waiting_is_the_loaders_and_validation_does_not_count(tmp_p
     assert seconds * slow["speed/data_wait"] >= 5 * 0.3
     seconds = 5 * 16 / quick["speed/images_per_s"]
     assert quick["speed/data_wait"] * seconds < 1.5
+    assert quick["speed/epoch_s"] >= seconds + 1.5
     # two runs at different speeds: nothing that depends on time is in the checkpoint
     assert [
         line for line in differences(read(tmp_path / "quick"), read(tmp_path / "slow")) if "speed" in line.lower()

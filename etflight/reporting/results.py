@@ -1,0 +1,231 @@
+"""The result of one run as plain data: read from a run folder or a result file, and checked here once."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from etflight.errors import UserError
+from etflight.reporting.files import finite, read_json, read_table, series
+
+RECORD = "run.json"
+ALWAYS = ("dataset", "ratio", "arm", "seed", "epochs", "commit", "config_sha256", "fingerprint", "command")
+_AT_THE_END = re.compile(r"nc\w*/\w+/(nc1|alignment|etf_distance)|val/acc")
+_DEFINED = {f"test/{name}" for name in ("acc", "acc_macro", "acc_many", "acc_medium", "acc_few", "ece")}
+_SHARE = re.compile(r"(test|val)/(acc|ece)\w*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one run reached, and what it takes to repeat it; None is unknown.
+
+    Attributes:
+        source: the run folder, or the result file and the place in it.
+        dataset: name of the data set's class.
+        ratio: largest over smallest class count.
+        arm: stem of the configuration file.
+        seed: of the run.
+        epochs: trained to their end.
+        commit: of the code.
+        config_sha256: the same for all seeds of an arm (`etflight.run.config_sha256`).
+        fingerprint: of the training images.
+        command: that trained it.
+        num_classes: K.
+        validation: "held out", or else that the test set was watched.
+        seconds: that its epochs took, validation and measurement included.
+        hardware: for people.
+        metrics: finite numbers by log name, such as `test/acc` (accuracies from 0 to 1); at the end of training but for
+            `val/acc_best`, of the best epoch on the validation images, and its number from 1 on, `val/acc_best_epoch`.
+    """
+
+    source: str
+    dataset: str | None = None
+    ratio: float | None = None
+    arm: str
+    seed: Any = None
+    epochs: int | None = None
+    commit: str | None = None
+    config_sha256: str | None = None
+    fingerprint: str | None = None
+    command: str | None = None
+    num_classes: int | None = None
+    validation: str | None = None
+    seconds: float | None = None
+    hardware: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """As in a result file: facts and metrics in one flat dict of plain data."""
+        facts = asdict(self)
+        facts.pop("source")
+        metrics = {k: int(v) if k.endswith("_epoch") else v for k, v in facts.pop("metrics").items()}
+        if self.ratio is not None and self.ratio == int(self.ratio):
+            facts["ratio"] = int(self.ratio)
+        first = {name: facts.pop(name) for name in ("dataset", "ratio", "arm", "seed")}
+        rest = {name: value for name, value in facts.items() if value is not None or name in ALWAYS}
+        return {**first, **metrics, **rest}
+
+
+def read_results(paths: Iterable[Path]) -> tuple[list[Result], list[str]]:
+    """Those of run folders (one each) and of result files (JSON lists of records).
+
+    Returns:
+        The results, and what is wrong with the folders, files and records that are left out.
+    """
+    results, problems = [], []
+    for path in paths:
+        try:
+            readers = [partial(_from_run, path)] if path.is_dir() else _from_file(path)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        for read in readers:
+            try:
+                results.append(read())
+            except UserError as error:
+                problems.append(str(error))
+    return results, problems
+
+
+# Result files ---------------------------------------------------------------------------------------------------------
+
+_TEXTS = ("dataset", "arm", "commit", "config_sha256", "fingerprint", "command", "validation", "hardware")
+_NUMBERS = {"ratio": 1.0, "epochs": 0.0, "num_classes": 1.0, "seconds": 0.0}  # the least
+_FACTS = {f.name for f in fields(Result)} - {"source", "metrics"}
+
+
+def _from_file(path: Path) -> list[Callable[[], Result]]:
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give run folders, such as runs/digits/ce, or result files")
+    records = read_json(path)
+    if not isinstance(records, list):
+        raise UserError(f"{path} is no result file: it has to hold a list of records")
+    return [partial(_from_record, f"{path}[{i}]", record) for i, record in enumerate(records)]
+
+
+def _from_record(where: str, record: object) -> Result:
+    if not isinstance(record, dict):
+        raise UserError(f"{where} is no record of a result: {record!r:.60}")
+    for name in ("dataset", "arm", "test/acc"):
+        if record.get(name) is None:
+            raise UserError(f"{where} has no {name}")
+    facts = {name: value for name, value in record.items() if name in _FACTS and value is not None}
+    for name in _TEXTS:
+        if not isinstance(facts.get(name, ""), str):
+            raise UserError(f"{where} has {facts[name]!r:.60} for its {name}, where a text belongs")
+    for name, least in _NUMBERS.items():
+        number = finite(facts.get(name, least))
+        if number is None or number < least or (name in ("epochs", "num_classes") and number != int(number)):
+            raise UserError(f"{where} has {facts[name]!r:.60} for its {name}: give a number from {least:g}")
+        if name in facts:
+            facts[name] = number if name in ("ratio", "seconds") else int(number)
+    if type(facts.get("seed", 0)) is not int:
+        raise UserError(f"{where} has {facts['seed']!r:.60} for its seed, where an integer belongs")
+    metrics = {name: value for name, value in record.items() if "/" in name}
+    return Result(source=where, metrics=_checked(where, metrics), **facts)
+
+
+def _checked(where: str, metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Finite numbers, accuracies and calibration errors from 0 to 1."""
+    numbers = {}
+    for name, value in metrics.items():
+        number = finite(value)
+        share = _SHARE.fullmatch(name) and not name.endswith("_epoch")
+        if number is None or (share and not 0 <= number <= 1):
+            belongs = "a number from 0 to 1" if share else "a finite number"
+            raise UserError(f"{where} has {value!r:.60} for {name} where {belongs} belongs: test the run again")
+        numbers[name] = number
+    return numbers
+
+
+# Run folders ----------------------------------------------------------------------------------------------------------
+
+
+def _from_run(folder: Path) -> Result:
+    if not (folder / RECORD).is_file():
+        raise UserError(f"{folder} has no {RECORD}: it is no run folder, such as runs/digits/ce")
+    record = _names(folder / RECORD)
+    data, hardware = _part(record, "data"), _part(record, "hardware")
+    tested = folder / "test_metrics.json"
+    metrics: dict[str, float] = {}
+    if tested.is_file():
+        found = {name: value for name, value in _names(tested).items() if name.startswith("test/")}
+        undefined = {name for name, value in found.items() if name not in _DEFINED and finite(value) is None}
+        metrics = _checked(str(tested), {name: value for name, value in found.items() if name not in undefined})
+    epochs, logged = _training(folder / "metrics.csv")
+    counts = data.get("class_counts")
+    return Result(
+        source=str(folder),
+        dataset=_text(data.get("class")),
+        ratio=finite(data.get("imbalance_ratio")),
+        arm=_text(record.get("arm")) or _text(record.get("name")) or folder.name,
+        seed=None if isinstance(record.get("seed"), bool) else record.get("seed"),
+        epochs=epochs,
+        commit=_text(record.get("commit")),
+        config_sha256=_text(record.get("config_sha256")),
+        fingerprint=_text(data.get("fingerprint")),
+        command=_text(record.get("command")),
+        num_classes=len(counts) if isinstance(counts, list) and counts else None,
+        validation=_text(data.get("validation")),
+        seconds=_seconds(folder / "speed.csv"),
+        hardware=_hardware(hardware),
+        metrics=metrics | logged,
+    )
+
+
+def _names(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not whole (it holds no names)")
+    return content
+
+
+def _part(record: Mapping[str, Any], name: str) -> dict[str, Any]:
+    part = record.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _training(path: Path) -> tuple[int | None, dict[str, float]]:
+    """Epochs that came to their end, and what was logged at the end, and at the best epoch."""
+    if not path.is_file():
+        return None, {}
+    rows = read_table(path)
+    losses = series(path, rows, "train/loss")
+    epochs = int(losses[-1][0]) + 1 if losses else None
+    values = {}
+    for name in (name for name in (rows[0] if rows else ()) if _AT_THE_END.fullmatch(name)):
+        points = series(path, rows, name)
+        number = finite(points[-1][1]) if points else None
+        if number is not None:
+            values[name] = number
+    accuracies = [(epoch, finite(value)) for epoch, value in series(path, rows, "val/acc")]
+    best = max((value for _, value in accuracies if value is not None), default=None)
+    if best is not None:
+        values["val/acc_best"] = best
+        values["val/acc_best_epoch"] = next(epoch for epoch, value in accuracies if value == best) + 1
+    return epochs, _checked(str(path), values)
+
+
+def _seconds(path: Path) -> float | None:
+    """Of all epochs, each as it was trained last; None if any did not tell."""
+    rows = read_table(path) if path.is_file() else []
+    seconds = dict(series(path, rows, "speed/epoch_s"))
+    return sum(seconds.values()) if seconds and len(seconds) == len({row.get("epoch") for row in rows}) else None
+
+
+def _hardware(facts: Mapping[str, Any]) -> str | None:
+    gpus, processes = facts.get("gpus"), facts.get("processes")
+    on_gpu = facts.get("device", "cuda") == "cuda" and isinstance(gpus, list) and gpus
+    name = _text(gpus[0]) if on_gpu and isinstance(gpus, list) else _text(facts.get("cpu"))
+    if name is None:
+        return None
+    threads = facts.get("threads")
+    if not on_gpu and isinstance(threads, int):
+        name += f", {threads} thread{'s' * (threads != 1)}"
+    return f"{processes} × {name}" if isinstance(processes, int) and processes > 1 else name

@@ -1,0 +1,238 @@
+"""Tables of arms: for the terminal, in Markdown and LaTeX, and as CSV."""
+
+import csv
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from etflight.reporting.groups import Group, Section, Stat
+
+MISSING = "–"
+
+
+class Column(NamedTuple):
+    """One metric: its title, a title for narrow places, its log name, and what its numbers look like."""
+
+    title: str
+    short: str
+    metric: str
+    show: Callable[[float], str]
+
+
+def _per_cent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _decimals(value: float) -> str:
+    return f"{value:.3f}"
+
+
+COLUMNS = (
+    Column("test acc., last epoch", "test, last", "test/acc", _per_cent),
+    Column("val acc., best epoch", "val, best", "val/acc_best", _per_cent),
+    Column("mean of classes", "macro", "test/acc_macro", _per_cent),
+    Column("many", "many", "test/acc_many", _per_cent),
+    Column("medium", "medium", "test/acc_medium", _per_cent),
+    Column("few", "few", "test/acc_few", _per_cent),
+    Column("ECE", "ECE", "test/ece", _per_cent),
+    Column("NC1", "NC1", "nc/train/nc1", _decimals),
+    Column("alignment", "align.", "nc/train/alignment", _decimals),
+)
+HEADER = ("arm", "seeds", *(column.title for column in COLUMNS), "epochs", "time per run", "hardware")
+CAPTION = (
+    "Mean ± sample standard deviation over seeds, of one seed no ±; – is missing. Accuracies, shot groups (many > 100, medium 20–100, "
+    "few < 20 training images) and ECE in per cent, on the test images, of the checkpoint that was tested; NC1 and alignment of the "
+    "training images at the end."
+)
+
+
+def rows(section: Section) -> list[list[str]]:
+    """A cell per column of `HEADER`, a row per arm, then one per published number; plain text."""
+    arms = [_row(group) for group in section.groups]
+    for entry in section.published:
+        backbone, read_in = entry["backbone"], entry["read_in"]
+        first = [f"{entry['method']} (published, {backbone}; read in: {read_in})", MISSING]
+        accuracy = f"{100 * entry['test/acc']:.2f}".removesuffix("0")
+        rest = [MISSING] * (len(COLUMNS) - 1)
+        arms.append([*first, accuracy, *rest, str(entry.get("epochs", MISSING)), MISSING, MISSING])
+    return arms
+
+
+def notes(section: Section) -> list[str]:
+    """What the numbers of a section are of, in sentences."""
+    found = []
+    for validation in section.different("validation"):
+        if validation == "held out":
+            found.append("Validation images are held out: the best epoch is that of their accuracy.")
+        else:
+            found.append(
+                f"Validation images are {validation}: the best epoch is picked on it, an upper bound and no result."
+            )
+    return found
+
+
+def hardware(section: Section) -> str:
+    """On what the runs were trained, in a sentence."""
+    return f"Hardware: {'; '.join(section.different('hardware')) or MISSING}."
+
+
+def _row(group: Group) -> list[str]:
+    epochs = sorted(group.different("epochs"))
+    seconds = group.seconds()
+    return [
+        group.arm,
+        ", ".join("?" if r.seed is None else str(r.seed) for r in group.results),
+        *(_cell(group.stat(column.metric), column.show, len(group.results)) for column in COLUMNS),
+        MISSING if not epochs else "–".join(str(e) for e in dict.fromkeys((epochs[0], epochs[-1]))),
+        MISSING if seconds is None else duration(seconds.mean),
+        "; ".join(group.different("hardware")) or MISSING,
+    ]
+
+
+def _cell(stat: Stat | None, show: Callable[[float], str], runs: int) -> str:
+    if stat is None:
+        return MISSING
+    spread = "" if stat.std is None else f" ± {show(stat.std)}"
+    return f"{show(stat.mean)}{spread}" + (f" ({stat.runs} of {runs})" if stat.runs < runs else "")
+
+
+def duration(seconds: float) -> str:
+    """For people: 8.2 s, 19 min, 2.4 h."""
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def plain(value: object) -> str:
+    """Text without what would command a terminal, or end a line."""
+    return "".join(letter if letter.isprintable() else " " for letter in str(value))
+
+
+# Formats --------------------------------------------------------------------------------------------------------------
+
+
+def for_terminal(section: Section) -> Table:
+    """A table of rich, of which each cell may take several lines; the hardware is among the notes."""
+    table = Table(title=Text(plain(section.title)), box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for title in ("arm", "seeds"):
+        table.add_column(title, overflow="fold")
+    for title in (*(column.short for column in COLUMNS), "epochs", "time"):
+        table.add_column(title, justify="right", overflow="fold")
+    for row in rows(section):
+        table.add_row(*(Text(plain(cell).replace("± ", "±")) for cell in row[:-1]))
+    return table
+
+
+def markdown(sections: Sequence[Section]) -> str:
+    """One table per section, in GitHub's Markdown."""
+    parts = []
+    for section in sections:
+        lines = [
+            f"### {escape_markdown(section.title)}",
+            "",
+            "| " + " | ".join(HEADER) + " |",
+            "|---|---" + "|--:" * (len(HEADER) - 3) + "|---|",
+            *("| " + " | ".join(map(escape_markdown, row)) + " |" for row in rows(section)),
+            "",
+            *(escape_markdown(note) for note in notes(section)),
+        ]
+        parts.append("\n".join(lines).rstrip() + "\n")
+    return "\n".join([*parts, CAPTION]) + "\n"
+
+
+def latex(sections: Sequence[Section]) -> str:
+    r"""One `table` per section, for a document with `\usepackage{booktabs}`."""
+    parts = []
+    for section in sections:
+        caption = " ".join([f"{section.title}.", *notes(section), CAPTION])
+        lines = [
+            r"\begin{table}",
+            rf"\caption{{{escape_latex(caption)}}}",
+            rf"\begin{{tabular}}{{ll{'r' * (len(HEADER) - 3)}l}}",
+            r"\toprule",
+            " & ".join(map(escape_latex, HEADER)) + r" \\",
+            r"\midrule",
+            *(" & ".join(map(escape_latex, row)) + r" \\" for row in rows(section)),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+        parts.append("\n".join(lines) + "\n")
+    return "% \\usepackage{booktabs}\n" + "\n".join(parts)
+
+
+def comma_separated(sections: Sequence[Section]) -> str:
+    """One row per arm or published number, in full precision, accuracies from 0 to 1; an empty cell is missing.
+
+    A metric has three columns: mean, `…_std` and `…_n`, how many runs have it.
+    """
+    metrics = [f"{c.metric}{part}" for c in COLUMNS for part in ("", "_std", "_n")]
+    columns = ["dataset", "ratio", "arm", "seeds", *metrics, "epochs", "seconds", "hardware", "source"]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    for section in sections:
+        place = {"dataset": section.dataset, "ratio": None if section.ratio is None else f"{section.ratio:g}"}
+        for group in section.groups:
+            values: dict[str, object] = {}
+            for column in COLUMNS:
+                if (stat := group.stat(column.metric)) is not None:
+                    names = (column.metric, f"{column.metric}_std", f"{column.metric}_n")
+                    values |= dict(zip(names, stat, strict=True))
+            seconds = group.seconds()
+            facts = {
+                "arm": plain(group.arm),
+                "seeds": " ".join("?" if r.seed is None else plain(r.seed) for r in group.results),
+                "epochs": " ".join(map(str, group.different("epochs"))),
+                "seconds": None if seconds is None else seconds.mean,
+                "hardware": plain("; ".join(group.different("hardware"))),
+            }
+            writer.writerow(place | values | facts)
+        for entry in section.published:
+            facts = {name: entry.get(name) for name in ("test/acc", "epochs")}
+            writer.writerow(
+                place | facts | {"arm": entry["method"], "source": f"{entry['backbone']}; {entry['read_in']}"}
+            )
+    return out.getvalue()
+
+
+_MARKS = re.compile(r"[\\`*_{}\[\]<>#|~&!$@]")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9]+(_[A-Za-z0-9]+)+")  # whose underscores Markdown leaves alone
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "$": r"\$",
+    "&": r"\&",
+    "#": r"\#",
+    "%": r"\%",
+    "_": r"\_",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "–": "--",
+}
+
+
+def escape_markdown(text: object) -> str:
+    """Text that Markdown shows as it stands, in a table too: what could be a mark is a numeric character reference."""
+    one_line = plain(text)
+    if _PLAIN_NAME.fullmatch(one_line):
+        return one_line
+    escaped = _MARKS.sub(lambda mark: f"&#{ord(mark.group())};", one_line)
+    return re.sub(r"(?i)(https?|ftp|www)(?=[:.])", lambda m: f"&#{ord(m.group()[0])};{m.group()[1:]}", escaped)
+
+
+def escape_latex(text: object) -> str:
+    """Text that LaTeX typesets as it stands."""
+    return "".join(_LATEX.get(letter, letter) for letter in plain(text))

@@ -1,0 +1,92 @@
+import csv
+import io
+import json
+import statistics
+
+import pytest
+
+from tests.reporting.folders import make_run
+
+ACCURACIES = [0.5, 0.625, 0.875]
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return [make_run(tmp_path / f"ce_{seed}", acc=acc, seed=seed).name for seed, acc in enumerate(ACCURACIES)]
+
+
+def test_seeds_are_averaged_on_the_terminal(runs, tmp_path, etflight_command):
+    result = etflight_command("report", *runs, cwd=tmp_path)
+    assert result.status == 0, result.err
+    assert result.err == ""
+    mean, std = 100 * statistics.mean(ACCURACIES), 100 * statistics.stdev(ACCURACIES)
+    assert f"{mean:.1f} ±{std:.1f}" in result.out
+    assert "Digits, imbalance ratio 16" in result.out
+    assert "Abacus, 1 thread" in result.out
+
+
+@pytest.mark.parametrize("format", ["md", "tex", "csv", "json"])
+def test_a_result_file_tells_the_same_as_the_runs(format, runs, tmp_path, etflight_command):
+    written = etflight_command("report", *runs, "--format", "json", cwd=tmp_path)
+    (tmp_path / "results.json").write_text(written.out)
+    one = etflight_command("report", *runs, "--format", format, cwd=tmp_path)
+    other = etflight_command("report", "results.json", "--format", format, cwd=tmp_path)
+    assert one.status == other.status == 0
+    assert one.out == other.out
+
+
+def test_json_is_the_list_of_records(runs, tmp_path, etflight_command):
+    records = json.loads(etflight_command("report", *runs, "--format", "json", cwd=tmp_path).out)
+    assert [record["test/acc"] for record in records] == ACCURACIES
+    keys = {
+        "dataset",
+        "ratio",
+        "arm",
+        "seed",
+        "test/acc",
+        "epochs",
+        "commit",
+        "config_sha256",
+        "fingerprint",
+        "command",
+    }
+    assert all(keys <= record.keys() for record in records)
+
+
+def test_what_is_bad_is_named_and_the_others_are_shown(runs, tmp_path, etflight_command):
+    (tmp_path / "empty").mkdir()
+    half = make_run(tmp_path / "half", seed=8)
+    (half / "metrics.csv").write_text((half / "metrics.csv").read_text()[:-9])
+    wide = make_run(tmp_path / "wide", seed=9, data={"class": "Digits", "imbalance_ratio": 16, "class_counts": [1] * 7})
+    again = make_run(tmp_path / "again", seed=0, acc=0.25)
+    bad = ["nowhere", "empty", half.name, wide.name, again.name]
+    result = etflight_command("report", *runs, *bad, "--format", "csv", cwd=tmp_path)
+    assert result.status == 0
+    lines = result.err.splitlines()
+    assert len(lines) == len(bad)
+    for name, word in zip(bad, ["exist", "run.json", "metrics.csv", "7 classes", "seed 0"], strict=True):
+        assert any(name in line and word in line for line in lines), (name, lines)
+    (row,) = csv.DictReader(io.StringIO(result.out))
+    assert float(row["test/acc"]) == pytest.approx(statistics.mean(ACCURACIES))
+
+
+def test_nothing_to_show_is_an_error_of_one_line_that_names_everything(tmp_path, etflight_command):
+    (tmp_path / "empty").mkdir()
+    result = etflight_command("report", "nowhere", "empty", "--format", "md", cwd=tmp_path)
+    assert result.status == 1
+    assert result.out == ""
+    assert len(result.error_lines) == 1
+    assert "nowhere" in result.error_lines[0]
+    assert "empty" in result.error_lines[0]
+
+
+def test_an_untested_run_is_shown_without_accuracy_and_is_no_result(tmp_path, etflight_command):
+    run = make_run(tmp_path / "r")
+    (run / "test_metrics.json").unlink()
+    result = etflight_command("report", "r", "--format", "csv", cwd=tmp_path)
+    assert result.status == 0
+    assert "etflight test" in result.err
+    (row,) = csv.DictReader(io.StringIO(result.out))
+    assert row["test/acc"] == ""
+    assert float(row["val/acc_best"]) == 0.75
+    assert json.loads(etflight_command("report", "r", "--format", "json", cwd=tmp_path).out) == []

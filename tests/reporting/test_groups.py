@@ -1,0 +1,92 @@
+import math
+import statistics as oracle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from etflight.reporting.groups import group, statistics
+from etflight.reporting.results import Result
+
+
+def result(arm="ce", seed=0, acc=0.5, **facts):
+    facts = {"dataset": "CIFAR10", "ratio": 100.0, "num_classes": 10, **facts}
+    return Result(source=f"{arm}_{seed}", arm=arm, seed=seed, metrics={"test/acc": acc}, **facts)
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=20))
+def test_mean_and_sample_standard_deviation(values):
+    mean, std, runs = statistics(values)
+    assert mean == pytest.approx(oracle.fmean(values), rel=1e-9, abs=1e-6)
+    assert std == pytest.approx(oracle.stdev(values), rel=1e-9, abs=1e-6)
+    assert runs == len(values)
+
+
+def test_one_run_has_no_standard_deviation():
+    assert statistics([0.25]) == (0.25, None, 1)
+    assert statistics([]) is None
+
+
+def test_numbers_near_the_largest_do_not_overflow():
+    assert math.isfinite(statistics([1e308, 1.5e308]).mean)
+    assert math.isfinite(statistics([1e200, -1e200]).std)
+
+
+def test_runs_are_grouped_by_set_ratio_and_arm():
+    runs = [
+        result("ce", 0), result("etf", 0), result("ce", 1), result("ce", 0, ratio=50.0), result("ce", 0, dataset="CIFAR100"),
+    ]  # fmt: skip
+    sections, remarks = group(runs)
+    assert remarks == []
+    found = [(s.dataset, s.ratio, [(g.arm, [r.seed for r in g.results]) for g in s.groups]) for s in sections]
+    assert found == [
+        ("CIFAR10", 100.0, [("ce", [0, 1]), ("etf", [0])]),
+        ("CIFAR10", 50.0, [("ce", [0])]),
+        ("CIFAR100", 100.0, [("ce", [0])]),
+    ]
+
+
+def test_the_same_seed_is_not_counted_twice():
+    (section,), remarks = group([result(acc=0.5), result(acc=0.7), result(seed=1, acc=0.6)])
+    assert section.groups[0].stat("test/acc").mean == pytest.approx(0.55)
+    assert len(remarks) == 1
+    assert "same seed" in remarks[0]
+
+
+def test_runs_without_a_seed_are_different_runs():
+    (section,), remarks = group([result(seed=None, acc=0.5), result(seed=None, acc=0.7)])
+    assert section.groups[0].stat("test/acc").runs == 2
+    assert remarks == []
+
+
+def test_a_run_of_other_classes_is_left_out_and_named():
+    (section,), remarks = group([result(seed=0), result(seed=1, num_classes=7), result(seed=2, num_classes=None)])
+    assert [r.seed for r in section.groups[0].results] == [0, 2]
+    assert len(remarks) == 1
+    assert all(word in remarks[0] for word in ("ce_1", "7 classes", "10"))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("config_sha256", ("x", "y"), ["ce", "configurations"]),
+        ("fingerprint", ("x", "y"), ["different images"]),
+        ("epochs", (20, 30), ["different epochs", "20, 30"]),
+    ],
+)
+def test_seeds_that_differ_in_more_than_the_seed_are_named(name, values, words):
+    _, remarks = group([result(seed=i, **{name: value}) for i, value in enumerate(values)])
+    assert len(remarks) == 1
+    assert all(word in remarks[0] for word in words)
+    assert group([result(seed=i, **{name: values[0]}) for i in range(2)])[1] == []
+
+
+def test_published_numbers_stand_only_beside_their_set_and_ratio():
+    runs = [result(ratio=100.0), result(ratio=10.0), result(dataset="CIFAR100", ratio=50.0), result(dataset="Digits")]
+    sections, _ = group(runs)
+    assert [len(s.published) > 0 for s in sections] == [True, False, True, False]
+    values = {(e["method"], e["backbone"]): e["test/acc"] for e in sections[0].published}
+    assert values["LDAM-DRW", "ResNet-32"] == 0.7773
+    assert values["ETF + DR", "ResNet-18"] == 0.713
+    assert {e["method"]: e["test/acc"] for e in sections[2].published}["GLMC"] == 0.6378
+    assert all(e["read_in"] and 0 < e["test/acc"] < 1 for s in sections for e in s.published)

@@ -1,0 +1,176 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from etflight.reporting.results import ALWAYS, read_results
+from tests.reporting.folders import make_run, write_csv, write_json
+
+RECORD = {
+    "dataset": "Digits", "ratio": 16, "arm": "ce", "seed": 0, "test/acc": 0.5, "epochs": 3, "commit": "a" * 40,
+    "config_sha256": "c" * 64, "fingerprint": "5db3039069e4", "command": "etflight fit",
+}  # fmt: skip
+
+
+def only(path):
+    (result,), problems = read_results([path])
+    assert problems == []
+    return result
+
+
+def test_a_run_folder_gives_its_record(tmp_path):
+    record = only(make_run(tmp_path / "r", acc=0.5)).record()
+    assert record == RECORD | {
+        "command": "etflight fit -c configs/digits/ce.yaml --seed_everything 0",
+        "test/ece": 0.125, "test/loss": 2.5, "test/acc_macro": 0.5, "test/acc_many": 1.0, "test/acc_medium": 0.25,
+        "test/acc_few": 0.25, "val/acc": 0.5, "val/acc_best": 0.75, "val/acc_best_epoch": 2,
+        "nc/train/nc1": 1 / 3, "nc/train/alignment": 0.8, "num_classes": 3,
+        "validation": "the test set, watched only", "seconds": 9.0, "hardware": "Abacus, 1 thread",
+    }  # fmt: skip
+    assert type(record["ratio"]) is int
+    assert set(ALWAYS) <= record.keys()
+
+
+def test_an_epoch_trained_again_after_a_resume_counts_once(tmp_path):
+    run = make_run(tmp_path / "r")
+    write_csv(run / "speed.csv", [{"epoch": e, "speed/epoch_s": s} for e, s in ((0, 1.0), (1, 50.0), (1, 2.0))])
+    assert only(run).seconds == 3.0
+
+
+@pytest.mark.parametrize(
+    ("hardware", "expected"),
+    [
+        ({"cpu": "Abacus", "threads": 2, "gpus": ["H100"], "device": "cuda", "processes": 1}, "H100"),
+        ({"cpu": "Abacus", "threads": 2, "gpus": ["H100"] * 2, "device": "cuda", "processes": 2}, "2 × H100"),
+        ({"cpu": "Abacus", "threads": 2, "gpus": ["H100"], "device": "cpu", "processes": 1}, "Abacus, 2 threads"),
+        ({}, None),
+    ],
+)
+def test_hardware_is_what_was_trained_on(hardware, expected, tmp_path):
+    assert only(make_run(tmp_path / "r", hardware=hardware)).hardware == expected
+
+
+def test_what_was_not_recorded_is_unknown(tmp_path):
+    run = make_run(tmp_path / "r")
+    for name in ("metrics.csv", "speed.csv", "test_metrics.json"):
+        (run / name).unlink()
+    write_json(run / "run.json", {})
+    result = only(run)
+    assert result.arm == "r"
+    assert result.metrics == {}
+    assert all(getattr(result, name) is None for name in ("dataset", "ratio", "seed", "epochs", "seconds", "hardware"))
+
+
+def test_an_undefined_measure_is_missing(tmp_path):
+    run = make_run(tmp_path / "r")
+    write_csv(run / "metrics.csv", [{"epoch": 0.0, "train/loss": 1.0, "nc/train/nc1": "nan", "val/acc": 0.5}])
+    assert only(run).metrics.keys() >= {"val/acc"}
+    assert "nc/train/nc1" not in only(run).metrics
+
+
+def test_a_loss_that_overflowed_is_missing(tmp_path):
+    run = make_run(tmp_path / "r")
+    write_json(run / "test_metrics.json", {"test/acc": 0.5, "test/loss": float("inf"), "test/acc_worst": float("nan")})
+    assert {name for name in only(run).metrics if name.startswith("test/")} == {"test/acc"}
+
+
+def cut_off(name, by):
+    def spoil(run):
+        content = (run / name).read_bytes()
+        (run / name).write_bytes(content[:-by])
+
+    return spoil
+
+
+def replaced(name, content):
+    return lambda run: (run / name).write_bytes(content)
+
+
+DAMAGE = {
+    "a row cut off in the middle": ("metrics.csv", cut_off("metrics.csv", 20)),
+    "a number cut off": ("metrics.csv", cut_off("metrics.csv", 3)),
+    "an empty table": ("metrics.csv", replaced("metrics.csv", b"")),
+    "a word for a number": ("metrics.csv", replaced("metrics.csv", b"epoch,train/loss\n0,low\n")),
+    "a table of zeros": ("metrics.csv", replaced("metrics.csv", b"\0" * 50)),
+    "an accuracy above 1": ("metrics.csv", replaced("metrics.csv", b"epoch,val/acc\n0,88\n")),
+    "a half-written speed table": ("speed.csv", cut_off("speed.csv", 2)),
+    "a record cut off": ("run.json", cut_off("run.json", 5)),
+    "a record of no names": ("run.json", replaced("run.json", b"[]")),
+    "results cut off": ("test_metrics.json", cut_off("test_metrics.json", 5)),
+    "an accuracy that is none": ("test_metrics.json", replaced("test_metrics.json", b'{"test/acc": NaN}')),
+    "an accuracy without bound": ("test_metrics.json", replaced("test_metrics.json", b'{"test/acc": Infinity}')),
+    "an accuracy in per cent": ("test_metrics.json", replaced("test_metrics.json", b'{"test/acc": 95.0}')),
+    "a yes for a number": ("test_metrics.json", replaced("test_metrics.json", b'{"test/acc": true}')),
+    "no record": ("run.json", lambda run: (run / "run.json").unlink()),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_run_is_named_and_the_others_are_read(name, tmp_path):
+    file, spoil = DAMAGE[name]
+    bad, good = make_run(tmp_path / "bad"), make_run(tmp_path / "good", seed=1)
+    spoil(bad)
+    results, problems = read_results([bad, good])
+    assert [r.source for r in results] == [str(good)]
+    assert len(problems) == 1
+    assert str(bad) in problems[0]
+    assert file in problems[0]
+
+
+BAD_RECORDS = {
+    "no record": 3,
+    "no accuracy": {k: v for k, v in RECORD.items() if k != "test/acc"},
+    "per cent": RECORD | {"test/acc": 95.0},
+    "not finite": RECORD | {"nc/train/nc1": float("nan")},
+    "a huge number": RECORD | {"nc/train/nc1": 10**400},
+    "a text for a metric": RECORD | {"test/ece": "0.1"},
+    "a text for a seed": RECORD | {"seed": "0"},
+    "a ratio below 1": RECORD | {"ratio": 0.01},
+    "half an epoch": RECORD | {"epochs": 2.5},
+    "a number for a name": RECORD | {"arm": 3},
+    "a list for a command": RECORD | {"command": ["etflight"]},
+}
+
+
+@pytest.mark.parametrize("name", BAD_RECORDS)
+def test_a_bad_record_is_named_by_its_place(name, tmp_path):
+    path = tmp_path / "results.json"
+    write_json(path, [RECORD, BAD_RECORDS[name]])
+    results, problems = read_results([path])
+    assert [r.record() for r in results] == [RECORD]
+    assert len(problems) == 1
+    assert f"{path}[1]" in problems[0]
+
+
+@pytest.mark.parametrize("content", ["{}", "[", "3", "[" * 100_000])
+def test_a_file_of_something_else_is_named(content, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    results, problems = read_results([path])
+    assert results == []
+    assert str(path) in problems[0]
+
+
+texts = st.text(max_size=20)
+shares = st.floats(0, 1)
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+records = st.fixed_dictionaries(
+    {
+        "dataset": texts, "ratio": st.none() | st.integers(1, 1000) | st.floats(1, 1000), "arm": texts,
+        "seed": st.none() | st.integers(0, 2**32 - 1), "test/acc": shares, "epochs": st.none() | st.integers(0, 1000),
+        "commit": st.none() | texts, "config_sha256": st.none() | texts, "fingerprint": st.none() | texts,
+        "command": st.none() | texts,
+    },
+    optional={"test/acc_few": shares, "nc/train/nc1": numbers, "val/acc_best": shares, "seconds": st.floats(0, 1e9),
+              "hardware": texts, "num_classes": st.integers(1, 10**5)},
+)  # fmt: skip
+
+
+@given(st.lists(records, max_size=4))
+def test_result_files_are_read_as_they_were_written(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("results") / "results.json"
+    path.write_text(json.dumps(content))
+    results, problems = read_results([path])
+    assert problems == []
+    assert json.loads(json.dumps([r.record() for r in results], allow_nan=False)) == content

@@ -1,0 +1,125 @@
+import csv
+import io
+import re
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from etflight.reporting import tables
+from etflight.reporting.groups import group
+from etflight.reporting.results import Result
+
+ACCURACIES = [0.914, 0.902, 0.9235]
+
+
+def run(seed, acc, arm="ce", **more):
+    metrics = {"test/acc": acc, "nc/train/nc1": 0.5 + seed}
+    return Result(source=f"{arm}_{seed}", dataset="CIFAR10", ratio=100.0, arm=arm, seed=seed, metrics=metrics, **more)
+
+
+@pytest.fixture
+def sections():
+    runs = [
+        run(seed, acc, epochs=20, seconds=60.0 * (seed + 1), hardware="Abacus") for seed, acc in enumerate(ACCURACIES)
+    ]
+    return group([*runs, run(0, 0.5, arm="etf_dr")])[0]
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def test_markdown_shows_mean_and_deviation_and_what_is_missing(sections):
+    lines = tables.markdown(sections).splitlines()
+    title, _, header, rule, ce, etf, *published = [line for line in lines if line.startswith(("#", "|"))][:1] + [""] + [
+        line for line in lines if line.startswith("|")
+    ]  # fmt: skip
+    assert "CIFAR10, imbalance ratio 100" in title
+    assert len(cells(header)) == len(cells(rule)) == len(cells(ce)) == len(cells(etf))
+    mean, std = 100 * statistics.mean(ACCURACIES), 100 * statistics.stdev(ACCURACIES)
+    found = dict(zip(cells(header), cells(ce), strict=True))
+    assert found["test acc., last epoch"] == f"{mean:.1f} ± {std:.1f}"
+    assert found["seeds"] == "0, 1, 2"
+    assert found["time per run"] == "2 min"
+    assert found["alignment"] == "–"
+    found = dict(zip(cells(header), cells(etf), strict=True))
+    assert found["test acc., last epoch"] == "50.0"
+    assert found["epochs"] == found["hardware"] == "–"
+    assert any("LDAM-DRW" in line and "77.73" in line and "BagofTricks-LT gallery" in line for line in published)
+
+
+def test_csv_has_full_precision(sections):
+    found = list(csv.DictReader(io.StringIO(tables.comma_separated(sections))))
+    assert float(found[0]["test/acc"]) == pytest.approx(statistics.mean(ACCURACIES), rel=1e-15)
+    assert float(found[0]["test/acc_std"]) == pytest.approx(statistics.stdev(ACCURACIES), rel=1e-12)
+    assert found[0]["test/acc_n"] == "3"
+    assert found[1]["test/acc_std"] == found[1]["hardware"] == found[0]["source"] == ""
+    assert {row["source"] for row in found[2:]} >= {"ResNet-32; MiSLAS README"}
+
+
+def test_a_mean_over_fewer_runs_than_the_arm_has_says_so():
+    bare = Result(source="ce_1", dataset="CIFAR10", ratio=100.0, arm="ce", seed=1, metrics={"test/acc": 0.75})
+    ((section,), _) = group([run(0, 0.25), bare])
+    row = dict(zip(tables.HEADER, tables.rows(section)[0], strict=True))
+    assert row["NC1"] == "0.500 (1 of 2)"
+
+
+def test_the_best_epoch_says_on_which_images_it_was_picked():
+    watched, held = (
+        group([run(0, 0.5, validation=v)])[0][0] for v in ("the test set, watched only", "held out")
+    )  # fmt: skip
+    assert "upper bound" in tables.notes(watched)[0]
+    assert "held out" in tables.notes(held)[0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.0, "0 s"), (8.24, "8.2 s"), (59, "59 s"), (1140, "19 min"), (8640, "2.4 h")]
+)
+def test_durations_for_people(seconds, said):
+    assert tables.duration(seconds) == said
+
+
+# --- text as it stands -------------------------------------------------------------------------------------------------
+
+UNESCAPED = {rf"\{c}": c for c in "{}$&#%_"} | {
+    r"\textbackslash{}": "\\", r"\textasciicircum{}": "^", r"\textasciitilde{}": "~", r"\textless{}": "<",
+    r"\textgreater{}": ">", r"\textbar{}": "|", r"\textquotedbl{}": '"', r"$\pm$": "±", r"$\times$": "×", "--": "–",
+}  # fmt: skip
+TEX = re.compile("|".join(re.escape(e) for e in sorted(UNESCAPED, key=len, reverse=True)) + r"|(?s:.)")
+nasty = st.text(st.sampled_from('\\{}$&#%_^~<>|"`*[]()!ab±–×\n\x1b http:'), max_size=30)
+
+
+def typeset(source):
+    """What LaTeX would show; an active character that stands alone is an error."""
+    shown = ""
+    for token in TEX.findall(source):
+        assert token in UNESCAPED or token not in '\\{}$&#%_^~<>|"', f"{token!r} in {source!r}"
+        shown += UNESCAPED.get(token, token)
+    return shown
+
+
+@given(nasty.filter(lambda text: "--" not in text))
+def test_latex_shows_names_as_they_are(text):
+    assert typeset(tables.escape_latex(text)) == tables.plain(text)
+
+
+@given(nasty)
+def test_markdown_has_no_mark_left_and_shows_names_as_they_are(text):
+    escaped = tables.escape_markdown(text)
+    bare = re.sub(r"&#(\d+);", lambda m: chr(int(m.group(1))), escaped)
+    assert bare == tables.plain(text)
+    assert not set("\\`*{}[]<>|~!$@\n") & set(re.sub(r"&#\d+;", "", escaped))
+    assert "http:" not in re.sub(r"&#\d+;", "", escaped)
+
+
+@given(st.text(max_size=30))
+def test_any_name_stays_in_its_cell(name):
+    ((section,), _) = group([run(0, 0.5, arm=name)])
+    for line in tables.markdown([section]).splitlines():
+        if line.startswith("|"):
+            assert len(cells(line)) == len(tables.HEADER)
+    body = tables.latex([section]).partition("\\midrule\n")[2].partition("\\bottomrule")[0]
+    first = re.sub(r"\\[&\\]", "", body.splitlines()[0].removesuffix(r"\\"))
+    assert first.count("&") == len(tables.HEADER) - 1
