@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchcodec.decoders
 from lightning.pytorch.callbacks import ModelCheckpoint
-from PIL import Image, ImageFile
+from PIL import Image
 from torchvision.datasets.utils import extract_archive
 
 from etflight import Classifier, LinearHead
@@ -624,7 +625,7 @@ def test_an_image_bomb_is_refused_before_it_is_decoded(name, cwd, etflight_comma
         (cwd / "images" / folder / name).write_bytes(data)
     argv = ["fit", *SMALL, "--model.backbone", "resnet20_cifar", "--data", "FolderImages", "--data.root", "images"]
     decoded = []
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: decoded.append(self))
+    monkeypatch.setattr(torchcodec.decoders, "decode_image", lambda source, mode: decoded.append(source))
     with pytest.raises(UserError, match=name):
         FileSource([cwd / "images/train/a" / name], torch.tensor([0]), 8)[0]
     assert decoded == []

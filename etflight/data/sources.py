@@ -1,25 +1,25 @@
 """Where a split's images come from, and the data set that loaders read."""
 
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from etflight.errors import UserError
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 Batch = tuple[Tensor, Tensor]
 MAX_PIXELS = 89_478_485  # Pillow's limit, from where on it suspects a bomb: 256 MiB as RGB
 FORMATS = ("JPEG", "PNG", "WEBP")
+_PLACE_IN_SOURCE = re.compile(r"\w+, \S+\.(?:cpp|h):\d+, ")  # of the decoder, in its messages
 
 
 class ImageSource(ABC):
@@ -76,22 +76,21 @@ class FileSource(ImageSource):
             UserError: The file is missing, is no image, or is too large; names its path.
         """
         # torchvision takes seconds, which sets in memory and `--help` need not wait for
-        from PIL import Image
-        from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize  # type: ignore[attr-defined]
+        from torchcodec.decoders import decode_image  # type: ignore[attr-defined]
+        from torchvision.transforms.v2.functional import center_crop, resize  # type: ignore[attr-defined]
 
         path = self.paths[index]
         try:
-            with _opened(path) as file:
-                self._check_shape(path, *file.size)
-                # Pillow's own conversion of 16-bit grey clips at 255.
-                deep = file.mode.startswith("I")
-                picture = Image.fromarray((np.asarray(file) // 257).astype(np.uint8)) if deep else file
-                # `convert` copies even where there is nothing to convert
-                image = pil_to_tensor(picture if picture.mode == "RGB" else picture.convert("RGB"))
+            content = Path(path).read_bytes()
+            self._check_shape(path, *_size_in_header(content))
+            image = decode_image(content, mode="RGB")
         except UserError:
             raise
-        except Exception as error:  # Pillow's readers of broken files raise all kinds
-            raise UserError(f"{path} cannot be read as an image ({error}): replace it or remove it") from None
+        except Exception as error:  # readers of broken files raise all kinds
+            reason = _PLACE_IN_SOURCE.sub("", str(error))
+            raise UserError(f"{path} cannot be read as an image ({reason}): replace it or remove it") from None
+        if image.ndim == 4:  # of an animation the first picture
+            image = image[0]
         return center_crop(resize(image, [self.size], antialias=True), [self.size, self.size])
 
     def _check_shape(self, path: str, width: int, height: int) -> None:
@@ -104,21 +103,27 @@ class FileSource(ImageSource):
 
     def images(self, indices: Tensor) -> Tensor:
         """Decode the batch's files one by one."""
-        return torch.stack([self[i] for i in indices.tolist()])
+        # in a worker, unlike `torch.stack`, it stacks into the memory that the main process reads: no second copy
+        return cast(Tensor, default_collate([self[i] for i in indices.tolist()]))
 
     def name(self, index: int) -> str:
         """The file's path."""
         return self.paths[index]
 
 
-def _opened(path: str) -> "Image.Image":
-    """An image file, of which only the header has been read."""
+def _size_in_header(content: bytes) -> tuple[int, int]:
+    """Width and height of an image file, without decoding it; an animation's pictures lie side by side."""
     from PIL import Image
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         # by content, whatever the name: Pillow would run Ghostscript for a PostScript file that is called .png
-        return Image.open(path, formats=FORMATS)
+        with Image.open(BytesIO(content), formats=FORMATS) as file:
+            width, height = file.size
+            frames = getattr(file, "n_frames", 1)
+    if width * height * frames > MAX_PIXELS:
+        raise ValueError(f"{frames} pictures of {width}×{height} pixels are more than {MAX_PIXELS}")
+    return width, height
 
 
 class ImageSplit(Dataset[Batch]):
