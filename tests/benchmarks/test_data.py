@@ -74,7 +74,9 @@ def transformed(data, loader):
 
 
 def test_an_epoch_in_memory_takes_a_thirtieth_of_the_usual_pipeline(pixels, cifar_like, median_ratio, record_ratio):
-    usual = DataLoader(Usual(pixels), batch_size=128, shuffle=True, num_workers=2, persistent_workers=True)
+    # not forked: the memory of a process that forks is slower afterwards, and that is ours
+    workers = {"num_workers": 2, "persistent_workers": True, "multiprocessing_context": "forkserver"}
+    usual = DataLoader(Usual(pixels), batch_size=128, shuffle=True, **workers)
     data = cifar_like()
     ours = data.train_dataloader()
     torch.set_num_threads(2)  # two cores for either: their two processes, our one
