@@ -124,6 +124,7 @@ def data_arguments(num_classes, num_channels, images_per_class):
         "flip": SWITCH,
         "mixup": real(0, 0) | real(0.01, 2),
         "cutmix": real(0, 0) | real(0.01, 2),
+        "color_jitter": real(0, 1),
         "mean": several(real(0, 1), 1, 1) | several(real(0, 1), num_channels, num_channels),
         "std": several(real(0.01, 1), 1, 1) | several(real(0.01, 1), num_channels, num_channels),
     }  # fmt: skip

@@ -51,6 +51,8 @@ class ImageDataModule(LightningDataModule, ABC):
         num_workers: Loader processes; 0 is quickest for sets in memory.
         crop_padding: Zeros around the image before a random crop; None: the set's standard recipe.
         flip: Mirror half of the training images; None: the set's standard recipe.
+        color_jitter: Brightness, contrast and saturation (of RGB) of each training image change by factors drawn from 1 ± this, at
+            most 1; 0: off.
         mixup: α of mixup; 0: off.
         cutmix: α of CutMix; 0: off.
         mean: Per channel, of pixels in [0, 1]; None: the set's own.
@@ -76,6 +78,7 @@ class ImageDataModule(LightningDataModule, ABC):
     num_workers: int = 0
     crop_padding: int | None = None
     flip: bool | None = None
+    color_jitter: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
     mean: list[float] | None = None
@@ -105,6 +108,7 @@ class ImageDataModule(LightningDataModule, ABC):
             ),
             ("num_workers", self.num_workers >= 0, "give 0 (load in the main process) or more"),
             ("crop_padding", self.crop_padding is None or self.crop_padding >= 0, "give 0 (no crop) or more pixels"),
+            ("color_jitter", 0 <= self.color_jitter <= 1, "factors are 1 ± it: give 0 (off) to 1"),
             ("mixup", _is_alpha(self.mixup), "α is 0 (off), or finite and 1e-6 or more"),
             ("cutmix", _is_alpha(self.cutmix), "α is 0 (off), or finite and 1e-6 or more"),
             ("mean", _all_within(self.mean, 0, 1), "give numbers from 0 to 1, of pixels divided by 255"),
@@ -333,6 +337,7 @@ class ImageDataModule(LightningDataModule, ABC):
             std=std,
             crop_padding=self.standard_crop_padding if self.crop_padding is None else self.crop_padding,
             flip=self.standard_flip if self.flip is None else self.flip,
+            color_jitter=self.color_jitter,
             mixup=self.mixup,
             cutmix=self.cutmix,
             seed=self._run_seed,

@@ -29,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from etflight.data.color import draw_color_factors, jitter_colors
 from etflight.errors import UserError
 
 _STEPS_AT_ONCE = 64
@@ -114,7 +115,7 @@ def _inside(height: int, width: int, padding: int, device: torch.device) -> Tens
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """`(images/255 - mean)/std`, uint8 `[B, C, H, W]` to float32; `mean` and `std` hold 1 or C numbers."""
+    """`(images/255 - mean)/std`, `[B, C, H, W]` to float32; `mean` and `std` hold 1 or C numbers; float32 in place."""
     scale, shift = _affine(mean, std, images.device)
     return images.to(torch.float32).mul_(scale).add_(shift)
 
@@ -128,9 +129,9 @@ def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.devic
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTransform:
-    """Random crop, flip, normalisation, then mixup or CutMix of a training batch.
+    """Random crop, flip, colours, normalisation, then mixup or CutMix of a training batch.
 
-    Crop and flip differ from image to image, λ is one per batch. With both `mixup` and `cutmix`, each batch gets one
+    Crop, flip and colours differ from image to image, λ is one per batch. With both `mixup` and `cutmix`, each batch gets one
     of them at even odds. Either turns labels `[B]` into probabilities `[B, K]`.
 
     Args:
@@ -139,6 +140,7 @@ class TrainTransform:
         std: 1 or C positive numbers.
         crop_padding: Zeros padded on each side before the crop; 0: no crop.
         flip: Mirror half of the images.
+        color_jitter: Brightness, contrast and saturation change by factors within 1 ± this; 0: off.
         mixup: α of λ ~ Beta(α, α), Zhang et al., ICLR 2018; 0: off.
         cutmix: α of CutMix, Yun et al., ICCV 2019; 0: off.
         seed: At least 0.
@@ -149,6 +151,7 @@ class TrainTransform:
     std: tuple[float, ...]
     crop_padding: int = 0
     flip: bool = False
+    color_jitter: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
     seed: int = 0
@@ -168,6 +171,8 @@ class TrainTransform:
         if self.crop_padding or self.flip:
             crops = draw_crops(len(images), self.crop_padding, self.flip, self.seed, step, rank)
             images = crop_and_flip(images, crops, self.crop_padding)
+        if self.color_jitter:
+            images = jitter_colors(images, draw_color_factors(len(images), self.color_jitter, self.seed, step, rank))
         images = normalize(images, self.mean, self.std)
         if self._mix is not None:
             with step_randomness(self.seed, step, rank):

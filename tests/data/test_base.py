@@ -43,6 +43,7 @@ def on_rank():
         ({"num_workers": -1}, "num_workers is -1"),
         ({"mixup": -1.0}, "mixup is -1.0"),
         ({"cutmix": -1.0}, "cutmix is -1.0"),
+        *(({"color_jitter": c}, f"color_jitter is {c}") for c in (-0.1, 1.1, nan)),
         ({"crop_padding": -1}, "crop_padding is -1"),
         *(({name: alpha}, f"{name} is {alpha}") for name in ("mixup", "cutmix") for alpha in (1e-300, inf, nan)),
         *(({"mean": mean}, "mean is .* divided by 255") for mean in ([], [127.5], [-1.0], [nan], [0.5, inf])),
