@@ -1,71 +1,53 @@
-"""Pictures of neural collapse: pure functions that return matplotlib figures.
-
-Each returns a `matplotlib.figure.Figure` of its own, never registered with pyplot: safe in threads, and freed like any object. Tensors may
-be on any device, arrays are taken as well. `render` makes its pixels, `save` writes it to a file.
-"""
+"""Pictures of neural collapse."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import LogFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from etflight.errors import UserError
 from etflight.files import replacing
 from etflight.metrics import Moments, measures
 from etflight.metrics.measures import GlobalMean
+from etflight.plotting.canvas import (
+    BLUE,
+    DPI,
+    GREEN,
+    GREY,
+    VERMILION,
+    Array,
+    Matrix,
+    Numbers,
+    as_array,
+    as_labels,
+    name_points,
+    name_ticks,
+    render,
+    short,
+    single_axes,
+    size_axis,
+    tidy,
+)
 
 __all__ = [
     "collapse_curves",
     "cosine_heatmap",
     "portrait",
-    "render",
-    "save",
     "spectrum",
     "triangle",
     "triangle_film",
     "variability_by_size",
 ]
 
-Array = NDArray[np.float64]
-Matrix = Tensor | NDArray[Any]
-Numbers = Tensor | NDArray[Any] | Sequence[float]
-
-# Okabe & Ito's colours, told apart with every common colour vision.
-BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-GREY = "#767676"
-_DPI = 120  # of figures in general
 _STYLES = ("-", "--", ":", "-.")
 _MOST_CLASSES = 1000  # sides of the largest heat map: more cells than that are more than a picture has pixels
-
-
-def render(figure: Figure) -> Image.Image:
-    """The figure's pixels, RGB."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # type: ignore[no-untyped-call]
-    pixels = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
-    return Image.fromarray(pixels).convert("RGB")
-
-
-def save(picture: Figure | Image.Image, path: str | Path) -> None:
-    """Write a figure, or what `render` made of it, so that a reader sees the old picture or the new one, never half of it.
-
-    Args:
-        picture: the figure or its pixels.
-        path: whose suffix says the format.
-    """
-    with replacing(path) as partial:
-        picture.savefig(partial) if isinstance(picture, Figure) else picture.save(partial)
 
 
 def portrait(
@@ -130,7 +112,7 @@ def cosine_heatmap(
     Raises:
         ValueError: shapes that do not fit.
     """
-    M, W = _matrix(means), _matrix(weight)
+    M, W = as_array(means), as_array(weight)
     if M.shape != W.shape or M.ndim != 2:
         raise ValueError(f"means and class vectors must both be [K, d], got {list(M.shape)} and {list(W.shape)}")
     K = len(M)
@@ -140,7 +122,7 @@ def cosine_heatmap(
     names = [str(k) for k in shown] if class_names is None else [class_names[k] for k in shown.tolist()]
 
     size = 7.0 if K <= 40 else 8.5
-    figure = Figure(figsize=(size, 0.88 * size), dpi=_DPI if K <= 200 else 200, layout="compressed")
+    figure = Figure(figsize=(size, 0.88 * size), dpi=DPI if K <= 200 else 200, layout="compressed")
     axes = figure.add_subplot()
     axes.set_facecolor("#d0d0d0")
     image = axes.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1, interpolation_stage="rgba")
@@ -152,7 +134,7 @@ def cosine_heatmap(
     axes.set_title(title if title is not None else default)
     axes.set_xlabel("class vector")
     axes.set_ylabel("class mean")
-    _name_ticks(axes, names)
+    name_ticks(axes, names)
     if len(names) <= 12:
         for i, j in np.ndindex(*cosines.shape):
             value = cosines[i, j]
@@ -169,7 +151,7 @@ def _mean_weights(means: Array, global_mean: GlobalMean, counts: Numbers | None)
     elif global_mean == "sample":
         if counts is None:
             raise ValueError('global_mean="sample" needs counts')
-        weights = _matrix(counts) * present
+        weights = as_array(counts) * present
     else:
         raise ValueError(f'global_mean is "class" or "sample", got {global_mean!r}')
     normalised: Array = weights / max(weights.sum(), 1.0)
@@ -194,25 +176,6 @@ def _cosines(means: Array, weight: Array, mean_weights: Array, center_weight: bo
     return result
 
 
-def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
-    """Class names on both axes, thinned until they can be read."""
-    K = len(names)
-    step = 1 if K <= 40 else next(s for s in (5, 10, 20, 50, 100, 200) if K / s <= 20)
-    at = np.arange(0, K, step)
-    labels = [_short(names[i]) for i in at.tolist()]
-    size = 9 if len(at) <= 20 else 7
-    upright = max(map(len, labels), default=0) <= 2 or (step > 1 and max(map(len, labels)) <= 3)
-    axes.set_xticks(at, labels, rotation=0 if upright else 45, ha="center" if upright else "right", fontsize=size)
-    axes.set_yticks(at, labels, fontsize=size)
-    if not upright:
-        for label in axes.get_xticklabels():
-            label.set_rotation_mode("anchor")
-
-
-def _short(name: str, most: int = 18) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
-
-
 def spectrum(values: Numbers, *, title: str | None = None) -> Figure:
     """The singular values of the centred means beside the flat spectrum of a simplex with the same Frobenius norm.
 
@@ -226,13 +189,13 @@ def spectrum(values: Numbers, *, title: str | None = None) -> Figure:
     Raises:
         ValueError: no values.
     """
-    singular = np.sort(_matrix(values).reshape(-1))[::-1]
+    singular = np.sort(as_array(values).reshape(-1))[::-1]
     if len(singular) == 0:
         raise ValueError("the spectrum is empty: it takes two classes with samples")
     n = len(singular)
     index = np.arange(1, n + 1)
     flat = np.sqrt(np.mean(singular**2))
-    figure, axes = _single()
+    figure, axes = single_axes()
     few = n <= 60
     axes.plot(index, singular, "o" if few else "-", color=BLUE, ms=6, lw=2, label="class means, centred", zorder=3)
     axes.plot([0.5, n + 0.5], [flat, flat], "--", color=VERMILION, lw=1.8, label="simplex ETF of the same size")
@@ -320,7 +283,7 @@ def collapse_curves(
     if not splits or len(x) == 0:
         raise ValueError(f"no measure called {prefix}/SPLIT/… in the history: nothing to draw")
 
-    figure = Figure(figsize=(10, 7.2), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(10, 7.2), dpi=DPI, layout="constrained")
     for axes, panel in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
         _draw_panel(axes, panel, history, x, prefix, splits, num_classes)
     styles = [
@@ -388,7 +351,7 @@ def _draw_panel(
         axes.set_ylabel(str(legend[0].get_label()))
     else:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=GREY)
-    _tidy(axes)
+    tidy(axes)
 
 
 def _series(history: Mapping[str, Sequence[float]], key: str, x: Array) -> Array | None:
@@ -422,7 +385,7 @@ def variability_by_size(
     Raises:
         ValueError: lengths that differ.
     """
-    y, x = _matrix(variances).reshape(-1), _matrix(counts).reshape(-1)
+    y, x = as_array(variances).reshape(-1), as_array(counts).reshape(-1)
     if len(x) != len(y):
         raise ValueError(f"{len(y)} variances for {len(x)} class counts")
     names = [str(k) for k in range(len(x))] if class_names is None else list(class_names)
@@ -430,17 +393,9 @@ def variability_by_size(
     positive = shown[y[shown] > 0]
     zero = shown[y[shown] <= 0]
 
-    figure, axes = _single()
+    figure, axes = single_axes()
     axes.scatter(x[positive], y[positive], s=46 if len(shown) <= 100 else 16, color=BLUE, alpha=0.85, lw=0, zorder=3)
-    axes.set_xscale("log")
-    if len(shown):
-        low, high = x[shown].min(), x[shown].max()
-        margin = max((high / low) ** 0.08, 1.5)
-        axes.set_xlim(low / margin, high * margin)
-        if high / low < 100:
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.xaxis.set_minor_locator(NullLocator())
+    size_axis(axes, x[shown])
     if len(positive) and y[positive].max() > 20 * y[positive].min():
         axes.set_yscale("log")
         low, high = y[positive].min(), y[positive].max()
@@ -454,40 +409,10 @@ def variability_by_size(
         axes.text(0.99, 0.96, "hollow: variance 0", transform=axes.transAxes, ha="right", fontsize=9, color=VERMILION)
     by_variance = positive[np.argsort(y[positive])]
     named = by_variance if len(positive) <= 20 else np.concatenate([by_variance[:3], by_variance[-3:]])
-    _name_points(figure, axes, x[named], y[named], [_short(names[k]) for k in named])
-    axes.set_xlabel("training images of the class")
+    name_points(figure, axes, x[named], y[named], [short(names[k]) for k in named])
     axes.set_ylabel("variance of the class")
     axes.set_title(title if title is not None else "Variability within a class against its size")
     return figure
-
-
-def _name_points(figure: Figure, axes: Axes, x: Array, y: Array, names: Sequence[str]) -> None:
-    """Names to the right of points that come sorted by y, each pushed above the last one it would cover."""
-    if len(x) == 0:
-        return
-    FigureCanvasAgg(figure)
-    at = axes.transAxes.inverted().transform(axes.transData.transform(np.column_stack([x, y])))
-    line, letter = 0.038, 0.017  # of the axes, for a line of text and a letter
-    taken: list[tuple[float, float, float]] = []
-    for (px, py), name in zip(at, names, strict=True):
-        width = letter * len(name) + 0.02
-        ty = py
-        for left, right, height in sorted(taken, key=lambda box: box[2]):
-            if left < px + width and px < right and abs(ty - height) < line:
-                ty = height + line
-        taken.append((px, px + width, ty))
-        axes.annotate(
-            name,
-            (px, py),
-            (px + 0.016, ty),
-            xycoords="axes fraction",
-            textcoords="axes fraction",
-            fontsize=9,
-            va="center",
-            path_effects=[withStroke(linewidth=2.5, foreground="white")],
-            zorder=5,
-            arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.6} if abs(ty - py) > 0.02 else None,
-        )
 
 
 # Three classes ------------------------------------------------------------------------------------------------------
@@ -526,12 +451,12 @@ def triangle(
     Raises:
         ValueError: not three different classes, or vectors that lie on one line.
     """
-    chosen = _three(classes, len(_matrix(weight)))
-    plane = _Plane(_matrix(weight)[chosen])
-    points, y = plane.project(_matrix(embeddings)), _labels(labels)
+    chosen = _three(classes, len(as_array(weight)))
+    plane = _Plane(as_array(weight)[chosen])
+    points, y = plane.project(as_array(embeddings)), as_labels(labels)
     if len(points) != len(y):
         raise ValueError(f"{len(points)} embeddings for {len(y)} labels")
-    figure = Figure(figsize=(5.6, 5.6), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(5.6, 5.6), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     corners = plane.corners
     axes.fill(*corners.T, facecolor="#f4f4f4", edgecolor=GREY, lw=1.2, zorder=1)
@@ -546,7 +471,7 @@ def triangle(
     )
     half = extent if extent is not None else _extent(plane, points[np.isin(y, chosen)])
     for colour, k, corner in zip((BLUE, VERMILION, GREEN), chosen, corners, strict=True):
-        name = str(k) if class_names is None else _short(class_names[k])
+        name = str(k) if class_names is None else short(class_names[k])
         direction = corner / max(float(np.linalg.norm(corner)), 1e-12)
         axes.annotate(
             name,
@@ -643,9 +568,9 @@ def triangle_film(
     shots = [_read_snapshot(file) for file in snapshot_files]
     weight = shots[-1]["weight"]
     chosen = _three(classes, len(weight))
-    plane = _Plane(_matrix(weight)[chosen])
+    plane = _Plane(as_array(weight)[chosen])
     extent = max(
-        _extent(plane, plane.project(_matrix(shot["embeddings"])[np.isin(shot["labels"], chosen)])) for shot in shots
+        _extent(plane, plane.project(as_array(shot["embeddings"])[np.isin(shot["labels"], chosen)])) for shot in shots
     )
     frames = []
     for shot in shots:
@@ -676,29 +601,3 @@ def _read_snapshot(file: str | Path) -> dict[str, NDArray[Any]]:
         raise UserError(
             f"{file} is no snapshot of a run ({reason}): give the files of a run's folder snapshots"
         ) from error
-
-
-# What all share -----------------------------------------------------------------------------------------------------
-
-
-def _single() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7, 4.8), dpi=_DPI, layout="constrained")
-    axes = figure.add_subplot()
-    _tidy(axes)
-    return figure, axes
-
-
-def _tidy(axes: Axes) -> None:
-    axes.grid(True, color="#e6e6e6", lw=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _matrix(values: Numbers) -> Array:
-    array = values.detach().to("cpu", torch.float64).numpy() if isinstance(values, Tensor) else values
-    return np.asarray(array, dtype=np.float64)
-
-
-def _labels(values: Matrix | Sequence[int]) -> NDArray[np.int64]:
-    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
-    return np.asarray(array).astype(np.int64)
