@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from textwrap import shorten
-from typing import IO, Any, Literal, Self, cast
+from typing import IO, Any, Literal, NamedTuple, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -18,15 +18,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassCalibrationError
 
 from etflight.checkpoints import read_checkpoint
 from etflight.errors import UserError
 from etflight.heads import ETFHead, Head, codes_from_state_dict
 from etflight.losses import DotRegressionLoss, Loss, log_prior
-from etflight.metrics.calibration import TemperatureFit
+from etflight.metrics.calibration import Reliability, ReliabilityBins, TemperatureFit
+from etflight.metrics.confusion import MOST_CLASSES, Confusion
 from etflight.metrics.mean import SampleMean
-from etflight.metrics.shots import ShotAccuracy
+from etflight.metrics.shots import ClassScores, ShotAccuracy
 from etflight.optim import PROTOCOL_SGD, match_layouts
 from etflight.ranks import take_buffers_of_rank_zero
 from etflight.specs import describe, find, is_plain, objections, resolve
@@ -40,8 +40,25 @@ _MEND_OF_DIVERGENCE = (
     "lower the learning rate (--model.optimizer.lr), lengthen the warm-up, or clip gradients (--trainer.gradient_clip_val 1); "
     "the last checkpoint is from before"
 )
+PRIOR_SHIFTS = (2, 5, 10, 25, 50)  # ratios of the long-tailed test sets that an accuracy is told for
 _NEVER = 2**62  # a step that no training reaches
 Compile = bool | Literal["reduce-overhead", "max-autotune"]
+
+
+class Evaluation(NamedTuple):
+    """What a test counted.
+
+    Attributes:
+        classes: of each class.
+        confusion: int64 `[K, K]`, true classes in rows; None above `etflight.metrics.confusion.MOST_CLASSES` classes.
+        raw: bins of the probabilities as the logits give them.
+        calibrated: bins of those with the model's temperature.
+    """
+
+    classes: ClassScores
+    confusion: Tensor | None
+    raw: ReliabilityBins
+    calibrated: ReliabilityBins
 
 
 class Classifier(LightningModule):
@@ -51,8 +68,8 @@ class Classifier(LightningModule):
     saved as plain data, so a checkpoint loads with `weights_only=True`.
 
     Logged: `train/loss`, and for `val/` and `test/`: `loss`, `acc`, `acc_macro` (balanced accuracy), `acc_worst`, `acc_harmonic`,
-    `acc_many`, `acc_medium`, `acc_few`, `acc_head`, `acc_middle`, `acc_tail` (see `ShotAccuracy`), `ece`, `ece_calibrated`. Accuracies
-    lie in [0, 1].
+    `acc_many`, `acc_medium`, `acc_few`, `acc_head`, `acc_middle`, `acc_tail` (see `ShotAccuracy`), `ece`, `ece_calibrated`; for `test/`
+    also `acc_forward_R` and `acc_backward_R` for test sets that are long-tailed with ratio R. Accuracies lie in [0, 1].
 
     Args:
         num_classes: K.
@@ -118,14 +135,13 @@ class Classifier(LightningModule):
         if class_counts is not None:
             self._set_class_counts(torch.as_tensor(class_counts))
         self.losses = nn.ModuleDict({f"{stage}_loss": SampleMean() for stage in ("train", "val", "test")})
-        self.shots = nn.ModuleDict({stage: ShotAccuracy(num_classes) for stage in ("val_", "test_")})
-        self.calibration = nn.ModuleDict(
-            {
-                f"{stage}_{name}": MulticlassCalibrationError(num_classes, n_bins=15, validate_args=False)
-                for stage in ("val", "test")
-                for name in ("ece", "ece_calibrated")
-            }
+        self.shots = nn.ModuleDict(
+            {"val_": ShotAccuracy(num_classes), "test_": ShotAccuracy(num_classes, PRIOR_SHIFTS)}
         )
+        self.calibration = nn.ModuleDict(
+            {f"{stage}_{name}": Reliability() for stage in ("val", "test") for name in ("ece", "ece_calibrated")}
+        )
+        self.confusion = Confusion(num_classes) if num_classes <= MOST_CLASSES else None
         self.temperature_fit = TemperatureFit()
         # broadcast once, when training starts: in every forward it would cost 205 MB at K = 100,000
         own = [name for name, _ in self.named_buffers() if name in ("head.weight", "_bad_step")]
@@ -166,7 +182,9 @@ class Classifier(LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one test batch to the metrics."""
-        self._evaluate(batch, "test")
+        logits = self._evaluate(batch, "test")
+        if self.confusion is not None:
+            self.confusion.update(logits.argmax(dim=1), batch[1])
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Calibrated probabilities `[B, K]`."""
@@ -209,8 +227,8 @@ class Classifier(LightningModule):
         self._mean_loss(stage).update(self.loss(logits, target), len(images))
         logits = self._adjusted(logits)
         self._shots(stage).update(logits.argmax(dim=1), target)
-        self._calibration(stage, "ece").update(logits.softmax(dim=1), target)
-        self._calibration(stage, "ece_calibrated").update((logits / self.temperature).softmax(dim=1), target)
+        self._calibration(stage, "ece").update(logits, target)
+        self._calibration(stage, "ece_calibrated").update(logits / self.temperature, target)
         return logits
 
     def _adjusted(self, logits: Tensor) -> Tensor:
@@ -258,15 +276,17 @@ class Classifier(LightningModule):
             self.trainer.progress_bar_metrics["loss"] = float(loss)
 
     def on_validation_epoch_start(self) -> None:
-        """Start the shot groups from the training counts."""
+        """Start from nothing, with the groups of the training counts."""
         if self.trainer.state.fn == "fit":
             self._stop_at_bad_loss()
             take_buffers_of_rank_zero(self)  # callbacks have swapped averaged weights in by now
-        self._start_shots("val")
+        self._start("val")
 
     def on_test_epoch_start(self) -> None:
-        """Start the shot groups from the training counts."""
-        self._start_shots("test")
+        """Start from nothing, with the groups of the training counts; what was counted stays, for `evaluation`."""
+        self._start("test")
+        if self.confusion is not None:
+            self.confusion.reset()
 
     def on_train_epoch_end(self) -> None:
         """Log the loss; never let a checkpoint be written from one that is not a number."""
@@ -279,7 +299,7 @@ class Classifier(LightningModule):
         if self._fits_temperature and not self.trainer.sanity_checking:
             self.temperature.copy_(self.temperature_fit.compute())
         self.temperature_fit.reset()
-        self._shots("val").reset()
+        self._start("val")
 
     def on_test_epoch_end(self) -> None:
         """Log."""
@@ -290,7 +310,8 @@ class Classifier(LightningModule):
         for name, value in self._shots(stage).compute().items():
             self.log(f"{stage}/{name}", value, prog_bar=name == "acc", sync_dist=True)
         for name in ("ece", "ece_calibrated"):
-            self.log(f"{stage}/{name}", self._calibration(stage, name))
+            bins: ReliabilityBins = self._calibration(stage, name).compute()
+            self.log(f"{stage}/{name}", bins.ece.float(), sync_dist=True)
 
     def _mean_loss(self, stage: str) -> Metric:
         return cast(Metric, self.losses[f"{stage}_loss"])
@@ -298,19 +319,24 @@ class Classifier(LightningModule):
     def _shots(self, stage: str) -> ShotAccuracy:
         return cast(ShotAccuracy, self.shots[f"{stage}_"])
 
-    def _calibration(self, stage: str, name: str) -> Metric:
-        return cast(Metric, self.calibration[f"{stage}_{name}"])
+    def _calibration(self, stage: str, name: str) -> Reliability:
+        return cast(Reliability, self.calibration[f"{stage}_{name}"])
 
-    def _start_shots(self, stage: str) -> None:
+    def _start(self, stage: str) -> None:
+        for name in ("ece", "ece_calibrated"):
+            self._calibration(stage, name).reset()
         self._shots(stage).reset()
         if bool(self.class_counts.any()):
             self._shots(stage).set_class_counts(self.class_counts)
 
-    def per_class_accuracy(self) -> Tensor:
-        """Test accuracies `[K]` of the last test epoch over all ranks, NaN for a class without test images."""
-        shots = self._shots("test")
-        with shots.sync_context(should_sync=shots._to_sync):
-            return shots.per_class()
+    def evaluation(self) -> Evaluation:
+        """What the last test epoch counted over all processes; each of them must call it."""
+        return Evaluation(
+            self._shots("test").per_class(),
+            None if self.confusion is None else self.confusion.compute(),
+            self._calibration("test", "ece").compute(),
+            self._calibration("test", "ece_calibrated").compute(),
+        )
 
     @property
     def _fits_temperature(self) -> bool:

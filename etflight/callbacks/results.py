@@ -71,7 +71,7 @@ class TestResults(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write both on the first process; all take part in adding up the classes."""
         model = cast(Classifier, pl_module)
-        accuracy = model.per_class_accuracy()
+        accuracy = model.evaluation().classes.accuracy
         if not trainer.is_global_zero:
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}

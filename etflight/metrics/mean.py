@@ -2,10 +2,11 @@
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from etflight.metrics.summed import SummedMetric
 
 
-class SampleMean(Metric):
+class SampleMean(SummedMetric):
     """The mean over samples of what batches report as their own mean, whatever their sizes and ranks.
 
     Unlike a tensor given to `LightningModule.log`, it has a state that a checkpoint within an epoch can hold.
@@ -18,14 +19,13 @@ class SampleMean(Metric):
         2.0
     """
 
-    full_state_update = False
     total: Tensor
     samples: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.double), dist_reduce_fx="sum")
-        self.add_state("samples", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_sum("total", dtype=torch.double)
+        self.add_sum("samples")
 
     def update(self, mean: Tensor, samples: int) -> None:
         """Add the mean, a scalar, of a batch of that many samples."""

@@ -1,8 +1,12 @@
 """Accuracy over all samples, over classes, and over groups of classes by their number of training images."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from etflight.metrics.summed import SummedMetric
 
 MANY_ABOVE = 100
 FEW_BELOW = 20
@@ -41,11 +45,14 @@ def third_groups(class_counts: Tensor) -> dict[str, Tensor]:
     Returns:
         `head`, `middle`, `tail`; each class is in one of them.
     """
-    num_classes, third = len(class_counts), len(class_counts) // 3
-    place = torch.empty_like(class_counts, dtype=torch.long)
-    place[by_frequency(class_counts)] = torch.arange(num_classes, device=class_counts.device)
-    head, tail = place < third, place >= num_classes - third
+    place, third = _places(class_counts), len(class_counts) // 3
+    head, tail = place < third, place >= len(class_counts) - third
     return {"head": head, "middle": ~(head | tail), "tail": tail}
+
+
+def _places(class_counts: Tensor) -> Tensor:
+    """Of each class in the order `by_frequency`, `[K]` from 0."""
+    return by_frequency(class_counts).argsort()
 
 
 def harmonic_mean(accuracy: Tensor) -> Tensor:
@@ -54,7 +61,44 @@ def harmonic_mean(accuracy: Tensor) -> Tensor:
     return len(seen) / seen.reciprocal().sum()
 
 
-class ShotAccuracy(Metric):
+def shifted_accuracy(accuracy: Tensor, class_counts: Tensor, ratio: float) -> Tensor:
+    """Accuracy on test images that are long-tailed themselves: exact, from class accuracies, nothing is drawn.
+
+    Class frequencies fall exponentially by `ratio` from the class with most training images to the one with fewest, as the `exp`
+    profile of training sets does, untruncated: `p_k ∝ ratio^(-place_k / (K-1))`.
+
+    Args:
+        accuracy: `[K]`; classes whose accuracy is NaN are left out.
+        class_counts: `[K]`, training images, whose order is that of `by_frequency`.
+        ratio: largest over smallest frequency; above 1 the tail runs as in training (forward), below 1 against it (backward).
+
+    Returns:
+        Scalar; the mean over classes at ratio 1.
+
+    Source:
+        Hong et al. 2021, "Disentangling Label Distribution for Long-tailed Visual Recognition" (LADE), has forward and backward test
+        sets of these ratios; it draws them, with the exponent's denominator K.
+    """
+    share = _places(class_counts).double() / max(len(class_counts) - 1, 1)
+    weight = torch.where(accuracy.isnan(), 0.0, ratio**-share)
+    return (weight * accuracy.nan_to_num()).sum() / weight.sum()
+
+
+class ClassScores(NamedTuple):
+    """What was counted of each class.
+
+    Attributes:
+        samples: `[K]` int64, test images.
+        accuracy: `[K]` float64, the share of them that is right, also called recall; NaN without any.
+        precision: `[K]` float64, the share of right ones among the images taken for the class; NaN if none was.
+    """
+
+    samples: Tensor
+    accuracy: Tensor
+    precision: Tensor
+
+
+class ShotAccuracy(SummedMetric):
     """Top-1 accuracy: overall, and of classes: their mean (balanced accuracy), worst, harmonic mean, and means over groups.
 
     A group's accuracy is the mean of its classes' accuracies; classes without a sample seen are left out of whatever is
@@ -62,6 +106,7 @@ class ShotAccuracy(Metric):
 
     Args:
         num_classes: K.
+        shifts: ratios of long-tailed test frequencies, for `shifted_accuracy` forward and backward.
 
     Example:
         >>> metric = ShotAccuracy(3)
@@ -72,14 +117,15 @@ class ShotAccuracy(Metric):
         {'acc': 0.5, 'acc_macro': 0.5, 'acc_many': 0.5, 'acc_medium': 1.0, 'acc_few': 0.0, 'acc_worst': 0.0}
     """
 
-    full_state_update = False
     correct: Tensor
     total: Tensor
+    predicted: Tensor
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, shifts: Sequence[int] = ()) -> None:
         super().__init__()
-        self.add_state("correct", torch.zeros(num_classes, dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("total", torch.zeros(num_classes, dtype=torch.long), dist_reduce_fx="sum")
+        for name in ("correct", "total", "predicted"):
+            self.add_sum(name, num_classes)
+        self.shifts = shifts
         self._class_counts: Tensor | None = None
 
     def set_class_counts(self, class_counts: Tensor) -> None:
@@ -89,20 +135,27 @@ class ShotAccuracy(Metric):
     def update(self, predicted: Tensor, target: Tensor) -> None:
         """Add predicted and true class indices, both `[B]`."""
         self.total.index_add_(0, target, torch.ones_like(target))
+        self.predicted.index_add_(0, predicted, torch.ones_like(predicted))
         self.correct.index_add_(0, target, (predicted == target).long())
 
-    def per_class(self) -> Tensor:
-        """Accuracies `[K]`, NaN for a class without samples, of what this process has seen and synced."""
-        return self.correct.double() / self.total
+    def per_class(self) -> ClassScores:
+        """Of what all processes have seen; each must call it."""
+        with self.sync_context(should_sync=self._to_sync):
+            return self._scores()
+
+    def _scores(self) -> ClassScores:
+        right = self.correct.double()
+        return ClassScores(self.total.clone(), right / self.total, right / self.predicted)
 
     def compute(self) -> dict[str, Tensor]:
         """Scalars in [0, 1].
 
         Returns:
             `acc`, `acc_macro`, `acc_worst`, `acc_harmonic` and, for groups that have classes, `acc_many`, `acc_medium`, `acc_few`,
-            `acc_head`, `acc_middle`, `acc_tail`. All NaN when nothing was seen.
+            `acc_head`, `acc_middle`, `acc_tail`; for each of the `shifts`, such as 50, `acc_forward_50` and `acc_backward_50`. All NaN when
+            nothing was seen.
         """
-        accuracy = self.per_class()
+        accuracy = self._scores().accuracy
         worst = accuracy.nan_to_num(torch.inf).min()
         result = {
             "acc": self.correct.sum() / self.total.sum(),
@@ -115,4 +168,7 @@ class ShotAccuracy(Metric):
             for group, members in (shot_groups(counts) | third_groups(counts)).items():
                 if members.any():
                     result[f"acc_{group}"] = accuracy[members].nanmean()
+            for ratio in self.shifts:
+                result[f"acc_forward_{ratio}"] = shifted_accuracy(accuracy, counts, ratio)
+                result[f"acc_backward_{ratio}"] = shifted_accuracy(accuracy, counts, 1 / ratio)
         return {name: value.float() for name, value in result.items()}

@@ -1,0 +1,31 @@
+"""The base of metrics whose states are sums over samples."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+
+class SummedMetric(Metric):
+    """A metric that only adds: its states are sums, and processes are summed by all-reduce.
+
+    torchmetrics itself gathers every process's state and stacks them, which for a `[K, K]` state is a copy for each process.
+    """
+
+    full_state_update = False
+
+    def add_sum(self, name: str, *shape: int, dtype: torch.dtype = torch.long) -> None:
+        """Add a state of zeros."""
+        self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
+
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
+    ) -> None:
+        for name in self._defaults:
+            state: Tensor = getattr(self, name).contiguous()
+            dist.all_reduce(state, group=process_group or self.process_group)
+            setattr(self, name, state)
