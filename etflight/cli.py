@@ -20,7 +20,8 @@ from lightning.pytorch.utilities import rank_zero_info
 import etflight.data
 from etflight.callbacks import FineTuning, LastCheckpoint, Speed, StepSeed, StopSignals
 from etflight.callbacks.checkpoint import KEY as CHECKPOINT_KEY
-from etflight.callbacks.results import PredictionTable, RunRecord, TestResults
+from etflight.callbacks.evaluation import TestResults
+from etflight.callbacks.results import PredictionTable, RunRecord
 from etflight.callbacks.step_notice import StepNotice
 from etflight.checkpoint_io import SafeCheckpointIO
 from etflight.checkpoints import read_checkpoint
@@ -85,6 +86,7 @@ class EtflightCLI(LightningCLI):
         self.ckpt_path: Path | None = None
         self.saved_rows = 0
         self.saved_num_classes: int | None = None
+        self.verbose = True
         stage = argv[0] if argv and argv[0] in self._subcommand_parsers else None
         if stage is not None and not any(arg in ("-h", "--help") or arg.endswith(".help") for arg in argv):
             self.ckpt_path = self._locate_run(argv, stage)
@@ -165,6 +167,8 @@ class EtflightCLI(LightningCLI):
         # absolute: Lightning takes "best", "registry:…" or "http…" at the start for something else than a file
         config["ckpt_path"] = None if self.ckpt_path is None else str(self.ckpt_path.absolute())
         config["weights_only"] = True
+        if self.subcommand == "test":  # `TestResults` prints; Lightning's table has all numbers in one column
+            self.verbose, config["verbose"] = config["verbose"], False
         config["overlays"] = None  # merged by now; their relative paths would mean nothing in the run folder
         for logger in _as_list(config["trainer"]["logger"]):
             self._put_into_run_folder(logger)
@@ -212,7 +216,8 @@ class EtflightCLI(LightningCLI):
             *([StepSeed(), Speed(), fine_tuning] if fitting else []),
             *users,
         ]
-        callbacks += [StepNotice(), TestResults(self.folder), PredictionTable(self.folder)]
+        results = TestResults(self.folder, verbose=self.verbose)
+        callbacks += [StepNotice(), results, PredictionTable(self.folder)]
         # else Lightning would add a checkpoint of its own
         kwargs["enable_checkpointing"] = saves and any(isinstance(callback, Checkpoint) for callback in users)
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in users):

@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -112,6 +112,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file so that a reader sees the old one or the new one, never half of it."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a table so that a reader sees the old file or the new one, never half of it."""
+    with replacing(path) as partial, partial.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
 
 
 def facts(*, name: str, arm: str | None, config: Mapping[str, Any], trainer: Trainer) -> dict[str, Any]:

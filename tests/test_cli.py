@@ -124,6 +124,13 @@ def test_test_rebuilds_the_model_from_the_checkpoint_alone(run, etflight_command
     assert len(rows) == 10
     assert sum(float(row["acc"]) for row in rows) / 10 == pytest.approx(metrics["test/acc_macro"], abs=1e-6)
     assert int(rows[0]["train_images"]) > int(rows[-1]["train_images"])
+    assert result.out.count("Test: 500 images of 10 classes") == 1
+    assert "test/acc" not in result.out  # Lightning's own table
+    assert {path.name for path in (run[1] / "figures").iterdir()} >= {
+        "reliability.png",
+        "confusion.png",
+        "per_class.png",
+    }
     assert list(tmp_path.iterdir()) == []
 
 
@@ -135,8 +142,9 @@ def test_results_go_to_the_run_of_the_checkpoint_whatever_the_configuration_is_c
     assert result.status == 0, result.err
     assert (run[1] / "test_metrics.json").is_file()
     assert list(tmp_path.iterdir()) == []
-    named = etflight_command(*argv, "--name", "elsewhere", cwd=tmp_path)
+    named = etflight_command(*argv, "--name", "elsewhere", "--verbose", "false", cwd=tmp_path)
     assert named.status == 0, named.err
+    assert "Test: 500 images" not in named.out
     assert (tmp_path / "runs/elsewhere/test_metrics.json").is_file()
 
 

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 import etflight
 from etflight.callbacks.monitor import NeuralCollapseMonitor
+from etflight.callbacks.pictures import is_rehearsal, publish
 from etflight.errors import UserError
-from etflight.loggers import may_fall_silent
 from etflight.run import run_folder
 
 if TYPE_CHECKING:  # matplotlib, which `--help` need not wait for
@@ -90,7 +89,7 @@ class CollapseFigures(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the last measurement, and make the film."""
         self._draw_what_is_due(trainer, pl_module, last=True)
-        if self.film and trainer.is_global_zero and not _is_rehearsal(trainer):
+        if self.film and trainer.is_global_zero and not is_rehearsal(trainer):
             for key, monitor in self._monitors.items():
                 files = self._triangle_files(trainer, monitor)
                 if files:
@@ -152,17 +151,8 @@ class CollapseFigures(Callback):
         return _snapshots(trainer, monitor) if wanted else []
 
     def _send(self, trainer: Trainer, figures: dict[str, "Figure"]) -> None:
-        step = trainer.global_step
         for key, figure in figures.items():
-            picture = etflight.plotting.render(figure)
-            if not _is_rehearsal(trainer):
-                etflight.plotting.save(picture, _folder(trainer) / f"{key.replace('/', '_')}.png")
-            for logger in trainer.loggers:
-                with may_fall_silent(logger):
-                    if isinstance(logger, TensorBoardLogger):
-                        logger.experiment.add_image(key, np.asarray(picture), step, dataformats="HWC")
-                    elif callable(log_image := getattr(logger, "log_image", None)):
-                        log_image(key=key, images=[picture], step=step)
+            publish(trainer, key, figure, _folder(trainer) / f"{key.replace('/', '_')}.png")
 
     def _check_triangle(self, pl_module: LightningModule) -> None:
         assert self.triangle is not None
@@ -184,10 +174,6 @@ def _callbacks(trainer: Trainer) -> list[Callback]:
 
 def _data_module(trainer: Trainer) -> Any:
     return trainer.datamodule  # type: ignore[attr-defined]
-
-
-def _is_rehearsal(trainer: Trainer) -> bool:
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
 def _folder(trainer: Trainer) -> Path:

@@ -1,6 +1,5 @@
-"""What a run leaves on disk: config.yaml, run.json, test_metrics.json, per_class.csv, predictions.csv."""
+"""What a run leaves on disk: config.yaml and run.json of a training, predictions.csv."""
 
-import csv
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -12,9 +11,8 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from etflight.classifier import Classifier
-from etflight.files import replacing
 from etflight.loggers import may_fall_silent
-from etflight.run import RECORD, facts, lock, write_json, writing_to
+from etflight.run import RECORD, facts, lock, write_csv, write_json, writing_to
 
 
 class RunRecord(SaveConfigCallback):
@@ -54,33 +52,6 @@ class RunRecord(SaveConfigCallback):
                     logger.experiment.config.update(resolved, allow_val_change=True)  # once: Lightning's own log is off
                     for metrics in ("train/loss", "val/*", "test/*", "nc/*", "nc_raw/*", "speed/*"):
                         logger.experiment.define_metric(metrics, step_metric="epoch")
-
-
-class TestResults(Callback):
-    """Writes `test_metrics.json` and `per_class.csv` after a test, for a `Classifier`.
-
-    Args:
-        folder: where.
-    """
-
-    __test__ = False  # not a test case, whatever its name suggests to a test runner
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write both on the first process; all take part in adding up the classes."""
-        model = cast(Classifier, pl_module)
-        accuracy = model.evaluation().classes.accuracy
-        if not trainer.is_global_zero:
-            return
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
-        names = model.class_names or [str(k) for k in range(len(accuracy))]
-        rows = zip(range(len(names)), names, model.class_counts.tolist(), accuracy.tolist(), strict=True)
-        with writing_to(self.folder):
-            write_json(self.folder / "test_metrics.json", metrics)
-            _write_csv(self.folder / "per_class.csv", ["class", "name", "train_images", "acc"], list(rows))
-        rank_zero_info(f"results: {self.folder / 'test_metrics.json'} and per_class.csv")
 
 
 class PredictionTable(Callback):
@@ -124,14 +95,9 @@ class PredictionTable(Callback):
             for index, k, p in sorted(row for part in parts for row in part)
         ]
         with writing_to(self.folder):
-            _write_csv(self.folder / "predictions.csv", ["image", "class", "probability"], rows)
+            write_csv(self.folder / "predictions.csv", ["image", "class", "probability"], rows)
         rank_zero_info(f"predictions: {self.folder / 'predictions.csv'}")
 
 
 def _data(trainer: Trainer) -> Any:
     return trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning outside the class body
-
-
-def _write_csv(path: Path, header: list[str], rows: list[tuple[Any, ...]]) -> None:
-    with replacing(path) as partial, partial.open("w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])

@@ -14,11 +14,15 @@ from etflight.plotting.collapse import (
     triangle_film,
     variability_by_size,
 )
+from etflight.plotting.evaluation import accuracy_by_size, confusion_matrix, reliability_diagram
 
 __all__ = [
+    "accuracy_by_size",
     "collapse_curves",
+    "confusion_matrix",
     "cosine_heatmap",
     "portrait",
+    "reliability_diagram",
     "render",
     "save",
     "spectrum",

@@ -81,23 +81,24 @@ def size_axis(axes: Axes, counts: Array) -> None:
         low, high = counts.min(), counts.max()
         margin = max((high / low) ** 0.08, 1.5)
         axes.set_xlim(low / margin, high * margin)
+        axes.xaxis.set_major_formatter("{x:g}")
         if high / low < 100:
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_locator(NullLocator())
 
 
 def name_ticks(axes: Axes, names: Sequence[str]) -> None:
     """Class names on both axes, thinned until they can be read."""
     K = len(names)
-    step = 1 if K <= 40 else next(s for s in (5, 10, 20, 50, 100, 200) if K / s <= 20)
+    step = 1 if K <= 50 else next(s for s in (5, 10, 20, 50, 100, 200) if K / s <= 20)
     at = np.arange(0, K, step)
     labels = [short(names[i]) for i in at.tolist()]
     size = 9 if len(at) <= 20 else 7
     upright = max(map(len, labels), default=0) <= 2 or (step > 1 and max(map(len, labels)) <= 3)
-    axes.set_xticks(at, labels, rotation=0 if upright else 45, ha="center" if upright else "right", fontsize=size)
+    slope = 0 if upright else 45 if len(at) <= 25 else 90
+    axes.set_xticks(at, labels, rotation=slope, ha="right" if slope == 45 else "center", fontsize=size)
     axes.set_yticks(at, labels, fontsize=size)
-    if not upright:
+    if slope == 45:
         for label in axes.get_xticklabels():
             label.set_rotation_mode("anchor")
 

@@ -1,0 +1,159 @@
+"""What a test leaves: tables in the terminal, test_metrics.json, per_class.csv, and pictures."""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+import etflight
+from etflight.callbacks.pictures import is_rehearsal, publish
+from etflight.classifier import PRIOR_SHIFTS, Classifier, Evaluation
+from etflight.metrics.confusion import MOST_CLASSES
+from etflight.metrics.shots import FEW_BELOW, MANY_ABOVE, shot_groups, third_groups
+from etflight.run import write_csv, write_json, writing_to
+
+if TYPE_CHECKING:  # matplotlib, which `--help` need not wait for
+    from matplotlib.figure import Figure
+
+    import etflight.plotting
+
+
+class TestResults(Callback):
+    """Prints a test of a `Classifier` group by group; writes `test_metrics.json`, `per_class.csv` and pictures.
+
+    The pictures are `test/reliability`, `test/confusion` (up to 1000 classes) and `test/per_class`, in every logger that takes images
+    and in `figures/reliability.png` and so on.
+
+    Args:
+        folder: where to write.
+        verbose: whether to print tables.
+    """
+
+    __test__ = False  # not a test case, whatever its name suggests to a test runner
+
+    def __init__(self, folder: Path, verbose: bool = True) -> None:
+        self.folder, self.verbose = folder, verbose
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do it on the first process; all take part in adding up what each has counted."""
+        model = cast(Classifier, pl_module)
+        evaluation = model.evaluation()
+        if not trainer.is_global_zero:
+            return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
+        if self.verbose:
+            console = Console()
+            console = console if console.is_terminal else Console(width=80)
+            for table in _tables(metrics, model, evaluation):
+                console.print(table)
+        with writing_to(self.folder):
+            if not is_rehearsal(trainer):
+                write_json(self.folder / "test_metrics.json", metrics)
+                write_csv(self.folder / "per_class.csv", _HEADER, _rows(model, evaluation))
+            for name, figure in _figures(model, evaluation).items():
+                publish(trainer, f"test/{name}", figure, self.folder / "figures" / f"{name}.png")
+        if evaluation.confusion is None:
+            rank_zero_info(
+                f"no confusion matrix: {len(model.class_counts)} classes, and at most {MOST_CLASSES} are drawn"
+            )
+        if not is_rehearsal(trainer):
+            rank_zero_info(f"results: {self.folder / 'test_metrics.json'}, per_class.csv and figures/")
+
+
+# Class by class -----------------------------------------------------------------------------------------------------
+
+_HEADER = ["class", "name", "train_images", "acc", "precision", "test_images", "shots", "third"]
+
+
+def _rows(model: Classifier, evaluation: Evaluation) -> list[tuple[object, ...]]:
+    samples, accuracy, precision = (column.tolist() for column in evaluation.classes)
+    counts = model.class_counts
+    nobody = [""] * len(counts)
+    known = bool(counts.any())
+    shots, thirds = (_names(g(counts)) if known else nobody for g in (shot_groups, third_groups))
+    labels = range(len(counts))
+    return list(
+        zip(labels, _class_names(model), counts.tolist(), accuracy, precision, samples, shots, thirds, strict=True)
+    )
+
+
+def _class_names(model: Classifier) -> list[str]:
+    return model.class_names or [str(k) for k in range(len(model.class_counts))]
+
+
+def _names(groups: Mapping[str, torch.Tensor]) -> list[str]:
+    """The group that each class is in."""
+    chosen = torch.stack(list(groups.values())).int().argmax(0).tolist()
+    return [list(groups)[i] for i in chosen]
+
+
+# Pictures -----------------------------------------------------------------------------------------------------------
+
+
+def _figures(model: Classifier, evaluation: Evaluation) -> "dict[str, Figure]":
+    temperature = float(model.temperature)
+    panels = {"raw": evaluation.raw}
+    if temperature != 1:
+        panels[f"temperature {temperature:.3g}"] = evaluation.calibrated
+    figures = {"reliability": etflight.plotting.reliability_diagram(panels)}
+    if evaluation.confusion is not None:
+        figures["confusion"] = etflight.plotting.confusion_matrix(evaluation.confusion, model.class_names)
+    if bool(model.class_counts.any()):
+        accuracy = evaluation.classes.accuracy
+        figures["per_class"] = etflight.plotting.accuracy_by_size(accuracy, model.class_counts, model.class_names)
+    return figures
+
+
+# Tables -------------------------------------------------------------------------------------------------------------
+
+
+def _tables(metrics: Mapping[str, float], model: Classifier, evaluation: Evaluation) -> Iterator[Group]:
+    """One for each group of measures, no wider than 80 columns."""
+    images, classes = int(evaluation.classes.samples.sum()), len(model.class_counts)
+    tau = model.hparams["logit_adjustment"]
+    adjusted = f", logit adjustment {tau:g}" if tau else ""
+    columns = {"acc": "accuracy", "acc_macro": "balanced", "acc_harmonic": "harmonic mean", "acc_worst": "worst class"}
+    yield _row(f"Test: {images} images of {classes} classes, in per cent{adjusted}", metrics, columns)
+    if bool(model.class_counts.any()):
+        limits = f"many > {MANY_ABOVE}, medium {FEW_BELOW}-{MANY_ABOVE}, few < {FEW_BELOW}"
+        for title, groups in (
+            (f"By training images: {limits} (number of classes)", shot_groups(model.class_counts)),
+            ("By thirds of the classes, most training images first", third_groups(model.class_counts)),
+        ):
+            columns = {f"acc_{name}": f"{name} ({int(members.sum())})" for name, members in groups.items()}
+            yield _row(title, metrics, columns)
+    temperature = float(model.temperature)
+    fitted = f"temperature {temperature:.3g}" if temperature != 1 else "no temperature fitted: see --data.val_fraction"
+    yield _row(f"Calibration, {fitted}", metrics, {"ece": "ECE", "ece_calibrated": "ECE calibrated"})
+    if bool(model.class_counts.any()):
+        table = Table("ratio of the test images", box=SIMPLE_HEAD)
+        for ratio in PRIOR_SHIFTS:
+            table.add_column(str(ratio), justify="right", min_width=6)
+        for way, meaning in (("forward", "as in training"), ("backward", "against it")):
+            cells = [_per_cent(metrics.get(f"test/acc_{way}_{ratio}")) for ratio in PRIOR_SHIFTS]
+            table.add_row(f"{way}, {meaning}", *cells)
+        yield _titled("If test images were long-tailed, too", table)
+
+
+def _row(title: str, metrics: Mapping[str, float], columns: Mapping[str, str]) -> Group:
+    table = Table(box=SIMPLE_HEAD)
+    for heading in columns.values():
+        table.add_column(heading, justify="right", min_width=11)
+    table.add_row(*[_per_cent(metrics.get(f"test/{name}")) for name in columns])
+    return _titled(title, table)
+
+
+def _titled(title: str, table: Table) -> Group:
+    return Group(Text(title, "bold"), table)
+
+
+def _per_cent(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{100 * value:.2f}"

@@ -1,0 +1,41 @@
+"""The way of a picture to the loggers and to the disk."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+import etflight
+from etflight.loggers import may_fall_silent
+
+if TYPE_CHECKING:  # matplotlib, which `--help` need not wait for
+    from matplotlib.figure import Figure
+
+    import etflight.plotting
+
+
+def publish(trainer: Trainer, key: str, figure: "Figure", path: Path) -> None:
+    """Send a figure to every logger that takes images, and write it to a file unless this is a trial run.
+
+    Args:
+        trainer: whose loggers and step.
+        key: what loggers call it, such as `nc/curves`.
+        figure: what to draw.
+        path: of the file.
+    """
+    picture = etflight.plotting.render(figure)
+    if not is_rehearsal(trainer):
+        etflight.plotting.save(picture, path)
+    for logger in trainer.loggers:
+        with may_fall_silent(logger):
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(key, np.asarray(picture), trainer.global_step, dataformats="HWC")
+            elif callable(log_image := getattr(logger, "log_image", None)):
+                log_image(key=key, images=[picture], step=trainer.global_step)
+
+
+def is_rehearsal(trainer: Trainer) -> bool:
+    """Whether this is a trial run, which leaves nothing on disk."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]

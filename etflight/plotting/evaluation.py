@@ -1,0 +1,160 @@
+"""Pictures of a test: how honest its probabilities are, which class is taken for which, and what the number of images does."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+
+from etflight.metrics.calibration import ReliabilityBins
+from etflight.metrics.shots import FEW_BELOW, MANY_ABOVE
+from etflight.plotting.canvas import (
+    BLUE,
+    DPI,
+    GREY,
+    VERMILION,
+    Matrix,
+    Numbers,
+    as_array,
+    name_points,
+    name_ticks,
+    short,
+    single_axes,
+    size_axis,
+    tidy,
+)
+
+__all__ = ["accuracy_by_size", "confusion_matrix", "reliability_diagram"]
+
+
+def reliability_diagram(panels: dict[str, ReliabilityBins], *, title: str | None = None) -> Figure:
+    """Accuracy against confidence, bin by bin, over the share of images in each bin.
+
+    Bars on the diagonal are honest; bars below it are too confident. The gap to the mean confidence is hatched.
+
+    Args:
+        panels: bins by what they are called, such as `{"raw": …, "temperature 0.31": …}`; one column each.
+        title: over the picture.
+
+    Returns:
+        A figure with two axes for each panel, in columns; the upper one's first container holds the bars of accuracy.
+
+    Raises:
+        ValueError: no panel.
+    """
+    if not panels:
+        raise ValueError("a reliability diagram needs bins")
+    figure = Figure(figsize=(0.6 + 4.2 * len(panels), 5.6), dpi=DPI, layout="constrained")
+    rows = figure.subplots(2, len(panels), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1))
+    for column, (name, bins) in enumerate(panels.items()):
+        upper, lower = rows[:, column]
+        counts, confidence, accuracy = as_array(bins.counts), as_array(bins.confidence), as_array(bins.accuracy)
+        width = 1 / len(counts)
+        middle = (np.arange(len(counts)) + 0.5) * width
+        upper.bar(middle, accuracy, width, color=(BLUE, 0.5), edgecolor="white", lw=0.6, label="accuracy", zorder=2)
+        upper.bar(
+            middle, confidence - accuracy, width, accuracy, facecolor="none", edgecolor=VERMILION, hatch="////", lw=0.8,
+            label="gap to the mean confidence", zorder=3,
+        )  # fmt: skip
+        upper.plot([0, 1], [0, 1], "--", color=GREY, lw=1.5, zorder=4)
+        upper.set_title(f"{name}: ECE {100 * float(bins.ece):.1f} %", fontsize=11)
+        lower.bar(middle, counts / max(counts.sum(), 1), width, color=GREY, edgecolor="white", lw=0.6, zorder=2)
+        lower.set_xlabel("confidence")
+        upper.set_xlim(0, 1)
+        upper.set_ylim(0, 1)
+        tidy(upper)
+        tidy(lower)
+    rows[0, 0].set_ylabel("accuracy")
+    rows[1, 0].set_ylabel("share of images")
+    rows[0, 0].legend(loc="upper left", fontsize=9, framealpha=0.9, edgecolor="none")
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def confusion_matrix(counts: Matrix, class_names: Sequence[str] | None = None, *, title: str | None = None) -> Figure:
+    """Heat map of which class is taken for which, in shares of each true class.
+
+    The colour goes with the square root, so that rare confusions show. Cells hold their per cents up to K = 12.
+
+    Args:
+        counts: `[K, K]`, images, true classes in rows; a class without images has an empty row.
+        class_names: `[K]`; the labels as numbers by default.
+        title: over the picture.
+
+    Returns:
+        A figure with one image; its data are the shares, `[K, K]`.
+
+    Raises:
+        ValueError: not a square matrix.
+    """
+    cells = as_array(counts)
+    if cells.ndim != 2 or cells.shape[0] != cells.shape[1]:
+        raise ValueError(f"confusion counts must be [K, K], got {list(cells.shape)}")
+    K = len(cells)
+    with np.errstate(invalid="ignore"):
+        shares = cells / cells.sum(1, keepdims=True)
+    size = 7.0 if K <= 40 else 8.5
+    figure = Figure(figsize=(size, 0.88 * size), dpi=DPI if K <= 200 else 200, layout="compressed")
+    axes = figure.add_subplot()
+    axes.set_facecolor("#d0d0d0")
+    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation_stage="rgba")
+    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02, ticks=[0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
+    bar.ax.set_yticklabels(["0", "1 %", "5 %", "10 %", "25 %", "50 %", "100 %"])
+    bar.set_label("share of the true class")
+    axes.set_title(title if title is not None else "Which class is taken for which")
+    axes.set_xlabel("decision")
+    axes.set_ylabel("true class")
+    name_ticks(axes, [str(k) for k in range(K)] if class_names is None else class_names)
+    if K <= 12:
+        for i, j in np.argwhere(cells > 0).tolist():
+            text = f"{100 * shares[i, j]:.0f}" if shares[i, j] >= 0.01 else "<1"
+            axes.text(
+                j, i, text, ha="center", va="center", fontsize=9, color="white" if shares[i, j] > 0.3 else "black"
+            )
+    return figure
+
+
+def accuracy_by_size(
+    accuracy: Numbers, counts: Numbers, class_names: Sequence[str] | None = None, *, title: str | None = None
+) -> Figure:
+    """Each class's accuracy against its number of training images, on a logarithmic axis with the limits of the shot groups.
+
+    Up to 20 classes are all named, of more the three worst.
+
+    Args:
+        accuracy: `[K]`; NaN is left out.
+        counts: `[K]`, training images per class; classes without any are left out.
+        class_names: `[K]`; the labels as numbers by default.
+        title: over the picture.
+
+    Returns:
+        A figure whose first collection holds the points `(count, accuracy)`.
+
+    Raises:
+        ValueError: lengths that differ.
+    """
+    y, x = as_array(accuracy).reshape(-1), as_array(counts).reshape(-1)
+    if len(x) != len(y):
+        raise ValueError(f"{len(y)} accuracies for {len(x)} class counts")
+    names = [str(k) for k in range(len(x))] if class_names is None else list(class_names)
+    shown = np.flatnonzero(np.isfinite(y) & (x > 0))
+    figure, axes = single_axes()
+    axes.scatter(x[shown], y[shown], s=46 if len(shown) <= 100 else 16, color=BLUE, alpha=0.85, lw=0, zorder=3)
+    size_axis(axes, x[shown])
+    lowest = max(0.0, np.floor(10 * y[shown].min() - 0.5) / 10) if len(shown) else 0.0
+    axes.set_ylim(lowest - 0.04 * (1 - lowest), 1 + 0.08 * (1 - lowest))
+    left, right = axes.get_xlim()
+    for limit, text, side in ((FEW_BELOW, "few", "right"), (MANY_ABOVE, "many", "left")):
+        if left < limit < right:
+            axes.axvline(limit, color=GREY, lw=1.2, ls=(0, (4, 3)), zorder=1)
+            axes.annotate(
+                text, (limit, 0), (-4 if side == "right" else 4, 5), xycoords=("data", "axes fraction"),
+                textcoords="offset points", ha=side, fontsize=9, color=GREY,
+            )  # fmt: skip
+    worst_first = shown[np.argsort(y[shown], kind="stable")]
+    named = worst_first if len(shown) <= 20 else worst_first[:3]
+    name_points(figure, axes, x[named], y[named], [short(names[k]) for k in named])
+    axes.set_ylabel("accuracy of the class")
+    axes.set_title(title if title is not None else "Accuracy of a class against its size")
+    return figure
