@@ -76,8 +76,8 @@ def shifted_accuracy(accuracy: Tensor, class_counts: Tensor, ratio: float) -> Te
         Scalar; the mean over classes at ratio 1.
 
     Source:
-        Hong et al. 2021, "Disentangling Label Distribution for Long-tailed Visual Recognition" (LADE), has forward and backward test
-        sets of these ratios; it draws them, with the exponent's denominator K.
+        Hong et al. 2021, "Disentangling Label Distribution for Long-tailed Visual Recognition" (LADE): its released code draws test sets
+        of these frequencies, truncated, for the ratios 2, 5, 10, 25 and 50, and tells some methods' decisions of them, which this does not.
     """
     share = _places(class_counts).double() / max(len(class_counts) - 1, 1)
     weight = torch.where(accuracy.isnan(), 0.0, ratio**-share)
