@@ -26,7 +26,7 @@ from etflight.callbacks.step_notice import StepNotice
 from etflight.checkpoint_io import SafeCheckpointIO
 from etflight.checkpoints import read_checkpoint
 from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
-from etflight.configuration import guard_parser, read_yaml
+from etflight.configuration import expand_overlays, guard_parser, read_yaml
 from etflight.data.base import ImageDataModule
 from etflight.errors import UserError, user_error_in
 from etflight.heads import codes_from_state_dict
@@ -81,7 +81,7 @@ class EtflightCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse with the checkpoint's model as the lowest of the three: checkpoint, configuration files, command line."""
         Parser.given = given = list(sys.argv[1:] if args is None else args)
-        argv = _expand_overlays(given)
+        argv = expand_overlays(given)
         self.arm = _first_config_stem(given)
         self.ckpt_path: Path | None = None
         self.saved_rows = 0
@@ -267,8 +267,8 @@ def main(args: Sequence[str] | None = None) -> EtflightCLI:
 
 _PROFILERS: dict[Any, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 _DESCRIPTION = (
-    "Image classifiers with a fixed simplex-ETF head. Beside the stages below: `etflight report RUN...` prints test results side by "
-    "side, `etflight collapse` measures neural collapse of a trained model, `etflight --version`."
+    "Image classifiers with a fixed simplex-ETF head. Beside the stages below: `etflight describe` shows a data set, `etflight report "
+    "RUN...` prints test results side by side, `etflight collapse` measures neural collapse of a trained model, `etflight --version`."
 )
 _STAGES = {
     "fit": "Train a classifier.",
@@ -333,32 +333,6 @@ def _as_list(value: Any) -> list[Any]:
 
 def _configs(argv: Sequence[str]) -> list[Path]:
     return [Path(value) for value in _values(argv, "config", "-c")]
-
-
-def _expand_overlays(argv: list[str]) -> list[str]:
-    """Put the files that a configuration file builds on in front of it, as if they had been given one by one."""
-    expanded: list[str] = []
-    for i, arg in enumerate(argv):
-        if i > 0 and argv[i - 1] in ("-c", "--config"):
-            for overlay in _overlays(Path(arg)):
-                expanded += [str(overlay), "--config"]
-        elif arg.startswith("--config="):
-            for overlay in _overlays(Path(arg.partition("=")[2])):
-                expanded += ["--config", str(overlay)]
-        expanded.append(arg)
-    return expanded
-
-
-def _overlays(path: Path) -> list[Path]:
-    content = read_yaml(path) if path.is_file() else None
-    names = content.get("overlays") if isinstance(content, dict) else None
-    found = []
-    for name in names or []:
-        overlay = path.parent / name
-        if not overlay.is_file():
-            raise UserError(f"{path} builds on {overlay}, which does not exist: mend the path in its overlays")
-        found += [*_overlays(overlay), overlay]
-    return found
 
 
 def _first_config_stem(argv: Sequence[str]) -> str | None:

@@ -31,3 +31,9 @@ def test_the_package_itself_imports_nothing():
     modules = imported("-c", "import etflight")
     assert {name for name in modules if name.startswith("etflight")} == {"etflight", "etflight._version"}
     assert not {name.split(".")[0] for name in modules} & {"torch", "lightning", "numpy", *HEAVY}
+
+
+def test_describing_a_set_needs_no_model():
+    modules = imported("-m", "etflight", "describe", "--help")
+    assert "etflight.commands.data_option" in modules
+    assert not {"timm", "etflight.classifier", "etflight.backbones"} & modules

@@ -3,19 +3,17 @@
 import math
 import pickle
 import re
-import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import timm
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from safetensors import SafetensorError
@@ -23,15 +21,14 @@ from timm.data.config import resolve_data_config
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-import etflight.data
 from etflight import plotting
 from etflight.backbones import resnet_cifar
 from etflight.checkpoints import read_checkpoint
 from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
-from etflight.configuration import guard_parser
+from etflight.commands.data_option import CommandParser, console, data_parser, parse
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
-from etflight.errors import UserError, user_error_in
+from etflight.errors import UserError
 from etflight.metrics import ClassStatistics, Moments, measures
 from etflight.run import write_json
 from etflight.specs import describe, is_known
@@ -95,10 +92,8 @@ def main(argv: Sequence[str]) -> None:
         UserError: what the user gave cannot work.
         SystemExit: status 2 for a usage error, 0 after help.
     """
-    guard_parser()
     parser = _parser()
-    _check_data_name(argv)
-    config = parser.parse_args(list(argv))
+    config = parse(parser, argv)
     if (config.ckpt_path is None) == (config.timm is None):
         raise UserError(f"collapse measures one model: give {_SOURCES}")
     if config.weights is not None and config.timm is None:
@@ -109,16 +104,14 @@ def main(argv: Sequence[str]) -> None:
     device = _device(config.device)
     model = _from_checkpoint(config.ckpt_path, data) if config.timm is None else _from_timm(config, data)
     output = Path(config.output) if config.output else _default_output(config)
-    console = Console()
-    # into a file, where no terminal says how wide it is, nothing may be cut
-    console = console if console.is_terminal else Console(width=120)
+    out = console()
 
     model.module.eval().requires_grad_(False).to(device)
     results: dict[str, dict[str, float]] = {}
     figures: dict[str, Figure] = {}
     centres: Moments | None = None
     for split in SPLITS:
-        moments, results[split] = measure(model, data, split, device, centres, quiet=not console.is_terminal)
+        moments, results[split] = measure(model, data, split, device, centres, quiet=not out.is_terminal)
         centres = centres or moments
         names = model.class_names or data.class_names
         portrait = plotting.portrait(moments, model.weight.cpu(), counts=data.class_counts, class_names=names)
@@ -127,8 +120,8 @@ def main(argv: Sequence[str]) -> None:
     write_json(output / "collapse.json", _record(model, data, results))
     for name, figure in figures.items():
         plotting.save(figure, output / f"{name}.png")
-    console.print(_table(model, data, results))
-    console.print(f"{output}: collapse.json and {len(figures)} figures", style="dim", highlight=False, soft_wrap=True)
+    out.print(_table(model, data, results))
+    out.print(f"{output}: collapse.json and {len(figures)} figures", style="dim", highlight=False, soft_wrap=True)
 
 
 @torch.no_grad()
@@ -347,23 +340,9 @@ def _default_output(config: Namespace) -> Path:
 # The command line ---------------------------------------------------------------------------------------------------
 
 
-class _Parser(ArgumentParser):
-    """With usage errors of one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong in one line and exit with status 2."""
-        if (wrapped := user_error_in(ex)) is not None:
-            raise wrapped
-        lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-        text = shorten(" ".join(lines[:2]), 400, placeholder=" …")
-        print(f"etflight: error: {text} (see etflight collapse --help)", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="etflight collapse",
-        description="Measure neural collapse of a trained model on the training and the test images, without training.",
+def _parser() -> CommandParser:
+    parser = data_parser(
+        "collapse", "Measure neural collapse of a trained model on the training and the test images, without training."
     )
     parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint of etflight to measure.")
     parser.add_argument(
@@ -393,23 +372,7 @@ def _parser() -> _Parser:
         default=[],
         help="Modules with heads or losses of your own that the checkpoint names.",
     )
-    parser.add_subclass_arguments(ImageDataModule, "data", required=True, help="The images.")
     return parser
-
-
-def _check_data_name(argv: Sequence[str]) -> None:
-    """Refuse a data set that does not exist before the parser takes its name for that of a file."""
-    known: dict[str, type] = {}
-    classes = ImageDataModule.__subclasses__()
-    while classes:
-        cls = classes.pop()
-        known[cls.__name__] = cls
-        classes += cls.__subclasses__()
-    for flag, following in zip(argv, [*argv[1:], ""], strict=True):
-        value = following if flag == "--data" else flag.removeprefix("--data=") if flag.startswith("--data=") else None
-        if value is not None and value.isidentifier() and value not in known:
-            near = get_close_matches(value, known, n=3) or sorted(known)
-            raise UserError(f"no data set is called {value!r}: near matches are {', '.join(near)}")
 
 
 def _import(module: str) -> None:
@@ -434,5 +397,5 @@ def _brief(error: BaseException) -> str:
     return shorten(str(error) or type(error).__name__, 200, placeholder=" …")
 
 
-# data sets and models are found by name because they are imported here
-_ = (etflight.data, resnet_cifar)
+# models are found by name because they are imported here
+_ = resnet_cifar

@@ -15,11 +15,14 @@ from etflight.plotting.collapse import (
     variability_by_size,
 )
 from etflight.plotting.evaluation import accuracy_by_size, confusion_matrix, reliability_diagram
+from etflight.plotting.images import class_histogram, contact_sheet
 
 __all__ = [
     "accuracy_by_size",
+    "class_histogram",
     "collapse_curves",
     "confusion_matrix",
+    "contact_sheet",
     "cosine_heatmap",
     "portrait",
     "reliability_diagram",

@@ -241,6 +241,7 @@ def test_bad_input_ends_in_one_line_that_says_the_mend(run, images, tmp_path, mo
     ckpt, arrays = f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}", ["--data=ArrayImages", f"--data.path={images}"]
     own = ["--timm=test_resnet", "--weights=w.safetensors"]
     for arguments, status, message in (
+        ([], 2, "data"),
         (["--data=Digits"], 1, "give --ckpt_path FILE"),
         ([ckpt, "--timm=test_resnet", "--data=Digits"], 1, "measures one model"),
         ([ckpt, "--weights=w.safetensors", "--data=Digits"], 1, "--weights goes with --timm"),

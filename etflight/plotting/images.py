@@ -1,0 +1,157 @@
+"""Pictures of a set of images: how many each class has, and what they look like."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from etflight.metrics.shots import FEW_BELOW, MANY_ABOVE, by_frequency, shot_groups
+from etflight.plotting.canvas import BLUE, DPI, GREEN, GREY, VERMILION, Array, Numbers, as_array, short, tidy
+
+Pixels = NDArray[np.uint8]
+
+_GROUPS = {
+    "many": (BLUE, f"many (> {MANY_ABOVE})"),
+    "medium": (GREEN, f"medium ({FEW_BELOW}–{MANY_ABOVE})"),
+    "few": (VERMILION, f"few (< {FEW_BELOW})"),
+}
+_MOST_BARS = 60  # beyond, names are too small to be read
+_MOST_ROWS = 22  # of one block of a contact sheet
+_CELL = 0.5  # inches, the side of an image on a contact sheet
+_THUMBNAIL = 96  # pixels, for a closer look
+
+
+def class_histogram(counts: Numbers, class_names: Sequence[str] | None = None, *, title: str | None = None) -> Figure:
+    """Training images of each class, from the most to the fewest, coloured by shot group.
+
+    Up to 60 classes are named bars with their numbers; more are one curve, logarithmic where it spans more than a factor of 20.
+
+    Args:
+        counts: `[K]`, training images per class.
+        class_names: `[K]`; the labels as numbers by default.
+        title: over the picture.
+
+    Returns:
+        A figure whose bars, or pieces of the curve, go from the most frequent class to the rarest.
+
+    Raises:
+        ValueError: lengths that differ.
+    """
+    sizes = as_array(counts)
+    names = [str(k) for k in range(len(sizes))] if class_names is None else list(class_names)
+    if len(names) != len(sizes):
+        raise ValueError(f"{len(names)} class names for {len(sizes)} class counts")
+    order = by_frequency(torch.as_tensor(sizes)).numpy()
+    sizes, names = sizes[order], [names[k] for k in order.tolist()]
+    groups = {group: members.numpy() for group, members in shot_groups(torch.as_tensor(sizes)).items() if members.any()}
+    few = len(sizes) <= _MOST_BARS
+    figure = Figure(figsize=(7, max(3.2, 1.2 + 0.21 * len(sizes)) if few else 4.8), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    tidy(axes)
+    if few:
+        _bars(axes, sizes, groups, names)
+    else:
+        _curve(axes, sizes, groups)
+    axes.legend(handles=[Patch(color=_GROUPS[g][0], label=_GROUPS[g][1]) for g in groups], frameon=False, fontsize=9)
+    axes.set_title("Training images of each class" if title is None else title, fontsize=11)
+    return figure
+
+
+def _bars(axes: Axes, sizes: Array, groups: dict[str, NDArray[np.bool_]], names: Sequence[str]) -> None:
+    colours = [next(_GROUPS[group][0] for group in groups if groups[group][i]) for i in range(len(sizes))]
+    bars = axes.barh(np.arange(len(sizes)), sizes, color=colours, height=0.78)
+    axes.bar_label(bars, labels=[f"{size:,.0f}" for size in sizes], padding=3, fontsize=8, color=GREY)
+    axes.set_yticks(np.arange(len(sizes)), [short(name, 32) for name in names], fontsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False, axis="y")
+    axes.set_ylim(len(sizes) - 0.4, -0.6)
+    axes.margins(x=0.09)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("training images")
+
+
+def _curve(axes: Axes, sizes: Array, groups: dict[str, NDArray[np.bool_]]) -> None:
+    logarithmic = sizes[0] > 20 * max(sizes[-1], 1)
+    bottom = 0.7 * max(sizes[-1], 1) if logarithmic else 0.0
+    for group, members in groups.items():
+        at = np.flatnonzero(members)
+        edges = np.append(at, at[-1] + 1) + 0.5  # ranks count from 1
+        heights = np.append(sizes[at], sizes[at[-1]])
+        axes.fill_between(edges, heights, bottom, step="post", color=_GROUPS[group][0], lw=0)
+    if logarithmic:
+        axes.set_yscale("log")
+    axes.set_ylim(bottom=bottom)
+    axes.set_xlim(0.5, len(sizes) + 0.5)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("classes, from the most frequent to the rarest")
+    axes.set_ylabel("training images")
+
+
+def contact_sheet(
+    images: Tensor, rows: Tensor, names: Sequence[str], counts: Sequence[int], *, title: str | None = None
+) -> Figure:
+    """A row of images for each class, beside its name and number.
+
+    Images of one channel are grey; of two, their mean is shown; of more than three, the first three.
+
+    Args:
+        images: uint8 `[N, C, H, W]`.
+        rows: `[N]`, where each image goes, from 0.
+        names: `[R]`, one per row.
+        counts: `[R]`, how many images the class has in all.
+        title: over the picture.
+
+    Returns:
+        A figure with one sheet per block of at most 22 rows.
+
+    Raises:
+        ValueError: lengths that differ, or a row without a name.
+    """
+    if len(images) != len(rows):
+        raise ValueError(f"{len(images)} images for {len(rows)} places")
+    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(names):
+        raise ValueError(f"rows {int(rows.min())} to {int(rows.max())} for {len(names)} names")
+    pixels = _thumbnails(images)
+    names = [f"{short(name, 30)} ({count:,})" for name, count in zip(names, counts, strict=True)]
+    columns = int(torch.bincount(rows, minlength=1).max())
+    blocks = -(-len(names) // _MOST_ROWS)
+    per_block = -(-len(names) // blocks)
+    width = columns * _CELL + 0.08 * max(map(len, names)) + 0.2
+    figure = Figure(figsize=(blocks * width, per_block * _CELL + 0.5), dpi=DPI, layout="compressed")
+    for block, axes in enumerate(figure.subplots(1, blocks, squeeze=False)[0]):
+        own = range(len(names))[block * per_block : (block + 1) * per_block]
+        axes.imshow(_tiled([pixels[(rows == row).numpy()] for row in own], per_block, columns, pixels))
+        height = pixels.shape[1] + 1
+        axes.set_yticks([i * height + height / 2 - 1 for i in range(len(own))], [names[row] for row in own])
+        axes.set_xticks([])
+        axes.tick_params(length=0, labelsize=9)
+        axes.spines[:].set_visible(False)
+    if title is not None:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _thumbnails(images: Tensor) -> Pixels:
+    """`[N, h, w, 3]`, no side longer than 96."""
+    images = images[:, :3] if images.shape[1] > 2 else images.float().mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    scale = _THUMBNAIL / max(images.shape[-2:])
+    if scale < 1:
+        size = [max(1, round(side * scale)) for side in images.shape[-2:]]
+        images = torch.nn.functional.interpolate(images.float(), size, mode="area").round()
+    pixels: Pixels = images.to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return pixels
+
+
+def _tiled(groups: list[Pixels], rows: int, columns: int, like: Pixels) -> Pixels:
+    """The rows' images side by side on white, with a white line between any two."""
+    height, width = like.shape[1:3]
+    sheet = np.full((rows, columns, height + 1, width + 1, 3), 255, dtype=np.uint8)
+    for row, images in enumerate(groups):
+        sheet[row, : len(images), :height, :width] = images
+    return sheet.transpose(0, 2, 1, 3, 4).reshape(rows * (height + 1), columns * (width + 1), 3)

@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+import torch
+
+from etflight import plotting
+from etflight.plotting.canvas import BLUE, GREEN, VERMILION
+
+
+def hexadecimal(patch):
+    return "#" + "".join(f"{round(255 * value):02X}" for value in patch.get_facecolor()[:3])
+
+
+def test_bars_go_from_the_most_frequent_class_to_the_rarest_in_the_colours_of_their_groups():
+    axes = plotting.class_histogram([19, 101, 20, 100], ["a", "b", "c", "d"]).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [101, 100, 20, 19]
+    assert [hexadecimal(bar) for bar in axes.patches] == [BLUE, GREEN, GREEN, VERMILION]
+    assert [text.get_text() for text in axes.get_yticklabels()] == list("bdca")
+    assert [text.get_text() for text in axes.texts] == ["101", "100", "20", "19"]
+    top, bottom = axes.transData.transform([(0, 0), (0, 3)])[:, 1]
+    assert top > bottom
+
+
+def test_of_many_classes_there_is_one_curve_through_all_counts():
+    counts = np.random.default_rng(0).permutation(np.arange(1, 201))
+    axes = plotting.class_histogram(torch.tensor(counts)).axes[0]
+    assert axes.get_yscale() == "log"
+    corners = np.concatenate([part.get_paths()[0].vertices for part in axes.collections])
+    height = {x: corners[np.isclose(corners[:, 0], x), 1].max() for x in (0.5, 50.5, 199.5, 200.5)}
+    assert height == {0.5: 200, 50.5: 151, 199.5: 2, 200.5: 1}  # a step belongs to both of its sides
+    assert len(axes.collections) == 3
+    assert plotting.class_histogram([3] * 100).axes[0].get_yscale() == "linear"
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_the_sheet_shows_pixels_as_they_are(channels):
+    images = torch.randint(0, 256, (3, channels, 4, 4), dtype=torch.uint8)
+    (axes,) = plotting.contact_sheet(images, torch.tensor([1, 0, 1]), ["one", "two"], [1, 2]).axes
+    sheet = axes.images[0].get_array()
+    assert sheet.shape == (10, 10, 3)
+    for image, row, column in ((0, 1, 0), (1, 0, 0), (2, 1, 1)):
+        pixels = images[image].double().numpy()
+        expected = pixels[:3] if channels > 2 else np.broadcast_to(pixels.mean(0), (3, 4, 4))
+        shown = sheet[5 * row :][:4, 5 * column :][:, :4].transpose(2, 0, 1)
+        np.testing.assert_array_equal(shown, np.floor(expected))
+    assert (sheet[:4, 5:9] == 255).all()  # class "one" has one image
+
+
+def test_large_images_are_shown_by_their_means():
+    images = torch.randint(0, 256, (1, 3, 192, 96), dtype=torch.uint8)
+    (axes,) = plotting.contact_sheet(images, torch.tensor([0]), ["one"], [1]).axes
+    sheet = axes.images[0].get_array()[:96, :48].transpose(2, 0, 1)
+    blocks = images[0].double().numpy().reshape(3, 96, 2, 48, 2).mean((2, 4))
+    np.testing.assert_allclose(sheet, blocks, atol=0.51)
+
+
+def test_names_and_numbers_that_do_not_fit_are_refused():
+    images = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="2 class names for 3 class counts"):
+        plotting.class_histogram([1, 2, 3], ["a", "b"])
+    with pytest.raises(ValueError, match="2 images for 1 places"):
+        plotting.contact_sheet(images, torch.tensor([0]), ["a"], [1])
+    with pytest.raises(ValueError, match="rows 0 to 1 for 1 names"):
+        plotting.contact_sheet(images, torch.tensor([0, 1]), ["a"], [1])
