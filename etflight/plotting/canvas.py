@@ -104,8 +104,8 @@ def name_ticks(axes: Axes, names: Sequence[str]) -> None:
 
 
 def short(name: str, most: int = 18) -> str:
-    """A name that leaves room for others."""
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+    """A name that leaves room for others, as it is: a dollar would start a formula."""
+    return (name if len(name) <= most else f"{name[: most - 1]}…").replace("$", r"\$")
 
 
 def name_points(figure: Figure, axes: Axes, x: Array, y: Array, names: Sequence[str]) -> None:

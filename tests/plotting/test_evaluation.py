@@ -61,6 +61,12 @@ def test_accuracy_by_size_has_a_point_for_each_class_that_was_tested_and_the_lim
     assert high > 1
 
 
+def test_names_are_no_formulas():
+    names = ["US$ and NZ$", r"$\frac$", "$", "$x_{$"]
+    render(plotting.confusion_matrix(torch.eye(4), names))
+    render(plotting.accuracy_by_size(torch.rand(4), torch.arange(4) + 1, names))
+
+
 def test_of_many_classes_the_worst_are_named():
     accuracy = torch.linspace(1, 0.5, 43)
     axes = plotting.accuracy_by_size(accuracy, torch.arange(43) + 200).axes[0]
