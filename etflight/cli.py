@@ -18,8 +18,9 @@ from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, Simpl
 from lightning.pytorch.utilities import rank_zero_info
 
 import etflight.data
-from etflight.callbacks import FineTuning, LastCheckpoint, Speed, StepSeed, StopSignals
+from etflight.callbacks import FineTuning, LastCheckpoint, PostHoc, Speed, StepSeed, StopSignals
 from etflight.callbacks.checkpoint import KEY as CHECKPOINT_KEY
+from etflight.callbacks.double_correction import DoubleCorrection
 from etflight.callbacks.evaluation import TestResults
 from etflight.callbacks.results import PredictionTable, RunRecord
 from etflight.callbacks.step_notice import StepNotice
@@ -33,7 +34,7 @@ from etflight.heads import codes_from_state_dict
 from etflight.last_words import speak_for_lost_processes
 from etflight.loggers import steadfast
 from etflight.optim import PROTOCOL_SGD
-from etflight.run import MetricsCSV, check_writable, claim, last_checkpoint
+from etflight.run import MetricsCSV, check_writable, claim, claim_for_results, last_checkpoint, same_folder
 from etflight.specs import describe, is_known
 
 _CHECKPOINT_HELP = "The command line beats the configuration files, which beat what the checkpoint says of the model."
@@ -68,6 +69,12 @@ class EtflightCLI(LightningCLI):
         )
         parser.add_class_arguments(LastCheckpoint, "checkpoint")
         parser.add_class_arguments(FineTuning, "fine_tuning")
+        parser.add_argument(
+            "--post_hoc",
+            type=PostHoc | None,
+            default=None,
+            help="What decides in place of the trained head, in an evaluation: TauNormalization, NearestClassMean.",
+        )
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("data.num_channels", "model.in_chans", apply_on="instantiate")
         parser.set_defaults(
@@ -87,6 +94,7 @@ class EtflightCLI(LightningCLI):
         self.saved_rows = 0
         self.saved_num_classes: int | None = None
         self.verbose = True
+        self.saved_logit_adjustment = 0.0
         stage = argv[0] if argv and argv[0] in self._subcommand_parsers else None
         if stage is not None and not any(arg in ("-h", "--help") or arg.endswith(".help") for arg in argv):
             self.ckpt_path = self._locate_run(argv, stage)
@@ -97,6 +105,8 @@ class EtflightCLI(LightningCLI):
 
     def _locate_run(self, argv: list[str], stage: str) -> Path | None:
         """Find the run folder, and the checkpoint asked for; `last` is the one of the run's own folder."""
+        self.named = bool(_values(argv, "name"))
+        self.trained_in: Path | None = None
         asked = _value(argv, "ckpt_path")
         root = Path(_value(argv, "trainer.default_root_dir") or "runs")
         self.run_name = _value(argv, "name") or self.arm or (_value(argv, "data") or "run").rpartition(".")[2].lower()
@@ -109,11 +119,12 @@ class EtflightCLI(LightningCLI):
             return None
         if asked != "last":
             path = Path(asked)
-            if stage != "fit" and not _values(argv, "name") and path.parent.name == "checkpoints":
-                self.folder = path.parent.parent
+            if path.parent.name == "checkpoints":
+                self.trained_in = path.parent.parent
             return path
         last = last_checkpoint(self.folder)
         if last.is_file():
+            self.trained_in = self.folder
             return last
         if stage != "fit":
             raise UserError(f"there is no {last}: train first, or give --ckpt_path FILE")
@@ -133,6 +144,7 @@ class EtflightCLI(LightningCLI):
                 f"checkpoint {path} is not one of a Classifier: it has the hyper-parameter {min(foreign)!r}"
             )
         self.saved_num_classes = saved.pop("num_classes", None)
+        self.saved_logit_adjustment = saved.get("logit_adjustment", 0.0)
         for linked in ("in_chans", "class_counts"):  # the data module gives the one, the state dict holds the other
             saved.pop(linked, None)
         unknown = {
@@ -170,12 +182,28 @@ class EtflightCLI(LightningCLI):
         if self.subcommand == "test":  # `TestResults` prints; Lightning's table has all numbers in one column
             self.verbose, config["verbose"] = config["verbose"], False
         config["overlays"] = None  # merged by now; their relative paths would mean nothing in the run folder
+        if self.subcommand != "fit":
+            self._choose_place_of_results(config)
         for logger in _as_list(config["trainer"]["logger"]):
             self._put_into_run_folder(logger)
         if self.subcommand != "validate" and not config["trainer"]["fast_dev_run"]:
             check_writable(self.folder)
             if self.subcommand == "fit":
                 claim(self.folder, self.ckpt_path)
+            else:
+                claim_for_results(self.folder, self.trained_in)
+
+    def _choose_place_of_results(self, config: Any) -> None:
+        """Beside the checkpoint, whatever the configuration is called, unless another name is given or something else decides."""
+        post_hoc = config["post_hoc"] is not None
+        if post_hoc or config["model"]["logit_adjustment"] != self.saved_logit_adjustment:
+            if same_folder(self.folder, self.trained_in):
+                raise UserError(
+                    f"run folder {self.folder} is that of the trained model, whose own results stay as they are: "
+                    "give the checkpoint by its path, and another --name"
+                )
+        elif self.trained_in is not None and not self.named:
+            self.folder = self.trained_in
 
     def _put_into_run_folder(self, logger: Any) -> None:
         """Let a logger without a place of its own write into the run folder, and call the run by its name at W&B."""
@@ -203,7 +231,9 @@ class EtflightCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with what writes the run folder in front of the user's own loggers and callbacks."""
         config = self._get(self.config_init, "trainer")
-        self.save_config_kwargs = {"folder": self.folder, "name": self.run_name, "arm": self.arm}
+        self.save_config_kwargs = {
+            "folder": self.folder, "name": self.run_name, "arm": self.arm, "trained_in": self.trained_in
+        }  # fmt: skip
         fitting = self.subcommand == "fit"
         saves = fitting and config.get("enable_checkpointing") is not False
         last = self._get(self.config_init, "checkpoint") if saves else None
@@ -214,10 +244,11 @@ class EtflightCLI(LightningCLI):
             StopSignals(last),
             *_as_list(last),
             *([StepSeed(), Speed(), fine_tuning] if fitting else []),
+            *_as_list(self._get(self.config_init, "post_hoc")),
             *users,
         ]
         results = TestResults(self.folder, verbose=self.verbose)
-        callbacks += [StepNotice(), results, PredictionTable(self.folder)]
+        callbacks += [StepNotice(), DoubleCorrection(), results, PredictionTable(self.folder)]
         # else Lightning would add a checkpoint of its own
         kwargs["enable_checkpointing"] = saves and any(isinstance(callback, Checkpoint) for callback in users)
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in users):

@@ -35,6 +35,11 @@ def last_checkpoint(folder: Path) -> Path:
     return folder / "checkpoints" / "last.ckpt"
 
 
+def same_folder(one: Path, other: Path | None) -> bool:
+    """Whether two paths lead to one folder, which need not exist; None leads to none."""
+    return other is not None and one.resolve() == other.resolve()
+
+
 def claim(folder: Path, resume_from: Path | None) -> None:
     """Refuse a folder whose files training would overwrite; a run that was stopped before its first checkpoint may start again.
 
@@ -53,6 +58,22 @@ def claim(folder: Path, resume_from: Path | None) -> None:
             raise UserError(
                 f"run folder {folder} has a {name} but no {RECORD}, so it is not one of etflight's and stays as it is: give a new --name"
             )
+
+
+def claim_for_results(folder: Path, trained_in: Path | None) -> None:
+    """Refuse a folder where results would replace those of another training, or be taken for them.
+
+    Args:
+        folder: where they are to go.
+        trained_in: the one run folder they belong to, too; None if they belong to none.
+
+    Raises:
+        UserError: another training has the folder.
+    """
+    if same_folder(folder, trained_in):
+        return
+    if (folder / "metrics.csv").is_file() or any((folder / "checkpoints").glob("*.ckpt")):
+        raise UserError(f"run folder {folder} holds a training, whose own results stay as they are: give a new --name")
 
 
 def check_writable(folder: Path) -> None:
@@ -121,16 +142,14 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
 
 
 def facts(*, name: str, arm: str | None, config: Mapping[str, Any], trainer: Trainer) -> dict[str, Any]:
-    """What it takes to repeat a run: command, configuration, commit, versions, hardware, seed, and which images were chosen.
+    """What it takes to repeat a run, whatever it does: command, configuration, commit, versions, hardware.
 
     Args:
         name: of the run.
         arm: stem of the configuration file, or None.
         config: all arguments as plain data.
-        trainer: about to train.
+        trainer: about to run.
     """
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning outside the class body
-    counts = [int(n) for n in getattr(data, "class_counts", [])]
     return {
         "name": name,
         "arm": arm,
@@ -138,7 +157,6 @@ def facts(*, name: str, arm: str | None, config: Mapping[str, Any], trainer: Tra
         "config_sha256": config_sha256(config),
         "commit": _commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seed": config.get("seed_everything"),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         "hardware": {
             "cpu": _processor(),
@@ -147,6 +165,14 @@ def facts(*, name: str, arm: str | None, config: Mapping[str, Any], trainer: Tra
             "device": trainer.strategy.root_device.type,
             "processes": trainer.world_size,
         },
+    }
+
+
+def training_facts(*, seed: Any, data: object) -> dict[str, Any]:
+    """What it takes to repeat a training beside `facts`: the seed, and which images were chosen."""
+    counts = [int(n) for n in getattr(data, "class_counts", [])]
+    return {
+        "seed": seed,
         "data": {
             "class": type(data).__name__,
             "fingerprint": getattr(data, "fingerprint", None),
@@ -155,6 +181,15 @@ def facts(*, name: str, arm: str | None, config: Mapping[str, Any], trainer: Tra
             "validation": "held out" if getattr(data, "val_is_held_out", False) else "the test set, watched only",
         },
     }
+
+
+def facts_of_training(folder: Path) -> dict[str, Any]:
+    """`training_facts` that a training has left in its run folder, as far as they can be read."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {name: record[name] for name in ("seed", "data") if name in record} if isinstance(record, dict) else {}
 
 
 def config_sha256(config: Mapping[str, Any]) -> str:

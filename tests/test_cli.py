@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
 
 import etflight
 from etflight import Classifier, DotRegressionLoss, __version__
 from etflight.data import Digits
-from etflight.run import config_sha256, facts
+from etflight.run import config_sha256, training_facts
 from etflight.specs import describe
 
 ROOT = Path(__file__).parent.parent
@@ -82,12 +81,8 @@ def test_the_record_tells_the_configuration_but_for_what_tells_seeds_apart(run):
         ({"profile": [100] * 5 + [25] * 5}, 4),
     ],
 )
-def test_the_ratio_on_record_is_the_one_asked_for_or_that_of_the_images(options, ratio, tmp_path):
-    data = Digits(**options)
-    data.setup()
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
-    trainer.datamodule = data
-    assert facts(name="r", arm=None, config={"trainer": {}}, trainer=trainer)["data"]["imbalance_ratio"] == ratio
+def test_the_ratio_on_record_is_the_one_asked_for_or_that_of_the_images(options, ratio):
+    assert training_facts(seed=0, data=Digits(**options))["data"]["imbalance_ratio"] == ratio
 
 
 def test_checkpoint_is_plain_data_and_stays_plain_when_saved_again(run, tmp_path):

@@ -84,9 +84,13 @@ def tiny_data(config, folder):
     return []
 
 
+POST_HOC = {"tau_norm", "ncm"}  # they train nothing
+
 # An experiment is a protocol and an arm. Every arm is trained for a step on the digits, every protocol with one arm.
 TRAINED = [
-    path for path in EXPERIMENTS if path.parent.name in ("digits", "configs") or path.stem in ("ce", "ce_no_mixup")
+    path
+    for path in EXPERIMENTS
+    if (path.parent.name in ("digits", "configs") and path.stem not in POST_HOC) or path.stem in ("ce", "ce_no_mixup")
 ]
 
 
@@ -101,17 +105,30 @@ def first_stage(etflight_command, tmp_path_factory):
         "--trainer.accelerator", "cpu", cwd=cwd,
     )  # fmt: skip
     assert result.status == 0, result.err
-    return ["--fine_tuning.checkpoint", cwd / "runs/digits/ce/checkpoints/last.ckpt"]
+    return cwd / "runs/digits/ce/checkpoints/last.ckpt"
 
 
 @pytest.mark.parametrize("config", TRAINED, ids=name)
 def test_config_trains_a_step(config, first_stage, etflight_command, tmp_path):
+    stage_one = ["--fine_tuning.checkpoint", first_stage] if config.stem in SECOND_STAGES else []
     result = etflight_command(
         "fit", "-c", config, *tiny_data(config, tmp_path), "--data.batch_size", 8, "--trainer.accelerator", "cpu",
-        "--trainer.fast_dev_run", "true", *(first_stage if config.stem in SECOND_STAGES else []), cwd=tmp_path,
+        "--trainer.fast_dev_run", "true", *stage_one, cwd=tmp_path,
     )  # fmt: skip
     assert result.status == 0, result.err
     assert not (tmp_path / "runs").exists()  # a trial run leaves nothing
+    assert "class frequencies are corrected" not in result.out + result.err  # no arm does it twice
+
+
+@pytest.mark.parametrize("arm", sorted({*POST_HOC, "logit_adjustment"}))
+def test_an_arm_without_training_tests_the_checkpoint_of_another_into_a_folder_of_its_own(
+    arm, first_stage, etflight_command, tmp_path
+):
+    test = ["test", "-c", ROOT / f"digits/{arm}.yaml", "--trainer.accelerator", "cpu", "--ckpt_path", first_stage]
+    result = etflight_command(*test, cwd=tmp_path)
+    assert result.status == 0, result.err
+    assert (tmp_path / f"runs/digits/{arm}/test_metrics.json").is_file()
+    assert not (first_stage.parent.parent / "test_metrics.json").exists()
 
 
 @pytest.mark.parametrize("config", OVERLAYS, ids=name)

@@ -12,11 +12,21 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from etflight.classifier import Classifier
 from etflight.loggers import may_fall_silent
-from etflight.run import RECORD, facts, lock, write_csv, write_json, writing_to
+from etflight.run import (
+    RECORD,
+    facts,
+    facts_of_training,
+    lock,
+    same_folder,
+    training_facts,
+    write_csv,
+    write_json,
+    writing_to,
+)
 
 
 class RunRecord(SaveConfigCallback):
-    """Writes `config.yaml` and `run.json` into the run folder when training starts.
+    """Writes `config.yaml` and `run.json` into the run folder when training starts, or a test whose results have a folder of their own.
 
     Args:
         parser: that parsed the configuration.
@@ -24,11 +34,20 @@ class RunRecord(SaveConfigCallback):
         folder: the run folder.
         name: of the run.
         arm: stem of the configuration file, or None.
+        trained_in: the run folder of the checkpoint that is tested, or None; its seed and its images are those of the test, too.
     """
 
-    def __init__(self, parser: LightningArgumentParser, config: Any, folder: Path, name: str, arm: str | None) -> None:
+    def __init__(
+        self,
+        parser: LightningArgumentParser,
+        config: Any,
+        folder: Path,
+        name: str,
+        arm: str | None,
+        trained_in: Path | None = None,
+    ) -> None:
         super().__init__(parser, config, overwrite=True)
-        self.folder, self.name, self.arm = folder, name, arm
+        self.folder, self.name, self.arm, self.trained_in = folder, name, arm, trained_in
         self._lock: IO[str] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -37,19 +56,29 @@ class RunRecord(SaveConfigCallback):
         Raises:
             UserError: the folder cannot be written to, or another process trains in it.
         """
-        if stage != "fit" or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
             return
         resolved = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        if stage == "fit":
+            self._write(trainer, resolved, training_facts(seed=resolved["seed_everything"], data=_data(trainer)))
+            self._tell_wandb(trainer, resolved)
+        elif stage == "test" and not same_folder(self.folder, self.trained_in):
+            trained = {} if self.trained_in is None else facts_of_training(self.trained_in)
+            self._write(trainer, resolved, {**trained, "checkpoint": resolved["ckpt_path"]})
+
+    def _write(self, trainer: Trainer, config: dict[str, Any], further: dict[str, Any]) -> None:
+        record = {**facts(name=self.name, arm=self.arm, config=config, trainer=trainer), **further}
         with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = self._lock or lock(self.folder)
-            record = facts(name=self.name, arm=self.arm, config=resolved, trainer=trainer)
             write_json(self.folder / RECORD, record)
             self.parser.save(self.config, self.folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+
+    def _tell_wandb(self, trainer: Trainer, config: dict[str, Any]) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 with may_fall_silent(logger):
-                    logger.experiment.config.update(resolved, allow_val_change=True)  # once: Lightning's own log is off
+                    logger.experiment.config.update(config, allow_val_change=True)  # once: Lightning's own log is off
                     for metrics in ("train/loss", "val/*", "test/*", "nc/*", "nc_raw/*", "speed/*"):
                         logger.experiment.define_metric(metrics, step_metric="epoch")
 

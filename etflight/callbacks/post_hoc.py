@@ -1,0 +1,196 @@
+"""Other classifiers on a trained model's embedding, found without training: they take the head's place in an evaluation."""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from etflight.callbacks.embedding_source import frozen_modes
+from etflight.classifier import Classifier
+from etflight.errors import UserError
+from etflight.heads import Head, LinearHead, ScaledLinearHead
+from etflight.metrics import ClassStatistics
+
+
+class PostHoc(Callback, ABC):
+    """Validates, tests and predicts with another head; afterwards the model has its own again, which no file of it ever lost.
+
+    The temperature that a checkpoint brings was fitted to the logits of its own head, so it is 1 meanwhile.
+
+    Raises:
+        UserError: in training, where there is nothing to replace yet; a model that is no `Classifier`.
+    """
+
+    _own: tuple[Head, Tensor] | None = None
+
+    @abstractmethod
+    def new_head(self, trainer: Trainer, model: Classifier) -> Head:
+        """The head that is to decide instead of `model.head`.
+
+        Args:
+            trainer: with the data module.
+            model: trained, on its device.
+        """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse to train."""
+        name = type(self).__name__
+        if stage == "fit":
+            raise UserError(
+                f"{name} takes a trained model and trains nothing: "
+                "etflight test -c CONFIG --ckpt_path RUN/checkpoints/last.ckpt"
+            )
+        if not isinstance(pl_module, Classifier):
+            raise UserError(f"{name} replaces the head of an etflight.Classifier; this is a {type(pl_module).__name__}")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Replace the head."""
+        self._replace(trainer, cast(Classifier, pl_module))
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Replace the head."""
+        self._replace(trainer, cast(Classifier, pl_module))
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Replace the head."""
+        self._replace(trainer, cast(Classifier, pl_module))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the model its head back."""
+        self._give_back(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the model its head back."""
+        self._give_back(pl_module)
+
+    def _replace(self, trainer: Trainer, model: Classifier) -> None:
+        with torch.no_grad(), frozen_modes(model):
+            head = self.new_head(trainer, model)
+        rank_zero_info(f"{type(self).__name__} decides in place of the trained {type(model.head).__name__}")
+        self._own = model.head, model.temperature
+        model.head = head.eval()
+        model.temperature = torch.ones_like(model.temperature)
+
+    def _give_back(self, pl_module: LightningModule) -> None:
+        if self._own is not None:
+            model = cast(Classifier, pl_module)
+            model.head, model.temperature = self._own
+            self._own = None
+
+
+class TauNormalization(PostHoc):
+    """τ-normalisation: class vectors `w_k / ‖w_k‖^τ` and no biases, since a linear head's norms grow with a class's images.
+
+    Args:
+        tau: τ >= 0: 0 keeps the norms, 1 makes all of them 1. The authors choose it between the two on held-out images.
+
+    Raises:
+        UserError: a τ out of range; when it starts, a head that is not linear in its class vectors.
+
+    Source:
+        Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, arXiv 1910.09217, section 4.1.
+    """
+
+    def __init__(self, tau: float = 1.0) -> None:
+        super().__init__()
+        if not 0 <= tau < math.inf:
+            raise UserError(f"TauNormalization: tau must be finite and not negative, got {tau}")
+        self.tau = tau
+
+    def new_head(self, trainer: Trainer, model: Classifier) -> Head:
+        """The trained embedding and class vectors, these rescaled."""
+        head = model.head
+        if not isinstance(head, LinearHead | ScaledLinearHead):
+            raise UserError(
+                f"TauNormalization rescales the class vectors of a linear head; those of {type(head).__name__} have norms that "
+                "decide nothing: give the checkpoint of a LinearHead"
+            )
+        weight = head.weight.detach().float()
+        norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+        return _Replacement(head, weight / norm**self.tau)
+
+
+class NearestClassMean(PostHoc):
+    """Nearest class mean (NCM): an image belongs to the class whose mean training embedding has the largest cosine with its own.
+
+    The means are those of all training images, without augmentation, in evaluation mode: summed in one pass in float64, over all processes.
+    The logits are the cosines, so the softmax is never confident.
+
+    Raises:
+        UserError: when it starts, other training images than the checkpoint's, or a class without any.
+
+    Source:
+        Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, arXiv 1910.09217, section 4.1,
+        with cosine similarity.
+    """
+
+    def new_head(self, trainer: Trainer, model: Classifier) -> Head:
+        """The trained embedding, with the class means as class vectors."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning outside the class body
+        if not hasattr(data, "eval_dataloader"):
+            raise UserError(
+                'NearestClassMean needs the training images: give a data module with eval_dataloader("train")'
+            )
+        counts = torch.as_tensor(data.class_counts)
+        if bool((counts == 0).any()):
+            raise UserError(
+                f"NearestClassMean: class {data.class_names[int(counts.argmin())]} has no training image, so it has no mean"
+            )
+        trained = model.class_counts.cpu()
+        if bool(trained.any()) and not torch.equal(trained, counts):
+            k = int((trained != counts).int().argmax())
+            raise UserError(
+                f"NearestClassMean: {data} has {int(counts[k])} training images of class {data.class_names[k]}, but the checkpoint was "
+                f"trained on {int(trained[k])}: give the data options of its training (--data.imbalance_ratio and the like)"
+            )
+        means = class_means(trainer, model, data)
+        return _Replacement(model.head, F.normalize(means, dim=1).float(), cosine=True)
+
+
+@torch.no_grad()
+def class_means(trainer: Trainer, model: Classifier, data: Any) -> Tensor:
+    """Mean embeddings of the training images, each image once over all processes; a collective call.
+
+    Args:
+        trainer: whose precision and processes are used.
+        model: in evaluation mode.
+        data: a data module with `eval_dataloader("train")` and `eval_transform`.
+
+    Returns:
+        `[K, d']` float64, NaN for a class without images.
+    """
+    K, d = model.head.weight.shape
+    device, precision = model.device, trainer.precision_plugin
+    # MPS has no float64
+    statistics = ClassStatistics(K, d, scatter=False).to("cpu" if device.type == "mps" else device)
+    for images, labels in data.eval_dataloader("train"):
+        images, labels = data.eval_transform((images.to(device), labels.to(device)))
+        with precision.forward_context():
+            embedding = model.embed(precision.convert_input(images))
+        statistics.update(embedding.to(statistics.device), labels.to(statistics.device))
+    return statistics.compute().means.to(device)
+
+
+class _Replacement(Head):
+    """Fixed class vectors, without biases, on the embedding of a trained head."""
+
+    def __init__(self, trained: Head, weight: Tensor, *, cosine: bool = False) -> None:
+        super().__init__(trained.in_features, trained.num_classes)
+        self.trained = trained
+        self.cosine = cosine
+        self.register_buffer("weight", weight)
+        self.bias = None
+
+    def embed(self, features: Tensor) -> Tensor:
+        embedding = self.trained.embed(features).float()
+        return F.normalize(embedding, dim=1) if self.cosine else embedding
+
+    def forward(self, features: Tensor) -> Tensor:
+        embedding = self.embed(features)
+        with torch.autocast(embedding.device.type, enabled=False):
+            return F.linear(embedding, self.weight)
