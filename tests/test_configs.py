@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent / "configs"
-ALL = sorted(ROOT.rglob("*.yaml"))
+ALL = sorted(set(ROOT.rglob("*.yaml")) - set((ROOT / "study").iterdir()))  # a study is data of its own command
 PARTS = {"arm", "data", "trainer", "logger", "sweep"}  # overlays: no experiment by themselves
 EXPERIMENTS = [path for path in ALL if not PARTS & set(path.relative_to(ROOT).parts)]
 OVERLAYS = [path for path in ALL if path not in EXPERIMENTS]

@@ -1,0 +1,128 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from etflight.errors import UserError
+from etflight.study import Cell, Study, read_study
+
+ROOT = Path(__file__).parents[2]
+PROTOCOL = {
+    "seed_everything": 0,
+    "data": {"class_path": "Digits", "init_args": {"imbalance_ratio": 2}},
+    "model": {"backbone": "resnet20_cifar"},
+    "trainer": {"max_epochs": 1, "limit_train_batches": 1, "enable_progress_bar": False},
+}
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """`write(**study)`: a study of three arms on the digits, one training step each, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    for arm, more in {"ce": {}, "la": {"logit_adjustment": 1.0}, "focal": {"loss": "FocalLoss"}}.items():
+        model = {**PROTOCOL["model"], "head": "LinearHead", "loss": "CrossEntropyLoss", **more}
+        (tmp_path / "tiny" / f"{arm}.yaml").write_text(yaml.safe_dump({**PROTOCOL, "model": model}))
+
+    def write(**study):
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump({"configs": "tiny", "seeds": [0], "arms": ["ce"], **study}))
+        return path
+
+    return write
+
+
+def test_a_study_trains_tests_and_reports_and_does_nothing_twice(write, etflight_command, tmp_path):
+    write(post_hoc={"la": "ce"})
+    first = etflight_command("study", "study.yaml", "--jobs", "2", cwd=tmp_path)
+    assert first.status == 0, first.err
+    runs = tmp_path / "runs/tiny"
+    results = [runs / arm / "seed0/test_metrics.json" for arm in ("ce", "la")]
+    assert all("test/acc" in json.loads(file.read_text()) for file in results)
+    assert not (runs / "la/seed0/checkpoints").exists()  # it tests the other's
+    assert [word for word in ("ce", "la") if f" {word} " in first.out] == ["ce", "la"]
+    written = [file.stat().st_mtime_ns for file in results]
+    again = etflight_command("study", "study.yaml", cwd=tmp_path)
+    assert again.status == 0, again.err
+    assert [file.stat().st_mtime_ns for file in results] == written
+    assert "…" not in again.out.splitlines()[0]
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(write, etflight_command, tmp_path):
+    write(arms=["focal", "ce"], post_hoc={"la": "focal"})
+    broken = tmp_path / "tiny/focal.yaml"
+    broken.write_text(broken.read_text() + "surprise: 1\n")
+    result = etflight_command("study", "study.yaml", cwd=tmp_path)
+    assert result.status == 1
+    assert (tmp_path / "runs/tiny/ce/seed0/test_metrics.json").is_file()
+    (line,) = result.error_lines
+    assert "2 of 3 runs failed" in line
+    assert "surprise" in line
+    assert "fit.log" in line
+
+
+def test_every_run_has_its_own_command(write, etflight_command, tmp_path):
+    write(seeds=[3, 4], ratios=[1, 50], arms=["ce"], second_stage={"focal": "ce"}, post_hoc={"la": "focal"})
+    result = etflight_command("study", "study.yaml", "--dry-run", cwd=tmp_path)
+    lines = result.out.splitlines()
+    assert len(set(lines)) == len(lines) == 4 * (2 + 2 + 1)
+    assert lines[2:4] == [
+        "etflight fit -c tiny/ce.yaml --seed_everything 3 --data.imbalance_ratio 50 --name tiny/ce/ratio50-seed3",
+        "etflight test -c tiny/ce.yaml --seed_everything 3 --data.imbalance_ratio 50 --name tiny/ce/ratio50-seed3 "
+        "--ckpt_path runs/tiny/ce/ratio50-seed3/checkpoints/last.ckpt",
+    ]
+    assert lines[8] == (
+        "etflight fit -c tiny/focal.yaml --seed_everything 3 --data.imbalance_ratio 1 --name tiny/focal/ratio1-seed3 "
+        "--fine_tuning.checkpoint runs/tiny/ce/ratio1-seed3/checkpoints/last.ckpt"
+    )
+    assert lines[16].endswith(
+        "--name tiny/la/ratio1-seed3 --ckpt_path runs/tiny/focal/ratio1-seed3/checkpoints/last.ckpt"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_part_of_a_study(write, etflight_command, tmp_path):
+    write(seeds=[3, 4], arms=["ce", "focal"])
+    result = etflight_command("study", "study.yaml", "--dry-run", "--arms", "focal", "--seeds", "4", cwd=tmp_path)
+    assert [line.split()[1] for line in result.out.splitlines()] == ["fit", "test"]
+    assert "tiny/focal/seed4" in result.out
+    nothing = etflight_command("study", "study.yaml", "--arms", "la", cwd=tmp_path)
+    assert "has none of these arms and seeds" in nothing.error_lines[0]
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cell = Cell(Path("ce.yaml"), 0, (), Path("runs/tiny/ce/seed0"))
+    assert "--ckpt_path" not in cell.fit()
+    (cell.folder / "checkpoints").mkdir(parents=True)
+    (cell.folder / "checkpoints/last.ckpt").touch()
+    assert cell.fit()[-2:] == ["--ckpt_path", "last"]
+
+
+@pytest.mark.parametrize(
+    ("study", "line"),
+    [
+        ({"arms": ["cee"]}, "no cee.yaml, did you mean ce?"),
+        ({"arms": "ce"}, "arms is 'ce': give names"),
+        ({"seeds": []}, r"seeds is \[\]: give integers"),
+        ({"seeds": ["a"]}, "give integers"),
+        ({"ratios": ["a"]}, "give numbers"),
+        ({"second_stage": ["ce"]}, "second_stage is"),
+        ({"post_hoc": {"la": "focal"}}, "la starts from focal, which is not trained before it"),
+        ({"configs": 3}, "configs is 3"),
+        ({"epochs": 3}, "it gives configs, seeds and arms"),
+    ],
+    ids=str,
+)
+def test_a_file_that_is_no_study_is_refused(write, study, line):
+    with pytest.raises(UserError, match=line):
+        read_study(write(**study))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/study").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_studies_are_whole(path):
+    study = read_study(path)
+    assert isinstance(study, Study)
+    cells = [cell for stage in study.stages() for cell in stage]
+    assert len({cell.folder for cell in cells}) == len(cells) > 0
