@@ -16,6 +16,7 @@ import etflight.data
 from etflight.configuration import expand_overlays, guard_parser, read_yaml
 from etflight.data import ImageDataModule
 from etflight.errors import UserError, user_error_in
+from etflight.reporting.tables import plain
 
 
 class CommandParser(ArgumentParser):
@@ -99,7 +100,7 @@ def console() -> Console:
 
 def as_it_is(value: object) -> Text:
     """Text without what would be markup, or command the terminal."""
-    return Text("".join(letter for letter in str(value) if letter.isprintable()))
+    return Text(plain(value))
 
 
 # data sets are found by name because they are imported here
