@@ -67,9 +67,10 @@ class Classifier(LightningModule):
     `head`, `loss`, `optimizer` and `lr_scheduler` are classes, or `functools.partial` of classes with keyword arguments; they are
     saved as plain data, so a checkpoint loads with `weights_only=True`.
 
-    Logged: `train/loss`, and for `val/` and `test/`: `loss`, `acc`, `acc_macro` (balanced accuracy), `acc_worst`, `acc_harmonic`,
-    `acc_many`, `acc_medium`, `acc_few`, `acc_head`, `acc_middle`, `acc_tail` (see `ShotAccuracy`), `ece`, `ece_calibrated`; for `test/`
-    also `acc_forward_R` and `acc_backward_R` for test sets that are long-tailed with ratio R. Accuracies lie in [0, 1].
+    Logged: `train/loss`, `train/lr` (of the epoch's last step), and for `val/` and `test/`: `loss`, `acc`, `acc_macro` (balanced
+    accuracy), `acc_worst`, `acc_harmonic`, `acc_many`, `acc_medium`, `acc_few`, `acc_head`, `acc_middle`, `acc_tail` (see `ShotAccuracy`),
+    `ece`, `ece_calibrated`; for `test/` also `acc_forward_R` and `acc_backward_R` for test sets that are long-tailed with ratio R.
+    Accuracies lie in [0, 1].
 
     Args:
         num_classes: K.
@@ -134,6 +135,7 @@ class Classifier(LightningModule):
         self.register_buffer("_bad_step", torch.tensor(_NEVER), persistent=False)
         if class_counts is not None:
             self._set_class_counts(torch.as_tensor(class_counts))
+        self._lr = math.nan
         self.losses = nn.ModuleDict({f"{stage}_loss": SampleMean() for stage in ("train", "val", "test")})
         self.shots = nn.ModuleDict(
             {"val_": ShotAccuracy(num_classes), "test_": ShotAccuracy(num_classes, PRIOR_SHIFTS)}
@@ -164,6 +166,10 @@ class Classifier(LightningModule):
         return cast(Tensor, self.head(self.features(images)))
 
     # --- steps -------------------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Remember the learning rate: at the end of an epoch the schedule has made it the next one's."""
+        self._lr = float(self.trainer.optimizers[0].param_groups[0]["lr"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one training batch."""
@@ -292,6 +298,7 @@ class Classifier(LightningModule):
         """Log the loss; never let a checkpoint be written from one that is not a number."""
         self._stop_at_bad_loss()
         self.log("train/loss", self._mean_loss("train"))
+        self.log("train/lr", self._lr, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         """Log, and fit the temperature if the validation images are held out."""

@@ -85,6 +85,17 @@ def test_the_ratio_on_record_is_the_one_asked_for_or_that_of_the_images(options,
     assert training_facts(seed=0, data=Digits(**options))["data"]["imbalance_ratio"] == ratio
 
 
+def test_the_rate_of_each_epoch_is_logged(etflight_command, tmp_path):
+    schedule = ["--model.optimizer.lr", 0.4, "--model.lr_scheduler", "torch.optim.lr_scheduler.ExponentialLR"]
+    result = etflight_command(
+        "fit", *DIGITS, *schedule, "--model.lr_scheduler.gamma", 0.5, "--trainer.max_epochs", 3,
+        "--trainer.limit_train_batches", 2, "--trainer.limit_val_batches", 1, "--name", "r", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    rows = csv.DictReader((tmp_path / "runs/r/metrics.csv").open())
+    assert [float(row["train/lr"]) for row in rows if row["train/lr"]] == pytest.approx([0.4, 0.2, 0.1])
+
+
 def test_checkpoint_is_plain_data_and_stays_plain_when_saved_again(run, tmp_path):
     path = run[1] / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(path, weights_only=True)

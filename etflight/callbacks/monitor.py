@@ -27,6 +27,7 @@ from etflight.ranks import broadcast_buffers, take_buffers_of_rank_zero
 from etflight.run import run_folder
 
 _KEEP_BYTES = 2**30  # embeddings kept in host memory for `nc/train/nc4`
+_MOST_CLASSES = 50  # of a Gram matrix on disk: 41 KB an epoch, whatever the width
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -49,6 +50,10 @@ class NeuralCollapseMonitor(Callback):
     Under `WeightAveraging` (EMA) the averaged weights are measured, wherever that callback stands in the list, but online, which sees
     the current ones; `measured_weights` says which. On several processes the sweep runs the model itself, without DDP, with rank
     0's buffers. Models whose parameters are sharded are not supported.
+
+    Each sweep of the embedding leaves `<run folder>/gram/epoch_XXX.npz`: `classes` `[n]`, all of them or 50 evenly chosen ones, and `gram`
+    `[2n + 1, 2n + 1]` float32, the inner products of their means, their class vectors and the mean of all class means, from which follow
+    the cosines of any heat map; XXX counts finished epochs.
 
     Args:
         every_n_epochs: measure epochs n, 2n, …, and the last.
@@ -348,8 +353,10 @@ class NeuralCollapseMonitor(Callback):
                     )
             else:
                 self._values[f"{self._group(HEAD)}/train/nc4"] = _share(trainer, cast(Tensor, agrees))
-            if self.snapshots and limit is None:
-                self._write_snapshot(trainer, kept, epoch)
+            if limit is None and epoch == int(epoch):
+                self._write_gram(trainer, moments.means, int(epoch))
+                if self.snapshots:
+                    self._write_snapshot(trainer, kept, int(epoch))
         return moments
 
     def _new_pass(self, trainer: Trainer, split: str) -> "_Pass":
@@ -426,14 +433,21 @@ class NeuralCollapseMonitor(Callback):
                 self._loader = every_sample_once(self.train_dataloader, trainer.world_size, trainer.global_rank)
         return self._loader
 
-    def _write_snapshot(self, trainer: Trainer, kept: "_Kept", epoch: float) -> None:
+    def _write_gram(self, trainer: Trainer, means: Tensor, epoch: int) -> None:
+        if not trainer.is_global_zero or self.space != "embedding" or self.latest_weight is None:
+            return
+        K = len(means)
+        classes = torch.linspace(0, K - 1, min(K, _MOST_CLASSES), dtype=torch.float64).round().long()
+        means = means.cpu()
+        rows = torch.cat([means[classes], self.latest_weight.double()[classes], means.nanmean(0, keepdim=True)])
+        _write(trainer, "gram", epoch, classes=classes.numpy(), gram=(rows @ rows.T).float().numpy())
+
+    def _write_snapshot(self, trainer: Trainer, kept: "_Kept", epoch: int) -> None:
         content = kept.snapshot()
-        if not trainer.is_global_zero or epoch != int(epoch) or self.latest_weight is None:
+        if not trainer.is_global_zero or self.latest_weight is None:
             return
         folder = "snapshots" if self.space == "embedding" else "snapshots_raw"
-        path = run_folder(trainer) / folder / f"epoch_{int(epoch):03d}.npz"
-        with replacing(path) as partial:
-            np.savez_compressed(partial, **content, epoch=np.int64(epoch), weight=self.latest_weight.float().numpy())
+        _write(trainer, folder, epoch, **content, weight=self.latest_weight.float().numpy())
 
     # --- checkpoints -------------------------------------------------------------------------------------------------------
 
@@ -678,6 +692,11 @@ def _hard_labels(batch: Any, kind: str) -> Tensor:
             f"got {type(batch).__name__ if labels is None else labels!r:.60}"
         )
     return labels
+
+
+def _write(trainer: Trainer, folder: str, epoch: int, **content: Any) -> None:
+    with replacing(run_folder(trainer) / folder / f"epoch_{epoch:03d}.npz") as partial:
+        np.savez_compressed(partial, **content, epoch=np.int64(epoch))
 
 
 def _data_module(trainer: Trainer) -> Any:

@@ -79,7 +79,7 @@ class RunRecord(SaveConfigCallback):
             if isinstance(logger, WandbLogger):
                 with may_fall_silent(logger):
                     logger.experiment.config.update(config, allow_val_change=True)  # once: Lightning's own log is off
-                    for metrics in ("train/loss", "val/*", "test/*", "nc/*", "nc_raw/*", "speed/*"):
+                    for metrics in ("train/*", "val/*", "test/*", "nc/*", "nc_raw/*", "speed/*"):
                         logger.experiment.define_metric(metrics, step_metric="epoch")
 
 

@@ -41,17 +41,30 @@ def main(argv: Sequence[str]) -> None:
         choices=("md", "csv", "tex", "json"),
         help="instead of a table in the terminal: Markdown, CSV in full precision, LaTeX, or a result file with a record per run",
     )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE.html",
+        help="write a page with tables, curves, heat maps and triangle views, all inside one file (needs the extra etflight[report])",
+    )
     arguments = parser.parse_args(argv)
+    if arguments.output is not None and (arguments.format or arguments.output.suffix not in (".html", ".htm")):
+        parser.error("-o writes a page: give a name that ends with .html, and no --format")
     results, problems = read_results(arguments.runs)
     if not results:
         raise UserError("; ".join(problems) if problems else "there are no results in what was given")
     sections, remarks = group(results)
     untested = [r for r in results if "test/acc" not in r.metrics]
     remarks += [f"{r.source} has not been tested: etflight test writes its test_metrics.json" for r in untested]
-    for line in [*(f"left out: {problem}" for problem in problems), *remarks]:
-        print(f"etflight: {tables.plain(line)}", file=sys.stderr)
+    _say([*(f"left out: {problem}" for problem in problems), *remarks])
 
-    if arguments.format == "json":
+    if arguments.output is not None:
+        from etflight.reporting.page import write_page
+
+        _say([f"not shown: {remark}" for remark in write_page(arguments.output, sections)])
+        print(arguments.output)
+    elif arguments.format == "json":
         kept = [r for section in sections for g in section.groups for r in g.results if r not in untested]
         print(json.dumps([r.record() for r in kept], indent=2, allow_nan=False))
     elif arguments.format is not None:
@@ -66,3 +79,8 @@ def main(argv: Sequence[str]) -> None:
             for note in [*tables.notes(section), tables.hardware(section)]:
                 console.print(tables.plain(note), style="dim", markup=False, highlight=False)
         console.print(tables.CAPTION, style="dim", highlight=False)
+
+
+def _say(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(f"etflight: {tables.plain(line)}", file=sys.stderr)

@@ -41,22 +41,23 @@ def read_table(path: Path) -> list[dict[str, str]]:
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
-def series(path: Path, rows: list[dict[str, str]], name: str) -> list[tuple[float, float]]:
-    """A metric over epochs, where it was logged.
+def series(path: Path, rows: list[dict[str, str]], name: str, over: str = "epoch") -> list[tuple[float, float]]:
+    """A metric over epochs or steps, where it was logged.
 
     Args:
         path: of the table, for errors.
         rows: its rows.
         name: of the metric.
+        over: "epoch" or "step".
 
     Returns:
-        Pairs of `epoch` and value, the value perhaps NaN; empty for a metric that was never logged.
+        Pairs of it and the value, the value perhaps NaN; empty for a metric that was never logged.
 
     Raises:
         UserError: something else than numbers.
     """
     try:
-        return [(float(row["epoch"]), float(row[name])) for row in rows if row.get(name) and row.get("epoch")]
+        return [(float(row[over]), float(row[name])) for row in rows if row.get(name) and row.get(over)]
     except ValueError as error:
         raise UserError(f"{path} is not whole ({name}: {error})") from error
 

@@ -541,6 +541,34 @@ def test_snapshots_keep_the_first_embeddings_of_each_class(tmp_path):
     np.testing.assert_allclose(content["embeddings"], expected, rtol=2e-3, atol=1e-3)
 
 
+def test_gram_matrices_of_means_and_class_vectors_lie_in_the_run_folder(tmp_path):
+    watch = plain_monitor()
+    model, runs = fit(tmp_path, watch, epochs=2)
+    files = sorted((run_folder(runs) / "gram").iterdir())
+    assert [file.name for file in files] == ["epoch_000.npz", "epoch_001.npz", "epoch_002.npz"]
+    content = np.load(files[-1])
+    assert content["classes"].tolist() == [0, 1, 2, 3]
+    model.eval()
+    with torch.no_grad():
+        features = model.body(TRAIN.tensors[0]).double().numpy()
+    means = np.stack([features[TRAIN.tensors[1].numpy() == k].mean(0) for k in range(4)])
+    rows = np.concatenate([means, model.fc.weight.detach().double().numpy(), means.mean(0, keepdims=True)])
+    np.testing.assert_allclose(content["gram"], rows @ rows.T, rtol=1e-5, atol=1e-6)
+    assert content["gram"].dtype == np.float32
+
+
+def test_the_gram_matrix_does_not_grow_with_the_number_of_classes(tmp_path):
+    model, labels = Plain(), torch.arange(400)
+    model.fc = nn.Linear(5, 400)
+    images = DataLoader(TensorDataset(torch.randn(400, 6), labels), batch_size=50)
+    watch = NeuralCollapseMonitor(head="fc", train_dataloader=images, before_training=False)
+    trainer(tmp_path, watch, epochs=1).fit(model, images)
+    content = np.load(tmp_path / "gram" / "epoch_001.npz")
+    assert content["gram"].shape == (101, 101)
+    assert content["classes"][[0, -1]].tolist() == [0, 399]
+    assert len(set(content["classes"].tolist())) == 50
+
+
 def test_snapshots_lie_in_the_run_folder(tmp_path):
     _, runs = fit(tmp_path, plain_monitor(snapshots=1), epochs=1, logger=MetricsCSV(tmp_path / "run"))
     assert run_folder(runs) == tmp_path / "run"

@@ -23,8 +23,8 @@ def make_run(folder: Path, *, acc: float = 0.5, arm: str = "ce", seed: Any = 0, 
     write_json(folder / "test_metrics.json", {"test/acc": acc, "test/ece": 0.125, "test/loss": 2.5, **shots})
     rows = [{"step": 0, "epoch": 0.0, "nc/train/nc1": 2.0, "nc/train/alignment": 0.0}]
     for epoch, val in enumerate((0.25, 0.75, acc)):
-        rows.append({"step": epoch, "epoch": float(epoch), "train/loss": 3.0 - epoch})
-        rows.append({"step": epoch, "epoch": float(epoch), "val/acc": val, "nc/train/nc1": 1 / (1 + epoch),
+        rows.append({"step": 14 * epoch + 13, "epoch": float(epoch), "train/loss": 3.0 - epoch})
+        rows.append({"step": 14 * epoch + 13, "epoch": float(epoch), "val/acc": val, "nc/train/nc1": 1 / (1 + epoch),
                      "nc/train/alignment": epoch / 2.5})  # fmt: skip
     write_csv(folder / "metrics.csv", rows)
     write_csv(folder / "speed.csv", [{"epoch": e, "step": e, "speed/epoch_s": 2.0 + e} for e in range(3)])

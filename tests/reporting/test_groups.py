@@ -2,7 +2,7 @@ import math
 import statistics as oracle
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etflight.reporting.groups import group, statistics
@@ -14,6 +14,7 @@ def result(arm="ce", seed=0, acc=0.5, **facts):
     return Result(source=f"{arm}_{seed}", arm=arm, seed=seed, metrics={"test/acc": acc}, **facts)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=20))
 def test_mean_and_sample_standard_deviation(values):
     mean, std, runs = statistics(values)

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etflight.reporting.results import ALWAYS, read_results
@@ -167,6 +167,7 @@ records = st.fixed_dictionaries(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(st.lists(records, max_size=4))
 def test_result_files_are_read_as_they_were_written(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("results") / "results.json"

@@ -4,7 +4,7 @@ import re
 import statistics
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etflight.reporting import tables
@@ -100,11 +100,13 @@ def typeset(source):
     return shown
 
 
+@settings(deadline=None)
 @given(nasty.filter(lambda text: "--" not in text))
 def test_latex_shows_names_as_they_are(text):
     assert typeset(tables.escape_latex(text)) == tables.plain(text)
 
 
+@settings(deadline=None)
 @given(nasty)
 def test_markdown_has_no_mark_left_and_shows_names_as_they_are(text):
     escaped = tables.escape_markdown(text)
@@ -114,6 +116,7 @@ def test_markdown_has_no_mark_left_and_shows_names_as_they_are(text):
     assert "http:" not in re.sub(r"&#\d+;", "", escaped)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30))
 def test_any_name_stays_in_its_cell(name):
     ((section,), _) = group([run(0, 0.5, arm=name)])

@@ -1,0 +1,134 @@
+"""What a run left of its collapse over epochs, as cosines that a page can draw from: bounded, whatever the run's size."""
+
+import base64
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from etflight.errors import UserError
+from etflight.untrusted import refuse_growth
+
+Array = NDArray[Any]
+_MOST_EPOCHS = 30
+_MOST_CLASSES = 30
+_MOST_POINTS = 400  # embeddings an epoch
+_UNIT = 32767  # an int16 that stands for a cosine of 1; _NONE for none
+_NONE = -32768
+
+
+def frames(folder: Path) -> dict[str, Any] | None:
+    """Cosines of class means, class vectors and embeddings at up to 30 epochs, of up to 30 classes.
+
+    Args:
+        folder: of a run; its `gram/` has the matrices, its `snapshots/`, if any, the embeddings.
+
+    Returns:
+        None for a run without `gram/`; else `epochs` `[E]`, `classes` `[n]`, and cosines as base64 of int16, little-endian, 32767 for 1
+        and -32768 for what is undefined: `heat` `[E, n, n]` of centred means (rows) and centred class vectors, `means` `[E, n, n]` of means
+        (rows) and class vectors, `frame` `[E, n, n]` between class vectors. Where there are embeddings of the same images at all these
+        epochs, also `points` `[E, N, n]` of embeddings (rows) and class vectors, and `labels` `[N]`, places in `classes`.
+
+    Raises:
+        UserError: a file that is not whole; names it.
+    """
+    files = _by_epoch(folder / "gram")
+    if not files:
+        return None
+    epochs = _evenly(sorted(files), _MOST_EPOCHS)
+    grams = [_load(files[epoch], "classes", "gram") for epoch in epochs]
+    classes: Array = grams[0]["classes"]
+    n = len(classes)
+    for epoch, content in zip(epochs, grams, strict=True):
+        if content["gram"].shape != (2 * n + 1, 2 * n + 1) or not np.array_equal(content["classes"], classes):
+            raise UserError(f"{files[epoch]} is not whole (its matrix has another size than that of the first epoch)")
+    places = np.array(_evenly(range(n), _MOST_CLASSES))
+    matrices = np.stack([content["gram"].astype(np.float64) for content in grams])
+    shown = np.concatenate([places, n + places])
+    found = {
+        "epochs": epochs,
+        "classes": classes[places].tolist(),
+        "heat": _pack(_centred_cosines(matrices)[:, places[:, None], places]),
+    }
+    cosines = _cosines(matrices[:, shown[:, None], shown])
+    m = len(places)
+    found |= {"means": _pack(cosines[:, :m, m:]), "frame": _pack(cosines[:, m:, m:])}
+    return found | _points(folder / "snapshots", epochs, classes[places])
+
+
+def _points(folder: Path, epochs: Sequence[int], classes: Array) -> dict[str, Any]:
+    files = _by_epoch(folder)
+    if not set(epochs) <= files.keys():
+        return {}
+    shots = [_load(files[epoch], "embeddings", "labels", "indices", "weight") for epoch in epochs]
+    labels, indices = shots[0]["labels"], shots[0]["indices"]
+    if not all(np.array_equal(shot["indices"], indices) for shot in shots):
+        return {}
+    each = max(1, min(20, _MOST_POINTS // len(classes)))
+    rows = np.concatenate([np.flatnonzero(labels == k)[:each] for k in classes])
+    projected = []
+    for epoch, shot in zip(epochs, shots, strict=True):
+        h, w = shot["embeddings"].astype(np.float64), shot["weight"].astype(np.float64)
+        if h.ndim != 2 or w.ndim != 2 or h.shape[1] != w.shape[1] or len(h) != len(labels) or classes.max() >= len(w):
+            raise UserError(f"{files[epoch]} is not whole (its arrays do not fit one another)")
+        projected.append(_unit(h[rows]) @ _unit(w[classes]).T)
+    places = {int(k): i for i, k in enumerate(classes)}
+    return {"points": _pack(np.stack(projected)), "labels": [places[int(k)] for k in labels[rows]]}
+
+
+def _centred_cosines(gram: Array) -> Array:
+    """Cosines `[E, n, n]` of `μ_i - μ_G` and `w_j - w̄`, from inner products; `w̄` over the n classes that there are."""
+    n = (gram.shape[1] - 1) // 2
+    M, W, centre = slice(0, n), slice(n, 2 * n), 2 * n
+    mean_vector = gram[:, :, W].mean(2)  # inner products with w̄
+    cross = gram[:, M, W] - mean_vector[:, M, None] - gram[:, centre, None, W] + mean_vector[:, centre, None, None]
+    own = np.einsum("eii->ei", gram)
+    means = own[:, M] - 2 * gram[:, M, centre] + gram[:, centre, centre][:, None]
+    vectors = own[:, W] - 2 * mean_vector[:, W] + mean_vector[:, W].mean(1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(cross / np.sqrt(np.maximum(means, 0)[:, :, None] * np.maximum(vectors, 0)[:, None, :]))
+
+
+def _cosines(gram: Array) -> Array:
+    lengths = np.sqrt(np.einsum("eii->ei", gram))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(gram / (lengths[:, :, None] * lengths[:, None, :]))
+
+
+def _unit(rows: Array) -> Array:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+def _pack(cosines: Array) -> str:
+    whole = np.rint(np.nan_to_num(cosines, nan=0.0).clip(-1, 1) * _UNIT)
+    packed = np.where(np.isfinite(cosines), whole, _NONE).astype("<i2")
+    return base64.b64encode(packed.tobytes()).decode()
+
+
+def _evenly(items: Sequence[int], most: int) -> list[int]:
+    """First, last, and an even choice between."""
+    chosen = np.unique(np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int))
+    return [items[i] for i in chosen.tolist()]
+
+
+def _by_epoch(folder: Path) -> dict[int, Path]:
+    named = ((re.fullmatch(r"epoch_(\d{3,9})\.npz", path.name), path) for path in folder.glob("epoch_*.npz"))
+    return {int(match[1]): path for match, path in named if match}
+
+
+def _load(path: Path, *names: str) -> dict[str, Array]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            refuse_growth(str(path), sum(part.file_size for part in archive.infolist()), path.stat().st_size)
+        with np.load(path, allow_pickle=False) as content:
+            arrays = {name: content[name] for name in names}
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not whole ({' '.join(str(error).split()) or type(error).__name__})") from error
+    if any(array.dtype.kind not in "iuf" for array in arrays.values()):
+        raise UserError(f"{path} is not whole (it holds something else than numbers)")
+    return arrays

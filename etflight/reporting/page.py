@@ -1,0 +1,212 @@
+"""One HTML page of runs side by side, with all it needs inside: no server, no network."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from etflight._version import __version__
+from etflight.configuration import read_yaml
+from etflight.errors import UserError
+from etflight.files import replacing
+from etflight.reporting import tables
+from etflight.reporting.files import finite, read_json, read_table, series
+from etflight.reporting.frames import frames
+from etflight.reporting.groups import Section
+from etflight.reporting.results import RECORD, Result
+
+MARK = '<meta name="generator" content="etflight report">'  # by which we know our own pages
+CURVES = {
+    "val/acc": "accuracy, validation",
+    "val/acc_many": "many-shot classes",
+    "val/acc_medium": "medium-shot classes",
+    "val/acc_few": "few-shot classes",
+    "nc/train/nc1": "NC1, training images",
+    "nc/train/alignment": "alignment, training images",
+    "nc/train/etf_distance": "distance of the class means to an ETF",
+    "train/loss": "training loss",
+    "val/loss": "validation loss",
+    "train/lr": "learning rate",
+}
+_MOST_POINTS = 1000  # of a curve
+
+
+def write_page(path: Path, sections: Sequence[Section]) -> list[str]:
+    """Write the page; a page of ours that is there already is replaced.
+
+    Args:
+        path: of the page.
+        sections: of runs.
+
+    Returns:
+        What is wrong with files of the runs, of which the page shows the rest.
+
+    Raises:
+        UserError: plotly is missing, or there is another file, or no way to write one.
+    """
+    try:
+        from plotly.offline import get_plotlyjs  # type: ignore[attr-defined]
+    except ImportError:
+        raise UserError("a page needs plotly: pip install 'etflight[report]'") from None
+    if path.exists() and MARK not in _start_of(path):
+        raise UserError(f"{path} exists and is no page of etflight report, so it stays as it is: give another name")
+    remarks: list[str] = []
+    content = {
+        "version": __version__,
+        "caption": tables.CAPTION,
+        "curves": CURVES,
+        "missing": tables.MISSING,
+        "sections": [_section(section, remarks) for section in sections],
+    }
+    parts = {
+        "MARK": MARK,
+        "STYLE": _part("page.css"),
+        # a script ends at the first "</", whatever the language inside says of it
+        "DATA": json.dumps(content, allow_nan=False).replace("<", r"\u003c"),
+        "PLOTLY": get_plotlyjs(),  # type: ignore[no-untyped-call]
+        "SCRIPT": _part("page.js"),
+    }
+    html = "".join(parts.get(piece, piece) for piece in _part("page.html").split("@@"))
+    try:
+        with replacing(path) as partial:
+            partial.write_text(html, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error}): give another name") from error
+    return remarks
+
+
+def _part(name: str) -> str:
+    return (files("etflight.reporting") / name).read_text(encoding="utf-8")
+
+
+def _start_of(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(1000).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+# What the page draws, as plain data -----------------------------------------------------------------------------------
+
+
+def _section(section: Section, remarks: list[str]) -> dict[str, Any]:
+    configurations: dict[str, Mapping[str, Any]] = {}
+    runs = [_run(result, configurations, remarks) for group in section.groups for result in group.results]
+    return {
+        "title": tables.plain(section.title),
+        "header": tables.HEADER,
+        "rows": [[tables.plain(cell) for cell in row] for row in tables.rows(section)],
+        "arms": [tables.plain(group.arm) for group in section.groups],
+        "notes": tables.notes(section),
+        "runs": runs,
+        "differences": _differences(configurations),
+    }
+
+
+def _run(result: Result, configurations: dict[str, Mapping[str, Any]], remarks: list[str]) -> dict[str, Any]:
+    folder = Path(result.source)
+    name = tables.plain(folder)
+    readers: dict[str, Callable[[Path], Any]] = {}
+    if (folder / RECORD).is_file():  # else it is a record of a result file
+        readers = {"curves": _curves, "classes": _classes, "frames": frames, "versions": _versions, "config": _config}
+    found: dict[str, Any] = {}
+    for what, read in readers.items():
+        try:
+            found[what] = read(folder)
+        except UserError as error:
+            remarks.append(str(error))
+    if (config := found.get("config")) is not None:
+        configurations[name] = config
+    facts = {
+        "hardware": result.hardware,
+        "time": None if result.seconds is None else tables.duration(result.seconds),
+        "epochs": result.epochs,
+        "validation images": result.validation,
+        "fingerprint of the training images": result.fingerprint,
+        "versions": found.get("versions"),
+        "commit": result.commit,
+        "command": result.command,
+    }
+    return {
+        "name": name,
+        "arm": tables.plain(result.arm),
+        "seed": tables.plain("?" if result.seed is None else result.seed),
+        "facts": {key: tables.MISSING if value is None else tables.plain(value) for key, value in facts.items()},
+        "curves": found.get("curves", {}),
+        "classes": found.get("classes"),
+        "frames": found.get("frames"),
+    }
+
+
+def _curves(folder: Path) -> dict[str, Any]:
+    """Of each metric the finished epochs and the values."""
+    path = folder / "metrics.csv"
+    rows = read_table(path) if path.is_file() else []
+    losses, steps = series(path, rows, "train/loss"), series(path, rows, "train/loss", "step")
+    per_epoch = (steps[-1][0] + 1) / (losses[-1][0] + 1) if losses and steps else math.nan
+    found = {}
+    for name in CURVES:
+        points = list(zip(series(path, rows, name), series(path, rows, name, "step"), strict=False))
+        every = -(-len(points) // _MOST_POINTS) or 1
+        x: list[float] = []
+        y: list[float | None] = []
+        for (epoch, value), (step, _) in points[::-every][::-1]:
+            # several in one epoch are told apart by their steps; step 0 is before training
+            finished = epoch + 1 if math.isnan(per_epoch) else (step + 1) / per_epoch
+            x.append(0.0 if step == 0 and epoch == 0 and per_epoch > 1 else float(f"{finished:.6g}"))
+            y.append(None if finite(value) is None else float(f"{value:.5g}"))
+        if x:
+            found[name] = [x, y]
+    return found
+
+
+def _classes(folder: Path) -> dict[str, Any] | None:
+    """Name, training images and test accuracy of each class."""
+    path = folder / "per_class.csv"
+    if not path.is_file():
+        return None
+    rows = read_table(path)
+    try:
+        return {
+            "names": [tables.plain(row["name"]) for row in rows],
+            "counts": [int(row["train_images"]) for row in rows],
+            "acc": [finite(float(row["acc"])) for row in rows],
+        }
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} is not whole ({type(error).__name__}: {error})") from error
+
+
+def _versions(folder: Path) -> str | None:
+    versions = read_json(folder / RECORD).get("versions")
+    return ", ".join(f"{name} {number}" for name, number in versions.items()) if isinstance(versions, dict) else None
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
+    path = folder / "config.yaml"
+    return dict(_flat(read_yaml(path))) if path.is_file() else None
+
+
+def _flat(value: Any, key: str = "") -> Iterable[tuple[str, Any]]:
+    """Dotted names and values of a configuration."""
+    if isinstance(value, Mapping) and value:
+        for name, part in value.items():
+            yield from _flat(part, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value
+
+
+def _differences(configurations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The options in which runs differ: names of the runs, and rows of a name and a value per run."""
+    keys = dict.fromkeys(key for config in configurations.values() for key in config)
+    rows = []
+    for key in keys:
+        values = [
+            json.dumps(config[key], default=str, ensure_ascii=False) if key in config else tables.MISSING
+            for config in configurations.values()
+        ]
+        if len(set(values)) > 1 and key != "name":
+            rows.append([tables.plain(key), *(tables.plain(value)[:200] for value in values)])
+    return {"runs": list(configurations), "rows": rows}

@@ -1,0 +1,122 @@
+import base64
+import zipfile
+
+import numpy as np
+import pytest
+
+from etflight.errors import UserError
+from etflight.reporting.frames import frames
+
+K, D, N = 5, 7, 3  # classes, features, embeddings a class
+
+
+def leave(folder, epochs=(0, 1, 2), classes=K, snapshots=True, seed=0):
+    """Gram matrices and snapshots as the monitor leaves them, and what they were made of."""
+    random = np.random.default_rng(seed)
+    made = {}
+    for name in ("gram", "snapshots"):
+        (folder / name).mkdir(parents=True)
+    labels = np.tile(np.arange(classes), N)
+    for epoch in epochs:
+        M, W = random.normal(size=(2, classes, D)) + 1
+        H = (M[labels] + random.normal(size=(len(labels), D))).astype(np.float16)
+        rows = np.concatenate([M, W, M.mean(0, keepdims=True)])
+        gram = (rows @ rows.T).astype(np.float32)
+        np.savez_compressed(folder / f"gram/epoch_{epoch:03d}.npz", classes=np.arange(classes), gram=gram, epoch=epoch)
+        if snapshots:
+            np.savez_compressed(
+                folder / f"snapshots/epoch_{epoch:03d}.npz", embeddings=H, labels=labels, indices=np.arange(len(labels)),
+                epoch=epoch, weight=W.astype(np.float32),
+            )  # fmt: skip
+        made[epoch] = M, W, H.astype(float), labels
+    return made
+
+
+def unpack(text, *shape):
+    values = np.frombuffer(base64.b64decode(text), "<i2").reshape(shape).astype(float)
+    return np.where(values == -32768, np.nan, values / 32767)
+
+
+def cosines(A, B):
+    return np.array([[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in B] for a in A])
+
+
+def test_cosines_are_those_of_means_vectors_and_embeddings(tmp_path):
+    made = leave(tmp_path)
+    found = frames(tmp_path)
+    assert found["epochs"] == [0, 1, 2]
+    assert found["classes"] == list(range(K))
+    heat, means, frame = (unpack(found[name], 3, K, K) for name in ("heat", "means", "frame"))
+    points = unpack(found["points"], 3, K * N, K)
+    for i, (M, W, H, labels) in enumerate(made.values()):
+        np.testing.assert_allclose(heat[i], cosines(M - M.mean(0), W - W.mean(0)), atol=1e-4)
+        np.testing.assert_allclose(means[i], cosines(M, W), atol=1e-4)
+        np.testing.assert_allclose(frame[i], cosines(W, W), atol=1e-4)
+        order = np.concatenate([np.flatnonzero(labels == k) for k in range(K)])
+        np.testing.assert_allclose(points[i], cosines(H[order], W), atol=1e-4)
+        assert found["labels"] == labels[order].tolist()
+
+
+def test_a_class_without_images_has_no_cosines(tmp_path):
+    leave(tmp_path, epochs=(0,), snapshots=False)
+    with np.load(tmp_path / "gram/epoch_000.npz") as content:
+        gram, classes = content["gram"].copy(), content["classes"]
+    gram[1] = gram[:, 1] = np.nan
+    np.savez_compressed(tmp_path / "gram/epoch_000.npz", gram=gram, classes=classes, epoch=0)
+    found = frames(tmp_path)
+    heat = unpack(found["heat"], K, K)
+    assert np.isnan(heat[1]).all()
+    assert np.isfinite(np.delete(heat, 1, axis=0)).all()
+    assert "points" not in found
+
+
+def test_the_size_is_bounded_whatever_the_run(tmp_path):
+    leave(tmp_path, epochs=range(70), classes=50)
+    found = frames(tmp_path)
+    assert len(found["epochs"]) == len(found["classes"]) == 30
+    assert (found["epochs"][0], found["epochs"][-1]) == (0, 69)
+    assert (found["classes"][0], found["classes"][-1]) == (0, 49)
+    assert len(found["labels"]) == 30 * N
+    assert unpack(found["points"], 30, 30 * N, 30).shape
+
+
+def test_a_run_without_measurements_has_no_frames(tmp_path):
+    assert frames(tmp_path) is None
+
+
+def of(values):
+    def spoil(path):
+        np.savez(path, gram=values, classes=np.arange(K), embeddings=values, labels=np.tile(np.arange(K), N),
+                 indices=np.arange(K * N), weight=values)  # fmt: skip
+
+    return spoil
+
+
+DAMAGE = {
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:100]),
+    "objects": of(np.array([{}])),
+    "texts": of(np.array(["x"])),
+    "another size": of(np.eye(3)),
+    "a bomb": lambda path: growing(path),
+}
+
+
+def growing(path):
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("gram.npy", "w", force_zip64=True) as member,
+    ):
+        for _ in range(300):
+            member.write(bytes(2**20))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("folder", ["gram", "snapshots"])
+def test_a_damaged_file_is_named(folder, damage, tmp_path):
+    leave(tmp_path)
+    path = tmp_path / folder / "epoch_001.npz"
+    DAMAGE[damage](path)
+    with pytest.raises(UserError) as caught:
+        frames(tmp_path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
