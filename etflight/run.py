@@ -185,15 +185,32 @@ def training_facts(*, seed: Any, data: object) -> dict[str, Any]:
 
 def facts_of_training(folder: Path) -> dict[str, Any]:
     """`training_facts` that a training has left in its run folder, as far as they can be read."""
+    record = _record(folder)
+    return {name: record[name] for name in ("seed", "data") if name in record}
+
+
+def resumed_facts(folder: Path, now: Mapping[str, Any]) -> dict[str, Any]:
+    """What changes in a record when its run goes on: nothing of how it began, and one more entry in `resumed`.
+
+    Args:
+        folder: the run folder, with the record so far.
+        now: `facts` of the process that goes on.
+    """
+    record, start = _record(folder), ("command", "commit", "started")
+    again = {name: now[name] for name in start}
+    return {**{name: record.get(name, now[name]) for name in start}, "resumed": [*record.get("resumed", []), again]}
+
+
+def _record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError, RecursionError):
         return {}
-    return {name: record[name] for name in ("seed", "data") if name in record} if isinstance(record, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
 def config_sha256(config: Mapping[str, Any]) -> str:
-    """The hash of a configuration without what tells the runs of an arm apart: seed, name, place, loggers.
+    """The hash of a configuration without what tells the runs of an arm apart: seed, name, place, loggers, first stage.
 
     Args:
         config: all arguments as plain data.
@@ -204,6 +221,9 @@ def config_sha256(config: Mapping[str, Any]) -> str:
     outer = {"seed_everything", "name", "overlays", "ckpt_path", "weights_only"}
     content = {key: value for key, value in config.items() if key not in outer}
     trainer = {key: value for key, value in config["trainer"].items() if key not in ("default_root_dir", "logger")}
+    tuning = content.get("fine_tuning")
+    if tuning:
+        content["fine_tuning"] = {**tuning, "checkpoint": None}
     text = json.dumps({**content, "trainer": trainer}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

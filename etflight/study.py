@@ -36,9 +36,8 @@ class Cell:
 
     def fit(self) -> list[str]:
         """Arguments of `etflight` that train it, or go on where it was stopped."""
-        started = last_checkpoint(self.folder).exists()
         origin = [] if self.source is None else ["--fine_tuning.checkpoint", str(last_checkpoint(self.source))]
-        return ["fit", *self._common(), *origin, *(["--ckpt_path", "last"] if started else [])]
+        return ["fit", *self._common(), *origin, "--ckpt_path", "last"]
 
     def test(self) -> list[str]:
         """Arguments of `etflight` that test it."""

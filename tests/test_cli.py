@@ -68,6 +68,8 @@ def test_the_record_tells_the_configuration_but_for_what_tells_seeds_apart(run):
     seed = config | {"seed_everything": 1, "name": "other", "ckpt_path": "last", "trainer": trainer}
     longer = config | {"trainer": config["trainer"] | {"max_epochs": 2}}
     assert record["config_sha256"] == config_sha256(seed) != config_sha256(longer)
+    first, other = (config | {"fine_tuning": {"checkpoint": path, "freeze": ["backbone"]}} for path in "ab")
+    assert config_sha256(first) == config_sha256(other) != record["config_sha256"]
     assert shlex.split(record["command"]) == ["etflight", "fit", *map(str, DIGITS), "--name", "first"]
     assert record["data"]["imbalance_ratio"] == 20
     assert record["hardware"]["device"] == "cpu"
@@ -177,10 +179,16 @@ def test_last_resumes_this_run_and_continues_its_metrics(etflight_command, tmp_p
     first = etflight_command("fit", *DIGITS, "--name", "r", "--ckpt_path", "last", cwd=tmp_path)
     assert first.status == 0, first.err
     assert "starts from scratch" in first.err + first.out
+    record = tmp_path / "runs/r/run.json"
+    begun = record.read_text()
     second = etflight_command(
         "fit", *DIGITS, "--name", "r", "--ckpt_path", "last", "--trainer.max_epochs", 2, cwd=tmp_path
     )
     assert second.status == 0, second.err
+    started, going_on = records = [json.loads(text) for text in (begun, record.read_text())]
+    assert [len(record.get("resumed", [])) for record in records] == [0, 1]
+    assert all(going_on[name] == started[name] for name in ("command", "commit", "started"))
+    assert "max_epochs 2" in going_on["resumed"][0]["command"]
     rows = list(csv.DictReader((tmp_path / "runs/r/metrics.csv").open()))
     assert [row["epoch"] for row in rows if row["train/loss"]] == ["0.0", "1.0"]
     assert torch.load(tmp_path / "runs/r/checkpoints/last.ckpt", weights_only=True)["epoch"] == 1

@@ -17,6 +17,7 @@ from etflight.run import (
     facts,
     facts_of_training,
     lock,
+    resumed_facts,
     same_folder,
     training_facts,
     write_csv,
@@ -68,6 +69,8 @@ class RunRecord(SaveConfigCallback):
 
     def _write(self, trainer: Trainer, config: dict[str, Any], further: dict[str, Any]) -> None:
         record = {**facts(name=self.name, arm=self.arm, config=config, trainer=trainer), **further}
+        if same_folder(self.folder, self.trained_in):
+            record |= resumed_facts(self.folder, record)
         with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = self._lock or lock(self.folder)

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from etflight.errors import UserError
-from etflight.study import Cell, Study, read_study
+from etflight.study import Study, read_study
 
 ROOT = Path(__file__).parents[2]
 PROTOCOL = {
@@ -49,6 +49,17 @@ def test_a_study_trains_tests_and_reports_and_does_nothing_twice(write, etflight
     assert "…" not in again.out.splitlines()[0]
 
 
+def test_what_was_trained_but_not_tested_is_not_trained_again(write, etflight_command, tmp_path):
+    write()
+    assert etflight_command("study", "study.yaml", cwd=tmp_path).status == 0
+    run = tmp_path / "runs/tiny/ce/seed0"
+    trained = (run / "metrics.csv").read_text()
+    (run / "test_metrics.json").unlink()
+    assert etflight_command("study", "study.yaml", cwd=tmp_path).status == 0
+    assert (run / "test_metrics.json").exists()
+    assert (run / "metrics.csv").read_text() == trained
+
+
 def test_a_run_that_fails_is_named_and_the_others_go_on(write, etflight_command, tmp_path):
     write(arms=["focal", "ce"], post_hoc={"la": "focal"})
     broken = tmp_path / "tiny/focal.yaml"
@@ -68,13 +79,14 @@ def test_every_run_has_its_own_command(write, etflight_command, tmp_path):
     lines = result.out.splitlines()
     assert len(set(lines)) == len(lines) == 4 * (2 + 2 + 1)
     assert lines[2:4] == [
-        "etflight fit -c tiny/ce.yaml --seed_everything 3 --data.imbalance_ratio 50 --name tiny/ce/ratio50-seed3",
+        "etflight fit -c tiny/ce.yaml --seed_everything 3 --data.imbalance_ratio 50 --name tiny/ce/ratio50-seed3 "
+        "--ckpt_path last",
         "etflight test -c tiny/ce.yaml --seed_everything 3 --data.imbalance_ratio 50 --name tiny/ce/ratio50-seed3 "
         "--ckpt_path runs/tiny/ce/ratio50-seed3/checkpoints/last.ckpt",
     ]
     assert lines[8] == (
         "etflight fit -c tiny/focal.yaml --seed_everything 3 --data.imbalance_ratio 1 --name tiny/focal/ratio1-seed3 "
-        "--fine_tuning.checkpoint runs/tiny/ce/ratio1-seed3/checkpoints/last.ckpt"
+        "--fine_tuning.checkpoint runs/tiny/ce/ratio1-seed3/checkpoints/last.ckpt --ckpt_path last"
     )
     assert lines[16].endswith(
         "--name tiny/la/ratio1-seed3 --ckpt_path runs/tiny/focal/ratio1-seed3/checkpoints/last.ckpt"
@@ -89,15 +101,6 @@ def test_a_part_of_a_study(write, etflight_command, tmp_path):
     assert "tiny/focal/seed4" in result.out
     nothing = etflight_command("study", "study.yaml", "--arms", "la", cwd=tmp_path)
     assert "has none of these arms and seeds" in nothing.error_lines[0]
-
-
-def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    cell = Cell(Path("ce.yaml"), 0, (), Path("runs/tiny/ce/seed0"))
-    assert "--ckpt_path" not in cell.fit()
-    (cell.folder / "checkpoints").mkdir(parents=True)
-    (cell.folder / "checkpoints/last.ckpt").touch()
-    assert cell.fit()[-2:] == ["--ckpt_path", "last"]
 
 
 @pytest.mark.parametrize(
