@@ -22,6 +22,7 @@ from etflight.callbacks import FineTuning, LastCheckpoint, PostHoc, Speed, StepS
 from etflight.callbacks.checkpoint import KEY as CHECKPOINT_KEY
 from etflight.callbacks.double_correction import DoubleCorrection
 from etflight.callbacks.evaluation import TestResults
+from etflight.callbacks.progress import Progress, is_watched
 from etflight.callbacks.results import PredictionTable, RunRecord
 from etflight.callbacks.step_notice import StepNotice
 from etflight.checkpoint_io import SafeCheckpointIO
@@ -36,6 +37,7 @@ from etflight.loggers import steadfast
 from etflight.optim import PROTOCOL_SGD
 from etflight.run import MetricsCSV, check_writable, claim, claim_for_results, last_checkpoint, same_folder
 from etflight.specs import describe, is_known
+from etflight.wandb_runs import choose_names
 
 _CHECKPOINT_HELP = "The command line beats the configuration files, which beat what the checkpoint says of the model."
 
@@ -185,7 +187,7 @@ class EtflightCLI(LightningCLI):
         if self.subcommand != "fit":
             self._choose_place_of_results(config)
         for logger in _as_list(config["trainer"]["logger"]):
-            self._put_into_run_folder(logger)
+            self._put_into_run_folder(logger, config)
         if self.subcommand != "validate" and not config["trainer"]["fast_dev_run"]:
             check_writable(self.folder)
             if self.subcommand == "fit":
@@ -205,15 +207,21 @@ class EtflightCLI(LightningCLI):
         elif self.trained_in is not None and not self.named:
             self.folder = self.trained_in
 
-    def _put_into_run_folder(self, logger: Any) -> None:
-        """Let a logger without a place of its own write into the run folder, and call the run by its name at W&B."""
+    def _put_into_run_folder(self, logger: Any, config: Any) -> None:
+        """Let a logger without a place of its own write into the run folder, and W&B call the run by its name."""
         arguments = getattr(logger, "init_args", None)
         if arguments is None:
             return
         if arguments.get("save_dir", "elsewhere") in (None, "."):
             arguments["save_dir"] = str(self.folder)
-        if logger.class_path.endswith("WandbLogger") and arguments.get("name") is None:
-            arguments["name"] = self.run_name
+        if logger.class_path.endswith("WandbLogger"):
+            choose_names(
+                arguments,
+                folder=self.folder,
+                name=self.run_name,
+                seed=config["seed_everything"],
+                data=config["data"].class_path.rpartition(".")[2],
+            )
 
     def instantiate_classes(self) -> None:
         """As LightningCLI does, but what the checkpoint brings for an evaluation is not computed before."""
@@ -243,7 +251,7 @@ class EtflightCLI(LightningCLI):
         callbacks = [
             StopSignals(last),
             *_as_list(last),
-            *([StepSeed(), Speed(), fine_tuning] if fitting else []),
+            *([StepSeed(), Speed(), Progress(), fine_tuning] if fitting else []),
             *_as_list(self._get(self.config_init, "post_hoc")),
             *users,
         ]
@@ -251,8 +259,11 @@ class EtflightCLI(LightningCLI):
         callbacks += [StepNotice(), DoubleCorrection(), results, PredictionTable(self.folder)]
         # else Lightning would add a checkpoint of its own
         kwargs["enable_checkpointing"] = saves and any(isinstance(callback, Checkpoint) for callback in users)
-        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in users):
-            callbacks.append(RichProgressBar(refresh_rate=4))  # Lightning's own redraws 100 times a second
+        if not any(isinstance(c, ProgressBar) for c in users):
+            asked = config.get("enable_progress_bar")
+            kwargs["enable_progress_bar"] = shown = is_watched() if asked is None else asked
+            # Lightning's own redraws 100 times a second
+            callbacks += [RichProgressBar(refresh_rate=4)] if shown else []
         if config.get("profiler") in _PROFILERS:
             kwargs["profiler"] = _PROFILERS[config["profiler"]](dirpath=self.folder, filename="profile")
         logger = config.get("logger")

@@ -185,7 +185,7 @@ def training_facts(*, seed: Any, data: object) -> dict[str, Any]:
 
 def facts_of_training(folder: Path) -> dict[str, Any]:
     """`training_facts` that a training has left in its run folder, as far as they can be read."""
-    record = _record(folder)
+    record = read_record(folder)
     return {name: record[name] for name in ("seed", "data") if name in record}
 
 
@@ -196,12 +196,13 @@ def resumed_facts(folder: Path, now: Mapping[str, Any]) -> dict[str, Any]:
         folder: the run folder, with the record so far.
         now: `facts` of the process that goes on.
     """
-    record, start = _record(folder), ("command", "commit", "started")
+    record, start = read_record(folder), ("command", "commit", "started")
     again = {name: now[name] for name in start}
     return {**{name: record.get(name, now[name]) for name in start}, "resumed": [*record.get("resumed", []), again]}
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
+    """`run.json` of a run folder, empty where it cannot be read."""
     try:
         record = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError, RecursionError):

@@ -2,8 +2,11 @@
 
 import json
 import os
+import pty
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,15 +73,42 @@ class CommandLine:
             [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def __call__(self, *argv: object, cwd: Path, **env: str) -> Result:
+    def __call__(self, *argv: object, cwd: Path, terminal: str | None = None, **env: str) -> Result:
         self._count += 1
         out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
-        job = {"argv": [str(a) for a in argv], "cwd": str(cwd), "env": env, "out": str(out), "err": str(err)}
+        job = {
+            "argv": [str(a) for a in argv],
+            "cwd": str(cwd),
+            "env": env,
+            "out": terminal or str(out),
+            "err": str(err),
+        }
         assert self._server.stdin
         assert self._server.stdout
         print(json.dumps(job), file=self._server.stdin, flush=True)
         status = json.loads(self._server.stdout.readline())
-        return Result(status, out.read_text(), err.read_text())
+        return Result(status, "" if terminal else out.read_text(), err.read_text())
+
+    def in_terminal(self, *argv: object, cwd: Path, **env: str) -> str:
+        """What a terminal of 300 columns is sent, control characters included; the command has to succeed."""
+        ours, theirs = pty.openpty()
+        sent: list[bytes] = []
+
+        def read() -> None:
+            with suppress(OSError):  # Linux's way to say that the other side has been closed
+                while part := os.read(ours, 4096):
+                    sent.append(part)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            result = self(*argv, cwd=cwd, terminal=os.ttyname(theirs), TERM="xterm", COLUMNS="300", LINES="50", **env)
+        finally:
+            os.close(theirs)
+            reader.join()
+            os.close(ours)
+        assert result.status == 0, result.err
+        return b"".join(sent).decode()
 
     def close(self) -> None:
         self._server.kill()

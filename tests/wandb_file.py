@@ -55,3 +55,22 @@ def step_metrics(path: Path) -> dict[str, str]:
         for r in records(path)
         if r.HasField("metric") and r.metric.step_metric
     }
+
+
+def summary(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for record in records(path):
+        if record.HasField("summary"):
+            found |= {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.summary.update}
+    return found
+
+
+def run_record(path: Path) -> Any:
+    return next(record.run for record in records(path) if record.HasField("run"))
+
+
+def artifacts(path: Path) -> list[Any]:
+    """Artifacts that wait for the server."""
+    return [r.request.log_artifact.artifact for r in records(path) if r.request.HasField("log_artifact")] + [
+        r.artifact for r in records(path) if r.HasField("artifact")
+    ]

@@ -14,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 import etflight
-from etflight.callbacks.pictures import is_rehearsal, publish
+from etflight.callbacks.pictures import is_rehearsal, publish, publish_table
 from etflight.classifier import PRIOR_SHIFTS, Classifier, Evaluation
 from etflight.metrics.confusion import MOST_CLASSES
 from etflight.metrics.shots import FEW_BELOW, MANY_ABOVE, shot_groups, third_groups
-from etflight.run import write_csv, write_json, writing_to
+from etflight.run import write_json, writing_to
 
 if TYPE_CHECKING:  # matplotlib, which `--help` need not wait for
     from matplotlib.figure import Figure
@@ -30,7 +30,7 @@ class TestResults(Callback):
     """Prints a test of a `Classifier` group by group; writes `test_metrics.json`, `per_class.csv` and pictures.
 
     The pictures are `test/reliability`, `test/confusion` (up to 1000 classes) and `test/per_class`, in every logger that takes images
-    and in `figures/reliability.png` and so on.
+    and in `figures/reliability.png` and so on; `per_class.csv` is the table `test/classes` of W&B.
 
     Args:
         folder: where to write.
@@ -57,7 +57,8 @@ class TestResults(Callback):
         with writing_to(self.folder):
             if not is_rehearsal(trainer):
                 write_json(self.folder / "test_metrics.json", metrics)
-                write_csv(self.folder / "per_class.csv", _HEADER, _rows(model, evaluation))
+            rows = _rows(model, evaluation)
+            publish_table(trainer, "test/classes", _HEADER, rows, self.folder / "per_class.csv")
             for name, figure in _figures(model, evaluation).items():
                 publish(trainer, f"test/{name}", figure, self.folder / "figures" / f"{name}.png")
         if evaluation.confusion is None:

@@ -7,11 +7,10 @@ import torch.distributed as dist
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
+from etflight import wandb_runs
 from etflight.classifier import Classifier
-from etflight.loggers import may_fall_silent
 from etflight.run import (
     RECORD,
     facts,
@@ -28,6 +27,8 @@ from etflight.run import (
 
 class RunRecord(SaveConfigCallback):
     """Writes `config.yaml` and `run.json` into the run folder when training starts, or a test whose results have a folder of their own.
+
+    W&B runs are told the same.
 
     Args:
         parser: that parsed the configuration.
@@ -62,28 +63,30 @@ class RunRecord(SaveConfigCallback):
         resolved = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         if stage == "fit":
             self._write(trainer, resolved, training_facts(seed=resolved["seed_everything"], data=_data(trainer)))
-            self._tell_wandb(trainer, resolved)
-        elif stage == "test" and not same_folder(self.folder, self.trained_in):
-            trained = {} if self.trained_in is None else facts_of_training(self.trained_in)
-            self._write(trainer, resolved, {**trained, "checkpoint": resolved["ckpt_path"]})
+            wandb_runs.introduce(trainer, self.folder, resolved)
+        elif stage == "test":
+            beside = same_folder(self.folder, self.trained_in)
+            if not beside:
+                trained = {} if self.trained_in is None else facts_of_training(self.trained_in)
+                self._write(trainer, resolved, {**trained, "checkpoint": resolved["ckpt_path"]})
+            wandb_runs.introduce(trainer, self.folder, resolved, keeps_config=beside)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let W&B have the last checkpoint, if it was asked to; other callbacks have saved it by now."""
+        if trainer.is_global_zero:
+            wandb_runs.log_checkpoint(trainer, self.folder)
 
     def _write(self, trainer: Trainer, config: dict[str, Any], further: dict[str, Any]) -> None:
         record = {**facts(name=self.name, arm=self.arm, config=config, trainer=trainer), **further}
         if same_folder(self.folder, self.trained_in):
             record |= resumed_facts(self.folder, record)
+        if (known := wandb_runs.recorded_id(self.folder)) is not None:
+            record[wandb_runs.ID] = known
         with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = self._lock or lock(self.folder)
             write_json(self.folder / RECORD, record)
             self.parser.save(self.config, self.folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
-
-    def _tell_wandb(self, trainer: Trainer, config: dict[str, Any]) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                with may_fall_silent(logger):
-                    logger.experiment.config.update(config, allow_val_change=True)  # once: Lightning's own log is off
-                    for metrics in ("train/*", "val/*", "test/*", "nc/*", "nc_raw/*", "speed/*"):
-                        logger.experiment.define_metric(metrics, step_metric="epoch")
 
 
 class PredictionTable(Callback):

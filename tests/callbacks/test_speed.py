@@ -22,13 +22,10 @@ def rows(folder):
     return list(csv.DictReader((folder / "speed.csv").open()))
 
 
-def test_fit_tells_its_speed_in_the_bar_a_file_and_the_loggers(etflight_command, tmp_path):
+def test_fit_tells_its_speed_in_a_file_and_the_loggers(etflight_command, tmp_path):
     logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "other", "--trainer.log_every_n_steps", 2]
     result = etflight_command(*FIT, *logger, cwd=tmp_path)
     assert result.status == 0, result.err
-    assert "images/s: " in result.out
-    assert "waiting: " in result.out
-    assert "loss: " in result.out
     found = rows(tmp_path / "runs/r")
     assert [row["epoch"] for row in found] == ["0", "1"]
     assert all(float(row["speed/images_per_s"]) > 0 for row in found)
