@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SEED ?= 0
 JOBS ?= 2
 
-.PHONY: demo reproduce-fashion test test-slow soak lint bench clean
+.PHONY: demo reproduce-fashion notebooks test test-slow soak lint bench clean
 
 $(VENV)/.package: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,11 @@ demo: $(VENV)/.package
 # The Fashion-MNIST table of the README from nothing: some 25 runs of 7 to 15 minutes; give the command again after a stop.
 reproduce-fashion: $(VENV)/.package
 	$(BIN)/etflight study configs/study/fashion_mnist_lt.yaml --jobs $(JOBS)
+
+# Runs the notebooks in place, some minutes; the tests run them on smaller sizes.
+notebooks: export OMP_NUM_THREADS = 1
+notebooks: $(VENV)/.test
+	$(BIN)/python -m notebooks.execute
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not slow and not benchmark"

@@ -165,6 +165,10 @@ class Classifier(LightningModule):
         """Logits `[B, K]` of normalised images `[B, C, H, W]`."""
         return cast(Tensor, self.head(self.features(images)))
 
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Calibrated probabilities `[B, K]` of normalised images `[B, C, H, W]`."""
+        return (self._adjusted(self(images)) / self.temperature).softmax(dim=1)
+
     # --- steps -------------------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -194,7 +198,7 @@ class Classifier(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Calibrated probabilities `[B, K]`."""
-        return (self._adjusted(self(batch[0])) / self.temperature).softmax(dim=1)
+        return self.probabilities(batch[0])
 
     def _training_loss(self, images: Tensor, target: Tensor) -> Tensor:
         try:

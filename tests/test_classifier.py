@@ -221,6 +221,10 @@ def test_temperature_is_fitted_on_held_out_validation_and_never_on_the_test_set(
     result = run.test(held_out, Digits(batch_size=32, val_fraction=0.2), verbose=False)[0]
     assert torch.equal(held_out.temperature, before)
     assert result["test/ece_calibrated"] < result["test/ece"]
+    images = torch.randn(4, 1, 8, 8)
+    with torch.no_grad():
+        expected = (held_out.eval()(images) / before).softmax(1)
+        torch.testing.assert_close(held_out.probabilities(images), expected)
 
 
 def test_averaged_weights_keep_the_frame():

@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from etflight.data.base import ImageDataModule, Split
 from etflight.data.sources import FileSource
@@ -82,6 +83,19 @@ class FolderImages(ImageDataModule):
             paths += files
             labels += [label_of[folder.name]] * len(files)
         return FileSource(paths, torch.tensor(labels), self.image_size)
+
+    def read(self, *files: str | Path) -> Tensor:
+        """Files from anywhere as a model takes them: decoded, resized, cropped and normalised like the test images.
+
+        Returns:
+            float32 `[B, 3, image_size, image_size]`.
+
+        Raises:
+            UserError: A file is missing or is no image; names its path.
+        """
+        source = FileSource([Path(file) for file in files], torch.zeros(len(files)), self.image_size)
+        images, _ = self.eval_transform((source.images(torch.arange(len(files))), source.labels))
+        return images
 
     def _class_folders(self, split: Split) -> list[Path]:
         parent = Path(self.root) / split

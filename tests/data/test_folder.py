@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +35,15 @@ def test_images_are_resized_by_the_shorter_side_and_cropped_in_the_middle(tree):
     images, labels = next(iter(FolderImages(str(tree), image_size=8).test_dataloader()))
     assert (images.shape, images.dtype, labels.tolist()) == ((3, 3, 8, 8), torch.uint8, [0, 1, 1])
     assert np.array_equal(images[0, 0], rows[2:10])
+
+
+def test_any_file_is_read_as_a_test_image_is(tree, tmp_path):
+    data = FolderImages(str(tree), image_size=4)
+    batch = next(iter(data.test_dataloader()))
+    elsewhere = [Path(data.sample_name("test", i)).rename(tmp_path / f"{i}.png") for i in (0, 2)]
+    assert torch.equal(data.read(*elsewhere), data.eval_transform(batch)[0][[0, 2]])
+    with pytest.raises(UserError, match=r"none\.png"):
+        data.read(tmp_path / "none.png")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
