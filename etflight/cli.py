@@ -37,7 +37,7 @@ from etflight.loggers import steadfast
 from etflight.optim import PROTOCOL_SGD
 from etflight.run import MetricsCSV, check_writable, claim, claim_for_results, last_checkpoint, same_folder
 from etflight.specs import describe, is_known
-from etflight.wandb_runs import choose_names
+from etflight.wandb_runs import choose_names, name_in_sweep
 
 _CHECKPOINT_HELP = "The command line beats the configuration files, which beat what the checkpoint says of the model."
 
@@ -111,7 +111,8 @@ class EtflightCLI(LightningCLI):
         self.trained_in: Path | None = None
         asked = _value(argv, "ckpt_path")
         root = Path(_value(argv, "trainer.default_root_dir") or "runs")
-        self.run_name = _value(argv, "name") or self.arm or (_value(argv, "data") or "run").rpartition(".")[2].lower()
+        name = _value(argv, "name") or self.arm or (_value(argv, "data") or "run").rpartition(".")[2].lower()
+        self.run_name = name_in_sweep(name) if stage == "fit" else name
         self.folder = root / self.run_name
         if asked is None:
             if stage != "fit" and "--print_config" not in argv:

@@ -23,6 +23,12 @@ _LOWEST_OF_COLLAPSE = ("nc1", "nc1_ratio", "cdnv", "nc2_equinorm", "nc2_equiangu
 _AXES = ("train/*", "val/*", "test/*", "nc/*", "nc_raw/*", "speed/*")  # over epochs
 
 
+def name_in_sweep(name: str) -> str:
+    """The name of a run: one of a W&B sweep has a folder of its own, called by its id, within that of the name all share."""
+    own = os.environ.get("WANDB_RUN_ID")
+    return f"{name}/{own}" if own and os.environ.get("WANDB_SWEEP_ID") else name
+
+
 def choose_names(arguments: Any, *, folder: Path, name: str, seed: object, data: str) -> None:
     """Fill in what the user has left open: the run's name (arm and seed), its group (the experiment), and the id it had before.
 

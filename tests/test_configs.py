@@ -9,8 +9,9 @@ import yaml
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent / "configs"
-ALL = sorted(set(ROOT.rglob("*.yaml")) - set((ROOT / "study").iterdir()))  # a study is data of its own command
-PARTS = {"arm", "data", "trainer", "logger", "sweep"}  # overlays: no experiment by themselves
+# studies are data of `etflight study`, sweeps of `wandb sweep`
+ALL = sorted(set(ROOT.rglob("*.yaml")) - set((ROOT / "study").iterdir()) - set((ROOT / "sweep").iterdir()))
+PARTS = {"arm", "data", "trainer", "logger"}  # overlays: no experiment by themselves
 EXPERIMENTS = [path for path in ALL if not PARTS & set(path.relative_to(ROOT).parts)]
 OVERLAYS = [path for path in ALL if path not in EXPERIMENTS]
 RANDOM = np.random.default_rng(0)
