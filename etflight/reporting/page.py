@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def write_page(path: Path, sections: Sequence[Section]) -> list[str]:
         UserError: plotly is missing, or there is another file, or no way to write one.
     """
     try:
-        from plotly.offline import get_plotlyjs  # type: ignore[attr-defined]
+        plotly = import_module("plotly.offline")  # untyped where it is installed, unknown where it is not
     except ImportError:
         raise UserError("a page needs plotly: pip install 'etflight[report]'") from None
     if path.exists() and MARK not in _start_of(path):
@@ -65,7 +66,7 @@ def write_page(path: Path, sections: Sequence[Section]) -> list[str]:
         "STYLE": _part("page.css"),
         # a script ends at the first "</", whatever the language inside says of it
         "DATA": json.dumps(content, allow_nan=False).replace("<", r"\u003c"),
-        "PLOTLY": get_plotlyjs(),  # type: ignore[no-untyped-call]
+        "PLOTLY": plotly.get_plotlyjs(),
         "SCRIPT": _part("page.js"),
     }
     html = "".join(parts.get(piece, piece) for piece in _part("page.html").split("@@"))
