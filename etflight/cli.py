@@ -310,8 +310,9 @@ def main(args: Sequence[str] | None = None) -> EtflightCLI:
 
 _PROFILERS: dict[Any, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 _DESCRIPTION = (
-    "Image classifiers with a fixed simplex-ETF head. Beside the stages below: `etflight describe` shows a data set, `etflight report "
-    "RUN...` prints test results side by side, `etflight collapse` measures neural collapse of a trained model, `etflight --version`."
+    "Image classifiers with a fixed simplex-ETF head. Beside the stages below: `etflight describe` shows a data set, `etflight study "
+    "FILE` trains and tests arms over seeds, `etflight report RUN...` shows results side by side, `etflight collapse` measures neural "
+    "collapse of a trained model, `etflight --version`."
 )
 _STAGES = {
     "fit": "Train a classifier.",
