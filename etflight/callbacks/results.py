@@ -61,15 +61,16 @@ class RunRecord(SaveConfigCallback):
         if not trainer.is_global_zero:
             return
         resolved = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        told = {**resolved, "arm": self.arm or self.name}  # by which W&B can group runs
         if stage == "fit":
             self._write(trainer, resolved, training_facts(seed=resolved["seed_everything"], data=_data(trainer)))
-            wandb_runs.introduce(trainer, self.folder, resolved)
+            wandb_runs.introduce(trainer, self.folder, told)
         elif stage == "test":
             beside = same_folder(self.folder, self.trained_in)
             if not beside:
                 trained = {} if self.trained_in is None else facts_of_training(self.trained_in)
                 self._write(trainer, resolved, {**trained, "checkpoint": resolved["ckpt_path"]})
-            wandb_runs.introduce(trainer, self.folder, resolved, keeps_config=beside)
+            wandb_runs.introduce(trainer, self.folder, told, keeps_config=beside)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let W&B have the last checkpoint, if it was asked to; other callbacks have saved it by now."""
