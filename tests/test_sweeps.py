@@ -51,7 +51,10 @@ def as_the_agent_starts_it(sweep, run_id, args, monkeypatch, folder):
     agent._sweep_command, agent._function, agent._in_jupyter = list(sweep["command"]), None, False
     agent._forward_signals, agent._run_processes = False, {}
     agent._command_run({"type": "run", "run_id": run_id, "program": sweep["program"], "args": args})
-    return started["command"], {name: value for name, value in started["env"].items() if name.startswith("WANDB_")}
+    # not the service of a run that this process itself may have had
+    return started["command"], {
+        name: value for name, value in started["env"].items() if name.startswith("WANDB_") and name != "WANDB_SERVICE"
+    }
 
 
 @pytest.fixture
