@@ -46,7 +46,8 @@ notebooks: $(VENV)/.test
 	$(BIN)/python -m notebooks.execute
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow and not benchmark"
+	@# a file at a time to each process, since its tests share what is costly to set up
+	$(BIN)/python -m pytest -m "not slow and not benchmark" -n $(JOBS) --dist loadfile
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
