@@ -89,11 +89,11 @@ def log_checkpoint(trainer: Trainer, folder: Path) -> None:
         trainer: with its loggers, after training.
         folder: the run folder.
     """
-    import wandb
-
     path = last_checkpoint(folder)
     for logger in _loggers(trainer):
         if logger._log_model and path.is_file():
+            import wandb  # takes a second, which runs that upload nothing need not wait for
+
             with may_fall_silent(logger):
                 artifact = wandb.Artifact(f"model-{logger.experiment.id}", type="model", metadata={"run": str(folder)})
                 artifact.add_file(str(path), name="last.ckpt")

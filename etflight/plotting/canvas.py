@@ -73,6 +73,21 @@ def as_labels(values: Matrix | Sequence[int]) -> NDArray[np.int64]:
     return np.asarray(array).astype(np.int64)
 
 
+def class_sizes(
+    values: Numbers, counts: Numbers, class_names: Sequence[str] | None, what: str
+) -> tuple[Array, Array, list[str], NDArray[np.int64]]:
+    """One value for each class and its number of training images, their names, and which of them can be shown.
+
+    Raises:
+        ValueError: lengths that differ.
+    """
+    y, x = as_array(values).reshape(-1), as_array(counts).reshape(-1)
+    if len(x) != len(y):
+        raise ValueError(f"{len(y)} {what} for {len(x)} class counts")
+    names = [str(k) for k in range(len(x))] if class_names is None else list(class_names)
+    return y, x, names, np.flatnonzero(np.isfinite(y) & (x > 0))
+
+
 def size_axis(axes: Axes, counts: Array) -> None:
     """Make the x axis one of training images per class, logarithmic, wide enough for these counts."""
     axes.set_xscale("log")

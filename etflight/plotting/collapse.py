@@ -27,6 +27,7 @@ from etflight.plotting.canvas import (
     Numbers,
     as_array,
     as_labels,
+    class_sizes,
     name_points,
     name_ticks,
     render,
@@ -385,11 +386,7 @@ def variability_by_size(
     Raises:
         ValueError: lengths that differ.
     """
-    y, x = as_array(variances).reshape(-1), as_array(counts).reshape(-1)
-    if len(x) != len(y):
-        raise ValueError(f"{len(y)} variances for {len(x)} class counts")
-    names = [str(k) for k in range(len(x))] if class_names is None else list(class_names)
-    shown = np.flatnonzero(np.isfinite(y) & (x > 0))
+    y, x, names, shown = class_sizes(variances, counts, class_names, "variances")
     positive = shown[y[shown] > 0]
     zero = shown[y[shown] <= 0]
 

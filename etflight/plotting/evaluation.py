@@ -16,6 +16,7 @@ from etflight.plotting.canvas import (
     Matrix,
     Numbers,
     as_array,
+    class_sizes,
     name_points,
     name_ticks,
     short,
@@ -134,11 +135,7 @@ def accuracy_by_size(
     Raises:
         ValueError: lengths that differ.
     """
-    y, x = as_array(accuracy).reshape(-1), as_array(counts).reshape(-1)
-    if len(x) != len(y):
-        raise ValueError(f"{len(y)} accuracies for {len(x)} class counts")
-    names = [str(k) for k in range(len(x))] if class_names is None else list(class_names)
-    shown = np.flatnonzero(np.isfinite(y) & (x > 0))
+    y, x, names, shown = class_sizes(accuracy, counts, class_names, "accuracies")
     figure, axes = single_axes()
     axes.scatter(x[shown], y[shown], s=46 if len(shown) <= 100 else 16, color=BLUE, alpha=0.85, lw=0, zorder=3)
     size_axis(axes, x[shown])
