@@ -460,8 +460,8 @@ def clothes():
     files = {}
     for part, count in (("train", 40), ("t10k", 20)):
         pixels = np.random.default_rng(count).integers(0, 256, (count, 28, 28), np.uint8)
-        files[f"{part}-images-idx3-ubyte.gz"] = gzip.compress(idx(pixels))
-        files[f"{part}-labels-idx1-ubyte.gz"] = gzip.compress(idx((np.arange(count) % 10).astype(np.uint8)))
+        files[f"{part}-images-idx3-ubyte.gz"] = gzip.compress(idx(pixels), mtime=0)
+        files[f"{part}-labels-idx1-ubyte.gz"] = gzip.compress(idx((np.arange(count) % 10).astype(np.uint8)), mtime=0)
     return files
 
 
