@@ -19,7 +19,7 @@ class Cell:
     """One arm at one ratio with one seed.
 
     Attributes:
-        config: the arm's configuration file.
+        configs: the arm's configuration file, and what is laid over it.
         seed: of everything but the choice of the images.
         options: what else this run sets.
         folder: of the run.
@@ -27,7 +27,7 @@ class Cell:
         trains: False where another's checkpoint is tested as it is.
     """
 
-    config: Path
+    configs: tuple[Path, ...]
     seed: int
     options: tuple[str, ...]
     folder: Path
@@ -48,10 +48,14 @@ class Cell:
         """Whether it has been tested."""
         return (self.folder / "test_metrics.json").is_file()
 
+    @property
+    def arm(self) -> str:
+        """Stem of its configuration file."""
+        return self.configs[0].stem
+
     def _common(self) -> list[str]:
         return [
-            "-c",
-            str(self.config),
+            *(word for config in self.configs for word in ("-c", str(config))),
             "--seed_everything",
             str(self.seed),
             *self.options,
@@ -71,6 +75,8 @@ class Study:
         second_stage: arms that start from the last checkpoint of another: cRT, LWS.
         post_hoc: arms that test the last checkpoint of another in their own way, without training.
         ratios: imbalance ratios; empty: that of the configuration files.
+        overlays: configuration files laid over that of every arm, such as a shorter protocol.
+        name: folder of all its runs in `runs`; empty: called as `configs` is.
     """
 
     configs: Path
@@ -79,6 +85,8 @@ class Study:
     second_stage: Mapping[str, str] = field(default_factory=dict)
     post_hoc: Mapping[str, str] = field(default_factory=dict)
     ratios: list[float] = field(default_factory=list)
+    overlays: list[Path] = field(default_factory=list)
+    name: str = ""
 
     def stages(self) -> Iterator[list[Cell]]:
         """All runs, those of a stage after what they start from."""
@@ -91,9 +99,9 @@ class Study:
         for seed, ratio in itertools.product(self.seeds, ratios):
             shift = () if ratio is None else ("--data.imbalance_ratio", f"{ratio:g}")
             place = f"seed{seed}" if ratio is None else f"ratio{ratio:g}-seed{seed}"
-            runs = ROOT / self.configs.name
+            runs = ROOT / (self.name or self.configs.name)
             yield Cell(
-                self.configs / f"{arm}.yaml",
+                (self.configs / f"{arm}.yaml", *self.overlays),
                 seed,
                 shift,
                 runs / arm / place,
@@ -106,7 +114,7 @@ def read_study(path: Path) -> Study:
     """Read and check a study's file.
 
     Args:
-        path: YAML with the attributes of `Study`; `configs` is relative to it.
+        path: YAML with the attributes of `Study`; `configs` and `overlays` are relative to it.
 
     Raises:
         UserError: what is wrong with it: no plain data, names that are unknown or lacking, arms without a configuration file.
@@ -117,7 +125,10 @@ def read_study(path: Path) -> Study:
         optional = ", ".join(sorted(known - needed))
         raise UserError(f"{path} is no study: it gives configs, seeds and arms, and may give {optional}")
     _check(path, content)
-    configs = (path.parent / content["configs"]).resolve()
+    configs, *overlays = ((path.parent / name).resolve() for name in (content["configs"], *content.get("overlays", [])))
+    for overlay in overlays:
+        if not overlay.is_file():
+            raise UserError(f"{path} lays {overlay} over its arms, which does not exist: mend the path in its overlays")
     there = sorted(file.stem for file in configs.glob("*.yaml"))
     stages = [content.get("second_stage") or {}, content.get("post_hoc") or {}]
     for arm in [*content["arms"], *stages[0], *stages[1]]:
@@ -132,8 +143,12 @@ def read_study(path: Path) -> Study:
                     f"{path}: {arm} starts from {source}, which is not trained before it: put it among the arms"
                 )
         trained |= set(stage)
-    configs = configs.relative_to(Path.cwd()) if configs.is_relative_to(Path.cwd()) else configs
-    return Study(**{**content, "configs": configs})
+    return Study(**{**content, "configs": _near(configs), "overlays": [_near(overlay) for overlay in overlays]})
+
+
+def _near(path: Path) -> Path:
+    """Relative to the working directory where it lies below: commands are then the same on every machine."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _check(path: Path, content: Mapping[str, Any]) -> None:
@@ -147,6 +162,8 @@ def _check(path: Path, content: Mapping[str, Any]) -> None:
         ("seeds", all_are("seeds", int, list) and content["seeds"], "integers"),
         ("arms", all_are("arms", str, list) and content["arms"], "names of configuration files, without .yaml"),
         ("ratios", all_are("ratios", (int, float), list), "numbers"),
+        ("overlays", all_are("overlays", str, list), "configuration files"),
+        ("name", str(content.get("name", "runs")).isidentifier(), "a folder's name: letters, digits, _"),
         ("second_stage", all_are("second_stage", str, dict), "arm: the arm it starts from"),
         ("post_hoc", all_are("post_hoc", str, dict), "arm: the arm whose checkpoint it tests"),
     ):

@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _is_chosen(cell: Cell, arguments: argparse.Namespace) -> bool:
-    return (arguments.arms is None or cell.config.stem in arguments.arms) and (
+    return (arguments.arms is None or cell.arm in arguments.arms) and (
         arguments.seeds is None or cell.seed in arguments.seeds
     )
 

@@ -94,6 +94,21 @@ def test_every_run_has_its_own_command(write, etflight_command, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_overlays_are_laid_over_every_arm(write, etflight_command, tmp_path):
+    write(arms=["ce", "focal"], overlays=["short.yaml"], name="tiny_short")
+    (tmp_path / "short.yaml").write_text("trainer: {limit_test_batches: 1}\n")
+    result = etflight_command("study", "study.yaml", "--dry-run", cwd=tmp_path)
+    for arm, line in zip(("ce", "focal"), result.out.splitlines()[::2], strict=True):
+        assert line.startswith(
+            f"etflight fit -c tiny/{arm}.yaml -c short.yaml --seed_everything 0 --name tiny_short/{arm}/"
+        )
+    assert etflight_command("study", "study.yaml", "--arms", "ce", cwd=tmp_path).status == 0
+    record = json.loads((tmp_path / "runs/tiny_short/ce/seed0/run.json").read_text())
+    assert record["arm"] == "ce"
+    config = yaml.safe_load((tmp_path / "runs/tiny_short/ce/seed0/config.yaml").read_text())
+    assert config["trainer"]["limit_test_batches"] == 1
+
+
 def test_a_part_of_a_study(write, etflight_command, tmp_path):
     write(seeds=[3, 4], arms=["ce", "focal"])
     result = etflight_command("study", "study.yaml", "--dry-run", "--arms", "focal", "--seeds", "4", cwd=tmp_path)
@@ -114,6 +129,9 @@ def test_a_part_of_a_study(write, etflight_command, tmp_path):
         ({"second_stage": ["ce"]}, "second_stage is"),
         ({"post_hoc": {"la": "focal"}}, "la starts from focal, which is not trained before it"),
         ({"configs": 3}, "configs is 3"),
+        ({"overlays": "short.yaml"}, "overlays is 'short.yaml': give configuration files"),
+        ({"overlays": ["no.yaml"]}, "lays .*no.yaml over its arms, which does not exist"),
+        ({"name": "../elsewhere"}, "name is '../elsewhere': give a folder's name"),
         ({"epochs": 3}, "it gives configs, seeds and arms"),
     ],
     ids=str,
