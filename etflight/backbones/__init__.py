@@ -1,4 +1,4 @@
-"""Backbones: every timm model by its name, and networks for small images that are registered in timm here."""
+"""Backbones: every timm model by its name, and the field's own networks, which are registered in timm here."""
 
 import difflib
 import re
@@ -11,7 +11,10 @@ from safetensors import SafetensorError
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from etflight.backbones import resnet_cifar as resnet_cifar  # registers its models
+# these register their models
+from etflight.backbones import densenet_cifar as densenet_cifar
+from etflight.backbones import resnet_cifar as resnet_cifar
+from etflight.backbones import resnet_wide as resnet_wide
 from etflight.errors import UserError
 
 __all__ = ["build_backbone"]

@@ -1,0 +1,183 @@
+"""What the networks for 32 × 32 images share: a stem, three stages, pooling and a classifier, under timm's model contract."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers.classifier import create_classifier
+from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+_STAGES = ("layer1", "layer2", "layer3")
+
+
+class CifarNet(nn.Module):
+    """A network whose stages `layer1`, `layer2` and `layer3` work at full, half and a quarter of the resolution.
+
+    Convolutions start from He's normal distribution over the fan-out. The class keeps timm's model contract, as
+    `timm.models.ResNet` does.
+
+    Args:
+        stem: Modules by name that run one after another; the first is the convolution `conv1`.
+        stages: The blocks of each stage.
+        channels: Channels that each stage ends with.
+        num_classes: Outputs of the linear classifier; 0 leaves it out, and the model returns pooled features.
+        in_chans: Channels of the images.
+        global_pool: timm's name of the pooling: `avg`, `max`, `avgmax`, `catavgmax`, or empty for none.
+        drop_rate: Probability of dropout between pooling and classifier.
+    """
+
+    conv1: nn.Conv2d
+
+    def __init__(
+        self,
+        stem: Mapping[str, nn.Module],
+        stages: Sequence[nn.Sequential],
+        channels: Sequence[int],
+        num_classes: int,
+        in_chans: int,
+        global_pool: str,
+        drop_rate: float,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+
+        for name, module in stem.items():
+            self.add_module(name, module)
+        self._stem_names = tuple(stem)
+        self.feature_info: list[dict[str, Any]] = [
+            {"num_chs": self.conv1.out_channels, "reduction": 1, "module": self._stem_names[-1]}
+        ]
+        for i, (name, stage, chs) in enumerate(zip(_STAGES, stages, channels, strict=True)):
+            self.add_module(name, stage)
+            self.feature_info.append({"num_chs": chs, "reduction": 2**i, "module": name})
+
+        self.num_features = channels[-1]
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool)
+        self.head_hidden_size: int = self.num_features * self.global_pool.feat_mult()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Regular expressions that group parameters by depth, per stage if `coarse`, else per block."""
+        stem = "|".join(self._stem_names)
+        return {"stem": rf"^(?:{stem})\.", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block's activations in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self, name_only: bool = False) -> str | nn.Module:
+        """The classifier, or the name of its attribute."""
+        return "fc" if name_only else self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier on the same device; the pooling stays unless `global_pool` names another."""
+        self.num_classes = num_classes
+        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
+        pool, fc = create_classifier(self.num_features, num_classes, pool_type=pool_type)
+        self.global_pool, self.fc = pool.train(self.training), fc.to(self.conv1.weight).train(self.training)
+        self.head_hidden_size = self.num_features * pool.feat_mult()
+
+    def _stem(self, x: Tensor) -> Tensor:
+        for name in self._stem_names:
+            x = self.get_submodule(name)(x)
+        return x
+
+    def _stage(self, name: str, x: Tensor) -> Tensor:
+        stage = self.get_submodule(name)
+        out: Tensor = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
+        return out
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Final features and those of the stem (0) and the stages (1, 2, 3).
+
+        Args:
+            x: Images `[B, in_chans, H, W]`.
+            indices: Which to return: the last n if an integer, these if a list, all if None.
+            norm: Part of timm's signature; what closes the last stage is a part of it.
+            stop_early: Stop after the last wanted one; the final features are then those.
+            output_fmt: Only `NCHW`.
+            intermediates_only: Return the list alone.
+
+        Returns:
+            `(features, intermediates)`, or the intermediates, each `[B, C, H', W']` as `feature_info` says.
+        """
+        assert output_fmt == "NCHW", "Output shape must be NCHW."
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        x = self._stem(x)
+        intermediates = [x] if 0 in take_indices else []
+        for index, name in enumerate(_STAGES[:max_index] if stop_early else _STAGES, start=1):
+            x = self._stage(name, x)
+            if index in take_indices:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages after the last wanted intermediate, and the head that is sized for them.
+
+        Args:
+            indices: As in `forward_intermediates`.
+            prune_norm: Part of timm's signature; what closes the last stage is a part of it.
+            prune_head: Drop pooling and classifier even when no stage goes.
+
+        Returns:
+            The indices that are kept, none of them negative.
+        """
+        take_indices: list[int]
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        for name in _STAGES[max_index:]:
+            self.add_module(name, nn.Sequential())  # empty, so that checkpoint_seq can still walk it
+        self.num_features = self.feature_info[max_index]["num_chs"]
+        if prune_head or max_index < len(_STAGES):
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images `[B, in_chans, H, W]` to features `[B, num_features, ⌈H/4⌉, ⌈W/4⌉]`; DenseNets round down."""
+        x = self._stem(x)
+        for name in _STAGES:
+            x = self._stage(name, x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features to logits `[B, num_classes]`, or to the pooled features `[B, head_hidden_size]` before them."""
+        x = self.global_pool(x)
+        if self.drop_rate:
+            x = F.dropout(x, p=self.drop_rate, training=self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `[B, in_chans, H, W]` to logits `[B, num_classes]`, or pooled features without a classifier."""
+        return self.forward_head(self.forward_features(x))
+
+
+def cifar_cfg() -> dict[str, Any]:
+    """The input of such a network, and the names of its ends, as timm describes them."""
+    return {
+        "url": "",
+        "num_classes": 10,
+        "input_size": (3, 32, 32),
+        "pool_size": (8, 8),
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "mean": (0.4914, 0.4822, 0.4465),  # the pixels of CIFAR-10's training set
+        "std": (0.2470, 0.2435, 0.2616),
+        "first_conv": "conv1",
+        "classifier": "fc",
+    }
