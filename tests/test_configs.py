@@ -139,7 +139,7 @@ def test_overlay_composes_with_an_experiment(config, etflight_command, tmp_path)
 
 
 # The arms of which a variant goes without the mixup of the set's protocol, or with mixup where the protocol has none.
-BY_MIXUP = {"ce", "ce_balanced", "balanced_softmax", "ldam_drw", "etf_dr_balanced"}
+BY_MIXUP = {"ce", "ce_balanced", "balanced_softmax", "ldam_drw", "etf_ce_la", "etf_dr_balanced"}
 MIXUP = {"digits": "mixup", "fashion_mnist_lt": "no_mixup", "cifar10_lt": "no_mixup", "cifar100_lt": "no_mixup"}
 
 
