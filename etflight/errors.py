@@ -1,4 +1,6 @@
-"""The one error meant for people."""
+"""The one error meant for people, and warnings for them."""
+
+import sys
 
 
 class UserError(ValueError):
@@ -13,3 +15,8 @@ def user_error_in(error: BaseException | None) -> UserError | None:
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def warn(text: str) -> None:
+    """Print a line that begins as the command line's own warnings do, each time, from whichever process it is called in."""
+    print(f"etflight: warning: {text}", file=sys.stderr, flush=True)

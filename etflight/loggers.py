@@ -2,7 +2,6 @@
 
 import atexit
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -15,7 +14,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from etflight.errors import UserError
+from etflight.errors import UserError, warn
 
 # W&B itself would wait 90 seconds for its server at the start, and for ever at the end; what the user has set stays
 _PATIENCE = {"WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "120", "WANDB_FINISH_TIMEOUT_RAISES": "true"}
@@ -70,7 +69,7 @@ def may_fall_silent(logger: Logger) -> Iterator[None]:
             raise
         if not logger.fell_silent:
             logger.fell_silent = True
-            _warn(
+            warn(
                 f"{type(logger).__name__} fell silent ({_short(error)}): this run goes on without it, "
                 f"all numbers are in {logger.numbers}"
             )
@@ -140,7 +139,7 @@ def _wandb_run(logger: Any, member: property) -> Any:
         os.environ["WANDB_MODE"] = "offline"
         wandb.teardown()  # it reads the environment when it starts
         run = member.__get__(logger)
-        _warn(
+        warn(
             f"W&B's server cannot be reached ({_short(error)}): this run is kept on disk, all numbers are in {logger.numbers}; "
             f"upload it later: wandb sync {run.settings.sync_dir}"
         )
@@ -153,14 +152,10 @@ def _finish_wandb(run: Any) -> None:
     try:
         run.finish()
     except Exception as error:
-        _warn(
+        warn(
             f"W&B's server has not taken everything ({_short(error)}): upload the rest: wandb sync {run.settings.sync_dir}"
         )
 
 
 def _short(error: Exception) -> str:
     return shorten(f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(": "), 200, placeholder=" …")
-
-
-def _warn(text: str) -> None:
-    print(f"etflight: warning: {text}", file=sys.stderr, flush=True)

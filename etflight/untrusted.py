@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType
@@ -83,6 +84,23 @@ def refuse_growth(what: str, unpacked: int, packed: int) -> None:
         raise UserError(
             f"{what} says it unpacks from {packed:,} bytes to {unpacked:,}: refused, no images are like that"
         )
+
+
+def inflate(what: str, packed: bytes) -> bytes:
+    """Unpack zlib's format, as far as `refuse_growth` lets it.
+
+    Args:
+        what: the data, for the error.
+        packed: the compressed bytes.
+
+    Raises:
+        UserError: they grow too much.
+        zlib.error: they are damaged.
+    """
+    most = max(_MAX_SMALL, _MAX_GROWTH * len(packed))
+    unpacked = zlib.decompressobj().decompress(packed, most + 1)
+    refuse_growth(what, len(unpacked), len(packed))
+    return unpacked
 
 
 def parts_of(value: object) -> Iterable[object]:

@@ -486,9 +486,9 @@ def md5(content):
 
 MODULE = """
 from torchvision import datasets
-from etflight.data import CIFAR10, FashionMNIST, torchvision_sets
+from etflight.data import CIFAR10, FashionMNIST, torchvision_images
 
-torchvision_sets.PATIENCE = 1.0
+torchvision_images.PATIENCE = 1.0
 
 class PublishedCIFAR10(datasets.CIFAR10):
     url = "{address}/cifar-10-python.tar.gz"
@@ -500,6 +500,8 @@ class PublishedCIFAR10(datasets.CIFAR10):
 class PublishedFashionMNIST(datasets.FashionMNIST):
     mirrors = ["{address}/"]
     resources = {resources!r}
+
+PublishedFashionMNIST.__name__ = "FashionMNIST"  # torchvision's folder is called after the class
 
 class Pictures(CIFAR10):
     published = PublishedCIFAR10

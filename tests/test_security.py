@@ -29,7 +29,8 @@ from torchvision.datasets.utils import extract_archive
 
 from etflight import Classifier, LinearHead
 from etflight.data import ArrayImages, FashionMNIST
-from etflight.data.sources import FileSource
+from etflight.data.file_sources import FileSource, Square
+from etflight.data.paths import Paths
 from etflight.data.torchvision_sets import read_idx
 from etflight.errors import UserError
 from etflight.untrusted import refuse_names
@@ -627,7 +628,7 @@ def test_an_image_bomb_is_refused_before_it_is_decoded(name, cwd, etflight_comma
     decoded = []
     monkeypatch.setattr(torchcodec.decoders, "decode_image", lambda source, mode: decoded.append(source))
     with pytest.raises(UserError, match=name):
-        FileSource([cwd / "images/train/a" / name], torch.tensor([0]), 8)[0]
+        FileSource(Paths.pack("images", [f"train/a/{name}"]), torch.tensor([0]), Square(8))[0]
     assert decoded == []
     assert_refused(etflight_command(*argv, cwd=cwd), cwd, name, word)
 

@@ -25,7 +25,8 @@ class ArrayImages(ImageDataModule):
     `train_images` and `test_images`, uint8 `[N, H, W]` or `[N, H, W, C]`; `train_labels` and `test_labels`, integers
     `[N]` or `[N, 1]`; optionally `val_images`, `val_labels` and `class_names` `[K]`. Without `class_names`, K is the
     largest training label plus one. Nothing in the file is unpickled,
-    and nothing is read that unpacks to more than 256 MiB and a hundred times its size.
+    and nothing is read that unpacks to more than 256 MiB and a hundred times its size. MedMNIST's own 2D files, of any size, are read as
+    they are; its multi-label sets (ChestMNIST) and its volumes are refused.
 
     Args:
         path: The file.
@@ -82,6 +83,8 @@ class ArrayImages(ImageDataModule):
             raise UserError(f"{what}: give uint8 [N, H, W] or [N, H, W, C], none of H, W and C 0")
         if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] > 4:
             raise UserError(f"{what}, which looks like [N, C, H, W]: give [N, H, W, C]")
+        if images.ndim == 4 and images.shape[3] > 4 and len(set(images.shape[1:])) == 1:
+            raise UserError(f"{what}, which looks like volumes: give images, [N, H, W] or [N, H, W, C]")
         channels = images.shape[3] if images.ndim == 4 else 1
         if channels != self.num_channels:
             raise UserError(f"{what}, but train_images has {self.num_channels} channels: give the same number")
@@ -150,7 +153,11 @@ class ArrayImages(ImageDataModule):
 
     def _labels(self, split: Split) -> NDArray[np.int64]:
         labels = self._array(f"{split}_labels")
-        if labels.dtype.kind not in "iu" or labels.ndim not in (1, 2) or (labels.ndim == 2 and labels.shape[1] != 1):
+        if labels.ndim == 2 and labels.shape[1] > 1:
+            raise UserError(
+                f"{self.path}: {split}_labels has {labels.shape[1]} labels per image: multi-label sets are not supported, give one"
+            )
+        if labels.dtype.kind not in "iu" or labels.ndim not in (1, 2) or labels.shape[1:] not in ((), (1,)):
             raise UserError(
                 f"{self.path}: {split}_labels is {labels.dtype} of shape {list(labels.shape)}: give integers [N] or [N, 1]"
             )

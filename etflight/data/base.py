@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from etflight.data.loader import TrainLoader
+from etflight.data.loader import EvalLoader, TrainLoader
 from etflight.data.profiles import Profile, fingerprint, long_tailed_subset, training_counts
 from etflight.data.sampler import ImbalancedSampler, ShardSampler, resolve_policy, world
 from etflight.data.sources import Batch, ImageSource, ImageSplit
@@ -66,6 +66,7 @@ class ImageDataModule(LightningDataModule, ABC):
     standard_std: ClassVar[tuple[float, ...]] = (0.5,)
     standard_crop_padding: ClassVar[int] = 0
     standard_flip: ClassVar[bool] = False
+    sampler_class: ClassVar[type[ImbalancedSampler]] = ImbalancedSampler
 
     imbalance_ratio: float = 1.0
     profile: Profile | list[int] = "exp"
@@ -186,8 +187,12 @@ class ImageDataModule(LightningDataModule, ABC):
                 self._splits.update(self._divide(self._checked("train")))
             else:
                 source = self._checked(name)
-                self._splits[name] = ImageSplit(source, np.arange(len(source.labels)))
+                self._splits[name] = self.make_split(name, source, np.arange(len(source.labels)))
         return self._splits[name]
+
+    def make_split(self, name: Split, source: ImageSource, indices: NDArray[np.int64]) -> ImageSplit:
+        """The data set that loaders read of the chosen images."""
+        return ImageSplit(source, indices)
 
     def _checked(self, name: Split) -> ImageSource:
         source = self.load(name)
@@ -213,7 +218,7 @@ class ImageDataModule(LightningDataModule, ABC):
             held_out = np.maximum(1, np.rint(sizes * self.val_fraction)).astype(np.int64)
             val = np.sort(long_tailed_subset(labels, held_out, self.seed))
             pool = np.setdiff1d(pool, val, assume_unique=True)
-            splits["val"] = ImageSplit(source, val)
+            splits["val"] = self.make_split("val", source, val)
         available = np.bincount(labels[pool], minlength=self.num_classes)
         try:
             counts = training_counts(
@@ -224,7 +229,7 @@ class ImageDataModule(LightningDataModule, ABC):
             raise UserError(f"{self}: {error}{after}") from None
         if (counts < available).any():
             pool = pool[long_tailed_subset(labels[pool], counts, self.seed)]
-        return {**splits, "train": ImageSplit(source, pool)}
+        return {**splits, "train": self.make_split("train", source, pool)}
 
     def sample_name(self, split: Split, index: int) -> str:
         """What people call image `index` of `eval_dataloader(split)`: its file, or its position in the published split."""
@@ -261,7 +266,7 @@ class ImageDataModule(LightningDataModule, ABC):
         world_size, rank = self._world()
         if len(data) < world_size:
             raise UserError(f"{self}: {len(data)} training images for {world_size} ranks: use fewer devices")
-        sampler = ImbalancedSampler(
+        sampler = self.sampler_class(
             data.labels.numpy(),
             "instance" if self.sampler is None else self.sampler,
             num_epochs=self.trainer.max_epochs if self.trainer is not None else None,
@@ -284,7 +289,7 @@ class ImageDataModule(LightningDataModule, ABC):
         data = self.split(split)
         on_cpu = self.trainer is None or self.trainer.strategy.root_device.type == "cpu"
         batch_size = self.eval_batch_size or self.batch_size * (1 if on_cpu else 4)
-        return DataLoader(data, sampler=ShardSampler(data, *self._world()), batch_size=batch_size, **self._loading())
+        return EvalLoader(data, sampler=ShardSampler(data, *self._world()), batch_size=batch_size, **self._loading())
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The validation images, or the watched test set."""

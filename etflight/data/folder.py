@@ -5,40 +5,29 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from etflight.data.base import ImageDataModule, Split
-from etflight.data.sources import FileSource
+from etflight.data.base import Split
+from etflight.data.file_images import FileImages
+from etflight.data.file_sources import FileSource
+from etflight.data.paths import Paths, files_below
 from etflight.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-LARGEST_SIDE = 2**14  # one such image is 805 MB
 LAYOUT = "expected are train/<class>/*.jpg, test/<class>/*.jpg and optionally val/<class>/*.jpg"
 
 
 @dataclass(eq=False)
-class FolderImages(ImageDataModule):
+class FolderImages(FileImages):
     """Image files (JPEG, PNG, WebP) in `root/train/<class>/`, `root/test/<class>/` and, optionally, `root/val/<class>/`.
 
-    The classes are the folder names of `train`, sorted. Images become RGB: the shorter side is resized to
-    `image_size`, the centre cropped. Nothing is known of what they show, so by default they are neither cropped at
-    random nor mirrored.
+    The classes are the folder names of `train`, sorted. Nothing is known of what the images show, so by default they are neither
+    cropped at random nor mirrored.
 
     Args:
         root: The folder.
-        image_size: Side of the square, in pixels.
     """
 
     root: str
-    image_size: int = 224
-
-    def __post_init__(self) -> None:
-        """Check the options that need no file."""
-        super().__post_init__()
-        if not 1 <= self.image_size <= LARGEST_SIDE:
-            raise UserError(
-                f"{type(self).__name__}: image_size is {self.image_size}: give from 1 to {LARGEST_SIDE} pixels"
-            )
 
     def __str__(self) -> str:
         return f"{type(self).__name__} {self.root}"
@@ -54,11 +43,6 @@ class FolderImages(ImageDataModule):
         return len(self.class_names)
 
     @property
-    def num_channels(self) -> int:
-        """3."""
-        return 3
-
-    @property
     def has_val_split(self) -> bool:
         """Whether there is a folder `val`."""
         return (Path(self.root) / "val").is_dir()
@@ -66,36 +50,19 @@ class FolderImages(ImageDataModule):
     def load(self, split: Split) -> FileSource:
         """List one split's files, in class order, sorted within a class."""
         label_of = {name: label for label, name in enumerate(self.class_names)}
-        paths: list[Path] = []
+        paths: list[str] = []
         labels: list[int] = []
         for folder in self._class_folders(split):
             if folder.name not in label_of:
                 raise UserError(f"{folder}: no class of train has this name: rename it, or add it to train")
-            files = sorted(
-                file
-                for file in folder.rglob("*")
-                if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
-            )
+            files = files_below(str(folder), SUFFIXES)
             if not files:
                 raise UserError(
                     f"{folder} holds no image ({', '.join(sorted(SUFFIXES))}): add some or remove the folder"
                 )
-            paths += files
+            paths += [f"{split}/{folder.name}/{file}" for file in files]
             labels += [label_of[folder.name]] * len(files)
-        return FileSource(paths, torch.tensor(labels), self.image_size)
-
-    def read(self, *files: str | Path) -> Tensor:
-        """Files from anywhere as a model takes them: decoded, resized, cropped and normalised like the test images.
-
-        Returns:
-            float32 `[B, 3, image_size, image_size]`.
-
-        Raises:
-            UserError: A file is missing or is no image; names its path.
-        """
-        source = FileSource([Path(file) for file in files], torch.zeros(len(files)), self.image_size)
-        images, _ = self.eval_transform((source.images(torch.arange(len(files))), source.labels))
-        return images
+        return self.make_source(Paths.pack(self.root, paths), torch.tensor(labels))
 
     def _class_folders(self, split: Split) -> list[Path]:
         parent = Path(self.root) / split

@@ -1,13 +1,24 @@
-"""The training loader, which a resumed run continues within an epoch."""
+"""The loaders: of training, which a resumed run continues within an epoch, and of evaluation."""
 
 import time
 from collections.abc import Iterator
+from typing import cast
 
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from etflight.data.sampler import ImbalancedSampler
-from etflight.data.sources import Batch
+from etflight.data.sources import Batch, ImageSplit
+
+
+class EvalLoader(DataLoader[Batch]):
+    """A DataLoader that tells its data set when a pass over it ends, before its last batch is used: Lightning asks for no more."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for served, batch in enumerate(super().__iter__(), start=1):
+            if served == len(self):
+                cast(ImageSplit, self.dataset).end_pass()
+            yield batch
 
 
 class TrainLoader(DataLoader[Batch]):
@@ -34,13 +45,19 @@ class TrainLoader(DataLoader[Batch]):
         for batch in super().__iter__():
             self.waited += time.perf_counter() - start
             self._served += 1
+            if self._served == self._length:
+                cast(ImageSplit, self.dataset).end_pass()
             yield batch
             start = time.perf_counter()
 
     def state_dict(self) -> dict[str, int]:
         """Batches of this epoch that were served; 0 once it is over, be it cut short by `limit_train_batches`."""
-        length = len(self) if self.trainer is None else min(len(self), int(self.trainer.num_training_batches))
-        return {"served": self._served % max(length, 1)}
+        return {"served": self._served % max(self._length, 1)}
+
+    @property
+    def _length(self) -> int:
+        """Batches of an epoch."""
+        return len(self) if self.trainer is None else min(len(self), int(self.trainer.num_training_batches))
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Let the next epoch start after the batches that were served."""

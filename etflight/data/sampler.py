@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Iterator, Sized
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch.distributed as dist
@@ -154,6 +154,33 @@ class ImbalancedSampler(_Sharded):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.draw()[self.rank :: self.num_replicas][self.skip :].tolist())
+
+
+class Draw(NamedTuple):
+    """An image that was drawn, with what its random crop follows from.
+
+    Attributes:
+        position: In the sampler's `labels`.
+        seed: Of the sampler.
+        number: Of this draw among all since training began, over all ranks.
+    """
+
+    position: int
+    seed: int
+    number: int
+
+
+class NumberedSampler(ImbalancedSampler):
+    """An `ImbalancedSampler` that numbers its draws.
+
+    What a loader process makes of an image may then follow from its number: the same in every epoch's place, on any number of
+    ranks and processes, after a resumption too, and another one each time that an image is drawn.
+    """
+
+    def __iter__(self) -> Iterator[Draw]:  # type: ignore[override]
+        first = self.epoch * self.total_size + self.rank + self.skip * self.num_replicas
+        for turn, position in enumerate(super().__iter__()):
+            yield Draw(position, self.seed, first + turn * self.num_replicas)
 
 
 class ShardSampler(_Sharded):

@@ -1,133 +1,23 @@
-"""The classic sets that torchvision downloads, read into memory."""
+"""The classic sets that torchvision downloads, read into memory without it."""
 
 import gzip
 import math
-import os
-import socket
-import tarfile
+import struct
 import zlib
-from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from textwrap import shorten
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from etflight.data.base import ImageDataModule, Split
+from etflight.data.base import Split
 from etflight.data.sources import ArraySource
+from etflight.data.torchvision_images import TorchvisionImages
 from etflight.errors import UserError
-from etflight.untrusted import refuse_growth
-
-PATIENCE = 60.0
-
-
-@dataclass(eq=False)
-class TorchvisionImages(ImageDataModule):
-    """A set with a fixed list of classes, which torchvision can download.
-
-    Args:
-        root: Folder that holds the set's files.
-        download: Fetch what is missing into `root`.
-    """
-
-    root: str = "data"
-    download: bool = False
-
-    published_name: ClassVar[str]  # in torchvision.datasets
-    names: ClassVar[tuple[str, ...]]
-    channels: ClassVar[int]
-
-    def __str__(self) -> str:
-        return f"{type(self).__name__} in {self.root}"
-
-    @property
-    def num_classes(self) -> int:
-        """K, fixed by the set."""
-        return len(self.names)
-
-    @property
-    def num_channels(self) -> int:
-        """C, fixed by the set."""
-        return self.channels
-
-    @property
-    def class_names(self) -> list[str]:
-        """The published names."""
-        return list(self.names)
-
-    @property
-    def published(self) -> Any:
-        """The set's class in torchvision."""
-        from torchvision import datasets  # seconds, which `--help` need not wait for
-
-        return getattr(datasets, self.published_name)
-
-    @property
-    @abstractmethod
-    def is_there(self) -> bool:
-        """Whether the files can be read without torchvision."""
-
-    def prepare_data(self) -> None:
-        """Download what is missing, if asked to; Lightning calls this on one process per node.
-
-        Raises:
-            UserError: the files cannot be fetched, are not those that were published, or cannot be written.
-        """
-        if not self.download or self.is_there:
-            return
-        try:
-            with members_stay_inside(), silence_ends():
-                self.fetch()
-        except UserError:
-            raise
-        except Exception as error:  # of the network, of archives, and torchvision's own
-            reason = shorten(str(error) or type(error).__name__, 300, placeholder=" …")
-            raise UserError(
-                f"{self}: the download failed ({reason}): try again, or put the files there yourself"
-            ) from error
-
-    def fetch(self) -> None:
-        """Download the published files into `root`."""
-        self.published(self.root, download=True)
-
-    def _missing(self, what: str) -> UserError:
-        return UserError(f"{self}: {what}: put the files there, or give --data.download true")
-
-
-@contextmanager
-def silence_ends() -> Iterator[None]:
-    """Inside, a server that says nothing for `PATIENCE` seconds has failed; by default Python waits for ever."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(PATIENCE)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-@contextmanager
-def members_stay_inside() -> Iterator[None]:
-    """Inside, tar archives are unpacked without members that leave their folder, links out of it, devices and set-uid bits.
-
-    Python itself does so from 3.14 on. (torchvision verifies an archive's checksum first; its zip files cannot leave their folder.)
-
-    Raises:
-        UserError: an archive with such a member, of which nothing more is unpacked.
-    """
-    before = tarfile.TarFile.extraction_filter
-    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
-    try:
-        yield
-    except tarfile.TarError as error:
-        raise UserError(f"a downloaded archive was refused: {error}") from error
-    finally:
-        tarfile.TarFile.extraction_filter = before
+from etflight.untrusted import inflate, refuse_growth
 
 
 @dataclass(eq=False)
@@ -159,16 +49,6 @@ class FashionMNIST(TorchvisionImages):
         return all(
             self._file(f"{part}-{kind}") for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
         )
-
-    def fetch(self) -> None:
-        """Download the published files, and let only whole ones into `root`: torchvision takes half a file for the file."""
-        Path(self.root).mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=self.root, prefix=".download-") as partial:
-            self.published(partial, download=True)
-            to = Path(self.root, "FashionMNIST", "raw")
-            to.mkdir(parents=True, exist_ok=True)
-            for file in Path(partial).glob("*/raw/*"):
-                os.replace(file, to / file.name)
 
     def load(self, split: Split) -> ArraySource:
         """Read one split's two IDX files."""
@@ -249,6 +129,10 @@ class CIFAR10(TorchvisionImages):
         """Whether `root` has the binary version."""
         return Path(self.root, self.binary_folder).is_dir()
 
+    def fetch(self) -> None:
+        """Download what is missing or damaged: torchvision knows each file's checksum."""
+        self.published(self.root, download=True)
+
     def load(self, split: Split) -> ArraySource:
         """Read one split."""
         if self.is_there:
@@ -298,3 +182,120 @@ class CIFAR100(CIFAR10):
         "squirrel", "streetcar", "sunflower", "sweet_pepper", "table", "tank", "telephone", "television", "tiger", "tractor",
         "train", "trout", "tulip", "turtle", "wardrobe", "whale", "willow_tree", "wolf", "woman", "worm",
     )  # fmt: skip
+
+
+@dataclass(eq=False)
+class SVHN(TorchvisionImages):
+    """Street View House Numbers, cropped digits: 32×32, RGB, 10 classes (Netzer et al., 2011).
+
+    73,257 training images, the rarest digit (9) with 4,659, the most frequent (1) with 13,861; 26,032 test images. Class counts
+    fall in the order 0 … 9, so that n_max can be no more than the 4,948 zeros, which is what it is without `max_count`.
+    Neither cropped at random nor mirrored: a mirrored digit is none.
+
+    Args:
+        root: Folder that holds the set's files.
+        download: Fetch what is missing into `root`.
+    """
+
+    published_name: ClassVar[str] = "SVHN"
+    names: ClassVar[tuple[str, ...]] = tuple("0123456789")
+    channels: ClassVar[int] = 3
+
+    @property
+    def is_there(self) -> bool:
+        """Whether `root` has both files."""
+        return all(self._file(split).is_file() for split in ("train", "test"))
+
+    def download_to(self, folder: str) -> None:
+        """Let torchvision download both files."""
+        for split in ("train", "test"):
+            self.published(folder, split=split, download=True)
+
+    def load(self, split: Split) -> ArraySource:
+        """Read one split's MATLAB file."""
+        file = self._file(split)
+        if not file.is_file():
+            raise self._missing(f"{file.name} is missing")
+        arrays = read_matlab(file)
+        images, labels = (np.asarray(arrays.get(name)) for name in ("X", "y"))
+        wrong = images.dtype != np.uint8 or images.ndim != 4 or images.shape[:3] != (32, 32, 3)
+        if wrong or labels.dtype.kind not in "uif" or labels.size != images.shape[3]:
+            raise UserError(f"{file} has no bytes X [32, 32, 3, N] with a number in y for each image: fetch it again")
+        strange = labels[(labels < 1) | (labels > 10)]
+        if strange.size:
+            raise UserError(f"{file} has label {strange[0]}, but SVHN's are 1 … 10 (the digit 0): fetch it again")
+        return ArraySource(torch.from_numpy(images).permute(3, 2, 0, 1), torch.from_numpy(labels.reshape(-1) % 10))
+
+    def _file(self, split: str) -> Path:
+        return Path(self.root, f"{split}_32x32.mat")
+
+
+def read_matlab(file: Path) -> dict[str, Any]:
+    """Read a MATLAB 5 file.
+
+    SciPy unpacks whatever is in it, a thousand times as much as there is; so that is done before, with a limit.
+
+    Raises:
+        UserError: The file is damaged, or made to fill the memory.
+    """
+    from scipy.io import loadmat  # not needed by other sets
+
+    content = file.read_bytes()
+    plain, position = bytearray(content[:128]), 128
+    try:
+        if content[124:128] != b"\x00\x01IM":
+            raise ValueError("no MATLAB 5 file")
+        while position < len(content):
+            kind, size = struct.unpack_from("<II", content, position)
+            end = position + 8 + size
+            compressed = 15  # the format's code
+            plain += inflate(str(file), content[position + 8 : end]) if kind == compressed else content[position:end]
+            position = end
+        arrays: dict[str, Any] = loadmat(cast(Any, BytesIO(plain)))
+    except UserError:
+        raise
+    except Exception as error:  # readers of broken files raise all kinds
+        raise UserError(f"{file} is damaged ({error}): fetch it again") from None
+    return arrays
+
+
+@dataclass(eq=False)
+class STL10(TorchvisionImages):
+    """STL-10: 96×96, RGB, 10 classes, 5,000 training and 8,000 test images (Coates et al., 2011), without the unlabelled ones.
+
+    Args:
+        root: Folder that holds the set's files.
+        download: Fetch what is missing into `root`.
+    """
+
+    published_name: ClassVar[str] = "STL10"
+    names: ClassVar[tuple[str, ...]] = (
+        "airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck",
+    )  # fmt: skip
+    channels: ClassVar[int] = 3
+
+    @property
+    def is_there(self) -> bool:
+        """Whether `root` has the four files."""
+        return all(self._file(f"{split}_{kind}.bin").is_file() for split in ("train", "test") for kind in "Xy")
+
+    def load(self, split: Split) -> ArraySource:
+        """Read one split's two files."""
+        pixels, labels = self._read(f"{split}_X.bin"), self._read(f"{split}_y.bin")
+        size = 3 * 96 * 96
+        if pixels.size != size * labels.size:
+            raise UserError(
+                f"{self}: {split}_X.bin has {pixels.size} bytes, not {size} for each of the {labels.size} labels of "
+                f"{split}_y.bin: fetch the files again"
+            )
+        images = pixels.reshape(-1, 3, 96, 96).transpose(0, 1, 3, 2)  # the files go down a column first
+        return ArraySource(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64) - 1))
+
+    def _file(self, name: str) -> Path:
+        return Path(self.root, "stl10_binary", name)
+
+    def _read(self, name: str) -> NDArray[np.uint8]:
+        file = self._file(name)
+        if not file.is_file():
+            raise self._missing(f"stl10_binary/{name} is missing")
+        return np.fromfile(file, dtype=np.uint8)

@@ -38,6 +38,28 @@ def test_a_compressed_file_is_read_too(arrays, tmp_path):
     assert np.array_equal(one.split("train").source.pixels, other.split("train").source.pixels)
 
 
+@pytest.mark.parametrize("size", [28, 64, 128, 224])
+@pytest.mark.parametrize("channels", [(), (3,)], ids=["grey", "RGB"])
+def test_files_of_medmnist_are_read_as_they_are(tmp_path, size, channels):
+    """Compressed, labels uint8 `[N, 1]`, a validation split, no names."""
+    content, path = {}, tmp_path / ("set.npz" if size == 28 else f"set_{size}.npz")
+    for split, count in (("train", 12), ("val", 3), ("test", 6)):
+        shape = (count, size, size, *channels)
+        content[f"{split}_images"] = np.random.default_rng(count).integers(0, 256, shape, dtype=np.uint8)
+        content[f"{split}_labels"] = (np.arange(count) % 3).astype(np.uint8)[:, None]
+    np.savez_compressed(path, **content)
+    data = ArrayImages(str(path))
+    data.setup()
+    assert (data.num_classes, data.num_channels, data.val_is_held_out) == (3, 3 if channels else 1, True)
+    assert data.class_counts.tolist() == [4, 4, 4]
+    for split in ("train", "val", "test"):
+        (images, labels), pixels = data.split(split).__getitems__([1, 2]), content[f"{split}_images"][[1, 2]]
+        assert np.array_equal(
+            images.permute(0, 2, 3, 1).squeeze(-1) if not channels else images.permute(0, 2, 3, 1), pixels
+        )
+        assert labels.tolist() == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -49,7 +71,9 @@ def test_a_compressed_file_is_read_too(arrays, tmp_path):
         ({"train_images": np.zeros((70, 8), np.uint8)}, r"train_images is uint8 of shape \[70, 8\]"),
         ({"train_images": np.zeros((69, 2, 4), np.uint8)}, "train has 69 images but 70 labels"),
         ({"train_labels": np.zeros(70, np.float64)}, r"train_labels is float64 of shape \[70\]"),
-        ({"train_labels": np.zeros((70, 2), int)}, r"train_labels is int64 of shape \[70, 2\]"),
+        ({"train_labels": np.zeros((70, 2), int)}, "train_labels has 2 labels per image: multi-label sets are not"),
+        ({"train_labels": np.zeros((70, 1, 1), int)}, r"train_labels is int64 of shape \[70, 1, 1\]"),
+        ({"train_images": np.zeros((70, 28, 28, 28), np.uint8)}, "looks like volumes"),
         ({"train_labels": np.array([object()] * 70)}, "train_labels cannot be read"),
         ({"train_images": np.array([None] * 70)}, "train_images cannot be read"),
         ({"val_images": np.zeros((2, 2, 4, 3), np.uint8)}, "missing val_labels; it holds"),

@@ -1,0 +1,122 @@
+"""Image files to tensors: decoding, and the square that is cut out of a picture."""
+
+import math
+import re
+import warnings
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from etflight.errors import UserError
+
+MAX_PIXELS = 89_478_485  # Pillow's limit, from where on it suspects a bomb: 256 MiB as RGB
+FORMATS = ("JPEG", "PNG", "WEBP", "PPM")
+_PLACE_IN_SOURCE = re.compile(r"\w+, \S+\.(?:cpp|h):\d+, ")  # of the decoder, in its messages
+_ASPECT_RATIOS = (3 / 4, 4 / 3)
+_ATTEMPTS = 10
+
+
+def decode_file(path: str, side: int) -> Tensor:
+    """Decode an image file (JPEG, PNG, WebP, PPM) to RGB.
+
+    Args:
+        path: The file.
+        side: Pixels to which the shorter side will be resized.
+
+    Returns:
+        uint8 `[3, H, W]`, of an animation the first picture.
+
+    Raises:
+        UserError: The file is missing, is no image, has more than `MAX_PIXELS` or would have, resized; names its path.
+    """
+    # takes a second, which sets in memory and `--help` need not wait for
+    from torchcodec.decoders import decode_image  # type: ignore[attr-defined]
+
+    try:
+        content = Path(path).read_bytes()
+        format_name, width, height = _header(content)
+        shorter, longer = sorted((width, height))
+        if side**2 * longer // max(shorter, 1) > max(MAX_PIXELS, 4 * side**2):
+            raise UserError(
+                f"{path} has {width}×{height} pixels, too long and thin for a square: crop it, or remove it"
+            )
+        image = _decode_ppm(content) if format_name == "PPM" else decode_image(content, mode="RGB")
+    except UserError:
+        raise
+    except Exception as error:  # readers of broken files raise all kinds
+        reason = _PLACE_IN_SOURCE.sub("", str(error))
+        raise UserError(f"{path} cannot be read as an image ({reason}): replace it or remove it") from None
+    return image[0] if image.ndim == 4 else image
+
+
+def _header(content: bytes) -> tuple[str | None, int, int]:
+    """Format, width and height of an image file, without decoding it; an animation's pictures lie side by side."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        # by content, whatever the name: Pillow would run Ghostscript for a PostScript file that is called .png
+        with Image.open(BytesIO(content), formats=FORMATS) as file:
+            width, height = file.size
+            frames = getattr(file, "n_frames", 1)
+            name = file.format
+    if width * height * frames > MAX_PIXELS:
+        raise ValueError(f"{frames} pictures of {width}×{height} pixels are more than {MAX_PIXELS}")
+    return name, width, height
+
+
+def _decode_ppm(content: bytes) -> Tensor:
+    """The one format here that torchcodec does not know."""
+    from PIL import Image
+
+    with Image.open(BytesIO(content), formats=["PPM"]) as file:
+        return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def center_square(image: Tensor, size: int, side: int) -> Tensor:
+    """Resize the shorter side to `side`, and crop the centre: uint8 `[3, H, W]` to `[3, size, size]`."""
+    # torchvision takes seconds, too
+    from torchvision.transforms.v2.functional import center_crop, resize  # type: ignore[attr-defined]
+
+    return center_crop(resize(image, [side], antialias=True), [size, size])
+
+
+def random_square(image: Tensor, size: int, min_scale: float, random: np.random.Generator) -> Tensor:
+    """Resize a random part of an image to a square (Inception's crop, Szegedy et al. 2015; torchvision's RandomResizedCrop).
+
+    Args:
+        image: uint8 `[3, H, W]`.
+        size: Of the square.
+        min_scale: Least part of the image's area, in (0, 1].
+        random: Chooses the part.
+
+    Returns:
+        uint8 `[3, size, size]`.
+    """
+    from torchvision.transforms.v2.functional import resized_crop  # type: ignore[attr-defined]
+
+    top, left, height, width = draw_part(image.shape[-2], image.shape[-1], min_scale, random)
+    return resized_crop(image, top, left, height, width, [size, size], antialias=True)
+
+
+def draw_part(height: int, width: int, min_scale: float, random: np.random.Generator) -> tuple[int, int, int, int]:
+    """Draw top, left, height and width of a part of an image.
+
+    Its area is uniform in [min_scale, 1] of the image's, the logarithm of its aspect ratio (width / height) uniform from that of 3/4 to
+    that of 4/3, its place uniform. A draw that does not fit is repeated, ten times at most; then it is the largest part in the
+    middle of an allowed aspect ratio.
+    """
+    low, high = _ASPECT_RATIOS
+    scales = random.uniform(min_scale, 1, _ATTEMPTS)
+    ratios = np.exp(random.uniform(math.log(low), math.log(high), _ATTEMPTS))
+    heights = np.rint(np.sqrt(height * width * scales / ratios)).astype(int)
+    widths = np.rint(np.sqrt(height * width * scales * ratios)).astype(int)
+    fits = np.flatnonzero((heights >= 1) & (heights <= height) & (widths >= 1) & (widths <= width))
+    if len(fits):
+        h, w = int(heights[fits[0]]), int(widths[fits[0]])
+        return int(random.integers(height - h + 1)), int(random.integers(width - w + 1)), h, w
+    h, w = min(height, round(width / low)), min(width, round(height * high))
+    return (height - h) // 2, (width - w) // 2, max(h, 1), max(w, 1)

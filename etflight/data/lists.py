@@ -1,0 +1,297 @@
+"""Sets of image files that lists of "path label" lines choose: the large long-tailed ones, and anybody's own."""
+
+import os
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from etflight.data.base import Split
+from etflight.data.file_images import ListedFileImages, PhotoRecipe
+from etflight.data.file_sources import FileSource
+from etflight.data.paths import Paths
+from etflight.errors import UserError
+
+_IS_BLANK = np.isin(np.arange(256), [ord(blank) for blank in " \t\r"])
+_MOST_DIGITS = 9
+
+
+@dataclass(eq=False)
+class ListImages(ListedFileImages):
+    """Image files that `train.txt`, `test.txt` and, optionally, `val.txt` name: lines of a path below `root`, a blank and a label.
+
+    Labels count from 0 without gaps. Where each class lies in a folder of its own its name is the class name.
+
+    Args:
+        root: Folder that the paths are relative to.
+        lists: Folder that holds the lists.
+        names: File of K lines, each with the name of a class's folder, a blank and a name; or only with a name, in the order of the
+            labels. None: the folders' names, or the labels.
+    """
+
+    list_files: ClassVar[dict[Split, str]] = {"train": "train.txt", "val": "val.txt", "test": "test.txt"}
+    published_counts: ClassVar[dict[Split, int]] = {}  # images of each list, where others would be another set
+    published_classes: ClassVar[int | None] = None
+
+    root: str
+    lists: str
+    names: str | None = None
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__} in {self.root}"
+
+    @property
+    def num_classes(self) -> int:
+        """K, fixed by the set, or else the largest training label plus one."""
+        if self.published_classes is not None:
+            return self.published_classes
+        labels = self._training_list[1]
+        num_classes = int(labels.max()) + 1
+        if num_classes > len(labels):
+            raise UserError(
+                f"{self._list('train')}: label {num_classes - 1} is beyond what {len(labels)} images can fill: "
+                "give labels from 0 without gaps"
+            )
+        return num_classes
+
+    @property
+    def has_val_split(self) -> bool:
+        """Whether the set has a validation list."""
+        return "val" in self.list_files and (bool(self.published_counts) or self._list("val").is_file())
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """Names of the classes' folders, or what the file `names` has for them; else the labels as text."""
+        folders = self._folders
+        known = (
+            [self.class_name(folder) for folder in folders] if folders else [str(k) for k in range(self.num_classes)]
+        )
+        return known if self.names is None else read_names(Path(self.names), known)
+
+    def class_name(self, folder: str) -> str:
+        """What a class is called whose images lie in a folder."""
+        return folder.rpartition("/")[2]
+
+    def load(self, split: Split) -> FileSource:
+        """Read one split's list."""
+        paths, labels = self._read(split)
+        expected = self.published_counts.get(split, len(paths))
+        if len(paths) != expected:
+            raise UserError(
+                f"{self._list(split)} has {len(paths):,} images, but the published list has {expected:,}: fetch it again, "
+                "or read a list of your own with ListImages"
+            )
+        return self.make_listed_source(split, self._where_they_are(paths, labels), labels)
+
+    def _list(self, split: Split) -> Path:
+        return Path(self.lists, self.list_files[split])
+
+    def _where_they_are(self, paths: Paths, labels: Tensor) -> Paths:
+        """The same paths, or with the class folders that a list leaves out, if the first image lies in such a folder."""
+        folders = self._folders
+
+        def with_folder(index: int) -> str:
+            folder, slash, name = paths.relative(index).rpartition("/")
+            return f"{folder}{slash}{self.class_name(folders[int(labels[index])])}/{name}"
+
+        if os.path.exists(paths[0]) or not folders or int(labels.max()) >= len(folders):
+            return paths
+        if not os.path.exists(os.path.join(self.root, with_folder(0))):
+            return paths
+        return Paths.pack(self.root, map(with_folder, range(len(paths))))
+
+    def _read(self, split: Split) -> tuple[Paths, Tensor]:
+        return self._training_list if split == "train" else read_list(self._list(split), self.root)
+
+    @cached_property
+    def _training_list(self) -> tuple[Paths, Tensor]:
+        return read_list(self._list("train"), self.root)
+
+    @cached_property
+    def _folders(self) -> list[str]:
+        """The folder of each class, none if they do not lie in K folders: judged by the first and last image of each."""
+        lists = [split for split in self.list_files if self._list(split).is_file()]  # to test, its list is enough
+        paths, labels = self._read(lists[0] if lists else "train")
+        order = np.argsort(labels.numpy(), kind="stable")
+        bounds = np.searchsorted(labels.numpy()[order], np.arange(self.num_classes + 1))
+        if (bounds[1:] == bounds[:-1]).any():
+            return []
+        first, last = (
+            [paths.relative(index).rpartition("/")[0] for index in order[places].tolist()]
+            for places in (bounds[:-1], bounds[1:] - 1)
+        )
+        return first if first == last and len(set(first)) == len(first) else []
+
+
+@dataclass(eq=False)
+class ImageNetLT(PhotoRecipe, ListImages):
+    """ImageNet-LT (Liu et al., CVPR 2019): 1,000 classes of 1,280 to 5 training images, 115,846 in all; 20,000 to validate, 50,000 to test.
+
+    The lists `ImageNet_LT_train.txt`, `ImageNet_LT_val.txt` and `ImageNet_LT_test.txt` choose from ILSVRC 2012.
+
+    Args:
+        root: Folder with ILSVRC's `train` and `val`.
+        lists: Folder that holds the lists.
+        names: File of a class name per line, or of a folder's name and a class name.
+    """
+
+    list_files: ClassVar[dict[Split, str]] = {split: f"ImageNet_LT_{split}.txt" for split in ("train", "val", "test")}
+    published_counts: ClassVar[dict[Split, int]] = {"train": 115_846, "val": 20_000, "test": 50_000}
+    published_classes: ClassVar[int | None] = 1000
+
+
+@dataclass(eq=False)
+class PlacesLT(PhotoRecipe, ListImages):
+    """Places-LT (Liu et al., CVPR 2019): 365 classes of 4,980 to 5 training images, 62,500 in all; 7,300 to validate, 36,500 to test.
+
+    The lists `Places_LT_train.txt`, `Places_LT_val.txt` and `Places_LT_test.txt` are published in two styles: for folders `train/<class>`
+    and `val/<class>`, and for Places365 as it is unpacked, `data_256/<letter>/<class>` and `val_256`. Both give the same class names.
+
+    Args:
+        root: Folder that the lists' paths are relative to.
+        lists: Folder that holds the lists.
+        names: File of a class name per line, or of a folder's name and a class name.
+    """
+
+    list_files: ClassVar[dict[Split, str]] = {split: f"Places_LT_{split}.txt" for split in ("train", "val", "test")}
+    published_counts: ClassVar[dict[Split, int]] = {"train": 62_500, "val": 7_300, "test": 36_500}
+    published_classes: ClassVar[int | None] = 365
+
+    def class_name(self, folder: str) -> str:
+        """`apartment_building-outdoor`, also of `a/apartment_building/outdoor`."""
+        unpacked = re.search(r"(?:^|/)([a-z])/(\1.*)", folder)
+        return unpacked[2].replace("/", "-") if unpacked else super().class_name(folder)
+
+
+@dataclass(eq=False)
+class INaturalist2018(PhotoRecipe, ListImages):
+    """iNaturalist 2018 (Van Horn et al., CVPR 2018): 8,142 species of 1,000 to 2 training images, 437,513 in all; 24,426 validation images.
+
+    The lists are `iNaturalist18_train.txt` and `iNaturalist18_val.txt`. The labels of the competition's test images are secret;
+    as the literature does, the validation images are the test set, watched in training. Without `names`, classes are called by numbers.
+
+    Args:
+        root: Folder with `train_val2018`.
+        lists: Folder that holds the lists.
+        names: File of a class name per line, or of a folder's name and a class name.
+    """
+
+    list_files: ClassVar[dict[Split, str]] = {"train": "iNaturalist18_train.txt", "test": "iNaturalist18_val.txt"}
+    published_counts: ClassVar[dict[Split, int]] = {"train": 437_513, "test": 24_426}
+    published_classes: ClassVar[int | None] = 8142
+    standard_mean: ClassVar[tuple[float, ...]] = (0.466, 0.471, 0.380)
+    standard_std: ClassVar[tuple[float, ...]] = (0.195, 0.194, 0.192)
+
+
+def read_names(file: Path, folders: list[str]) -> list[str]:
+    """Read K class names, one per line.
+
+    Args:
+        file: Each line has the name of a class's folder, a blank and a name, in any order; or only a name, in the order of the labels.
+        folders: `[K]`, what the classes are called by their folders.
+
+    Raises:
+        UserError: The file cannot be read, or has another number of lines.
+    """
+    lines = lines_of(file)
+    if len(lines) != len(folders):
+        raise UserError(f"{file} has {len(lines):,} names for {len(folders):,} classes: give one line per class")
+    by_folder = {folder: name.strip() for folder, _, name in (line.partition(" ") for line in lines)}
+    return [by_folder[folder] or folder for folder in folders] if by_folder.keys() == set(folders) else lines
+
+
+def lines_of(file: Path) -> list[str]:
+    """The lines of a text file, without empty ones.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    try:
+        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no text"
+        raise UserError(f"{file} cannot be read ({reason}): give the text file that the set comes with") from None
+
+
+def read_list(file: Path, root: str) -> tuple[Paths, Tensor]:
+    """Read lines of a path, blanks and a label; empty lines are passed over.
+
+    On the bytes of the whole file: a loop over half a million lines would take longer than to look for the files.
+
+    Args:
+        file: The list.
+        root: Folder that the paths are relative to, and stay below.
+
+    Returns:
+        N paths and their labels, int64 `[N]`.
+
+    Raises:
+        UserError: The file cannot be read, or has no image, a line of another form, or a path that leaves the folder.
+    """
+    try:
+        content = bytearray(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): give the folder of the lists") from None
+    data = np.frombuffer(content or bytearray(1), np.uint8)
+    ends = np.append(np.flatnonzero(data[: len(content)] == ord("\n")), len(content))
+    starts = np.append(0, ends[:-1] + 1)
+    starts, ends = _trim(data, starts, ends)
+    lines = np.flatnonzero(ends > starts)
+    starts, ends = starts[lines], ends[lines]
+    if len(lines) == 0:
+        raise UserError(f"{file} names no image: give lines of a path and a label")
+
+    def refuse(wrong: NDArray[np.bool_], problem: str) -> None:
+        if wrong.any():
+            where = int(np.flatnonzero(wrong)[0])
+            text = bytes(content[starts[where] : ends[where]]).decode(errors="replace")[:200]
+            raise UserError(f"{file}: line {lines[where] + 1} ({text!r}) {problem}")
+
+    labels, label_starts = _numbers_at(data, starts, ends)
+    blank = _IS_BLANK[data[label_starts - 1]]
+    _, path_ends = _trim(data, starts, label_starts)
+    refuse(
+        (label_starts == ends) | ~blank | (path_ends <= starts) | (ends - label_starts > _MOST_DIGITS),
+        "is no path and label: give a path below the root, a blank and a number from 0 on",
+    )
+    leaves = data[starts] == ord("/")
+    if b".." in content:
+        out = re.compile(rb"(?:^|/)\.\.(?:/|$)")
+        leaves |= [
+            bool(out.search(content[start:end])) for start, end in zip(starts.tolist(), path_ends.tolist(), strict=True)
+        ]
+    refuse(leaves, "leaves the root: give paths below it")
+    refuse(np.full(len(lines), b"\0" in content), "is of a file that is no text: give a list of lines")
+    return Paths(root, *map(torch.from_numpy, (data, starts, path_ends))), torch.from_numpy(labels)
+
+
+def _trim(
+    data: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Leave out the blanks at both ends of pieces of text."""
+    while (blank := _IS_BLANK[data[np.minimum(starts, len(data) - 1)]] & (starts < ends)).any():
+        starts = starts + blank
+    while (blank := _IS_BLANK[data[ends - 1]] & (starts < ends)).any():
+        ends = ends - blank
+    return starts, ends
+
+
+def _numbers_at(
+    data: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The numbers that pieces of text end with, and where these begin."""
+    numbers, places = np.zeros(len(ends), np.int64), ends
+    for exponent in range(_MOST_DIGITS + 1):
+        digits = data[places - 1] - np.uint8(ord("0"))  # what is no digit wraps around, beyond 9
+        is_digit = (digits <= 9) & (places > starts)
+        if not is_digit.any():
+            break
+        numbers += np.where(is_digit, digits, 0).astype(np.int64) * 10**exponent
+        places = places - is_digit
+    return numbers, places

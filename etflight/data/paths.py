@@ -1,0 +1,92 @@
+"""File paths in a few tensors, however many there are."""
+
+import os
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_THREADS = 16  # wait for a network file system together
+
+
+class Paths:
+    """N paths below a folder, packed into one tensor of bytes.
+
+    A list of strings would cost every loader process a copy of its own: who looks at a string writes its reference count,
+    and so the memory page it lies on. Tensors are shared, in processes that are forked and in those that are not.
+
+    Args:
+        root: The folder.
+        text: uint8 `[bytes]`, the paths and whatever lies between them.
+        starts: int64 `[N]`, where each begins.
+        ends: int64 `[N]`, where each has ended.
+    """
+
+    def __init__(self, root: str, text: Tensor, starts: Tensor, ends: Tensor) -> None:
+        self.root = root
+        self._text, self._starts, self._ends = text, starts, ends
+
+    @classmethod
+    def pack(cls, root: str, paths: Iterable[str]) -> "Paths":
+        """Pack paths relative to `root`."""
+        encoded = [os.fsencode(path) for path in paths]
+        ends = torch.from_numpy(np.cumsum([len(path) for path in encoded], dtype=np.int64))
+        starts = torch.cat([ends.new_zeros(1), ends])[:-1]
+        return cls(
+            root, torch.frombuffer(bytearray(b"".join(encoded)) or bytearray(1), dtype=torch.uint8), starts, ends
+        )
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> str:
+        """The path, with the folder."""
+        return os.path.join(self.root, self.relative(index))
+
+    def relative(self, index: int) -> str:
+        """The path as it was given."""
+        return os.fsdecode(self._text[int(self._starts[index]) : int(self._ends[index])].numpy().tobytes())
+
+    def missing(self) -> list[int]:
+        """Positions of the files that are not there, of a file that is named twice the first.
+
+        Each folder is listed once, many at a time, which is several times as quick as to ask for every file.
+        """
+        text = self._text.numpy().tobytes()
+        folders: dict[bytes, dict[bytes, int]] = {}
+        for index, (start, end) in enumerate(zip(self._starts.tolist(), self._ends.tolist(), strict=True)):
+            slash = text.rfind(b"/", start, end)
+            folder = text[start:slash] if slash >= 0 else b""
+            folders.setdefault(folder, {}).setdefault(text[max(slash + 1, start) : end], index)
+        root = os.fsencode(self.root)
+        with ThreadPoolExecutor(_THREADS) as threads:
+            found = threads.map(_names_in, (os.path.join(root, folder) for folder in folders))
+            absent = [
+                files[name]
+                for files, names in zip(folders.values(), found, strict=True)
+                for name in files.keys() - names
+            ]
+        return sorted(absent)
+
+
+def _names_in(folder: bytes) -> set[bytes]:
+    try:
+        return set(os.listdir(folder))
+    except OSError:  # not there, or no folder
+        return set()
+
+
+def files_below(folder: str, suffixes: Collection[str]) -> list[str]:
+    """Paths, relative to the folder, of the files below it with one of these endings, in any case; hidden ones are passed over.
+
+    Sorted by folder and name, part by part.
+    """
+    found = [
+        os.path.relpath(os.path.join(parent, name), folder)
+        for parent, _, names in os.walk(folder)
+        for name in names
+        if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")
+    ]
+    return sorted(found, key=lambda path: path.split(os.sep))

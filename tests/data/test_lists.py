@@ -1,0 +1,297 @@
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from etflight.data import ImageNetLT, INaturalist2018, ListImages, PlacesLT
+from etflight.data.lists import read_list
+from etflight.errors import UserError
+
+
+def write_list(file, lines):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(f"{path} {label}\n" for path, label in lines))
+
+
+@pytest.fixture
+def lists(tmp_path):
+    """`lists(train=[(path, label), …], …)` writes lists and the images they name, one colour each: the label, and the place in the list."""
+
+    def write(make_images=True, pattern="{}.txt", **splits):
+        for split, lines in splits.items():
+            write_list(tmp_path / "lists" / pattern.format(split), lines)
+            for place, (path, label) in enumerate(lines if make_images else []):
+                file = tmp_path / "images" / path
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (9, 7), (label % 256, place, 0)).save(file, "PNG")
+        return {"root": str(tmp_path / "images"), "lists": str(tmp_path / "lists"), "image_size": 4}
+
+    return write
+
+
+TRAIN = [("x/cat/0.png", 1), ("x/ant/1.png", 0), ("x/cat/2.png", 1), ("x/cat/3.png", 1), ("x/ant/4.png", 0)]
+TEST = [("y/cat/0.png", 1), ("y/ant/1.png", 0)]
+
+
+def test_a_list_is_read_in_its_order(lists):
+    data = ListImages(**lists(train=TRAIN, test=TEST))
+    data.setup()
+    assert (data.num_classes, data.num_channels, data.class_names) == (2, 3, ["ant", "cat"])
+    assert data.class_counts.tolist() == [2, 3]
+    assert not data.val_is_held_out
+    images, labels = next(iter(data.eval_dataloader("train")))
+    assert labels.tolist() == [label for _, label in TRAIN]
+    assert images[:, :2, 0, 0].tolist() == [[label, place] for place, (_, label) in enumerate(TRAIN)]
+    assert data.sample_name("test", 1) == f"{data.root}/y/ant/1.png"
+
+
+def test_a_list_val_is_the_validation_split(lists):
+    data = ListImages(**lists(train=TRAIN, test=TEST, val=TEST[:1]))
+    assert data.val_is_held_out
+    assert data.split("val").labels.tolist() == [1]
+
+
+def test_the_profile_thins_the_list(lists):
+    data = ListImages(**lists(train=TRAIN, test=TEST), profile=[1, 2])
+    assert data.class_counts.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        [("0.png", 0), ("1.png", 1)],
+        [("x/0.png", 0), ("x/1.png", 1)],
+        [("x/0.png", 0), ("y/1.png", 0), ("z/2.png", 1)],
+    ],
+    ids=["no folders", "one folder", "two folders of a class"],
+)
+def test_without_a_folder_for_each_class_classes_are_called_by_their_labels(lists, train):
+    data = ListImages(**lists(train=train, test=[("t.png", 0)]))
+    data.setup()
+    assert data.class_names == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("house cat\nthe ant\n", ["house cat", "the ant"]),
+        ("cat house cat\nant the ant\n", ["the ant", "house cat"]),
+        ("ant\n\ncat \n", ["ant", "cat"]),
+    ],
+    ids=["in the order of the labels", "beside their folders", "only folders"],
+)
+def test_a_file_gives_the_names(lists, tmp_path, text, names):
+    (tmp_path / "names.txt").write_text(text)
+    assert ListImages(**lists(train=TRAIN, test=TEST), names=str(tmp_path / "names.txt")).class_names == names
+
+
+def test_a_file_of_other_names_is_refused(lists, tmp_path):
+    files = lists(train=TRAIN, test=TEST)
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    with pytest.raises(UserError, match=r"names\.txt has 3 names for 2 classes"):
+        _ = ListImages(**files, names=str(tmp_path / "names.txt")).class_names
+    with pytest.raises(UserError, match=r"none\.txt cannot be read \(No such file"):
+        _ = ListImages(**files, names=str(tmp_path / "none.txt")).class_names
+    (tmp_path / "names.txt").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(UserError, match=r"names\.txt cannot be read \(no text\)"):
+        _ = ListImages(**files, names=str(tmp_path / "names.txt")).class_names
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("a.jpg", "is no path and label"),
+        ("a.jpg -1", "is no path and label"),
+        ("a.jpg 1.5", "is no path and label"),
+        ("a.jpg one", "is no path and label"),
+        ("7", "is no path and label"),
+        (" 7 ", "is no path and label"),
+        ("a.jpg,7", "is no path and label"),
+        ("a.jpg 10000000000", "is no path and label"),
+        ("/etc/passwd 0", "leaves the root"),
+        ("../a.jpg 0", "leaves the root"),
+        ("b/../../a.jpg 0", "leaves the root"),
+        ("b/.. 0", "leaves the root"),
+        ("a\0.jpg 0", "is of a file that is no text"),
+    ],
+)
+def test_a_line_that_cannot_be_meant_is_quoted_with_its_number(tmp_path, line, problem):
+    (tmp_path / "list.txt").write_text(f"\nx/..y/a..jpg 3\n{line}\nz.jpg 1\n")
+    number = 2 if "\0" in line else 3
+    with pytest.raises(UserError, match=rf"list\.txt: line {number} \(.*\) {problem}") as caught:
+        read_list(tmp_path / "list.txt", "root")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "\n", " \r\n\n"])
+def test_a_list_without_images_is_refused(tmp_path, content):
+    (tmp_path / "list.txt").write_text(content)
+    with pytest.raises(UserError, match=r"list\.txt names no image"):
+        read_list(tmp_path / "list.txt", "root")
+
+
+def test_a_missing_list_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none\.txt cannot be read \(No such file or directory\)"):
+        read_list(tmp_path / "none.txt", "root")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_lists_are_read_as_a_loop_over_lines_reads_them(tmp_path, seed):
+    random = np.random.default_rng(seed)
+    blanks = [" ", "\t", "  ", " \t "]
+    names = ["a.jpg", "b/c d.jpg", "ä/ö.png", "n01440764/n01440764_190.JPEG", "5", "x/7 8"]
+    lines = [
+        f"{random.choice(['', ' '])}{random.choice(names)}{random.choice(blanks)}{random.integers(10 ** random.integers(1, 9))}"
+        f"{random.choice(['', ' ', chr(9)])}"
+        if random.random() < 0.9
+        else random.choice(["", "  "])
+        for _ in range(300)
+    ]
+    text = random.choice(["\n", "\r\n"]).join(lines) + random.choice(["", "\n"])
+    (tmp_path / "list.txt").write_bytes(text.encode())
+    paths, labels = read_list(tmp_path / "list.txt", "root")
+    expected = [re.fullmatch(r"(.*?)\s+(\d+)", line.strip()).groups() for line in lines if line.strip()]
+    assert [paths.relative(i) for i in range(len(paths))] == [path for path, _ in expected]
+    assert labels.tolist() == [int(label) for _, label in expected]
+    assert labels.dtype == torch.int64
+
+
+def test_a_label_beyond_the_classes_is_named_with_its_file(lists):
+    with pytest.raises(UserError, match=r"label 2 of test image .*y/ant/1\.png is outside 0 … 1"):
+        ListImages(**lists(train=TRAIN, test=[TEST[0], ("y/ant/1.png", 2)])).setup("test")
+    with pytest.raises(UserError, match=r"train\.txt: label 900000000 is beyond what 5 images can fill"):
+        ListImages(**lists(train=[*TRAIN[:4], ("x/ant/4.png", 900_000_000)], test=TEST)).setup("fit")
+
+
+def test_missing_images_are_counted_and_three_are_named_before_training(lists):
+    files = lists(train=TRAIN, test=TEST, make_images=False)
+    with pytest.raises(
+        UserError, match=r"5 of 5 train images are missing: .*x/cat/0\.png, .*1\.png, .*2\.png and 2 more"
+    ) as caught:
+        ListImages(**files).setup("fit")
+    assert "\n" not in str(caught.value)
+    ListImages(**files, check_files=False).setup("fit")
+    lists(train=TRAIN)
+    Path(files["root"], "x/cat/2.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 5 train images are missing: \S*images/x/cat/2\.png: put them there"):
+        ListImages(**files).setup("fit")
+
+
+def test_class_folders_that_a_list_leaves_out_are_found(lists):
+    files = lists(train=TRAIN, test=[("y/cat/0.png", 1), ("y/ant/1.png", 0)])
+    write_list(Path(files["lists"]) / "test.txt", [("y/0.png", 1), ("y/1.png", 0)])
+    data = ListImages(**files)
+    data.setup("test")
+    assert [data.sample_name("test", i) for i in (0, 1)] == [f"{data.root}/y/cat/0.png", f"{data.root}/y/ant/1.png"]
+
+
+# --- the published sets, made small -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """`small(set_class, K, **counts)`: let it be a set of so many classes and images."""
+
+    def shrink(set_class, classes, **counts):
+        monkeypatch.setattr(set_class, "published_classes", classes)
+        monkeypatch.setattr(set_class, "published_counts", counts)
+        return set_class
+
+    return shrink
+
+
+@pytest.mark.parametrize(
+    ("set_class", "classes", "counts"),
+    [
+        (ImageNetLT, 1000, {"train": 115_846, "val": 20_000, "test": 50_000}),
+        (PlacesLT, 365, {"train": 62_500, "val": 7_300, "test": 36_500}),
+        (INaturalist2018, 8142, {"train": 437_513, "test": 24_426}),
+    ],
+)
+def test_a_list_of_another_length_is_not_the_published_one(lists, set_class, classes, counts):
+    data = set_class("nowhere", "nowhere")
+    assert data.num_classes == classes
+    assert data.val_is_held_out == ("val" in counts)
+    for split, count in counts.items():
+        name = set_class.list_files[split]
+        data = set_class(**lists(pattern=name, **{split: TRAIN}))
+        with pytest.raises(UserError, match=rf"{name} has 5 images, but the published list has {count:,}.*ListImages"):
+            data.setup("fit" if split == "train" else "validate" if split == "val" else "test")
+
+
+IMAGENET = {
+    "train": [
+        ("train/n01440764/n01440764_190.JPEG", 0),
+        ("train/n01443537/n01443537_7.JPEG", 1),
+        ("train/n01443537/n01443537_8.JPEG", 1),
+    ],
+    "val": [("train/n01440764/n01440764_762.JPEG", 0), ("train/n01443537/n01443537_9.JPEG", 1)],
+    "test": [("val/n01440764/ILSVRC2012_val_00000293.JPEG", 0), ("val/n01443537/ILSVRC2012_val_00000236.JPEG", 1)],
+}
+
+
+def test_imagenet_lt_has_its_own_validation_list(lists, small):
+    data = small(ImageNetLT, 2, train=3, val=2, test=2)(**lists(pattern="ImageNet_LT_{}.txt", **IMAGENET))
+    data.setup()
+    assert data.val_is_held_out
+    assert data.class_names == ["n01440764", "n01443537"]
+    assert data.class_counts.tolist() == [1, 2]
+    assert [len(data.split(split)) for split in ("train", "val", "test")] == [3, 2, 2]
+
+
+def test_to_test_the_test_list_is_enough(lists, small):
+    files = lists(pattern="ImageNet_LT_{}.txt", test=IMAGENET["test"])
+    data = small(ImageNetLT, 2, train=3, val=2, test=2)(**files)
+    data.setup("test")
+    assert data.class_names == ["n01440764", "n01443537"]
+
+
+PLACES = {
+    "easy format": {
+        "train": [
+            ("train/airfield/00004851.jpg", 0),
+            ("train/apartment_building-outdoor/1.jpg", 1),
+            ("train/airfield/2.jpg", 0),
+        ],
+        "val": [("train/airfield/3.jpg", 0), ("train/apartment_building-outdoor/4.jpg", 1)],
+        "test": [
+            ("val/airfield/Places365_val_00003597.jpg", 0),
+            ("val/apartment_building-outdoor/Places365_val_1.jpg", 1),
+        ],
+    },
+    "as unpacked": {
+        "train": [
+            ("data_256/a/airfield/00004851.jpg", 0),
+            ("data_256/a/apartment_building/outdoor/1.jpg", 1),
+            ("data_256/a/airfield/2.jpg", 0),
+        ],
+        "val": [("data_256/a/airfield/3.jpg", 0), ("data_256/a/apartment_building/outdoor/4.jpg", 1)],
+        "test": [("val_256/Places365_val_00003597.jpg", 0), ("val_256/Places365_val_1.jpg", 1)],
+    },
+}
+
+
+@pytest.mark.parametrize("style", PLACES)
+def test_both_styles_of_the_places_lists_give_the_same_classes(lists, small, style):
+    data = small(PlacesLT, 2, train=3, val=2, test=2)(**lists(pattern="Places_LT_{}.txt", **PLACES[style]))
+    data.setup()
+    assert data.class_names == ["airfield", "apartment_building-outdoor"]
+    assert data.class_counts.tolist() == [2, 1]
+    assert data.split("test").labels.tolist() == [0, 1]
+
+
+def test_the_validation_list_of_inaturalist_is_its_test_set(lists, small):
+    train = [
+        ("train_val2018/Plantae/1/a.jpg", 1),
+        ("train_val2018/Aves/0/b.jpg", 0),
+        ("train_val2018/Plantae/1/c.jpg", 1),
+    ]
+    files = lists(pattern="iNaturalist18_{}.txt", train=train, val=[("train_val2018/Aves/0/d.jpg", 0)])
+    data = small(INaturalist2018, 2, train=3, test=1)(**files)
+    data.setup()
+    assert not data.val_is_held_out
+    assert (data.class_names, data.class_counts.tolist()) == (["0", "1"], [1, 2])
+    assert data.split("val") is data.split("test")
