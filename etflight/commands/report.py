@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
         # into a file, where no terminal says how wide it is, nothing may be cut
         console = console if console.is_terminal else Console(width=200)
         for section in sections:
-            console.print(tables.for_terminal(section))
+            console.print(*tables.for_terminal(section), sep="\n")
             for note in [*tables.notes(section), tables.hardware(section)]:
                 console.print(tables.plain(note), style="dim", markup=False, highlight=False)
         console.print(tables.CAPTION, style="dim", highlight=False)

@@ -137,6 +137,10 @@ function section(content) {
   root.append(chips, element("h3", { textContent: "Mean ± standard deviation over seeds" }));
   root.append(table(content.header, content.rows));
   [...content.notes, page.caption].forEach((note) => root.append(element("p", { textContent: note })));
+  if (content.published.rows.length) {
+    const summary = element("summary", { textContent: `Published numbers on this set at this ratio (${content.published.rows.length})` });
+    root.append(element("details", {}, summary, table(content.published.header, content.published.rows)));
+  }
 
   curves(root, content, shown, place, label);
   frames(root, content, panels);

@@ -99,12 +99,17 @@ def _section(section: Section, remarks: list[str]) -> dict[str, Any]:
     return {
         "title": tables.plain(section.title),
         "header": tables.HEADER,
-        "rows": [[tables.plain(cell) for cell in row] for row in tables.rows(section)],
+        "rows": _plain(tables.rows(section)),
+        "published": {"header": tables.PUBLISHED_HEADER, "rows": _plain(tables.published(section))},
         "arms": [tables.plain(group.arm) for group in section.groups],
         "notes": tables.notes(section),
         "runs": runs,
         "differences": _differences(configurations),
     }
+
+
+def _plain(rows: list[list[str]]) -> list[list[str]]:
+    return [[tables.plain(cell) for cell in row] for row in rows]
 
 
 def _run(result: Result, configurations: dict[str, Mapping[str, Any]], remarks: list[str]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ COLUMNS = (
     Column("alignment", "align.", "nc/train/alignment", _decimals),
 )
 HEADER = ("arm", "seeds", *(column.title for column in COLUMNS), "epochs", "time per run", "hardware")
+PUBLISHED_HEADER = ("published method", "backbone", "test acc.", "epochs", "read in")
 CAPTION = (
     "Mean ± sample standard deviation over seeds, of one seed no ±; – is missing. Accuracies, shot groups (many > 100, medium 20–100, "
     "few < 20 training images) and ECE in per cent, on the test images, of the checkpoint that was tested; NC1 and alignment of the "
@@ -52,15 +53,28 @@ CAPTION = (
 
 
 def rows(section: Section) -> list[list[str]]:
-    """A cell per column of `HEADER`, a row per arm, then one per published number; plain text."""
-    arms = [_row(group) for group in section.groups]
-    for entry in section.published:
-        backbone, read_in = entry["backbone"], entry["read_in"]
-        first = [f"{entry['method']} (published, {backbone}; read in: {read_in})", MISSING]
-        accuracy = f"{100 * entry['test/acc']:.2f}".removesuffix("0")
-        rest = [MISSING] * (len(COLUMNS) - 1)
-        arms.append([*first, accuracy, *rest, str(entry.get("epochs", MISSING)), MISSING, MISSING])
-    return arms
+    """A cell per column of `HEADER`, a row per arm; plain text."""
+    return [_row(group) for group in section.groups]
+
+
+def published(section: Section) -> list[list[str]]:
+    """A cell per column of `PUBLISHED_HEADER`, a row per published number; plain text."""
+    return [
+        [
+            entry["method"],
+            entry["backbone"],
+            f"{100 * entry['test/acc']:.2f}".removesuffix("0"),
+            str(entry.get("epochs", MISSING)),
+            entry["read_in"],
+        ]
+        for entry in section.published
+    ]
+
+
+def _grids(section: Section) -> list[tuple[Sequence[str], list[list[str]]]]:
+    """Header and rows of the arms, and of what was published if anything was: text in the first two columns and the last, else numbers."""
+    below = published(section)
+    return [(HEADER, rows(section)), *([(PUBLISHED_HEADER, below)] if below else [])]
 
 
 def notes(section: Section) -> list[str]:
@@ -116,31 +130,37 @@ def plain(value: object) -> str:
 # Formats --------------------------------------------------------------------------------------------------------------
 
 
-def for_terminal(section: Section) -> Table:
-    """A table of rich, of which each cell may take several lines; the hardware is among the notes."""
-    table = Table(title=Text(plain(section.title)), box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for title in ("arm", "seeds"):
-        table.add_column(title, overflow="fold")
-    for title in (*(column.short for column in COLUMNS), "epochs", "time"):
-        table.add_column(title, justify="right", overflow="fold")
-    for row in rows(section):
-        table.add_row(*(Text(plain(cell).replace("± ", "±")) for cell in row[:-1]))
+def for_terminal(section: Section) -> list[Table]:
+    """Tables of rich, of which each cell may take several lines; the hardware is among the notes."""
+    header = ("arm", "seeds", *(column.short for column in COLUMNS), "epochs", "time")
+    arms = _table(header, [row[:-1] for row in rows(section)])
+    arms.title = Text(plain(section.title))
+    below = published(section)
+    return [arms, *([_table(PUBLISHED_HEADER, below)] if below else [])]
+
+
+def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for i, title in enumerate(header):
+        table.add_column(title, justify="left" if i < 2 or title == PUBLISHED_HEADER[-1] else "right", overflow="fold")
+    for row in body:
+        table.add_row(*(Text(plain(cell).replace("± ", "±")) for cell in row))
     return table
 
 
 def markdown(sections: Sequence[Section]) -> str:
-    """One table per section, in GitHub's Markdown."""
+    """A table per section, and one of what was published, in GitHub's Markdown."""
     parts = []
     for section in sections:
-        lines = [
-            f"### {escape_markdown(section.title)}",
-            "",
-            "| " + " | ".join(HEADER) + " |",
-            "|---|---" + "|--:" * (len(HEADER) - 3) + "|---|",
-            *("| " + " | ".join(map(escape_markdown, row)) + " |" for row in rows(section)),
-            "",
-            *(escape_markdown(note) for note in notes(section)),
-        ]
+        lines = [f"### {escape_markdown(section.title)}", ""]
+        for header, body in _grids(section):
+            lines += [
+                "| " + " | ".join(header) + " |",
+                "|---|---" + "|--:" * (len(header) - 3) + "|---|",
+                *("| " + " | ".join(map(escape_markdown, row)) + " |" for row in body),
+                "",
+            ]
+        lines += (escape_markdown(note) for note in notes(section))
         parts.append("\n".join(lines).rstrip() + "\n")
     return "\n".join([*parts, CAPTION]) + "\n"
 
@@ -150,18 +170,18 @@ def latex(sections: Sequence[Section]) -> str:
     parts = []
     for section in sections:
         caption = " ".join([f"{section.title}.", *notes(section), CAPTION])
-        lines = [
-            r"\begin{table}",
-            rf"\caption{{{escape_latex(caption)}}}",
-            rf"\begin{{tabular}}{{ll{'r' * (len(HEADER) - 3)}l}}",
-            r"\toprule",
-            " & ".join(map(escape_latex, HEADER)) + r" \\",
-            r"\midrule",
-            *(" & ".join(map(escape_latex, row)) + r" \\" for row in rows(section)),
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-        ]
+        lines = [r"\begin{table}", rf"\caption{{{escape_latex(caption)}}}"]
+        for header, body in _grids(section):
+            lines += [
+                rf"\begin{{tabular}}{{ll{'r' * (len(header) - 3)}l}}",
+                r"\toprule",
+                " & ".join(map(escape_latex, header)) + r" \\",
+                r"\midrule",
+                *(" & ".join(map(escape_latex, row)) + r" \\" for row in body),
+                r"\bottomrule",
+                r"\end{tabular}\par\medskip",
+            ]
+        lines.append(r"\end{table}")
         parts.append("\n".join(lines) + "\n")
     return "% \\usepackage{booktabs}\n" + "\n".join(parts)
 
