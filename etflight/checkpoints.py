@@ -1,7 +1,8 @@
-"""Reading checkpoints that somebody else may have written: plain data or nothing."""
+"""Reading checkpoints and weights that somebody else may have written: plain data or nothing."""
 
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from pickle import UnpicklingError
 from typing import Any
@@ -28,6 +29,62 @@ _KINDS: dict[str, type] = {
 }
 
 
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Load a file of weights as named tensors; no code in it can run.
+
+    Args:
+        path: `.safetensors`, or what `torch.save` wrote: a state dict, or a checkpoint that holds one under the names timm and
+            torchvision give it (`state_dict`, `model`, …).
+
+    Raises:
+        UserError: missing or damaged; not a file of this machine; holding anything but tensors and plain data; no state dict.
+    """
+    from timm.models import load_state_dict  # timm takes a second, which `--help` need not wait for
+
+    file = _local_file(path, "weights", "FILE.safetensors, or one of torch.save")
+    try:
+        _check_size(file)
+        state: dict[str, Tensor] = load_state_dict(str(file), weights_only=True)
+    except Exception as error:  # a hostile file can end in any of them
+        reason = "it holds more than tensors and plain data, or is damaged"
+        raise UserError(f"weights {path} were refused and nothing in it was run: {reason}") from error
+    if not isinstance(state, dict) or not state or not all(map(_is_dense, state.values())):
+        raise UserError(f"weights {path} are no state dict: save one with torch.save(model.state_dict(), FILE)")
+    return state
+
+
+def _is_dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided
+
+
+def misfit(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
+    """What keeps a state dict from being loaded, if anything does: names that are missing, that have no place, other shapes.
+
+    Args:
+        given: what is to be loaded.
+        own: that of the module.
+
+    Returns:
+        A part of a sentence about the given one; None if it fits.
+    """
+    missing = [key for key in own if key not in given]
+    surplus = sorted(given.keys() - own.keys())
+    shapes = [
+        f"{key} is {list(given[key].shape)}, not {list(value.shape)}"
+        for key, value in own.items()
+        if key in given and given[key].shape != value.shape
+    ]
+    problems = []
+    for text, names in (
+        ("it has no {}", missing),
+        ("it has a {}, with no place here", surplus),
+        ("its {}", shapes),
+    ):
+        if names:
+            problems.append(text.format(names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")))
+    return "; ".join(problems) or None
+
+
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     """Load a Lightning checkpoint as tensors and plain data; no code in it can run.
 
@@ -39,13 +96,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         UserError: missing, truncated or no checkpoint; not a file of this machine; holding anything but tensors and plain data;
             made by another program; or naming files that a callback would delete.
     """
-    if re.match(r"[A-Za-z][\w+.-]+:|.*::", str(path)):  # two characters or more: C: is a drive
-        raise UserError(
-            f"checkpoint {path} is not a file on this machine: download it first, and give the path of the file"
-        )
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"checkpoint {path} does not exist: give the path of a file such as RUN/checkpoints/last.ckpt")
+    file = _local_file(path, "checkpoint", "a file such as RUN/checkpoints/last.ckpt")
     try:
         _check_size(file)
         checkpoint = torch.load(file, map_location=map_location, weights_only=True)
@@ -62,6 +113,16 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         raise UserError(f"checkpoint {path} is not one of etflight's: it has no state_dict with hyper_parameters")
     _check_contents(path, checkpoint)
     return checkpoint
+
+
+def _local_file(path: str | Path, what: str, example: str) -> Path:
+    if re.match(r"[A-Za-z][\w+.-]+:|.*::", str(path)):  # two characters or more: C: is a drive
+        raise UserError(
+            f"{what} {path} is not a file on this machine: download it first, and give the path of the file"
+        )
+    if not Path(path).is_file():
+        raise UserError(f"{what} {path} does not exist: give the path of {example}")
+    return Path(path)
 
 
 def _check_size(file: Path) -> None:

@@ -27,7 +27,7 @@ from etflight.metrics.calibration import Reliability, ReliabilityBins, Temperatu
 from etflight.metrics.confusion import MOST_CLASSES, Confusion
 from etflight.metrics.mean import SampleMean
 from etflight.metrics.shots import ClassScores, ShotAccuracy
-from etflight.optim import PROTOCOL_SGD, match_layouts
+from etflight.optim import PROTOCOL_SGD, keeps_scales, layer_groups, match_layouts, scale_rates
 from etflight.ranks import take_buffers_of_rank_zero
 from etflight.specs import describe, find, is_plain, objections, resolve
 from etflight.untrusted import refuse_names
@@ -85,6 +85,8 @@ class Classifier(LightningModule):
         model_kwargs: further arguments of timm's model, such as `{"width": 2}` for the CIFAR ResNets.
         logit_adjustment: τ of post-hoc logit adjustment (Menon et al. 2021): validation, test and predict decide by `z - τ log π`, with
             the training frequencies π that the checkpoint holds. Training, and the logged losses, know nothing of it.
+        layer_decay: factor of the learning rate from a layer of the backbone to the one before it, from above 0 to 1; the head has the
+            optimizer's own rate. 1: all have it. For fine-tuning.
         compile: whether to train through `torch.compile`, or its mode; "reduce-overhead" is the one with CUDA graphs.
 
     Attributes:
@@ -114,6 +116,7 @@ class Classifier(LightningModule):
         pretrained: bool = False,
         model_kwargs: dict[str, Any] | None = None,
         logit_adjustment: float = 0.0,
+        layer_decay: float = 1.0,
         compile: Compile = False,
     ) -> None:
         super().__init__()
@@ -129,6 +132,8 @@ class Classifier(LightningModule):
         self.loss.check_head(self.head)
         if not math.isfinite(logit_adjustment):
             raise UserError(f"logit_adjustment is {logit_adjustment}: give a finite τ, 0 for none")
+        if not 0 < layer_decay <= 1:
+            raise UserError(f"layer_decay is {layer_decay}: give a factor from above 0 to 1, 1 for one learning rate")
         self.class_names: list[str] | None = None
         self.register_buffer("temperature", torch.ones(()))
         self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.long))
@@ -172,8 +177,9 @@ class Classifier(LightningModule):
     # --- steps -------------------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Remember the learning rate: at the end of an epoch the schedule has made it the next one's."""
-        self._lr = float(self.trainer.optimizers[0].param_groups[0]["lr"])
+        """Remember the head's learning rate: at the end of an epoch the schedule has made it the next one's."""
+        group = self.trainer.optimizers[0].param_groups[0]
+        self._lr = float(group["lr"]) / group.get("lr_scale", 1.0)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one training batch."""
@@ -375,11 +381,20 @@ class Classifier(LightningModule):
         """The optimizer over everything trainable, and the schedule, stepped each epoch."""
         make = self._build("optimizer")
         fused = {"fused": True} if self._can_fuse(make) else {}
-        optimizer = make((p for p in self.parameters() if p.requires_grad), **fused)
+        if (decay := self.hparams["layer_decay"]) == 1:
+            optimizer = make((p for p in self.parameters() if p.requires_grad), **fused)
+        else:
+            optimizer = make(layer_groups(self, self.backbone, decay), **fused)
+            scale_rates(optimizer)
         if self.hparams["lr_scheduler"] is None:
             return cast(Optimizer, optimizer)
         arguments = {"total_epochs": self.trainer.max_epochs} if self._schedule_takes_total_epochs else {}
         schedule = self._build("lr_scheduler")(optimizer, **arguments)
+        if decay != 1 and not keeps_scales(optimizer):
+            raise UserError(
+                f"{type(schedule).__name__} gives all layers one learning rate, so layer_decay would do nothing: "
+                "choose a schedule that multiplies rates, such as WarmupCosine, or leave layer_decay out"
+            )
         monitor = {"monitor": "val/loss"} if isinstance(schedule, ReduceLROnPlateau) else {}
         return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, **monitor}})
 
@@ -439,7 +454,7 @@ class Classifier(LightningModule):
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
         saved = checkpoint.get("hyper_parameters", {})
-        for name in ("optimizer", "lr_scheduler"):
+        for name in ("optimizer", "lr_scheduler", "layer_decay"):
             if name in saved and saved[name] != self.hparams[name]:
                 raise UserError(
                     f"--model.{name} differs from the checkpoint being resumed, whose saved state would undo it: "

@@ -1,13 +1,16 @@
-"""Optimizer and learning-rate schedules of the field's protocols, composed from torch's own.
+"""Optimizer, parameter groups and learning-rate schedules of the field's protocols, composed from torch's own.
 
 `Classifier` gives the trainer's `max_epochs` to a schedule that takes `total_epochs` and was given none.
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 
@@ -15,6 +18,63 @@ from etflight.errors import UserError
 
 PROTOCOL_SGD = partial(SGD, lr=0.1, momentum=0.9, weight_decay=2e-4)
 """SGD as in the released code of Yang et al. 2022 for the CIFAR sets."""
+
+
+def layer_groups(model: nn.Module, backbone: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """Groups of what trains, by depth: the learning rate of the i-th layer before the head is to be `decay^i` of the head's.
+
+    Layers are those of timm's `group_matcher`: the stem, each block, and what follows the blocks; what it does not place belongs to
+    the head's.
+
+    Args:
+        model: all of it.
+        backbone: its part that timm built.
+        decay: from one layer to the one before it.
+
+    Returns:
+        Groups for an optimizer, the fastest first, each with its `lr_scale`, for `scale_rates`.
+
+    Raises:
+        UserError: timm does not know the backbone's layers.
+
+    Source:
+        Clark et al., "ELECTRA", ICLR 2020, arXiv 2003.10555; for images Bao et al., "BEiT", ICLR 2022, arXiv 2106.08254.
+    """
+    from timm.models._manipulate import group_with_matcher  # timm takes a second, which `--help` need not wait for
+
+    matcher: Any = getattr(backbone, "group_matcher", None)
+    if matcher is None:
+        raise UserError(f"layer_decay: timm does not tell the layers of {type(backbone).__name__}: leave it out")
+    parameters = dict(backbone.named_parameters())
+    named = iter([*parameters.items(), ("head.weight", None)])
+    layers: dict[str, int] = group_with_matcher(named, matcher(coarse=False), reverse=True)
+    depths = {id(parameter): layers["head.weight"] - layers[name] for name, parameter in parameters.items()}
+    groups: dict[int, list[nn.Parameter]] = defaultdict(list)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups[depths.get(id(parameter), 0)].append(parameter)
+    return [{"params": groups[depth], "lr_scale": decay**depth} for depth in sorted(groups)]
+
+
+def scale_rates(optimizer: Optimizer) -> None:
+    """Give each group of `layer_groups` its part of the optimizer's learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] * group["lr_scale"]
+
+
+def keeps_scales(optimizer: Optimizer) -> bool:
+    """Whether the groups' rates, as a schedule has set them for the first epoch or cycle, still differ by their `lr_scale`."""
+    rates = [float(group.get("initial_lr", group["lr"])) / group["lr_scale"] for group in optimizer.param_groups]
+    return all(math.isclose(rate, rates[0], rel_tol=1e-6) for rate in rates)
+
+
+def start_momentum(optimizer: Optimizer) -> None:
+    """Let parameters that have had no gradient so far begin with a momentum of 0: torch's fused SGD takes a group's for new all or none."""
+    if not isinstance(optimizer, SGD):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
 def match_layouts(optimizer: Optimizer) -> None:

@@ -15,9 +15,10 @@ from torch import nn
 from etflight.backbones import densenet_cifar as densenet_cifar
 from etflight.backbones import resnet_cifar as resnet_cifar
 from etflight.backbones import resnet_wide as resnet_wide
+from etflight.backbones.weights import load_weights
 from etflight.errors import UserError
 
-__all__ = ["build_backbone"]
+__all__ = ["build_backbone", "load_weights"]
 
 # Arguments of `timm.create_model` that would break the promise of pooled features, or that have their own name here.
 _OURS = {
@@ -43,8 +44,7 @@ def build_backbone(
     Args:
         name: A name from `timm.list_models()`, with a tag of weights or not, or timm's `hf-hub:…` or `local-dir:…`.
         in_chans: Channels of the images.
-        pretrained: Load the weights that timm publishes, or the ones in a local file, given as
-            `model_kwargs={"pretrained_cfg_overlay": {"file": path}}`.
+        pretrained: Load the weights that timm publishes; `load_weights` puts those of a file into the model.
         model_kwargs: More arguments of `timm.create_model`.
 
     Returns:
@@ -75,8 +75,8 @@ def build_backbone(
         reason = shorten(reason, 300, placeholder=" …")  # also joins its lines
         if pretrained and not isinstance(error, ValueError):
             raise UserError(
-                f"no pretrained weights for {name!r} ({reason}); give `pretrained: false`, or a local file by "
-                "`model_kwargs: {pretrained_cfg_overlay: {file: PATH}}`"
+                f"no pretrained weights for {name!r} ({reason}); give `pretrained: false`, and a local file by "
+                "`fine_tuning: {weights: PATH}`"
             ) from error
         if elsewhere or "checkpoint_path" in kwargs:
             raise UserError(f"backbone {name!r} cannot be built: {reason}") from error

@@ -1,94 +1,167 @@
-"""Training that starts from another run's weights, with parts of the model frozen: the second of two stages."""
+"""Training that starts from given weights, with parts of the model frozen for a while or for good."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from etflight.callbacks.embedding_source import find_submodule
-from etflight.checkpoints import read_checkpoint
+from etflight.checkpoints import misfit, read_checkpoint
 from etflight.errors import UserError
+from etflight.optim import start_momentum
 
 
 class FineTuning(Callback):
-    """Starts training from parts of a checkpoint, and keeps parts of the model as they are.
+    """Starts training from a file of weights or parts of a checkpoint, and keeps parts of the model as they are.
 
-    - cRT, a fresh head on a frozen backbone: `load={"backbone": "backbone"}, freeze=["backbone"]`.
+    - Transfer, a fresh head that learns for 3 epochs before the backbone does: `weights="resnet50.safetensors", freeze=["backbone"],
+      unfreeze_epoch=3`. `Classifier`'s `layer_decay` makes the backbone's first layers learn more slowly than its last ones.
+    - cRT, a fresh head on a frozen backbone: `load={"backbone": "backbone"}, freeze=["backbone"]` with a `checkpoint`.
     - LWS, a scale for each class of the old head: `load={"backbone": "backbone", "head": "head.linear"},
-      freeze=["backbone", "head.linear"]` with `ScaledLinearHead`.
+      freeze=["backbone", "head.linear"]` with a `checkpoint` and `ScaledLinearHead`.
 
     A frozen part has no gradients, so neither weight decay nor momentum moves it, and it stays in evaluation mode, so its BatchNorm
-    keeps its statistics. A resumed run takes all weights from its own checkpoint and does not ask for this one again.
+    keeps its statistics. A resumed run takes all weights from its own checkpoint and does not ask for these again. What is frozen
+    depends on the epoch alone, so a resumed run goes on as it would have.
 
     Args:
         checkpoint: that an `etflight` training wrote; with averaged weights (EMA) it is those that are taken.
         load: its parts, and the part of this model that each is for.
         freeze: parts of this model that do not train; names inside the backbone, such as "layer1", are understood, too.
+        weights: file for the backbone, `.safetensors` or one of `torch.save`, with the names that timm gives the backbone's weights;
+            its classifier is left out. Images must be normalised (`mean`, `std` of the data) as those it was trained on.
+        unfreeze_epoch: the first epoch, counted from 0, in which the frozen parts train, too; None: they never do.
 
     Raises:
-        UserError: a checkpoint without anything to load from it, or the reverse; when training starts, a checkpoint of another kind of
-            model, parts that are not there or of other shapes, or nothing left to train.
+        UserError: a checkpoint without anything to load from it, or the reverse; a checkpoint and weights; an epoch without anything
+            frozen until then; when training starts, a checkpoint or weights of another kind of model, parts that are not there or of
+            other shapes, nothing left to train, or an epoch that is never reached.
 
     Source:
-        Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, arXiv 1910.09217, section 4.
+        Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, arXiv 1910.09217, section 4;
+        Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution", ICLR 2022, arXiv 2202.10054.
     """
 
     def __init__(
-        self, checkpoint: str | None = None, load: Mapping[str, str] | None = None, freeze: Sequence[str] = ()
+        self,
+        checkpoint: str | None = None,
+        load: Mapping[str, str] | None = None,
+        freeze: Sequence[str] = (),
+        weights: str | None = None,
+        unfreeze_epoch: int | None = None,
     ) -> None:
         super().__init__()
         if (checkpoint is None) != (not load):
             have, lack = ("load", "checkpoint") if checkpoint is None else ("checkpoint", "load")
             raise UserError(f"fine-tuning has a {have}, but no {lack}: give --fine_tuning.{lack}, too, or neither")
+        if checkpoint is not None and weights is not None:
+            raise UserError("fine-tuning starts from --fine_tuning.checkpoint or --fine_tuning.weights, not from both")
+        if unfreeze_epoch is not None and (unfreeze_epoch < 1 or not freeze):
+            what = f"is {unfreeze_epoch}" if freeze else "has nothing to unfreeze"
+            raise UserError(f"--fine_tuning.unfreeze_epoch {what}: give an epoch of 1 or more and --fine_tuning.freeze")
         self.checkpoint = checkpoint
         self.load = dict(load or {})
         self.freeze = tuple(freeze)
+        self.weights = weights
+        self.unfreeze_epoch = unfreeze_epoch
         self._resumes = False
+        self._held: list[nn.Parameter] = []  # those of the frozen parts that train otherwise
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Freeze, before an optimizer or DDP asks which parameters train."""
+        """Freeze for good before an optimizer or DDP asks which parameters train, but for a while only after that."""
         self._resumes = False
         if stage != "fit" or not self.freeze:
             return
-        for part in self._frozen(pl_module):
-            part.requires_grad_(False)
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in pl_module.parameters()]
-        trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
-        if trained == 0:
+        trained = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
+        frozen = {id(parameter) for part in self._frozen(pl_module) for parameter in part.parameters()}
+        self._held = [parameter for parameter in trained if id(parameter) in frozen]
+        total = sum(parameter.numel() for parameter in pl_module.parameters())
+        rest = sum(parameter.numel() for parameter in trained if id(parameter) not in frozen)
+        if rest == 0:
             raise UserError(f"nothing is left to train: --fine_tuning.freeze {list(self.freeze)} is the whole model")
-        rank_zero_info(f"frozen: {', '.join(self.freeze)}; {trained:,} of {total:,} parameters train")
+        until = ""
+        if self.unfreeze_epoch is None:
+            for parameter in self._held:
+                parameter.requires_grad_(False)
+        else:
+            self._check_reached(trainer)
+            until = f" until epoch {self.unfreeze_epoch}"
+            if isinstance(trainer.strategy, DDPStrategy):
+                # DDP then knows all parameters from the start, and waits in no step for those without gradients
+                trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
+        rank_zero_info(f"frozen{until}: {', '.join(self.freeze)}; {rest:,} of {total:,} parameters train")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note that the weights are there already."""
         self._resumes = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the checkpoint's weights into the model."""
-        if self.checkpoint is None or self._resumes:
+        """Put the given weights into the model."""
+        if self._resumes:
             return
-        content = read_checkpoint(self.checkpoint)
-        _check_model(self.checkpoint, content["hyper_parameters"], pl_module.hparams)
-        for source, target in self.load.items():
-            state = _part(content["state_dict"], source)
-            module = find_submodule(pl_module, target, "--fine_tuning.load:")
-            if problem := _misfit(state, module.state_dict()):
-                raise UserError(
-                    f"{source} of checkpoint {self.checkpoint} does not fit {target} of this model: {problem}: "
-                    "give a checkpoint of the same kind of model"
-                )
-            module.load_state_dict(state)
-        rank_zero_info(f"weights of {', '.join(self.load)} taken from {self.checkpoint}")
+        if self.weights is not None:
+            self._take_weights(self.weights, pl_module)
+        if self.checkpoint is not None:
+            self._take_parts(self.checkpoint, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the frozen parts in evaluation mode; later validations give every module its own mode back."""
+        """Hold the frozen parts; later validations give every module its own mode back."""
+        self._set_frozen(pl_module, not self._is_over(trainer))
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let them go in their epoch."""
+        if trainer.current_epoch == self.unfreeze_epoch:
+            self._set_frozen(pl_module, False)
+            for optimizer in trainer.optimizers:
+                start_momentum(optimizer)
+            rank_zero_info(f"from epoch {self.unfreeze_epoch} on {', '.join(self.freeze)} trains, too")
+
+    def _is_over(self, trainer: Trainer) -> bool:
+        return self.unfreeze_epoch is not None and trainer.current_epoch >= self.unfreeze_epoch
+
+    def _set_frozen(self, pl_module: LightningModule, frozen: bool) -> None:
+        for parameter in self._held:
+            parameter.requires_grad_(not frozen)
         for part in self._frozen(pl_module):
-            part.eval()
+            part.train(not frozen)
+
+    def _check_reached(self, trainer: Trainer) -> None:
+        trial = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning outside the class body
+        last = trainer.max_epochs
+        if not trial and last not in (None, -1) and self.unfreeze_epoch is not None and self.unfreeze_epoch >= last:
+            raise UserError(
+                f"--fine_tuning.unfreeze_epoch {self.unfreeze_epoch} is never reached in {last} epochs, counted from 0: "
+                "give an earlier one, more --trainer.max_epochs, or leave it out"
+            )
 
     def _frozen(self, pl_module: LightningModule) -> list[nn.Module]:
         return [find_submodule(pl_module, name, "--fine_tuning.freeze:") for name in self.freeze]
+
+    def _take_weights(self, path: str, pl_module: LightningModule) -> None:
+        from etflight.backbones import load_weights  # timm takes a second, which `--help` need not wait for
+
+        left_out = load_weights(find_submodule(pl_module, "backbone", "--fine_tuning.weights:"), path)
+        classifier = f"; its classifier is left out ({', '.join(left_out)})" if left_out else ""
+        rank_zero_info(f"weights of the backbone taken from {path}{classifier}")
+
+    def _take_parts(self, path: str, pl_module: LightningModule) -> None:
+        content = read_checkpoint(path)
+        _check_model(path, content["hyper_parameters"], pl_module.hparams)
+        for source, target in self.load.items():
+            state = _part(content["state_dict"], source)
+            module = find_submodule(pl_module, target, "--fine_tuning.load:")
+            problem = misfit(state, module.state_dict()) if state else "the checkpoint has no such part"
+            if problem:
+                raise UserError(
+                    f"{source} of checkpoint {path} does not fit {target} of this model: {problem}: "
+                    "give a checkpoint of the same kind of model"
+                )
+            module.load_state_dict(state)
+        rank_zero_info(f"weights of {', '.join(self.load)} taken from {path}")
 
 
 def _check_model(path: str | Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
@@ -104,16 +177,3 @@ def _check_model(path: str | Path, saved: Mapping[str, Any], own: Mapping[str, A
 
 def _part(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-
-
-def _misfit(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
-    """What keeps a state dict from being loaded, if anything does."""
-    if not given:
-        return "the checkpoint has no such part"
-    for key in own:
-        if key not in given:
-            return f"it has no {key}"
-        if given[key].shape != own[key].shape:
-            return f"its {key} is {list(given[key].shape)}, not {list(own[key].shape)}"
-    surplus = sorted(given.keys() - own.keys())
-    return f"it has a {surplus[0]}, which has no place here" if surplus else None

@@ -18,12 +18,11 @@ from rich.progress import track
 from rich.table import Table
 from safetensors import SafetensorError
 from timm.data.config import resolve_data_config
-from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from etflight import plotting
 from etflight.backbones import resnet_cifar
-from etflight.checkpoints import read_checkpoint
+from etflight.checkpoints import read_checkpoint, read_weights
 from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
 from etflight.commands.data_option import CommandParser, console, data_parser, parse
 from etflight.data import ImageDataModule
@@ -237,7 +236,7 @@ def _create(name: str, weights: str | None, data: ImageDataModule) -> Any:
     arguments: dict[str, Any] = {"in_chans": data.num_channels, "pretrained": weights is None}
     state: dict[str, Tensor] = {}
     if weights is not None:
-        state = _read_weights(weights)
+        state = read_weights(weights)
         arguments["num_classes"] = _classes_in(state, name) or data.num_classes
         _check_classes(f"{weights} of {name}", arguments["num_classes"], data, "give the data it was trained on")
     elif ":" not in name:  # before a download that would be in vain
@@ -256,20 +255,6 @@ def _create(name: str, weights: str | None, data: ImageDataModule) -> Any:
                 f"{weights} does not fit {name} for {data.num_channels} channels ({_brief(error)}): give the name that made it"
             ) from error
     return network
-
-
-def _read_weights(path: str) -> dict[str, Tensor]:
-    """A state dict from a file of tensors and plain data; no code in it can run."""
-    if not Path(path).is_file():
-        raise UserError(f"--weights {path} does not exist: give a file of torch.save or .safetensors")
-    try:
-        state: dict[str, Tensor] = load_state_dict(path, weights_only=True)
-    except Exception as error:  # a hostile file can end in any of them
-        reason = "it holds more than tensors and plain data, or is damaged"
-        raise UserError(f"--weights {path} was refused and nothing in it was run: {reason}") from error
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"--weights {path} is no state dict: save one with torch.save(model.state_dict(), FILE)")
-    return state
 
 
 def _classes_in(state: dict[str, Tensor], name: str) -> int | None:

@@ -102,7 +102,7 @@ def test_weights_that_do_not_exist_are_one_line_with_the_mend():
     message = message_of("resnet20_cifar", pretrained=True)
     assert message.startswith("no pretrained weights for 'resnet20_cifar'")
     assert "`pretrained: false`" in message
-    assert "pretrained_cfg_overlay" in message
+    assert "fine_tuning: {weights: PATH}" in message
 
 
 def test_weights_out_of_reach_are_one_line_with_the_mend(monkeypatch, tmp_path):

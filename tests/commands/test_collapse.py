@@ -257,7 +257,7 @@ def test_bad_input_ends_in_one_line_that_says_the_mend(run, images, tmp_path, mo
         ([*own, "--data=Digits"], 1, "decides between 3 classes, but Digits has 10"),
         (["--timm=resnet18", *arrays], 1, "decides between 1000 classes, but .* has 3: give --weights FILE"),
         (["--timm=test_resnett", *arrays], 1, "no timm model is called 'test_resnett': near matches: test_resnet"),
-        (["--timm=test_resnet", "--weights=none.pt", *arrays], 1, "--weights none.pt does not exist"),
+        (["--timm=test_resnet", "--weights=none.pt", *arrays], 1, "weights none.pt does not exist"),
         (["--timm=test_resnet", "--weights=code.pt", *arrays], 1, "refused and nothing in it was run"),
         (["--timm=test_resnet", "--weights=text.pt", *arrays], 1, "refused and nothing in it was run"),
         (["--timm=test_convnext", "--weights=w.safetensors", *arrays], 1, "does not fit test_convnext"),

@@ -1,0 +1,59 @@
+"""Weights from a file for a backbone that timm built."""
+
+from pathlib import Path
+from typing import Any
+
+from timm.models import adapt_input_conv
+from torch import Tensor, nn
+
+from etflight.checkpoints import misfit, read_weights
+from etflight.errors import UserError
+
+
+def load_weights(backbone: nn.Module, path: str | Path) -> list[str]:
+    """Put the weights of a file into a timm model without a classifier.
+
+    Everything must fit but the file's classifier, which is left out. The weights of colour images are made ones for another number
+    of channels as timm makes them (grey: their sum).
+
+    Args:
+        backbone: as `build_backbone` gives it.
+        path: `.safetensors`, or one of `torch.save`.
+
+    Returns:
+        The names left out.
+
+    Raises:
+        UserError: the file cannot be read, or holds the weights of another model.
+    """
+    state = read_weights(path)
+    config: dict[str, Any] = getattr(backbone, "pretrained_cfg", None) or {}
+    classifiers = tuple(f"{name}." for name in _names(config.get("classifier")))
+    left_out = sorted(name for name in state if name.startswith(classifiers))
+    own = backbone.state_dict()
+    fitting = {name: value for name, value in state.items() if name not in left_out}
+    for name in _names(config.get("first_conv")):
+        _adapt_channels(fitting, own, f"{name}.weight")
+    for name, value in own.items():
+        if name.endswith(".num_batches_tracked"):  # not a weight: converters leave it out
+            fitting.setdefault(name, value)
+    if problem := misfit(fitting, own):
+        raise UserError(
+            f"weights {path} do not fit the backbone: {problem}: give the --model.backbone they were made for, "
+            "with the names that timm gives them"
+        )
+    backbone.load_state_dict(fitting)
+    return left_out
+
+
+def _names(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Most models have one classifier and one first convolution, some several."""
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def _adapt_channels(state: dict[str, Tensor], own: dict[str, Tensor], name: str) -> None:
+    if name not in state or name not in own:
+        return
+    given, wanted = state[name].shape, own[name].shape
+    if len(given) == 4 and given[1] == 3 != wanted[1] and (given[0], *given[2:]) == (wanted[0], *wanted[2:]):
+        state[name] = adapt_input_conv(wanted[1], state[name])

@@ -1,0 +1,127 @@
+"""Weights from a file: the same network as timm's own, or one line that says why not."""
+
+import zipfile
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch.testing import assert_close
+
+from etflight.backbones import build_backbone, load_weights
+from etflight.errors import UserError
+from tests.backbones.nets import images
+from tests.test_security import HOSTILE_WEIGHTS, TRACES
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A network with a classifier, whose weights and statistics are those of no new one."""
+    torch.manual_seed(7)
+    model = timm.create_model("test_resnet", num_classes=5)
+    for _ in range(3):
+        model(torch.randn(8, 3, 32, 32) + 1)
+    return model.eval()
+
+
+def save(content, path):
+    safetensors.torch.save_file(content, path) if path.suffix == ".safetensors" else torch.save(content, path)
+    return path
+
+
+def refused(name, path, **kwargs):
+    backbone, _ = build_backbone(name, **kwargs)
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    with pytest.raises(UserError) as caught:
+        load_weights(backbone, path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 500
+    for key, value in backbone.state_dict().items():
+        assert torch.equal(value, before[key])
+    return message
+
+
+@pytest.mark.parametrize(
+    ("file", "wrap"),
+    [
+        ("w.safetensors", lambda state: state),
+        ("w.pth", lambda state: state),
+        ("w.pt", lambda state: {"state_dict": state, "epoch": 3, "arch": "test_resnet"}),
+        ("w.bin", lambda state: {"model": {f"module.{name}": value for name, value in state.items()}}),
+    ],
+)
+def test_features_are_those_of_the_network_that_was_saved(file, wrap, trained, tmp_path):
+    path = save(wrap(trained.state_dict()), tmp_path / file)
+    backbone, _ = build_backbone("test_resnet")
+    assert load_weights(backbone, path) == ["fc.bias", "fc.weight"]
+    x = images(32)
+    expected = trained.forward_head(trained.forward_features(x), pre_logits=True)
+    assert_close(backbone.eval()(x), expected, rtol=0, atol=0)
+
+
+def test_a_grey_image_is_seen_as_the_colour_image_of_its_greys(trained, tmp_path):
+    backbone, _ = build_backbone("test_resnet", in_chans=1)
+    load_weights(backbone, save(trained.state_dict(), tmp_path / "w.safetensors"))
+    x = images(32, in_chans=1)
+    expected = trained.forward_head(trained.forward_features(x.expand(-1, 3, -1, -1)), pre_logits=True)
+    assert_close(backbone.eval()(x), expected)
+
+
+def test_counters_of_batches_may_be_missing(trained, tmp_path):
+    state = {k: v for k, v in trained.state_dict().items() if not k.endswith("num_batches_tracked")}
+    assert len(state) < len(trained.state_dict())
+    backbone, _ = build_backbone("test_resnet")
+    load_weights(backbone, save(state, tmp_path / "w.safetensors"))
+    assert torch.equal(backbone.get_buffer("bn1.running_mean"), trained.bn1.running_mean)
+
+
+def test_every_registered_end_is_left_out_by_its_own_name(tmp_path):
+    for name in ("test_vit", "test_convnext", "densenet_bc_150_cifar"):
+        model = timm.create_model(name, num_classes=5)
+        left_out = load_weights(build_backbone(name)[0], save(model.state_dict(), tmp_path / f"{name}.safetensors"))
+        ends = {n for n, layer in model.named_modules() if layer is model.get_classifier()}
+        assert {n.rpartition(".")[0] for n in left_out} == ends
+
+
+def test_weights_of_another_network_are_told_in_one_line(tmp_path):
+    def state(name, **kwargs):
+        return save(timm.create_model(name, **kwargs).state_dict(), tmp_path / "w.safetensors")
+
+    deeper = refused("resnet20_cifar", state("resnet32_cifar"))  # has everything that the smaller one has
+    assert "it has a layer1.3.bn1.bias (and 71 more), with no place here" in deeper
+    assert "it has no layer1.3.conv1.weight (and 59 more)" in refused("resnet32_cifar", state("resnet20_cifar"))
+    wide = refused("resnet20_cifar", state("resnet20_cifar", width=2))
+    assert "its conv1.weight is [32, 3, 3, 3], not [16, 3, 3, 3] (and " in wide
+    assert "give the --model.backbone they were made for" in wide
+    four = refused("resnet20_cifar", state("resnet20_cifar", in_chans=4))
+    assert "its conv1.weight is [16, 4, 3, 3], not [16, 3, 3, 3]" in four
+
+
+def test_a_file_that_is_not_there_or_not_here_is_told_in_one_line(tmp_path):
+    assert "gone.pth does not exist" in refused("test_resnet", tmp_path / "gone.pth")
+    assert "not a file on this machine" in refused("test_resnet", "https://example.org/w.safetensors")
+
+
+def sparse():
+    torch.save({"conv1.weight": torch.eye(3).to_sparse()}, "sparse.pth")
+
+
+def packed():
+    """Zeros that a zip file holds in a thousandth of their size."""
+    torch.save({"conv1.weight": torch.zeros(10**6)}, "plain.pth")
+    with zipfile.ZipFile("plain.pth") as plain, zipfile.ZipFile("packed.pth", "w", zipfile.ZIP_DEFLATED) as small:
+        for member in plain.namelist():
+            small.writestr(member, plain.read(member))
+
+
+def endless():
+    torch.save({"conv1.weight": torch.zeros(1).expand(10**12)}, "endless.pth")
+
+
+@pytest.mark.parametrize("name", [*HOSTILE_WEIGHTS, "sparse.pth", "packed.pth", "endless.pth"])
+def test_hostile_weights_are_refused_and_nothing_in_them_is_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    {**HOSTILE_WEIGHTS, "sparse.pth": sparse, "packed.pth": packed, "endless.pth": endless}[name]()
+    assert f"weights {name} " in refused("test_resnet", name)
+    assert not [trace for trace in TRACES if (tmp_path / trace).exists()]
