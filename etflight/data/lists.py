@@ -16,10 +16,12 @@ from etflight.data.base import Split
 from etflight.data.file_images import ListedFileImages, PhotoRecipe
 from etflight.data.file_sources import FileSource
 from etflight.data.paths import Paths
+from etflight.data.profiles import stable_order
 from etflight.errors import UserError
 
 _IS_BLANK = np.isin(np.arange(256), [ord(blank) for blank in " \t\r"])
 _MOST_DIGITS = 9
+_MOST_BLANKS = 64  # around a path; each is a pass over all lines
 
 
 @dataclass(eq=False)
@@ -94,17 +96,17 @@ class ListImages(ListedFileImages):
 
     def _where_they_are(self, paths: Paths, labels: Tensor) -> Paths:
         """The same paths, or with the class folders that a list leaves out, if the first image lies in such a folder."""
-        folders = self._folders
-
-        def with_folder(index: int) -> str:
-            folder, slash, name = paths.relative(index).rpartition("/")
-            return f"{folder}{slash}{self.class_name(folders[int(labels[index])])}/{name}"
-
-        if os.path.exists(paths[0]) or not folders or int(labels.max()) >= len(folders):
+        if os.path.exists(paths[0]) or int(labels.max()) >= len(self._folders):
             return paths
-        if not os.path.exists(os.path.join(self.root, with_folder(0))):
+
+        def inserted(indices: range) -> list[str]:
+            pairs = zip(paths.relative(indices), labels[indices.start : indices.stop].tolist(), strict=True)
+            parts = ((path.rpartition("/"), self.class_name(self._folders[label])) for path, label in pairs)
+            return [f"{folder}{slash}{name}/{file}" for (folder, slash, file), name in parts]
+
+        if not os.path.exists(os.path.join(self.root, *inserted(range(1)))):
             return paths
-        return Paths.pack(self.root, map(with_folder, range(len(paths))))
+        return Paths.pack(self.root, inserted(range(len(paths))))
 
     def _read(self, split: Split) -> tuple[Paths, Tensor]:
         return self._training_list if split == "train" else read_list(self._list(split), self.root)
@@ -118,13 +120,13 @@ class ListImages(ListedFileImages):
         """The folder of each class, none if they do not lie in K folders: judged by the first and last image of each."""
         lists = [split for split in self.list_files if self._list(split).is_file()]  # to test, its list is enough
         paths, labels = self._read(lists[0] if lists else "train")
-        order = np.argsort(labels.numpy(), kind="stable")
-        bounds = np.searchsorted(labels.numpy()[order], np.arange(self.num_classes + 1))
-        if (bounds[1:] == bounds[:-1]).any():
+        sizes = np.bincount(labels.numpy(), minlength=self.num_classes)
+        if not sizes.all():
             return []
+        order, ends = stable_order(labels.numpy()), sizes.cumsum()
         first, last = (
-            [paths.relative(index).rpartition("/")[0] for index in order[places].tolist()]
-            for places in (bounds[:-1], bounds[1:] - 1)
+            [path.rpartition("/")[0] for path in paths.relative(order[places].tolist())]
+            for places in (ends - sizes, ends - 1)
         )
         return first if first == last and len(set(first)) == len(first) else []
 
@@ -275,10 +277,12 @@ def _trim(
     data: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Leave out the blanks at both ends of pieces of text."""
-    while (blank := _IS_BLANK[data[np.minimum(starts, len(data) - 1)]] & (starts < ends)).any():
-        starts = starts + blank
-    while (blank := _IS_BLANK[data[ends - 1]] & (starts < ends)).any():
-        ends = ends - blank
+    for _ in range(_MOST_BLANKS):
+        leading = _IS_BLANK[data[np.minimum(starts, len(data) - 1)]] & (starts < ends)
+        trailing = _IS_BLANK[data[ends - 1]] & (starts + leading < ends)
+        if not leading.any() and not trailing.any():
+            break
+        starts, ends = starts + leading, ends - trailing
     return starts, ends
 
 

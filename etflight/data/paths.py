@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_THREADS = 16  # wait for a network file system together
+_THREADS = 8  # wait for a network file system together
+_CHUNK = 1024
 
 
 class Paths:
@@ -43,39 +44,24 @@ class Paths:
 
     def __getitem__(self, index: int) -> str:
         """The path, with the folder."""
-        return os.path.join(self.root, self.relative(index))
+        return os.path.join(self.root, *self.relative([index]))
 
-    def relative(self, index: int) -> str:
-        """The path as it was given."""
-        return os.fsdecode(self._text[int(self._starts[index]) : int(self._ends[index])].numpy().tobytes())
+    def relative(self, indices: Iterable[int]) -> list[str]:
+        """Paths as they were given."""
+        text, starts, ends = (values.numpy().data for values in (self._text, self._starts, self._ends))
+        return [os.fsdecode(text[starts[i] : ends[i]].tobytes()) for i in indices]
 
     def missing(self) -> list[int]:
-        """Positions of the files that are not there, of a file that is named twice the first.
-
-        Each folder is listed once, many at a time, which is several times as quick as to ask for every file.
-        """
-        text = self._text.numpy().tobytes()
-        folders: dict[bytes, dict[bytes, int]] = {}
-        for index, (start, end) in enumerate(zip(self._starts.tolist(), self._ends.tolist(), strict=True)):
-            slash = text.rfind(b"/", start, end)
-            folder = text[start:slash] if slash >= 0 else b""
-            folders.setdefault(folder, {}).setdefault(text[max(slash + 1, start) : end], index)
-        root = os.fsencode(self.root)
+        """Positions of the files that are not there."""
         with ThreadPoolExecutor(_THREADS) as threads:
-            found = threads.map(_names_in, (os.path.join(root, folder) for folder in folders))
-            absent = [
-                files[name]
-                for files, names in zip(folders.values(), found, strict=True)
-                for name in files.keys() - names
-            ]
-        return sorted(absent)
+            chunks = (range(start, min(start + _CHUNK, len(self))) for start in range(0, len(self), _CHUNK))
+            return [index for found in threads.map(self._missing_of, chunks) for index in found]
 
-
-def _names_in(folder: bytes) -> set[bytes]:
-    try:
-        return set(os.listdir(folder))
-    except OSError:  # not there, or no folder
-        return set()
+    def _missing_of(self, indices: range) -> list[int]:
+        root = os.path.join(self.root, "")
+        return [
+            i for i, path in zip(indices, self.relative(indices), strict=True) if not os.access(root + path, os.F_OK)
+        ]
 
 
 def files_below(folder: str, suffixes: Collection[str]) -> list[str]:

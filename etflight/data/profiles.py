@@ -152,7 +152,7 @@ def long_tailed_subset(labels: ArrayLike, counts: ArrayLike, seed: int = 0) -> I
     """
     rng = np.random.RandomState(seed)
     # One stable sort instead of K scans; each group is in ascending order, as `np.where(labels == k)` gives it.
-    by_class = np.argsort(np.asarray(labels), kind="stable")
+    by_class = stable_order(np.asarray(labels))
     wanted = np.asarray(counts)
     sizes = np.bincount(np.asarray(labels), minlength=len(wanted))
     chosen = []
@@ -160,6 +160,16 @@ def long_tailed_subset(labels: ArrayLike, counts: ArrayLike, seed: int = 0) -> I
         rng.shuffle(indices)
         chosen.append(indices[:count])
     return np.concatenate(chosen).astype(np.int64)
+
+
+def stable_order(labels: NDArray[np.int64]) -> Indices:
+    """`[N]` int64 positions in the order of the labels, as they are within a label.
+
+    NumPy sorts 16-bit integers by radix, several times as quick as wider ones.
+    """
+    if labels.size and labels.dtype.kind in "iu" and labels.min() >= 0 and labels.max() < 2**16:
+        return np.argsort(labels.astype(np.uint16), kind="stable")
+    return np.argsort(labels, kind="stable")
 
 
 def fingerprint(indices: ArrayLike) -> str:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data.distributed import DistributedSampler
 
+from etflight.data.profiles import stable_order
 from etflight.errors import UserError
 
 _EXPONENTS = {"sqrt": 0.5, "balanced": 0.0}
@@ -101,8 +102,10 @@ class ImbalancedSampler(_Sharded):
         super().__init__(flat, flat.size if num_samples is None else num_samples, num_replicas, rank, seed)
         self.skip = 0  # images of this rank that a resumed epoch has had already
         self.beta = beta
-        self._counts = np.unique(flat, return_counts=True)[1]
-        self._by_class = np.split(np.argsort(flat, kind="stable"), np.cumsum(self._counts)[:-1])
+        order = stable_order(flat)
+        starts = np.append(0, np.flatnonzero(np.diff(flat[order])) + 1)
+        self._counts = np.diff(starts, append=flat.size)
+        self._by_class = np.split(order, starts[1:])
 
     def set_policy(self, policy: str | float) -> None:
         """Draw by another policy from the next epoch on.

@@ -40,7 +40,7 @@ def test_a_compressed_file_is_read_too(arrays, tmp_path):
 
 @pytest.mark.parametrize("size", [28, 64, 128, 224])
 @pytest.mark.parametrize("channels", [(), (3,)], ids=["grey", "RGB"])
-def test_files_of_medmnist_are_read_as_they_are(tmp_path, size, channels):
+def test_files_of_medmnist_are_read_as_they_are(tmp_path, size, channels, train_a_step):
     """Compressed, labels uint8 `[N, 1]`, a validation split, no names."""
     content, path = {}, tmp_path / ("set.npz" if size == 28 else f"set_{size}.npz")
     for split, count in (("train", 12), ("val", 3), ("test", 6)):
@@ -58,6 +58,8 @@ def test_files_of_medmnist_are_read_as_they_are(tmp_path, size, channels):
             images.permute(0, 2, 3, 1).squeeze(-1) if not channels else images.permute(0, 2, 3, 1), pixels
         )
         assert labels.tolist() == [1, 2]
+    if size == 28:
+        train_a_step(data)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def lists(tmp_path):
                 file = tmp_path / "images" / path
                 file.parent.mkdir(parents=True, exist_ok=True)
                 Image.new("RGB", (9, 7), (label % 256, place, 0)).save(file, "PNG")
-        return {"root": str(tmp_path / "images"), "lists": str(tmp_path / "lists"), "image_size": 4}
+        return {"root": str(tmp_path / "images"), "lists": str(tmp_path / "lists"), "image_size": 8}
 
     return write
 
@@ -154,7 +154,7 @@ def test_lists_are_read_as_a_loop_over_lines_reads_them(tmp_path, seed):
     (tmp_path / "list.txt").write_bytes(text.encode())
     paths, labels = read_list(tmp_path / "list.txt", "root")
     expected = [re.fullmatch(r"(.*?)\s+(\d+)", line.strip()).groups() for line in lines if line.strip()]
-    assert [paths.relative(i) for i in range(len(paths))] == [path for path, _ in expected]
+    assert paths.relative(range(len(paths))) == [path for path, _ in expected]
     assert labels.tolist() == [int(label) for _, label in expected]
     assert labels.dtype == torch.int64
 
@@ -233,13 +233,14 @@ IMAGENET = {
 }
 
 
-def test_imagenet_lt_has_its_own_validation_list(lists, small):
+def test_imagenet_lt_has_its_own_validation_list(lists, small, train_a_step):
     data = small(ImageNetLT, 2, train=3, val=2, test=2)(**lists(pattern="ImageNet_LT_{}.txt", **IMAGENET))
     data.setup()
     assert data.val_is_held_out
     assert data.class_names == ["n01440764", "n01443537"]
     assert data.class_counts.tolist() == [1, 2]
     assert [len(data.split(split)) for split in ("train", "val", "test")] == [3, 2, 2]
+    train_a_step(data)
 
 
 def test_to_test_the_test_list_is_enough(lists, small):
@@ -275,15 +276,16 @@ PLACES = {
 
 
 @pytest.mark.parametrize("style", PLACES)
-def test_both_styles_of_the_places_lists_give_the_same_classes(lists, small, style):
+def test_both_styles_of_the_places_lists_give_the_same_classes(lists, small, style, train_a_step):
     data = small(PlacesLT, 2, train=3, val=2, test=2)(**lists(pattern="Places_LT_{}.txt", **PLACES[style]))
     data.setup()
     assert data.class_names == ["airfield", "apartment_building-outdoor"]
     assert data.class_counts.tolist() == [2, 1]
     assert data.split("test").labels.tolist() == [0, 1]
+    train_a_step(data)
 
 
-def test_the_validation_list_of_inaturalist_is_its_test_set(lists, small):
+def test_the_validation_list_of_inaturalist_is_its_test_set(lists, small, train_a_step):
     train = [
         ("train_val2018/Plantae/1/a.jpg", 1),
         ("train_val2018/Aves/0/b.jpg", 0),
@@ -295,3 +297,4 @@ def test_the_validation_list_of_inaturalist_is_its_test_set(lists, small):
     assert not data.val_is_held_out
     assert (data.class_names, data.class_counts.tolist()) == (["0", "1"], [1, 2])
     assert data.split("val") is data.split("test")
+    train_a_step(data)

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from etflight.data import class_counts
-from etflight.data.profiles import fingerprint, long_tailed_subset, training_counts
+from etflight.data.profiles import fingerprint, long_tailed_subset, stable_order, training_counts
 from etflight.errors import UserError
 
 
@@ -145,3 +145,11 @@ def test_what_a_class_cannot_satisfy_is_named(options, message):
 def test_a_class_without_images_is_refused():
     with pytest.raises(UserError, match=r"class 1 \(1\) has no training image"):
         training_counts([3, 0, 2])
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.int16])
+@pytest.mark.parametrize("span", [(0, 5), (-3, 3), (0, 2**16), (0, 2**20)])
+def test_the_order_by_label_is_the_stable_one(dtype, span):
+    low, high = max(span[0], np.iinfo(dtype).min), min(span[1], np.iinfo(dtype).max)
+    labels = np.random.default_rng(0).integers(low, high, 1000).astype(dtype)
+    assert stable_order(labels).tolist() == sorted(range(1000), key=lambda i: labels[i])

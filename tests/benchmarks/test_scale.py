@@ -1,0 +1,171 @@
+"""What sets of iNaturalist's size cost beside their pictures: lists and classes are real, the pictures small files on disk."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from etflight import Classifier, LinearHead
+from etflight.data import ImageNetLT, INaturalist2018, file_sources
+from etflight.data.decoding import decode_file
+from etflight.losses import CrossEntropyLoss
+from etflight.metrics import ClassStatistics, measures
+from tests.large_sets import INATURALIST, imagenet_lt, inaturalist
+
+pytestmark = pytest.mark.benchmark
+
+K = INATURALIST["num_classes"]
+LISTS = ("iNaturalist18_train.txt", "iNaturalist18_val.txt")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """iNaturalist's."""
+    folder = tmp_path_factory.mktemp("large") / "inaturalist"
+    inaturalist(folder)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def imagenet_root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("large") / "imagenet_lt"
+    imagenet_lt(folder)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("check", [False, True], ids=["lists alone", "and a look for each file"])
+@pytest.mark.parametrize(("set_class", "folder"), [(INaturalist2018, "root"), (ImageNetLT, "imagenet_root")])
+def test_training_starts_in_twice_the_time_that_its_lists_take_to_split(
+    set_class, folder, check, request, median_ratio, record_ratio
+):
+    root, published = request.getfixturevalue(folder), set_class.published_counts
+    lists = [set_class.list_files[split] for split in ("train", "val" if "val" in published else "test")]
+
+    def start():
+        data = set_class(str(root), str(root), check_files=check)
+        data.setup("fit")
+        assert len(data.class_names) == len(data.class_counts) == data.num_classes
+        data.train_dataloader()
+        data.val_dataloader()
+
+    def bare():
+        for name in lists:
+            with (root / name).open() as file:
+                paths = file.read().split()[::2]
+            if check:
+                for path in paths:
+                    os.stat(f"{root}/{path}")
+
+    ratio = median_ratio(start, bare, repeats=5, clock=time.process_time)
+    what = "os.stat of each file" if check else "nothing else"
+    record_ratio(f"start on {published['train']:,} images / read().split() of the lists and {what}", ratio, 2)
+
+
+MEMORY_OF_A_WORKER = """
+import json, sys, torch
+from etflight.data import ListImages, file_sources
+picture = torch.zeros(3, 16, 16, dtype=torch.uint8)
+file_sources.decode_file = lambda path, side: picture if path.endswith("jpg") else None
+data = ListImages(sys.argv[1], sys.argv[2], image_size=16, num_workers=2, batch_size=512)
+loader = data.train_dataloader()
+for _ in range(-(-437_513 // len(data.split("train")))):
+    for batch in loader:
+        pass
+sizes = []
+for worker in loader._iterator._workers:
+    with open(f"/proc/{worker.pid}/smaps_rollup") as file:
+        fields = dict(line.split()[:2] for line in file if line.endswith("kB\\n"))
+    sizes.append({
+        "own": int(fields["Private_Clean:"]) + int(fields["Private_Dirty:"]), "share": int(fields["Pss:"])
+    })
+print(json.dumps(sizes))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux tells a process's own memory")
+def test_a_loader_process_needs_no_more_memory_for_more_images(root, record_ratio):
+    """As many draws in either, so that what a process copies because it was touched is counted."""
+    lists = {}
+    for name in ("few", "many"):
+        lists[name] = root / name
+        lists[name].mkdir(exist_ok=True)
+        shutil.copy(root / LISTS[1], lists[name] / "test.txt")
+    shutil.copy(root / LISTS[0], lists["many"] / "train.txt")
+    first = {line.split()[1]: line for line in (root / LISTS[0]).read_text().splitlines(keepends=True)}
+    (lists["few"] / "train.txt").write_text("".join(first.values()))  # one image of each class
+
+    def memory(name):
+        command = [sys.executable, "-c", MEMORY_OF_A_WORKER, str(root), str(lists[name])]
+        output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+        workers = json.loads(output.splitlines()[-1])
+        return {kind: sum(worker[kind] for worker in workers) / len(workers) for kind in ("own", "share")}
+
+    few, many = memory("few"), memory("many")
+    print(f"kB of a loader process: {K:,} images {few}, {INATURALIST['train']:,} images {many}")
+    for kind, what in (("own", "memory of its own"), ("share", "with its share of common memory")):
+        record_ratio(
+            f"loader process of {INATURALIST['train']:,} images / of {K:,}, {what}", many[kind] / few[kind], 1.1
+        )
+
+
+def test_an_epochs_plumbing_costs_little_beside_decoding(root, tmp_path, monkeypatch, median_ratio, record_ratio):
+    """The draw of a whole epoch of balanced classes and 40 of its batches, with a picture that is there already."""
+    batch, batches = 256, 40
+    smooth = Image.effect_noise((16, 12), 64).resize((500, 375)).convert("RGB")  # ImageNet's pictures on average
+    smooth.save(tmp_path / "photo.jpg", quality=90)
+    picture = torch.zeros(3, 224, 224, dtype=torch.uint8)
+    monkeypatch.setattr(file_sources, "decode_file", lambda path, side: picture if path.endswith("jpg") else None)
+    options = {"check_files": False, "min_crop_scale": 1, "crop_pct": 1, "sampler": "balanced", "batch_size": batch}
+    loader = INaturalist2018(str(root), str(root), **options).train_dataloader()
+
+    def plumbing():
+        deque(itertools.islice(loader, batches), maxlen=0)
+
+    def decoding():
+        for _ in range(batch):
+            decode_file(str(tmp_path / "photo.jpg"), 224)
+
+    ratio = median_ratio(plumbing, decoding, repeats=5, clock=time.process_time) / batches
+    name = f"draw of {INATURALIST['train']:,} images and {batches} batches, not decoded / bare decoding of 500×375 JPEG files"
+    record_ratio(name, ratio, 0.1)
+
+
+def test_validation_metrics_of_many_classes_cost_less_than_the_head(median_ratio, record_ratio):
+    model = Classifier(K, "resnet50", head=LinearHead, loss=CrossEntropyLoss).eval()
+    features, target = torch.randn(256, model.head.in_features), torch.randint(K, (256,))
+    model.features = lambda images: images
+    with torch.no_grad():
+        ratio = median_ratio(
+            lambda: model._evaluate((features, target), "val"),
+            lambda: torch.nn.functional.cross_entropy(model.head(features), target),
+            repeats=15,
+        )
+    record_ratio(f"head, loss and metrics of a batch / head and loss, K {K:,}, d 2048", ratio, 2)
+
+
+def test_collapse_measures_of_many_classes_cost_a_few_products_of_their_means(median_ratio, record_ratio):
+    d = 256
+    generator = torch.Generator().manual_seed(0)
+    metric, weight = ClassStatistics(K, d), torch.randn(K, d, generator=generator)
+    for labels in torch.arange(2 * K).remainder(K).split(2048):
+        metric.update(torch.randn(len(labels), d, generator=generator), labels)
+    moments = metric.compute()
+    means = moments.means.double()
+    ratio = median_ratio(
+        lambda: measures.summary(moments, weight, torch.zeros(K), spectra=False),
+        lambda: means @ means.T,
+        repeats=3,
+        warm_up=0,
+    )
+    record_ratio(f"all measures but spectra / one product of the means (float64), K {K:,}, d {d}", ratio, 20)
