@@ -8,7 +8,7 @@ from etflight import last_words
 from etflight._version import __version__
 
 # what is not a stage of the Trainer: etflight/commands/<name>.py, imported only when asked for
-COMMANDS = ("report", "collapse", "describe", "study", "dashboard")
+COMMANDS = ("report", "collapse", "describe", "study", "dashboard", "export")
 
 
 def run() -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from etflight.errors import UserError
+from etflight.preprocessing import Preprocessing
 from etflight.untrusted import refuse_aliases, texts
 
 _MAX_VALUES = 10_000_000
@@ -157,6 +158,11 @@ def _check_contents(path: str | Path, checkpoint: dict[str, Any]) -> None:
             raise _no_checkpoint(path, "its class_names are no list of names")
         if len(names) != num_classes:
             raise _no_checkpoint(path, f"it has {len(names)} class_names for {num_classes} classes")
+    if (preprocessing := checkpoint.get("preprocessing")) is not None:
+        try:
+            Preprocessing.from_plain(preprocessing)
+        except ValueError as error:
+            raise _no_checkpoint(path, f"of its preprocessing, {error}") from None
     for text in texts(checkpoint.get("callbacks")):
         # Lightning's ModelCheckpoint deletes the files, and folders, that its saved state calls its earlier checkpoints
         if ".." in PurePath(text.replace("\\", "/")).parts or "::" in text or "://" in text:

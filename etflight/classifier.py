@@ -28,6 +28,7 @@ from etflight.metrics.confusion import MOST_CLASSES, Confusion
 from etflight.metrics.mean import SampleMean
 from etflight.metrics.shots import ClassScores, ShotAccuracy
 from etflight.optim import PROTOCOL_SGD, keeps_scales, layer_groups, match_layouts, scale_rates
+from etflight.preprocessing import Preprocessing
 from etflight.ranks import take_buffers_of_rank_zero
 from etflight.specs import describe, find, is_plain, objections, resolve
 from etflight.untrusted import refuse_names
@@ -94,6 +95,7 @@ class Classifier(LightningModule):
             `ece_calibrated`, so it never changes a decision; fitted on held-out validation images with the adjustment of that training,
             1 until then.
         class_names: names of the classes, from the data module or the checkpoint; None if unknown.
+        preprocessing: shape and normalisation of the images, from the data module trained on or the checkpoint; None if unknown.
 
     Raises:
         UserError: parts that cannot work together.
@@ -135,6 +137,7 @@ class Classifier(LightningModule):
         if not 0 < layer_decay <= 1:
             raise UserError(f"layer_decay is {layer_decay}: give a factor from above 0 to 1, 1 for one learning rate")
         self.class_names: list[str] | None = None
+        self.preprocessing: Preprocessing | None = None
         self.register_buffer("temperature", torch.ones(()))
         self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.long))
         self.register_buffer("_bad_step", torch.tensor(_NEVER), persistent=False)
@@ -172,7 +175,11 @@ class Classifier(LightningModule):
 
     def probabilities(self, images: Tensor) -> Tensor:
         """Calibrated probabilities `[B, K]` of normalised images `[B, C, H, W]`."""
-        return (self._adjusted(self(images)) / self.temperature).softmax(dim=1)
+        return self.calibrated(self(images)).softmax(dim=1)
+
+    def calibrated(self, logits: Tensor) -> Tensor:
+        """What decides, logits `[B, K]` less the `logit_adjustment`, over the temperature: its softmax are the probabilities."""
+        return self._adjusted(logits) / self.temperature
 
     # --- steps -------------------------------------------------------------------------------------------------------------
 
@@ -261,7 +268,7 @@ class Classifier(LightningModule):
     # --- epochs ------------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Compile the backbone for training; take the training counts and the class names from the data module, if there is one."""
+        """Compile the backbone for training; take from the data module, if there is one, what is known of classes and images."""
         if stage == "fit" and (compile := self.hparams["compile"]):
             self.backbone.compile(mode="default" if compile is True else compile)
         data = getattr(self.trainer, "datamodule", None)
@@ -270,8 +277,11 @@ class Classifier(LightningModule):
         names = getattr(data, "class_names", None)
         if names is not None and len(names) == self.hparams["num_classes"]:
             self.class_names = list(names)
-        if stage == "fit" and getattr(data, "class_counts", None) is not None:
+        if stage != "fit":
+            return
+        if getattr(data, "class_counts", None) is not None:
             self._set_class_counts(torch.as_tensor(data.class_counts))
+        self.preprocessing = getattr(data, "preprocessing", None)
 
     def on_fit_start(self) -> None:
         """Give all processes the first one's frame: descent amplifies rounding, which may differ from machine to machine."""
@@ -441,6 +451,7 @@ class Classifier(LightningModule):
             UserError: a loss or a weight is not finite.
         """
         checkpoint["class_names"] = self.class_names
+        checkpoint["preprocessing"] = self.preprocessing and self.preprocessing._asdict()
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
         checkpoint["total_epochs"] = self.trainer.max_epochs
@@ -451,6 +462,8 @@ class Classifier(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the class names back, and refuse optimizer settings that the restored state would silently undo."""
         self.class_names = checkpoint.get("class_names") or self.class_names
+        if self.preprocessing is None and (known := checkpoint.get("preprocessing")) is not None:
+            self.preprocessing = Preprocessing.from_plain(known)
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
         saved = checkpoint.get("hyper_parameters", {})

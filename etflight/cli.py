@@ -312,7 +312,8 @@ _PROFILERS: dict[Any, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProf
 _DESCRIPTION = (
     "Image classifiers with a fixed simplex-ETF head. Beside the stages below: `etflight describe` shows a data set, `etflight study "
     "FILE` trains and tests arms over seeds, `etflight report RUN...` shows results side by side, `etflight collapse` measures neural "
-    "collapse of a trained model, `etflight dashboard` builds a W&B workspace, `etflight --version`."
+    "collapse of a trained model, `etflight export` writes it for other programs, `etflight dashboard` builds a W&B workspace, "
+    "`etflight --version`."
 )
 _STAGES = {
     "fit": "Train a classifier.",

@@ -63,6 +63,19 @@ class Head(nn.Module, ABC):
     def forward(self, features: Tensor) -> Tensor:
         """Logits `[B, K]` of features `[B, d]`."""
 
+    def unnormalized_logits(self, features: Tensor) -> Tensor:
+        """Logits that no sample's embedding norm has divided: another factor for each sample, and so the same decisions.
+
+        Where this is linear in the features, one linear layer decides as the head does, which `etflight export` writes.
+
+        Args:
+            features: `[B, d]`, float32 or float64.
+
+        Returns:
+            `[B, K]`, the dtype of the features.
+        """
+        return cast(Tensor, self(features))
+
 
 class ETFHead(Head):
     """A fixed frame of class vectors, never trained.
@@ -146,6 +159,16 @@ class ETFHead(Head):
     def forward(self, features: Tensor) -> Tensor:
         """`scale · <w_k, h>` for every class, `[B, K]` in float32."""
         return _float32_product(self.embed(features), self.weight) * self.scale
+
+    def unnormalized_logits(self, features: Tensor) -> Tensor:
+        """`scale · <w_k, g>` with g the rotated embedding before it is scaled to norm 1, `[B, K]`."""
+        # <w, R g> = <Rᵀ w, g>
+        turned = (
+            self.weight
+            if isinstance(self.rotation, nn.Identity)
+            else self.weight @ self.rotation.matrix().to(self.weight)
+        )
+        return cast(Tensor, self.batch_norm(self.projection(features))) @ turned.T.to(features.dtype) * self.scale
 
     def target_logits(self, features: Tensor, target: Tensor) -> Tensor:
         """The logit of each sample's own class only: O(B·d) time and memory, forward and backward, whatever K.
@@ -236,11 +259,17 @@ class LinearHead(Head):
     def embed(self, features: Tensor) -> Tensor:
         """`[B, d]`: the features themselves unless an option says otherwise."""
         embedding = self.batch_norm(features)
-        return F.normalize(embedding.float(), dim=1) if self.feature_normalize else embedding
+        if not self.feature_normalize:
+            return cast(Tensor, embedding)
+        return F.normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=1)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits `[B, K]`."""
         return F.linear(self.embed(features), self.weight, self.bias)
+
+    def unnormalized_logits(self, features: Tensor) -> Tensor:
+        """As in `Head`; with a bias there are none but the logits themselves."""
+        return F.linear(self.batch_norm(features), self.weight) if self.bias is None else self(features)
 
 
 class ScaledLinearHead(Head):
@@ -312,6 +341,10 @@ class CosineHead(Head):
     def forward(self, features: Tensor) -> Tensor:
         """Logits `[B, K]` in float32."""
         return _float32_product(self.embed(features), F.normalize(self.weight.float(), dim=1)) * self.cosine_scale
+
+    def unnormalized_logits(self, features: Tensor) -> Tensor:
+        """`cosine_scale · |h| cos(h, w_k)`, `[B, K]`."""
+        return cast(Tensor, self.batch_norm(features)) @ F.normalize(self.weight, dim=1).T * self.cosine_scale
 
 
 def _class_vectors(code: str, num_classes: int, width: int, seed: int) -> Tensor:

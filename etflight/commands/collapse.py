@@ -5,9 +5,7 @@ import pickle
 import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from importlib import import_module
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, NamedTuple
 
 import timm
@@ -22,15 +20,14 @@ from torch import Tensor, nn
 
 from etflight import plotting
 from etflight.backbones import resnet_cifar
-from etflight.checkpoints import read_checkpoint, read_weights
-from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
+from etflight.checkpoints import read_weights
 from etflight.commands.data_option import CommandParser, console, data_parser, parse
+from etflight.commands.trained import add_imports, brief, import_modules, load_classifier
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
 from etflight.errors import UserError
 from etflight.metrics import ClassStatistics, Moments, measures
 from etflight.run import write_json
-from etflight.specs import describe, is_known
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 
@@ -97,8 +94,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"collapse measures one model: give {_SOURCES}")
     if config.weights is not None and config.timm is None:
         raise UserError("--weights goes with --timm NAME: an etflight checkpoint is given by --ckpt_path FILE alone")
-    for module in config.imports:
-        _import(module)
+    import_modules(config.imports)
     data: ImageDataModule = parser.instantiate(config).data
     device = _device(config.device)
     model = _from_checkpoint(config.ckpt_path, data) if config.timm is None else _from_timm(config, data)
@@ -176,13 +172,7 @@ def _to(moments: Moments, device: torch.device) -> Moments:
 
 
 def _from_checkpoint(path: str, data: ImageDataModule) -> Model:
-    for argument, value in plain_hyperparameters(read_checkpoint(path)).items():
-        if argument in PLUGGABLE and value is not None and not is_known(describe(value, argument), PLUGGABLE[argument]):
-            module = value["class_path"].rpartition(".")[0]
-            raise UserError(
-                f"checkpoint {path} needs {value['class_path']} as its {argument}: import its module (--imports {module})"
-            )
-    classifier = Classifier.load_from_checkpoint(path)
+    classifier = load_classifier(path)
     head, hparams = classifier.head, classifier.hparams
     _check_classes(f"checkpoint {path}", head.num_classes, data, "give the data it was trained on")
     if hparams["in_chans"] != data.num_channels:
@@ -217,7 +207,7 @@ def _from_timm(config: Namespace, data: ImageDataModule) -> Model:
             logits = network(images)
         except (RuntimeError, AssertionError, ValueError) as error:
             raise UserError(
-                f"{name} does not take images {list(images.shape[1:])} ({_brief(error)}): "
+                f"{name} does not take images {list(images.shape[1:])} ({brief(error)}): "
                 "give data of the size it was made for (--data.image_size N for FolderImages)"
             ) from error
         if len(seen) != 1 or seen[0].shape != (len(images), weight.shape[1]):
@@ -246,13 +236,13 @@ def _create(name: str, weights: str | None, data: ImageDataModule) -> Any:
         network: Any = timm.create_model(name, **arguments)
     except _UNREADABLE as error:
         mend = "give --weights FILE with a model of yours" if weights is None else "give the name that made the weights"
-        raise UserError(f"timm model {name!r} cannot be had ({_brief(error)}): {mend}") from error
+        raise UserError(f"timm model {name!r} cannot be had ({brief(error)}): {mend}") from error
     if weights is not None:
         try:
             network.load_state_dict(state)
         except RuntimeError as error:
             raise UserError(
-                f"{weights} does not fit {name} for {data.num_channels} channels ({_brief(error)}): give the name that made it"
+                f"{weights} does not fit {name} for {data.num_channels} channels ({brief(error)}): give the name that made it"
             ) from error
     return network
 
@@ -350,21 +340,8 @@ def _parser() -> CommandParser:
         help="Folder for collapse.json and the figures. Default: collapse in the checkpoint's run folder, or runs/collapse/NAME.",
     )
     parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1 …; auto: a GPU if there is one.")
-    parser.add_argument(
-        "--imports",
-        type=str,
-        nargs="*",
-        default=[],
-        help="Modules with heads or losses of your own that the checkpoint names.",
-    )
+    add_imports(parser)
     return parser
-
-
-def _import(module: str) -> None:
-    try:
-        import_module(module)
-    except ImportError as error:
-        raise UserError(f"--imports {module}: {_brief(error)}: give a module that Python finds from here") from error
 
 
 def _device(name: str) -> torch.device:
@@ -374,12 +351,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name} cannot be used ({_brief(error)}): give cpu, cuda or auto") from error
+        raise UserError(f"--device {name} cannot be used ({brief(error)}): give cpu, cuda or auto") from error
     return device
-
-
-def _brief(error: BaseException) -> str:
-    return shorten(str(error) or type(error).__name__, 200, placeholder=" …")
 
 
 # models are found by name because they are imported here

@@ -32,7 +32,7 @@ class CommandParser(ArgumentParser):
         raise SystemExit(2)
 
 
-def data_parser(command: str, description: str) -> CommandParser:
+def data_parser(command: str, description: str, *, required: bool = True) -> CommandParser:
     """A parser with `--data` and `-c`, to which a command adds its own arguments."""
     guard_parser()
     parser = CommandParser(prog=f"etflight {command}", description=description)
@@ -42,7 +42,7 @@ def data_parser(command: str, description: str) -> CommandParser:
         action=ActionConfigFile,
         help="Configuration file of a run; only what it says of the data counts. The command line beats it.",
     )
-    parser.add_subclass_arguments(ImageDataModule, "data", required=True, help="The images.")
+    parser.add_subclass_arguments(ImageDataModule, "data", required=required, help="The images.")
     return parser
 
 

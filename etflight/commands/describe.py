@@ -75,7 +75,7 @@ def describe(data: ImageDataModule) -> dict[str, Any]:
     return {
         "class": type(data).__name__,
         "name": str(data),
-        "image_shape": list(data.split("train")[0][0].shape),
+        "image_shape": list(data.preprocessing.input_size),
         "class_names": data.class_names,
         "fingerprint": data.fingerprint,
         "imbalance_ratio": float(counts["train"].max() / counts["train"].min()),

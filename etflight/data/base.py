@@ -20,6 +20,7 @@ from etflight.data.sampler import ImbalancedSampler, ShardSampler, resolve_polic
 from etflight.data.sources import Batch, ImageSource, ImageSplit
 from etflight.data.transforms import TrainTransform, normalize
 from etflight.errors import UserError
+from etflight.preprocessing import Preprocessing
 
 Split = Literal["train", "val", "test"]
 
@@ -171,6 +172,14 @@ class ImageDataModule(LightningDataModule, ABC):
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that tell this choice of training images from another."""
         return fingerprint(self.subset_indices)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Shape and normalisation of the images, which a checkpoint keeps for images from elsewhere."""
+        source = self.split("train").source
+        shape = source.image_shape
+        mean, std = (values * (shape[0] // len(values)) for values in self._statistics)
+        return Preprocessing(shape, mean, std, source.crop_pct)
 
     def split(self, name: Split) -> ImageSplit:
         """The images of `train`, `val` or `test`, read on first use.

@@ -49,6 +49,12 @@ class FileSource(ImageSource):
         self.paths = paths
         self.labels = labels.long()
         self.square = square
+        self.crop_pct = square.crop_pct
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """C, H and W, known before any file is read."""
+        return 3, self.square.size, self.square.size
 
     def __getitem__(self, index: int) -> Tensor:
         """Decode one file, for evaluation: uint8 `[3, size, size]`, the middle.

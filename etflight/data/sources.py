@@ -12,13 +12,25 @@ Batch = tuple[Tensor, Tensor]
 
 
 class ImageSource(ABC):
-    """All images of one split, before any subset is chosen. `labels` is int64 `[N]`."""
+    """All images of one split, before any subset is chosen.
+
+    Attributes:
+        labels: int64 `[N]`.
+        crop_pct: Part of the resized shorter side that was kept of pictures, in (0, 1]; timm's name.
+    """
 
     labels: Tensor
+    crop_pct: float = 1.0
 
     @abstractmethod
     def images(self, indices: Tensor) -> Tensor:
         """uint8 `[B, C, H, W]`, contiguous, at `indices` (int64 `[B]`)."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """C, H and W of every image."""
+        channels, height, width = self.images(torch.tensor([0])).shape[1:]
+        return channels, height, width
 
     def name(self, index: int) -> str:
         """What people call image `index`."""

@@ -1,0 +1,1 @@
+"""Trained models as other programs take them."""
