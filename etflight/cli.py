@@ -33,6 +33,7 @@ from etflight.data.base import ImageDataModule
 from etflight.errors import UserError, user_error_in
 from etflight.heads import codes_from_state_dict
 from etflight.last_words import speak_for_lost_processes
+from etflight.layer_sync import SyncBatchNorm
 from etflight.loggers import steadfast
 from etflight.optim import PROTOCOL_SGD
 from etflight.run import MetricsCSV, check_writable, claim, claim_for_results, last_checkpoint, same_folder
@@ -273,7 +274,8 @@ class EtflightCLI(LightningCLI):
             numbers = self.folder / "metrics.csv" if own else self.folder
             others = [steadfast(other, numbers) for other in _as_list(None if logger is True else logger)]
             kwargs["logger"] = [*own, *others] or False
-        kwargs["plugins"] = [*_as_list(config.get("plugins")), SafeCheckpointIO()]
+        sync = [SyncBatchNorm()] if config.get("sync_batchnorm") else []
+        kwargs["plugins"] = [*_as_list(config.get("plugins")), SafeCheckpointIO(), *sync]
         # whatever Lightning itself writes belongs to the run, too
         kwargs["default_root_dir"] = str(self.folder)
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
