@@ -1,4 +1,4 @@
-"""A study as data: which arms, at which imbalance ratios, over which seeds, and the command of each run."""
+"""A study as data: which arms, on which sets, at which imbalance ratios, over which seeds, and the command of each run."""
 
 import difflib
 import itertools
@@ -53,6 +53,11 @@ class Cell:
         """Stem of its configuration file."""
         return self.configs[0].stem
 
+    @property
+    def set_name(self) -> str:
+        """Folder of all runs of its set."""
+        return self.folder.relative_to(ROOT).parts[0]
+
     def _common(self) -> list[str]:
         return [
             *(word for config in self.configs for word in ("-c", str(config))),
@@ -66,7 +71,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Arms × ratios × seeds.
+    """Sets × arms × ratios × seeds.
 
     Attributes:
         configs: folder with a configuration file for each arm.
@@ -75,8 +80,8 @@ class Study:
         second_stage: arms that start from the last checkpoint of another: cRT, LWS.
         post_hoc: arms that test the last checkpoint of another in their own way, without training.
         ratios: imbalance ratios; empty: that of the configuration files.
-        overlays: configuration files laid over that of every arm, such as a shorter protocol.
-        name: folder of all its runs in `runs`; empty: called as `configs` is.
+        sets: folders in `runs`, and for each the configuration files laid over those of the arms: a data set, a shorter protocol, another
+            backbone; empty: nothing is laid over them, and the folder is called as `configs` is.
     """
 
     configs: Path
@@ -85,8 +90,7 @@ class Study:
     second_stage: Mapping[str, str] = field(default_factory=dict)
     post_hoc: Mapping[str, str] = field(default_factory=dict)
     ratios: list[float] = field(default_factory=list)
-    overlays: list[Path] = field(default_factory=list)
-    name: str = ""
+    sets: Mapping[str, list[Path]] = field(default_factory=dict)
 
     def stages(self) -> Iterator[list[Cell]]:
         """All runs, those of a stage after what they start from."""
@@ -95,17 +99,17 @@ class Study:
         yield [cell for arm, source in self.post_hoc.items() for cell in self._cells(arm, source, False)]
 
     def _cells(self, arm: str, source: str | None, trains: bool) -> Iterator[Cell]:
+        sets = self.sets or {self.configs.name: []}
         ratios: list[float | None] = [*self.ratios] or [None]
-        for seed, ratio in itertools.product(self.seeds, ratios):
+        for (name, overlays), seed, ratio in itertools.product(sets.items(), self.seeds, ratios):
             shift = () if ratio is None else ("--data.imbalance_ratio", f"{ratio:g}")
             place = f"seed{seed}" if ratio is None else f"ratio{ratio:g}-seed{seed}"
-            runs = ROOT / (self.name or self.configs.name)
             yield Cell(
-                (self.configs / f"{arm}.yaml", *self.overlays),
+                (self.configs / f"{arm}.yaml", *overlays),
                 seed,
                 shift,
-                runs / arm / place,
-                None if source is None else runs / source / place,
+                ROOT / name / arm / place,
+                None if source is None else ROOT / name / source / place,
                 trains,
             )
 
@@ -114,7 +118,7 @@ def read_study(path: Path) -> Study:
     """Read and check a study's file.
 
     Args:
-        path: YAML with the attributes of `Study`; `configs` and `overlays` are relative to it.
+        path: YAML with the attributes of `Study`; `configs` and the files of `sets` are relative to it.
 
     Raises:
         UserError: what is wrong with it: no plain data, names that are unknown or lacking, arms without a configuration file.
@@ -125,10 +129,11 @@ def read_study(path: Path) -> Study:
         optional = ", ".join(sorted(known - needed))
         raise UserError(f"{path} is no study: it gives configs, seeds and arms, and may give {optional}")
     _check(path, content)
-    configs, *overlays = ((path.parent / name).resolve() for name in (content["configs"], *content.get("overlays", [])))
-    for overlay in overlays:
-        if not overlay.is_file():
-            raise UserError(f"{path} lays {overlay} over its arms, which does not exist: mend the path in its overlays")
+    configs = (path.parent / content["configs"]).resolve()
+    sets = {name: [(path.parent / file).resolve() for file in files] for name, files in content.get("sets", {}).items()}
+    for file in itertools.chain(*sets.values()):
+        if not file.is_file():
+            raise UserError(f"{path} lays {file} over its arms, which does not exist: mend the path in its sets")
     there = sorted(file.stem for file in configs.glob("*.yaml"))
     stages = [content.get("second_stage") or {}, content.get("post_hoc") or {}]
     for arm in [*content["arms"], *stages[0], *stages[1]]:
@@ -143,7 +148,8 @@ def read_study(path: Path) -> Study:
                     f"{path}: {arm} starts from {source}, which is not trained before it: put it among the arms"
                 )
         trained |= set(stage)
-    return Study(**{**content, "configs": _near(configs), "overlays": [_near(overlay) for overlay in overlays]})
+    laid = {name: [_near(file) for file in files] for name, files in sets.items()}
+    return Study(**{**content, "configs": _near(configs), "sets": laid})
 
 
 def _near(path: Path) -> Path:
@@ -162,10 +168,20 @@ def _check(path: Path, content: Mapping[str, Any]) -> None:
         ("seeds", all_are("seeds", int, list) and content["seeds"], "integers"),
         ("arms", all_are("arms", str, list) and content["arms"], "names of configuration files, without .yaml"),
         ("ratios", all_are("ratios", (int, float), list), "numbers"),
-        ("overlays", all_are("overlays", str, list), "configuration files"),
-        ("name", str(content.get("name", "runs")).isidentifier(), "a folder's name: letters, digits, _"),
+        (
+            "sets",
+            _are_sets(content.get("sets", {})),
+            "names of letters, digits and _, each with a list of configuration files",
+        ),
         ("second_stage", all_are("second_stage", str, dict), "arm: the arm it starts from"),
         ("post_hoc", all_are("post_hoc", str, dict), "arm: the arm whose checkpoint it tests"),
     ):
         if not holds:
             raise UserError(f"{path}: {name} is {content.get(name)!r:.80}: give {rule}")
+
+
+def _are_sets(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        str(name).isidentifier() and isinstance(files, list) and all(isinstance(file, str) for file in files)
+        for name, files in value.items()
+    )

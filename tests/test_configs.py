@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import timm
 import yaml
 from PIL import Image
 
@@ -70,6 +72,11 @@ def tiny_folder(folder):
     return ["--data.root", folder / "images", "--data.image_size", 32, "--data.num_workers", 0]
 
 
+def tiny_weights(folder):
+    safetensors.torch.save_file(timm.create_model("test_resnet").state_dict(), folder / "weights.safetensors")
+    return ["--model.backbone", "test_resnet", "--fine_tuning.weights", folder / "weights.safetensors"]
+
+
 def tiny_data(config, folder):
     match config.parent.name, config.stem:
         case "fashion_mnist_lt", _:
@@ -80,8 +87,12 @@ def tiny_data(config, folder):
             return tiny_cifar(folder, 100)
         case "gtsrb", _:
             return tiny_signs(folder)
+        case "inat2018", _:  # a network of 24 instead of 63 M parameters, other images
+            return ["--data", "FolderImages", *tiny_folder(folder), "--model.backbone", "resnet50"]
         case _, "folder":
             return tiny_folder(folder)
+        case _, "folder_fine_tuning":
+            return [*tiny_folder(folder), *tiny_weights(folder)]
     return []
 
 
@@ -121,6 +132,28 @@ def test_config_trains_a_step(config, first_stage, etflight_command, tmp_path):
     assert "class frequencies are corrected" not in result.out + result.err  # no arm does it twice
 
 
+@pytest.mark.parametrize(
+    ("overlays", "images"),
+    [
+        (["svhn_lt"], tiny_signs),
+        (["cifar100_lt", "densenet"], tiny_signs),
+        (["cub200"], lambda folder: [*tiny_folder(folder), *tiny_weights(folder)]),
+    ],
+    ids=str,
+)
+def test_a_protocol_without_a_folder_of_arms_trains_a_step_on_other_images(
+    overlays, images, etflight_command, tmp_path
+):
+    data = images(tmp_path)
+    kind = "ArrayImages" if "--data.path" in data else "FolderImages"
+    result = etflight_command(
+        "fit", "-c", ROOT / "arm/etf_dr_balanced.yaml", *(w for o in overlays for w in ("-c", ROOT / f"data/{o}.yaml")),
+        "--data", kind, *data, "--data.imbalance_ratio", 1, "--data.batch_size", 4, "--trainer.accelerator", "cpu",
+        "--trainer.fast_dev_run", "true", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.status == 0, result.err
+
+
 @pytest.mark.parametrize("arm", sorted({*POST_HOC, "logit_adjustment"}))
 def test_an_arm_without_training_tests_the_checkpoint_of_another_into_a_folder_of_its_own(
     arm, first_stage, etflight_command, tmp_path
@@ -157,11 +190,21 @@ def test_every_set_has_every_arm_and_arms_differ_in_nothing_else(dataset):
     assert found == expected
 
 
-def test_gtsrb_has_its_arms_and_they_differ_in_nothing_else():
-    found = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "gtsrb").glob("*.yaml")}
-    arms = ("ce", "ce_balanced", "balanced_softmax", "etf_dr_balanced")
+# sets with some of the arms only, and what an arm needs there
+SOME = {
+    "gtsrb": {"ce": {}, "ce_balanced": {}, "balanced_softmax": {}, "etf_dr_balanced": {}},
+    "inat2018": {
+        "ce": {}, "balanced_softmax": {}, "etf_dr_balanced": {"model": {"head": {"init_args": {"code": "sphere"}}}}
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dataset", SOME)
+def test_a_set_with_some_arms_has_no_others_and_they_differ_in_nothing_else(dataset):
+    found = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / dataset).glob("*.yaml")}
     assert found == {
-        arm: {"overlays": ["../data/gtsrb.yaml", f"../arm/{arm}.yaml"], "name": f"gtsrb/{arm}"} for arm in arms
+        arm: {"overlays": [f"../data/{dataset}.yaml", f"../arm/{arm}.yaml"], "name": f"{dataset}/{arm}", **more}
+        for arm, more in SOME[dataset].items()
     }
 
 

@@ -24,10 +24,11 @@ def main(argv: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="etflight study",
-        description="Train and test every arm, ratio and seed of a study, and print its table.",
+        description="Train and test every set, arm, ratio and seed of a study, and print its table.",
         epilog="Runs that have been tested are left as they are, those that were stopped go on: give the same command again.",
     )
     parser.add_argument("file", type=Path, help="such as configs/study/digits.yaml")
+    parser.add_argument("--sets", nargs="+", metavar="SET", help="only these of its sets")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these of its arms")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these of its seeds")
     parser.add_argument(
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     stages = [[cell for cell in stage if _is_chosen(cell, arguments)] for stage in read_study(arguments.file).stages()]
     cells = [cell for stage in stages for cell in stage]
     if not cells:
-        raise UserError(f"{arguments.file} has none of these arms and seeds")
+        raise UserError(f"{arguments.file} has none of these sets, arms and seeds")
     if arguments.dry_run:
         for cell in cells:
             for words in [*([cell.fit()] if cell.trains else []), cell.test()]:
@@ -58,9 +59,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _is_chosen(cell: Cell, arguments: argparse.Namespace) -> bool:
-    return (arguments.arms is None or cell.arm in arguments.arms) and (
-        arguments.seeds is None or cell.seed in arguments.seeds
-    )
+    chosen = ((cell.set_name, arguments.sets), (cell.arm, arguments.arms), (cell.seed, arguments.seeds))
+    return all(only is None or value in only for value, only in chosen)
 
 
 def _run(cell: Cell, jobs: int) -> str | None:

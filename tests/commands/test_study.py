@@ -94,19 +94,28 @@ def test_every_run_has_its_own_command(write, etflight_command, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_overlays_are_laid_over_every_arm(write, etflight_command, tmp_path):
-    write(arms=["ce", "focal"], overlays=["short.yaml"], name="tiny_short")
+def test_the_files_of_a_set_are_laid_over_every_arm(write, etflight_command, tmp_path):
     (tmp_path / "short.yaml").write_text("trainer: {limit_test_batches: 1}\n")
-    result = etflight_command("study", "study.yaml", "--dry-run", cwd=tmp_path)
-    for arm, line in zip(("ce", "focal"), result.out.splitlines()[::2], strict=True):
-        assert line.startswith(
-            f"etflight fit -c tiny/{arm}.yaml -c short.yaml --seed_everything 0 --name tiny_short/{arm}/"
-        )
-    assert etflight_command("study", "study.yaml", "--arms", "ce", cwd=tmp_path).status == 0
-    record = json.loads((tmp_path / "runs/tiny_short/ce/seed0/run.json").read_text())
-    assert record["arm"] == "ce"
-    config = yaml.safe_load((tmp_path / "runs/tiny_short/ce/seed0/config.yaml").read_text())
-    assert config["trainer"]["limit_test_batches"] == 1
+    (tmp_path / "wide.yaml").write_text("model: {model_kwargs: {width: 2}}\n")
+    sets = {"tiny_short": ["short.yaml"], "tiny_wide": ["short.yaml", "wide.yaml"]}
+    write(arms=["ce", "focal"], sets=sets, post_hoc={"la": "ce"}, ratios=[2])
+    lines = etflight_command("study", "study.yaml", "--dry-run", cwd=tmp_path).out.splitlines()
+    fits = [line.partition(" --ckpt_path")[0] for line in lines if line.startswith("etflight fit")]
+    assert fits == [
+        f"etflight fit -c tiny/{arm}.yaml{files} --seed_everything 0 --data.imbalance_ratio 2 --name {name}/{arm}/ratio2-seed0"
+        for arm in ("ce", "focal")
+        for name, files in (("tiny_short", " -c short.yaml"), ("tiny_wide", " -c short.yaml -c wide.yaml"))
+    ]
+    assert lines[-1].endswith(
+        "--name tiny_wide/la/ratio2-seed0 --ckpt_path runs/tiny_wide/ce/ratio2-seed0/checkpoints/last.ckpt"
+    )
+    part = ["study", "study.yaml", "--arms", "ce", "--sets", "tiny_wide"]
+    assert etflight_command(*part, cwd=tmp_path).status == 0
+    run = tmp_path / "runs/tiny_wide/ce/ratio2-seed0"
+    assert not (tmp_path / "runs/tiny_short").exists()
+    assert json.loads((run / "run.json").read_text())["arm"] == "ce"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["trainer"]["limit_test_batches"], config["model"]["model_kwargs"]) == (1, {"width": 2})
 
 
 def test_a_part_of_a_study(write, etflight_command, tmp_path):
@@ -115,7 +124,7 @@ def test_a_part_of_a_study(write, etflight_command, tmp_path):
     assert [line.split()[1] for line in result.out.splitlines()] == ["fit", "test"]
     assert "tiny/focal/seed4" in result.out
     nothing = etflight_command("study", "study.yaml", "--arms", "la", cwd=tmp_path)
-    assert "has none of these arms and seeds" in nothing.error_lines[0]
+    assert "has none of these sets, arms and seeds" in nothing.error_lines[0]
 
 
 @pytest.mark.parametrize(
@@ -129,9 +138,10 @@ def test_a_part_of_a_study(write, etflight_command, tmp_path):
         ({"second_stage": ["ce"]}, "second_stage is"),
         ({"post_hoc": {"la": "focal"}}, "la starts from focal, which is not trained before it"),
         ({"configs": 3}, "configs is 3"),
-        ({"overlays": "short.yaml"}, "overlays is 'short.yaml': give configuration files"),
-        ({"overlays": ["no.yaml"]}, "lays .*no.yaml over its arms, which does not exist"),
-        ({"name": "../elsewhere"}, "name is '../elsewhere': give a folder's name"),
+        ({"sets": ["short.yaml"]}, r"sets is \['short.yaml'\]: give names"),
+        ({"sets": {"short": "short.yaml"}}, "each with a list of configuration files"),
+        ({"sets": {"short": ["no.yaml"]}}, "lays .*no.yaml over its arms, which does not exist"),
+        ({"sets": {"../elsewhere": []}}, "give names of letters, digits and _"),
         ({"epochs": 3}, "it gives configs, seeds and arms"),
     ],
     ids=str,
