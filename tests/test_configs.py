@@ -139,7 +139,7 @@ def test_config_trains_a_step(config, first_stage, etflight_command, tmp_path):
         (["cifar100_lt", "densenet"], tiny_signs),
         (["cub200"], lambda folder: [*tiny_folder(folder), *tiny_weights(folder)]),
     ],
-    ids=str,
+    ids=["svhn_lt", "cifar100_lt with densenet", "cub200"],
 )
 def test_a_protocol_without_a_folder_of_arms_trains_a_step_on_other_images(
     overlays, images, etflight_command, tmp_path
