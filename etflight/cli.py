@@ -36,6 +36,8 @@ from etflight.last_words import speak_for_lost_processes
 from etflight.layer_sync import SyncBatchNorm
 from etflight.loggers import steadfast
 from etflight.optim import PROTOCOL_SGD
+from etflight.predict_images import add_prediction_arguments, over_images
+from etflight.predictions import check_output
 from etflight.run import MetricsCSV, check_writable, claim, claim_for_results, last_checkpoint, same_folder
 from etflight.specs import describe, is_known
 from etflight.wandb_runs import choose_names, name_in_sweep
@@ -99,6 +101,8 @@ class EtflightCLI(LightningCLI):
         self.verbose = True
         self.saved_logit_adjustment = 0.0
         stage = argv[0] if argv and argv[0] in self._subcommand_parsers else None
+        if stage == "predict":
+            add_prediction_arguments(self._subcommand_parsers[stage])
         if stage is not None and not any(arg in ("-h", "--help") or arg.endswith(".help") for arg in argv):
             self.ckpt_path = self._locate_run(argv, stage)
         if stage is None or self.ckpt_path is None:
@@ -138,6 +142,8 @@ class EtflightCLI(LightningCLI):
     def _parse_over_checkpoint(self, parser: LightningArgumentParser, argv: list[str], stage: str, path: Path) -> None:
         """Parse with the checkpoint's hyper-parameters as the model's defaults; no class is imported because it names it."""
         content = read_checkpoint(path)
+        if stage == "predict":
+            argv = over_images(argv, path, content)
         self.saved_rows = int(content.get(CHECKPOINT_KEY, {}).get("metrics_rows", 0))
         backbone = _value(argv, "model.backbone")
         given = {} if backbone is None else {"backbone": backbone}
@@ -190,7 +196,9 @@ class EtflightCLI(LightningCLI):
             self._choose_place_of_results(config)
         for logger in _as_list(config["trainer"]["logger"]):
             self._put_into_run_folder(logger, config)
-        if self.subcommand != "validate" and not config["trainer"]["fast_dev_run"]:
+        if config.get("output") is not None:
+            check_output(Path(config["output"]))
+        elif self.subcommand != "validate" and not config["trainer"]["fast_dev_run"]:
             check_writable(self.folder)
             if self.subcommand == "fit":
                 claim(self.folder, self.ckpt_path)
@@ -258,7 +266,7 @@ class EtflightCLI(LightningCLI):
             *users,
         ]
         results = TestResults(self.folder, verbose=self.verbose)
-        callbacks += [StepNotice(), DoubleCorrection(), results, PredictionTable(self.folder)]
+        callbacks += [StepNotice(), DoubleCorrection(), results, *self._predicting()]
         # else Lightning would add a checkpoint of its own
         kwargs["enable_checkpointing"] = saves and any(isinstance(callback, Checkpoint) for callback in users)
         if not any(isinstance(c, ProgressBar) for c in users):
@@ -279,6 +287,12 @@ class EtflightCLI(LightningCLI):
         # whatever Lightning itself writes belongs to the run, too
         kwargs["default_root_dir"] = str(self.folder)
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def _predicting(self) -> list[PredictionTable]:
+        if self.subcommand != "predict":
+            return []
+        output, top_k, embeddings = (self._get(self.config_init, name) for name in ("output", "top_k", "embeddings"))
+        return [PredictionTable(Path(output or self.folder / "predictions.csv"), top_k, embeddings)]
 
 
 def main(args: Sequence[str] | None = None) -> EtflightCLI:
@@ -321,7 +335,7 @@ _STAGES = {
     "fit": "Train a classifier.",
     "validate": "Measure a trained classifier on the validation images.",
     "test": "Measure a trained classifier on the test images.",
-    "predict": "Write a trained classifier's decisions on the test images to predictions.csv.",
+    "predict": "Write a trained classifier's decisions on the test images, or on any others (--images), to predictions.csv or --output.",
 }
 
 

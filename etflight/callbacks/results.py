@@ -1,16 +1,23 @@
-"""What a run leaves on disk: config.yaml and run.json of a training, predictions.csv."""
+"""What a run leaves on disk: config.yaml and run.json of a training, predictions."""
 
 from pathlib import Path
 from typing import IO, Any, cast
 
+import numpy as np
+import torch
 import torch.distributed as dist
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from etflight import wandb_runs
 from etflight.classifier import Classifier
+from etflight.data.sources import UNREADABLE
+from etflight.errors import UserError, warn
+from etflight.predictions import Predictions, skipped_beside, write
 from etflight.run import (
     RECORD,
     facts,
@@ -91,15 +98,28 @@ class RunRecord(SaveConfigCallback):
 
 
 class PredictionTable(Callback):
-    """Writes `predictions.csv`: index or path, class and calibrated probability of every image, in the data's order.
+    """Writes what `etflight.predictions.write` describes: image, classes and calibrated probabilities, in the data's order.
+
+    What could not be read is left out, counted, and listed with the reason in a file beside it.
 
     Args:
-        folder: where.
+        path: the file.
+        top_k: how many classes of each image, the most probable first; at most all.
+        embeddings: whether with the embeddings, too.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._rows: list[tuple[int, int, float]] = []
+    def __init__(self, path: Path, top_k: int = 1, embeddings: bool = False) -> None:
+        self.path, self.top_k, self.embeddings = path, top_k, embeddings
+        self._batches: list[tuple[Tensor, ...]] = []  # labels, probabilities, perhaps embeddings; on the CPU
+        self._readable: list[bool] = []
+        self._features: list[Tensor] = []
+        self._hook: RemovableHandle | None = None
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen to what the head is given; by now it is the one that decides."""
+        if self.embeddings:
+            head = cast(Classifier, pl_module).head
+            self._hook = head.register_forward_pre_hook(lambda _, args: self._features.append(args[0]))
 
     def on_predict_batch_end(
         self,
@@ -110,29 +130,60 @@ class PredictionTable(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the decision of each image; rank r of W sees images r, r + W, r + 2W and so on."""
-        probability, label = outputs.max(dim=1)
-        start = len(self._rows)
-        for i, (p, k) in enumerate(zip(probability.tolist(), label.tolist(), strict=True), start=start):
-            self._rows.append((trainer.global_rank + i * trainer.world_size, k, p))
+        """Keep the decisions; rank r of W sees images r, r + W, r + 2W and so on."""
+        readable = batch[1] != UNREADABLE
+        kept = list(outputs.float().topk(min(self.top_k, outputs.shape[1]), dim=1)[::-1])
+        if self.embeddings:
+            with torch.no_grad():
+                kept.append(cast(Classifier, pl_module).head.embed(self._features.pop()).float())
+        self._batches.append(tuple(part[readable].cpu() for part in kept))
+        self._readable += readable.tolist()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather the rows on the first process and write them."""
-        parts = [self._rows]
+        if self._hook is not None:
+            self._hook.remove()
+        data, places = _data(trainer), range(trainer.global_rank, 2**62, trainer.world_size)
+        skipped = {i: _reason(data, i) for i, fine in zip(places, self._readable, strict=False) if not fine}
+        indices = [i for i, fine in zip(places, self._readable, strict=False) if fine]
+        own = (indices, [torch.cat(parts) for parts in zip(*self._batches, strict=True)], skipped)
+        ranks = [own]
         if trainer.world_size > 1:
-            parts = [[] for _ in range(trainer.world_size)]
-            dist.all_gather_object(parts, self._rows)
+            ranks = [own] * trainer.world_size
+            dist.all_gather_object(ranks, own)
         if not trainer.is_global_zero:
             return
-        data = _data(trainer)
-        names = cast(Classifier, pl_module).class_names
-        rows = [
-            (data.sample_name("test", index), names[k] if names else k, f"{p:.6f}")
-            for index, k, p in sorted(row for part in parts for row in part)
-        ]
-        with writing_to(self.folder):
-            write_csv(self.folder / "predictions.csv", ["image", "class", "probability"], rows)
-        rank_zero_info(f"predictions: {self.folder / 'predictions.csv'}")
+        columns = [torch.cat(parts) for parts in zip(*(parts for _, parts, _ in ranks if parts), strict=True)]
+        order = np.argsort([i for indices, _, _ in ranks for i in indices])
+        in_order = sorted(i for indices, _, _ in ranks for i in indices)
+        skipped = {i: reason for _, _, part in ranks for i, reason in part.items()}
+        if not in_order:
+            raise UserError(f"none of the {len(skipped)} images can be read: {skipped[min(skipped)]}")
+        labels, probabilities, *rest = (column[order].numpy() for column in columns)
+        names = cast(Classifier, pl_module).class_names or [str(k) for k in range(data.num_classes)]
+        images = [data.sample_name("test", i) for i in in_order]
+        with writing_to(self.path.parent):
+            write(self.path, Predictions(images, labels, probabilities, rest[0] if rest else None), names)
+            rank_zero_info(f"predictions: {self.path}")
+            self._tell_skipped({data.sample_name("test", i): skipped[i] for i in sorted(skipped)})
+
+    def _tell_skipped(self, reasons: dict[str, str]) -> None:
+        path = skipped_beside(self.path)
+        path.unlink(missing_ok=True)  # of an earlier run, whose predictions have just been replaced
+        if reasons:
+            write_csv(path, ["image", "reason"], reasons.items())
+            count = "1 image" if len(reasons) == 1 else f"{len(reasons)} images"
+            more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+            warn(f"{count} could not be read, listed in {path}: {'; '.join(list(reasons.values())[:3])}{more}")
+
+
+def _reason(data: Any, index: int) -> str:
+    """Why an image cannot be read: it is tried once more, as loader processes tell no reasons."""
+    try:
+        data.split("test").source.images(torch.tensor([index]))
+    except UserError as error:
+        return str(error)
+    return f"{data.sample_name('test', index)} could not be read, but can be now"
 
 
 def _data(trainer: Trainer) -> Any:

@@ -11,6 +11,7 @@ from etflight.data.profiles import class_counts
 from etflight.data.sampler import ImbalancedSampler
 from etflight.data.tiny_imagenet import TinyImageNet
 from etflight.data.torchvision_sets import CIFAR10, CIFAR100, STL10, SVHN, FashionMNIST
+from etflight.data.unlabelled import UnlabelledImages
 
 __all__ = [
     "CIFAR10",
@@ -30,5 +31,6 @@ __all__ = [
     "ListImages",
     "PlacesLT",
     "TinyImageNet",
+    "UnlabelledImages",
     "class_counts",
 ]

@@ -40,8 +40,8 @@ class ArrayImages(ImageDataModule):
     @cached_property
     def class_names(self) -> list[str]:
         """The file's `class_names`, else the labels as text."""
-        if "class_names" in self._members:
-            names = self._array("class_names")
+        if "class_names" in self.members:
+            names = self.array("class_names")
             if names.ndim != 1:
                 raise UserError(
                     f"{self.path}: class_names is of shape {list(names.shape)}: give one name per class, [K]"
@@ -73,11 +73,11 @@ class ArrayImages(ImageDataModule):
     @property
     def has_val_split(self) -> bool:
         """Whether the file has `val_images`."""
-        return "val_images" in self._members
+        return "val_images" in self.members
 
     def load(self, split: Split) -> ArraySource:
         """Read one split's two arrays."""
-        images = self._array(f"{split}_images")
+        images = self.array(f"{split}_images")
         what = f"{self.path}: {split}_images is {images.dtype} of shape {list(images.shape)}"
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape[1:]:
             raise UserError(f"{what}: give uint8 [N, H, W] or [N, H, W, C], none of H, W and C 0")
@@ -97,7 +97,7 @@ class ArrayImages(ImageDataModule):
         return ArraySource(pixels, torch.from_numpy(labels))
 
     @cached_property
-    def _members(self) -> list[str]:
+    def members(self) -> list[str]:
         """Names of the arrays in the file."""
         if not Path(self.path).is_file():
             raise UserError(f"{self.path}: no such file: give the path of an .npz file")
@@ -108,14 +108,19 @@ class ArrayImages(ImageDataModule):
             raise UserError(f"{self.path} is no .npz file ({error}): write it with numpy.savez") from None
 
     def _array_is_there(self, name: str) -> None:
-        if name not in self._members:
+        if name not in self.members:
             needed = [f"{split}_{kind}" for split in ("train", "test") for kind in ("images", "labels")]
-            missing = [member for member in dict.fromkeys([*needed, name]) if member not in self._members]
+            missing = [member for member in dict.fromkeys([*needed, name]) if member not in self.members]
             raise UserError(
-                f"{self.path}: missing {', '.join(missing)}; it holds {', '.join(self._members) or 'nothing'}"
+                f"{self.path}: missing {', '.join(missing)}; it holds {', '.join(self.members) or 'nothing'}"
             )
 
-    def _array(self, name: str) -> NDArray[np.generic]:
+    def array(self, name: str) -> NDArray[np.generic]:
+        """One array of the file.
+
+        Raises:
+            UserError: it is not there, or cannot be read.
+        """
         with self._reading(name), np.load(self.path, allow_pickle=False) as archive:
             self._checked_shape(name)
             array: NDArray[np.generic] = archive[name]
@@ -152,7 +157,7 @@ class ArrayImages(ImageDataModule):
         return shape
 
     def _labels(self, split: Split) -> NDArray[np.int64]:
-        labels = self._array(f"{split}_labels")
+        labels = self.array(f"{split}_labels")
         if labels.ndim == 2 and labels.shape[1] > 1:
             raise UserError(
                 f"{self.path}: {split}_labels has {labels.shape[1]} labels per image: multi-label sets are not supported, give one"

@@ -3,8 +3,10 @@
 import math
 import re
 import warnings
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,15 +21,16 @@ _ASPECT_RATIOS = (3 / 4, 4 / 3)
 _ATTEMPTS = 10
 
 
-def decode_file(path: str, side: int) -> Tensor:
-    """Decode an image file (JPEG, PNG, WebP, PPM) to RGB.
+def decode_file(path: str, side: int, mode: Literal["RGB", "GRAY"] = "RGB") -> Tensor:
+    """Decode an image file (JPEG, PNG, WebP, PPM), of whatever mode, to RGB or grey.
 
     Args:
         path: The file.
         side: Pixels to which the shorter side will be resized.
+        mode: Colours to decode to.
 
     Returns:
-        uint8 `[3, H, W]`, of an animation the first picture.
+        uint8 `[3, H, W]`, or `[1, H, W]` for grey, of an animation the first picture.
 
     Raises:
         UserError: The file is missing, is no image, has more than `MAX_PIXELS` or would have, resized; names its path.
@@ -43,7 +46,7 @@ def decode_file(path: str, side: int) -> Tensor:
             raise UserError(
                 f"{path} has {width}×{height} pixels, too long and thin for a square: crop it, or remove it"
             )
-        image = _decode_ppm(content) if format_name == "PPM" else decode_image(content, mode="RGB")
+        image = _decode_ppm(content, mode) if format_name == "PPM" else decode_image(content, mode=mode)
     except UserError:
         raise
     except Exception as error:  # readers of broken files raise all kinds
@@ -68,20 +71,38 @@ def _header(content: bytes) -> tuple[str | None, int, int]:
     return name, width, height
 
 
-def _decode_ppm(content: bytes) -> Tensor:
+def _decode_ppm(content: bytes, mode: Literal["RGB", "GRAY"]) -> Tensor:
     """The one format here that torchcodec does not know."""
     from PIL import Image
 
     with Image.open(BytesIO(content), formats=["PPM"]) as file:
-        return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1).contiguous()
+        pixels = np.atleast_3d(np.array(file.convert("RGB" if mode == "RGB" else "L")))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def fit_to(image: Tensor, size: Sequence[int], covered: Sequence[int]) -> Tensor:
+    """Resize an image until it just covers a size, and crop another at its centre.
+
+    Args:
+        image: uint8 `[C, h, w]`.
+        size: H and W of what comes out.
+        covered: H and W to cover, at least those.
+
+    Returns:
+        uint8 `[C, H, W]`.
+    """
+    # torchvision takes seconds, too
+    from torchvision.transforms.v2.functional import center_crop, resize  # type: ignore[attr-defined]
+
+    (height, width), (tall, wide) = image.shape[-2:], covered
+    # the side that needs the larger factor, and the other in proportion
+    fitted = [tall, tall * width // height] if tall * width >= wide * height else [wide * height // width, wide]
+    return center_crop(resize(image, fitted, antialias=True), list(size))
 
 
 def center_square(image: Tensor, size: int, side: int) -> Tensor:
     """Resize the shorter side to `side`, and crop the centre: uint8 `[3, H, W]` to `[3, size, size]`."""
-    # torchvision takes seconds, too
-    from torchvision.transforms.v2.functional import center_crop, resize  # type: ignore[attr-defined]
-
-    return center_crop(resize(image, [side], antialias=True), [size, size])
+    return fit_to(image, [size, size], [side, side])
 
 
 def random_square(image: Tensor, size: int, min_scale: float, random: np.random.Generator) -> Tensor:

@@ -64,8 +64,8 @@ class Paths:
         ]
 
 
-def files_below(folder: str, suffixes: Collection[str]) -> list[str]:
-    """Paths, relative to the folder, of the files below it with one of these endings, in any case; hidden ones are passed over.
+def files_below(folder: str, suffixes: Collection[str] | None = None) -> list[str]:
+    """Paths, relative to the folder, of the files below it with one of these endings, in any case, or all; hidden ones are passed over.
 
     Sorted by folder and name, part by part.
     """
@@ -73,6 +73,6 @@ def files_below(folder: str, suffixes: Collection[str]) -> list[str]:
         os.path.relpath(os.path.join(parent, name), folder)
         for parent, _, names in os.walk(folder)
         for name in names
-        if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")
+        if (suffixes is None or os.path.splitext(name)[1].lower() in suffixes) and not name.startswith(".")
     ]
     return sorted(found, key=lambda path: path.split(os.sep))

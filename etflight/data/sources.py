@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 Batch = tuple[Tensor, Tensor]
+UNREADABLE = -2  # the label of an image that could not be read, and that is black in its batch
 
 
 class ImageSource(ABC):

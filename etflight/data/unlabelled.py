@@ -1,0 +1,221 @@
+"""Images from anywhere, of any size and without labels, brought to what a trained model takes."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from etflight.data.arrays import ArrayImages
+from etflight.data.base import ImageDataModule, Split
+from etflight.data.decoding import decode_file, fit_to
+from etflight.data.file_sources import Square, stack
+from etflight.data.paths import files_below
+from etflight.data.sources import UNREADABLE, Batch, ImageSource, ImageSplit
+from etflight.errors import UserError
+
+_LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey, ITU-R BT.601, as image decoders weigh them
+_MEMBERS = ("images", "test_images")
+
+
+@dataclass(eq=False, kw_only=True)
+class UnlabelledImages(ImageDataModule):
+    """Images without labels, for `etflight predict --images`; what a model wants of them is in its checkpoint.
+
+    Grey images, images with a transparency, palettes, 16 bits or CMYK become grey or RGB as the model needs it (transparency is
+    dropped). What cannot be read is no error: its label is `UNREADABLE`, the others' -1.
+
+    Args:
+        paths: image files (JPEG, PNG, WebP, PPM), folders of them, and `.npz` files with images `[N, H, W]` or `[N, H, W, C]`, uint8 or
+            uint16, as `images`, as `test_images` or alone.
+        input_size: C, H and W of the model.
+        crop_pct: part of the resized image that is kept.
+        names: of the classes.
+    """
+
+    paths: list[str]
+    input_size: tuple[int, int, int]
+    crop_pct: float = 1.0
+    names: list[str]
+
+    def __str__(self) -> str:
+        return ", ".join(self.paths[:3]) + ", …" * (len(self.paths) > 3)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.names)
+
+    @property
+    def num_channels(self) -> int:
+        """C of the model."""
+        return self.input_size[0]
+
+    @property
+    def class_names(self) -> list[str]:
+        """Those given."""
+        return self.names
+
+    def load(self, split: Split) -> "AnyImages":
+        """All of them.
+
+        Raises:
+            UserError: nothing is there, an array that is none of images, or training images are asked for.
+        """
+        if split == "train":
+            raise UserError(f"--images {self}: images without labels can be predicted, not trained on")
+        sets: list[_Files | _Array] = []
+        for path in self.paths:
+            if path.endswith(".npz"):
+                sets.append(_Array(path, self.input_size[0]))
+            elif Path(path).is_dir():
+                sets.append(_Files([str(Path(path) / file) for file in files_below(path)]))
+            elif Path(path).exists():
+                sets.append(_Files([path]))
+            else:
+                raise UserError(f"--images {path} does not exist: give image files, folders or .npz files")
+        return AnyImages(sets, self.input_size, self.crop_pct)
+
+    def make_split(self, name: Split, source: ImageSource, indices: NDArray[np.int64]) -> ImageSplit:
+        """In order, with what cannot be read."""
+        return _Split(source, indices)
+
+    def _checked(self, name: Split) -> ImageSource:
+        source = self.load(name)
+        if len(source.labels) == 0:
+            raise UserError(f"--images {self}: there is no image: give image files, folders or .npz files")
+        return source
+
+
+class AnyImages(ImageSource):
+    """Images of several files, folders and arrays, one after the other.
+
+    Args:
+        sets: where they are.
+        input_size: C, H and W of what comes out.
+        crop_pct: part of the resized image that is kept.
+    """
+
+    def __init__(self, sets: "Sequence[_Files | _Array]", input_size: tuple[int, int, int], crop_pct: float) -> None:
+        self._sets, self._size, self.crop_pct = sets, input_size, crop_pct
+        self._covered = [Square(side, crop_pct).side for side in input_size[1:]]
+        self._ends = list(accumulate(map(len, sets)))
+        self.labels = torch.full((self._ends[-1] if sets else 0,), -1)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """C, H and W."""
+        return self._size
+
+    def __getitem__(self, index: int) -> Tensor:
+        """uint8 `[C, H, W]`.
+
+        Raises:
+            UserError: it cannot be read, or has other channels than a model of this kind can take.
+        """
+        channels, *size = self._size
+        which, position = self._find(index)
+        picture = _with_channels(which.read(position, channels, max(self._covered)), channels, which.name(position))
+        return fit_to(picture, size, self._covered)
+
+    def images(self, indices: Tensor) -> Tensor:
+        """Read one by one.
+
+        Raises:
+            UserError: one of them cannot be read.
+        """
+        return stack([self[i] for i in indices.tolist()])
+
+    def readable(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """As `images`, black where one cannot be read, and labels `[B]`, -1 or `UNREADABLE`."""
+        pictures, labels = [], []
+        for i in indices.tolist():
+            try:
+                pictures.append(self[i])
+                labels.append(-1)
+            except UserError:
+                pictures.append(torch.zeros(self._size, dtype=torch.uint8))
+                labels.append(UNREADABLE)
+        return stack(pictures), torch.tensor(labels)
+
+    def name(self, index: int) -> str:
+        """The file's path, of an array with the position in it."""
+        which, position = self._find(index)
+        return which.name(position)
+
+    def _find(self, index: int) -> "tuple[_Files | _Array, int]":
+        number = bisect_right(self._ends, index)
+        which = self._sets[number]
+        return which, index - self._ends[number] + len(which)
+
+
+class _Split(ImageSplit):
+    source: AnyImages
+
+    def __getitems__(self, positions: list[int]) -> Batch:
+        return self.source.readable(self.indices[positions])
+
+
+class _Files:
+    """Image files."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def name(self, index: int) -> str:
+        return self._paths[index]
+
+    def read(self, index: int, channels: int, side: int) -> Tensor:
+        return decode_file(self._paths[index], side, "GRAY" if channels == 1 else "RGB")
+
+
+class _Array:
+    """Images of one array in an `.npz` file."""
+
+    def __init__(self, path: str, channels: int) -> None:
+        file = ArrayImages(path)
+        known = [name for name in _MEMBERS if name in file.members] or file.members
+        if known[0] not in _MEMBERS and len(known) != 1:
+            raise UserError(f"{path} has no `images`, but {', '.join(known) or 'nothing'}: call the images `images`")
+        images = file.array(known[0])
+        what = f"{path}: {known[0]} is {images.dtype} of shape {list(images.shape)}"
+        if images.dtype not in (np.uint8, np.uint16) or images.ndim not in (3, 4) or 0 in images.shape[1:]:
+            raise UserError(f"{what}: give uint8 or uint16 [N, H, W] or [N, H, W, C]")
+        self._path, self._images = path, images if images.ndim == 4 else images[..., None]
+        _with_channels(torch.zeros(self._images.shape[3], 1, 1), channels, what)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, index: int) -> str:
+        return f"{self._path}[{index}]"
+
+    def read(self, index: int, channels: int, side: int) -> Tensor:
+        pixels: NDArray[Any] = self._images[index]
+        if pixels.dtype == np.uint16:
+            pixels = np.rint(pixels / 257).astype(np.uint8)
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def _with_channels(image: Tensor, channels: int, what: str) -> Tensor:
+    """`[c, H, W]`, grey or RGB, perhaps with a transparency, to `[channels, H, W]`."""
+    own = len(image)
+    if own == channels:
+        return image
+    if own in (1, 2) and channels in (1, 3):
+        return image[:1].expand(channels, -1, -1)
+    if own in (3, 4) and channels == 3:
+        return image[:3]
+    if own in (3, 4) and channels == 1:
+        grey = torch.einsum("c,chw->hw", torch.tensor(_LUMA), image[:3].float())
+        return grey.round().to(image.dtype)[None]
+    raise UserError(f"{what}: {own} channels, but the model takes {channels}: give images of as many")

@@ -1,0 +1,61 @@
+"""`etflight predict` on images from anywhere: its arguments, and the data module that they stand for."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
+
+from etflight.errors import UserError
+
+
+def add_prediction_arguments(parser: ArgumentParser) -> None:
+    """`--images`, `--output`, `--top_k` and `--embeddings`."""
+    parser.add_argument(
+        "--images",
+        type=str,
+        nargs="+",
+        default=None,
+        help="Image files, folders of them, or .npz files of arrays, in place of --data; the checkpoint knows what its model takes.",
+    )
+    parser.add_argument(
+        "--output",
+        type=str | None,
+        default=None,
+        help="New file, .csv, .parquet or .npz. Default: predictions.csv in the run folder, replaced.",
+    )
+    parser.add_argument("--top_k", type=PositiveInt, default=1, help="Classes of each image, the most probable first.")
+    parser.add_argument("--embeddings", type=bool, default=False, help="Write what meets the class vectors, too.")
+
+
+def over_images(argv: Sequence[str], path: Path, checkpoint: dict[str, Any]) -> list[str]:
+    """A command line with `--images` as one with the data module `UnlabelledImages`; any other stays as it is.
+
+    Args:
+        argv: the command line, its overlays expanded.
+        path: of the checkpoint.
+        checkpoint: what `read_checkpoint` gives.
+
+    Raises:
+        UserError: a data set as well, or a checkpoint that does not know what its model wants of images.
+    """
+    if "--images" not in argv:
+        return list(argv)
+    if any(arg == "--data" or arg.startswith("--data=") for arg in argv):
+        raise UserError("give --data for a set's test images or --images for others, not both")
+    start = argv.index("--images") + 1
+    end = next((i for i in range(start, len(argv)) if argv[i].startswith("-")), len(argv))
+    known: dict[str, Any] = dict(checkpoint.get("preprocessing") or {})
+    if not known and not any(arg.startswith("--data.input_size") for arg in argv):
+        raise UserError(
+            f"checkpoint {path} does not say how its images were normalised, since it was trained without a data module of etflight's, or "
+            "with an earlier version: give --data.input_size '[C, H, W]', --data.mean and --data.std"
+        )
+    names = checkpoint.get("class_names") or list(map(str, range(checkpoint["hyper_parameters"]["num_classes"])))
+    values = {"paths": list(argv[start:end]), "names": names, **known}
+    # after the configuration files, whose data they replace, and before the command line's own --data.batch_size and others
+    place = max((i + 2 for i, arg in enumerate(argv) if arg in ("-c", "--config")), default=1)
+    chosen = ["--data=UnlabelledImages", *(f"--data.{name}={json.dumps(value)}" for name, value in values.items())]
+    return [*argv[:place], *chosen, *argv[place:]]
