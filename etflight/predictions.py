@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,9 +67,10 @@ def write(path: Path, predictions: Predictions, names: Sequence[str]) -> None:
     classes = np.array(names)[predictions.labels]
     with replacing(path) as partial:
         if path.suffix == ".npz":
-            embedding = {} if predictions.embeddings is None else {"embedding": predictions.embeddings}
-            columns = {"label": predictions.labels, "class": classes, "probability": predictions.probabilities}
-            np.savez(partial, image=np.array(predictions.images, dtype=np.str_), **columns, **embedding)
+            arrays: dict[str, Any] = {"image": np.array(predictions.images, dtype=np.str_), "label": predictions.labels}
+            arrays |= {"class": classes, "probability": predictions.probabilities}
+            arrays |= {} if predictions.embeddings is None else {"embedding": predictions.embeddings}
+            np.savez(partial, **arrays)
         elif path.suffix == ".parquet":
             _write_parquet(partial, predictions, classes)
         else:
