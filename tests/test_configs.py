@@ -85,7 +85,7 @@ def tiny_data(config, folder):
             return tiny_cifar(folder, 10)
         case "cifar100_lt", _:
             return tiny_cifar(folder, 100)
-        case "gtsrb", _:
+        case "gtsrb" | "gtsrb_lite0", _:
             return tiny_signs(folder)
         case "inat2018", _:  # a network of 24 instead of 63 M parameters, other images
             return ["--data", "FolderImages", *tiny_folder(folder), "--model.backbone", "resnet50"]
@@ -102,7 +102,8 @@ POST_HOC = {"tau_norm", "ncm"}  # they train nothing
 TRAINED = [
     path
     for path in EXPERIMENTS
-    if (path.parent.name in ("digits", "configs") and path.stem not in POST_HOC) or path.stem in ("ce", "ce_no_mixup")
+    if (path.parent.name in ("digits", "configs") and path.stem not in POST_HOC)
+    or path.stem in ("ce", "ce_no_mixup", "scratch")
 ]
 
 
