@@ -136,7 +136,13 @@ DATA = [
     (["--data=ArrayImages", "--data.path=../colour.npz"], data_arguments(4, 3, 9)),
     (
         ["--data=FolderImages", "--data.root=../folder"],
-        {**data_arguments(2, 3, 5), "image_size": whole(1, 16)},
+        {
+            **data_arguments(2, 3, 5),
+            "image_size": whole(1, 16),
+            "min_crop_scale": real(0.01, 1),
+            "crop_pct": real(0.1, 1),
+            "skip_corrupt": SWITCH,
+        },
     ),
 ]
 

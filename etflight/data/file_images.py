@@ -68,13 +68,21 @@ class FileImages(ImageDataModule):
             ),
             (
                 "min_crop_scale",
-                _is_part(self.min_crop_scale),
+                self.min_crop_scale is None or 0 < self.min_crop_scale <= 1,
                 "give a part of the picture's area, above 0 and at most 1",
             ),
-            ("crop_pct", _is_part(self.crop_pct), "give a part of the resized side, above 0 and at most 1"),
+            (
+                "crop_pct",
+                self.crop_pct is None or 0.1 <= self.crop_pct <= 1,
+                "give a part of the resized side, from 0.1 to 1",
+            ),
         ):
             if not holds:
                 raise UserError(f"{type(self).__name__}: {name} is {getattr(self, name)!r}: {rule}")
+        if self._square.side > LARGEST_SIDE:
+            raise UserError(
+                f"{type(self).__name__}: image_size / crop_pct is {self._square.side}: give at most {LARGEST_SIDE} pixels"
+            )
 
     @property
     def num_channels(self) -> int:
@@ -100,12 +108,15 @@ class FileImages(ImageDataModule):
 
     def make_source(self, paths: Paths, labels: Tensor) -> FileSource:
         """Files with labels `[N]`, cut as the options say."""
-        square = Square(
+        return FileSource(paths, labels, self._square)
+
+    @property
+    def _square(self) -> Square:
+        return Square(
             self.standard_image_size if self.image_size is None else self.image_size,
             self.standard_crop_pct if self.crop_pct is None else self.crop_pct,
             self.standard_min_crop_scale if self.min_crop_scale is None else self.min_crop_scale,
         )
-        return FileSource(paths, labels, square)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -113,7 +124,8 @@ class ListedFileImages(FileImages):
     """Image files that a list names.
 
     Args:
-        check_files: Look whether all of them are there before training starts; false saves listing each folder once.
+        check_files: Look whether all of them are there before training starts; false saves a second for half a million files on a local
+            disk, and more on a slow one.
     """
 
     check_files: bool = True
@@ -132,7 +144,3 @@ class ListedFileImages(FileImages):
                 f"{', '.join(paths[i] for i in missing[:3])}{rest}: put them there, or correct --data.root"
             )
         return self.make_source(paths, labels)
-
-
-def _is_part(value: float | None) -> bool:
-    return value is None or 0 < value <= 1

@@ -44,12 +44,17 @@ def epoch(data, number=0):
 
 
 @pytest.mark.parametrize(
-    "options", [{"min_crop_scale": 0.0}, {"min_crop_scale": 1.1}, {"crop_pct": 0.0}, {"crop_pct": float("nan")}]
+    "options", [{"min_crop_scale": 0.0}, {"min_crop_scale": 1.1}, {"crop_pct": 0.05}, {"crop_pct": float("nan")}]
 )
 def test_parts_lie_between_nothing_and_all(options):
     (name,) = options
     with pytest.raises(UserError, match=f"FolderImages: {name} is"):
         FolderImages("x", **options)
+
+
+def test_a_square_that_no_memory_holds_is_refused():
+    with pytest.raises(UserError, match="image_size / crop_pct is 20000: give at most 16384"):
+        FolderImages("x", image_size=10_000, crop_pct=0.5)
 
 
 def test_training_shows_random_squares_and_evaluation_the_middle(tree):
