@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SEED ?= 0
 JOBS ?= 2
 
-.PHONY: demo reproduce-fashion notebooks test test-slow soak lint bench clean
+.PHONY: demo reproduce-fashion notebooks test test-slow soak wheel lint bench clean
 
 $(VENV)/.package: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -58,6 +58,10 @@ soak: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest -m benchmark -s
+
+# The wheel in an empty environment: some minutes, since torch is large.
+wheel: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow tests/test_wheel.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
