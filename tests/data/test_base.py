@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from etflight.data import ArrayImages, Digits, ImageDataModule, ImbalancedSampler, class_counts
 from etflight.data.profiles import fingerprint, long_tailed_subset
+from etflight.data.sources import ImageSplit
 from etflight.errors import UserError
 
 
@@ -163,6 +164,24 @@ def test_batches_are_contiguous_uint8_and_int64(arrays):
     images, labels = next(iter(ArrayImages(arrays(), batch_size=4).train_dataloader()))
     assert (images.shape, images.dtype, labels.shape, labels.dtype) == ((4, 3, 2, 4), torch.uint8, (4,), torch.int64)
     assert images.is_contiguous()
+
+
+@pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
+def test_a_batch_is_fetched_whole_and_reaches_the_step_uncopied(loader, arrays, monkeypatch):
+    data = ArrayImages(arrays(), batch_size=8, val_fraction=0.1)
+    fetched, fetch = [], ImageSplit.__getitems__
+
+    def count(split, positions):
+        fetched.append(fetch(split, positions))
+        return fetched[-1]
+
+    monkeypatch.setattr(ImageSplit, "__getitems__", count)
+    monkeypatch.setattr(ImageSplit, "__getitem__", None)  # calling it is an error
+    batches = list(getattr(data, loader)())
+    assert len(batches) == len(fetched) > 0
+    for (images, labels), (pixels, targets) in zip(batches, fetched, strict=True):
+        assert images is pixels
+        assert labels is targets
 
 
 def test_images_keep_their_labels_and_layout(arrays):
