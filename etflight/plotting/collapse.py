@@ -15,7 +15,7 @@ from PIL import Image
 from etflight.errors import UserError
 from etflight.files import replacing
 from etflight.metrics import Moments, measures
-from etflight.metrics.measures import GlobalMean
+from etflight.metrics.measures.centring import GlobalMean
 from etflight.plotting.canvas import (
     BLUE,
     DPI,
