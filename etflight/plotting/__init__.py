@@ -5,17 +5,11 @@ be on any device, arrays are taken as well. `render` makes its pixels, `save` wr
 """
 
 from etflight.plotting.canvas import render, save
-from etflight.plotting.collapse import (
-    collapse_curves,
-    cosine_heatmap,
-    portrait,
-    spectrum,
-    triangle,
-    triangle_film,
-    variability_by_size,
-)
+from etflight.plotting.collapse import cosine_heatmap, portrait, spectrum, variability_by_size
+from etflight.plotting.curves import collapse_curves
 from etflight.plotting.evaluation import accuracy_by_size, confusion_matrix, reliability_diagram
 from etflight.plotting.images import class_histogram, contact_sheet
+from etflight.plotting.three_classes import triangle, triangle_film
 
 __all__ = [
     "accuracy_by_size",

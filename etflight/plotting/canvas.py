@@ -22,7 +22,7 @@ Matrix = Tensor | NDArray[Any]
 Numbers = Tensor | NDArray[Any] | Sequence[float]
 
 # Okabe & Ito's colours, told apart with every common colour vision.
-BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 GREY = "#767676"
 DPI = 120  # of figures in general
 

@@ -1,33 +1,17 @@
-import threading
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from matplotlib import pyplot
-from matplotlib.figure import Figure
 from matplotlib.text import Text
-from PIL import Image
 
-from etflight import plotting, simplex_etf
-from etflight.errors import UserError
+from etflight import plotting
 from etflight.metrics import ClassStatistics, measures
+from tests.plotting.pixels import drawn
 
 
 def cosines(means: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """cos(μ_i - μ_G, w_j - w̄), one pair at a time."""
     M, W = means - means.mean(0), weight - weight.mean(0)
     return np.array([[m @ w / np.sqrt((m @ m) * (w @ w)) for w in W] for m in M])
-
-
-def drawn(figure: Figure, tmp_path: Path) -> np.ndarray:
-    plotting.save(figure, tmp_path / "figure.png")
-    return np.asarray(Image.open(tmp_path / "figure.png").convert("RGB"))
-
-
-@pytest.fixture
-def noise() -> np.random.Generator:
-    return np.random.default_rng(0)
 
 
 # The heat map
@@ -98,69 +82,6 @@ def test_heat_map_refuses_shapes_that_do_not_fit():
         plotting.cosine_heatmap(np.zeros((3, 4)), np.zeros((4, 4)))
 
 
-# Curves
-
-
-def history(epochs: int) -> dict[str, list[float]]:
-    names = ["nc1", "alignment", "alignment_std", "nc2_equinorm", "nc2_equiangularity", "etf_distance"]
-    names += [f"{name}{end}" for name in ("cos_means", "cos_weights", "cos_cross") for end in ("", "_std")]
-    return {
-        f"nc/{split}/{name}": [(i + 1) * 10.0 ** (-epoch) for epoch in range(epochs)]
-        for split in ("val", "train")
-        for i, name in enumerate(names)
-    }
-
-
-def lines(figure: Figure) -> dict[str, tuple[list[float], list[float]]]:
-    return {
-        line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
-        for axes in figure.axes
-        for line in axes.lines
-        if line.get_label().startswith("nc")
-    }
-
-
-def test_curves_are_the_history_over_its_epochs(tmp_path):
-    recorded, epochs = history(4), [0, 2, 4, 6]
-    figure = plotting.collapse_curves(recorded, epochs, num_classes=10)
-    expected = {key: (epochs, values) for key, values in recorded.items() if not key.endswith("_std")}
-    assert lines(figure) == expected
-    assert figure.axes[0].get_yscale() == "log"
-    assert [axes.get_yscale() for axes in figure.axes[1:]] == ["linear"] * 3
-    (simplex,) = [line for line in figure.axes[3].lines if "simplex" in line.get_label()]
-    assert list(simplex.get_ydata()) == pytest.approx([-1 / 9] * 2)
-    drawn(figure, tmp_path)
-
-
-def test_curves_tell_splits_apart_by_line_style_train_first():
-    figure = plotting.collapse_curves(history(3), [0, 1, 2])
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["train", "val"]
-    styles = {line.get_label(): line.get_linestyle() for line in figure.axes[0].lines}
-    assert styles == {"nc/train/nc1": "-", "nc/val/nc1": "--"}
-
-
-def test_curves_align_a_late_measure_with_the_last_epochs():
-    figure = plotting.collapse_curves({"nc/train/nc1": [3.0, 2.0, 1.0], "nc/val/nc1": [5.0]}, [0, 1, 2])
-    np.testing.assert_array_equal(lines(figure)["nc/val/nc1"][1], [np.nan, np.nan, 5.0])
-
-
-def test_curves_without_scatter_show_the_ratio_and_say_what_was_not_measured():
-    figure = plotting.collapse_curves({"nc/train/nc1_ratio": [3.0, 2.0]}, [0, 1])
-    assert set(lines(figure)) == {"nc/train/nc1_ratio"}
-    assert [text.get_text() for axes in figure.axes[1:] for text in axes.texts] == ["not measured"] * 3
-
-
-def test_curves_of_another_space_leave_the_first_alone():
-    recorded = {"nc/train/nc1": [1.0], "nc_raw/train/nc1": [2.0]}
-    assert set(lines(plotting.collapse_curves(recorded, [0], prefix="nc_raw"))) == {"nc_raw/train/nc1"}
-
-
-def test_curves_of_nothing_are_refused():
-    for recorded, epochs in (({}, [0]), ({"nc/train/nc1": []}, []), ({"val/acc": [1.0]}, [0])):
-        with pytest.raises(ValueError, match="nothing to draw"):
-            plotting.collapse_curves(recorded, epochs)
-
-
 # Class by class
 
 
@@ -209,115 +130,3 @@ def test_spectrum_lies_beside_a_flat_one_of_the_same_norm(tmp_path):
 def test_empty_spectrum_is_refused():
     with pytest.raises(ValueError, match="two classes"):
         plotting.spectrum(torch.zeros(0))
-
-
-# The triangle
-
-
-def test_an_embedding_equal_to_a_class_vector_lies_on_its_corner(tmp_path):
-    weight = simplex_etf(10, 32, dtype=torch.float64)
-    figure = plotting.triangle(weight, range(10), weight, (7, 2, 5), epoch=3)
-    points = [np.asarray(c.get_offsets()) for c in figure.axes[0].collections]
-    for own, corner in zip(points[:3], points[3], strict=True):
-        np.testing.assert_allclose(own, corner[None], atol=1e-12)
-    sides = [np.linalg.norm(points[3][i] - points[3][j]) for i, j in ((0, 1), (0, 2), (1, 2))]
-    np.testing.assert_allclose(sides, float((weight[0] - weight[1]).norm()))
-    assert figure.axes[0].get_title() == "epoch 3"
-    top, left, right = points[3]
-    assert left[0] < top[0] < right[0]
-    assert top[1] > max(left[1], right[1])
-    drawn(figure, tmp_path)
-
-
-def test_other_class_vectors_of_a_simplex_fall_on_the_centre_of_the_triangle():
-    weight = simplex_etf(10, 32, dtype=torch.float64)
-    figure = plotting.triangle(weight[[9, 0]], [0, 1], weight, (0, 1, 2))
-    points = [np.asarray(c.get_offsets()) for c in figure.axes[0].collections]
-    np.testing.assert_allclose(points[0][0], points[3].mean(0), atol=1e-12)
-
-
-def test_triangle_keeps_distances_within_its_plane_and_draws_three_classes_only(noise):
-    weight = noise.normal(size=(5, 12))
-    mix = noise.dirichlet([1, 1, 1], size=20)
-    embeddings = np.concatenate([mix @ weight[[0, 3, 4]], noise.normal(size=(3, 12))])
-    figure = plotting.triangle(embeddings, [0] * 20 + [1] * 3, weight, (0, 3, 4))
-    points = [np.asarray(c.get_offsets()) for c in figure.axes[0].collections]
-    assert [len(p) for p in points] == [20, 0, 0, 3]
-    np.testing.assert_allclose(points[0], mix @ points[3], atol=1e-12)
-
-
-def test_triangle_refuses_classes_that_make_none():
-    weight = simplex_etf(4, 8)
-    for classes in ((0, 1), (0, 1, 1), (0, 1, 4), (0, 1, -1)):
-        with pytest.raises(ValueError, match="three different labels from 0 to 3"):
-            plotting.triangle(weight, range(4), weight, classes)
-    line = np.outer([0.0, 1.0, 2.0], np.ones(3))
-    with pytest.raises(ValueError, match="one line"):
-        plotting.triangle(line, range(3), line, (0, 1, 2))
-    with pytest.raises(ValueError, match="2 embeddings for 3 labels"):
-        plotting.triangle(weight[:2], [0, 1, 2], weight, (0, 1, 2))
-
-
-def snapshots(folder: Path, noise: np.random.Generator, number: int) -> list[Path]:
-    weight = simplex_etf(4, 8).numpy()
-    labels = np.repeat(np.arange(4), 5)
-    files = []
-    for epoch in range(number):
-        embeddings = weight[labels] * epoch / number + noise.normal(size=(20, 8)) * 0.1
-        files.append(folder / f"epoch_{epoch:03d}.npz")
-        np.savez(files[-1], embeddings=embeddings.astype(np.float16), labels=labels, epoch=epoch, weight=weight)
-    return files
-
-
-def test_film_has_a_frame_per_snapshot_all_to_one_scale(noise, tmp_path):
-    path = tmp_path / "films" / "triangle.gif"
-    plotting.triangle_film(snapshots(tmp_path, noise, 4), (0, 1, 3), path, frame_ms=100, last_ms=1000)
-    with Image.open(path) as film:
-        assert film.n_frames == 4
-        frames, times = [], []
-        for i in range(4):
-            film.seek(i)
-            frames.append(np.asarray(film.convert("L")).astype(int))
-            times.append(film.info["duration"])
-    assert times == [100, 100, 100, 1000]
-    # the triangle's edges stay where they are: pixels dark in the first frame are dark in all, but for titles and points
-    height = frames[0].shape[0]
-    dark = frames[0][int(0.75 * height) :] < 140
-    kept = [(frame[int(0.75 * height) :] < 170)[dark].mean() for frame in frames]
-    assert min(kept) > 0.9
-    assert (frames[0] != frames[3]).any()
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_film_names_a_file_that_is_no_snapshot(noise, tmp_path):
-    good = snapshots(tmp_path, noise, 1)
-    other = tmp_path / "other.npz"
-    np.savez(other, labels=[1])
-    (tmp_path / "text.npz").write_text("text")
-    for bad in (other, tmp_path / "text.npz", tmp_path / "missing.npz"):
-        with pytest.raises(UserError, match=rf"{bad.name} is no snapshot"):
-            plotting.triangle_film([*good, bad], (0, 1, 2), tmp_path / "film.gif")
-    with pytest.raises(ValueError, match="no snapshots"):
-        plotting.triangle_film([], (0, 1, 2), tmp_path / "film.gif")
-
-
-# All
-
-
-def test_save_replaces_a_picture_and_leaves_nothing_else(noise, tmp_path):
-    path = tmp_path / "figures" / "spectrum.png"
-    for n in (3, 5):
-        plotting.save(plotting.spectrum(np.arange(1, n)), path)
-    assert [file.name for file in path.parent.iterdir()] == ["spectrum.png"]
-    assert Image.open(path).size == (840, 576)
-
-
-def test_figures_are_unknown_to_pyplot_and_can_be_drawn_in_threads(tmp_path):
-    paths = [tmp_path / f"{i}.png" for i in range(3)]
-    workers = [threading.Thread(target=lambda p=p: plotting.save(plotting.spectrum([3, 2, 1]), p)) for p in paths]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert len({path.read_bytes() for path in paths}) == 1
-    assert pyplot.get_fignums() == []

@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from etflight import plotting
+from tests.plotting.pixels import drawn
+
+
+def history(epochs: int) -> dict[str, list[float]]:
+    names = ["nc1", "alignment", "alignment_std", "nc2_equinorm", "nc2_equiangularity", "etf_distance"]
+    names += [f"{name}{end}" for name in ("cos_means", "cos_weights", "cos_cross") for end in ("", "_std")]
+    return {
+        f"nc/{split}/{name}": [(i + 1) * 10.0 ** (-epoch) for epoch in range(epochs)]
+        for split in ("val", "train")
+        for i, name in enumerate(names)
+    }
+
+
+def lines(figure: Figure) -> dict[str, tuple[list[float], list[float]]]:
+    return {
+        line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
+        for axes in figure.axes
+        for line in axes.lines
+        if line.get_label().startswith("nc")
+    }
+
+
+def test_curves_are_the_history_over_its_epochs(tmp_path):
+    recorded, epochs = history(4), [0, 2, 4, 6]
+    figure = plotting.collapse_curves(recorded, epochs, num_classes=10)
+    expected = {key: (epochs, values) for key, values in recorded.items() if not key.endswith("_std")}
+    assert lines(figure) == expected
+    assert figure.axes[0].get_yscale() == "log"
+    assert [axes.get_yscale() for axes in figure.axes[1:]] == ["linear"] * 3
+    (simplex,) = [line for line in figure.axes[3].lines if "simplex" in line.get_label()]
+    assert list(simplex.get_ydata()) == pytest.approx([-1 / 9] * 2)
+    drawn(figure, tmp_path)
+
+
+def test_curves_tell_splits_apart_by_line_style_train_first():
+    figure = plotting.collapse_curves(history(3), [0, 1, 2])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["train", "val"]
+    styles = {line.get_label(): line.get_linestyle() for line in figure.axes[0].lines}
+    assert styles == {"nc/train/nc1": "-", "nc/val/nc1": "--"}
+
+
+def test_curves_align_a_late_measure_with_the_last_epochs():
+    figure = plotting.collapse_curves({"nc/train/nc1": [3.0, 2.0, 1.0], "nc/val/nc1": [5.0]}, [0, 1, 2])
+    np.testing.assert_array_equal(lines(figure)["nc/val/nc1"][1], [np.nan, np.nan, 5.0])
+
+
+def test_curves_without_scatter_show_the_ratio_and_say_what_was_not_measured():
+    figure = plotting.collapse_curves({"nc/train/nc1_ratio": [3.0, 2.0]}, [0, 1])
+    assert set(lines(figure)) == {"nc/train/nc1_ratio"}
+    assert [text.get_text() for axes in figure.axes[1:] for text in axes.texts] == ["not measured"] * 3
+
+
+def test_curves_of_another_space_leave_the_first_alone():
+    recorded = {"nc/train/nc1": [1.0], "nc_raw/train/nc1": [2.0]}
+    assert set(lines(plotting.collapse_curves(recorded, [0], prefix="nc_raw"))) == {"nc_raw/train/nc1"}
+
+
+def test_curves_of_nothing_are_refused():
+    for recorded, epochs in (({}, [0]), ({"nc/train/nc1": []}, []), ({"val/acc": [1.0]}, [0])):
+        with pytest.raises(ValueError, match="nothing to draw"):
+            plotting.collapse_curves(recorded, epochs)
