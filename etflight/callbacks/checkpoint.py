@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics import Metric
 
+from etflight.callbacks.trainer import callbacks_of, data_module, is_trial_run
 from etflight.errors import UserError
 from etflight.run import MetricsCSV, last_checkpoint, run_folder
 
@@ -110,7 +111,7 @@ class LastCheckpoint(Callback):
             between: "steps" or "epochs": the trainer has begun the next one, and counters go back to where it had not; or the "end".
         """
         self._saved_step, self._saved_epoch = trainer.global_step, trainer.current_epoch
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning outside the class body
+        if is_trial_run(trainer):
             return
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
@@ -180,7 +181,7 @@ class LastCheckpoint(Callback):
 
 def _identity(trainer: Trainer) -> dict[str, Any]:
     """What makes the order of the images, which a resumed run must share."""
-    data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning outside the class body
+    data = data_module(trainer)
     return {"seed": os.environ.get("PL_GLOBAL_SEED"), "images": getattr(data, "fingerprint", None)}
 
 
@@ -219,13 +220,12 @@ def _add(metric: Metric, state: dict[str, Any]) -> None:
 
 
 def _with_rank_state(trainer: Trainer) -> list[Any]:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning outside the class body
-    return [callback for callback in callbacks if isinstance(callback, RankState)]
+    return [callback for callback in callbacks_of(trainer, Callback) if isinstance(callback, RankState)]
 
 
 def _global_batch(trainer: Trainer) -> int:
     """Images of a batch over all processes, 0 where the data module does not tell."""
-    data = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning outside the class body
+    data = data_module(trainer)
     return int(getattr(data, "batch_size", 0)) * trainer.world_size
 
 

@@ -3,6 +3,7 @@
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from etflight.callbacks.trainer import is_trial_run
 from etflight.data.sampler import ImbalancedSampler, resolve_policy
 from etflight.errors import UserError
 from etflight.losses import ClassBalance, Loss, check_class_balance
@@ -50,8 +51,7 @@ class DeferredBalance(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what would fail only in that epoch; go on with the new balance if a resumed epoch has it."""
         first = self._first_epoch(trainer)
-        trial = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning outside the class body
-        if not trial and trainer.max_epochs not in (None, -1) and first >= trainer.max_epochs:
+        if not is_trial_run(trainer) and trainer.max_epochs not in (None, -1) and first >= trainer.max_epochs:
             raise UserError(
                 f"DeferredBalance: epoch {first} is never reached in {trainer.max_epochs} epochs, counted from 0: "
                 "give an earlier one, or more --trainer.max_epochs"

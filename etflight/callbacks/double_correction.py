@@ -1,12 +1,13 @@
 """Says when class frequencies are corrected more than once, which is easy to ask for and hard to see in the results."""
 
-from typing import Any, cast
+from typing import cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from etflight.callbacks.deferred import DeferredBalance
 from etflight.callbacks.post_hoc import TauNormalization
+from etflight.callbacks.trainer import callbacks_of, data_module
 from etflight.classifier import Classifier
 from etflight.data.sampler import resolve_policy
 from etflight.losses import LogitAdjustedLoss, Loss
@@ -23,11 +24,11 @@ class DoubleCorrection(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Warn on the first process; a warning and no error, because somebody may want to measure just that."""
         model = cast(Classifier, pl_module)
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning outside the class body
+        callbacks = callbacks_of(trainer, Callback)
         afterwards = post_hoc_corrections(model, callbacks)
         if stage != "fit" and not afterwards:
             return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_module(trainer)
         found = training_corrections(model.loss, getattr(data, "sampler", None), callbacks) + afterwards
         if len(found) > 1:
             rank_zero_warn(

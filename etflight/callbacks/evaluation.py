@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 import etflight
-from etflight.callbacks.pictures import is_rehearsal, publish, publish_table
+from etflight.callbacks.pictures import publish, publish_table
+from etflight.callbacks.trainer import is_trial_run
 from etflight.classifier import PRIOR_SHIFTS, Classifier, Evaluation
 from etflight.metrics.confusion import MOST_CLASSES
 from etflight.metrics.shots import FEW_BELOW, MANY_ABOVE, shot_groups, third_groups
@@ -55,7 +56,7 @@ class TestResults(Callback):
             for table in _tables(metrics, model, evaluation):
                 console.print(table)
         with writing_to(self.folder):
-            if not is_rehearsal(trainer):
+            if not is_trial_run(trainer):
                 write_json(self.folder / "test_metrics.json", metrics)
             rows = _rows(model, evaluation)
             publish_table(trainer, "test/classes", _HEADER, rows, self.folder / "per_class.csv")
@@ -65,7 +66,7 @@ class TestResults(Callback):
             rank_zero_info(
                 f"no confusion matrix: {len(model.class_counts)} classes, and at most {MOST_CLASSES} are drawn"
             )
-        if not is_rehearsal(trainer):
+        if not is_trial_run(trainer):
             rank_zero_info(f"results: {self.folder / 'test_metrics.json'}, per_class.csv and figures/")
 
 

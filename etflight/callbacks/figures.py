@@ -11,7 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 import etflight
 from etflight.callbacks.monitor import NeuralCollapseMonitor
-from etflight.callbacks.pictures import is_rehearsal, publish
+from etflight.callbacks.pictures import publish
+from etflight.callbacks.trainer import callbacks_of, data_module, is_trial_run
 from etflight.errors import UserError
 from etflight.run import run_folder
 
@@ -63,7 +64,7 @@ class CollapseFigures(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the monitors, or say at once what is missing."""
-        monitors = [c for c in _callbacks(trainer) if isinstance(c, NeuralCollapseMonitor)]
+        monitors = callbacks_of(trainer, NeuralCollapseMonitor)
         if not monitors:
             raise UserError(
                 "CollapseFigures draws what a NeuralCollapseMonitor measures, and the trainer has none: "
@@ -89,7 +90,7 @@ class CollapseFigures(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the last measurement, and make the film."""
         self._draw_what_is_due(trainer, pl_module, last=True)
-        if self.film and trainer.is_global_zero and not is_rehearsal(trainer):
+        if self.film and trainer.is_global_zero and not is_trial_run(trainer):
             for key, monitor in self._monitors.items():
                 files = self._triangle_files(trainer, monitor)
                 if files:
@@ -168,14 +169,6 @@ class CollapseFigures(Callback):
             )
 
 
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]  # set by Lightning outside the class body
-
-
-def _data_module(trainer: Trainer) -> Any:
-    return trainer.datamodule  # type: ignore[attr-defined]
-
-
 def _folder(trainer: Trainer) -> Path:
     return run_folder(trainer) / "figures"
 
@@ -193,7 +186,7 @@ def _class_names(trainer: Trainer, pl_module: LightningModule, monitor: NeuralCo
 
 def _of_classes(name: str, trainer: Trainer, pl_module: LightningModule, monitor: NeuralCollapseMonitor) -> Any:
     """An attribute with an entry per class, of the model or else of the data module; None if neither has it, or all are 0."""
-    for owner in (pl_module, _data_module(trainer)):
+    for owner in (pl_module, data_module(trainer)):
         values = getattr(owner, name, None)
         weight = monitor.latest_weight
         if values is not None and weight is not None and len(values) == len(weight) and any(values):

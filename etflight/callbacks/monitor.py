@@ -1,34 +1,37 @@
 """Neural collapse, measured while a model trains."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-from etflight.callbacks.embedding_source import HEAD, Caught, EmbeddingSource, Space, frozen_modes
-from etflight.data.sampler import ShardSampler
+from etflight.callbacks.embedding_source import HEAD, EmbeddingSource, Space
+from etflight.callbacks.pass_statistics import KEEP_BYTES, KeptEmbeddings, PassStatistics
+from etflight.callbacks.sweep import (
+    averaged,
+    class_indices,
+    every_sample_once,
+    plain_tensors,
+    to_device,
+    undisturbed,
+)
+from etflight.callbacks.trainer import callbacks_of, data_module, is_trial_run
 from etflight.errors import UserError
 from etflight.files import replacing
-from etflight.metrics import ClassStatistics, Moments, measures
-from etflight.ranks import broadcast_buffers, take_buffers_of_rank_zero
+from etflight.metrics import Moments, measures
 from etflight.run import run_folder
 
-_KEEP_BYTES = 2**30  # embeddings kept in host memory for `nc/train/nc4`
 _MOST_CLASSES = 50  # of a Gram matrix on disk: 41 KB an epoch, whatever the width
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class NeuralCollapseMonitor(Callback):
@@ -150,9 +153,9 @@ class NeuralCollapseMonitor(Callback):
         self._measured_epoch = -1
         self._source: EmbeddingSource | None = None
         self._loader: DataLoader[Any] | None = None
-        self._online: _Pass | None = None
+        self._online: PassStatistics | None = None
         self._online_states: list[dict[str, Any]] = []
-        self._val: _Pass | None = None
+        self._val: PassStatistics | None = None
         self._val_agrees: Tensor | None = None
         self._centres: Moments | None = None
         self._awaits_sweep = False
@@ -172,7 +175,7 @@ class NeuralCollapseMonitor(Callback):
         self._loader = self._val = self._online = None
         if not self._sweeps:
             return
-        if self.train_dataloader is None and not hasattr(_data_module(trainer), "eval_dataloader"):
+        if self.train_dataloader is None and not hasattr(data_module(trainer), "eval_dataloader"):
             raise UserError(
                 "NeuralCollapseMonitor needs the training images without augmentation: give train_dataloader=, or a data "
                 'module with eval_dataloader("train")'
@@ -221,7 +224,7 @@ class NeuralCollapseMonitor(Callback):
         """Add the batch."""
         if self._val is None or dataloader_idx != 0:
             return
-        labels = _hard_labels(batch, "validation")
+        labels = class_indices(batch, "validation")
         caught = self._found().take(len(labels))
         self._found().detach()
         self._val.add(caught.features, labels)
@@ -236,7 +239,7 @@ class NeuralCollapseMonitor(Callback):
         if self._awaits_sweep:  # this process saw no validation batch
             self._before_validation(trainer, pl_module)
         if self._val is not None:
-            with _plain_tensors():
+            with plain_tensors():
                 self._finish(self._val, "val")
                 if self._centres is not None and self._val_agrees is not None:
                     self._values[f"{self._group(HEAD)}/val/nc4"] = _share(trainer, self._val_agrees)
@@ -266,7 +269,7 @@ class NeuralCollapseMonitor(Callback):
         if isinstance(labels, Tensor) and labels.ndim > 1:
             self._tell("online neural-collapse statistics leave out batches whose labels are probabilities (mixup)")
         else:
-            labels = _hard_labels(batch, "training")
+            labels = class_indices(batch, "training")
             self._online.add(self._found().take(len(labels)).features, labels)
         self._found().detach()
 
@@ -276,11 +279,11 @@ class NeuralCollapseMonitor(Callback):
             passed, self._online = self._online, None
             if passed.statistics:
                 self.measured_weights = "current"
-                with _plain_tensors():
+                with plain_tensors():
                     self._remember_weight()
                     self._finish(passed, "train_online")
         elif self._sweeps and self._measures(trainer) and self._measured_epoch != trainer.current_epoch:
-            with _averaged(trainer, pl_module):
+            with averaged(trainer, pl_module):
                 self._sweep(trainer, pl_module, trainer.current_epoch + 1.0)
             self._measured_epoch = trainer.current_epoch
         if self._values:
@@ -320,7 +323,7 @@ class NeuralCollapseMonitor(Callback):
             self._centres = self._sweep(trainer, pl_module, trainer.current_epoch + _part_of_epoch(trainer))
         else:
             self._say_which_weights(trainer)
-            with _plain_tensors():
+            with plain_tensors():
                 self._remember_weight()
 
     def _sweep(self, trainer: Trainer, pl_module: LightningModule, epoch: float) -> Moments:
@@ -328,14 +331,14 @@ class NeuralCollapseMonitor(Callback):
         self._say_which_weights(trainer)
         source = self._found()
         loader = self._training_images(trainer)
-        limit = int(trainer.num_training_batches) if trainer.fast_dev_run else None  # type: ignore[attr-defined]
-        with _plain_tensors(), _undisturbed(trainer, pl_module), source.attached():
+        limit = int(trainer.num_training_batches) if is_trial_run(trainer) else None
+        with plain_tensors(), undisturbed(trainer, pl_module), source.attached():
             self._remember_weight()
             passed = self._new_pass(trainer, "train")
-            kept = _Kept(trainer.global_rank, trainer.world_size, self.snapshots)
+            kept = KeptEmbeddings(trainer.global_rank, trainer.world_size, self.snapshots)
             for raw in islice(iter(loader), limit):
-                batch = _to_device(trainer, pl_module, raw)
-                labels = _hard_labels(batch, "training")
+                batch = to_device(trainer, pl_module, raw)
+                labels = class_indices(batch, "training")
                 with trainer.precision_plugin.forward_context():
                     pl_module(batch[0])
                     further = source.intermediates(batch[0])
@@ -349,7 +352,7 @@ class NeuralCollapseMonitor(Callback):
                 if not kept.without_decision:
                     self._tell(
                         f"{self._group(HEAD)}/train/nc4 is left out: the embeddings of a process take more than "
-                        f"{_KEEP_BYTES / 2**30:g} GiB"
+                        f"{KEEP_BYTES / 2**30:g} GiB"
                     )
             else:
                 self._values[f"{self._group(HEAD)}/train/nc4"] = _share(trainer, cast(Tensor, agrees))
@@ -359,14 +362,14 @@ class NeuralCollapseMonitor(Callback):
                     self._write_snapshot(trainer, kept, int(epoch))
         return moments
 
-    def _new_pass(self, trainer: Trainer, split: str) -> "_Pass":
+    def _new_pass(self, trainer: Trainer, split: str) -> PassStatistics:
         device = trainer.strategy.root_device
         anchors = {
             key.removeprefix(f"{split}/"): value for key, value in self._anchors.items() if key.startswith(f"{split}/")
         }
-        return _Pass(self._found().num_classes, device, anchors)
+        return PassStatistics(self._found().num_classes, device, anchors)
 
-    def _finish(self, passed: "_Pass", split: str) -> Moments:
+    def _finish(self, passed: PassStatistics, split: str) -> Moments:
         """Compute over all ranks, and keep values, statistics and anchors."""
         source = self._found()
         computed = passed.compute()
@@ -410,7 +413,7 @@ class NeuralCollapseMonitor(Callback):
         self.latest_bias = None if source.bias is None else source.bias.cpu().clone()
 
     def _say_which_weights(self, trainer: Trainer) -> None:
-        averaging = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
+        averaging = callbacks_of(trainer, WeightAveraging)
         self.measured_weights = "averaged" if averaging else "current"
         if averaging and "weights" not in self._told:
             self._told.add("weights")
@@ -428,7 +431,7 @@ class NeuralCollapseMonitor(Callback):
     def _training_images(self, trainer: Trainer) -> DataLoader[Any]:
         if self._loader is None:
             if self.train_dataloader is None:
-                self._loader = _data_module(trainer).eval_dataloader("train")
+                self._loader = data_module(trainer).eval_dataloader("train")
             else:
                 self._loader = every_sample_once(self.train_dataloader, trainer.world_size, trainer.global_rank)
         return self._loader
@@ -442,7 +445,7 @@ class NeuralCollapseMonitor(Callback):
         rows = torch.cat([means[classes], self.latest_weight.double()[classes], means.nanmean(0, keepdim=True)])
         _write(trainer, "gram", epoch, classes=classes.numpy(), gram=(rows @ rows.T).float().numpy())
 
-    def _write_snapshot(self, trainer: Trainer, kept: "_Kept", epoch: int) -> None:
+    def _write_snapshot(self, trainer: Trainer, kept: KeptEmbeddings, epoch: int) -> None:
         content = kept.snapshot()
         if not trainer.is_global_zero or self.latest_weight is None:
             return
@@ -482,187 +485,6 @@ class NeuralCollapseMonitor(Callback):
         self._online_states = [state for state in states if state]
 
 
-class _Pass:
-    """The class statistics of one pass over a split: those of the head's features, and of each layer's."""
-
-    def __init__(self, num_classes: int, device: torch.device, anchors: Mapping[str, Tensor]) -> None:
-        self.num_classes = num_classes
-        self.device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-        self.anchors = anchors
-        self.statistics: dict[str, ClassStatistics] = {}
-
-    def add(self, features: Mapping[str, Tensor], labels: Tensor) -> None:
-        """Add a batch."""
-        with _plain_tensors():
-            for name, values in features.items():
-                if name not in self.statistics:
-                    self.statistics[name] = self._new(name, values.shape[1])
-                self.statistics[name].update(values.to(self.device), labels.to(self.device))
-
-    def add_state(self, state: Mapping[str, dict[str, Tensor]]) -> None:
-        """Add what another pass over the same split has seen."""
-        with _plain_tensors():
-            for name, values in state.items():
-                if name not in self.statistics:
-                    self.statistics[name] = self._new(name, values["anchor"].shape[1])
-                self.statistics[name].merge_state(values)
-
-    def _new(self, name: str, width: int) -> ClassStatistics:
-        statistics = ClassStatistics(self.num_classes, width).to(self.device)
-        anchors = self.anchors.get(name)
-        if anchors is not None and anchors.shape == (self.num_classes, width):
-            statistics.set_anchors(anchors)
-        return statistics
-
-    def compute(self) -> dict[str, Moments]:
-        """Over all ranks, in the same order on each."""
-        return {name: self.statistics[name].compute() for name in sorted(self.statistics)}
-
-
-class _Kept:
-    """Embeddings of a sweep that are needed after it, in host memory."""
-
-    def __init__(self, rank: int, world_size: int, per_class: int) -> None:
-        self._rank, self._world_size, self._per_class = rank, world_size, per_class
-        self._seen = 0
-        self._chosen_of: dict[int, int] = {}
-        self._chosen: list[tuple[int, int, Tensor]] = []
-        self._bytes = 0
-        self._parts: list[tuple[Tensor, Tensor]] | None = []
-        self.without_decision = False
-
-    def add(self, caught: Caught, labels: Tensor) -> None:
-        """Keep a batch, unless there is no room or nothing to compare."""
-        features = caught.features[HEAD]
-        if caught.decision is None:
-            self.without_decision = True
-            self._parts = None
-        if self._parts is not None:
-            assert caught.decision is not None
-            self._bytes += features.nbytes
-            if self._bytes > _KEEP_BYTES:
-                self._parts = None
-            else:
-                self._parts.append((features.cpu(), caught.decision.cpu()))
-        if self._per_class:
-            for row, label in enumerate(labels.tolist()):
-                if self._chosen_of.get(label, 0) < self._per_class:
-                    self._chosen_of[label] = self._chosen_of.get(label, 0) + 1
-                    index = (self._seen + row) * self._world_size + self._rank
-                    self._chosen.append((index, label, features[row].half().cpu()))
-        self._seen += len(labels)
-
-    def agrees(self, moments: Moments) -> Tensor | None:
-        """How many decisions agree with the nearest centre, of how many; None if embeddings were not kept."""
-        if self._parts is None:
-            return None
-        agreeing = total = 0
-        for features, decision in self._parts:
-            nearest = measures.nearest_centre(features.to(moments.means.device), moments).cpu()
-            agreeing += int((nearest == decision).sum())
-            total += len(decision)
-        return torch.tensor([agreeing, total], dtype=torch.float64)
-
-    def snapshot(self) -> dict[str, Any]:
-        """The first `per_class` embeddings of each class over all ranks, in the data's order; a collective call."""
-        parts = [self._chosen]
-        if self._world_size > 1:
-            parts = [[] for _ in range(self._world_size)]
-            dist.all_gather_object(parts, self._chosen)
-        taken: dict[int, int] = {}
-        rows = []
-        for index, label, embedding in sorted((row for part in parts for row in part), key=lambda row: row[0]):
-            taken[label] = taken.get(label, 0) + 1
-            if taken[label] <= self._per_class:
-                rows.append((index, label, embedding))
-        return {
-            "embeddings": torch.stack([embedding for _, _, embedding in rows]).numpy(),
-            "labels": np.array([label for _, label, _ in rows], dtype=np.int64),
-            "indices": np.array([index for index, _, _ in rows], dtype=np.int64),
-        }
-
-
-def every_sample_once(loader: DataLoader[Any], world_size: int, rank: int) -> DataLoader[Any]:
-    """A loader of the same data set that gives each sample exactly once over all ranks, in order.
-
-    Raises:
-        UserError: an iterable data set on several ranks, which only its author can share out, or fewer samples than ranks.
-    """
-    if isinstance(loader.dataset, IterableDataset):
-        if world_size > 1:
-            raise UserError(
-                f"NeuralCollapseMonitor cannot share the iterable data set {type(loader.dataset).__name__} among ranks: "
-                "give train_dataloader with a data set that has a length"
-            )
-        return loader
-    batch_size = loader.batch_size
-    if batch_size is None and loader.batch_sampler is not None:  # a batch sampler of the user's own
-        batch_size = getattr(loader.batch_sampler, "batch_size", None) or 256
-    dataset: Any = loader.dataset
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=ShardSampler(dataset, world_size, rank),
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        persistent_workers=loader.persistent_workers,
-    )
-
-
-@contextmanager
-def _plain_tensors() -> Iterator[None]:
-    """No gradient, but tensors that outlive Lightning's inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-@contextmanager
-def _undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Evaluate within the block and leave no trace: modes, buffers, random numbers and the trainer's stage come back."""
-    stage = trainer.state.stage
-    trainer.state.stage = RunningStage.VALIDATING  # batch transforms of a data module ask whether it is training
-    try:
-        with (
-            isolate_rng(include_cuda=trainer.strategy.root_device.type == "cuda"),
-            frozen_modes(pl_module),
-            _buffers_of_rank_zero(trainer, pl_module),
-        ):
-            yield
-    finally:
-        trainer.state.stage = stage
-
-
-@contextmanager
-def _buffers_of_rank_zero(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    if trainer.world_size == 1:
-        yield
-        return
-    own = [(buffer, buffer.clone()) for buffer in broadcast_buffers(pl_module)]
-    take_buffers_of_rank_zero(pl_module)
-    try:
-        yield
-    finally:
-        for buffer, value in own:
-            buffer.copy_(value)
-
-
-@contextmanager
-def _averaged(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Swap averaged weights in, as their callbacks do for a validation."""
-    averaging = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
-    for callback in averaging:
-        callback.on_validation_epoch_start(trainer, pl_module)
-    try:
-        yield
-    finally:
-        for callback in averaging:
-            callback.on_validation_epoch_end(trainer, pl_module)
-
-
 def _total(trainer: Trainer, part: Tensor) -> Tensor:
     """The sum over ranks."""
     if trainer.world_size == 1:
@@ -675,32 +497,9 @@ def _share(trainer: Trainer, agrees: Tensor) -> float:
     return agreeing / total if total else math.nan
 
 
-def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
-    """What Lightning's loops do with a batch, the data module's and the module's hooks included."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-    return trainer.precision_plugin.convert_input(batch)
-
-
-def _hard_labels(batch: Any, kind: str) -> Tensor:
-    """`[B]` class indices of a batch `(inputs, labels, …)`."""
-    labels = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
-    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype not in _INTEGERS:
-        raise UserError(
-            f"NeuralCollapseMonitor needs {kind} batches (inputs, labels) with class indices [B] as labels, "
-            f"got {type(batch).__name__ if labels is None else labels!r:.60}"
-        )
-    return labels
-
-
 def _write(trainer: Trainer, folder: str, epoch: int, **content: Any) -> None:
     with replacing(run_folder(trainer) / folder / f"epoch_{epoch:03d}.npz") as partial:
         np.savez_compressed(partial, **content, epoch=np.int64(epoch))
-
-
-def _data_module(trainer: Trainer) -> Any:
-    return trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning outside the class body
 
 
 def _part_of_epoch(trainer: Trainer) -> float:

@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import etflight
+from etflight.callbacks.trainer import is_trial_run
 from etflight.loggers import may_fall_silent
 from etflight.run import write_csv
 
@@ -28,7 +29,7 @@ def publish(trainer: Trainer, key: str, figure: "Figure", path: Path) -> None:
         path: of the file.
     """
     picture = etflight.plotting.render(figure)
-    if not is_rehearsal(trainer):
+    if not is_trial_run(trainer):
         etflight.plotting.save(picture, path)
     for logger in trainer.loggers:
         with may_fall_silent(logger):
@@ -50,14 +51,9 @@ def publish_table(
         rows: as many values each.
         path: of the file.
     """
-    if not is_rehearsal(trainer):
+    if not is_trial_run(trainer):
         write_csv(path, header, rows)
     for logger in trainer.loggers:
         with may_fall_silent(logger):
             if callable(log_table := getattr(logger, "log_table", None)):
                 log_table(key=key, columns=list(header), data=[list(row) for row in rows], step=trainer.global_step)
-
-
-def is_rehearsal(trainer: Trainer) -> bool:
-    """Whether this is a trial run, which leaves nothing on disk."""
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from etflight.callbacks.embedding_source import frozen_modes
+from etflight.callbacks.trainer import data_module
 from etflight.classifier import Classifier
 from etflight.errors import UserError
 from etflight.heads import Head, LinearHead, ScaledLinearHead
@@ -131,7 +132,7 @@ class NearestClassMean(PostHoc):
 
     def new_head(self, trainer: Trainer, model: Classifier) -> Head:
         """The trained embedding, with the class means as class vectors."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning outside the class body
+        data = data_module(trainer)
         if not hasattr(data, "eval_dataloader"):
             raise UserError(
                 'NearestClassMean needs the training images: give a data module with eval_dataloader("train")'

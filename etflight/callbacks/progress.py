@@ -10,6 +10,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from etflight.callbacks.trainer import shows_after
+
 _ALIGNMENT = ("nc/train/alignment", "nc/train_online/alignment", "nc/val/alignment")
 
 
@@ -34,8 +36,7 @@ class Progress(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Estimate the time left now and then."""
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning outside the class body
-        if every > 0 and (batch_idx + 1) % every == 0:
+        if shows_after(trainer, batch_idx):
             self._show(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

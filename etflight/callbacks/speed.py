@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from etflight.callbacks.trainer import is_trial_run, shows_after
 from etflight.run import MetricsCSV, run_folder
 
 
@@ -52,8 +53,7 @@ class Speed(Callback):
         images = len(batch[0]) * trainer.world_size
         self._epoch.images += images
         self._recent.images += images
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning outside the class body
-        if every > 0 and (batch_idx + 1) % every == 0:
+        if shows_after(trainer, batch_idx):
             self._show(trainer, self._recent)
             self._recent = _Count(_waited(trainer))
 
@@ -68,7 +68,7 @@ class Speed(Callback):
 
     @rank_zero_only
     def _log(self, trainer: Trainer) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning outside the class body
+        if is_trial_run(trainer):
             return
         values = {
             "speed/images_per_s": self._epoch.images_per_second,

@@ -1,12 +1,13 @@
 """Says at the start of a training what one optimizer step is made of."""
 
-from typing import Any, cast
+from typing import cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from etflight.callbacks.trainer import data_module
 from etflight.classifier import Classifier
 from etflight.losses import Loss
 
@@ -16,7 +17,7 @@ class StepNotice(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print it on the first process: optimizers exist by now."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning outside the class body
+        data = data_module(trainer)
         rank_zero_info(
             describe_step(
                 processes=trainer.world_size,

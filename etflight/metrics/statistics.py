@@ -137,7 +137,7 @@ class ClassStatistics(Metric):
         """
         if features.ndim != 2 or features.shape[1] != self.feature_dim or not features.is_floating_point():
             raise ValueError(f"features must be floating [B, {self.feature_dim}], got {_describe(features)}")
-        if labels.shape != features.shape[:1] or labels.dtype not in _INTEGERS:
+        if labels.shape != features.shape[:1] or labels.dtype not in INTEGERS:
             raise ValueError(f"labels must be integer [{features.shape[0]}], got {_describe(labels)}")
         self._own_states()
         features = features.detach()
@@ -324,7 +324,7 @@ class ClassStatistics(Metric):
         return module
 
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _describe(tensor: Tensor) -> str:

@@ -13,8 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from etflight import Classifier, CrossEntropyLoss, ETFHead, LinearHead
-from etflight.callbacks import NeuralCollapseMonitor, monitor
-from etflight.callbacks.monitor import every_sample_once
+from etflight.callbacks import NeuralCollapseMonitor, pass_statistics
+from etflight.callbacks.pass_statistics import PassStatistics
+from etflight.callbacks.sweep import every_sample_once
 from etflight.data import Digits
 from etflight.errors import UserError
 from etflight.heads import Head
@@ -516,7 +517,7 @@ def test_anchors_of_the_last_epoch_serve_the_next(tmp_path):
 
 
 def watch_pass(watch):
-    passed = monitor._Pass(K, torch.device("cpu"), {"": watch.state_dict()["anchors"]["train/"]})
+    passed = PassStatistics(K, torch.device("cpu"), {"": watch.state_dict()["anchors"]["train/"]})
     passed.add({"": torch.zeros(1, 5)}, torch.tensor([0]))
     return passed.statistics[""]
 
@@ -576,7 +577,7 @@ def test_snapshots_lie_in_the_run_folder(tmp_path):
 
 
 def test_train_nc4_is_left_out_with_a_notice_when_embeddings_take_too_much_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(monitor, "_KEEP_BYTES", 100)
+    monkeypatch.setattr(pass_statistics, "KEEP_BYTES", 100)
     watch = plain_monitor()
     with pytest.warns(UserWarning, match="nc/train/nc4 is left out"):
         fit(tmp_path, watch)
