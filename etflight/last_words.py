@@ -12,6 +12,7 @@ from pathlib import Path
 from textwrap import shorten
 
 from etflight.errors import user_error_in
+from etflight.terminal import plain
 
 _STARTED = time.time()
 _ROOT_CAUSE_COMES_WITHIN = 10.0  # seconds; Lightning looks after its child processes every five
@@ -77,8 +78,7 @@ def _message(error: BaseException) -> str:
     if "Original Traceback" in text:  # a worker's exception carries its traceback as text
         text = re.sub(r"^[\w.]*(Error|Exception): ", "", text.splitlines()[-1])
     # what a file says may be part of the message, but commands no terminal
-    text = "".join(letter if letter.isprintable() else " " for letter in text)
-    return shorten(text, 1500, placeholder=" …")
+    return shorten(plain(text), 1500, placeholder=" …")
 
 
 def _is_lost_connection(error: BaseException) -> bool:

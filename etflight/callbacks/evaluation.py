@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +20,7 @@ from etflight.classifier import PRIOR_SHIFTS, Classifier, Evaluation
 from etflight.metrics.confusion import MOST_CLASSES
 from etflight.metrics.shots import FEW_BELOW, MANY_ABOVE, shot_groups, third_groups
 from etflight.run import write_json, writing_to
+from etflight.terminal import console
 
 if TYPE_CHECKING:  # matplotlib, which `--help` need not wait for
     from matplotlib.figure import Figure
@@ -51,10 +52,9 @@ class TestResults(Callback):
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
         if self.verbose:
-            console = Console()
-            console = console if console.is_terminal else Console(width=80)
+            out = console()
             for table in _tables(metrics, model, evaluation):
-                console.print(table)
+                out.print(table)
         with writing_to(self.folder):
             if not is_trial_run(trainer):
                 write_json(self.folder / "test_metrics.json", metrics)

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from etflight import plotting
 from etflight.backbones import resnet_cifar
 from etflight.checkpoints import read_weights
-from etflight.commands.data_option import CommandParser, console, data_parser, parse
+from etflight.commands.data_option import CommandParser, data_parser, parse
 from etflight.commands.trained import add_imports, brief, import_modules, load_classifier
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
 from etflight.errors import UserError
 from etflight.metrics import ClassStatistics, Moments, measures
 from etflight.run import write_json
+from etflight.terminal import console
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 

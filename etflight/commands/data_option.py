@@ -9,14 +9,11 @@ from textwrap import shorten
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
-from rich.console import Console
-from rich.text import Text
 
 import etflight.data
 from etflight.configuration import expand_overlays, guard_parser, read_yaml
 from etflight.data import ImageDataModule
 from etflight.errors import UserError, user_error_in
-from etflight.reporting.tables import plain
 
 
 class CommandParser(ArgumentParser):
@@ -90,17 +87,6 @@ def _check_data_name(argv: Sequence[str]) -> None:
         if value is not None and value.isidentifier() and value not in known:
             near = get_close_matches(value, known, n=3) or sorted(known)
             raise UserError(f"no data set is called {value!r}: near matches are {', '.join(near)}")
-
-
-def console() -> Console:
-    """Where a command prints: into a file, where no terminal says how wide it is, nothing may be cut."""
-    terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=120)
-
-
-def as_it_is(value: object) -> Text:
-    """Text without what would be markup, or command the terminal."""
-    return Text(plain(value))
 
 
 # data sets are found by name because they are imported here

@@ -14,12 +14,13 @@ from rich.table import Table
 from torch import Tensor
 
 from etflight import plotting
-from etflight.commands.data_option import CommandParser, as_it_is, console, data_parser, parse
+from etflight.commands.data_option import CommandParser, data_parser, parse
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
 from etflight.errors import UserError
 from etflight.metrics.shots import by_frequency, shot_groups
 from etflight.run import write_json
+from etflight.terminal import as_it_is, console
 
 RECORD = "describe.json"  # marks a folder as one of this command's
 HISTOGRAM, SHEET = "class_histogram.png", "contact_sheet.png"

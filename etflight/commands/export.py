@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from etflight.classifier import Classifier
-from etflight.commands.data_option import CommandParser, as_it_is, console, data_parser, parse
+from etflight.commands.data_option import CommandParser, data_parser, parse
 from etflight.commands.trained import add_imports, brief, import_modules, load_classifier
 from etflight.data import ImageDataModule
 from etflight.errors import UserError
@@ -18,6 +18,7 @@ from etflight.exporting.card import model_card
 from etflight.exporting.network import save_timm
 from etflight.preprocessing import Preprocessing
 from etflight.run import last_checkpoint, same_folder
+from etflight.terminal import as_it_is, console
 
 FORMATS = ("timm", "onnx", "torch-export")
 

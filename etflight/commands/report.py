@@ -6,12 +6,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from etflight.errors import UserError
 from etflight.reporting import tables
 from etflight.reporting.groups import group
 from etflight.reporting.results import read_results
+from etflight.terminal import as_it_is, console, plain
 
 _EPILOG = (
     "A run folder that is none or whose files are not whole is named on stderr and left out, the others are shown; "
@@ -71,16 +70,14 @@ def main(argv: Sequence[str]) -> None:
         formats = {"md": tables.markdown, "csv": tables.comma_separated, "tex": tables.latex}
         print(formats[arguments.format](sections), end="")
     else:
-        console = Console()
-        # into a file, where no terminal says how wide it is, nothing may be cut
-        console = console if console.is_terminal else Console(width=200)
+        out = console()
         for section in sections:
-            console.print(*tables.for_terminal(section), sep="\n")
+            out.print(*tables.for_terminal(section), sep="\n")
             for note in [*tables.notes(section), tables.hardware(section)]:
-                console.print(tables.plain(note), style="dim", markup=False, highlight=False)
-        console.print(tables.CAPTION, style="dim", highlight=False)
+                out.print(as_it_is(note), style="dim")
+        out.print(as_it_is(tables.CAPTION), style="dim")
 
 
 def _say(lines: Sequence[str]) -> None:
     for line in lines:
-        print(f"etflight: {tables.plain(line)}", file=sys.stderr)
+        print(f"etflight: {plain(line)}", file=sys.stderr)

@@ -12,7 +12,7 @@ from etflight.errors import UserError
 from etflight.preprocessing import Preprocessing
 from etflight.reporting.files import read_table
 from etflight.reporting.results import Result, read_results
-from etflight.reporting.tables import plain
+from etflight.terminal import plain
 
 _FRONT = "---\nlibrary_name: timm\npipeline_tag: image-classification\ntags: [image-classification, timm, neural-collapse]\n---\n"
 _MOST_CLASSES = 20  # in the table

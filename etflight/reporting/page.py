@@ -17,6 +17,7 @@ from etflight.reporting.files import finite, read_json, read_table, series
 from etflight.reporting.frames import frames
 from etflight.reporting.groups import Section
 from etflight.reporting.results import RECORD, Result
+from etflight.terminal import plain
 
 MARK = '<meta name="generator" content="etflight report">'  # by which we know our own pages
 CURVES = {
@@ -97,11 +98,11 @@ def _section(section: Section, remarks: list[str]) -> dict[str, Any]:
     configurations: dict[str, Mapping[str, Any]] = {}
     runs = [_run(result, configurations, remarks) for group in section.groups for result in group.results]
     return {
-        "title": tables.plain(section.title),
+        "title": plain(section.title),
         "header": tables.HEADER,
         "rows": _plain(tables.rows(section)),
         "published": {"header": tables.PUBLISHED_HEADER, "rows": _plain(tables.published(section))},
-        "arms": [tables.plain(group.arm) for group in section.groups],
+        "arms": [plain(group.arm) for group in section.groups],
         "notes": tables.notes(section),
         "runs": runs,
         "differences": _differences(configurations),
@@ -109,12 +110,12 @@ def _section(section: Section, remarks: list[str]) -> dict[str, Any]:
 
 
 def _plain(rows: list[list[str]]) -> list[list[str]]:
-    return [[tables.plain(cell) for cell in row] for row in rows]
+    return [[plain(cell) for cell in row] for row in rows]
 
 
 def _run(result: Result, configurations: dict[str, Mapping[str, Any]], remarks: list[str]) -> dict[str, Any]:
     folder = Path(result.source)
-    name = tables.plain(folder)
+    name = plain(folder)
     readers: dict[str, Callable[[Path], Any]] = {}
     if (folder / RECORD).is_file():  # else it is a record of a result file
         readers = {"curves": _curves, "classes": _classes, "frames": frames, "versions": _versions, "config": _config}
@@ -138,9 +139,9 @@ def _run(result: Result, configurations: dict[str, Mapping[str, Any]], remarks: 
     }
     return {
         "name": name,
-        "arm": tables.plain(result.arm),
-        "seed": tables.plain("?" if result.seed is None else result.seed),
-        "facts": {key: tables.MISSING if value is None else tables.plain(value) for key, value in facts.items()},
+        "arm": plain(result.arm),
+        "seed": plain("?" if result.seed is None else result.seed),
+        "facts": {key: tables.MISSING if value is None else plain(value) for key, value in facts.items()},
         "curves": found.get("curves", {}),
         "classes": found.get("classes"),
         "frames": found.get("frames"),
@@ -177,7 +178,7 @@ def _classes(folder: Path) -> dict[str, Any] | None:
     rows = read_table(path)
     try:
         return {
-            "names": [tables.plain(row["name"]) for row in rows],
+            "names": [plain(row["name"]) for row in rows],
             "counts": [int(row["train_images"]) for row in rows],
             "acc": [finite(float(row["acc"])) for row in rows],
         }
@@ -214,5 +215,5 @@ def _differences(configurations: Mapping[str, Mapping[str, Any]]) -> dict[str, A
             for config in configurations.values()
         ]
         if len(set(values)) > 1 and key != "name":
-            rows.append([tables.plain(key), *(tables.plain(value)[:200] for value in values)])
+            rows.append([plain(key), *(plain(value)[:200] for value in values)])
     return {"runs": list(configurations), "rows": rows}

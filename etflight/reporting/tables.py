@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from etflight.reporting.groups import Group, Section, Stat
+from etflight.terminal import as_it_is, plain
 
 MISSING = "–"
 
@@ -122,11 +123,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def plain(value: object) -> str:
-    """Text without what would command a terminal, or end a line."""
-    return "".join(letter if letter.isprintable() else " " for letter in str(value))
-
-
 # Formats --------------------------------------------------------------------------------------------------------------
 
 
@@ -134,7 +130,7 @@ def for_terminal(section: Section) -> list[Table]:
     """Tables of rich, of which each cell may take several lines; the hardware is among the notes."""
     header = ("arm", "seeds", *(column.short for column in COLUMNS), "epochs", "time")
     arms = _table(header, [row[:-1] for row in rows(section)])
-    arms.title = Text(plain(section.title))
+    arms.title = as_it_is(section.title)
     below = published(section)
     return [arms, *([_table(PUBLISHED_HEADER, below)] if below else [])]
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from etflight.reporting import tables
 from etflight.reporting.groups import group
 from etflight.reporting.results import Result
+from etflight.terminal import plain
 
 ACCURACIES = [0.914, 0.902, 0.9235]
 
@@ -102,7 +103,7 @@ def typeset(source):
 @settings(deadline=None)
 @given(nasty.filter(lambda text: "--" not in text))
 def test_latex_shows_names_as_they_are(text):
-    assert typeset(tables.escape_latex(text)) == tables.plain(text)
+    assert typeset(tables.escape_latex(text)) == plain(text)
 
 
 @settings(deadline=None)
@@ -110,7 +111,7 @@ def test_latex_shows_names_as_they_are(text):
 def test_markdown_has_no_mark_left_and_shows_names_as_they_are(text):
     escaped = tables.escape_markdown(text)
     bare = re.sub(r"&#(\d+);", lambda m: chr(int(m.group(1))), escaped)
-    assert bare == tables.plain(text)
+    assert bare == plain(text)
     assert not set("\\`*{}[]<>|~!$@\n") & set(re.sub(r"&#\d+;", "", escaped))
     assert "http:" not in re.sub(r"&#\d+;", "", escaped)
 
