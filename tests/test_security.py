@@ -614,7 +614,7 @@ BOMBS = {
     "10000x10000.png": (png(10_000, 10_000), "pixels"),  # for which Pillow only warns
     "60000x60000.jpg": (jpeg(60_000, 60_000), "pixels"),
     "line.png": (png(10_000_000, 1), "10000000×1"),  # few pixels, until its shorter side is resized
-    "postscript.png": (POSTSCRIPT, "cannot identify"),
+    "postscript.png": (POSTSCRIPT, "none of JPEG, PNG"),
 }
 
 

@@ -57,15 +57,18 @@ def decode_file(path: str, side: int, mode: Literal["RGB", "GRAY"] = "RGB") -> T
 
 def _header(content: bytes) -> tuple[str | None, int, int]:
     """Format, width and height of an image file, without decoding it; an animation's pictures lie side by side."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        # by content, whatever the name: Pillow would run Ghostscript for a PostScript file that is called .png
-        with Image.open(BytesIO(content), formats=FORMATS) as file:
-            width, height = file.size
-            frames = getattr(file, "n_frames", 1)
-            name = file.format
+        try:
+            # by content, whatever the name: Pillow would run Ghostscript for a PostScript file that is called .png
+            with Image.open(BytesIO(content), formats=FORMATS) as file:
+                width, height = file.size
+                frames = getattr(file, "n_frames", 1)
+                name = file.format
+        except UnidentifiedImageError:  # which names an object in memory
+            raise ValueError(f"its content is none of {', '.join(FORMATS)}" if content else "it is empty") from None
     if width * height * frames > MAX_PIXELS:
         raise ValueError(f"{frames} pictures of {width}×{height} pixels are more than {MAX_PIXELS}")
     return name, width, height

@@ -34,8 +34,9 @@ class FileImages(ImageDataModule):
     """Image files, decoded to RGB squares by the loader processes (`num_workers`).
 
     A file that cannot be read ends a run with its path. With `skip_corrupt`, a training image that cannot be read is replaced by the
-    next of its batch, and left out where training or validation images are evaluated; at the end of each pass over them one line
-    tells how many there were, and the first three. Test images are never skipped, also where they are watched in training: a
+    next of its batch, and left out where training or validation images are evaluated; at the end of each pass over them, be it cut
+    short, one line tells how many there were, and the first three. Only where none of a training batch or of a whole evaluation can be
+    read the run ends. Test images are never skipped, also where they are watched in training: a
     result is over all of them.
 
     Args:

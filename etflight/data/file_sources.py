@@ -108,20 +108,24 @@ class FileSplit(ImageSplit):
         """Images uint8 `[B, 3, size, size]` and labels int64 `[B]`, as evaluation sees them, or as training does where a `Draw` is given.
 
         A draw that cannot be read is replaced by the next of the batch that can, so that a batch of training keeps its size; in
-        evaluation the batch is shorter.
+        evaluation the batch is shorter, or empty.
 
         Raises:
-            UserError: A file cannot be read and is not to be passed over, or none of the batch can.
+            UserError: A file cannot be read and is not to be passed over, or none of a batch of training can.
         """
         drawn = isinstance(positions[0], Draw)
         where = [position.position if isinstance(position, Draw) else position for position in positions]
         pictures = [self._read(position) for position in positions]
         readable = np.flatnonzero([picture is not None for picture in pictures])
-        if len(readable) == 0:
-            raise UserError(f"no image of a batch of {len(positions)} can be read, the first is {self.name(where[0])}")
         if drawn:
+            if len(readable) == 0:
+                raise UserError(
+                    f"no image of a batch of {len(positions)} can be read, the first is {self.name(where[0])}"
+                )
             readable = readable[np.searchsorted(readable, np.arange(len(positions))) % len(readable)]
         kept = readable.tolist()
+        if not kept:
+            return torch.empty(0, *self.source.image_shape, dtype=torch.uint8), self.labels[:0]
         return stack([cast(Tensor, pictures[slot]) for slot in kept]), self.labels[[where[slot] for slot in kept]]
 
     def _read(self, position: int | Draw) -> Tensor | None:

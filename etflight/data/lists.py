@@ -1,5 +1,6 @@
 """Sets of image files that lists of "path label" lines choose: the large long-tailed ones, and anybody's own."""
 
+import codecs
 import os
 import re
 from dataclasses import dataclass
@@ -95,18 +96,25 @@ class ListImages(ListedFileImages):
         return Path(self.lists, self.list_files[split])
 
     def _where_they_are(self, paths: Paths, labels: Tensor) -> Paths:
-        """The same paths, or with the class folders that a list leaves out, if the first image lies in such a folder."""
+        """The same paths; or, if the first image lies there, with class folders that the list leaves out, or without those it adds."""
         if os.path.exists(paths[0]) or int(labels.max()) >= len(self._folders):
             return paths
+        names = [self.class_name(folder) for folder in self._folders]
 
-        def inserted(indices: range) -> list[str]:
-            pairs = zip(paths.relative(indices), labels[indices.start : indices.stop].tolist(), strict=True)
-            parts = ((path.rpartition("/"), self.class_name(self._folders[label])) for path, label in pairs)
-            return [f"{folder}{slash}{name}/{file}" for (folder, slash, file), name in parts]
+        def inserted(path: str, label: int) -> str:
+            folder, slash, file = path.rpartition("/")
+            return f"{folder}{slash}{names[label]}/{file}"
 
-        if not os.path.exists(os.path.join(self.root, *inserted(range(1)))):
-            return paths
-        return Paths.pack(self.root, inserted(range(len(paths))))
+        def removed(path: str, label: int) -> str:
+            folder, _, file = path.rpartition("/")
+            parent, slash, last = folder.rpartition("/")
+            return f"{parent}{slash}{file}" if last == names[label] else path
+
+        for moved in (inserted, removed):
+            if os.path.exists(os.path.join(self.root, moved(paths.relative([0])[0], int(labels[0])))):
+                pairs = zip(paths.relative(range(len(paths))), labels.tolist(), strict=True)
+                return Paths.pack(self.root, (moved(path, label) for path, label in pairs))
+        return paths
 
     def _read(self, split: Split) -> tuple[Paths, Tensor]:
         return self._training_list if split == "train" else read_list(self._list(split), self.root)
@@ -215,7 +223,7 @@ def lines_of(file: Path) -> list[str]:
         UserError: It cannot be read.
     """
     try:
-        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no text"
         raise UserError(f"{file} cannot be read ({reason}): give the text file that the set comes with") from None
@@ -240,6 +248,8 @@ def read_list(file: Path, root: str) -> tuple[Paths, Tensor]:
         content = bytearray(file.read_bytes())
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}): give the folder of the lists") from None
+    if content.startswith(codecs.BOM_UTF8):  # Windows editors begin a file with it
+        del content[: len(codecs.BOM_UTF8)]
     data = np.frombuffer(content or bytearray(1), np.uint8)
     ends = np.append(np.flatnonzero(data[: len(content)] == ord("\n")), len(content))
     starts = np.append(0, ends[:-1] + 1)

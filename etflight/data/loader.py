@@ -9,16 +9,31 @@ from torch.utils.data import DataLoader
 
 from etflight.data.sampler import ImbalancedSampler
 from etflight.data.sources import Batch, ImageSplit
+from etflight.errors import UserError
 
 
 class EvalLoader(DataLoader[Batch]):
-    """A DataLoader that tells its data set when a pass over it ends, before its last batch is used: Lightning asks for no more."""
+    """A DataLoader that tells its data set when a pass over it ends, and leaves out batches without an image.
+
+    A pass ends before its last batch is used, as Lightning asks for no more, or when it is cut short.
+
+    Raises:
+        UserError: There was no image in any batch.
+    """
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for served, batch in enumerate(super().__iter__(), start=1):
-            if served == len(self):
-                cast(ImageSplit, self.dataset).end_pass()
-            yield batch
+        data, is_empty = cast(ImageSplit, self.dataset), True
+        try:
+            for served, batch in enumerate(super().__iter__(), start=1):
+                if served == len(self):
+                    data.end_pass()
+                if len(batch[1]):
+                    is_empty = False
+                    yield batch
+        finally:
+            data.end_pass()
+        if is_empty:
+            raise UserError(f"no image of a whole pass can be read, the first is {data.name(next(iter(self.sampler)))}")
 
 
 class TrainLoader(DataLoader[Batch]):
@@ -42,13 +57,16 @@ class TrainLoader(DataLoader[Batch]):
         if isinstance(self.sampler, ImbalancedSampler) and self.batch_size is not None:
             self.sampler.skip = self._served * self.batch_size
         start = time.perf_counter()
-        for batch in super().__iter__():
-            self.waited += time.perf_counter() - start
-            self._served += 1
-            if self._served == self._length:
-                cast(ImageSplit, self.dataset).end_pass()
-            yield batch
-            start = time.perf_counter()
+        try:
+            for batch in super().__iter__():
+                self.waited += time.perf_counter() - start
+                self._served += 1
+                if self._served == self._length:
+                    cast(ImageSplit, self.dataset).end_pass()
+                yield batch
+                start = time.perf_counter()
+        finally:
+            cast(ImageSplit, self.dataset).end_pass()  # of a run that stops within an epoch
 
     def state_dict(self) -> dict[str, int]:
         """Batches of this epoch that were served; 0 once it is over, be it cut short by `limit_train_batches`."""

@@ -68,6 +68,17 @@ def test_lossless_files_decode_to_their_pixels(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
+    ("content", "reason"), [(b"", "it is empty"), (b"GIF89a", "its content is none of JPEG, PNG, WEBP, PPM")]
+)
+def test_a_file_that_is_no_image_is_named_with_the_reason(tmp_path, content, reason):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        decode_file(str(tmp_path / "a.jpg"), 8)
+    expected = f"{tmp_path}/a.jpg cannot be read as an image ({reason}): replace it or remove it"
+    assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize(
     "content", [b"P6\n7 9\n255\n", b"P6\n70000 70000\n255\n", b"P6\n0 0\n255\n", b"P6", b"P5\n2 2\n65535\n1"]
 )
 def test_a_broken_ppm_file_is_named(tmp_path, content):

@@ -174,22 +174,86 @@ def test_a_corrupt_test_image_ends_a_test_whatever_was_asked(tree, spoil):
         list(folder(tree, skip_corrupt=True).test_dataloader())
 
 
-def test_a_batch_without_a_readable_image_ends_the_run(tree, spoil):
-    spoil("val/cat/0.png", "val/cat/1.png")
-    with pytest.raises(UserError, match=r"no image of a batch of 2 can be read, the first is .*val/cat/0\.png"):
-        list(folder(tree, skip_corrupt=True, batch_size=2).val_dataloader())
+@pytest.mark.parametrize("spoilt", ["cat", "dog"])
+def test_a_batch_without_a_readable_image_is_left_out_of_evaluation(tree, spoil, capfd, spoilt):
+    spoil(f"val/{spoilt}/0.png", f"val/{spoilt}/1.png")
+    (batch,) = folder(tree, skip_corrupt=True, batch_size=2).val_dataloader()
+    assert batch[1].tolist() == [spoilt == "cat"] * 2
+    assert "2 images could not be read" in capfd.readouterr().err
 
 
-def test_training_goes_on_past_corrupt_images_and_says_so_in_each_epoch(tree, spoil, capfd):
-    spoil("train/cat/1.png", "val/dog/1.png")
+def test_where_no_image_can_be_read_the_run_ends(tree, spoil):
+    spoil(*(f"val/{name}/{i}.png" for name in COUNTS["val"] for i in range(2)))
+    with pytest.raises(UserError, match=r"no image of a whole pass can be read, the first is .*val/cat/0\.png"):
+        list(folder(tree, skip_corrupt=True, batch_size=3).val_dataloader())
+    spoil(*(f"train/{name}/{i}.png" for name, count in COUNTS["train"].items() for i in range(count)))
+    with pytest.raises(UserError, match=r"no image of a batch of 5 can be read, the first is .*train/"):
+        list(folder(tree, skip_corrupt=True).train_dataloader())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_was_skipped_is_told_of_a_pass_that_is_cut_short(tree, spoil, capfd, workers):
+    spoil("val/cat/0.png")
+    batches = iter(folder(tree, skip_corrupt=True, batch_size=2, num_workers=workers).val_dataloader())
+    next(batches)
+    assert capfd.readouterr().err == ""
+    batches.close()  # as Lightning does at the end of a run
+    assert "1 image could not be read" in capfd.readouterr().err
+
+
+def test_loader_processes_stay_from_epoch_to_epoch(tree):
+    data = folder(tree, num_workers=2)
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        processes = []
+        for _ in range(2):
+            list(loader)
+            processes.append([worker.pid for worker in loader._iterator._workers])
+        assert processes[0] == processes[1]
+
+
+def test_memory_is_pinned_where_there_is_a_gpu(tree, monkeypatch):
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert folder(tree).train_dataloader().pin_memory == folder(tree).test_dataloader().pin_memory == there
+
+
+def fit(data, **options):
     model = Classifier(2, "test_resnet", head=LinearHead, loss=CrossEntropyLoss)
     trainer = Trainer(
-        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0,
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, **{"max_epochs": 2, "num_sanity_val_steps": 0, **options},
     )  # fmt: skip
-    trainer.fit(model, datamodule=folder(tree, image_size=32, skip_corrupt=True))
+    trainer.fit(model, datamodule=data)
+    return trainer
+
+
+def told(capfd, tree):
+    """Folders of the images that were said to be skipped, line by line."""
     lines = [line for line in capfd.readouterr().err.splitlines() if "could not be read" in line]
-    assert [line.rpartition("/")[0].rpartition(str(tree))[2] for line in lines] == ["/train/cat", "/val/dog"] * 2
+    return [line.rpartition("/")[0].rpartition(str(tree))[2] for line in lines]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_goes_on_past_corrupt_images_and_says_so_in_each_epoch(tree, spoil, capfd, workers):
+    spoil("train/cat/1.png", "val/dog/1.png")
+    fit(folder(tree, image_size=32, skip_corrupt=True, num_workers=workers))
+    assert told(capfd, tree) == ["/train/cat", "/val/dog"] * 2
+
+
+def test_a_run_that_stops_within_an_epoch_tells_what_it_skipped_and_validation_what_it_did_not_show(tree, spoil, capfd):
+    spoil(*(f"train/cat/{i}.png" for i in range(7)), "val/cat/0.png")
+    fit(folder(tree, image_size=32, skip_corrupt=True, batch_size=6), max_steps=1)
+    assert told(capfd, tree) == ["/train/cat"]
+    fit(folder(tree, image_size=32, skip_corrupt=True, batch_size=6), limit_train_batches=1, limit_val_batches=1)
+    assert sorted(told(capfd, tree)) == ["/train/cat"] * 2 + ["/val/cat"] * 2
+
+
+def test_validation_whose_last_batch_cannot_be_read_goes_on_with_the_others(tree, spoil, capfd):
+    (tree / "val/dog/1.png").unlink()
+    spoil("val/dog/0.png")
+    trainer = fit(folder(tree, image_size=32, skip_corrupt=True, batch_size=2))
+    assert told(capfd, tree) == ["/val/dog"] * 2
+    assert trainer.callback_metrics["val/acc"].isfinite()
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------------

@@ -188,6 +188,28 @@ def test_class_folders_that_a_list_leaves_out_are_found(lists):
     assert [data.sample_name("test", i) for i in (0, 1)] == [f"{data.root}/y/cat/0.png", f"{data.root}/y/ant/1.png"]
 
 
+def test_class_folders_that_the_disk_leaves_out_are_not_looked_for(lists):
+    """ILSVRC's archive of validation images has no folders, but the published test list has."""
+    files = lists(train=TRAIN, test=[("val/9.png", 1), ("val/8.png", 0)])
+    write_list(Path(files["lists"]) / "test.txt", [("val/cat/9.png", 1), ("val/ant/8.png", 0)])
+    data = ListImages(**files)
+    data.setup("test")
+    assert [data.sample_name("test", i) for i in (0, 1)] == [f"{data.root}/val/9.png", f"{data.root}/val/8.png"]
+    write_list(Path(files["lists"]) / "test.txt", [("val/dog/9.png", 1)])  # not the class's folder
+    with pytest.raises(UserError, match=r"1 of 1 test images are missing: \S*val/dog/9\.png"):
+        ListImages(**files).setup("test")
+
+
+def test_the_mark_that_windows_begins_a_text_with_is_no_part_of_it(lists, tmp_path):
+    files = lists(train=TRAIN, test=TEST)
+    for file, text in (("lists/train.txt", "".join(f"{p} {y}\n" for p, y in TRAIN)), ("names.txt", "dog\nbee\n")):
+        (tmp_path / file).write_text(text, encoding="utf-8-sig")
+    data = ListImages(**files, names=str(tmp_path / "names.txt"))
+    data.setup("fit")
+    assert data.sample_name("train", 0) == f"{data.root}/x/cat/0.png"
+    assert data.class_names == ["dog", "bee"]
+
+
 # --- the published sets, made small -------------------------------------------------------------------------------------------
 
 
