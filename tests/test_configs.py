@@ -87,8 +87,10 @@ def tiny_data(config, folder):
             return tiny_cifar(folder, 100)
         case "gtsrb" | "gtsrb_lite0", _:
             return tiny_signs(folder)
-        case "inat2018", _:  # a network of 24 instead of 63 M parameters, other images
-            return ["--data", "FolderImages", *tiny_folder(folder), "--model.backbone", "resnet50"]
+        case "imagenet_lt" | "places_lt" | "inat2018", _:  # a network of 0.1 instead of 63 M parameters, other images
+            return ["--data", "FolderImages", *tiny_folder(folder), "--model.backbone", "test_resnet"]
+        case "cub200", _:
+            return ["--data", "FolderImages", *tiny_folder(folder), *tiny_weights(folder)]
         case _, "folder":
             return tiny_folder(folder)
         case _, "folder_fine_tuning":
@@ -134,22 +136,12 @@ def test_config_trains_a_step(config, first_stage, etflight_command, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("overlays", "images"),
-    [
-        (["svhn_lt"], tiny_signs),
-        (["cifar100_lt", "densenet"], tiny_signs),
-        (["cub200"], lambda folder: [*tiny_folder(folder), *tiny_weights(folder)]),
-    ],
-    ids=["svhn_lt", "cifar100_lt with densenet", "cub200"],
+    "overlays", [["svhn_lt"], ["cifar100_lt", "densenet"]], ids=["svhn_lt", "cifar100_lt with densenet"]
 )
-def test_a_protocol_without_a_folder_of_arms_trains_a_step_on_other_images(
-    overlays, images, etflight_command, tmp_path
-):
-    data = images(tmp_path)
-    kind = "ArrayImages" if "--data.path" in data else "FolderImages"
+def test_a_protocol_without_a_folder_of_arms_trains_a_step_on_other_images(overlays, etflight_command, tmp_path):
     result = etflight_command(
         "fit", "-c", ROOT / "arm/etf_dr_balanced.yaml", *(w for o in overlays for w in ("-c", ROOT / f"data/{o}.yaml")),
-        "--data", kind, *data, "--data.imbalance_ratio", 1, "--data.batch_size", 4, "--trainer.accelerator", "cpu",
+        "--data", "ArrayImages", *tiny_signs(tmp_path), "--data.imbalance_ratio", 1, "--data.batch_size", 4, "--trainer.accelerator", "cpu",
         "--trainer.fast_dev_run", "true", cwd=tmp_path,
     )  # fmt: skip
     assert result.status == 0, result.err
@@ -192,12 +184,14 @@ def test_every_set_has_every_arm_and_arms_differ_in_nothing_else(dataset):
 
 
 # sets with some of the arms only, and what an arm needs there
+PHOTOS = {"ce": {}, "balanced_softmax": {}, "etf_dr_balanced": {}}
 SOME = {
-    "gtsrb": {"ce": {}, "ce_balanced": {}, "balanced_softmax": {}, "etf_dr_balanced": {}},
-    "inat2018": {
-        "ce": {}, "balanced_softmax": {}, "etf_dr_balanced": {"model": {"head": {"init_args": {"code": "sphere"}}}}
-    },
-}  # fmt: skip
+    "gtsrb": {**PHOTOS, "ce_balanced": {}},
+    "imagenet_lt": PHOTOS,
+    "places_lt": PHOTOS,
+    "cub200": PHOTOS,
+    "inat2018": {**PHOTOS, "etf_dr_balanced": {"model": {"head": {"init_args": {"code": "sphere"}}}}},
+}
 
 
 @pytest.mark.parametrize("dataset", SOME)
