@@ -181,6 +181,11 @@ class Classifier(LightningModule):
         """What decides, logits `[B, K]` less the `logit_adjustment`, over the temperature: its softmax are the probabilities."""
         return self._adjusted(logits) / self.temperature
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether a temperature has been fitted; the probabilities are else the softmax of the logits as they are."""
+        return float(self.temperature) != 1
+
     # --- steps -------------------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

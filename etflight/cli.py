@@ -18,6 +18,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, Simpl
 from lightning.pytorch.utilities import rank_zero_info
 
 import etflight.data
+from etflight.arguments import config_files, value_of, values_of
 from etflight.callbacks import FineTuning, LastCheckpoint, PostHoc, Speed, StepSeed, StopSignals
 from etflight.callbacks.checkpoint import KEY as CHECKPOINT_KEY
 from etflight.callbacks.double_correction import DoubleCorrection
@@ -28,7 +29,7 @@ from etflight.callbacks.step_notice import StepNotice
 from etflight.checkpoint_io import SafeCheckpointIO
 from etflight.checkpoints import read_checkpoint
 from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
-from etflight.configuration import expand_overlays, guard_parser, read_yaml
+from etflight.configuration import expand_overlays, guard_parser
 from etflight.data.base import ImageDataModule
 from etflight.errors import UserError, user_error_in
 from etflight.heads import codes_from_state_dict
@@ -112,11 +113,11 @@ class EtflightCLI(LightningCLI):
 
     def _locate_run(self, argv: list[str], stage: str) -> Path | None:
         """Find the run folder, and the checkpoint asked for; `last` is the one of the run's own folder."""
-        self.named = bool(_values(argv, "name"))
+        self.named = bool(values_of(argv, "name"))
         self.trained_in: Path | None = None
-        asked = _value(argv, "ckpt_path")
-        root = Path(_value(argv, "trainer.default_root_dir") or "runs")
-        name = _value(argv, "name") or self.arm or (_value(argv, "data") or "run").rpartition(".")[2].lower()
+        asked = value_of(argv, "ckpt_path")
+        root = Path(value_of(argv, "trainer.default_root_dir") or "runs")
+        name = value_of(argv, "name") or self.arm or (value_of(argv, "data") or "run").rpartition(".")[2].lower()
         self.run_name = name_in_sweep(name) if stage == "fit" else name
         self.folder = root / self.run_name
         if asked is None:
@@ -145,7 +146,7 @@ class EtflightCLI(LightningCLI):
         if stage == "predict":
             argv = over_images(argv, path, content)
         self.saved_rows = int(content.get(CHECKPOINT_KEY, {}).get("metrics_rows", 0))
-        backbone = _value(argv, "model.backbone")
+        backbone = value_of(argv, "model.backbone")
         given = {} if backbone is None else {"backbone": backbone}
         saved = plain_hyperparameters(content, given)
         foreign = saved.keys() - inspect.signature(Classifier).parameters.keys()
@@ -170,7 +171,7 @@ class EtflightCLI(LightningCLI):
         for name, spec in unknown.items():
             if getattr(self.config[stage].get(f"model.{name}"), "class_path", None) == spec["class_path"]:
                 self._default_model(stage, {name: spec})
-            elif _value(argv, f"model.{name}") is None and _value(argv, f"model.{name}.class_path") is None:
+            elif value_of(argv, f"model.{name}") is None and value_of(argv, f"model.{name}.class_path") is None:
                 raise UserError(
                     f"checkpoint {path} needs {spec['class_path']} as its {name}: "
                     f"name it, so that it is imported (--model.{name} {spec['class_path']})"
@@ -392,39 +393,9 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _configs(argv: Sequence[str]) -> list[Path]:
-    return [Path(value) for value in _values(argv, "config", "-c")]
-
-
 def _first_config_stem(argv: Sequence[str]) -> str | None:
-    configs = _configs(argv)
+    configs = config_files(argv)
     return configs[0].stem if configs else None
-
-
-def _value(argv: Sequence[str], key: str) -> str | None:
-    """What the command line, or else the last configuration file that has it, gives for a key."""
-    given = _values(argv, key)
-    if given:
-        return given[-1]
-    for path in reversed(_configs(argv)):
-        if not path.is_file():
-            continue  # the parser says so, in its own words
-        value: Any = read_yaml(path)
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if isinstance(value, str):
-            return value
-    return None
-
-
-def _values(argv: Sequence[str], key: str, *short: str) -> list[str]:
-    found = []
-    for flag, following in zip(argv, [*argv[1:], ""], strict=False):
-        if flag in (f"--{key}", *short):
-            found.append(following)
-        elif flag.startswith(f"--{key}="):
-            found.append(flag.partition("=")[2])
-    return found
 
 
 def _quieten() -> None:

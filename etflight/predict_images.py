@@ -8,6 +8,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
+from etflight.arguments import after_configs, configured, values_of
 from etflight.errors import UserError
 
 
@@ -31,7 +32,7 @@ def add_prediction_arguments(parser: ArgumentParser) -> None:
 
 
 def over_images(argv: Sequence[str], path: Path, checkpoint: dict[str, Any]) -> list[str]:
-    """A command line with `--images` as one with the data module `UnlabelledImages`; any other stays as it is.
+    """A command line with images, or with a file that names some, as one with `UnlabelledImages`; any other stays as it is.
 
     Args:
         argv: the command line, its overlays expanded.
@@ -41,21 +42,32 @@ def over_images(argv: Sequence[str], path: Path, checkpoint: dict[str, Any]) -> 
     Raises:
         UserError: a data set as well, or a checkpoint that does not know what its model wants of images.
     """
-    if "--images" not in argv:
+    images = _images(argv)
+    if not images:
         return list(argv)
-    if any(arg == "--data" or arg.startswith("--data=") for arg in argv):
-        raise UserError("give --data for a set's test images or --images for others, not both")
-    start = argv.index("--images") + 1
-    end = next((i for i in range(start, len(argv)) if argv[i].startswith("-")), len(argv))
+    if values_of(argv, "data"):
+        raise UserError("give --data for a set's test images or images for others (--images), not both")
     known: dict[str, Any] = dict(checkpoint.get("preprocessing") or {})
-    if not known and not any(arg.startswith("--data.input_size") for arg in argv):
+    if not known and not values_of(argv, "data.input_size"):
         raise UserError(
             f"checkpoint {path} does not say how its images were normalised, since it was trained without a data module of etflight's, or "
             "with an earlier version: give --data.input_size '[C, H, W]', --data.mean and --data.std"
         )
     names = checkpoint.get("class_names") or list(map(str, range(checkpoint["hyper_parameters"]["num_classes"])))
-    values = {"paths": list(argv[start:end]), "names": names, **known}
+    values = {"paths": images, "names": names, **known}
     # after the configuration files, whose data they replace, and before the command line's own --data.batch_size and others
-    place = max((i + 2 for i, arg in enumerate(argv) if arg in ("-c", "--config")), default=1)
+    place = after_configs(argv)
     chosen = ["--data=UnlabelledImages", *(f"--data.{name}={json.dumps(value)}" for name, value in values.items())]
     return [*argv[:place], *chosen, *argv[place:]]
+
+
+def _images(argv: Sequence[str]) -> list[str]:
+    """The paths given, those of the command line before those of a configuration file."""
+    if "--images" in argv:
+        start = argv.index("--images") + 1
+        end = next((i for i in range(start, len(argv)) if argv[i].startswith("-")), len(argv))
+        return list(argv[start:end])
+    given = values_of(argv, "images") or configured(argv, "images", object) or []
+    if not isinstance(given, list):
+        raise UserError(f"images in a configuration file is {given!r:.60}: give a list, as in images: [photos/]")
+    return list(map(str, given))

@@ -1,6 +1,7 @@
 """`etflight predict --images`: decisions on images from anywhere."""
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -212,3 +213,33 @@ def test_a_checkpoint_that_does_not_know_its_images_is_told_of_them(rgb, tmp_pat
     assert (tmp_path / "out.csv").read_text() == (tmp_path / "new.csv").read_text()
     with pytest.raises(UserError, match="not both"):
         predict(rgb, tmp_path / "both.csv", *images, "--data", "Digits")
+
+
+def test_images_may_stand_in_a_configuration_file_or_behind_an_equals_sign(rgb, tmp_path):
+    """In place of the file's own data set, as on the command line, which comes first."""
+    for name, angle in (("one.png", 0), ("two.png", 180)):
+        picture().rotate(angle).save(tmp_path / name)
+    one, two = (str(tmp_path / name) for name in ("one.png", "two.png"))
+    data = {"class_path": "Digits", "init_args": {"val_fraction": 0.1, "batch_size": 7}}
+    (tmp_path / "list.yaml").write_text(json.dumps({"images": [two], "data": data}))
+    given = {
+        "flag": ["--images", two],
+        "equals": [f"--images={two}"],
+        "list": ["-c", tmp_path / "list.yaml"],
+        "list behind equals": [f"--config={tmp_path / 'list.yaml'}"],
+        "both": ["-c", tmp_path / "list.yaml", "--images", one],
+        "run": ["-c", tmp_path / "list.yaml", "--data.batch_size", 1, "--images", one, two],
+    }
+    for name, argv in given.items():
+        predict(rgb, tmp_path / f"{name}.npz", *argv)
+    found = {name: dict(np.load(tmp_path / f"{name}.npz")) for name in given}
+    for name in ("equals", "list", "list behind equals"):
+        assert found[name]["image"].tolist() == [two]
+        assert found[name]["probability"] == found["flag"]["probability"]
+    assert found["both"]["image"].tolist() == [one]
+    assert found["run"]["image"].tolist() == [one, two]
+    with pytest.raises(UserError, match="not both"):
+        predict(rgb, tmp_path / "out.csv", *given["list"], "--data", "Digits")
+    (tmp_path / "text.yaml").write_text(json.dumps({"images": two}))
+    with pytest.raises(UserError, match=r"give a list, as in images: \[photos/\]"):
+        predict(rgb, tmp_path / "out.csv", "-c", tmp_path / "text.yaml")

@@ -101,10 +101,9 @@ def _names(groups: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def _figures(model: Classifier, evaluation: Evaluation) -> "dict[str, Figure]":
-    temperature = float(model.temperature)
     panels = {"raw": evaluation.raw}
-    if temperature != 1:
-        panels[f"temperature {temperature:.3g}"] = evaluation.calibrated
+    if model.is_calibrated:
+        panels[f"temperature {float(model.temperature):.3g}"] = evaluation.calibrated
     figures = {"reliability": etflight.plotting.reliability_diagram(panels)}
     if evaluation.confusion is not None:
         figures["confusion"] = etflight.plotting.confusion_matrix(evaluation.confusion, model.class_names)
@@ -132,8 +131,11 @@ def _tables(metrics: Mapping[str, float], model: Classifier, evaluation: Evaluat
         ):
             columns = {f"acc_{name}": f"{name} ({int(members.sum())})" for name, members in groups.items()}
             yield _row(title, metrics, columns)
-    temperature = float(model.temperature)
-    fitted = f"temperature {temperature:.3g}" if temperature != 1 else "no temperature fitted: see --data.val_fraction"
+    fitted = (
+        f"temperature {float(model.temperature):.3g}"
+        if model.is_calibrated
+        else "no temperature fitted: see --data.val_fraction"
+    )
     yield _row(f"Calibration, {fitted}", metrics, {"ece": "ECE", "ece_calibrated": "ECE calibrated"})
     if bool(model.class_counts.any()):
         table = Table("ratio of the test images", box=SIMPLE_HEAD)

@@ -151,20 +151,21 @@ class PredictionTable(Callback):
         if trainer.world_size > 1:
             ranks = [own] * trainer.world_size
             dist.all_gather_object(ranks, own)
+        skipped = {i: reason for _, _, part in ranks for i, reason in part.items()}
+        if not any(indices for indices, _, _ in ranks):
+            raise UserError(f"none of the {len(skipped)} images can be read: {skipped[min(skipped)]}")
         if not trainer.is_global_zero:
             return
         columns = [torch.cat(parts) for parts in zip(*(parts for _, parts, _ in ranks if parts), strict=True)]
         order = np.argsort([i for indices, _, _ in ranks for i in indices])
         in_order = sorted(i for indices, _, _ in ranks for i in indices)
-        skipped = {i: reason for _, _, part in ranks for i, reason in part.items()}
-        if not in_order:
-            raise UserError(f"none of the {len(skipped)} images can be read: {skipped[min(skipped)]}")
         labels, probabilities, *rest = (column[order].numpy() for column in columns)
-        names = cast(Classifier, pl_module).class_names or [str(k) for k in range(data.num_classes)]
+        model = cast(Classifier, pl_module)
+        names = model.class_names or [str(k) for k in range(data.num_classes)]
         images = [data.sample_name("test", i) for i in in_order]
         with writing_to(self.path.parent):
             write(self.path, Predictions(images, labels, probabilities, rest[0] if rest else None), names)
-            rank_zero_info(f"predictions: {self.path}")
+            rank_zero_info(f"predictions: {self.path} ({_of_probabilities(model)})")
             self._tell_skipped({data.sample_name("test", i): skipped[i] for i in sorted(skipped)})
 
     def _tell_skipped(self, reasons: dict[str, str]) -> None:
@@ -175,6 +176,12 @@ class PredictionTable(Callback):
             count = "1 image" if len(reasons) == 1 else f"{len(reasons)} images"
             more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
             warn(f"{count} could not be read, listed in {path}: {'; '.join(list(reasons.values())[:3])}{more}")
+
+
+def _of_probabilities(model: Classifier) -> str:
+    if model.is_calibrated:
+        return f"probabilities calibrated with temperature {float(model.temperature):.3g}"
+    return "probabilities not calibrated, since no temperature was fitted: see --data.val_fraction"
 
 
 def _reason(data: Any, index: int) -> str:

@@ -15,14 +15,17 @@ from torch import Tensor
 from etflight.errors import UserError
 
 MAX_PIXELS = 89_478_485  # Pillow's limit, from where on it suspects a bomb: 256 MiB as RGB
-FORMATS = ("JPEG", "PNG", "WEBP", "PPM")
-_PLACE_IN_SOURCE = re.compile(r"\w+, \S+\.(?:cpp|h):\d+, ")  # of the decoder, in its messages
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_BY_PILLOW = ("GIF", "BMP", "TIFF", "PPM")  # torchcodec knows but GIF, where it paints what is transparent
+_NOT_FOR_PEOPLE = re.compile(r"\w+, \S+\.(?:cpp|h):\d+, | <_io\.BytesIO object at \w+>")  # in decoders' messages
 _ASPECT_RATIOS = (3 / 4, 4 / 3)
 _ATTEMPTS = 10
 
 
 def decode_file(path: str, side: int, mode: Literal["RGB", "GRAY"] = "RGB") -> Tensor:
-    """Decode an image file (JPEG, PNG, WebP, PPM), of whatever mode, to RGB or grey.
+    """Decode an image file (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM), of whatever mode, to RGB or grey, upright as its EXIF data says.
+
+    Transparency is dropped; 16 bits are scaled to 8.
 
     Args:
         path: The file.
@@ -30,7 +33,7 @@ def decode_file(path: str, side: int, mode: Literal["RGB", "GRAY"] = "RGB") -> T
         mode: Colours to decode to.
 
     Returns:
-        uint8 `[3, H, W]`, or `[1, H, W]` for grey, of an animation the first picture.
+        uint8 `[3, H, W]`, or `[1, H, W]` for grey, of an animation or of several pages the first picture.
 
     Raises:
         UserError: The file is missing, is no image, has more than `MAX_PIXELS` or would have, resized; names its path.
@@ -46,17 +49,17 @@ def decode_file(path: str, side: int, mode: Literal["RGB", "GRAY"] = "RGB") -> T
             raise UserError(
                 f"{path} has {width}×{height} pixels, too long and thin for a square: crop it, or remove it"
             )
-        image = _decode_ppm(content, mode) if format_name == "PPM" else decode_image(content, mode=mode)
+        image = _by_pillow(content, mode) if format_name in _BY_PILLOW else decode_image(content, mode=mode)
     except UserError:
         raise
     except Exception as error:  # readers of broken files raise all kinds
-        reason = _PLACE_IN_SOURCE.sub("", str(error))
+        reason = _NOT_FOR_PEOPLE.sub("", str(error))
         raise UserError(f"{path} cannot be read as an image ({reason}): replace it or remove it") from None
     return image[0] if image.ndim == 4 else image
 
 
 def _header(content: bytes) -> tuple[str | None, int, int]:
-    """Format, width and height of an image file, without decoding it; an animation's pictures lie side by side."""
+    """Format, width and height of an image file, without decoding it."""
     from PIL import Image, UnidentifiedImageError
 
     with warnings.catch_warnings():
@@ -65,7 +68,8 @@ def _header(content: bytes) -> tuple[str | None, int, int]:
             # by content, whatever the name: Pillow would run Ghostscript for a PostScript file that is called .png
             with Image.open(BytesIO(content), formats=FORMATS) as file:
                 width, height = file.size
-                frames = getattr(file, "n_frames", 1)
+                # torchcodec decodes all of an animation; the second pictures of a JPEG file (MPO) it passes over
+                frames = getattr(file, "n_frames", 1) if file.format in ("PNG", "WEBP") else 1
                 name = file.format
         except UnidentifiedImageError:  # which names an object in memory
             raise ValueError(f"its content is none of {', '.join(FORMATS)}" if content else "it is empty") from None
@@ -74,12 +78,18 @@ def _header(content: bytes) -> tuple[str | None, int, int]:
     return name, width, height
 
 
-def _decode_ppm(content: bytes, mode: Literal["RGB", "GRAY"]) -> Tensor:
-    """The one format here that torchcodec does not know."""
+def _by_pillow(content: bytes, mode: Literal["RGB", "GRAY"]) -> Tensor:
+    """As `decode_image`, of the first picture."""
     from PIL import Image
 
-    with Image.open(BytesIO(content), formats=["PPM"]) as file:
-        pixels = np.atleast_3d(np.array(file.convert("RGB" if mode == "RGB" else "L")))
+    with Image.open(BytesIO(content), formats=_BY_PILLOW) as file:
+        picture: Image.Image = file
+        sixteen_bits = file.mode.startswith("I;16") or (file.mode, file.format) == ("I", "PPM")
+        if sixteen_bits:  # which `convert` would clip
+            picture = Image.fromarray(np.rint(np.asarray(file) / 257).astype(np.uint8))
+        elif file.mode in ("I", "F"):
+            raise ValueError("its pixels are numbers of 32 bits without a range")
+        pixels = np.atleast_3d(np.array(picture.convert("RGB" if mode == "RGB" else "L")))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 

@@ -1,0 +1,49 @@
+"""What a command line and its configuration files give for an option, before they are parsed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from etflight.configuration import read_yaml
+
+
+def values_of(argv: Sequence[str], key: str, *short: str) -> list[str]:
+    """What follows each `--key`, or one of its short forms, on the command line."""
+    found = []
+    for flag, following in zip(argv, [*argv[1:], ""], strict=False):
+        if flag in (f"--{key}", *short):
+            found.append(following)
+        elif flag.startswith(f"--{key}="):
+            found.append(flag.partition("=")[2])
+    return found
+
+
+def config_files(argv: Sequence[str]) -> list[Path]:
+    """The configuration files, in their order."""
+    return [Path(value) for value in values_of(argv, "config", "-c")]
+
+
+def configured(argv: Sequence[str], key: str, kind: type) -> Any:
+    """The value of this type that the last configuration file which has one gives for a key, or None."""
+    for path in reversed(config_files(argv)):
+        if not path.is_file():
+            continue  # the parser says so, in its own words
+        value: Any = read_yaml(path)
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None and isinstance(value, kind):
+            return value
+    return None
+
+
+def value_of(argv: Sequence[str], key: str) -> str | None:
+    """The text that the command line, or else the last configuration file that has one, gives for a key."""
+    given = values_of(argv, key)
+    text: str | None = given[-1] if given else configured(argv, key, str)
+    return text
+
+
+def after_configs(argv: Sequence[str]) -> int:
+    """Where, on the command line, the last configuration file has been named; 1, behind the stage, without any."""
+    ends = [i + 2 for i, arg in enumerate(argv) if arg in ("-c", "--config")]
+    return max([1, *ends, *(i + 1 for i, arg in enumerate(argv) if arg.startswith("--config="))])
