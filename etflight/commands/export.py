@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
         calibrated = _write(config.format, classifier, preprocessing, folder)
         run = _run_of(Path(config.checkpoint))
         name = output.name if run is None else run.name
-        card, problems = model_card(name, classifier, preprocessing, calibrated, run)
+        card, problems = model_card(name, classifier, preprocessing, calibrated, run, config.license)
         (folder / "README.md").write_text(card)
     out = console()
     for problem in problems:
@@ -150,6 +150,12 @@ def _parser() -> CommandParser:
         choices=FORMATS,
         default=["timm"],
         help="timm: model.safetensors and config.json for timm.create_model('local-dir:…'); onnx: model.onnx; torch-export: model.pt2.",
+    )
+    parser.add_argument(
+        "--license",
+        type=str | None,
+        default=None,
+        help="Licence of the weights for the model card, as the Hub calls it: apache-2.0, cc-by-4.0, …",
     )
     parser.add_argument(
         "--push_to_hub",

@@ -14,16 +14,35 @@ from etflight.reporting.files import read_table
 from etflight.reporting.results import Result, read_results
 from etflight.terminal import plain
 
-_FRONT = "---\nlibrary_name: timm\npipeline_tag: image-classification\ntags: [image-classification, timm, neural-collapse]\n---\n"
 _MOST_CLASSES = 20  # in the table
+_ON_THE_HUB = {  # what the Hub calls the sets that it has
+    "CIFAR10": "uoft-cs/cifar10",
+    "CIFAR100": "uoft-cs/cifar100",
+    "FashionMNIST": "zalando-datasets/fashion_mnist",
+    "SVHN": "ufldl-stanford/svhn",
+}
+_METRICS = {"test/acc": "accuracy", "test/acc_macro": "balanced accuracy"}  # what the Hub lists and compares
+_OF_RESULTS = (
+    "On the test images, from 0 to 1. `acc_macro`, `acc_harmonic` and `acc_worst` are mean, harmonic mean and minimum of the accuracies of "
+    "classes; `many`, `medium` and `few` are classes of more than 100, 20 to 100 and fewer than 20 training images, `head`, `middle` and "
+    "`tail` thirds of the classes; `ece` is the expected calibration error of the softmax, `ece_calibrated` of the probabilities."
+)
+_OF_COLLAPSE = (
+    "At the end of training, on training and validation images. Fully collapsed, `nc1` (variability within classes over that between "
+    "them) and `etf_distance` (of the class means from a simplex equiangular tight frame) are 0, `alignment` (cosine of class means and "
+    "class vectors) is 1."
+)
 _USES = {
     "timm": """\
 ```python
 import timm
+from PIL import Image
 {registration}
 model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()  # or hf-hub:USER/NAME
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-label = model(transform(image)[None]).argmax()  # of a PIL image; model.pretrained_cfg["label_names"]
+image = Image.open("PATH_OF_AN_IMAGE").convert("{mode}")
+label = int(model(transform(image)[None]).argmax())
+print(model.pretrained_cfg.get("label_names", range(label + 1))[label])
 ```
 
 {of_timm}
@@ -36,18 +55,21 @@ session = onnxruntime.InferenceSession("model.onnx")
 (logits,) = session.run(None, {{"images": images}})  # normalised, float32 [B, {shape}]
 ```
 
-The softmax of these logits are the calibrated probabilities. `session.get_modelmeta().custom_metadata_map` has class names, mean and std.
+The softmax of these logits are {probabilities}. `session.get_modelmeta().custom_metadata_map` has class names, mean and std.
 """,
     "torch-export": """\
 ```python
 import torch
 
 model = torch.export.load("model.pt2").module()
-probabilities = model(images).softmax(dim=1)  # of normalised images, float32 [B, {shape}]; calibrated
+logits = model(images)  # normalised, float32 [B, {shape}]
 ```
+
+The softmax of these logits are {probabilities}.
 """,
 }
-_CALIBRATED = "The softmax of its logits are the calibrated probabilities."
+_CALIBRATED = "The softmax of its logits are {probabilities}."
+_UNCALIBRATED = "its probabilities, which are not calibrated, since no temperature was fitted"
 _DECISIONS_ONLY = (
     "Its decisions are those of the trained model; the softmax of its logits are **not** its probabilities: the head divides each "
     "embedding by its norm, which no linear layer can. The formats `onnx` and `torch-export` have them."
@@ -60,6 +82,7 @@ def model_card(
     preprocessing: Preprocessing,
     formats: Mapping[str, bool],
     run: Path | None,
+    licence: str | None = None,
 ) -> tuple[str, list[str]]:
     """Markdown with the metadata that the Hugging Face Hub reads.
 
@@ -69,6 +92,7 @@ def model_card(
         preprocessing: of its images.
         formats: what was written, and of each whether its softmax are the calibrated probabilities.
         run: the run folder whose last checkpoint it is, or None.
+        licence: of the weights, by its name on the Hub, or None.
 
     Returns:
         The card, and what is wrong with files that it had to leave out.
@@ -85,12 +109,43 @@ def model_card(
         "## Images": _images(preprocessing, classifier.class_names),
         "## Data": "" if result is None else _data(result),
         "## Recipe": read.get("_recipe"),
-        "## Results": "" if result is None else _numbers(result, "test/", "on the test images, from 0 to 1"),
-        "## Neural collapse": "" if result is None else _numbers(result, "nc", "at the end of training"),
+        "## Results": "" if result is None else _numbers(result, "test/", _OF_RESULTS),
+        "## Neural collapse": "" if result is None else _numbers(result, "nc", _OF_COLLAPSE),
         "## Classes": read.get("_classes"),
     }
     text = "\n".join(f"{title}\n\n{content.strip()}\n" for title, content in sections.items() if content)
-    return f"{_FRONT}\n{text}", problems
+    return f"{_front_matter(name, list(formats), result, licence)}\n{text}", problems
+
+
+def _front_matter(name: str, formats: Sequence[str], result: Result | None, licence: str | None) -> str:
+    """What the Hub reads, in YAML."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    dataset = None if result is None else result.dataset
+    evaluations = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=_ON_THE_HUB.get(dataset, dataset),
+            dataset_name=dataset,
+            dataset_split="test",
+            metric_type="accuracy",
+            metric_name=name_of_metric,
+            metric_value=round(result.metrics[key], 6),
+        )
+        for key, name_of_metric in _METRICS.items()
+        if result is not None and dataset is not None and key in result.metrics
+    ]
+    data = ModelCardData(
+        license=licence,
+        library_name="timm" if "timm" in formats else None,
+        pipeline_tag="image-classification",
+        tags=["image-classification", "neural-collapse", *formats],
+        datasets=[_ON_THE_HUB[dataset]] if dataset in _ON_THE_HUB else None,
+        metrics=["accuracy"] if evaluations else None,
+        model_name=plain(name),
+        eval_results=evaluations or None,
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
 
 
 def _or_nothing(read: Callable[[Path], str], run: Path, problems: list[str]) -> str:
@@ -103,10 +158,13 @@ def _or_nothing(read: Callable[[Path], str], run: Path, problems: list[str]) -> 
 
 def _use(kind: str, exact: bool, classifier: Classifier, preprocessing: Preprocessing) -> str:
     module = type(classifier.backbone).__module__
+    probabilities = "the calibrated probabilities" if classifier.is_calibrated else _UNCALIBRATED
     return _USES[kind].format(
         registration="" if module.startswith("timm.") else f"import {module}  # registers the architecture in timm\n",
         shape=", ".join(map(str, preprocessing.input_size)),
-        of_timm=_CALIBRATED if exact else _DECISIONS_ONLY,
+        of_timm=_CALIBRATED.format(probabilities=probabilities) if exact else _DECISIONS_ONLY,
+        mode="L" if preprocessing.input_size[0] == 1 else "RGB",
+        probabilities=probabilities,
     )
 
 
@@ -134,6 +192,8 @@ def _data(result: Result) -> str:
             ("imbalance ratio, largest over smallest class", None if result.ratio is None else f"{result.ratio:g}"),
             ("subset of the training images", result.fingerprint),
             ("validation", result.validation),
+            ("epochs", result.epochs),
+            ("commit of the code", result.commit),
         ),
     )
 
@@ -146,13 +206,23 @@ def _recipe(run: Path) -> str:
     kept = {name: content.get(name) for name in ("seed_everything", "data", "model")}
     if isinstance(trainer, dict):
         kept["trainer"] = {name: trainer.get(name) for name in ("max_epochs", "precision", "accumulate_grad_batches")}
-    text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(_known(kept), sort_keys=False, allow_unicode=True)
     return f"```yaml\n{text.replace('```', '')}```"
 
 
-def _numbers(result: Result, prefix: str, what: str) -> str:
-    found = [(name, f"{value:.4g}") for name, value in result.metrics.items() if name.startswith(prefix)]
-    return _table(("measure", what), found) if found else ""
+def _known(value: Any) -> Any:
+    """Nested dicts without what is None."""
+    return {k: _known(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+
+def _numbers(result: Result, prefix: str, meaning: str) -> str:
+    """A table, without the accuracies under other class frequencies."""
+    found = [
+        (name, f"{value:.4g}")
+        for name, value in result.metrics.items()
+        if name.startswith(prefix) and not name.startswith(("test/acc_forward", "test/acc_backward"))
+    ]
+    return f"{meaning}\n\n{_table(('measure', 'value'), found)}" if found else ""
 
 
 def _classes(run: Path) -> str:

@@ -139,7 +139,6 @@ def test_averaged_weights_are_the_ones_exported(run, exported):
 
 def test_the_card_tells_recipe_results_and_collapse(run, exported):
     card = (exported / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: timm\n")
     for line in (
         "# averaged",
         "| data set | Digits |",
