@@ -243,3 +243,18 @@ def test_images_may_stand_in_a_configuration_file_or_behind_an_equals_sign(rgb, 
     (tmp_path / "text.yaml").write_text(json.dumps({"images": two}))
     with pytest.raises(UserError, match=r"give a list, as in images: \[photos/\]"):
         predict(rgb, tmp_path / "out.csv", "-c", tmp_path / "text.yaml")
+
+
+def test_it_says_whether_the_probabilities_are_calibrated(rgb, tmp_path, caplog):
+    picture().save(tmp_path / "one.png")
+    saved = torch.load(rgb, weights_only=True)
+    saved["state_dict"]["temperature"].fill_(1.0)
+    torch.save(saved, tmp_path / "unfitted.ckpt")
+    for path, told in (
+        (rgb, "probabilities calibrated with temperature 0.2"),
+        (tmp_path / "unfitted.ckpt", "not calibrated"),
+    ):
+        caplog.clear()
+        predict(path, tmp_path / f"{path.stem}.csv", "--images", tmp_path / "one.png")
+        (line,) = [message for message in caplog.messages if message.startswith("predictions:")]
+        assert told in line

@@ -17,7 +17,7 @@ from etflight.errors import UserError
 MAX_PIXELS = 89_478_485  # Pillow's limit, from where on it suspects a bomb: 256 MiB as RGB
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _BY_PILLOW = ("GIF", "BMP", "TIFF", "PPM")  # torchcodec knows but GIF, where it paints what is transparent
-_NOT_FOR_PEOPLE = re.compile(r"\w+, \S+\.(?:cpp|h):\d+, | <_io\.BytesIO object at \w+>")  # in decoders' messages
+_PLACE_IN_SOURCE = re.compile(r"\w+, \S+\.(?:cpp|h):\d+, ")  # of the decoder, in its messages
 _ASPECT_RATIOS = (3 / 4, 4 / 3)
 _ATTEMPTS = 10
 
@@ -53,7 +53,7 @@ def decode_file(path: str, side: int, mode: Literal["RGB", "GRAY"] = "RGB") -> T
     except UserError:
         raise
     except Exception as error:  # readers of broken files raise all kinds
-        reason = _NOT_FOR_PEOPLE.sub("", str(error))
+        reason = _PLACE_IN_SOURCE.sub("", str(error))
         raise UserError(f"{path} cannot be read as an image ({reason}): replace it or remove it") from None
     return image[0] if image.ndim == 4 else image
 

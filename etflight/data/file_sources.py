@@ -37,7 +37,7 @@ class Square(NamedTuple):
 
 
 class FileSource(ImageSource):
-    """Image files (JPEG, PNG, WebP, PPM), decoded to RGB and cut to squares.
+    """Image files, decoded to RGB and cut to squares.
 
     Args:
         paths: N files.

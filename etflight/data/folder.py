@@ -12,7 +12,7 @@ from etflight.data.file_sources import FileSource
 from etflight.data.paths import Paths, files_below
 from etflight.errors import UserError
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 LAYOUT = "expected are train/<class>/*.jpg, test/<class>/*.jpg and optionally val/<class>/*.jpg"
 
 

@@ -32,8 +32,8 @@ class UnlabelledImages(ImageDataModule):
     dropped). What cannot be read is no error: its label is `UNREADABLE`, the others' -1.
 
     Args:
-        paths: image files (JPEG, PNG, WebP, PPM), folders of them, and `.npz` files with images `[N, H, W]` or `[N, H, W, C]`, uint8 or
-            uint16, as `images`, as `test_images` or alone.
+        paths: image files (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM), folders of them, and `.npz` files with images `[N, H, W]` or
+            `[N, H, W, C]`, uint8 or uint16, as `images`, as `test_images` or alone.
         input_size: C, H and W of the model.
         crop_pct: part of the resized image that is kept.
         names: of the classes.

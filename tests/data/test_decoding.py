@@ -68,7 +68,8 @@ def test_lossless_files_decode_to_their_pixels(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [(b"", "it is empty"), (b"GIF89a", "its content is none of JPEG, PNG, WEBP, PPM")]
+    ("content", "reason"),
+    [(b"", "it is empty"), (b"8BPS", "its content is none of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM")],
 )
 def test_a_file_that_is_no_image_is_named_with_the_reason(tmp_path, content, reason):
     (tmp_path / "a.jpg").write_bytes(content)

@@ -1,0 +1,177 @@
+"""Image files of every kind and mode, against the pixels that were written into them."""
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from etflight.data.decoding import decode_file
+from etflight.errors import UserError
+
+Pixels = NDArray[np.uint8]
+H, W = 9, 7
+NOISE = np.random.default_rng(0)
+COLOUR: Pixels = NOISE.integers(0, 256, (H, W, 3), np.uint8)
+GREY: Pixels = NOISE.integers(0, 256, (H, W), np.uint8)
+OPACITY: Pixels = NOISE.integers(0, 256, (H, W), np.uint8)
+BITS: Pixels = NOISE.integers(0, 2, (H, W), np.uint8)
+DEEP = NOISE.integers(0, 65536, (H, W), np.uint16)
+INK: Pixels = NOISE.integers(0, 256, (H, W, 4), np.uint8)
+PALETTE: Pixels = NOISE.integers(0, 256, (8, 3), np.uint8)
+INDICES: Pixels = NOISE.integers(0, 8, (H, W), np.uint8)
+
+
+def grey(pixels: Pixels) -> Pixels:
+    return np.repeat(pixels[..., None], 3, 2)
+
+
+def indexed() -> Image.Image:
+    image = Image.fromarray(INDICES, "P")
+    image.putpalette(PALETTE.tobytes())
+    return image
+
+
+def with_alpha(pixels: Pixels) -> Image.Image:
+    return Image.fromarray(np.dstack([pixels, OPACITY]), "LA" if pixels.ndim == 2 else "RGBA")
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> Callable[[Path], None]:
+    return lambda path: image.save(path, kind, **options)
+
+
+def written(content: bytes) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(content) and None
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown a quarter turn clockwise
+    return exif
+
+
+def tiff_16_bits(order: str) -> bytes:
+    """By hand, since Pillow writes one byte order only."""
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    pixels = DEEP.astype(f"{order}u2").tobytes()
+    tags = [(256, W), (257, H), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, H), (279, len(pixels))]
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags)
+    directory = struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+    return mark + struct.pack(f"{order}I", 8 + len(pixels)) + pixels + directory
+
+
+FEW = Image.fromarray(COLOUR)
+OTHER = Image.fromarray(255 - COLOUR)
+LOSSLESS_ANIMATION = {"save_all": True, "append_images": [OTHER], "lossless": True}
+PRINTED: Pixels = np.rint((255.0 - INK[..., :3]) * (255 - INK[..., 3:]) / 255).astype(np.uint8)
+# name: (writes the file, its pixels as RGB)
+KINDS: dict[str, tuple[Callable[[Path], None], Pixels]] = {
+    "bmp": (saved(FEW, "BMP"), COLOUR),
+    "bmp, palette": (saved(indexed(), "BMP"), PALETTE[INDICES]),
+    "bmp, 1 bit": (saved(Image.fromarray(BITS * 255).convert("1"), "BMP"), grey(BITS * 255)),
+    "gif, palette": (saved(indexed(), "GIF"), PALETTE[INDICES]),
+    "gif, a colour transparent": (saved(indexed(), "GIF", transparency=3), PALETTE[INDICES]),
+    "gif, animated": (saved(indexed(), "GIF", save_all=True, append_images=[OTHER]), PALETTE[INDICES]),
+    "png, palette": (saved(indexed(), "PNG"), PALETTE[INDICES]),
+    "png, a colour transparent": (saved(indexed(), "PNG", transparency=3), PALETTE[INDICES]),
+    "png, 1 bit": (saved(Image.fromarray(BITS * 255).convert("1"), "PNG"), grey(BITS * 255)),
+    "png, 16 bits": (saved(Image.fromarray(DEEP), "PNG"), grey(np.rint(DEEP / 257).astype(np.uint8))),
+    "png, transparent": (saved(with_alpha(COLOUR), "PNG"), COLOUR),
+    "png, grey transparent": (saved(with_alpha(GREY), "PNG"), grey(GREY)),
+    "png, animated": (saved(FEW, "PNG", save_all=True, append_images=[OTHER]), COLOUR),
+    "png, turned": (saved(FEW, "PNG", exif=turned()), np.rot90(COLOUR, -1)),
+    "webp, animated": (saved(FEW, "WEBP", **LOSSLESS_ANIMATION), COLOUR),
+    "webp, transparent": (saved(with_alpha(COLOUR), "WEBP", lossless=True, exact=True), COLOUR),
+    "tiff": (saved(FEW, "TIFF"), COLOUR),
+    "tiff, grey": (saved(Image.fromarray(GREY), "TIFF", compression="tiff_lzw"), grey(GREY)),
+    "tiff, transparent": (saved(with_alpha(COLOUR), "TIFF", compression="tiff_adobe_deflate"), COLOUR),
+    "tiff, grey transparent": (saved(with_alpha(GREY), "TIFF"), grey(GREY)),
+    "tiff, palette": (saved(indexed(), "TIFF"), PALETTE[INDICES]),
+    "tiff, 1 bit": (saved(Image.fromarray(BITS * 255).convert("1"), "TIFF"), grey(BITS * 255)),
+    "tiff, cmyk": (saved(Image.fromarray(INK, "CMYK"), "TIFF"), PRINTED),
+    "tiff, 16 bits, little end first": (written(tiff_16_bits("<")), grey(np.rint(DEEP / 257).astype(np.uint8))),
+    "tiff, 16 bits, big end first": (written(tiff_16_bits(">")), grey(np.rint(DEEP / 257).astype(np.uint8))),
+    "tiff, several pages": (saved(FEW, "TIFF", save_all=True, append_images=[OTHER]), COLOUR),
+    "tiff, turned": (saved(FEW, "TIFF", exif=turned()), np.rot90(COLOUR, -1)),
+    "pgm": (written(b"P5 7 9 255\n" + GREY.tobytes()), grey(GREY)),
+    "pgm, 16 bits": (written(b"P5 7 9 65535\n" + DEEP.astype(">u2").tobytes()), grey(np.rint(DEEP / 257).astype(np.uint8))),
+    "pbm": (written(b"P4 7 9\n" + np.packbits(1 - BITS, axis=1).tobytes()), grey(BITS * 255)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_file_decodes_to_its_pixels(name, tmp_path):
+    """Luma (ITU-R BT.601) of them for grey; of inks and luma decoders round differently."""
+    write, expected = KINDS[name]
+    path = tmp_path / "a"  # the content counts, not the ending
+    write(path)
+    decoded = decode_file(str(path), 8)
+    assert decoded.dtype == torch.uint8
+    found = decoded.permute(1, 2, 0).numpy().astype(int)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= (1 if "cmyk" in name else 0)
+    luma = decode_file(str(path), 8, "GRAY")
+    assert luma.shape == (1, *expected.shape[:2])
+    assert np.abs(luma[0].numpy() - expected @ np.array([0.299, 0.587, 0.114])).max() <= 1.6
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_jpeg_decodes_to_nearly_its_pixels_and_upright(mode, tmp_path):
+    smooth = np.linspace(30, 220, 32 * 40).reshape(32, 40).astype(np.uint8)
+    Image.fromarray(smooth).convert(mode).save(tmp_path / "a.jpg", quality=95, exif=turned())
+    decoded = decode_file(str(tmp_path / "a.jpg"), 8)
+    assert decoded.shape == (3, 40, 32)
+    assert np.abs(decoded.numpy().astype(int) - np.rot90(smooth, -1)).max() <= 6
+
+
+def test_a_jpeg_with_a_second_picture_counts_once(tmp_path, monkeypatch):
+    """As phones write them; the second is for other screens."""
+    FEW.resize((40, 32)).save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[OTHER.resize((40, 32))])
+    monkeypatch.setattr("etflight.data.decoding.MAX_PIXELS", 40 * 32)
+    assert decode_file(str(tmp_path / "a.jpg"), 8).shape == (3, 32, 40)
+
+
+def test_an_animation_that_is_decoded_whole_counts_whole(tmp_path, monkeypatch):
+    FEW.save(tmp_path / "a.webp", **LOSSLESS_ANIMATION)
+    monkeypatch.setattr("etflight.data.decoding.MAX_PIXELS", 2 * H * W - 1)
+    with pytest.raises(UserError, match="2 pictures of 7×9 pixels are more than"):
+        decode_file(str(tmp_path / "a.webp"), 1)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_numbers_without_a_range_are_refused(dtype, tmp_path):
+    Image.fromarray(np.zeros((H, W), dtype)).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match=r"a\.tif cannot be read as an image \(.*without a range\)"):
+        decode_file(str(tmp_path / "a.tif"), 8)
+
+
+def bmp(width: int, height: int) -> bytes:
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54 + 8, 0, 0, 54) + header + bytes(8)
+
+
+def gif(width: int, height: int) -> bytes:
+    frame = b"," + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\x02\x02\x4c\x01\x00;"
+    return b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + bytes(6) + frame
+
+
+def tiff(width: int, height: int) -> bytes:
+    tags = [(256, width), (257, height), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, height), (279, 4)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("make", [bmp, gif, tiff])
+@pytest.mark.parametrize("side", [10_000, 60_000])  # of which Pillow warns, and which it refuses
+def test_a_bomb_is_refused_by_its_header(make, side, tmp_path):
+    """Were it decoded, the missing content would be the complaint."""
+    (tmp_path / "a").write_bytes(make(side, side))
+    with pytest.raises(UserError, match="pixels"):
+        decode_file(str(tmp_path / "a"), 8)
+    (tmp_path / "a").write_bytes(make(100, 100))
+    with pytest.raises(UserError, match=r"cannot be read as an image \((?!.*pixels)"):
+        decode_file(str(tmp_path / "a"), 8)
