@@ -2,14 +2,12 @@
 
 import inspect
 import logging
-import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
@@ -31,7 +29,7 @@ from etflight.checkpoints import read_checkpoint
 from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
 from etflight.configuration import expand_overlays, guard_parser
 from etflight.data.base import ImageDataModule
-from etflight.errors import UserError, user_error_in
+from etflight.errors import UserError
 from etflight.heads import codes_from_state_dict
 from etflight.last_words import speak_for_lost_processes
 from etflight.layer_sync import SyncBatchNorm
@@ -41,22 +39,19 @@ from etflight.predict_images import add_prediction_arguments, over_images
 from etflight.predictions import check_output
 from etflight.run import MetricsCSV, check_writable, claim, claim_for_results, last_checkpoint, same_folder
 from etflight.specs import describe, is_known
+from etflight.usage import OneLineParser
 from etflight.wandb_runs import choose_names, name_in_sweep
 
 _CHECKPOINT_HELP = "The command line beats the configuration files, which beat what the checkpoint says of the model."
 
 
-class Parser(LightningArgumentParser):
+class Parser(OneLineParser, LightningArgumentParser):
     """LightningCLI's parser, with usage errors of one line."""
 
-    given: ClassVar[Sequence[str]] = ()  # the command line, in which errors find the full name of an option
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong in one line and exit with status 2."""
-        if (wrapped := user_error_in(ex)) is not None:
-            raise wrapped
-        print(f"etflight: error: {summarise(message, self.given)} (see etflight --help)", file=sys.stderr)
-        raise SystemExit(2)
+    bases: ClassVar[Mapping[str, type]] = {
+        **OneLineParser.bases,
+        **{f"model.{name}": base for name, base in PLUGGABLE.items()},
+    }
 
 
 class EtflightCLI(LightningCLI):
@@ -338,53 +333,6 @@ _STAGES = {
     "test": "Measure a trained classifier on the test images.",
     "predict": "Write a trained classifier's decisions on the test images, or on any others (--images), to predictions.csv or --output.",
 }
-
-
-def summarise(message: str, argv: Sequence[str] = ()) -> str:
-    """One line from the parser's many: the key, the reason, the value; near matches for a class that does not exist."""
-    found = re.search(r'Parser key "([^"]+)"', message)
-    key = f"--{_full_name(found.group(1), argv)}: " if found else ""
-    alien = re.fullmatch(r"Option '([^']+)' is not accepted", message.strip())
-    if alien:
-        return f"--{_full_name(alien.group(1), argv)}: the chosen class takes no argument {alien.group(1)!r}"
-    ambiguous = re.search(r"Multiple subclasses with name [^\n]*", message)
-    if ambiguous:
-        return f"{key}{ambiguous.group()}"
-    unknown = re.search(r"Expected a path but (\S+) either", message)
-    number = re.search(r"Subtypes: .*<class '(?:float|int)'>", message)  # such as "a float or a tensor"
-    if unknown and not number:
-        name = unknown.group(1)
-        reason = re.search(r"No module named '[^']+'|module '[^']+' has no attribute '[^']+'", message)
-        return f"{key}nothing is called {name!r}{f' ({reason.group()})' if reason else ''}{near_matches(name)}"
-    given = re.search(r"Given value: (.*)", message)
-    lines = [re.sub(r'^Parser key "[^"]+":', "", line).strip(" -") for line in message.splitlines()]
-    noise = r"Subtypes|Errors|Given value|Does not validate"
-    if number:
-        noise += r"|Expected a path|Expected a dot import|Not a valid subclass|Subclass types|a class path|a dict with"
-    reasons = [line for line in lines if line and not re.match(noise, line)]
-    reason_line = " or ".join(dict.fromkeys(reasons)).replace("<class '", "").replace("'>", "")
-    reason_line = re.sub(r"Expected a typing\.Literal\[([^\]]*)\]", r"Expected one of \1", reason_line)
-    return f"{key}{reason_line[:400]}{f', got {given.group(1)}' if given else ''}"
-
-
-def _full_name(key: str, argv: Sequence[str]) -> str:
-    """The option that was given for a key of which the parser only tells the last part."""
-    options = (arg.partition("=")[0].removeprefix("--") for arg in argv)
-    return next((option for option in options if option.endswith(f".{key}")), key)
-
-
-def near_matches(name: str) -> str:
-    """`; near matches: …` among the names of heads, losses, optimizers, schedules and data modules, or nothing."""
-    known: list[str] = [
-        cls.__name__ for base in (*PLUGGABLE.values(), ImageDataModule) for cls in _all_subclasses(base)
-    ]
-    close = get_close_matches(name.rpartition(".")[2], sorted(set(known)), n=3, cutoff=0.4)
-    return f"; near matches: {', '.join(close)}" if close else ""
-
-
-def _all_subclasses(base: type) -> list[type]:
-    children: list[type] = base.__subclasses__()
-    return [cls for child in children for cls in (child, *_all_subclasses(child))]
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from etflight import plotting
 from etflight.backbones import resnet_cifar
 from etflight.checkpoints import read_weights
-from etflight.commands.data_option import CommandParser, data_parser, parse
+from etflight.commands.data_option import data_parser, parse
 from etflight.commands.trained import add_imports, brief, import_modules, load_classifier
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
@@ -29,6 +29,7 @@ from etflight.errors import UserError
 from etflight.metrics import ClassStatistics, Moments, measures
 from etflight.run import write_json
 from etflight.terminal import console
+from etflight.usage import OneLineParser
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 
@@ -316,7 +317,7 @@ def _default_output(config: Namespace) -> Path:
 # The command line ---------------------------------------------------------------------------------------------------
 
 
-def _parser() -> CommandParser:
+def _parser() -> OneLineParser:
     parser = data_parser(
         "collapse", "Measure neural collapse of a trained model on the training and the test images, without training."
     )

@@ -14,13 +14,14 @@ from rich.table import Table
 from torch import Tensor
 
 from etflight import plotting
-from etflight.commands.data_option import CommandParser, data_parser, parse
+from etflight.commands.data_option import data_parser, parse
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
 from etflight.errors import UserError
 from etflight.metrics.shots import by_frequency, shot_groups
 from etflight.run import write_json
 from etflight.terminal import as_it_is, console
+from etflight.usage import OneLineParser
 
 RECORD = "describe.json"  # marks a folder as one of this command's
 HISTOGRAM, SHEET = "class_histogram.png", "contact_sheet.png"
@@ -185,7 +186,7 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
-def _parser() -> CommandParser:
+def _parser() -> OneLineParser:
     parser = data_parser(
         "describe",
         "Show what a data set holds: counts, shot groups, a histogram, a contact sheet; no model, no training.",

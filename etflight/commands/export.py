@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from etflight.classifier import Classifier
-from etflight.commands.data_option import CommandParser, data_parser, parse
+from etflight.commands.data_option import data_parser, parse
 from etflight.commands.trained import add_imports, brief, import_modules, load_classifier
 from etflight.data import ImageDataModule
 from etflight.errors import UserError
@@ -19,6 +19,7 @@ from etflight.exporting.network import save_timm
 from etflight.preprocessing import Preprocessing
 from etflight.run import last_checkpoint, same_folder
 from etflight.terminal import as_it_is, console
+from etflight.usage import OneLineParser
 
 FORMATS = ("timm", "onnx", "torch-export")
 
@@ -133,7 +134,7 @@ def _push(folder: Path, repository: str) -> str:
     return str(place)
 
 
-def _parser() -> CommandParser:
+def _parser() -> OneLineParser:
     parser = data_parser(
         "export",
         "Write a trained model for programs that do not know etflight, with a model card.",

@@ -247,7 +247,7 @@ def test_bad_input_ends_in_one_line_that_says_the_mend(run, images, tmp_path, mo
         ([ckpt, "--weights=w.safetensors", "--data=Digits"], 1, "--weights goes with --timm"),
         ([ckpt], 2, "data"),
         ([ckpt, "--data=Digits", "--unknown=1"], 2, "--unknown"),
-        ([ckpt, "--data=Digitz"], 1, "no data set is called 'Digitz': near matches are Digits"),
+        ([ckpt, "--data=Digitz"], 2, "--data: nothing is called 'Digitz'; near matches: Digits"),
         ([ckpt, "--data=Digits", "--data.imbalance_ratio=0.1"], 1, "imbalance_ratio is 0.1"),
         (["--ckpt_path=none.ckpt", "--data=Digits"], 1, "checkpoint none.ckpt does not exist"),
         ([ckpt, *arrays], 1, "decides between 10 classes, but ArrayImages .*images.npz has 3"),

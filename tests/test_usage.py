@@ -1,0 +1,34 @@
+"""Usage errors: what may have been meant, among the names that the option takes and no others."""
+
+from torch.optim import Optimizer
+
+from etflight.data import ImageDataModule
+from etflight.usage import summarise
+
+BASES = {"data": ImageDataModule, "model.optimizer": Optimizer}
+
+
+def unknown(option: str, name: str) -> str:
+    message = f'Parser key "{option}":\n  - Expected a path but {name} either not accessible or invalid\n  Given value: {name}'
+    return summarise(message, [f"--{option}={name}"], BASES)
+
+
+def test_near_matches_are_names_that_the_option_takes():
+    assert unknown("data", "CIFAR") == "--data: nothing is called 'CIFAR'; near matches: CIFAR10, CIFAR100"
+    assert "Adam" in unknown("model.optimizer", "Adan")
+    assert "Digits" not in unknown("model.optimizer", "Digit")
+
+
+def test_without_a_near_match_all_names_are_told():
+    assert {"Digits", "FolderImages"} <= set(unknown("data", "Qqqq").rpartition("there are ")[2].split(", "))
+
+
+def test_an_option_of_an_unknown_kind_has_no_hint():
+    assert unknown("trainer.callbacks", "Qqqq") == "--trainer.callbacks: nothing is called 'Qqqq'"
+
+
+def test_none_is_called_null_as_in_a_configuration_file():
+    message = (
+        "Parser key \"max_epochs\":\n  - Expected a <class 'int'>\n  - Expected a <class 'NoneType'>\n  Given value: x"
+    )
+    assert summarise(message, ["--trainer.max_epochs=x"], {}) == "--trainer.max_epochs: Expected an int or null, got x"
