@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Group
 from rich.table import Table
-from torch import Tensor
 
 from etflight import plotting
 from etflight.commands.data_option import data_parser, parse
@@ -102,8 +101,15 @@ def sheet(data: ImageDataModule, images_per_class: int) -> Any:
     shown = order[_evenly(len(order), _MOST_CLASSES)]
     by_class = np.split(np.argsort(split.labels.numpy(), kind="stable"), np.cumsum(counts)[:-1])
     chosen = [by_class[k][_evenly(counts[k], images_per_class)] for k in shown]
-    images: Tensor = split.__getitems__(np.concatenate(chosen).tolist())[0]
-    rows = torch.from_numpy(np.repeat(np.arange(len(shown)), [len(own) for own in chosen]))
+    images, labels = split.__getitems__(
+        np.concatenate(chosen).tolist()
+    )  # without corrupt ones, if they are to be skipped
+    split.end_pass()
+    if len(images) == 0:
+        raise UserError(f"{data}: no image of the contact sheet can be read: replace the files")
+    row_of = np.zeros(len(order), np.int64)
+    row_of[shown] = np.arange(len(shown))
+    rows = torch.from_numpy(row_of)[labels]
     names = [data.class_names[k] for k in shown]
     part = "" if len(shown) == len(order) else f", {len(shown)} of {len(order)} classes"
     return plotting.contact_sheet(images, rows, names, counts[shown].tolist(), title=f"{data}{part}")

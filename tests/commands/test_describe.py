@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from etflight.commands import describe
-from etflight.data import ArrayImages
+from etflight.data import ArrayImages, FolderImages
 from etflight.errors import UserError
 from tests.test_bad_input import folder
 from tests.test_configs import ROOT, tiny_cifar, tiny_fashion
@@ -98,6 +98,23 @@ def test_each_row_of_the_sheet_has_images_of_its_class_from_first_to_last(number
     places, labels = cells[:, 0, :, 0, 0], cells[:, 0, :, 0, 1]
     np.testing.assert_array_equal(labels, np.repeat(np.arange(3)[:, None], 4, axis=1))
     np.testing.assert_array_equal(places, [[0, 50, 99, 149], [0, 10, 19, 29], [0, 1, 3, 4]])
+
+
+def test_a_corrupt_image_ends_it_or_is_left_out_of_its_row_and_told(tmp_path, capfd):
+    root = tmp_path / "images"
+    folder(root, {"cat": 3, "dog": 4})
+    file = root / "train/cat/1.png"
+    file.write_bytes(b"no image")
+    data = FolderImages(str(root), image_size=4)
+    with pytest.raises(UserError, match=rf"{file} cannot be read as an image"):
+        describe.sheet(data, 8)
+    (axes,) = describe.sheet(FolderImages(str(root), image_size=4, skip_corrupt=True), 8).axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["dog (4)", "cat (3)"]
+    assert f"1 image could not be read and was skipped: {file}" in capfd.readouterr().err
+    for path in (root / "train").rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match="no image of the contact sheet can be read"):
+        describe.sheet(FolderImages(str(root), image_size=4, skip_corrupt=True), 8)
 
 
 def test_of_many_classes_an_even_choice_is_shown(numbered, etflight_command, tmp_path):
