@@ -1,6 +1,7 @@
 """Every shipped YAML is parsed, and run for a step on tiny data of the right shape."""
 
 import gzip
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,15 @@ def tiny_signs(folder):
     return ["--data.path", folder / "signs.npz"]
 
 
+def tiny_characters(folder):
+    images = RANDOM.integers(0, 256, (242, 28, 28), dtype=np.uint8)
+    np.savez(
+        folder / "characters.npz", train_images=images, train_labels=np.arange(242), test_images=images[:8],
+        test_labels=np.arange(8),
+    )  # fmt: skip
+    return ["--data.path", folder / "characters.npz"]
+
+
 def tiny_folder(folder):
     for split in ("train", "test"):
         for label in ("cat", "dog"):
@@ -87,6 +97,8 @@ def tiny_data(config, folder):
             return tiny_cifar(folder, 100)
         case "gtsrb" | "gtsrb_lite0", _:
             return tiny_signs(folder)
+        case "omniglot", _:
+            return tiny_characters(folder)
         case "imagenet_lt" | "places_lt" | "inat2018", _:  # a network of 0.1 instead of 63 M parameters, other images
             return ["--data", "FolderImages", *tiny_folder(folder), "--model.backbone", "test_resnet"]
         case "cub200", _:
@@ -106,6 +118,7 @@ TRAINED = [
     for path in EXPERIMENTS
     if (path.parent.name in ("digits", "configs") and path.stem not in POST_HOC)
     or path.stem in ("ce", "ce_no_mixup", "scratch")
+    or path.parent.name == "omniglot"
 ]
 
 
@@ -201,6 +214,20 @@ def test_a_set_with_some_arms_has_no_others_and_they_differ_in_nothing_else(data
         arm: {"overlays": [f"../data/{dataset}.yaml", f"../arm/{arm}.yaml"], "name": f"{dataset}/{arm}", **more}
         for arm, more in SOME[dataset].items()
     }
+
+
+def test_more_classes_than_dimensions_are_met_by_each_way_out_under_each_loss():
+    found = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "omniglot").glob("*.yaml")}
+    expected = {"ce": {"overlays": ["../data/omniglot.yaml", "../arm/ce.yaml"], "name": "omniglot/ce"}}
+    for arm, (way, option) in itertools.product(
+        ("etf_dr", "etf_ce"), {"projection": {"projection_dim": 256}, "sphere": {"code": "sphere"}}.items()
+    ):
+        expected[f"{arm}_{way}"] = {
+            "overlays": ["../data/omniglot.yaml", f"../arm/{arm}.yaml"],
+            "name": f"omniglot/{arm}_{way}",
+            "model": {"head": {"init_args": option}},
+        }
+    assert found == expected
 
 
 @pytest.mark.parametrize("dataset", MIXUP)
