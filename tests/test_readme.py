@@ -20,3 +20,10 @@ def test_every_file_it_names_exists():
     named = re.findall(r"(?:configs|notebooks)/[\w./-]+\.(?:yaml|png|gif|json)", README)
     assert named
     assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_the_map_of_the_house_has_every_room():
+    drawn = re.search(r"```\netflight/\n(.*?)```", README, flags=re.DOTALL)[1]
+    named = {name for line in drawn.splitlines() for name in re.findall(r"(\w+(?:/|\.py))(?=,|  | *$)", line[:60])}
+    there = {f"{path.name}/" if path.is_dir() else path.name for path in (ROOT / "etflight").iterdir()}
+    assert named == there - {"__init__.py", "_version.py", "py.typed", "__pycache__/"}
