@@ -47,8 +47,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         _check_size(file)
         state: dict[str, Tensor] = load_state_dict(str(file), weights_only=True)
     except Exception as error:  # a hostile file can end in any of them
-        reason = "it holds more than tensors and plain data, or is damaged"
-        raise UserError(f"weights {path} were refused and nothing in it was run: {reason}") from error
+        raise UserError(
+            f"weights {path} were refused and nothing in it was run: it holds more than tensors and plain data, or is damaged: "
+            "fetch the file again, or save model.state_dict() alone"
+        ) from error
     if not isinstance(state, dict) or not state or not all(map(_is_dense, state.values())):
         raise UserError(f"weights {path} are no state dict: save one with torch.save(model.state_dict(), FILE)")
     return state
@@ -122,7 +124,8 @@ def _local_file(path: str | Path, what: str, example: str) -> Path:
             f"{what} {path} is not a file on this machine: download it first, and give the path of the file"
         )
     if not Path(path).is_file():
-        raise UserError(f"{what} {path} does not exist: give the path of {example}")
+        reason = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise UserError(f"{what} {path} {reason}: give the path of {example}")
     return Path(path)
 
 

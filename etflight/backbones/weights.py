@@ -1,5 +1,6 @@
 """Weights from a file for a backbone that timm built."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from etflight.errors import UserError
 def load_weights(backbone: nn.Module, path: str | Path) -> list[str]:
     """Put the weights of a file into a timm model without a classifier.
 
-    Everything must fit but the file's classifier, which is left out. The weights of colour images are made ones for another number
-    of channels as timm makes them (grey: their sum).
+    Everything must fit but the file's classifier, which is left out, be it of one layer or of several. The weights of colour images are
+    made ones for another number of channels as timm makes them (grey: their sum).
 
     Args:
         backbone: as `build_backbone` gives it.
@@ -26,11 +27,10 @@ def load_weights(backbone: nn.Module, path: str | Path) -> list[str]:
     Raises:
         UserError: the file cannot be read, or holds the weights of another model.
     """
-    state = read_weights(path)
+    state, own = read_weights(path), backbone.state_dict()
     config: dict[str, Any] = getattr(backbone, "pretrained_cfg", None) or {}
-    classifiers = tuple(f"{name}." for name in _names(config.get("classifier")))
+    classifiers = tuple(f"{_whole(name, own)}." for name in _names(config.get("classifier")))
     left_out = sorted(name for name in state if name.startswith(classifiers))
-    own = backbone.state_dict()
     fitting = {name: value for name, value in state.items() if name not in left_out}
     for name in _names(config.get("first_conv")):
         _adapt_channels(fitting, own, f"{name}.weight")
@@ -38,10 +38,13 @@ def load_weights(backbone: nn.Module, path: str | Path) -> list[str]:
         if name.endswith(".num_batches_tracked"):  # not a weight: converters leave it out
             fitting.setdefault(name, value)
     if problem := misfit(fitting, own):
-        raise UserError(
-            f"weights {path} do not fit the backbone: {problem}: give the --model.backbone they were made for, "
-            "with the names that timm gives them"
-        )
+        mend = "give the --model.backbone they were made for, with the names that timm gives them"
+        if all(f"backbone.{name}" in state for name in own):
+            mend = (
+                "they are a checkpoint of etflight: give it as --fine_tuning.checkpoint with "
+                """--fine_tuning.load '{"backbone": "backbone"}'"""
+            )
+        raise UserError(f"weights {path} do not fit the backbone: {problem}: {mend}")
     backbone.load_state_dict(fitting)
     return left_out
 
@@ -49,6 +52,14 @@ def load_weights(backbone: nn.Module, path: str | Path) -> list[str]:
 def _names(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """Most models have one classifier and one first convolution, some several."""
     return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def _whole(classifier: str, own: Mapping[str, Tensor]) -> str:
+    """The outermost module around a classifier's last layer that a network without classifier has nothing of."""
+    parent = classifier.rpartition(".")[0]
+    while parent and not any(name.startswith(f"{parent}.") for name in own):
+        classifier, parent = parent, parent.rpartition(".")[0]
+    return classifier
 
 
 def _adapt_channels(state: dict[str, Tensor], own: dict[str, Tensor], name: str) -> None:

@@ -210,7 +210,7 @@ class ImageDataModule(LightningDataModule, ABC):
         wrong = torch.nonzero((source.labels < 0) | (source.labels >= self.num_classes)).flatten()
         if len(wrong):
             raise UserError(
-                f"{self}: label {int(source.labels[wrong[0]])} of {name} image {source.name(int(wrong[0]))} "
+                f"{self.label_file(name)}: label {int(source.labels[wrong[0]])} of {name} image {source.name(int(wrong[0]))} "
                 f"is outside 0 … {self.num_classes - 1}: correct it, or the number of classes"
             )
         return source
@@ -239,6 +239,10 @@ class ImageDataModule(LightningDataModule, ABC):
         if (counts < available).any():
             pool = pool[long_tailed_subset(labels[pool], counts, self.seed)]
         return {**splits, "train": self.make_split("train", source, pool)}
+
+    def label_file(self, split: Split) -> str:
+        """What messages about wrong labels name: the file that they are written in, or else the set."""
+        return str(self)
 
     def sample_name(self, split: Split, index: int) -> str:
         """What people call image `index` of `eval_dataloader(split)`: its file, or its position in the published split."""

@@ -53,6 +53,10 @@ class CUB200(PhotoRecipe, ListedFileImages):
         paths, labels = zip(*chosen, strict=True)
         return self.make_listed_source(split, Paths.pack(self.root, paths), torch.tensor(labels))
 
+    def label_file(self, split: Split) -> str:
+        """`image_class_labels.txt`."""
+        return str(Path(self.root, "image_class_labels.txt"))
+
     @cached_property
     def _images(self) -> list[tuple[str, int, bool]]:
         """Path, label from 0 on, and whether it is a training image."""

@@ -53,7 +53,7 @@ def decode_file(path: str, side: int, mode: Literal["RGB", "GRAY"] = "RGB") -> T
     except UserError:
         raise
     except Exception as error:  # readers of broken files raise all kinds
-        reason = _PLACE_IN_SOURCE.sub("", str(error))
+        reason = _PLACE_IN_SOURCE.sub("", str(getattr(error, "strerror", None) or error))
         raise UserError(f"{path} cannot be read as an image ({reason}): replace it or remove it") from None
     return image[0] if image.ndim == 4 else image
 

@@ -18,10 +18,10 @@ LAYOUT = "expected are train/<class>/*.jpg, test/<class>/*.jpg and optionally va
 
 @dataclass(eq=False)
 class FolderImages(FileImages):
-    """Image files (JPEG, PNG, WebP) in `root/train/<class>/`, `root/test/<class>/` and, optionally, `root/val/<class>/`.
+    """Image files in `root/train/<class>/`, `root/test/<class>/` and, optionally, `root/val/<class>/`.
 
-    The classes are the folder names of `train`, sorted. Nothing is known of what the images show, so by default they are neither
-    cropped at random nor mirrored.
+    Files are JPEG, PNG, WebP, GIF, BMP, TIFF or PPM, the classes the folder names of `train`, sorted. Nothing is known of what the images
+    show, so by default they are neither cropped at random nor mirrored.
 
     Args:
         root: The folder.

@@ -92,6 +92,10 @@ class ListImages(ListedFileImages):
             )
         return self.make_listed_source(split, self._where_they_are(paths, labels), labels)
 
+    def label_file(self, split: Split) -> str:
+        """The list."""
+        return str(self._list(split))
+
     def _list(self, split: Split) -> Path:
         return Path(self.lists, self.list_files[split])
 
@@ -247,7 +251,11 @@ def read_list(file: Path, root: str) -> tuple[Paths, Tensor]:
     try:
         content = bytearray(file.read_bytes())
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): give the folder of the lists") from None
+        raise UserError(
+            f"{file} cannot be read ({error.strerror}): give the folder that holds it as --data.lists"
+        ) from None
+    if b"\0" in content:
+        raise UserError(f"{file} is no text: give lines of a path below the root, a blank and a label, in UTF-8")
     if content.startswith(codecs.BOM_UTF8):  # Windows editors begin a file with it
         del content[: len(codecs.BOM_UTF8)]
     data = np.frombuffer(content or bytearray(1), np.uint8)
@@ -279,7 +287,8 @@ def read_list(file: Path, root: str) -> tuple[Paths, Tensor]:
             bool(out.search(content[start:end])) for start, end in zip(starts.tolist(), path_ends.tolist(), strict=True)
         ]
     refuse(leaves, "leaves the root: give paths below it")
-    refuse(np.full(len(lines), b"\0" in content), "is of a file that is no text: give a list of lines")
+    backslash = content.find(b"\\")
+    refuse((starts <= backslash) & (backslash < ends), "has a backslash: write folders as a/b.jpg")
     return Paths(root, *map(torch.from_numpy, (data, starts, path_ends))), torch.from_numpy(labels)
 
 

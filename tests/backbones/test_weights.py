@@ -1,11 +1,13 @@
 """Weights from a file: the same network as timm's own, or one line that says why not."""
 
 import zipfile
+from functools import partial
 
 import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.models.metaformer import MetaFormer
 from torch.testing import assert_close
 
 from etflight.backbones import build_backbone, load_weights
@@ -77,11 +79,31 @@ def test_counters_of_batches_may_be_missing(trained, tmp_path):
 
 
 def test_every_registered_end_is_left_out_by_its_own_name(tmp_path):
-    for name in ("test_vit", "test_convnext", "densenet_bc_150_cifar"):
+    for name in ("test_vit", "test_convnext", "test_efficientnet", "densenet_bc_150_cifar"):
         model = timm.create_model(name, num_classes=5)
         left_out = load_weights(build_backbone(name)[0], save(model.state_dict(), tmp_path / f"{name}.safetensors"))
         ends = {n for n, layer in model.named_modules() if layer is model.get_classifier()}
         assert {n.rpartition(".")[0] for n in left_out} == ends
+
+
+LEVIT = partial(timm.create_model, "levit_128s", embed_dim=(8, 8, 8), key_dim=4, num_heads=(2, 2, 2), depth=(1, 1, 1))
+
+
+def caformer(num_classes):
+    """Small, which timm's own maker cannot be asked for."""
+    model = MetaFormer(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), use_mlp_head=True, num_classes=num_classes)
+    model.pretrained_cfg = timm.get_pretrained_cfg("caformer_s18").to_dict()
+    return model
+
+
+@pytest.mark.parametrize(("make", "end"), [(LEVIT, "head"), (caformer, "head.fc.")], ids=["LeViT", "CAFormer"])
+def test_a_classifier_of_several_layers_is_left_out_whole(make, end, tmp_path):
+    state, backbone = make(num_classes=5).state_dict(), make(num_classes=0)
+    left_out = load_weights(backbone, save(state, tmp_path / "w.safetensors"))
+    assert left_out == sorted(name for name in state if name.startswith(end))
+    assert len(left_out) > 2
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(value, state[name]), name
 
 
 def test_weights_of_another_network_are_told_in_one_line(tmp_path):
@@ -98,7 +120,16 @@ def test_weights_of_another_network_are_told_in_one_line(tmp_path):
     assert "its conv1.weight is [16, 4, 3, 3], not [16, 3, 3, 3]" in four
 
 
+def test_a_checkpoint_of_this_package_is_sent_where_it_belongs(trained, tmp_path):
+    state = {f"backbone.{name}": value for name, value in trained.state_dict().items() if "fc." not in name}
+    path = save({"state_dict": state, "hyper_parameters": {}}, tmp_path / "last.ckpt")
+    assert """as --fine_tuning.checkpoint with --fine_tuning.load '{"backbone": "backbone"}'""" in refused(
+        "test_resnet", path
+    )
+
+
 def test_a_file_that_is_not_there_or_not_here_is_told_in_one_line(tmp_path):
+    assert f"{tmp_path} is a folder: give the path of" in refused("test_resnet", tmp_path)
     assert "gone.pth does not exist" in refused("test_resnet", tmp_path / "gone.pth")
     assert "not a file on this machine" in refused("test_resnet", "https://example.org/w.safetensors")
 

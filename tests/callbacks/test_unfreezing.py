@@ -33,25 +33,42 @@ class States(Callback):
         self.states.append({name: value.clone() for name, value in pl_module.state_dict().items()})
 
 
+def save_weights(path, name="resnet20_cifar", **kwargs):
+    """Those of a colour network with a classifier; returns it."""
+    torch.manual_seed(5)
+    network = timm.create_model(name, num_classes=7, **kwargs)
+    safetensors.torch.save_file(network.state_dict(), path)
+    return network
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Those of a colour network with a classifier."""
     path = tmp_path_factory.mktemp("weights") / "w.safetensors"
-    torch.manual_seed(5)
-    safetensors.torch.save_file(timm.create_model("resnet20_cifar", num_classes=7).state_dict(), path)
+    save_weights(path)
     return path
 
 
-def test_the_backbone_stays_as_it_was_given_until_its_epoch_and_all_of_it_moves_then(weights):
-    states = States()
-    tuning = FineTuning(freeze=["backbone"], weights=str(weights), unfreeze_epoch=2)
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("resnet20_cifar", {}),
+        ("test_vit", {"img_size": 8, "patch_size": 4}),
+        ("test_convnext", {"patch_size": 1}),
+        ("test_efficientnet", {}),
+    ],
+)
+def test_the_backbone_stays_as_it_was_given_until_its_epoch_and_all_of_it_moves_then(name, kwargs, tmp_path):
+    network, states = save_weights(tmp_path / "w.safetensors", name, **kwargs), States()
+    tuning = FineTuning(freeze=["backbone"], weights=str(tmp_path / "w.safetensors"), unfreeze_epoch=2)
     data = Digits(imbalance_ratio=20, batch_size=100)
     trainer = new_trainer(
         tuning, states, max_epochs=3, limit_train_batches=2, limit_val_batches=1, val_check_interval=1
     )
-    trainer.fit(new_model(), data)
-    given = {f"backbone.{name}": v for name, v in safetensors.torch.load_file(weights).items() if "fc." not in name}
-    given["backbone.conv1.weight"] = given["backbone.conv1.weight"].sum(1, keepdim=True)
+    trainer.fit(new_model({"backbone": name, "model_kwargs": kwargs}, layer_decay=0.9), data)
+    ends = {n for n, layer in network.named_modules() if layer is network.get_classifier()}
+    given = {f"backbone.{n}": v for n, v in network.state_dict().items() if n.rpartition(".")[0] not in ends}
+    stem = f"backbone.{network.pretrained_cfg['first_conv']}.weight"
+    given[stem] = given[stem].sum(1, keepdim=True)  # of grey images
     for state in states.states[:2]:
         for name, value in given.items():
             assert torch.equal(state[name], value), name  # BatchNorm's statistics, too

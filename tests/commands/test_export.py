@@ -182,7 +182,8 @@ def test_fashion_mnist_is_decided_alike_by_all_three_on_all_test_images(tmp_path
     if not data.is_there:
         pytest.skip("needs the files of Fashion-MNIST, as in Debian's dataset-fashion-mnist")
     torch.manual_seed(0)
-    trainer = Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, limit_val_batches=0)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    trainer = Trainer(accelerator="cpu", max_epochs=1, **quiet)
     trainer.fit(Classifier(10, "resnet20_cifar", in_chans=1), datamodule=data)
     trainer.save_checkpoint(tmp_path / "m.ckpt")
     export.main([str(tmp_path / "m.ckpt"), "--output", str(tmp_path / "m"), "--format", "timm", "onnx", "torch-export"])

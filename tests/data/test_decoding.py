@@ -69,10 +69,16 @@ def test_lossless_files_decode_to_their_pixels(tmp_path, suffix):
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"", "it is empty"), (b"8BPS", "its content is none of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM")],
+    [
+        (b"", "it is empty"),
+        (b"8BPS", "its content is none of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM"),
+        (b"<!DOCTYPE html><title>404</title>", "its content is none of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM"),
+        (None, "No such file or directory"),
+    ],
 )
 def test_a_file_that_is_no_image_is_named_with_the_reason(tmp_path, content, reason):
-    (tmp_path / "a.jpg").write_bytes(content)
+    if content is not None:
+        (tmp_path / "a.jpg").write_bytes(content)
     with pytest.raises(UserError) as caught:
         decode_file(str(tmp_path / "a.jpg"), 8)
     expected = f"{tmp_path}/a.jpg cannot be read as an image ({reason}): replace it or remove it"
@@ -86,4 +92,16 @@ def test_a_broken_ppm_file_is_named(tmp_path, content):
     (tmp_path / "a.ppm").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.ppm cannot be read as an image") as caught:
         decode_file(str(tmp_path / "a.ppm"), 8)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+@pytest.mark.parametrize("part", [0.5, 0.95])
+def test_a_file_that_was_cut_short_is_named(tmp_path, kind, part):
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 50, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a", kind)
+    whole = (tmp_path / "a").read_bytes()
+    (tmp_path / "a").write_bytes(whole[: int(part * len(whole))])
+    with pytest.raises(UserError, match=r"/a cannot be read as an image \(.*\): replace it or remove it") as caught:
+        decode_file(str(tmp_path / "a"), 8)
     assert "\n" not in str(caught.value)

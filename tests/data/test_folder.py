@@ -21,12 +21,13 @@ def tree(tmp_path):
     return tmp_path
 
 
-def test_classes_are_the_sorted_folders_of_train(tree):
-    data = FolderImages(str(tree), image_size=4)
+def test_classes_are_the_sorted_folders_of_train(tree, train_a_step):
+    data = FolderImages(str(tree), image_size=8)
     data.setup()
     assert (data.class_names, data.num_classes, data.num_channels) == (["cat", "dog"], 2, 3)
     assert data.class_counts.tolist() == [4, 3]
     assert data.sample_name("test", 1) == str(tree / "test" / "dog" / "0.png")
+    train_a_step(data)
 
 
 def test_images_are_resized_by_the_shorter_side_and_cropped_in_the_middle(tree):

@@ -39,7 +39,7 @@ def clothes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize("layout", ["FashionMNIST/raw", ".", "system"])
-def test_fashion_mnist_is_read_from_every_layout(clothes, tmp_path, layout, suffix):
+def test_fashion_mnist_is_read_from_every_layout(clothes, tmp_path, layout, suffix, train_a_step):
     files = clothes(tmp_path / layout, suffix)
     data = FashionMNIST(str(tmp_path))
     data.setup()
@@ -48,6 +48,7 @@ def test_fashion_mnist_is_read_from_every_layout(clothes, tmp_path, layout, suff
         assert np.array_equal(images[:, 0], files[f"{part}-images-idx3"][[3, 1]])
         assert labels.tolist() == [3, 1]
     assert data.class_counts.tolist() == [3] * 10
+    train_a_step(data)
 
 
 def test_what_fashion_mnist_lacks_is_named_with_the_mend(clothes, tmp_path):
@@ -102,7 +103,7 @@ def write_cifar(tmp_path):
 
 
 @pytest.mark.parametrize("set_class", CIFARS)
-def test_the_binary_version_of_cifar_is_read_in_file_order(write_cifar, tmp_path, set_class):
+def test_the_binary_version_of_cifar_is_read_in_file_order(write_cifar, tmp_path, set_class, train_a_step):
     records = write_cifar(set_class)
     data = set_class(root=str(tmp_path))
     data.setup()
@@ -113,6 +114,7 @@ def test_the_binary_version_of_cifar_is_read_in_file_order(write_cifar, tmp_path
         assert np.array_equal(pixels.reshape(len(pixels), -1), expected[:, -3072:])
         assert np.array_equal(labels, expected[:, -3073])
         assert pixels.shape[1:] == (3, 32, 32)
+    train_a_step(data)
 
 
 @pytest.mark.parametrize("set_class", CIFARS)
