@@ -235,7 +235,11 @@ class EtflightCLI(LightningCLI):
             super().instantiate_classes()
 
     def after_instantiate_classes(self) -> None:
-        """Refuse a checkpoint of another number of classes before Lightning finds tensors of other shapes."""
+        """Refuse a checkpoint of another number of classes before Lightning finds tensors of other shapes.
+
+        Raises:
+            UserError: it has another number of classes.
+        """
         if self.saved_num_classes is not None and self.saved_num_classes != self.model.hparams["num_classes"]:
             raise UserError(
                 f"checkpoint {self.ckpt_path} was trained on {self.saved_num_classes} classes, but the data has "

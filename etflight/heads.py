@@ -31,11 +31,18 @@ def codes_from_state_dict() -> Iterator[None]:
 class Head(nn.Module, ABC):
     """What every head has; whatever obeys it can be trained by `Classifier` and measured by the callbacks.
 
-    Attributes:
+    Args:
         in_features: width d of the features it takes.
+        num_classes: K >= 2.
+
+    Attributes:
+        in_features: d.
         num_classes: K.
         weight: class vectors `[K, d']`, a parameter or a buffer.
         bias: `[K]`, or None.
+
+    Raises:
+        UserError: fewer than two classes.
     """
 
     weight: Tensor

@@ -29,7 +29,7 @@ def layer_groups(model: nn.Module, backbone: nn.Module, decay: float) -> list[di
     Args:
         model: all of it.
         backbone: its part that timm built.
-        decay: from one layer to the one before it.
+        decay: from one layer to the one before it, in (0, 1].
 
     Returns:
         Groups for an optimizer, the fastest first, each with its `lr_scale`, for `scale_rates`.
@@ -93,6 +93,9 @@ class WarmupMultiStep(SequentialLR):
         milestones: epochs after which the rate is multiplied by `gamma`; (160, 180) of 200 is the CIFAR protocol.
         gamma: the factor.
         warmup_epochs: length of the warm-up; 0 or 1 for none.
+
+    Raises:
+        UserError: a negative length, or a milestone within the warm-up.
     """
 
     def __init__(
@@ -114,6 +117,9 @@ class WarmupCosine(SequentialLR):
         optimizer: whose learning rate it is.
         total_epochs: length of training; None only where `Classifier` puts the trainer's `max_epochs`.
         warmup_epochs: length of the warm-up; 0 or 1 for none.
+
+    Raises:
+        UserError: a negative length, or no length of training.
     """
 
     def __init__(self, optimizer: Optimizer, total_epochs: int | None = None, warmup_epochs: int = 5) -> None:

@@ -16,7 +16,13 @@ KEEP_BYTES = 2**30  # of embeddings in host memory, for `nc/train/nc4`
 
 
 class PassStatistics:
-    """The class statistics of one pass over a split: those of the head's features, and of each layer's."""
+    """The class statistics of one pass over a split: those of the head's features, and of each layer's.
+
+    Args:
+        num_classes: K.
+        device: where the features are.
+        anchors: `[K, d]` of some of the features, by name: class means of an earlier pass, which keep the sums small.
+    """
 
     def __init__(self, num_classes: int, device: torch.device, anchors: Mapping[str, Tensor]) -> None:
         self.num_classes = num_classes
@@ -53,7 +59,13 @@ class PassStatistics:
 
 
 class KeptEmbeddings:
-    """Embeddings of a sweep that are needed after it, in host memory."""
+    """Embeddings of a sweep that are needed after it, in host memory.
+
+    Args:
+        rank: of this process.
+        world_size: number of processes; rank r of W sees the samples r, r + W, r + 2W and so on.
+        per_class: how many of each class `snapshot` gives, 0 for none.
+    """
 
     def __init__(self, rank: int, world_size: int, per_class: int) -> None:
         self._rank, self._world_size, self._per_class = rank, world_size, per_class

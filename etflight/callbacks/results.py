@@ -106,6 +106,9 @@ class PredictionTable(Callback):
         path: the file.
         top_k: how many classes of each image, the most probable first; at most all.
         embeddings: whether with the embeddings, too.
+
+    Raises:
+        UserError: no image can be read.
     """
 
     def __init__(self, path: Path, top_k: int = 1, embeddings: bool = False) -> None:

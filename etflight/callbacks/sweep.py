@@ -110,7 +110,18 @@ def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
 
 
 def class_indices(batch: Any, kind: str) -> Tensor:
-    """`[B]` class indices of a batch `(inputs, labels, …)`."""
+    """The labels of a batch `(inputs, labels, …)`.
+
+    Args:
+        batch: of a data loader.
+        kind: "training" or such, for the message.
+
+    Returns:
+        `[B]` class indices, of an integer dtype.
+
+    Raises:
+        UserError: it is no such batch.
+    """
     labels = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
     if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype not in INTEGERS:
         raise UserError(

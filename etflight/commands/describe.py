@@ -95,6 +95,9 @@ def sheet(data: ImageDataModule, images_per_class: int) -> Any:
 
     Returns:
         The figure of `plotting.contact_sheet`.
+
+    Raises:
+        UserError: none of its images can be read.
     """
     counts, split = data.class_counts, data.split("train")
     order = by_frequency(torch.from_numpy(counts)).numpy()

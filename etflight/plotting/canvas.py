@@ -28,7 +28,14 @@ DPI = 120  # of figures in general
 
 
 def render(figure: Figure) -> Image.Image:
-    """The figure's pixels, RGB."""
+    """The figure's pixels.
+
+    Args:
+        figure: any of matplotlib's; it is drawn at its own `dpi`.
+
+    Returns:
+        A PIL image of mode RGB.
+    """
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]
     pixels = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]

@@ -26,7 +26,12 @@ class Stat(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one arm, one per seed."""
+    """The runs of one arm, one per seed.
+
+    Attributes:
+        arm: its name.
+        results: of each run.
+    """
 
     arm: str
     results: Sequence[Result]

@@ -17,7 +17,14 @@ MISSING = "–"
 
 
 class Column(NamedTuple):
-    """One metric: its title, a title for narrow places, its log name, and what its numbers look like."""
+    """One metric.
+
+    Attributes:
+        title: what it is called.
+        short: the same for narrow places.
+        metric: its log name.
+        show: writes a number of it.
+    """
 
     title: str
     short: str

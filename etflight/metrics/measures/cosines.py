@@ -80,7 +80,16 @@ def cos_means(stats: Moments, *, global_mean: GlobalMean = "class", center_means
 
 
 def cos_means_std(stats: Moments, *, global_mean: GlobalMean = "class", center_means: bool = True) -> Tensor:
-    """Standard deviation of what `cos_means` averages; same arguments; 0 under perfect collapse."""
+    """Standard deviation of what `cos_means` averages.
+
+    Args:
+        stats: see `cos_means`.
+        global_mean: see `cos_means`.
+        center_means: see `cos_means`.
+
+    Returns:
+        Scalar >= 0; 0 under perfect collapse.
+    """
     return pairwise_cosines(stats, None, "means", global_mean, center_means, True).std
 
 
@@ -95,6 +104,9 @@ def cos_weights(stats: Moments, weight: Tensor, *, center_weight: bool = True) -
     Returns:
         Scalar in [-1, 1]; -1/(K-1) under perfect collapse.
 
+    Raises:
+        ValueError: class vectors of another shape than the class means.
+
     Source:
         Yang et al. 2022, arXiv 2203.09081.
     """
@@ -102,7 +114,16 @@ def cos_weights(stats: Moments, weight: Tensor, *, center_weight: bool = True) -
 
 
 def cos_weights_std(stats: Moments, weight: Tensor, *, center_weight: bool = True) -> Tensor:
-    """Standard deviation of what `cos_weights` averages; same arguments; 0 under perfect collapse."""
+    """Standard deviation of what `cos_weights` averages.
+
+    Args:
+        stats: see `cos_weights`.
+        weight: see `cos_weights`.
+        center_weight: see `cos_weights`.
+
+    Returns:
+        Scalar >= 0; 0 under perfect collapse.
+    """
     return pairwise_cosines(stats, weight, "weights", "class", True, center_weight).std
 
 
@@ -126,6 +147,9 @@ def cos_cross(
     Returns:
         Scalar in [-1, 1]; -1/(K-1) under perfect collapse.
 
+    Raises:
+        ValueError: class vectors of another shape than the class means.
+
     Source:
         Yang et al. 2022, arXiv 2203.09081.
     """
@@ -140,7 +164,18 @@ def cos_cross_std(
     center_means: bool = True,
     center_weight: bool = True,
 ) -> Tensor:
-    """Standard deviation of what `cos_cross` averages; same arguments; 0 under perfect collapse."""
+    """Standard deviation of what `cos_cross` averages.
+
+    Args:
+        stats: see `cos_cross`.
+        weight: see `cos_cross`.
+        global_mean: see `cos_cross`.
+        center_means: see `cos_cross`.
+        center_weight: see `cos_cross`.
+
+    Returns:
+        Scalar >= 0; 0 under perfect collapse.
+    """
     return pairwise_cosines(stats, weight, "both", global_mean, center_means, center_weight).std
 
 

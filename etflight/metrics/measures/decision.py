@@ -18,6 +18,9 @@ def nearest_centre(features: Tensor, stats: Moments, *, max_entries: int = 2**24
     Returns:
         `[B]` int64.
 
+    Raises:
+        ValueError: no class has samples.
+
     Source:
         Papyan, Han & Donoho 2020, section "Convergence to nearest class center".
     """
@@ -35,7 +38,16 @@ def nearest_centre(features: Tensor, stats: Moments, *, max_entries: int = 2**24
 
 
 def agreement(decision: Tensor, nearest: Tensor, *, mismatch: bool = False) -> Tensor:
-    """Share of samples on which two decisions `[B]` agree (or, with `mismatch`, do not), a scalar in [0, 1]."""
+    """Share of samples on which two decisions agree.
+
+    Args:
+        decision: `[B]`, class indices.
+        nearest: `[B]`, those to compare with, as of `nearest_centre`.
+        mismatch: True gives the share of disagreement.
+
+    Returns:
+        Scalar in [0, 1].
+    """
     same = (decision == nearest.to(decision.device)).to(torch.float64).mean()
     return 1 - same if mismatch else same
 
@@ -63,6 +75,9 @@ def nc4(
 
     Returns:
         Scalar in [0, 1]; 1 under perfect collapse (0 with `mismatch`).
+
+    Raises:
+        ValueError: no class has samples.
 
     Source:
         Papyan, Han & Donoho 2020, section "Convergence to nearest class center".

@@ -30,6 +30,9 @@ def class_alignment(
     Returns:
         `[K]` in [-1, 1]; 1 under perfect collapse; NaN for classes without samples.
 
+    Raises:
+        ValueError: class vectors of another shape than the class means.
+
     Source:
         Yang et al. 2022, arXiv 2203.09081.
     """
@@ -48,7 +51,14 @@ def alignment(
     center_means: bool = True,
     center_weight: bool = True,
 ) -> Tensor:
-    """Mean of `class_alignment` over the classes that have samples; same arguments.
+    """Mean of `class_alignment` over the classes that have samples.
+
+    Args:
+        stats: see `class_alignment`.
+        weight: see `class_alignment`.
+        global_mean: see `class_alignment`.
+        center_means: see `class_alignment`.
+        center_weight: see `class_alignment`.
 
     Returns:
         Scalar in [-1, 1]; 1 under perfect collapse.
@@ -68,7 +78,18 @@ def alignment_std(
     center_means: bool = True,
     center_weight: bool = True,
 ) -> Tensor:
-    """Standard deviation of `class_alignment` over the classes that have samples; same arguments; 0 under perfect collapse."""
+    """Standard deviation of `class_alignment` over the classes that have samples.
+
+    Args:
+        stats: see `class_alignment`.
+        weight: see `class_alignment`.
+        global_mean: see `class_alignment`.
+        center_means: see `class_alignment`.
+        center_weight: see `class_alignment`.
+
+    Returns:
+        Scalar >= 0; 0 under perfect collapse.
+    """
     return mean_and_std(
         class_alignment(stats, weight, global_mean=global_mean, center_means=center_means, center_weight=center_weight)[
             has_samples(stats)
@@ -104,6 +125,9 @@ def nc3(
     Returns:
         Scalar in [0, 4] (squared); 0 under perfect collapse.
 
+    Raises:
+        ValueError: class vectors of another shape than the class means.
+
     Source:
         Papyan, Han & Donoho 2020, section "Self-duality"; squared in Yang et al. 2022.
     """
@@ -132,7 +156,10 @@ def structure_error(
         center_weight: subtract `w̄` first; False is the published form.
 
     Returns:
-        Scalar in [0, 2]; 0 under perfect collapse.
+        Scalar in [0, 2], its square with `squared`; 0 under perfect collapse.
+
+    Raises:
+        ValueError: no such `of`, or class vectors are missing or of another shape than the class means.
 
     Source:
         Zhu et al. 2021, arXiv 2105.02375 (NC2 and NC3).

@@ -36,6 +36,9 @@ def nc2_equinorm(
     Returns:
         Scalar >= 0; 0 under perfect collapse.
 
+    Raises:
+        ValueError: no such `of`, or class vectors are missing or of another shape than the class means.
+
     Source:
         Papyan, Han & Donoho 2020, section "Equinorm".
     """
@@ -75,6 +78,9 @@ def nc2_equiangularity(
     Returns:
         Scalar in [0, 1 + 1/(K-1)]; 0 under perfect collapse.
 
+    Raises:
+        ValueError: no such `of` or `deviation`, or class vectors are missing or of another shape than the class means.
+
     Source:
         Papyan, Han & Donoho 2020, sections "Equiangularity" (std) and "Maximal-angle equiangularity" (etf).
     """
@@ -101,7 +107,10 @@ def etf_distance(stats: Moments, weight: Tensor | None = None, *, of: Of = "mean
 
     Returns:
         Scalar in [0, 2) (squared); 0 under perfect collapse; NaN for K > d + 1, where no simplex ETF exists, or if all
-            centres coincide.
+        centres coincide.
+
+    Raises:
+        ValueError: no such `of`, or class vectors are missing or of another shape than the class means.
 
     Source:
         An orthogonal Procrustes problem (Schönemann 1966, "A generalized solution of the orthogonal Procrustes problem").

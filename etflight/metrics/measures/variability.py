@@ -143,6 +143,9 @@ def nc1_ratio(
     Returns:
         Scalar >= 0; 0 under perfect collapse.
 
+    Raises:
+        ValueError: no such weighting.
+
     Source:
         The matrices of Papyan, Han & Donoho 2020.
     """
