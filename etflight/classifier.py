@@ -74,13 +74,13 @@ class Classifier(LightningModule):
     Accuracies lie in [0, 1].
 
     Args:
-        num_classes: K.
+        num_classes: K >= 2.
         backbone: any name timm knows, ours included (`resnet32_cifar`).
         head: makes a `Head` from (in_features, num_classes).
         loss: makes a `Loss`.
         optimizer: makes an optimizer from parameters.
         lr_scheduler: makes a schedule, stepped each epoch, from an optimizer; None keeps the rate.
-        class_counts: training images of each class, for shot groups and "global" class balance; the data module's by default.
+        class_counts: `[K]`, training images of each class, for shot groups and "global" class balance; the data module's by default.
         in_chans: channels of the images.
         pretrained: whether the backbone starts from timm's weights.
         model_kwargs: further arguments of timm's model, such as `{"width": 2}` for the CIFAR ResNets.
@@ -99,6 +99,9 @@ class Classifier(LightningModule):
 
     Raises:
         UserError: parts that cannot work together.
+
+    Source:
+        Yang et al. 2022, arXiv 2203.09081, is what the defaults train: a fixed frame and dot regression.
     """
 
     temperature: Tensor
@@ -160,25 +163,66 @@ class Classifier(LightningModule):
     # --- the model ---------------------------------------------------------------------------------------------------------
 
     def features(self, images: Tensor) -> Tensor:
-        """Pooled features `[B, d]` of normalised images `[B, C, H, W]`."""
+        """What the head is given.
+
+        Args:
+            images: `[B, C, H, W]`, float32, normalised as in training (`preprocessing`).
+
+        Returns:
+            Pooled features `[B, d]`.
+        """
         if images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         return cast(Tensor, self.backbone(images))
 
     def embed(self, images: Tensor) -> Tensor:
-        """What meets the class vectors, `[B, d']`."""
+        """What meets the class vectors.
+
+        Args:
+            images: see `features`.
+
+        Returns:
+            `[B, d']`, float32; of norm 1 where the head normalises.
+        """
         return cast(Tensor, self.head.embed(self.features(images)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `[B, K]` of normalised images `[B, C, H, W]`."""
+        """Logits as the head gives them, neither adjusted nor calibrated.
+
+        Args:
+            images: see `features`.
+
+        Returns:
+            `[B, K]`.
+        """
         return cast(Tensor, self.head(self.features(images)))
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """Calibrated probabilities `[B, K]` of normalised images `[B, C, H, W]`."""
+        """Calibrated probabilities, of adjusted logits where there is a `logit_adjustment`.
+
+        Args:
+            images: see `features`.
+
+        Returns:
+            `[B, K]`, float32, rows in [0, 1] of sum 1.
+
+        Raises:
+            UserError: a `logit_adjustment` without the training counts.
+        """
         return self.calibrated(self(images)).softmax(dim=1)
 
     def calibrated(self, logits: Tensor) -> Tensor:
-        """What decides, logits `[B, K]` less the `logit_adjustment`, over the temperature: its softmax are the probabilities."""
+        """What decides: logits less the `logit_adjustment`, over the temperature; its softmax are the probabilities.
+
+        Args:
+            logits: `[B, K]`, of `forward`.
+
+        Returns:
+            `[B, K]`, float32.
+
+        Raises:
+            UserError: a `logit_adjustment` without the training counts.
+        """
         return self._adjusted(logits) / self.temperature
 
     @property

@@ -32,7 +32,7 @@ def simplex_etf(num_classes: int, feature_dim: int, *, seed: int = 0, dtype: tor
         `[K, d]`, rows of norm 1 that sum to zero.
 
     Raises:
-        UserError: fewer than two classes, or more than d + 1.
+        UserError: fewer than two classes, or more than d + 1; a negative seed.
 
     Source:
         Papyan, Han & Donoho 2020, Definition 1 (the frame); Yang et al. 2022, arXiv 2203.09081, equation 1 (as classifier).
@@ -67,6 +67,9 @@ def simplex_equiangular_tight_frame(k: int, d: int, seed: int = 0) -> np.ndarray
     Returns:
         `[k, d]`, float64.
 
+    Raises:
+        UserError: fewer than two vectors, or more than d + 1.
+
     Example:
         >>> M = simplex_equiangular_tight_frame(5, 8)
         >>> M.shape
@@ -86,7 +89,7 @@ def nearest_etf(M: Tensor) -> tuple[Tensor, Tensor]:
     `score = ‖M_c‖_* / (sqrt(K-1) ‖M_c‖_F)`.
 
     Args:
-        M: `[K, d]`, class means or class vectors; adding one vector to every row changes nothing.
+        M: `[K, d]`, any float dtype, class means or class vectors; adding one vector to every row changes nothing.
 
     Returns:
         The frame `[K, d]` of unit rows and the score, a scalar in [0, 1] that is 1 exactly when the centred rows are a multiple of
@@ -94,6 +97,9 @@ def nearest_etf(M: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         UserError: K > d + 1, or centred rows of rank below K - 1 (the closest frame is not unique then).
+
+    Source:
+        Schönemann 1966, "A generalized solution of the orthogonal Procrustes problem".
     """
     K, d = M.shape
     _check_sizes(K, d)
@@ -141,7 +147,7 @@ def class_code(num_classes: int, feature_dim: int, *, seed: int = 0, dtype: torc
         `[K, d]`, unit rows.
 
     Raises:
-        UserError: fewer than two classes; d = 1 with K > 2.
+        UserError: fewer than two classes; d = 1 with K > 2; a negative seed.
 
     Source:
         Jiang et al. 2023, arXiv 2310.05351 (softmax codes).

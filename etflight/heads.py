@@ -184,11 +184,11 @@ class ETFHead(Head):
         only `forward` is trained with that.)
 
         Args:
-            features: `[B, d]`.
-            target: class indices `[B]`.
+            features: `[B, d]`, any float dtype.
+            target: class indices `[B]`, int64.
 
         Returns:
-            `[B]`, equal to `forward(features)[arange(B), target]`.
+            `[B]`, float32, equal to `forward(features)[arange(B), target]`.
         """
         own = self.weight.index_select(0, target).float()
         return (self.embed(features) * own).sum(dim=1) * self.scale
@@ -329,6 +329,12 @@ class CosineHead(Head):
         num_classes: K.
         cosine_scale: multiplies the cosine, > 0.
         feature_batch_norm: whether an affine `BatchNorm1d` comes before the normalisation, as in `ETFHead`.
+
+    Raises:
+        UserError: a scale that is not positive.
+
+    Source:
+        Gidaris & Komodakis, "Dynamic Few-Shot Visual Learning without Forgetting", CVPR 2018, arXiv 1804.09458, section 3.
     """
 
     def __init__(

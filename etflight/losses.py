@@ -92,15 +92,29 @@ class Loss(nn.Module, ABC):
 
     @abstractmethod
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Unweighted losses `[B]`; for probabilities linear in `target`, which is what lets the base weight classes.
+        """Unweighted losses; for probabilities linear in `target`, which is what lets the base weight classes.
 
         Args:
-            logits: `[B, K]`.
-            target: class indices `[B]`, or probabilities `[B, K]`.
+            logits: `[B, K]`, float32.
+            target: class indices `[B]`, int64, or probabilities `[B, K]`.
+
+        Returns:
+            `[B]`.
         """
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The scalar loss of logits `[B, K]` and class indices `[B]` or probabilities `[B, K]`."""
+        """The weighted mean over the batch, computed in float32 under autocast, too.
+
+        Args:
+            logits: `[B, K]`, any float dtype.
+            target: class indices `[B]`, int64, or probabilities `[B, K]` whose rows sum to 1.
+
+        Returns:
+            Scalar.
+
+        Raises:
+            UserError: the training counts are needed, and nobody has given them.
+        """
         logits = logits.float()
         if not self._is_balancing():
             return self.sample_losses(logits, target).mean()
@@ -222,12 +236,15 @@ class DotRegressionLoss(Loss):
         """The same loss from `ETFHead.target_logits`, for class indices; `Classifier` trains with it where it can.
 
         Args:
-            target_logits: `[B]`.
-            target: class indices `[B]`, needed only when classes are balanced.
+            target_logits: `[B]`, any float dtype.
+            target: class indices `[B]`, int64, needed only when classes are balanced.
             num_classes: K, needed only to count a batch over several processes, unless `set_class_counts` was called.
 
         Returns:
             The scalar loss.
+
+        Raises:
+            UserError: what is needed to balance is missing: targets, K, or the training counts.
         """
         losses = self._squared_error(target_logits.float())
         if not self._is_balancing():

@@ -96,6 +96,9 @@ class WarmupMultiStep(SequentialLR):
 
     Raises:
         UserError: a negative length, or a milestone within the warm-up.
+
+    Source:
+        The CIFAR protocol of the released code of Yang et al. 2022, arXiv 2203.09081, and of Cao et al. 2019 (LDAM), arXiv 1906.07413.
     """
 
     def __init__(

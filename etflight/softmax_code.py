@@ -28,6 +28,9 @@ def softmax_code(num_vectors: int, dim: int, seed: int) -> Tensor:
 
     Returns:
         `[K, d]`, float64; bitwise the same on one machine with any number of threads.
+
+    Source:
+        Jiang et al. 2023, arXiv 2310.05351.
     """
     with _one_thread():
         return _descend(num_vectors, dim, seed)
@@ -77,6 +80,9 @@ def largest_cosine(code: Tensor, *, rows: int | None = None) -> float:
     Args:
         code: `[K, d]`, unit rows.
         rows: compare only so many rows, evenly spread, with all others, which gives a lower bound in less time; all by default.
+
+    Returns:
+        In [-1, 1], to rounding.
 
     Example:
         >>> round(largest_cosine(torch.eye(3)[[0, 1, 1]]), 6)

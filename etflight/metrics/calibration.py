@@ -35,7 +35,7 @@ class Reliability(SummedMetric):
     """What a reliability diagram shows, and the expected calibration error that sums it up.
 
     Args:
-        bins: M; the field's comparisons have 15.
+        bins: M >= 1; the field's comparisons have 15.
 
     Source:
         Guo et al. 2017, "On Calibration of Modern Neural Networks".
@@ -59,7 +59,12 @@ class Reliability(SummedMetric):
         self.add_sum("confidence", bins, dtype=torch.double)
 
     def update(self, logits: Tensor, target: Tensor) -> None:
-        """Add logits `[B, K]` and class indices `[B]`."""
+        """Add a batch.
+
+        Args:
+            logits: `[B, K]`, any float dtype.
+            target: class indices `[B]`, int64.
+        """
         confidence, predicted = logits.float().softmax(dim=1).max(dim=1)
         inner = torch.arange(1, len(self.counts), device=confidence.device) / len(self.counts)
         bins = torch.bucketize(confidence, inner)
@@ -91,14 +96,19 @@ class TemperatureFit(SummedMetric):
         self.add_sum("samples")
 
     def update(self, logits: Tensor, target: Tensor) -> None:
-        """Add logits `[B, K]` and class indices `[B]`."""
+        """Add a batch.
+
+        Args:
+            logits: `[B, K]`, any float dtype.
+            target: class indices `[B]`, int64.
+        """
         logits = logits.float()
         shifted = logits - logits.gather(1, target[:, None])
         self.losses += torch.stack([(shifted / t).logsumexp(dim=1).sum() for t in self._grid().exp()])
         self.samples += len(target)
 
     def compute(self) -> Tensor:
-        """T > 0, a scalar; 1 when nothing was seen."""
+        """T in [0.002, 100], a float32 scalar; 1 when nothing was seen."""
         best = self.losses.argmin().clamp(1, _STEPS - 2)
         left, middle, right = self.losses[best - 1], self.losses[best], self.losses[best + 1]
         curvature = left - 2 * middle + right

@@ -33,7 +33,12 @@ class Confusion(SummedMetric):
         self.add_sum("counts", num_classes, num_classes)
 
     def update(self, predicted: Tensor, target: Tensor) -> None:
-        """Add predicted and true class indices, both `[B]`."""
+        """Add a batch.
+
+        Args:
+            predicted: class indices `[B]`, int64, in [0, K).
+            target: the true ones, likewise.
+        """
         cells = target * len(self.counts) + predicted
         self.counts.view(-1).index_add_(0, cells, torch.ones_like(cells))
 

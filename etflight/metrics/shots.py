@@ -133,7 +133,12 @@ class ShotAccuracy(SummedMetric):
         self._class_counts = class_counts
 
     def update(self, predicted: Tensor, target: Tensor) -> None:
-        """Add predicted and true class indices, both `[B]`."""
+        """Add a batch.
+
+        Args:
+            predicted: class indices `[B]`, int64, in [0, K).
+            target: the true ones, likewise.
+        """
         self.total.index_add_(0, target, torch.ones_like(target))
         self.predicted.index_add_(0, predicted, torch.ones_like(predicted))
         self.correct.index_add_(0, target, (predicted == target).long())
