@@ -147,25 +147,25 @@ def _check_contents(path: str | Path, checkpoint: dict[str, Any]) -> None:
     try:
         refuse_aliases(checkpoint, _MAX_VALUES)
     except UserError as error:
-        raise _no_checkpoint(path, str(error)) from None
+        raise damaged(path, str(error)) from None
     for key, kind in _KINDS.items():
         if key in checkpoint and not isinstance(checkpoint[key], kind):
-            raise _no_checkpoint(path, f"its {key} is of type {type(checkpoint[key]).__name__}, not {kind.__name__}")
+            raise damaged(path, f"its {key} is of type {type(checkpoint[key]).__name__}, not {kind.__name__}")
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in checkpoint["state_dict"].items()):
-        raise _no_checkpoint(path, "its state_dict holds more than named tensors")
+        raise damaged(path, "its state_dict holds more than named tensors")
     if not all(isinstance(name, str) for name in checkpoint["hyper_parameters"]):
-        raise _no_checkpoint(path, "its hyper_parameters have names that are no text")
+        raise damaged(path, "its hyper_parameters have names that are no text")
     names, num_classes = checkpoint.get("class_names"), checkpoint["hyper_parameters"].get("num_classes")
     if names is not None:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise _no_checkpoint(path, "its class_names are no list of names")
+            raise damaged(path, "its class_names are no list of names")
         if len(names) != num_classes:
-            raise _no_checkpoint(path, f"it has {len(names)} class_names for {num_classes} classes")
+            raise damaged(path, f"it has {len(names)} class_names for {num_classes} classes")
     if (preprocessing := checkpoint.get("preprocessing")) is not None:
         try:
             Preprocessing.from_plain(preprocessing)
         except ValueError as error:
-            raise _no_checkpoint(path, f"of its preprocessing, {error}") from None
+            raise damaged(path, f"of its preprocessing, {error}") from None
     for text in texts(checkpoint.get("callbacks")):
         # Lightning's ModelCheckpoint deletes the files, and folders, that its saved state calls its earlier checkpoints
         if ".." in PurePath(text.replace("\\", "/")).parts or "::" in text or "://" in text:
@@ -174,5 +174,11 @@ def _check_contents(path: str | Path, checkpoint: dict[str, Any]) -> None:
             )
 
 
-def _no_checkpoint(path: str | Path, reason: str) -> UserError:
+def damaged(path: str | Path | None, reason: str) -> UserError:
+    """The error for a checkpoint whose content cannot be used.
+
+    Args:
+        path: of the checkpoint.
+        reason: what is wrong with it.
+    """
     return UserError(f"checkpoint {path} is not one of etflight's, or is damaged: {reason}")

@@ -435,6 +435,26 @@ def test_a_malformed_training_state_is_refused(key, cwd, last, etflight_command)
     assert_refused(etflight_command(*resume(), *monitor, cwd=cwd), cwd)
 
 
+COUNTERS = {
+    "loops of nothing": (lambda loops: {}, "loops lacks fit_loop"),
+    "a counter that is a text": (lambda loops: count(loops, "epoch_progress", "x"), "completed is 'x'"),
+    "a counter below zero": (lambda loops: count(loops, "epoch_loop.batch_progress", -1), "completed is -1"),
+    "no counter": (lambda loops: {"fit_loop": loops["fit_loop"] | {"epoch_progress": {}}}, "epoch_progress lacks current"),
+}  # fmt: skip
+
+
+def count(loops, name, value):
+    current = {"current": loops["fit_loop"][name]["current"] | {"completed": value}}
+    return {"fit_loop": loops["fit_loop"] | {name: loops["fit_loop"][name] | current}}
+
+
+@pytest.mark.parametrize("name", COUNTERS)
+def test_counters_that_are_none_are_named(name, cwd, last, etflight_command):
+    change, words = COUNTERS[name]
+    torch.save({**last, "loops": change(last["loops"])}, "c.ckpt")
+    assert_refused(etflight_command(*resume(), cwd=cwd), cwd, "c.ckpt is not one of etflight's, or is damaged", words)
+
+
 def test_settings_of_a_data_module_in_a_checkpoint_are_not_read(cwd, content, etflight_command):
     torch.save(
         {**content, "datamodule_hyper_parameters": spec("evilmod.fn"), "datamodule_hparams_name": "evilmod.fn"},

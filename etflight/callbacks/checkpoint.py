@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics import Metric
 
 from etflight.callbacks.trainer import callbacks_of, data_module, is_trial_run
+from etflight.checkpoints import damaged
 from etflight.errors import UserError
 from etflight.run import MetricsCSV, last_checkpoint, run_folder
 
@@ -160,10 +161,16 @@ class LastCheckpoint(Callback):
         """Give this rank what it had gathered, and find the place in the epoch.
 
         Raises:
-            UserError: the run being resumed has another seed or other training images.
+            UserError: the run being resumed has another seed or other training images; its counters are no counters.
         """
+        if trainer.state.fn != "fit":
+            return
+        # the loaders' states are theirs to read
+        own = {"fit_loop": trainer.fit_loop.state_dict() | {"state_dict": {}}}
+        if wrong := _unlike(checkpoint.get("loops"), own, "its loops"):
+            raise damaged(trainer.ckpt_path, wrong)
         added = checkpoint.get(KEY)
-        if added is None or trainer.state.fn != "fit":
+        if added is None:
             return
         for name, value in _identity(trainer).items():
             if added.get(name) != value:
@@ -177,6 +184,18 @@ class LastCheckpoint(Callback):
             _load_rank_states(trainer, pl_module, ranks)
         if added["global_batch"] != _global_batch(trainer):
             _move_in_epoch(trainer, checkpoint["loops"]["fit_loop"], added["global_batch"])
+
+
+def _unlike(saved: Any, own: Any, what: str) -> str | None:
+    """What of saved counters this trainer cannot go on from, whose own are there to compare with; None if nothing."""
+    if not isinstance(own, dict):
+        fine = type(saved) is type(own) and not (isinstance(saved, int) and saved < 0)
+        return None if fine else f"{what} is {saved!r:.60}"
+    if not isinstance(saved, dict):
+        return f"{what} is {saved!r:.60}"
+    if missing := own.keys() - saved.keys():
+        return f"{what} lacks {min(missing)}"
+    return next((wrong for name in own if (wrong := _unlike(saved[name], own[name], f"{what}.{name}"))), None)
 
 
 def _identity(trainer: Trainer) -> dict[str, Any]:
