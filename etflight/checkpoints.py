@@ -1,8 +1,11 @@
 """Reading checkpoints and weights that somebody else may have written: plain data or nothing."""
 
+import inspect
 import re
+import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from pickle import UnpicklingError
 from typing import Any
@@ -15,6 +18,7 @@ from etflight.preprocessing import Preprocessing
 from etflight.untrusted import refuse_aliases, texts
 
 _MAX_VALUES = 10_000_000
+_EXAMPLE = "a file such as RUN/checkpoints/last.ckpt"
 # what Lightning and this package take from a checkpoint without asking; not every one has all of it
 _KINDS: dict[str, type] = {
     "state_dict": dict,
@@ -45,7 +49,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     file = _local_file(path, "weights", "FILE.safetensors, or one of torch.save")
     try:
         _check_size(file)
-        state: dict[str, Tensor] = load_state_dict(str(file), weights_only=True)
+        with _silently():
+            state: dict[str, Tensor] = load_state_dict(str(file), weights_only=True)
     except Exception as error:  # a hostile file can end in any of them
         raise UserError(
             f"weights {path} were refused and nothing in it was run: it holds more than tensors and plain data, or is damaged: "
@@ -99,10 +104,11 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         UserError: missing, truncated or no checkpoint; not a file of this machine; holding anything but tensors and plain data;
             made by another program; or naming files that a callback would delete.
     """
-    file = _local_file(path, "checkpoint", "a file such as RUN/checkpoints/last.ckpt")
+    file = _local_file(path, "checkpoint", _EXAMPLE)
     try:
         _check_size(file)
-        checkpoint = torch.load(file, map_location=map_location, weights_only=True)
+        with _silently():
+            checkpoint = torch.load(file, map_location=map_location, weights_only=True)
     except UserError:
         raise
     except UnpicklingError as error:
@@ -111,11 +117,43 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
             "(only load checkpoints that etflight wrote)"
         ) from error
     except Exception as error:  # a damaged file can end in any of them
-        raise UserError(f"checkpoint {path} is truncated or damaged: copy it again, or use an earlier one") from error
+        raise UserError(
+            f"checkpoint {path} is truncated or damaged, or no checkpoint: copy it again, or give {_EXAMPLE}"
+        ) from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= checkpoint.keys():
-        raise UserError(f"checkpoint {path} is not one of etflight's: it has no state_dict with hyper_parameters")
+        raise UserError(
+            f"checkpoint {path} is not one of etflight's: it has no state_dict with hyper_parameters: give {_EXAMPLE} "
+            "(weights alone go into a new model's backbone by --fine_tuning.weights)"
+        )
     _check_contents(path, checkpoint)
     return checkpoint
+
+
+def refuse_others(path: str | Path, checkpoint: Mapping[str, Any], cls: type) -> None:
+    """Refuse the checkpoint of another program's model, by hyper-parameters that this one does not have.
+
+    Args:
+        path: of the file, for the error.
+        checkpoint: what `read_checkpoint` returns.
+        cls: the model's class.
+
+    Raises:
+        UserError: there are such.
+    """
+    taken = inspect.signature(cls).parameters
+    others = checkpoint["hyper_parameters"].keys() - {*taken, "_instantiator"}
+    if others and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
+        raise UserError(
+            f"checkpoint {path} is not one of a {cls.__name__}: it has the hyper-parameter {min(others)!r}: give {_EXAMPLE}"
+        )
+
+
+@contextmanager
+def _silently() -> Iterator[None]:
+    """Inside, torch has no warnings for how a file is written, which its refusal would stand below."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _local_file(path: str | Path, what: str, example: str) -> Path:
@@ -155,6 +193,9 @@ def _check_contents(path: str | Path, checkpoint: dict[str, Any]) -> None:
         raise damaged(path, "its state_dict holds more than named tensors")
     if not all(isinstance(name, str) for name in checkpoint["hyper_parameters"]):
         raise damaged(path, "its hyper_parameters have names that are no text")
+    for name in ("num_classes", "backbone"):
+        if name not in checkpoint["hyper_parameters"]:
+            raise damaged(path, f"its hyper_parameters have no {name}")
     names, num_classes = checkpoint.get("class_names"), checkpoint["hyper_parameters"].get("num_classes")
     if names is not None:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

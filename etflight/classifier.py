@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import Metric
 
-from etflight.checkpoints import read_checkpoint
+from etflight.checkpoints import read_checkpoint, refuse_others
 from etflight.errors import UserError
 from etflight.heads import ETFHead, Head, codes_from_state_dict
 from etflight.losses import DotRegressionLoss, Loss, log_prior
@@ -566,6 +566,7 @@ class Classifier(LightningModule):
             UserError: a file that cannot be read, or that names a class which is not imported.
         """
         checkpoint = read_checkpoint(cast(str, checkpoint_path), map_location)
+        refuse_others(cast(str, checkpoint_path), checkpoint, cls)
         code = codes_from_state_dict() if "head.weight" in checkpoint["state_dict"] else nullcontext()
         with code, objections({"class_path": cls.__name__, "init_args": {}}, f"checkpoint {checkpoint_path}"):
             model = cls(**plain_hyperparameters(checkpoint, kwargs))

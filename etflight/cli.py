@@ -1,6 +1,5 @@
 """The command line: LightningCLI over `Classifier` and the data modules, with run folders and errors for people."""
 
-import inspect
 import logging
 import sys
 import warnings
@@ -25,7 +24,7 @@ from etflight.callbacks.progress import Progress, is_watched
 from etflight.callbacks.results import PredictionTable, RunRecord
 from etflight.callbacks.step_notice import StepNotice
 from etflight.checkpoint_io import SafeCheckpointIO
-from etflight.checkpoints import read_checkpoint
+from etflight.checkpoints import read_checkpoint, refuse_others
 from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
 from etflight.configuration import expand_overlays, guard_parser
 from etflight.data.base import ImageDataModule
@@ -138,17 +137,13 @@ class EtflightCLI(LightningCLI):
     def _parse_over_checkpoint(self, parser: LightningArgumentParser, argv: list[str], stage: str, path: Path) -> None:
         """Parse with the checkpoint's hyper-parameters as the model's defaults; no class is imported because it names it."""
         content = read_checkpoint(path)
+        refuse_others(path, content, Classifier)
         if stage == "predict":
             argv = over_images(argv, path, content)
         self.saved_rows = int(content.get(CHECKPOINT_KEY, {}).get("metrics_rows", 0))
         backbone = value_of(argv, "model.backbone")
         given = {} if backbone is None else {"backbone": backbone}
         saved = plain_hyperparameters(content, given)
-        foreign = saved.keys() - inspect.signature(Classifier).parameters.keys()
-        if foreign:
-            raise UserError(
-                f"checkpoint {path} is not one of a Classifier: it has the hyper-parameter {min(foreign)!r}"
-            )
         self.saved_num_classes = saved.pop("num_classes", None)
         self.saved_logit_adjustment = saved.get("logit_adjustment", 0.0)
         for linked in ("in_chans", "class_counts"):  # the data module gives the one, the state dict holds the other

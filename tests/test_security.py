@@ -25,6 +25,7 @@ import torch
 import torchcodec.decoders
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
+from safetensors.torch import save_file
 from torchvision.datasets.utils import extract_archive
 
 from etflight import Classifier, LinearHead
@@ -171,6 +172,60 @@ def test_no_format_of_checkpoint_runs_code(save, cwd, content, etflight_command)
     with pytest.raises(UserError, match=r"c\.ckpt"):
         Classifier.load_from_checkpoint("c.ckpt")
     assert not (cwd / "ran").exists()
+
+
+FOREIGN_FILES = {
+    "a state dict of torch.save": (lambda c: torch.save(c["state_dict"], "c.ckpt"), "no state_dict with hyper_parameters"),
+    "a safetensors file": (lambda c: save_file({k: v.contiguous() for k, v in c["state_dict"].items()}, "c.ckpt"), "refused"),
+    "a LightningModule of somebody else": (
+        lambda c: torch.save({**c, "hyper_parameters": {"lr": 0.1}}, "c.ckpt"), "hyper_parameters have no num_classes"),
+    "one with hyper-parameters like ours": (
+        lambda c: torch.save({**c, "hyper_parameters": {**c["hyper_parameters"], "lr": 0.1}}, "c.ckpt"),
+        "not one of a Classifier: it has the hyper-parameter 'lr'"),
+    "a pickle of another protocol": (lambda c: Path("c.ckpt").write_bytes(pickle.dumps(Bomb(), 4)), "refused"),
+    "an empty file": (lambda c: Path("c.ckpt").touch(), "truncated or damaged"),
+    "a zip file cut short": (lambda c: save_half(c, "c.ckpt"), "truncated or damaged"),
+    "a text": (lambda c: Path("c.ckpt").write_text("epoch,loss\n1,0.5\n"), "or no checkpoint"),
+    "a folder": (lambda c: Path("c.ckpt").mkdir(), "is a folder"),
+    "nothing": (lambda c: None, "does not exist"),
+}  # fmt: skip
+
+
+def save_half(content, path):
+    torch.save(content, path)
+    whole = Path(path).read_bytes()
+    Path(path).write_bytes(whole[: len(whole) // 2])
+
+
+@pytest.mark.parametrize("name", FOREIGN_FILES)
+def test_what_is_no_checkpoint_of_ours_is_one_line(name, cwd, content, etflight_command):
+    save, words = FOREIGN_FILES[name]
+    save(content)
+    assert_told_alone(etflight_command("export", "c.ckpt", "--output", "exported", cwd=cwd), cwd, words)
+
+
+COMMANDS = {
+    "fit": resume(),
+    "test": [*stage("test"), "--ckpt_path", "c.ckpt"],
+    "predict": ["predict", "--images", "a.png", "--output", "p.csv", "--ckpt_path", "c.ckpt"],
+    "collapse": ["collapse", "--data", "Digits", "--ckpt_path", "c.ckpt"],
+}
+
+
+@pytest.mark.parametrize("name", ["one with hyper-parameters like ours", "a pickle of another protocol"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_so(command, name, cwd, content, etflight_command):
+    save, words = FOREIGN_FILES[name]
+    save(content)
+    Image.new("RGB", (8, 8)).save("a.png")
+    assert_told_alone(etflight_command(*COMMANDS[command], cwd=cwd), cwd, words)
+
+
+def assert_told_alone(result, cwd, words):
+    assert_refused(result, cwd, "c.ckpt", words)
+    assert result.status == 1
+    assert result.err.count("\n") == 1, result.err  # no warnings around it
+    assert not {"p.csv", "exported", "runs"} & {path.name for path in cwd.iterdir()}
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "predict", "collapse"])

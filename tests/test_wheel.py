@@ -1,6 +1,7 @@
 """The package as a stranger installs it."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,3 +31,4 @@ def test_the_wheel_trains_a_step_in_an_empty_environment(tmp_path):
     step = ["fit", "--data", "Digits", "--trainer.max_steps", 1, "--trainer.accelerator", "cpu", "--name", "one"]
     run(tmp_path / "empty" / "bin" / "etflight", *step, cwd=tmp_path)
     assert (tmp_path / "runs" / "one" / "checkpoints" / "last.ckpt").is_file()
+    shutil.rmtree(tmp_path / "empty")  # gigabytes, which pytest would keep

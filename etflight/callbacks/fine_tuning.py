@@ -166,8 +166,6 @@ class FineTuning(Callback):
 
 def _check_model(path: str | Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     for name, flag in (("num_classes", "--data"), ("backbone", "--model.backbone")):
-        if name not in saved:
-            raise UserError(f"checkpoint {path} is not one of a Classifier: its hyper-parameters have no {name}")
         if name in own and saved[name] != own[name]:
             raise UserError(
                 f"checkpoint {path} has the {name} {saved[name]}, this model {own[name]}: "

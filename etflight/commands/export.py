@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from etflight.classifier import Classifier
 from etflight.commands.data_option import data_parser, parse
 from etflight.commands.trained import add_imports, brief, import_modules, load_classifier
@@ -40,7 +38,6 @@ def main(argv: Sequence[str]) -> None:
     _check_free(output)
     import_modules(config.imports)
     classifier = load_classifier(config.checkpoint).eval().requires_grad_(False)
-    classifier.to(memory_format=torch.contiguous_format)
     data: ImageDataModule | None = parser.instantiate(config).get("data")
     preprocessing = classifier.preprocessing if data is None else data.preprocessing
     if preprocessing is None:

@@ -6,7 +6,7 @@ from textwrap import shorten
 
 from jsonargparse import ArgumentParser
 
-from etflight.checkpoints import read_checkpoint
+from etflight.checkpoints import read_checkpoint, refuse_others
 from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
 from etflight.errors import UserError
 from etflight.specs import describe, is_known
@@ -42,7 +42,9 @@ def load_classifier(path: str) -> Classifier:
     Raises:
         UserError: a file that cannot be read, or that names a class which is not imported.
     """
-    for argument, value in plain_hyperparameters(read_checkpoint(path)).items():
+    checkpoint = read_checkpoint(path)
+    refuse_others(path, checkpoint, Classifier)
+    for argument, value in plain_hyperparameters(checkpoint).items():
         if argument in PLUGGABLE and value is not None and not is_known(describe(value, argument), PLUGGABLE[argument]):
             module = value["class_path"].rpartition(".")[0]
             raise UserError(

@@ -55,7 +55,7 @@ session = onnxruntime.InferenceSession("model.onnx")
 (logits,) = session.run(None, {{"images": images}})  # normalised, float32 [B, {shape}]
 ```
 
-The softmax of these logits are {probabilities}. `session.get_modelmeta().custom_metadata_map` has class names, mean and std.
+The softmax of these logits is {probabilities}. `session.get_modelmeta().custom_metadata_map` has class names, mean and std.
 """,
     "torch-export": """\
 ```python
@@ -65,13 +65,13 @@ model = torch.export.load("model.pt2").module()
 logits = model(images)  # normalised, float32 [B, {shape}]
 ```
 
-The softmax of these logits are {probabilities}.
+The softmax of these logits is {probabilities}.
 """,
 }
-_CALIBRATED = "The softmax of its logits are {probabilities}."
+_CALIBRATED = "The softmax of its logits is {probabilities}."
 _UNCALIBRATED = "its probabilities, which are not calibrated, since no temperature was fitted"
 _DECISIONS_ONLY = (
-    "Its decisions are those of the trained model; the softmax of its logits are **not** its probabilities: the head divides each "
+    "Its decisions are those of the trained model; the softmax of its logits is **not** its probabilities: the head divides each "
     "embedding by its norm, which no linear layer can. The formats `onnx` and `torch-export` have them."
 )
 
@@ -102,9 +102,9 @@ def model_card(
     read = {} if run is None else {part.__name__: _or_nothing(part, run, problems) for part in (_recipe, _classes)}
     head = type(classifier.head).__name__
     sections = {
-        f"# {plain(name)}": f"A classifier of images into {classifier.head.num_classes} classes: timm's "
+        f"# {plain(name)}": f"A classifier of images into {classifier.head.num_classes} classes: a "
         f"`{classifier.hparams['backbone']}` with etflight's `{head}`"
-        f"{', whose class vectors are a fixed frame' if head == 'ETFHead' else ''}.",
+        f"{', whose class vectors are fixed' if head == 'ETFHead' else ''}.",
         "## Use": "\n".join(_use(kind, exact, classifier, preprocessing) for kind, exact in formats.items()),
         "## Images": _images(preprocessing, classifier.class_names),
         "## Data": "" if result is None else _data(result),

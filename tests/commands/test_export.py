@@ -122,6 +122,7 @@ def test_torch_export_gives_the_calibrated_probabilities_of_any_number_of_images
     model = torch.export.load(exported / "model.pt2", extra_files=extra).module()
     found = torch.cat([model(part).softmax(1) for part in normalised(pictures).split([1, 99, 400])])
     torch.testing.assert_close(found, probabilities, rtol=0, atol=1e-5)
+    assert torch.equal(model(normalised(pictures)).softmax(1), probabilities)  # also in the layout of its weights
     assert json.loads(extra["input_size"]) == [1, 8, 8]
 
 
