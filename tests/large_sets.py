@@ -1,4 +1,4 @@
-"""The large long-tailed sets at their real size, without their images: real numbers of lines and classes, small files on disk."""
+"""Published sets of image files at their real size, without the images: real numbers of lines and classes, small files on disk."""
 
 import os
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from PIL import Image
 
 # published: most and fewest training images of a class, and training, validation and test images in all
 IMAGENET_LT = {"num_classes": 1000, "most": 1280, "fewest": 5, "train": 115_846, "val": 20_000, "test": 50_000}
+CUB200 = {"num_classes": 200, "train": 5_994, "test": 5_794}
 INATURALIST = {"num_classes": 8142, "most": 1000, "fewest": 2, "train": 437_513, "val": 24_426}
 _LINKS = 60_000  # of a file; ext4 has room for 65,000
 
@@ -79,3 +80,25 @@ def imagenet_lt(root: Path) -> None:
         **{split: np.full(classes, sizes[split] // classes) for split in ("val", "test")},
     }
     lay_out(root, "ImageNet_LT_{}.txt", "{split}/n{label:08}/n{label:08}_{number}.JPEG", splits)
+
+
+def cub200(root: Path) -> None:
+    """CUB-200-2011's folders and lists: 29 or 30 training images and 28 or 29 test images of each species."""
+    root.mkdir(parents=True)
+    picture = root / "picture.jpg"
+    Image.effect_noise((16, 16), 64).convert("RGB").save(picture)
+    columns: dict[str, list[str]] = {"images": [], "image_class_labels": [], "train_test_split": []}
+    number = 0
+    for label in range(CUB200["num_classes"]):
+        name = f"{label + 1:03}.Bird_{label}"
+        (root / "images" / name).mkdir(parents=True)
+        for split, trains in (("train", 1), ("test", 0)):
+            each, more = divmod(CUB200[split], CUB200["num_classes"])
+            for _ in range(each + (label < more)):
+                number += 1
+                os.link(picture, root / f"images/{name}/Bird_{number:04}.jpg")
+                columns["images"].append(f"{number} {name}/Bird_{number:04}.jpg\n")
+                columns["image_class_labels"].append(f"{number} {label + 1}\n")
+                columns["train_test_split"].append(f"{number} {trains}\n")
+    for column, lines in columns.items():
+        (root / f"{column}.txt").write_text("".join(lines))

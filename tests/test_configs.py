@@ -11,6 +11,8 @@ import timm
 import yaml
 from PIL import Image
 
+from tests.large_sets import cub200
+
 ROOT = Path(__file__).parent.parent / "configs"
 # studies are data of `etflight study`, sweeps of `wandb sweep`
 ALL = sorted(set(ROOT.rglob("*.yaml")) - set((ROOT / "study").iterdir()) - set((ROOT / "sweep").iterdir()))
@@ -102,7 +104,16 @@ def tiny_data(config, folder):
         case "imagenet_lt" | "places_lt" | "inat2018", _:  # a network of 0.1 instead of 63 M parameters, other images
             return ["--data", "FolderImages", *tiny_folder(folder), "--model.backbone", "test_resnet"]
         case "cub200", _:
-            return ["--data", "FolderImages", *tiny_folder(folder), *tiny_weights(folder)]
+            cub200(folder / "birds")  # whole: 11,788 links to one file
+            return [
+                "--data.root",
+                folder / "birds",
+                "--data.image_size",
+                32,
+                "--data.num_workers",
+                0,
+                *tiny_weights(folder),
+            ]
         case _, "folder":
             return tiny_folder(folder)
         case _, "folder_fine_tuning":

@@ -39,7 +39,11 @@ class ArrayImages(ImageDataModule):
 
     @cached_property
     def class_names(self) -> list[str]:
-        """The file's `class_names`, else the labels as text."""
+        """The file's `class_names`, else the labels as text.
+
+        Raises:
+            UserError: `class_names` is no list, or the training labels are none from 0 on.
+        """
         if "class_names" in self.members:
             names = self.array("class_names")
             if names.ndim != 1:
@@ -76,7 +80,11 @@ class ArrayImages(ImageDataModule):
         return "val_images" in self.members
 
     def load(self, split: Split) -> ArraySource:
-        """Read one split's two arrays."""
+        """Read one split's two arrays.
+
+        Raises:
+            UserError: They are missing, damaged, of another type or shape, or of different lengths.
+        """
         images = self.array(f"{split}_images")
         what = f"{self.path}: {split}_images is {images.dtype} of shape {list(images.shape)}"
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape[1:]:
@@ -98,7 +106,11 @@ class ArrayImages(ImageDataModule):
 
     @cached_property
     def members(self) -> list[str]:
-        """Names of the arrays in the file."""
+        """Names of the arrays in the file.
+
+        Raises:
+            UserError: The file is missing, or is no `.npz` file.
+        """
         if not Path(self.path).is_file():
             raise UserError(f"{self.path}: no such file: give the path of an .npz file")
         try:

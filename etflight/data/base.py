@@ -144,7 +144,14 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def load(self, split: Split) -> ImageSource:
-        """Read one split of the set as published; `"val"` is asked for only where `has_val_split`."""
+        """Read one split of the set as published; `"val"` is asked for only where `has_val_split`.
+
+        Returns:
+            N images, uint8 `[C, H, W]` each, with labels int64 `[N]` in 0 … K-1.
+
+        Raises:
+            UserError: Files are missing or malformed.
+        """
 
     @property
     def has_val_split(self) -> bool:
@@ -274,6 +281,9 @@ class ImageDataModule(LightningDataModule, ABC):
         """Training images as the sampling policy draws them, shared by the ranks.
 
         The last, short batch is dropped only where some rank would have no batch or a batch of one.
+
+        Raises:
+            UserError: There are fewer images than ranks.
         """
         data = self.split("train")
         world_size, rank = self._world()

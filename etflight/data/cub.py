@@ -45,7 +45,11 @@ class CUB200(PhotoRecipe, ListedFileImages):
         return [folder_of.get(label, str(label)).rpartition(".")[2] for label in range(self.classes)]
 
     def load(self, split: Split) -> FileSource:
-        """The files of one split, in the order of `images.txt`."""
+        """The files of one split, in the order of `images.txt`.
+
+        Raises:
+            UserError: The lists are missing, do not fit each other or the published counts, or images are missing.
+        """
         chosen = [(f"images/{path}", label) for path, label, trains in self._images if trains == (split == "train")]
         expected = self.published_counts[split]
         if len(chosen) != expected:

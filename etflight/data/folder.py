@@ -48,7 +48,11 @@ class FolderImages(FileImages):
         return (Path(self.root) / "val").is_dir()
 
     def load(self, split: Split) -> FileSource:
-        """List one split's files, in class order, sorted within a class."""
+        """List one split's files, in class order, sorted within a class.
+
+        Raises:
+            UserError: The folder is missing or empty, a class has no image, or train does not have it.
+        """
         label_of = {name: label for label, name in enumerate(self.class_names)}
         paths: list[str] = []
         labels: list[int] = []

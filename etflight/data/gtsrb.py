@@ -58,7 +58,11 @@ class GTSRB(TorchvisionImages, ListedFileImages):
             self.published(folder, split=split, download=True)
 
     def load(self, split: Split) -> FileSource:
-        """List one split's files."""
+        """List one split's files.
+
+        Raises:
+            UserError: They, or the table of test labels, are missing, or the table is malformed.
+        """
         named = self._training_files() if split == "train" else self._test_files()
         if not named:
             raise self._missing(f"no {split} image is there")

@@ -51,7 +51,11 @@ class ListImages(ListedFileImages):
 
     @property
     def num_classes(self) -> int:
-        """K, fixed by the set, or else the largest training label plus one."""
+        """K, fixed by the set, or else the largest training label plus one.
+
+        Raises:
+            UserError: The training list cannot be read, or has a label beyond the number of its lines.
+        """
         if self.published_classes is not None:
             return self.published_classes
         labels = self._training_list[1]
@@ -82,7 +86,11 @@ class ListImages(ListedFileImages):
         return folder.rpartition("/")[2]
 
     def load(self, split: Split) -> FileSource:
-        """Read one split's list."""
+        """Read one split's list.
+
+        Raises:
+            UserError: It cannot be read, has another number of lines than the published one, or images are missing.
+        """
         paths, labels = self._read(split)
         expected = self.published_counts.get(split, len(paths))
         if len(paths) != expected:

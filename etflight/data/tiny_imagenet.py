@@ -53,7 +53,11 @@ class TinyImageNet(PhotoRecipe, ListedFileImages):
         return [words.get(number, number).partition(",")[0] for number in self._numbers]
 
     def load(self, split: Split) -> FileSource:
-        """List one split's files."""
+        """List one split's files.
+
+        Raises:
+            UserError: Lists are missing or malformed, there are other counts than published, or images are missing.
+        """
         label_of = {number: label for label, number in enumerate(self._numbers)}
         if split == "train":
             named = [

@@ -51,7 +51,11 @@ class FashionMNIST(TorchvisionImages):
         )
 
     def load(self, split: Split) -> ArraySource:
-        """Read one split's two IDX files."""
+        """Read one split's two IDX files.
+
+        Raises:
+            UserError: They are missing, damaged, or of different lengths.
+        """
         part = "train" if split == "train" else "t10k"
         images, labels = (self._read(f"{part}-{kind}", ndim) for kind, ndim in (("images-idx3", 3), ("labels-idx1", 1)))
         if len(images) != len(labels):
@@ -134,7 +138,11 @@ class CIFAR10(TorchvisionImages):
         self.published(self.root, download=True)
 
     def load(self, split: Split) -> ArraySource:
-        """Read one split."""
+        """Read one split.
+
+        Raises:
+            UserError: Its files are missing or damaged.
+        """
         if self.is_there:
             records = np.concatenate([self._records(name) for name in self.binary_files[split]])
             images = records[:, self.label_bytes :].reshape(-1, 3, 32, 32)
@@ -212,7 +220,11 @@ class SVHN(TorchvisionImages):
             self.published(folder, split=split, download=True)
 
     def load(self, split: Split) -> ArraySource:
-        """Read one split's MATLAB file."""
+        """Read one split's MATLAB file.
+
+        Raises:
+            UserError: It is missing, damaged, or holds something else.
+        """
         file = self._file(split)
         if not file.is_file():
             raise self._missing(f"{file.name} is missing")
@@ -280,7 +292,11 @@ class STL10(TorchvisionImages):
         return all(self._file(f"{split}_{kind}.bin").is_file() for split in ("train", "test") for kind in "Xy")
 
     def load(self, split: Split) -> ArraySource:
-        """Read one split's two files."""
+        """Read one split's two files.
+
+        Raises:
+            UserError: They are missing, or of different lengths.
+        """
         pixels, labels = self._read(f"{split}_X.bin"), self._read(f"{split}_y.bin")
         size = 3 * 96 * 96
         if pixels.size != size * labels.size:

@@ -178,6 +178,30 @@ def test_options_that_contradict_each_other_are_refused(options, reason):
         FineTuning(**options)
 
 
+def of_another_network(path):
+    save_weights(path, "resnet32_cifar")
+
+
+WRONG_FILES = {
+    "missing": (lambda path: None, "w.safetensors does not exist: give the path of FILE.safetensors, or one of torch.save"),
+    "a web page": (lambda path: path.write_text("<html>404</html>"), "is damaged: fetch the file again, or save model.state_dict() alone"),
+    "of another network": (of_another_network, "do not fit the backbone: it has a layer1.3.bn1.bias (and "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_FILES)
+def test_wrong_weights_are_one_line_on_the_command_line(case, etflight_command, tmp_path):
+    write, reason = WRONG_FILES[case]
+    write(tmp_path / "w.safetensors")
+    result = etflight_command("fit", *DIGITS, "--fine_tuning.weights", "w.safetensors", cwd=tmp_path)
+    assert result.status == 1
+    (line,) = result.error_lines
+    assert "weights w.safetensors" in line
+    assert reason in line
+    assert "Traceback" not in result.err
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 def test_an_epoch_that_never_comes_is_refused_before_training():
     tuning = FineTuning(freeze=["backbone"], unfreeze_epoch=3)
     with pytest.raises(UserError, match="unfreeze_epoch 3 is never reached in 3 epochs, counted from 0"):
