@@ -40,7 +40,10 @@ _HOMES = {
     "nearest_etf": "geometry",
     "simplex_etf": "geometry",
 }
-_SUBMODULES = {"backbones", "callbacks", "data", "geometry", "heads", "losses", "metrics", "optim", "plotting"}
+_SUBMODULES = {
+    "backbones", "callbacks", "classifier", "data", "geometry", "heads", "layer_sync", "losses", "metrics", "optim", "plotting",
+    "reporting",
+}  # fmt: skip
 
 __all__ = [
     "Classifier",

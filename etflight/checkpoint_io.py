@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from etflight.checkpoints import read_checkpoint
+from etflight.checkpoints import damaged, read_checkpoint
 from etflight.errors import UserError
 from etflight.files import replacing
 
@@ -36,5 +36,12 @@ class SafeCheckpointIO(TorchCheckpointIO):
             ) from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: Any = None) -> dict[str, Any]:
-        """Read as `read_checkpoint` does, whatever `weights_only` says."""
-        return read_checkpoint(path, map_location="cpu" if map_location is None else map_location)
+        """Read as `read_checkpoint` does, whatever `weights_only` says.
+
+        Raises:
+            UserError: see `read_checkpoint`; or no trainer has saved it.
+        """
+        checkpoint = read_checkpoint(path, map_location="cpu" if map_location is None else map_location)
+        if "pytorch-lightning_version" not in checkpoint:
+            raise damaged(path, "it has no pytorch-lightning_version")
+        return checkpoint

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import Metric
 
 from etflight.checkpoints import read_checkpoint, refuse_others
-from etflight.errors import UserError
+from etflight.errors import UserError, warn
 from etflight.heads import ETFHead, Head, codes_from_state_dict
 from etflight.losses import DotRegressionLoss, Loss, log_prior
 from etflight.metrics.calibration import Reliability, ReliabilityBins, TemperatureFit
@@ -509,8 +509,16 @@ class Classifier(LightningModule):
             raise UserError(f"weights became NaN or infinite by step {self.global_step}: {_MEND_OF_DIVERGENCE}")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the class names back, and refuse optimizer settings that the restored state would silently undo."""
-        self.class_names = checkpoint.get("class_names") or self.class_names
+        """Take the class names back, and refuse optimizer settings that the restored state would silently undo.
+
+        Raises:
+            UserError: settings of the optimizer or its schedule that are not the saved ones.
+        """
+        if (names := checkpoint.get("class_names")) is not None:
+            differ = None if self.class_names is None else _differ(names, self.class_names)
+            if differ is not None and self.global_rank == 0:
+                warn(f"{differ}: the names in the results are the checkpoint's")
+            self.class_names = names
         if self.preprocessing is None and (known := checkpoint.get("preprocessing")) is not None:
             self.preprocessing = Preprocessing.from_plain(known)
         if self._trainer is None or self.trainer.state.fn != "fit":
@@ -575,6 +583,15 @@ class Classifier(LightningModule):
         if bool(model.class_counts.any()):
             model.loss.set_class_counts(model.class_counts)
         return model
+
+
+def _differ(saved: list[str], own: list[str]) -> str | None:
+    """Where a checkpoint's class names are others than those of the data, unless either are mere numbers; None if nowhere."""
+    numbers = [str(k) for k in range(len(saved))]
+    if numbers in (saved, own):
+        return None
+    pairs = enumerate(zip(saved, own, strict=False))
+    return next((f"class {k} is {a!r} in the checkpoint, but {b!r} in the data" for k, (a, b) in pairs if a != b), None)
 
 
 def _stands_in(part: nn.Module, shortcut: str, *general: str) -> bool:

@@ -1,10 +1,13 @@
 """What goes wrong in front of a user: one clear line, the right exit status, no traceback, nothing half-written."""
 
+import csv
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from etflight import Classifier
 from tests.test_cli import QUICK
 
 FIT = ["fit", *QUICK, "--model.backbone", "resnet20_cifar"]
@@ -61,11 +64,10 @@ def hostile_class_path(tmp_path):
     return checkpoint(tmp_path, {"num_classes": 10, "head": spec, "_instantiator": "evil.fn"})
 
 
-def other_classes(tmp_path):
-    from etflight import Classifier
-
-    model = Classifier(7, "resnet20_cifar", in_chans=1)
-    torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}, tmp_path / "c.ckpt")
+def untrained(tmp_path, num_classes, **more):
+    model = Classifier(num_classes, "resnet20_cifar", in_chans=1)
+    content = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams), **more}
+    torch.save(content, tmp_path / "c.ckpt")
     return ["test", "--data", "Digits", "--ckpt_path", "c.ckpt", *QUICK[2:]]
 
 
@@ -153,7 +155,7 @@ CASES = {
     "no checkpoint at all": (1, ["--ckpt_path"], lambda t: ["test", "--data", "Digits"]),
     "no last checkpoint": (1, ["last.ckpt"], lambda t: ["test", "--data", "Digits", "--ckpt_path", "last"]),
     "a truncated checkpoint": (1, ["c.ckpt", "truncated"], truncated),
-    "a checkpoint of another number of classes": (1, ["7 classes", "10"], other_classes),
+    "a checkpoint of another number of classes": (1, ["7 classes", "10"], lambda t: untrained(t, 7)),
     "a checkpoint that runs code": (1, ["c.ckpt", "refused"], lambda t: checkpoint(t, bomb=Bomb())),
     "a checkpoint that names a hostile class": (1, ["evil.fn"], hostile_class_path),
     "a checkpoint of another program": (
@@ -170,6 +172,7 @@ CASES = {
     "a configuration file that does not exist": (2, ["gone.yaml"], lambda t: ["fit", "-c", "gone.yaml"]),
     "a configuration file that builds on a missing one": (
         1, ["gone.yaml", "overlays"], lambda t: (t / "c.yaml").write_text("overlays: [gone.yaml]") and ["fit", "-c", "c.yaml"]),
+    "a checkpoint that no trainer has saved": (1, ["c.ckpt", "pytorch-lightning_version"], lambda t: untrained(t, 10)),
     "a report of a folder that is no run": (1, ["nowhere"], lambda t: ["report", "nowhere"]),
 }  # fmt: skip
 
@@ -188,6 +191,21 @@ def test_one_clear_line(case, etflight_command, tmp_path):
     assert not (tmp_path / "pwned").exists()
     new = {p for p in tmp_path.rglob("*") if p.is_file()} - before
     assert not [p for p in new if p.suffix in (".ckpt", ".partial")]
+
+
+@pytest.mark.parametrize(
+    ("names", "told"), [("abXd", "class 2 is 'c' in the checkpoint, but 'X' in"), ("abcd", ""), ("0123", "")]
+)
+def test_classes_of_other_names_are_told_in_one_line_and_tested(names, told, etflight_command, tmp_path):
+    """Numbers are what a set gives that knows no names."""
+    untrained(tmp_path, 4, class_names=list("abcd"), **{"pytorch-lightning_version": "2.6.6"})
+    flags = arrays(tmp_path / "a.npz", class_names=np.array(list(names)))
+    result = etflight_command("test", *flags, "--ckpt_path", "c.ckpt", "--name", "t", *QUICK[2:], cwd=tmp_path)
+    assert result.status == 0, result.err
+    lines = [line for line in result.err.splitlines() if "in the checkpoint" in line]
+    assert [line.startswith("etflight: warning: ") and told in line for line in lines] == [True] * bool(told)
+    with (tmp_path / "runs/t/per_class.csv").open() as file:
+        assert [row["name"] for row in csv.DictReader(file)] == list("abcd")
 
 
 def test_debug_shows_the_traceback(etflight_command, tmp_path):
