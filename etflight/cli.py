@@ -357,9 +357,22 @@ def _quieten() -> None:
         r".*callbacks used to create the checkpoint need to be provided.*",
     ):
         warnings.filterwarnings("ignore", pattern)
+    warnings.formatwarning = _in_one_line
     speak_for_lost_processes()
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
+
+
+_format_warning = warnings.formatwarning
+
+
+def _in_one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Our own warnings as `etflight.errors.warn` has them; others keep the place they come from."""
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        return f"etflight: warning: {message}\n"
+    return _format_warning(message, category, filename, lineno, line)
 
 
 # the data sets are found by name because they are imported here

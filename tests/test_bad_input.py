@@ -61,7 +61,8 @@ def truncated(tmp_path):
 def hostile_class_path(tmp_path):
     (tmp_path / "evil.py").write_text(f"open('pwned', 'w').write('{MARKER}')\ndef fn(*a, **k): pass\n")
     spec = {"class_path": "evil.fn", "init_args": {}}
-    return checkpoint(tmp_path, {"num_classes": 10, "head": spec, "_instantiator": "evil.fn"})
+    model = {"num_classes": 10, "backbone": "resnet20_cifar", "head": spec, "_instantiator": "evil.fn"}
+    return checkpoint(tmp_path, model)
 
 
 def untrained(tmp_path, num_classes, **more):
@@ -159,7 +160,7 @@ CASES = {
     "a checkpoint that runs code": (1, ["c.ckpt", "refused"], lambda t: checkpoint(t, bomb=Bomb())),
     "a checkpoint that names a hostile class": (1, ["evil.fn"], hostile_class_path),
     "a checkpoint of another program": (
-        1, ["c.ckpt", "hidden_size"], lambda t: checkpoint(t, {"num_classes": 10, "hidden_size": 3})),
+        1, ["c.ckpt", "no backbone"], lambda t: checkpoint(t, {"num_classes": 10, "hidden_size": 3})),
     "a file that is no checkpoint": (
         1, ["c.ckpt"], lambda t: (t / "c.ckpt").write_text("hello") and ["test", "--data", "Digits", "--ckpt_path", "c.ckpt"]),
     "an imbalance ratio below one": (1, ["imbalance_ratio", "0.5"], lambda t: [*FIT, "--data", "Digits", "--data.imbalance_ratio", 0.5]),

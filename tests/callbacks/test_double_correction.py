@@ -68,6 +68,7 @@ def test_a_training_that_corrects_twice_says_so_in_one_line(etflight_command, tm
     assert one.status == 0, one.err
     assert warnings(one) == []
     (line,) = warnings(etflight_command(*trial, "--data.sampler", "balanced", cwd=tmp_path))
+    assert line.startswith("etflight: warning: class frequencies are ")
     assert "corrected 2 times, by sampler 'balanced' and LogitAdjustedLoss (tau 1): rare classes" in line
 
 
