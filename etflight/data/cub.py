@@ -10,7 +10,7 @@ import torch
 from etflight.data.base import Split
 from etflight.data.file_images import ListedFileImages, PhotoRecipe
 from etflight.data.file_sources import FileSource
-from etflight.data.lists import lines_of
+from etflight.data.lists import UNPACK, lines_of
 from etflight.data.paths import Paths
 from etflight.errors import UserError
 
@@ -80,5 +80,5 @@ class CUB200(PhotoRecipe, ListedFileImages):
 
     def _column(self, name: str) -> dict[str, str]:
         """What a file has for each image's number."""
-        pairs = [line.partition(" ") for line in lines_of(Path(self.root, name))]
+        pairs = [line.partition(" ") for line in lines_of(Path(self.root, name), UNPACK)]
         return {number: value for number, _, value in pairs}

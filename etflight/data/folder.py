@@ -13,7 +13,7 @@ from etflight.data.paths import Paths, files_below
 from etflight.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
-LAYOUT = "expected are train/<class>/*.jpg, test/<class>/*.jpg and optionally val/<class>/*.jpg"
+LAYOUT = "expected are train/<class>/*.jpg, test/<class>/*.jpg and optionally val/<class>/*.jpg below --data.root"
 
 
 @dataclass(eq=False)

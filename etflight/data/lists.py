@@ -20,6 +20,7 @@ from etflight.data.paths import Paths
 from etflight.data.profiles import stable_order
 from etflight.errors import UserError
 
+UNPACK = "unpack the set there, or correct --data.root"  # where a file that it comes with is missing
 _IS_BLANK = np.isin(np.arange(256), [ord(blank) for blank in " \t\r"])
 _MOST_DIGITS = 9
 _MOST_BLANKS = 64  # around a path; each is a pass over all lines
@@ -221,15 +222,19 @@ def read_names(file: Path, folders: list[str]) -> list[str]:
     Raises:
         UserError: The file cannot be read, or has another number of lines.
     """
-    lines = lines_of(file)
+    lines = lines_of(file, "give the file of the names as --data.names")
     if len(lines) != len(folders):
         raise UserError(f"{file} has {len(lines):,} names for {len(folders):,} classes: give one line per class")
     by_folder = {folder: name.strip() for folder, _, name in (line.partition(" ") for line in lines)}
     return [by_folder[folder] or folder for folder in folders] if by_folder.keys() == set(folders) else lines
 
 
-def lines_of(file: Path) -> list[str]:
+def lines_of(file: Path, mend: str) -> list[str]:
     """The lines of a text file, without empty ones.
+
+    Args:
+        file: In UTF-8.
+        mend: What to do where it cannot be read.
 
     Raises:
         UserError: It cannot be read.
@@ -238,7 +243,7 @@ def lines_of(file: Path) -> list[str]:
         return [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no text"
-        raise UserError(f"{file} cannot be read ({reason}): give the text file that the set comes with") from None
+        raise UserError(f"{file} cannot be read ({reason}): {mend}") from None
 
 
 def read_list(file: Path, root: str) -> tuple[Paths, Tensor]:

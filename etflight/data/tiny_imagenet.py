@@ -10,7 +10,7 @@ import torch
 from etflight.data.base import Split
 from etflight.data.file_images import ListedFileImages, PhotoRecipe
 from etflight.data.file_sources import FileSource
-from etflight.data.lists import lines_of
+from etflight.data.lists import UNPACK, lines_of
 from etflight.data.paths import Paths, files_below
 from etflight.errors import UserError
 
@@ -90,4 +90,4 @@ class TinyImageNet(PhotoRecipe, ListedFileImages):
         return numbers
 
     def _lines(self, name: str) -> list[str]:
-        return lines_of(Path(self.root, name))
+        return lines_of(Path(self.root, name), UNPACK)

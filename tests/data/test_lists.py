@@ -98,7 +98,9 @@ def test_a_file_of_other_names_is_refused(lists, tmp_path):
     with pytest.raises(UserError, match=r"none\.txt cannot be read \(No such file"):
         _ = ListImages(**files, names=str(tmp_path / "none.txt")).class_names
     (tmp_path / "names.txt").write_bytes(b"\xff\xfe\n")
-    with pytest.raises(UserError, match=r"names\.txt cannot be read \(no text\)"):
+    with pytest.raises(
+        UserError, match=r"names\.txt cannot be read \(no text\): give the file of the names as --data\.names"
+    ):
         _ = ListImages(**files, names=str(tmp_path / "names.txt")).class_names
 
 

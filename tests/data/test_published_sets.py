@@ -136,7 +136,9 @@ def test_what_tiny_imagenet_lacks_is_named(tiny_imagenet):
     (tiny_imagenet / "wnids.txt").write_text("n02124075\n")
     with pytest.raises(UserError, match=r"wnids\.txt does not name 3 classes"):
         TinyImageNet(str(tiny_imagenet)).setup("fit")
-    with pytest.raises(UserError, match=r"nowhere/wnids\.txt cannot be read \(No such file or directory\)"):
+    with pytest.raises(
+        UserError, match=r"nowhere/wnids\.txt cannot be read \(No such file or directory\): unpack the set there"
+    ):
         TinyImageNet("nowhere").setup("fit")
 
 
@@ -196,5 +198,7 @@ def test_lists_of_cub_that_do_not_fit_are_refused(birds, file, line, message):
 
 def test_a_missing_list_of_cub_is_named(birds):
     (birds / "images.txt").unlink()
-    with pytest.raises(UserError, match=r"images\.txt cannot be read"):
+    with pytest.raises(
+        UserError, match=r"images\.txt cannot be read \(.*\): unpack the set there, or correct --data\.root"
+    ):
         CUB200(str(birds)).setup("fit")
