@@ -188,7 +188,9 @@ class EtflightCLI(LightningCLI):
         for logger in _as_list(config["trainer"]["logger"]):
             self._put_into_run_folder(logger, config)
         if config.get("output") is not None:
-            check_output(Path(config["output"]))
+            output = Path(config["output"])
+            check_output(output)
+            check_writable(output.parent, "--output")
         elif self.subcommand != "validate" and not config["trainer"]["fast_dev_run"]:
             check_writable(self.folder)
             if self.subcommand == "fit":

@@ -26,6 +26,7 @@ from torch import Tensor
 from etflight.errors import UserError
 from etflight.files import flush_to_disk, replacing
 
+_PLACE_OF_RUN = "--name or --trainer.default_root_dir"
 RECORD = "run.json"  # marks a folder as a run's
 PACKAGES = ("etflight", "torch", "lightning", "torchmetrics", "torchvision", "timm", "numpy")
 
@@ -76,14 +77,18 @@ def claim_for_results(folder: Path, trained_in: Path | None) -> None:
         raise UserError(f"run folder {folder} holds a training, whose own results stay as they are: give a new --name")
 
 
-def check_writable(folder: Path) -> None:
-    """Refuse a run folder that cannot be made or written to, as far as that can be seen without touching anything.
+def check_writable(folder: Path, options: str = _PLACE_OF_RUN) -> None:
+    """Refuse a folder that cannot be made or written to, as far as that can be seen without touching anything.
+
+    Args:
+        folder: that of a run, or another.
+        options: what puts it elsewhere, for the error.
 
     Raises:
         UserError: it, or the nearest folder above it that exists, is none or may not be written to.
     """
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
-    with writing_to(folder):
+    with writing_to(folder, options):
         if not there.is_dir():
             raise NotADirectoryError(0, f"{there} is not a folder")
         if not os.access(there, os.W_OK | os.X_OK):
@@ -91,8 +96,12 @@ def check_writable(folder: Path) -> None:
 
 
 @contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
-    """A block that writes into a run folder.
+def writing_to(folder: Path, options: str = _PLACE_OF_RUN) -> Iterator[None]:
+    """A block that writes into a folder.
+
+    Args:
+        folder: that of a run, or another.
+        options: what puts it elsewhere, for the error.
 
     Raises:
         UserError: the block raised an `OSError`.
@@ -101,8 +110,7 @@ def writing_to(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"run folder {folder} cannot be written to ({error.strerror or error}): "
-            "mend that, or give another --name or --trainer.default_root_dir"
+            f"folder {folder} cannot be written to ({error.strerror or error}): mend that, or give another {options}"
         ) from error
 
 

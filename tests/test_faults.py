@@ -304,7 +304,7 @@ def test_a_run_folder_that_cannot_be_made_is_refused_before_training(where, etfl
     result = etflight_command("fit", *DIGITS, "--trainer.default_root_dir", NOWHERE[where], "--name", "r", cwd=tmp_path)
     assert result.status == 1, result.err
     (line,) = result.error_lines
-    assert f"run folder {NOWHERE[where]}/r cannot be written to" in line
+    assert f"folder {NOWHERE[where]}/r cannot be written to" in line
     assert "--trainer.default_root_dir" in line
     assert "Trainer.fit" not in result.err
     assert contents(tmp_path) == {Path("notes.txt"): b"mine"}
@@ -353,7 +353,7 @@ def test_results_that_cannot_be_written_are_one_line(stage, etflight_command, tm
         result = etflight_command(*argv, "--trainer.default_root_dir", root, cwd=tmp_path)
         assert result.status == 1, result.err
         (line,) = result.error_lines
-        assert f"run folder {root}/r cannot be written to" in line
+        assert f"folder {root}/r cannot be written to" in line
 
 
 def test_two_processes_do_not_train_in_one_folder(started, etflight_command, tmp_path):

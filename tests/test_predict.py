@@ -178,6 +178,12 @@ def test_grey_arrays_go_into_a_colour_model_and_colour_into_a_grey_one(rgb, grey
         (["text"], "out.csv", "none of the 1 images can be read: .*cannot be read as an image"),
         (["floats.npz"], "out.csv", "give uint8 or uint16"),
         (["several.npz"], "out.csv", "call the images `images`"),
+        (["nothing.npz"], "out.csv", "no `images`, but nothing"),
+        (["first.npz"], "out.csv", r"looks like \[N, C, H, W\]"),
+        (["objects.npz"], "out.csv", "store plain arrays of numbers"),
+        (["text.npz"], "out.csv", "is no .npz file"),
+        (["one.png", "--top_k", "4"], "out.csv", "--top_k 4: the model has 3 classes"),
+        (["one.png"], "there.csv/out.csv", "folder there.csv cannot be written to .*another --output"),
         (["one.png"], "there.csv", "exists already"),
         (["one.png"], "out.xlsx", r"ends in .csv, .parquet, .npz"),
     ],
@@ -191,6 +197,10 @@ def test_bad_input_is_one_line(rgb, images, output, reason, tmp_path, monkeypatc
     Path("there.csv").write_text("mine")
     np.savez("five.npz", images=np.zeros((2, 4, 4, 5), np.uint8))
     np.savez("floats.npz", images=np.zeros((2, 4, 4)))
+    np.savez("nothing.npz")
+    np.savez("first.npz", images=np.zeros((2, 3, 16, 16), np.uint8))
+    np.savez("objects.npz", images=np.array([{}]))
+    Path("text.npz").write_text("images")
     np.savez("several.npz", one=np.zeros(2), two=np.zeros(2))
     with pytest.raises(UserError, match=reason) as raised:
         predict(rgb, Path(output), "--images", *images)

@@ -104,11 +104,11 @@ class PredictionTable(Callback):
 
     Args:
         path: the file.
-        top_k: how many classes of each image, the most probable first; at most all.
+        top_k: how many classes of each image, the most probable first.
         embeddings: whether with the embeddings, too.
 
     Raises:
-        UserError: no image can be read.
+        UserError: no image can be read, or the model has fewer classes than `top_k`.
     """
 
     def __init__(self, path: Path, top_k: int = 1, embeddings: bool = False) -> None:
@@ -120,8 +120,10 @@ class PredictionTable(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to what the head is given; by now it is the one that decides."""
+        head = cast(Classifier, pl_module).head
+        if self.top_k > head.num_classes:
+            raise UserError(f"--top_k {self.top_k}: the model has {head.num_classes} classes: give at most as many")
         if self.embeddings:
-            head = cast(Classifier, pl_module).head
             self._hook = head.register_forward_pre_hook(lambda _, args: self._features.append(args[0]))
 
     def on_predict_batch_end(
@@ -135,7 +137,7 @@ class PredictionTable(Callback):
     ) -> None:
         """Keep the decisions; rank r of W sees images r, r + W, r + 2W and so on."""
         readable = batch[1] != UNREADABLE
-        kept = list(outputs.float().topk(min(self.top_k, outputs.shape[1]), dim=1)[::-1])
+        kept = list(outputs.float().topk(self.top_k, dim=1)[::-1])
         if self.embeddings:
             with torch.no_grad():
                 kept.append(cast(Classifier, pl_module).head.embed(self._features.pop()).float())
@@ -166,7 +168,7 @@ class PredictionTable(Callback):
         model = cast(Classifier, pl_module)
         names = model.class_names or [str(k) for k in range(data.num_classes)]
         images = [data.sample_name("test", i) for i in in_order]
-        with writing_to(self.path.parent):
+        with writing_to(self.path.parent, "--output"):
             write(self.path, Predictions(images, labels, probabilities, rest[0] if rest else None), names)
             rank_zero_info(f"predictions: {self.path} ({_of_probabilities(model)})")
             self._tell_skipped({data.sample_name("test", i): skipped[i] for i in sorted(skipped)})

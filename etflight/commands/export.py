@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> None:
     config = parse(parser, argv)
     output = Path(config.output)
     _check_free(output)
+    _check_name(config.push_to_hub)
     import_modules(config.imports)
     classifier = load_classifier(config.checkpoint).eval().requires_grad_(False)
     data: ImageDataModule | None = parser.instantiate(config).get("data")
@@ -113,6 +114,17 @@ def _appearing(output: Path) -> Iterator[Path]:
         raise UserError(
             f"--output {output} cannot be written ({error.strerror or error}): give another folder"
         ) from error
+
+
+def _check_name(repository: str | None) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if repository is None:
+        return
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"--push_to_hub {repository!r}: {brief(error)} Give USER/NAME") from error
 
 
 def _push(folder: Path, repository: str) -> str:

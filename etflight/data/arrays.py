@@ -89,8 +89,7 @@ class ArrayImages(ImageDataModule):
         what = f"{self.path}: {split}_images is {images.dtype} of shape {list(images.shape)}"
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape[1:]:
             raise UserError(f"{what}: give uint8 [N, H, W] or [N, H, W, C], none of H, W and C 0")
-        if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] > 4:
-            raise UserError(f"{what}, which looks like [N, C, H, W]: give [N, H, W, C]")
+        refuse_channels_first(images, what)
         if images.ndim == 4 and images.shape[3] > 4 and len(set(images.shape[1:])) == 1:
             raise UserError(f"{what}, which looks like volumes: give images, [N, H, W] or [N, H, W, C]")
         channels = images.shape[3] if images.ndim == 4 else 1
@@ -181,3 +180,17 @@ class ArrayImages(ImageDataModule):
         if labels.max(initial=0) > np.iinfo(np.int64).max:
             raise UserError(f"{self.path}: {split}_labels has label {labels.max()}: give labels from 0 without gaps")
         return labels.reshape(-1).astype(np.int64)
+
+
+def refuse_channels_first(images: NDArray[np.generic], what: str) -> None:
+    """Refuse images that have their channels where H ought to be.
+
+    Args:
+        images: `[N, H, W]` or `[N, H, W, C]`.
+        what: the array, for the error.
+
+    Raises:
+        UserError: they look like `[N, C, H, W]`.
+    """
+    if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] > 4:
+        raise UserError(f"{what}, which looks like [N, C, H, W]: give [N, H, W, C]")

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from etflight.data.arrays import ArrayImages
+from etflight.data.arrays import ArrayImages, refuse_channels_first
 from etflight.data.base import ImageDataModule, Split
 from etflight.data.decoding import decode_file, fit_to
 from etflight.data.file_sources import Square, stack
@@ -184,14 +184,15 @@ class _Array:
     def __init__(self, path: str, channels: int) -> None:
         file = ArrayImages(path)
         known = [name for name in _MEMBERS if name in file.members] or file.members
-        if known[0] not in _MEMBERS and len(known) != 1:
+        if not known or (known[0] not in _MEMBERS and len(known) > 1):
             raise UserError(f"{path} has no `images`, but {', '.join(known) or 'nothing'}: call the images `images`")
         images = file.array(known[0])
         what = f"{path}: {known[0]} is {images.dtype} of shape {list(images.shape)}"
         if images.dtype not in (np.uint8, np.uint16) or images.ndim not in (3, 4) or 0 in images.shape[1:]:
             raise UserError(f"{what}: give uint8 or uint16 [N, H, W] or [N, H, W, C]")
+        refuse_channels_first(images, what)
         self._path, self._images = path, images if images.ndim == 4 else images[..., None]
-        _with_channels(torch.zeros(self._images.shape[3], 1, 1), channels, what)
+        _with_channels(torch.zeros(self._images.shape[3], 1, 1), channels, f"{what}, [N, H, W, C]")
 
     def __len__(self) -> int:
         return len(self._images)

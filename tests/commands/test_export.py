@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -272,6 +273,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers["Authorization"] != "Bearer hf_mine":
+            return self._answer({"error": "Invalid username or password."}, 401)
         if self.path == "/api/repos/create":
             answer: dict = {"url": f"http://{self.headers['Host']}/me/{json.loads(body)['name']}"}
         elif "/preupload/" in self.path:
@@ -292,14 +295,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 "commitOid": "0" * 40,
                 "success": True,
             }
-        self._answer(answer)
+        return self._answer(answer)
 
     def do_GET(self) -> None:
         self._answer({"id": "me/digits", "sha": "0" * 40, "siblings": []})
 
-    def _answer(self, content: dict) -> None:
+    def _answer(self, content: dict, status: int = 200) -> None:
         text = json.dumps(content).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
@@ -308,19 +311,41 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
 
-def test_push_sends_every_file_to_the_hub(run, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     Hub.received = {}
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HF_TOKEN", "hf_none")
-    try:
-        export.main([checkpoint(run), "--output", str(tmp_path / "out"), "--push_to_hub", "me/digits"])
-    finally:
-        server.shutdown()
-        server.server_close()
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+def test_push_sends_every_file_to_the_hub(hub, run, tmp_path, capsys):
+    export.main([checkpoint(run), "--output", str(tmp_path / "out"), "--push_to_hub", "me/digits"])
     assert Hub.received == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert "pushed to" in capsys.readouterr().out
+
+
+def test_a_wrong_token_is_one_line_and_the_folder_stays(hub, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    with pytest.raises(
+        UserError, match=r"is written, but .* refuses me/digits .*401.*log in with hf auth login"
+    ) as raised:
+        export.main([checkpoint(run), "--output", str(tmp_path / "out"), "--push_to_hub", "me/digits"])
+    assert "\n" not in str(raised.value)
+    assert Hub.received == {}
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["", "me/my digits", "me/digits/more", "https://huggingface.co/me/digits"])
+def test_a_name_that_the_hub_cannot_have_is_told_before_any_work(name, tmp_path):
+    argv = ["gone.ckpt", "--output", str(tmp_path / "out"), "--push_to_hub", name]
+    with pytest.raises(UserError, match=f"--push_to_hub '{name}': .*Give USER/NAME") as raised:
+        export.main(argv)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line_and_the_folder_stays(run, tmp_path, monkeypatch):
