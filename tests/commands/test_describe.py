@@ -192,7 +192,7 @@ def test_bad_input_ends_in_one_line_that_says_the_mend(numbered, etflight_comman
         (["-c", "model.yaml"], 2, "data"),
         (["-c", "gone.yaml"], 1, "no configuration file gone.yaml"),
         (["-c", "wrong.yaml"], 2, "imbalance"),
-        (["--data", "Digitz"], 1, "near matches are Digits"),
+        (["--data", "Digitz"], 2, "near matches: Digits"),
         ([*digits, "--data.imbalance_ratio", 0.5], 1, "imbalance_ratio is 0.5"),
         ([*digits, "--images_per_class", 0], 1, "give at least 1"),
         ([*digits, "--output", "taken"], 1, "give another --output"),
