@@ -1,10 +1,21 @@
 """What a command line and its configuration files give for an option, before they are parsed."""
 
+import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from etflight.configuration import read_yaml
+
+
+class CommandParser(ArgumentParser):
+    """For the commands that build nothing from their options: a parser with usage errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong and exit with status 2."""
+        print(f"etflight: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def values_of(argv: Sequence[str], key: str, *short: str) -> list[str]:

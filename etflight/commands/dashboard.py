@@ -1,12 +1,12 @@
 """`etflight dashboard`: a saved workspace and a report that compares arms, in a project of Weights & Biases."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from textwrap import shorten
 from types import ModuleType
 from typing import Any
 
+from etflight.arguments import CommandParser
 from etflight.errors import UserError
 
 _EPOCH = "epoch"
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: `wandb-workspaces` is missing, nobody is logged in, or the server or its project cannot be reached.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="etflight dashboard",
         description="Save a workspace (accuracy and shots, collapse, geometry, speed) and a report that compares arms in a W&B project.",
     )

@@ -1,11 +1,11 @@
 """`etflight report RUN…`: results of runs side by side, averaged over seeds."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from etflight.arguments import CommandParser
 from etflight.errors import UserError
 from etflight.reporting import tables
 from etflight.reporting.groups import group
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: nothing could be shown.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="etflight report",
         description="Results of runs side by side: mean ± standard deviation over seeds, by data set, imbalance ratio and arm.",
         epilog=_EPILOG,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from etflight.arguments import CommandParser
 from etflight.commands import report
 from etflight.errors import UserError
 from etflight.study import Cell, read_study
@@ -22,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: the file is no study, or a run failed; the others have gone on.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="etflight study",
         description="Train and test every set, arm, ratio and seed of a study, and print its table.",
         epilog="Runs that have been tested are left as they are, those that were stopped go on: give the same command again.",
@@ -38,10 +39,16 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.jobs < 1:
         raise UserError(f"--jobs is {arguments.jobs}: give at least 1")
-    stages = [[cell for cell in stage if _is_chosen(cell, arguments)] for stage in read_study(arguments.file).stages()]
+    whole = list(read_study(arguments.file).stages())
+    stages = [[cell for cell in stage if _is_chosen(cell, arguments)] for stage in whole]
     cells = [cell for stage in stages for cell in stage]
     if not cells:
-        raise UserError(f"{arguments.file} has none of these sets, arms and seeds")
+        there = [cell for stage in whole for cell in stage]
+        names = {kind: sorted({str(getattr(cell, kind)) for cell in there}) for kind in ("set_name", "arm", "seed")}
+        sets, arms, seeds = (", ".join(each) for each in names.values())
+        raise UserError(
+            f"{arguments.file} has none of these sets, arms and seeds: it has the sets {sets}, the arms {arms}, the seeds {seeds}"
+        )
     if arguments.dry_run:
         for cell in cells:
             for words in [*([cell.fit()] if cell.trains else []), cell.test()]:

@@ -124,7 +124,10 @@ def test_a_part_of_a_study(write, etflight_command, tmp_path):
     assert [line.split()[1] for line in result.out.splitlines()] == ["fit", "test"]
     assert "tiny/focal/seed4" in result.out
     nothing = etflight_command("study", "study.yaml", "--arms", "la", cwd=tmp_path)
-    assert "has none of these sets, arms and seeds" in nothing.error_lines[0]
+    assert (
+        "has none of these sets, arms and seeds: it has the sets tiny, the arms ce, focal, " in nothing.error_lines[0]
+    )
+    assert nothing.error_lines[0].endswith("the seeds 3, 4")
 
 
 @pytest.mark.parametrize(
