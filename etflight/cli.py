@@ -33,10 +33,11 @@ from etflight.heads import codes_from_state_dict
 from etflight.last_words import speak_for_lost_processes
 from etflight.layer_sync import SyncBatchNorm
 from etflight.loggers import steadfast
+from etflight.metrics_csv import MetricsCSV
 from etflight.optim import PROTOCOL_SGD
 from etflight.predict_images import add_prediction_arguments, over_images
 from etflight.predictions import check_output
-from etflight.run import MetricsCSV, check_writable, claim, claim_for_results, last_checkpoint, same_folder
+from etflight.run_folder import check_writable, claim, claim_for_results, last_checkpoint, same_folder
 from etflight.specs import describe, is_known
 from etflight.usage import OneLineParser
 from etflight.wandb_runs import choose_names, name_in_sweep

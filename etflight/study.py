@@ -9,7 +9,7 @@ from typing import Any
 
 from etflight.configuration import read_yaml
 from etflight.errors import UserError
-from etflight.run import last_checkpoint
+from etflight.run_folder import last_checkpoint
 
 ROOT = Path("runs")  # of the Trainer, as `etflight fit` sets it
 

@@ -8,8 +8,9 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from etflight.files import write_json
 from etflight.loggers import may_fall_silent
-from etflight.run import RECORD, last_checkpoint, read_record, write_json
+from etflight.run_folder import RECORD, last_checkpoint, read_record
 
 ID = "wandb_id"  # in run.json
 

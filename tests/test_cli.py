@@ -14,7 +14,7 @@ import yaml
 import etflight
 from etflight import Classifier, DotRegressionLoss, __version__
 from etflight.data import Digits
-from etflight.run import config_sha256, training_facts
+from etflight.run_record import config_sha256, training_facts
 from etflight.specs import describe
 
 ROOT = Path(__file__).parent.parent

@@ -26,7 +26,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from etflight.errors import UserError
-from etflight.run import check_writable, lock
+from etflight.run_folder import check_writable, lock
 from tests.test_cli import QUICK
 from tests.wandb_file import history
 

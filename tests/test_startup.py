@@ -37,3 +37,9 @@ def test_describing_a_set_needs_no_model():
     modules = imported("-m", "etflight", "describe", "--help")
     assert "etflight.commands.data_option" in modules
     assert not {"timm", "etflight.classifier", "etflight.backbones"} & modules
+
+
+def test_planning_a_study_needs_no_torch():
+    modules = imported("-m", "etflight", "study", "--help")
+    assert "etflight.study" in modules
+    assert not {name.split(".")[0] for name in modules} & {"torch", "lightning", "numpy", *HEAVY}

@@ -17,7 +17,7 @@ from etflight import Classifier, CrossEntropyLoss, LinearHead
 from etflight.callbacks import LastCheckpoint, NeuralCollapseMonitor, Speed, StepSeed, StopSignals
 from etflight.data import Digits
 from etflight.optim import match_layouts
-from etflight.run import last_checkpoint
+from etflight.run_folder import last_checkpoint
 
 QUIET = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 

@@ -12,10 +12,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics import Metric
 
-from etflight.callbacks.trainer import callbacks_of, data_module, is_trial_run
+from etflight.callbacks.trainer import callbacks_of, data_module, is_trial_run, run_folder
 from etflight.checkpoints import damaged
 from etflight.errors import UserError
-from etflight.run import MetricsCSV, last_checkpoint, run_folder
+from etflight.metrics_csv import MetricsCSV
+from etflight.run_folder import last_checkpoint
 
 _SAME = {"seed": "give the same --seed_everything", "images": "give the same --data options"}
 Place = Literal["steps", "epochs", "end"]

@@ -17,9 +17,10 @@ import etflight
 from etflight.callbacks.pictures import publish, publish_table
 from etflight.callbacks.trainer import is_trial_run
 from etflight.classifier import PRIOR_SHIFTS, Classifier, Evaluation
+from etflight.files import write_json
 from etflight.metrics.confusion import MOST_CLASSES
 from etflight.metrics.shots import FEW_BELOW, MANY_ABOVE, shot_groups, third_groups
-from etflight.run import write_json, writing_to
+from etflight.run_folder import writing_to
 from etflight.terminal import console
 
 if TYPE_CHECKING:  # matplotlib, which `--help` need not wait for

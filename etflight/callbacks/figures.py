@@ -12,9 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 import etflight
 from etflight.callbacks.monitor import NeuralCollapseMonitor
 from etflight.callbacks.pictures import publish
-from etflight.callbacks.trainer import callbacks_of, data_module, is_trial_run
+from etflight.callbacks.trainer import callbacks_of, data_module, is_trial_run, run_folder
 from etflight.errors import UserError
-from etflight.run import run_folder
 
 if TYPE_CHECKING:  # matplotlib, which `--help` need not wait for
     from matplotlib.figure import Figure

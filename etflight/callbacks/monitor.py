@@ -25,11 +25,10 @@ from etflight.callbacks.sweep import (
     to_device,
     undisturbed,
 )
-from etflight.callbacks.trainer import callbacks_of, data_module, is_trial_run
+from etflight.callbacks.trainer import callbacks_of, data_module, is_trial_run, run_folder
 from etflight.errors import UserError
 from etflight.files import replacing
 from etflight.metrics import Moments, measures
-from etflight.run import run_folder
 
 _MOST_CLASSES = 50  # of a Gram matrix on disk: 41 KB an epoch, whatever the width
 

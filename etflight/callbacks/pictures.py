@@ -10,8 +10,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 import etflight
 from etflight.callbacks.trainer import is_trial_run
+from etflight.files import write_csv
 from etflight.loggers import may_fall_silent
-from etflight.run import write_csv
 
 if TYPE_CHECKING:  # matplotlib, which `--help` need not wait for
     from matplotlib.figure import Figure

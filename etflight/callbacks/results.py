@@ -17,19 +17,10 @@ from etflight import wandb_runs
 from etflight.classifier import Classifier
 from etflight.data.sources import UNREADABLE
 from etflight.errors import UserError, warn
+from etflight.files import write_csv, write_json
 from etflight.predictions import Predictions, skipped_beside, write
-from etflight.run import (
-    RECORD,
-    facts,
-    facts_of_training,
-    lock,
-    resumed_facts,
-    same_folder,
-    training_facts,
-    write_csv,
-    write_json,
-    writing_to,
-)
+from etflight.run_folder import RECORD, lock, same_folder, writing_to
+from etflight.run_record import facts, facts_of_training, resumed_facts, training_facts
 
 
 class RunRecord(SaveConfigCallback):

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from etflight.callbacks.trainer import is_trial_run, shows_after
-from etflight.run import MetricsCSV, run_folder
+from etflight.callbacks.trainer import is_trial_run, run_folder, shows_after
+from etflight.metrics_csv import MetricsCSV
 
 
 class Speed(Callback):

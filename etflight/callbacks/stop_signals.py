@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from etflight.callbacks.checkpoint import LastCheckpoint
-from etflight.run import run_folder
+from etflight.callbacks.trainer import run_folder
 
 
 class StopSignals(Callback):

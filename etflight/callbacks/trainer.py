@@ -1,8 +1,11 @@
-"""What callbacks ask of a trainer: attributes that Lightning sets outside the class body, where no type checker sees them."""
+"""What callbacks ask of a trainer; most of it Lightning sets outside the class body, where no type checker sees it."""
 
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, Trainer
+
+from etflight.metrics_csv import MetricsCSV
 
 _Kind = TypeVar("_Kind")
 
@@ -27,3 +30,11 @@ def shows_after(trainer: Trainer, batch_idx: int) -> bool:
     """Whether the progress bar gets new numbers after this batch: one in `log_every_n_steps` does."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return every > 0 and (batch_idx + 1) % every == 0
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Where a run keeps its files: the folder of its `metrics.csv`, or else the trainer's root."""
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsCSV):
+            return Path(logger.save_dir)
+    return Path(trainer.default_root_dir)

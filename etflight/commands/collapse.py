@@ -26,8 +26,8 @@ from etflight.commands.trained import add_imports, brief, import_modules, load_c
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
 from etflight.errors import UserError
+from etflight.files import write_json
 from etflight.metrics import ClassStatistics, Moments, measures
-from etflight.run import write_json
 from etflight.terminal import console
 from etflight.usage import OneLineParser
 

@@ -17,8 +17,8 @@ from etflight.commands.data_option import data_parser, parse
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
 from etflight.errors import UserError
+from etflight.files import write_json
 from etflight.metrics.shots import by_frequency, shot_groups
-from etflight.run import write_json
 from etflight.terminal import as_it_is, console
 from etflight.usage import OneLineParser
 

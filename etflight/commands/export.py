@@ -15,7 +15,7 @@ from etflight.exporting import graph
 from etflight.exporting.card import model_card
 from etflight.exporting.network import save_timm
 from etflight.preprocessing import Preprocessing
-from etflight.run import last_checkpoint, same_folder
+from etflight.run_folder import last_checkpoint, same_folder
 from etflight.terminal import as_it_is, console
 from etflight.usage import OneLineParser
 

@@ -29,7 +29,7 @@ class Result:
         seed: of the run.
         epochs: trained to their end.
         commit: of the code.
-        config_sha256: the same for all seeds of an arm (`etflight.run.config_sha256`).
+        config_sha256: the same for all seeds of an arm (`etflight.run_record.config_sha256`).
         fingerprint: of the training images.
         command: that trained it.
         num_classes: K.

@@ -15,7 +15,7 @@ from etflight.callbacks import NeuralCollapseMonitor
 from etflight.callbacks.figures import CollapseFigures
 from etflight.data import Digits
 from etflight.errors import UserError
-from etflight.run import MetricsCSV
+from etflight.metrics_csv import MetricsCSV
 
 PICTURES = ["nc_curves", "nc_heat_map", "nc_spectrum", "nc_variability"]
 

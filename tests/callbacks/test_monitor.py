@@ -16,11 +16,12 @@ from etflight import Classifier, CrossEntropyLoss, ETFHead, LinearHead
 from etflight.callbacks import NeuralCollapseMonitor, pass_statistics
 from etflight.callbacks.pass_statistics import PassStatistics
 from etflight.callbacks.sweep import every_sample_once
+from etflight.callbacks.trainer import run_folder
 from etflight.data import Digits
 from etflight.errors import UserError
 from etflight.heads import Head
 from etflight.metrics import ClassStatistics, measures
-from etflight.run import MetricsCSV, run_folder
+from etflight.metrics_csv import MetricsCSV
 
 K = 4
 

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, Trainer
 from etflight import Classifier
 from etflight.callbacks import LastCheckpoint, Speed
 from etflight.data import Digits
-from etflight.run import MetricsCSV
+from etflight.metrics_csv import MetricsCSV
 from tests.runs import differences, read
 
 FIT = [
