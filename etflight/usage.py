@@ -1,5 +1,6 @@
 """Usage errors in one line: what the parser says of a command line, and what it may have meant."""
 
+import inspect
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -57,6 +58,8 @@ def summarise(message: str, argv: Sequence[str], bases: Mapping[str, type]) -> s
     alien = re.fullmatch(r"Option '([^']+)' is not accepted", message.strip())
     if alien:
         return f"--{_full_name(alien.group(1), argv)}: the chosen class takes no argument {alien.group(1)!r}"
+    if missing := re.fullmatch(r"the following arguments are required: (.+)", message.strip()):
+        return f"these arguments are required: {', '.join(_option(name, bases) for name in missing[1].split(', '))}"
     ambiguous = re.search(r"Multiple subclasses with name [^\n]*", message)
     if ambiguous:
         return f"{key}{ambiguous.group()}"
@@ -83,6 +86,16 @@ def summarise(message: str, argv: Sequence[str], bases: Mapping[str, type]) -> s
 def _full_name(key: str, argv: Sequence[str]) -> str:
     options = (arg.partition("=")[0].removeprefix("--") for arg in argv)
     return next((option for option in options if option.endswith(f".{key}")), key)
+
+
+def _option(name: str, bases: Mapping[str, type]) -> str:
+    """The option that sets an argument of a class; what no class that can be chosen takes is the command's own."""
+    for option, base in bases.items():
+        if name == option:
+            return f"--{option}"
+        if any(name in inspect.signature(cls).parameters for cls in _subclasses(base)):
+            return f"--{option}.{name}"
+    return name
 
 
 def _hint(name: str, base: type | None) -> str:

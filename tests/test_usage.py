@@ -32,3 +32,11 @@ def test_none_is_called_null_as_in_a_configuration_file():
         "Parser key \"max_epochs\":\n  - Expected a <class 'int'>\n  - Expected a <class 'NoneType'>\n  Given value: x"
     )
     assert summarise(message, ["--trainer.max_epochs=x"], {}) == "--trainer.max_epochs: Expected an int or null, got x"
+
+
+def test_what_is_missing_is_told_as_the_option_that_gives_it():
+    message = "the following arguments are required: root, lists"
+    assert summarise(message, [], BASES) == "these arguments are required: --data.root, --data.lists"
+    assert (
+        summarise("the following arguments are required: output", [], BASES) == "these arguments are required: output"
+    )
