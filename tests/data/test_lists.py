@@ -129,7 +129,11 @@ def test_a_line_that_cannot_be_meant_is_quoted_with_its_number(tmp_path, line, p
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"a\0.jpg 0\n", "a.jpg 0\n".encode("utf-16"), gzip.compress(b"a.jpg 0\n")])
+@pytest.mark.parametrize(
+    "content",
+    [b"a\0.jpg 0\n", "a.jpg 0\n".encode("utf-16"), gzip.compress(b"a.jpg 0\n")],
+    ids=["zero byte", "utf-16", "gzip"],
+)
 def test_a_list_that_is_no_text_is_refused(tmp_path, content):
     (tmp_path / "list.txt").write_bytes(content)
     with pytest.raises(UserError, match=r"list\.txt is no text: give lines of") as caught:
