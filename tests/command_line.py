@@ -65,8 +65,9 @@ class CommandLine:
     def __init__(self, folder: Path, **env: str) -> None:
         self._folder = folder
         self._count = 0
-        # wandb leaves the address of this process's own service in the environment
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | env
+        # wandb leaves the address of this process's own service in the environment, pytest-xdist the width of its terminal
+        own = {name for name in os.environ if name.startswith("WANDB_") or name in ("COLUMNS", "LINES")}
+        environment = {name: value for name, value in os.environ.items() if name not in own} | env
         # the tests' own callbacks and loggers
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
         self._server = subprocess.Popen(
