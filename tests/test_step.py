@@ -164,7 +164,10 @@ def test_validation_and_the_monitor_share_one_forward_a_batch(tmp_path):
     assert "nc/val/nc1" in runs.callback_metrics
     sweep = CountForwards()
     runs = trainer(
-        callbacks=[NeuralCollapseMonitor(before_training=False), sweep], max_epochs=1, num_sanity_val_steps=0
+        callbacks=[NeuralCollapseMonitor(before_training=False), sweep],
+        max_epochs=1,
+        num_sanity_val_steps=0,
+        default_root_dir=tmp_path,
     )
     runs.fit(small(), datamodule=data)
     assert sweep.forwards["validate", 0] == 5 + len(
