@@ -1,4 +1,4 @@
-"""What a command line and its configuration files give for an option, before they are parsed."""
+"""Command lines without torch: the parser of commands that build nothing; what an option is given, before it is parsed."""
 
 import sys
 from argparse import ArgumentParser

@@ -196,7 +196,7 @@ def _check_contents(path: str | Path, checkpoint: dict[str, Any]) -> None:
     for name in ("num_classes", "backbone"):
         if name not in checkpoint["hyper_parameters"]:
             raise damaged(path, f"its hyper_parameters have no {name}")
-    names, num_classes = checkpoint.get("class_names"), checkpoint["hyper_parameters"].get("num_classes")
+    names, num_classes = checkpoint.get("class_names"), checkpoint["hyper_parameters"]["num_classes"]
     if names is not None:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise damaged(path, "its class_names are no list of names")

@@ -58,6 +58,8 @@ def summarise(message: str, argv: Sequence[str], bases: Mapping[str, type]) -> s
     alien = re.fullmatch(r"Option '([^']+)' is not accepted", message.strip())
     if alien:
         return f"--{_full_name(alien.group(1), argv)}: the chosen class takes no argument {alien.group(1)!r}"
+    if linked := re.search(r'Linked "([^"]+)" must be given via "([^".]+)', message):
+        return f"--{linked[1]} is taken from --{linked[2]}: leave it out"
     if missing := re.fullmatch(r"the following arguments are required: (.+)", message.strip()):
         return f"these arguments are required: {', '.join(_option(name, bases) for name in missing[1].split(', '))}"
     ambiguous = re.search(r"Multiple subclasses with name [^\n]*", message)

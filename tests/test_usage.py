@@ -40,3 +40,11 @@ def test_what_is_missing_is_told_as_the_option_that_gives_it():
     assert (
         summarise("the following arguments are required: output", [], BASES) == "these arguments are required: output"
     )
+
+
+def test_what_the_data_decide_is_to_be_left_out(etflight_command, tmp_path):
+    result = etflight_command("fit", "--data", "Digits", "--model.num_classes", 7, cwd=tmp_path)
+    assert result.status == 2
+    assert result.error_lines == [
+        "etflight: error: --model.num_classes is taken from --data: leave it out (see etflight fit --help)"
+    ]

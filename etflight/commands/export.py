@@ -117,10 +117,10 @@ def _appearing(output: Path) -> Iterator[Path]:
 
 
 def _check_name(repository: str | None) -> None:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
     if repository is None:
         return
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
