@@ -1,7 +1,7 @@
 """What the networks for 32 × 32 images share: a stem, three stages, pooling and a classifier, under timm's model contract."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from timm.layers.classifier import create_classifier
@@ -15,7 +15,7 @@ _STAGES = ("layer1", "layer2", "layer3")
 class CifarNet(nn.Module):
     """A network whose stages `layer1`, `layer2` and `layer3` work at full, half and a quarter of the resolution.
 
-    Convolutions start from He's normal distribution over the fan-out. The class keeps timm's model contract, as
+    Convolutions start from He's normal distribution over `fan`. The class keeps timm's model contract, as
     `timm.models.ResNet` does.
 
     Args:
@@ -26,9 +26,13 @@ class CifarNet(nn.Module):
         in_chans: Channels of the images.
         global_pool: timm's name of the pooling: `avg`, `max`, `avgmax`, `catavgmax`, or empty for none.
         drop_rate: Probability of dropout between pooling and classifier.
+
+    Attributes:
+        fan: `fan_in` or `fan_out`: the connections that set the variance of a convolution's first weights.
     """
 
     conv1: nn.Conv2d
+    fan: ClassVar[Literal["fan_in", "fan_out"]]
 
     def __init__(
         self,
@@ -61,7 +65,7 @@ class CifarNet(nn.Module):
         self.head_hidden_size: int = self.num_features * self.global_pool.feat_mult()
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.kaiming_normal_(module.weight, mode=self.fan, nonlinearity="relu")
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Regular expressions that group parameters by depth, per stage if `coarse`, else per block."""

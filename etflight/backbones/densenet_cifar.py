@@ -56,6 +56,7 @@ class CifarDenseNet(CifarNet):
     A transition between two stages halves the channels (compression 0.5) and the resolution. A depth of 6n + 4 has n layers in
     each stage; another is rounded down to such a one, as the released code of Yang et al. 2022 does: its "depth 150" at k = 12 has
     n = ⌊146/6⌋ = 24, 148 layers with weights, and 24 + 24·12 = 312 → 156, + 288 = 444 → 222, + 288 = 510 features.
+    Weights start from the fan-out, as they do there.
 
     Reference: Huang, Liu, van der Maaten, Weinberger, "Densely Connected Convolutional Networks", CVPR 2017, section 3,
     <https://arxiv.org/abs/1608.06993>.
@@ -68,6 +69,8 @@ class CifarDenseNet(CifarNet):
         global_pool: timm's name of the pooling: `avg`, `max`, `avgmax`, `catavgmax`, or empty for none.
         drop_rate: Probability of dropout between pooling and classifier.
     """
+
+    fan = "fan_out"
 
     def __init__(
         self,

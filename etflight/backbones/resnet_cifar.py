@@ -51,7 +51,8 @@ class BasicBlock(nn.Module):
 class CifarResNet(CifarNet):
     """The residual network for CIFAR with 6n + 2 layers: a 3 × 3 stem and three stages of n blocks.
 
-    The stages have 16, 32 and 64 channels times `width`, at full, half and a quarter of the resolution.
+    The stages have 16, 32 and 64 channels times `width`, at full, half and a quarter of the resolution. Weights start as in the
+    released code of LDAM-DRW, MiSLAS and Yang et al. 2022: `kaiming_normal_` with its default, the fan-in.
 
     Reference: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2,
     <https://arxiv.org/abs/1512.03385>.
@@ -67,6 +68,8 @@ class CifarResNet(CifarNet):
     Raises:
         UserError: When `width` is not a positive integer.
     """
+
+    fan = "fan_in"
 
     def __init__(
         self,

@@ -14,10 +14,12 @@ WIDTHS = {"resnet20_cifar": 64, "densenet_bc_150_cifar": 510}
 pytestmark = pytest.mark.parametrize("name", WIDTHS)
 
 
-def test_convolutions_start_from_he_normal_over_the_fan_out(name):
+def test_convolutions_start_from_he_normal_over_the_fan_of_the_fields_code(name):
+    """LDAM-DRW, MiSLAS and Yang et al. call `kaiming_normal_(weight)` for ResNets; the last divides by k²·out for DenseNets."""
     for module in make(name).modules():
         if isinstance(module, nn.Conv2d):
-            std = (2 / (module.kernel_size[0] * module.kernel_size[1] * module.out_channels)) ** 0.5
+            chs = module.in_channels if name.startswith("resnet") else module.out_channels
+            std = (2 / (module.kernel_size[0] * module.kernel_size[1] * chs)) ** 0.5
             tolerance = 5 / (2 * module.weight.numel()) ** 0.5  # five standard errors of a normal sample's deviation
             assert module.weight.std().item() == pytest.approx(std, rel=tolerance)
 
