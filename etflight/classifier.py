@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import Metric
 
+from etflight.averaging import averaged
 from etflight.checkpoints import read_checkpoint, refuse_others
 from etflight.errors import UserError, warn
 from etflight.heads import ETFHead, Head, codes_from_state_dict
@@ -373,7 +374,10 @@ class Classifier(LightningModule):
         """Log, and fit the temperature if the validation images are held out."""
         self._log_epoch("val")
         if self._fits_temperature and not self.trainer.sanity_checking:
-            self.temperature.copy_(self.temperature_fit.compute())
+            temperature = self.temperature_fit.compute()
+            with averaged(self.trainer, self):  # by now callbacks have swapped the weights out that were validated
+                self.temperature.copy_(temperature)
+            self.temperature.copy_(temperature)
         self.temperature_fit.reset()
         self._start("val")
 

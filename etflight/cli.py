@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 import etflight.data
 from etflight.arguments import config_files, value_of, values_of
-from etflight.callbacks import FineTuning, LastCheckpoint, PostHoc, Speed, StepSeed, StopSignals
+from etflight.callbacks import FineTuning, LastCheckpoint, NeuralCollapseMonitor, PostHoc, Speed, StepSeed, StopSignals
 from etflight.callbacks.checkpoint import KEY as CHECKPOINT_KEY
 from etflight.callbacks.double_correction import DoubleCorrection
 from etflight.callbacks.evaluation import TestResults
@@ -70,6 +70,13 @@ class EtflightCLI(LightningCLI):
         )
         parser.add_class_arguments(LastCheckpoint, "checkpoint")
         parser.add_class_arguments(FineTuning, "fine_tuning")
+        parser.add_argument(
+            "--monitor",
+            type=NeuralCollapseMonitor | None,
+            default={"class_path": "etflight.callbacks.NeuralCollapseMonitor", "init_args": {"every_n_epochs": "auto"}},
+            help="What measures neural collapse in training (--monitor.every_n_epochs, --monitor.online, …); null: nothing does. "
+            "A NeuralCollapseMonitor in trainer.callbacks takes its place.",
+        )
         parser.add_argument(
             "--post_hoc",
             type=PostHoc | None,
@@ -260,6 +267,7 @@ class EtflightCLI(LightningCLI):
             StopSignals(last),
             *_as_list(last),
             *([StepSeed(), Speed(), Progress(), fine_tuning] if fitting else []),
+            *self._monitor(fitting, users),
             *_as_list(self._get(self.config_init, "post_hoc")),
             *users,
         ]
@@ -285,6 +293,11 @@ class EtflightCLI(LightningCLI):
         # whatever Lightning itself writes belongs to the run, too
         kwargs["default_root_dir"] = str(self.folder)
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def _monitor(self, fitting: bool, users: Sequence[Any]) -> list[Any]:
+        if not fitting or any(isinstance(callback, NeuralCollapseMonitor) for callback in users):
+            return []
+        return _as_list(self._get(self.config_init, "monitor"))
 
     def _predicting(self) -> list[PredictionTable]:
         if self.subcommand != "predict":

@@ -157,6 +157,7 @@ def test_config_trains_a_step(config, first_stage, etflight_command, tmp_path):
     assert result.status == 0, result.err
     assert not (tmp_path / "runs").exists()  # a trial run leaves nothing
     assert "class frequencies are corrected" not in result.out + result.err  # no arm does it twice
+    assert "alignment" in result.out  # every protocol measures neural collapse
 
 
 @pytest.mark.parametrize(

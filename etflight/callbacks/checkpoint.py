@@ -34,6 +34,14 @@ class RankState(Protocol):
         """Continue from one rank's state, or from the sum of several."""
 
 
+@runtime_checkable
+class Finishing(Protocol):
+    """A callback with something left to do after the last step, which the last checkpoint is to hold."""
+
+    def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do it; nothing if it has been done. A collective call."""
+
+
 class LastCheckpoint(Callback):
     """Keeps `<run folder>/checkpoints/last.ckpt`, saved only where a resumed run repeats the uninterrupted one bit by bit.
 
@@ -92,7 +100,10 @@ class LastCheckpoint(Callback):
             self.save(trainer, "steps")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last steps."""
+        """Save the last steps, once other callbacks have done what is left to do."""
+        for callback in callbacks_of(trainer, Callback):
+            if isinstance(callback, Finishing):
+                callback.finish(trainer, pl_module)
         if trainer.global_step > self._saved_step or trainer.current_epoch > self._saved_epoch:
             self.save(trainer, "end")
 

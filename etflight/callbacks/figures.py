@@ -67,7 +67,7 @@ class CollapseFigures(Callback):
         if not monitors:
             raise UserError(
                 "CollapseFigures draws what a NeuralCollapseMonitor measures, and the trainer has none: "
-                "add NeuralCollapseMonitor to trainer.callbacks"
+                "add NeuralCollapseMonitor to trainer.callbacks, or take CollapseFigures out"
             )
         self._monitors = {}
         for monitor in monitors:
@@ -88,6 +88,8 @@ class CollapseFigures(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the last measurement, and make the film."""
+        for monitor in self._monitors.values():
+            monitor.finish(trainer, pl_module)  # it may be further down the list
         self._draw_what_is_due(trainer, pl_module, last=True)
         if self.film and trainer.is_global_zero and not is_trial_run(trainer):
             for key, monitor in self._monitors.items():

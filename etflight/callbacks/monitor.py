@@ -8,28 +8,30 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from etflight.averaging import averaged, averaging_callbacks
 from etflight.callbacks.embedding_source import HEAD, EmbeddingSource, Space
 from etflight.callbacks.pass_statistics import KEEP_BYTES, KeptEmbeddings, PassStatistics
 from etflight.callbacks.sweep import (
-    averaged,
     class_indices,
     every_sample_once,
     plain_tensors,
     to_device,
     undisturbed,
 )
-from etflight.callbacks.trainer import callbacks_of, data_module, is_trial_run, run_folder
+from etflight.callbacks.trainer import data_module, is_trial_run, run_folder
 from etflight.errors import UserError
 from etflight.files import replacing
 from etflight.metrics import Moments, measures
 
+_SMALL = 10**8  # pixels of training images whose sweep is worth its time in each epoch
+_SHARE = 0.1  # of the time of the epochs between two sweeps over more
+_FORWARDS_OF_A_STEP = 3  # the time of an image's forward and backward
 _MOST_CLASSES = 50  # of a Gram matrix on disk: 41 KB an epoch, whatever the width
 
 
@@ -42,7 +44,8 @@ class NeuralCollapseMonitor(Callback):
 
     - **train**: one extra forward over the training set, each sample exactly once on any number of processes, in evaluation mode, not
       augmented and not re-sampled: just before validation, or at the end of an epoch without one. `limit_train_batches` limits the
-      training, not this sweep (`fast_dev_run` limits both). Validation within an epoch is measured too.
+      training, not this sweep (`fast_dev_run` limits both). Validation within an epoch is measured too, and so are the final weights
+      of a training that ends elsewhere than after a measured epoch.
     - **val**: the validation loop's own forward (of its first loader), no extra one. `nc/val/nc4` compares with the centres of the sweep.
     - **online**: the training forwards themselves, no sweep: `nc/train_online/…`. These embeddings are *stale*, each from the weights
       of its step, with the batch's BatchNorm and augmentation; batches whose labels are probabilities (mixup) are left out. A head that
@@ -58,7 +61,9 @@ class NeuralCollapseMonitor(Callback):
     the cosines of any heat map; XXX counts finished epochs.
 
     Args:
-        every_n_epochs: measure epochs n, 2n, …, and the last.
+        every_n_epochs: measure epochs n, 2n, …, and the last. "auto": every epoch, which adds about a quarter to its time; but where
+            the training images are many or large (100 million pixels), sweep only so often that it adds less than a tenth, and measure
+            the validation images whenever they are validated.
         splits: of "train" and "val".
         space: "embedding": what meets the class vectors, `head.embed(features)` for an `etflight.Head`, the input for any other
             module. "backbone": the head's input, under `nc_raw/…`; without the measures that need class vectors for an `etflight.Head`.
@@ -75,7 +80,7 @@ class NeuralCollapseMonitor(Callback):
         spectra: whether to measure `effective_rank` and `effective_rank_within`, whose eigenvalues cost O(d³).
 
     Attributes:
-        epochs: finished epochs at each measurement, 0 before training; a fraction for a validation within an epoch.
+        epochs: finished epochs at each measurement, 0 before training; a fraction within an epoch.
         history: log name to the values at `epochs`, NaN where it was not measured. In checkpoints, as are the anchors.
         latest: split ("train", "val", "train_online") to its last class statistics, on the CPU.
         latest_layers: layer to the same.
@@ -109,7 +114,7 @@ class NeuralCollapseMonitor(Callback):
 
     def __init__(
         self,
-        every_n_epochs: int = 1,
+        every_n_epochs: int | Literal["auto"] = 1,
         splits: Sequence[Literal["train", "val"]] = ("train", "val"),
         space: Space = "embedding",
         head: str = "head",
@@ -122,7 +127,7 @@ class NeuralCollapseMonitor(Callback):
     ) -> None:
         super().__init__()
         for name, holds, rule in (
-            ("every_n_epochs", every_n_epochs >= 1, "give 1 or more"),
+            ("every_n_epochs", every_n_epochs == "auto" or every_n_epochs >= 1, 'give 1 or more, or "auto"'),
             ("splits", len(splits) > 0 and set(splits) <= {"train", "val"}, 'give "train", "val", or both'),
             ("space", space in ("embedding", "backbone"), 'give "embedding" or "backbone"'),
             ("snapshots", snapshots >= 0, "give 0 (none) or more per class"),
@@ -149,7 +154,8 @@ class NeuralCollapseMonitor(Callback):
         self.measured_weights: Literal["averaged", "current"] = "current"
 
         self._anchors: dict[str, Tensor] = {}
-        self._measured_epoch = -1
+        self._sweeps_every: int | None = None  # epochs; None: never
+        self._swept_at = -1.0
         self._source: EmbeddingSource | None = None
         self._loader: DataLoader[Any] | None = None
         self._online: PassStatistics | None = None
@@ -157,7 +163,7 @@ class NeuralCollapseMonitor(Callback):
         self._val: PassStatistics | None = None
         self._val_agrees: Tensor | None = None
         self._centres: Moments | None = None
-        self._awaits_sweep = False
+        self._is_ready = True  # for the next validation batch
         self._values: dict[str, float] = {}
         self._told: set[str] = set()
 
@@ -166,12 +172,13 @@ class NeuralCollapseMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the last fit; a checkpoint is loaded after this."""
         if stage == "fit":
-            self._measured_epoch = -1
+            self._swept_at = -1.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the head, the layers and the training images, or say at once what is missing."""
         self._source = EmbeddingSource(pl_module, self.head, self.space, self.layers)
         self._loader = self._val = self._online = None
+        self._sweeps_every = 1 if self.every_n_epochs == "auto" else self.every_n_epochs
         if not self._sweeps:
             return
         if self.train_dataloader is None and not hasattr(data_module(trainer), "eval_dataloader"):
@@ -186,27 +193,29 @@ class NeuralCollapseMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the untrained model, at step 0."""
-        if trainer.global_step > 0 or not (self._sweeps and self.before_training):
-            return
-        self._sweep(trainer, pl_module, 0.0)
-        values = self._publish(0.0)
-        for logger in trainer.loggers:
-            logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=0)
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        if self._sweeps and self.every_n_epochs == "auto":
+            self._sweeps_every = self._affordable(trainer)
+        if trainer.global_step == 0 and self.before_training and self._sweeps and self._sweeps_every is not None:
+            self._sweep(trainer, pl_module, 0.0)
+            self._log_outside_of_epochs(trainer, 0.0, epoch=trainer.current_epoch, step=0)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Get ready for a sweep, which waits for the first batch: by then every callback has swapped its weights in."""
-        self._awaits_sweep = self._measures(trainer) and not trainer.sanity_checking
         self._val = None
-        if self._awaits_sweep and "val" in self.splits:
+        self._is_ready = True
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        due = self._is_due(trainer)
+        if "val" in self.splits and (due or self.every_n_epochs == "auto"):
             self._val = self._new_pass(trainer, "val")
             self._val_agrees = torch.zeros(2, dtype=torch.float64, device=self._val.device)
+        self._is_ready = not due and self._val is None
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Sweep before the first batch, then catch the validation loop's own forward."""
-        if self._awaits_sweep:
+        if not self._is_ready:
             self._before_validation(trainer, pl_module)
         if self._val is not None and dataloader_idx == 0:
             self._found().attach()
@@ -235,7 +244,7 @@ class NeuralCollapseMonitor(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the sweep and the validation pass."""
-        if self._awaits_sweep:  # this process saw no validation batch
+        if not self._is_ready:  # this process saw no validation batch
             self._before_validation(trainer, pl_module)
         if self._val is not None:
             with plain_tensors():
@@ -245,12 +254,11 @@ class NeuralCollapseMonitor(Callback):
             self._val = None
         self._centres = None
         if self._values:
-            self._measured_epoch = trainer.current_epoch
             pl_module.log_dict(self._publish(trainer.current_epoch + _part_of_epoch(trainer)), sync_dist=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Catch the training forward."""
-        if self.online and "train" in self.splits and self._measures(trainer):
+        if self.online and "train" in self.splits and self._is_due(trainer):
             if self._online is None:
                 self._online = self._new_pass(trainer, "train_online")
                 for state in self._online_states:
@@ -281,12 +289,24 @@ class NeuralCollapseMonitor(Callback):
                 with plain_tensors():
                     self._remember_weight()
                     self._finish(passed, "train_online")
-        elif self._sweeps and self._measures(trainer) and self._measured_epoch != trainer.current_epoch:
+        elif self._sweeps and self._is_due(trainer) and self._swept_at <= trainer.current_epoch:
             with averaged(trainer, pl_module):
-                self._sweep(trainer, pl_module, trainer.current_epoch + 1.0)
-            self._measured_epoch = trainer.current_epoch
+                self._sweep(trainer, pl_module, trainer.current_epoch + _part_of_epoch(trainer))
         if self._values:
-            pl_module.log_dict(self._publish(trainer.current_epoch + 1.0), sync_dist=True)
+            pl_module.log_dict(self._publish(trainer.current_epoch + _part_of_epoch(trainer)), sync_dist=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the final weights."""
+        self.finish(trainer, pl_module)
+
+    def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the final weights, unless that has been done: a training may end within an epoch, or after one that was not due."""
+        last = trainer.current_epoch - 1  # Lightning has counted it as completed, whether cut short or not
+        epochs = last + _part_of_epoch(trainer)
+        if self._sweeps and self._sweeps_every is not None and self._swept_at < epochs:
+            with averaged(trainer, pl_module):
+                self._sweep(trainer, pl_module, epochs)
+            self._log_outside_of_epochs(trainer, epochs, epoch=last, step=trainer.global_step - 1)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
@@ -301,24 +321,49 @@ class NeuralCollapseMonitor(Callback):
         if self._source is not None:
             self._source.detach()
         self._val = self._online = self._centres = None
-        self._awaits_sweep = False
+        self._is_ready = True
         self._values = {}
 
     @property
     def _sweeps(self) -> bool:
         return "train" in self.splits and not self.online
 
-    def _measures(self, trainer: Trainer) -> bool:
-        epoch = trainer.current_epoch + 1
-        return trainer.state.fn == TrainerFn.FITTING and (
-            epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs
+    def _is_due(self, trainer: Trainer) -> bool:
+        """Whether the training images are measured in this epoch."""
+        every, epoch = self._sweeps_every, trainer.current_epoch + 1
+        return (
+            every is not None
+            and trainer.state.fn == TrainerFn.FITTING
+            and (epoch % every == 0 or epoch == trainer.max_epochs)
         )
+
+    def _affordable(self, trainer: Trainer) -> int | None:
+        """Epochs from one sweep to the next under "auto"; None where a single one would take longer than a third of the training."""
+        data = data_module(trainer)
+        images, (_, height, width) = int(data.class_counts.sum()), data.preprocessing.input_size
+        if images * height * width <= _SMALL or is_trial_run(trainer):
+            return 1
+        step = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        if images > step * trainer.estimated_stepping_batches:
+            rank_zero_info(
+                f"neural collapse of the {images:,} training images is not measured, since one sweep over them would take longer than a "
+                "third of this training: monitor.every_n_epochs 1 measures it all the same"
+            )
+            return None
+        drawn = data.batch_size * trainer.world_size * int(trainer.num_training_batches)
+        every: int = math.ceil(images / (_SHARE * _FORWARDS_OF_A_STEP * drawn))
+        rank_zero_info(
+            f"neural collapse of the {images:,} training images is measured every {every} epochs and at the end, so that it adds less than "
+            "a tenth to the training, that of the validation images whenever they are validated: monitor.every_n_epochs 1 "
+            "measures both each epoch"
+        )
+        return every
 
     # --- what --------------------------------------------------------------------------------------------------------------
 
     def _before_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._awaits_sweep = False
-        if self._sweeps:
+        self._is_ready = True
+        if self._sweeps and self._is_due(trainer):
             self._centres = self._sweep(trainer, pl_module, trainer.current_epoch + _part_of_epoch(trainer))
         else:
             self._say_which_weights(trainer)
@@ -327,6 +372,7 @@ class NeuralCollapseMonitor(Callback):
 
     def _sweep(self, trainer: Trainer, pl_module: LightningModule, epoch: float) -> Moments:
         """One pass over the training images; returns the statistics of the embedding, on the device."""
+        self._swept_at = epoch
         self._say_which_weights(trainer)
         source = self._found()
         loader = self._training_images(trainer)
@@ -391,6 +437,13 @@ class NeuralCollapseMonitor(Callback):
             return f"nc_{name}"
         return "nc" if self.space == "embedding" else "nc_raw"
 
+    def _log_outside_of_epochs(self, trainer: Trainer, at: float, *, epoch: int, step: int) -> None:
+        """Where Lightning's own `log` is not to be had: before the first step, and after the last."""
+        values = self._publish(at)
+        for logger in trainer.loggers:
+            logger.log_metrics({**values, "epoch": epoch}, step=step)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+
     def _publish(self, epoch: float) -> dict[str, float]:
         """Put the collected values into the history, and return them."""
         values, self._values = self._values, {}
@@ -412,7 +465,7 @@ class NeuralCollapseMonitor(Callback):
         self.latest_bias = None if source.bias is None else source.bias.cpu().clone()
 
     def _say_which_weights(self, trainer: Trainer) -> None:
-        averaging = callbacks_of(trainer, WeightAveraging)
+        averaging = averaging_callbacks(trainer)
         self.measured_weights = "averaged" if averaging else "current"
         if averaging and "weights" not in self._told:
             self._told.add("weights")
@@ -464,7 +517,7 @@ class NeuralCollapseMonitor(Callback):
             "epochs": list(self.epochs),
             "history": {name: list(series) for name, series in self.history.items()},
             "anchors": dict(self._anchors),
-            "measured_epoch": self._measured_epoch,
+            "swept_at": self._swept_at,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -472,7 +525,9 @@ class NeuralCollapseMonitor(Callback):
         self.epochs = list(state_dict["epochs"])
         self.history = {name: list(series) for name, series in state_dict["history"].items()}
         self._anchors = dict(state_dict["anchors"])
-        self._measured_epoch = state_dict["measured_epoch"]
+        self._swept_at = state_dict.get(
+            "swept_at", max(self.epochs, default=-1.0)
+        )  # earlier versions measured all splits at once
 
     def rank_state(self) -> dict[str, Any]:
         """The statistics of the training forwards of this epoch so far, of this process."""
@@ -502,7 +557,7 @@ def _write(trainer: Trainer, folder: str, epoch: int, **content: Any) -> None:
 
 
 def _part_of_epoch(trainer: Trainer) -> float:
-    """How much of the current epoch has been trained."""
+    """How much of the current epoch has been trained, or of the last one at the end of training."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     batches = trainer.num_training_batches
     if progress.is_last_batch or progress.current.ready >= batches:

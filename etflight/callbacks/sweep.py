@@ -6,14 +6,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from etflight.callbacks.embedding_source import frozen_modes
-from etflight.callbacks.trainer import callbacks_of
 from etflight.data.sampler import ShardSampler
 from etflight.errors import UserError
 from etflight.metrics.statistics import INTEGERS
@@ -86,19 +84,6 @@ def _buffers_of_rank_zero(trainer: Trainer, pl_module: LightningModule) -> Itera
     finally:
         for buffer, value in own:
             buffer.copy_(value)
-
-
-@contextmanager
-def averaged(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Swap averaged weights in, as their callbacks do for a validation."""
-    averaging = callbacks_of(trainer, WeightAveraging)
-    for callback in averaging:
-        callback.on_validation_epoch_start(trainer, pl_module)
-    try:
-        yield
-    finally:
-        for callback in averaging:
-            callback.on_validation_epoch_end(trainer, pl_module)
 
 
 def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:

@@ -1,6 +1,6 @@
 import csv
 import math
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from etflight import Classifier, CrossEntropyLoss, ETFHead, LinearHead
-from etflight.callbacks import NeuralCollapseMonitor, pass_statistics
+from etflight.callbacks import CollapseFigures, LastCheckpoint, NeuralCollapseMonitor, monitor, pass_statistics
 from etflight.callbacks.pass_statistics import PassStatistics
 from etflight.callbacks.sweep import every_sample_once
 from etflight.callbacks.trainer import run_folder
@@ -356,6 +356,93 @@ def test_validation_within_an_epoch_is_measured_too(tmp_path):
     assert watch.epochs == [0, 0.5, 1]
 
 
+class StopAfter(Callback):
+    """As early stopping does, at the end of an epoch or within one, when the monitor has had its turn."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.should_stop or (self.batches % 6 and trainer.global_step >= self.batches)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = trainer.should_stop or trainer.global_step >= self.batches
+
+
+@pytest.mark.parametrize(
+    ("options", "measured"),
+    [
+        ({"max_steps": 9}, [0, 1, 1.5]),
+        ({"max_steps": 9, "val": False}, [0, 1, 1.5]),
+        ({"max_steps": 9, "val_check_interval": 2}, [0, 1 / 3, 2 / 3, 1, 4 / 3, 1.5]),
+        ({"max_steps": 12}, [0, 1, 2]),
+        ({"stop": 18, "every": 2}, [0, 2, 3]),
+        ({"stop": 18, "every": 2, "val": False}, [0, 2, 3]),
+        ({"stop": 18, "every": 3}, [0, 3]),
+        ({"stop": 9, "every": 5}, [0, 1.5]),
+        ({"stop": 10, "every": 1, "val_check_interval": 4}, [0, 4 / 6, 1 + 4 / 6]),
+    ],
+)
+def test_the_final_weights_are_measured_wherever_training_ends_and_the_checkpoint_knows(tmp_path, options, measured):
+    options = dict(options)
+    watch = plain_monitor(every_n_epochs=options.pop("every", 1))
+    stop = [StopAfter(options.pop("stop"))] if "stop" in options else []
+    rows = MetricsCSV(tmp_path)
+    model, runs = fit(tmp_path, LastCheckpoint(), watch, *stop, epochs=9, logger=rows, **options)
+    assert watch.epochs == pytest.approx(measured)
+    assert_equal_values(watch.history, "nc/train", plain_values(model, TRAIN)[0])
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["callbacks"][watch.state_key]["history"]["nc/train/nc1"] == pytest.approx(
+        watch.history["nc/train/nc1"]
+    )
+    logged = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert state["etflight"]["metrics_rows"] == len(logged)
+    final = [row for row in logged if row["nc/train/nc1"]][-1]
+    assert float(final["nc/train/nc1"]) == pytest.approx(watch.history["nc/train/nc1"][-1])
+    assert int(final["step"]) == runs.global_step - 1
+
+
+@pytest.mark.parametrize("averaging", [True, False])
+def test_figures_before_the_monitor_show_the_final_weights_too(tmp_path, averaging):
+    ema = [EMAWeightAveraging(decay=0.8)] if averaging else []
+    watch = plain_monitor(every_n_epochs=5)
+    figures = CollapseFigures(every_n_epochs=9)
+    fit(tmp_path, figures, *ema, watch, epochs=2, max_steps=9)
+    assert watch.epochs == [0, 1.5]
+    assert figures._drawn == {"nc": 1.5}
+
+
+def test_auto_measures_large_sets_seldom_their_validation_images_always_and_says_so(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(monitor, "_SMALL", 1000)
+    watch = NeuralCollapseMonitor(every_n_epochs="auto")
+    trainer(tmp_path, watch, epochs=6).fit(classifier(), datamodule=digits())
+    assert watch.epochs == [0, 1, 2, 3, 4, 5, 6]
+    swept = [not math.isnan(value) for value in watch.history["nc/train/nc1"]]
+    assert swept == [True, False, False, False, True, False, True]
+    for name in ("nc1", "alignment"):
+        assert not any(math.isnan(value) for value in watch.history[f"nc/val/{name}"][1:])
+    assert "120 training images is measured every 4 epochs and at the end" in caplog.text
+
+
+def test_auto_measures_a_small_set_each_epoch_without_a_word(tmp_path, caplog):
+    caplog.set_level("INFO")
+    watch = NeuralCollapseMonitor(every_n_epochs="auto")
+    trainer(tmp_path, watch).fit(classifier(), datamodule=digits())
+    assert not any(math.isnan(value) for value in watch.history["nc/train/nc1"])
+    assert "collapse" not in caplog.text
+
+
+def test_auto_leaves_out_a_sweep_that_outlasts_the_training(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(monitor, "_SMALL", 1000)
+    watch = NeuralCollapseMonitor(every_n_epochs="auto")
+    trainer(tmp_path, watch, epochs=2, limit_train_batches=1).fit(classifier(), datamodule=digits())
+    assert watch.epochs == [1, 2]
+    assert {name.split("/")[1] for name in watch.history} == {"val"}
+    assert "is not measured, since one sweep over them would take longer" in caplog.text
+
+
 def test_the_sweep_sees_all_training_images_whatever_training_is_limited_to(tmp_path):
     watch = plain_monitor()
     fit(tmp_path, watch, limit_train_batches=1, limit_val_batches=1)
@@ -446,7 +533,8 @@ def test_online_takes_the_training_forwards_and_sweeps_never(tmp_path):
 
 def test_online_embeds_within_the_forward_of_our_heads(tmp_path):
     def run(*callbacks):
-        model = classifier(head=ETFHead)
+        # small steps: large ones amplify a rounding to whole digits
+        model = classifier(head=ETFHead, optimizer=partial(torch.optim.SGD, lr=1e-3))
         trainer(tmp_path, *callbacks, epochs=1).fit(model, datamodule=digits())
         return model.state_dict()
 
@@ -736,13 +824,27 @@ def test_probabilities_as_labels_of_the_sweep_are_refused(tmp_path):
         fit(tmp_path, NeuralCollapseMonitor(head="fc", train_dataloader=soft))
 
 
-def test_the_command_line_logs_the_collapse_of_the_digits(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "measured"),
+    [
+        ([], [0, 0, 1, 2]),
+        (["--monitor.every_n_epochs", "2"], [0, 1, 2]),
+        (["--monitor.before_training", "false"], [0, 1, 2]),
+        (["--monitor", "null"], None),
+        (["--trainer.callbacks", "NeuralCollapseMonitor", "--trainer.callbacks.every_n_epochs", "3"], [0, 2]),
+    ],
+    ids=["by default", "every second epoch", "not before training", "null", "the user's own in its place"],
+)
+def test_a_fit_from_flags_alone_leaves_the_collapse_of_each_epoch(tmp_path, options, measured):
     from etflight.cli import main  # here, since the processes above import this file
 
-    args = ["fit", "--config", str(Path("configs/digits/etf_dr.yaml").resolve()), "--trainer.max_epochs=1"]
-    args += ["--data.max_count=20", f"--trainer.default_root_dir={tmp_path}", "--trainer.enable_progress_bar=false"]
-    main([*args, "--name=demo", "--trainer.accelerator=cpu", "--model.lr_scheduler.warmup_epochs=0"])
+    args = ["fit", "--data", "Digits", "--data.max_count=12", "--model.backbone=resnet20_cifar", "--name=demo"]
+    args += [f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=3", "--trainer.accelerator=cpu"]
+    main([*args, *options])
     with (tmp_path / "demo" / "metrics.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["nc/train/alignment"]]
-    assert [row["epoch"] for row in rows] == ["0.0", "0.0"]
-    assert float(rows[1]["nc/train/alignment"]) > float(rows[0]["nc/train/alignment"])
+        rows = list(csv.DictReader(file))
+    if measured is None:
+        assert not any(name.startswith("nc") for name in rows[0])
+        return
+    for name in ("nc/train/nc1", "nc/train/alignment"):
+        assert [float(row["epoch"]) for row in rows if row[name]] == measured

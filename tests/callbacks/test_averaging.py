@@ -1,0 +1,83 @@
+"""Under averaged weights, whatever was fitted or measured at a validation belongs to the weights that were validated and saved."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from scipy.optimize import minimize_scalar
+
+from etflight import Classifier
+from etflight.callbacks import (
+    CollapseFigures,
+    DeferredBalance,
+    FineTuning,
+    LastCheckpoint,
+    NeuralCollapseMonitor,
+    Speed,
+    StepSeed,
+    StopSignals,
+)
+from etflight.callbacks.progress import Progress
+from etflight.data import Digits
+from etflight.metrics_csv import MetricsCSV
+
+
+def fitted(tmp_path, use_buffers, ema_first):
+    torch.manual_seed(0)
+    data = Digits(max_count=40, val_fraction=0.3, batch_size=32)
+    last, ema = LastCheckpoint(), EMAWeightAveraging(decay=0.9, use_buffers=use_buffers)
+    watch, raw = NeuralCollapseMonitor(), NeuralCollapseMonitor(space="backbone")
+    ours = [
+        StopSignals(last), last, StepSeed(), Speed(), Progress(), FineTuning(freeze=["layer1"], unfreeze_epoch=1),
+        watch, raw, CollapseFigures(every_n_epochs=2), DeferredBalance(epoch=1, class_balance="batch"),
+    ]  # fmt: skip
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=3, callbacks=[ema, *ours] if ema_first else [*ours, ema], logger=MetricsCSV(tmp_path),
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    model = Classifier(10, "resnet20_cifar", in_chans=1)
+    trainer.fit(model, datamodule=data)
+    return data, trainer, model, watch, raw
+
+
+@torch.no_grad()
+def outputs(model, data, split):
+    data.trainer = None
+    batches = [data.eval_transform(batch) for batch in data.eval_dataloader(split)]
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    features = model.eval().features(images)
+    return features.double().numpy(), model.head.embed(features).double().numpy(), model.head(features).double(), labels
+
+
+def nc1(h, y):
+    """By its definition, with a pseudo-inverse."""
+    mu = np.stack([h[y == k].mean(0) for k in range(10)])
+    within = sum((h[y == k] - mu[k]).T @ (h[y == k] - mu[k]) for k in range(10)) / len(h)
+    centred = mu - mu.mean(0)
+    return np.trace(within @ np.linalg.pinv(centred.T @ centred / 10, rcond=1e-9)) / 10
+
+
+@pytest.mark.parametrize(("use_buffers", "ema_first"), [(True, True), (False, False)])
+def test_the_checkpoint_has_the_temperature_and_the_numbers_of_its_own_weights(tmp_path, use_buffers, ema_first):
+    data, trainer, trained, watch, raw = fitted(tmp_path, use_buffers, ema_first)
+    model = Classifier.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    features, embeddings, logits, labels = outputs(model, data, "val")
+
+    def loss(log_t):
+        return torch.nn.functional.cross_entropy(logits / math.exp(log_t), labels).item()
+
+    best = math.exp(minimize_scalar(loss, bounds=(math.log(0.002), math.log(100)), method="bounded").x)
+    assert float(model.temperature) == pytest.approx(best, rel=0.02)
+    assert float(trained.temperature) == float(model.temperature)  # the model that training leaves in memory
+    logged = trainer.callback_metrics
+    assert float(logged["val/acc"]) == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+    assert float(logged["val/loss"]) == pytest.approx(
+        0.5 * ((logits.gather(1, labels[:, None]) - 1) ** 2).mean().item(), rel=1e-4
+    )
+    assert watch.history["nc/val/nc1"][-1] == pytest.approx(nc1(embeddings, labels.numpy()), rel=1e-4)
+    assert raw.history["nc_raw/val/nc1"][-1] == pytest.approx(nc1(features, labels.numpy()), rel=1e-3)
+    _, embeddings, _, labels = outputs(model, data, "train")
+    assert watch.history["nc/train/nc1"][-1] == pytest.approx(nc1(embeddings, labels.numpy()), rel=1e-4)
