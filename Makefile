@@ -31,14 +31,15 @@ demo: $(VENV)/.package
 	@for arm in ce ce_balanced etf_dr_balanced; do \
 		echo; echo "=== $$arm ==="; \
 		if [ -e runs/demo/$$arm/checkpoints/last.ckpt ]; then resume="--ckpt_path last"; else resume=""; fi; \
-		$(BIN)/etflight fit --config configs/digits/$$arm.yaml --name demo/$$arm --seed_everything $(SEED) $$resume && \
-		$(BIN)/etflight test --config configs/digits/$$arm.yaml --ckpt_path runs/demo/$$arm/checkpoints/last.ckpt || exit 1; \
+		files="-c configs/data/digits.yaml -c configs/arms/$$arm.yaml"; \
+		$(BIN)/etflight fit $$files --name demo/$$arm --seed_everything $(SEED) $$resume && \
+		$(BIN)/etflight test $$files --ckpt_path runs/demo/$$arm/checkpoints/last.ckpt || exit 1; \
 	done
 	@$(BIN)/etflight report runs/demo/ce runs/demo/ce_balanced runs/demo/etf_dr_balanced
 
 # The Fashion-MNIST table of the README from nothing: some 25 runs of 7 to 15 minutes; give the command again after a stop.
 reproduce-fashion: $(VENV)/.package
-	$(BIN)/etflight study configs/study/fashion_mnist_lt.yaml --jobs $(JOBS)
+	$(BIN)/etflight study configs/studies/fashion_mnist_lt.yaml --jobs $(JOBS)
 
 # Runs the notebooks in place, some minutes; the tests run them on smaller sizes.
 notebooks: export OMP_NUM_THREADS = 1

@@ -34,6 +34,29 @@ def config_files(argv: Sequence[str]) -> list[Path]:
     return [Path(value) for value in values_of(argv, "config", "-c")]
 
 
+_ARMS, _ADDITIONS = "arms", ("trainer", "logger")  # folders of configuration files
+
+
+def set_and_arm(files: Sequence[Path]) -> tuple[str | None, str | None]:
+    """What configuration files stand for, by their names: those before the arm make the set, the arm and those after it the arm.
+
+    Files of a folder `trainer` or `logger` count as neither.
+
+    Args:
+        files: in their order.
+
+    Example:
+        >>> set_and_arm([Path("configs/data/cifar10_lt.yaml"), Path("configs/arms/ce.yaml"), Path("configs/protocols/no_mixup.yaml")])
+        ('cifar10_lt', 'ce_no_mixup')
+        >>> set_and_arm([Path("mine.yaml")])
+        ('mine', None)
+    """
+    counted = [file for file in files if file.parent.name not in _ADDITIONS]
+    start = next((i for i, file in enumerate(counted) if file.parent.name == _ARMS), len(counted))
+    before, after = ("_".join(file.stem for file in part) or None for part in (counted[:start], counted[start:]))
+    return before, after
+
+
 def configured(argv: Sequence[str], key: str, kind: type) -> Any:
     """The value of this type that the last configuration file which has one gives for a key, or None."""
     for path in reversed(config_files(argv)):

@@ -3,6 +3,7 @@
 import logging
 import sys
 import warnings
+from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +16,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, Simpl
 from lightning.pytorch.utilities import rank_zero_info
 
 import etflight.data
-from etflight.arguments import config_files, value_of, values_of
+from etflight.arguments import config_files, set_and_arm, value_of, values_of
 from etflight.callbacks import FineTuning, LastCheckpoint, NeuralCollapseMonitor, PostHoc, Speed, StepSeed, StopSignals
 from etflight.callbacks.checkpoint import KEY as CHECKPOINT_KEY
 from etflight.callbacks.double_correction import DoubleCorrection
@@ -26,7 +27,7 @@ from etflight.callbacks.step_notice import StepNotice
 from etflight.checkpoint_io import SafeCheckpointIO
 from etflight.checkpoints import read_checkpoint, refuse_others
 from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
-from etflight.configuration import expand_overlays, guard_parser
+from etflight.configuration import guard_parser
 from etflight.data.base import ImageDataModule
 from etflight.errors import UserError
 from etflight.heads import codes_from_state_dict
@@ -60,14 +61,21 @@ class EtflightCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our arguments, links and defaults, for every stage."""
         parser.add_argument(
-            "--name", type=str | None, default=None, help="Name of the run: its folder is <default_root_dir>/<name>."
+            "--name",
+            type=str | None,
+            default=None,
+            help="Name of the run: its folder is <default_root_dir>/<name>. By default that of its configuration files, "
+            "<set>/<arm> for -c configs/data/<set>.yaml -c configs/arms/<arm>.yaml.",
         )
         parser.add_argument(
-            "--overlays",
-            type=list[str] | None,
+            "--first_stage",
+            type=str | None,
             default=None,
-            help="In a configuration file: files it builds on, relative to it.",
+            help="Arm whose run on the same set this one starts from: it gives --fine_tuning.checkpoint.",
         )
+        parser.add_argument(
+            "--overlays", type=list[str] | None, help=SUPPRESS
+        )  # null in config.yaml of earlier versions
         parser.add_class_arguments(LastCheckpoint, "checkpoint")
         parser.add_class_arguments(FineTuning, "fine_tuning")
         parser.add_argument(
@@ -95,9 +103,8 @@ class EtflightCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse with the checkpoint's model as the lowest of the three: checkpoint, configuration files, command line."""
-        Parser.given = given = list(sys.argv[1:] if args is None else args)
-        argv = expand_overlays(given)
-        self.arm = _first_config_stem(given)
+        Parser.given = argv = list(sys.argv[1:] if args is None else args)
+        self.arm: str | None = None
         self.ckpt_path: Path | None = None
         self.saved_rows = 0
         self.saved_num_classes: int | None = None
@@ -118,10 +125,13 @@ class EtflightCLI(LightningCLI):
         self.named = bool(values_of(argv, "name"))
         self.trained_in: Path | None = None
         asked = value_of(argv, "ckpt_path")
-        root = Path(value_of(argv, "trainer.default_root_dir") or "runs")
-        name = value_of(argv, "name") or self.arm or (value_of(argv, "data") or "run").rpartition(".")[2].lower()
+        self.root = Path(value_of(argv, "trainer.default_root_dir") or "runs")
+        named_set, named_arm = set_and_arm(config_files(argv))
+        self.arm = named_arm or named_set
+        named_set = named_set or (value_of(argv, "data") or "run").rpartition(".")[2].lower()
+        name = value_of(argv, "name") or "/".join(filter(None, (named_set, named_arm)))
         self.run_name = name_in_sweep(name) if stage == "fit" else name
-        self.folder = root / self.run_name
+        self.folder = self.root / self.run_name
         if asked is None:
             if stage != "fit" and "--print_config" not in argv:
                 raise UserError(
@@ -190,8 +200,14 @@ class EtflightCLI(LightningCLI):
         config["weights_only"] = True
         if self.subcommand == "test":  # `TestResults` prints; Lightning's table has all numbers in one column
             self.verbose, config["verbose"] = config["verbose"], False
-        config["overlays"] = None  # merged by now; their relative paths would mean nothing in the run folder
-        if self.subcommand != "fit":
+        if config.pop("overlays"):
+            raise UserError(
+                "overlays is no option any more: give the files one after another, -c data/SET.yaml -c arms/ARM.yaml"
+            )
+        config["name"] = self.run_name
+        if self.subcommand == "fit":
+            self._find_first_stage(config)
+        else:
             self._choose_place_of_results(config)
         for logger in _as_list(config["trainer"]["logger"]):
             self._put_into_run_folder(logger, config)
@@ -205,6 +221,26 @@ class EtflightCLI(LightningCLI):
                 claim(self.folder, self.ckpt_path)
             else:
                 claim_for_results(self.folder, self.trained_in)
+
+    def _find_first_stage(self, config: Any) -> None:
+        """Where the run of the arm that comes before this one has its checkpoint: in the same place, but for the name of the arm."""
+        first, tuning = config["first_stage"], config["fine_tuning"]
+        if first is None or tuning["checkpoint"] is not None or self.ckpt_path is not None:
+            return
+        parts = self.run_name.split("/")
+        if self.arm not in parts:
+            raise UserError(
+                f"--first_stage {first}: the run {self.run_name} is not called by its arm {self.arm}, so nobody knows where the other is: "
+                "give --fine_tuning.checkpoint FILE"
+            )
+        run = "/".join(first if part == self.arm else part for part in parts)
+        checkpoint = last_checkpoint(self.root / run)
+        if not checkpoint.is_file():
+            raise UserError(
+                f"{self.arm} starts from the run of {first}, but there is no {checkpoint}: train that first, or give "
+                "--fine_tuning.checkpoint FILE"
+            )
+        tuning["checkpoint"] = str(checkpoint)
 
     def _choose_place_of_results(self, config: Any) -> None:
         """Beside the checkpoint, whatever the configuration is called, unless another name is given or something else decides."""
@@ -310,7 +346,7 @@ def main(args: Sequence[str] | None = None) -> EtflightCLI:
     """Run `etflight` with these arguments (those of the process by default); errors are raised.
 
     Args:
-        args: such as `["fit", "--config", "configs/digits/ce.yaml"]`.
+        args: such as `["fit", "-c", "configs/data/digits.yaml", "-c", "configs/arms/ce.yaml"]`.
 
     Raises:
         UserError: what the user gave cannot work.
@@ -354,11 +390,6 @@ def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _first_config_stem(argv: Sequence[str]) -> str | None:
-    configs = config_files(argv)
-    return configs[0].stem if configs else None
 
 
 def _quieten() -> None:

@@ -1,6 +1,6 @@
 """Configuration files: plain data of a bounded size."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,39 +29,6 @@ def read_yaml(path: Path) -> Any:
         return load_yaml(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError, UserError) as error:
         raise UserError(f"{path} cannot be read as a configuration file: {' '.join(str(error).split())}") from error
-
-
-def expand_overlays(argv: Sequence[str]) -> list[str]:
-    """Put the files that a configuration file builds on in front of it, as if they had been given one by one.
-
-    Args:
-        argv: a command line; configuration files follow `-c` or `--config`.
-
-    Raises:
-        UserError: such a file does not exist.
-    """
-    expanded: list[str] = []
-    for i, arg in enumerate(argv):
-        if i > 0 and argv[i - 1] in ("-c", "--config"):
-            for overlay in _overlays(Path(arg)):
-                expanded += [str(overlay), "--config"]
-        elif arg.startswith("--config="):
-            for overlay in _overlays(Path(arg.partition("=")[2])):
-                expanded += ["--config", str(overlay)]
-        expanded.append(arg)
-    return expanded
-
-
-def _overlays(path: Path) -> list[Path]:
-    content = read_yaml(path) if path.is_file() else None
-    names = content.get("overlays") if isinstance(content, dict) else None
-    found = []
-    for name in names or []:
-        overlay = path.parent / name
-        if not overlay.is_file():
-            raise UserError(f"{path} builds on {overlay}, which does not exist: mend the path in its overlays")
-        found += [*_overlays(overlay), overlay]
-    return found
 
 
 def load_yaml(text: str) -> Any:

@@ -35,7 +35,7 @@ def over_images(argv: Sequence[str], path: Path, checkpoint: dict[str, Any]) -> 
     """A command line with images, or with a file that names some, as one with `UnlabelledImages`; any other stays as it is.
 
     Args:
-        argv: the command line, its overlays expanded.
+        argv: the command line.
         path: of the checkpoint.
         checkpoint: what `read_checkpoint` gives.
 

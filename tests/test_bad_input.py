@@ -171,8 +171,6 @@ CASES = {
     "dot regression with a head it cannot train": (
         1, ["DotRegressionLoss", "LinearHead"], lambda t: [*FIT, "--data", "Digits", "--model.head", "LinearHead"]),
     "a configuration file that does not exist": (2, ["gone.yaml"], lambda t: ["fit", "-c", "gone.yaml"]),
-    "a configuration file that builds on a missing one": (
-        1, ["gone.yaml", "overlays"], lambda t: (t / "c.yaml").write_text("overlays: [gone.yaml]") and ["fit", "-c", "c.yaml"]),
     "a checkpoint that no trainer has saved": (1, ["c.ckpt", "pytorch-lightning_version"], lambda t: untrained(t, 10)),
     "a wrong flag of a command": (2, ["--dry_run", "study --help"], lambda t: ["study", "s.yaml", "--dry_run"]),
     "a report of a folder that is no run": (1, ["nowhere"], lambda t: ["report", "nowhere"]),

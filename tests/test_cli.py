@@ -144,7 +144,16 @@ def test_test_rebuilds_the_model_from_the_checkpoint_alone(run, etflight_command
 
 def test_results_go_to_the_run_of_the_checkpoint_whatever_the_configuration_is_called(run, etflight_command, tmp_path):
     checkpoint = run[1] / "checkpoints" / "last.ckpt"
-    argv = ["test", "-c", ROOT / "configs/digits/etf_dr.yaml", "--ckpt_path", checkpoint, *QUICK[2:]]
+    argv = [
+        "test",
+        "-c",
+        ROOT / "configs/data/digits.yaml",
+        "-c",
+        ROOT / "configs/arms/etf_dr.yaml",
+        "--ckpt_path",
+        checkpoint,
+        *QUICK[2:],
+    ]
     (run[1] / "test_metrics.json").unlink(missing_ok=True)
     result = etflight_command(*argv, cwd=tmp_path)
     assert result.status == 0, result.err
@@ -237,7 +246,9 @@ def test_configuration_files_compose_and_the_later_wins(etflight_command, tmp_pa
     result = etflight_command(
         "fit",
         "-c",
-        ROOT / "configs/cifar10_lt/etf_dr.yaml",
+        ROOT / "configs/data/cifar10_lt.yaml",
+        "-c",
+        ROOT / "configs/arms/etf_dr.yaml",
         "-c",
         ROOT / "configs/trainer/ddp.yaml",
         "--print_config",
@@ -269,7 +280,7 @@ def test_switching_the_head_by_name_gives_its_own_defaults(name, etflight_comman
     result = etflight_command(
         "fit",
         "-c",
-        ROOT / "configs/arm/etf_ce.yaml",
+        ROOT / "configs/arms/etf_ce.yaml",
         "--data",
         "Digits",
         "--model.head",

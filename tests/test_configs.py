@@ -1,7 +1,7 @@
 """Every shipped YAML is parsed, and run for a step on tiny data of the right shape."""
 
 import gzip
-import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +14,18 @@ from PIL import Image
 from tests.large_sets import cub200
 
 ROOT = Path(__file__).parent.parent / "configs"
-# studies are data of `etflight study`, sweeps of `wandb sweep`
-ALL = sorted(set(ROOT.rglob("*.yaml")) - set((ROOT / "study").iterdir()) - set((ROOT / "sweep").iterdir()))
-PARTS = {"arm", "data", "trainer", "logger"}  # overlays: no experiment by themselves
-EXPERIMENTS = [path for path in ALL if not PARTS & set(path.relative_to(ROOT).parts)]
-OVERLAYS = [path for path in ALL if path not in EXPERIMENTS]
+SETS, ARMS, PROTOCOLS = (sorted((ROOT / folder).glob("*.yaml")) for folder in ("data", "arms", "protocols"))
+ADDITIONS = sorted([*(ROOT / "trainer").glob("*.yaml"), *(ROOT / "logger").glob("*.yaml")])
 RANDOM = np.random.default_rng(0)
 
 
 def name(path):
     return str(path.relative_to(ROOT))
+
+
+def experiment(*parts):
+    """`-c` for each file, named as in "data/digits"."""
+    return [word for part in parts for word in ("-c", ROOT / f"{part}.yaml")]
 
 
 def tiny_fashion(folder):
@@ -89,163 +91,158 @@ def tiny_weights(folder):
     return ["--model.backbone", "test_resnet", "--fine_tuning.weights", folder / "weights.safetensors"]
 
 
-def tiny_data(config, folder):
-    match config.parent.name, config.stem:
-        case "fashion_mnist_lt", _:
+def tiny_data(name, folder):
+    """Arguments for a set, with images of the right shape in its files' layout."""
+    match name:
+        case "fashion_mnist_lt":
             return [*tiny_fashion(folder), "--data.imbalance_ratio", 2]
-        case "cifar10_lt", _:
+        case "cifar10_lt":
             return tiny_cifar(folder, 10)
-        case "cifar100_lt", _:
+        case "cifar100_lt":
             return tiny_cifar(folder, 100)
-        case "gtsrb" | "gtsrb_lite0", _:
+        case "gtsrb" | "gtsrb_lite0":
             return tiny_signs(folder)
-        case "omniglot", _:
+        case "svhn_lt" | "stl10_lt":
+            return ["--data", "ArrayImages", *tiny_signs(folder), "--data.imbalance_ratio", 1]
+        case "omniglot":
             return tiny_characters(folder)
-        case "imagenet_lt" | "places_lt" | "inat2018", _:  # a network of 0.1 instead of 63 M parameters, other images
+        case "imagenet_lt" | "places_lt" | "inat2018":  # a network of 0.1 instead of 63 M parameters, other images
             return ["--data", "FolderImages", *tiny_folder(folder), "--model.backbone", "test_resnet"]
-        case "cub200", _:
+        case "cub200" | "cub200_scratch":
             cub200(folder / "birds")  # whole: 11,788 links to one file
-            return [
-                "--data.root",
-                folder / "birds",
-                "--data.image_size",
-                32,
-                "--data.num_workers",
-                0,
-                *tiny_weights(folder),
-            ]
-        case _, "folder":
-            return tiny_folder(folder)
-        case _, "folder_fine_tuning":
-            return [*tiny_folder(folder), *tiny_weights(folder)]
+            size = ["--data.image_size", 32, "--data.num_workers", 0, "--model.backbone", "test_resnet"]
+            return ["--data.root", folder / "birds", *size]
+        case "folder" | "folder_photos":
+            return [*tiny_folder(folder), "--model.backbone", "test_resnet"]
     return []
 
 
+TRIAL = ["--data.batch_size", 8, "--trainer.accelerator", "cpu", "--trainer.fast_dev_run", "true"]
 POST_HOC = {"tau_norm", "ncm"}  # they train nothing
-
-# An experiment is a protocol and an arm. Every arm is trained for a step on the digits, every protocol with one arm.
-TRAINED = [
-    path
-    for path in EXPERIMENTS
-    if (path.parent.name in ("digits", "configs") and path.stem not in POST_HOC)
-    or path.stem in ("ce", "ce_no_mixup", "scratch")
-    or path.parent.name == "omniglot"
-]
-
-
-SECOND_STAGES = {"crt", "lws", "mislas"}  # they start from the set's run of the arm ce, the last from one with mixup
 
 
 @pytest.fixture(scope="module")
 def first_stage(etflight_command, tmp_path_factory):
+    """A folder with a run of the arm that second stages start from."""
     cwd = tmp_path_factory.mktemp("first_stage")
-    result = etflight_command(
-        "fit", "-c", ROOT / "digits/ce.yaml", "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 1,
-        "--trainer.accelerator", "cpu", cwd=cwd,
-    )  # fmt: skip
+    short = ["--trainer.max_epochs", 1, "--trainer.limit_train_batches", 1, "--trainer.accelerator", "cpu"]
+    result = etflight_command("fit", *experiment("data/digits", "arms/ce"), *short, cwd=cwd)
     assert result.status == 0, result.err
-    return cwd / "runs/digits/ce/checkpoints/last.ckpt"
+    assert (cwd / "runs/digits/ce/checkpoints/last.ckpt").is_file()  # called by its files
+    return cwd
 
 
-@pytest.mark.parametrize("config", TRAINED, ids=name)
-def test_config_trains_a_step(config, first_stage, etflight_command, tmp_path):
-    stage_one = ["--fine_tuning.checkpoint", first_stage] if config.stem in SECOND_STAGES else []
-    result = etflight_command(
-        "fit", "-c", config, *tiny_data(config, tmp_path), "--data.batch_size", 8, "--trainer.accelerator", "cpu",
-        "--trainer.fast_dev_run", "true", *stage_one, cwd=tmp_path,
-    )  # fmt: skip
+def assert_trains(result):
     assert result.status == 0, result.err
-    assert not (tmp_path / "runs").exists()  # a trial run leaves nothing
     assert "class frequencies are corrected" not in result.out + result.err  # no arm does it twice
     assert "alignment" in result.out  # every protocol measures neural collapse
 
 
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm.stem not in POST_HOC], ids=name)
+def test_every_arm_trains_a_step(arm, first_stage, etflight_command):
+    result = etflight_command("fit", *experiment("data/digits"), "-c", arm, *TRIAL, cwd=first_stage)
+    assert_trains(result)
+    assert arm.stem == "ce" or not (first_stage / f"runs/digits/{arm.stem}").exists()  # a trial run leaves nothing
+
+
+@pytest.mark.parametrize("config", SETS, ids=name)
+def test_every_set_trains_a_step_in_its_protocol(config, etflight_command, tmp_path):
+    more = ["protocols/sphere"] if config.stem in ("omniglot", "inat2018") else []
+    files = ["-c", config, *experiment("arms/etf_dr_balanced", *more)]
+    assert_trains(etflight_command("fit", *files, *tiny_data(config.stem, tmp_path), *TRIAL, cwd=tmp_path))
+
+
 @pytest.mark.parametrize(
-    "overlays", [["svhn_lt"], ["cifar100_lt", "densenet"]], ids=["svhn_lt", "cifar100_lt with densenet"]
+    ("parts", "options"),
+    [
+        (["data/cub200", "protocols/fine_tuning", "arms/ce"], tiny_weights),
+        (["data/folder_photos", "protocols/fine_tuning", "arms/etf_dr_balanced"], tiny_weights),
+        (["data/gtsrb_lite0", "arms/ce", "protocols/lite0_weights"], tiny_weights),
+        (["data/cifar100_lt", "protocols/densenet", "arms/etf_dr"], None),
+        (["data/digits", "protocols/mixup", "arms/etf_dr_balanced"], None),
+        (["data/omniglot", "arms/etf_ce", "protocols/projection"], None),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
-def test_a_protocol_without_a_folder_of_arms_trains_a_step_on_other_images(overlays, etflight_command, tmp_path):
-    result = etflight_command(
-        "fit", "-c", ROOT / "arm/etf_dr_balanced.yaml", *(w for o in overlays for w in ("-c", ROOT / f"data/{o}.yaml")),
-        "--data", "ArrayImages", *tiny_signs(tmp_path), "--data.imbalance_ratio", 1, "--data.batch_size", 4, "--trainer.accelerator", "cpu",
-        "--trainer.fast_dev_run", "true", cwd=tmp_path,
-    )  # fmt: skip
-    assert result.status == 0, result.err
+def test_protocols_change_what_they_say(parts, options, etflight_command, tmp_path):
+    tiny = tiny_data(parts[0].removeprefix("data/"), tmp_path)
+    more = [] if options is None else options(tmp_path)
+    assert_trains(etflight_command("fit", *experiment(*parts), *tiny, *more, *TRIAL, cwd=tmp_path))
 
 
 @pytest.mark.parametrize("arm", sorted({*POST_HOC, "logit_adjustment"}))
 def test_an_arm_without_training_tests_the_checkpoint_of_another_into_a_folder_of_its_own(
     arm, first_stage, etflight_command, tmp_path
 ):
-    test = ["test", "-c", ROOT / f"digits/{arm}.yaml", "--trainer.accelerator", "cpu", "--ckpt_path", first_stage]
-    result = etflight_command(*test, cwd=tmp_path)
+    checkpoint = first_stage / "runs/digits/ce/checkpoints/last.ckpt"
+    test = ["test", *experiment("data/digits", f"arms/{arm}"), "--trainer.accelerator", "cpu"]
+    result = etflight_command(*test, "--ckpt_path", checkpoint, cwd=tmp_path)
     assert result.status == 0, result.err
     assert (tmp_path / f"runs/digits/{arm}/test_metrics.json").is_file()
-    assert not (first_stage.parent.parent / "test_metrics.json").exists()
+    assert not (first_stage / "runs/digits/ce/test_metrics.json").exists()
 
 
-@pytest.mark.parametrize("config", OVERLAYS, ids=name)
-def test_overlay_composes_with_an_experiment(config, etflight_command, tmp_path):
-    result = etflight_command("fit", "-c", ROOT / "digits/ce.yaml", "-c", config, "--print_config", cwd=tmp_path)
+@pytest.mark.parametrize("config", [*PROTOCOLS, *ADDITIONS], ids=name)
+def test_what_can_be_added_composes_with_an_experiment(config, etflight_command, tmp_path):
+    files = [*experiment("data/digits", "arms/etf_dr"), "-c", config]
+    result = etflight_command("fit", *files, "--print_config", cwd=tmp_path)
     assert result.status == 0, result.err
 
 
-# The arms of which a variant goes without the mixup of the set's protocol, or with mixup where the protocol has none.
-BY_MIXUP = {"ce", "ce_balanced", "balanced_softmax", "ldam_drw", "etf_ce_la", "etf_dr_balanced"}
-MIXUP = {"digits": "mixup", "fashion_mnist_lt": "no_mixup", "cifar10_lt": "no_mixup", "cifar100_lt": "no_mixup"}
+def test_an_arm_says_nothing_of_the_protocol():
+    for arm in ARMS:
+        content = yaml.safe_load(arm.read_text())
+        second_stage = "first_stage" in content  # which has a short protocol of its own
+        allowed = {"model", "data", "trainer", "post_hoc", "fine_tuning", "first_stage"}
+        assert content.keys() <= allowed, arm
+        assert second_stage or content.get("model", {}).keys() <= {"head", "loss", "logit_adjustment"}, arm
+        assert second_stage or content.get("data", {"init_args": {}})["init_args"].keys() <= {"sampler"}, arm
+        assert second_stage or content.get("trainer", {}).keys() <= {"callbacks+"}, arm
 
 
-@pytest.mark.parametrize("dataset", MIXUP)
-def test_every_set_has_every_arm_and_arms_differ_in_nothing_else(dataset):
-    switch, protocol = MIXUP[dataset], f"../data/{dataset}.yaml"
-    experiments = {path.stem: [protocol, f"../arm/{path.name}"] for path in (ROOT / "arm").glob("*.yaml")}
-    experiments |= {f"{arm}_{switch}": [*experiments[arm], f"../data/{switch}.yaml"] for arm in BY_MIXUP}
-    found = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / dataset).glob("*.yaml")}
-    expected = {arm: {"overlays": parts, "name": f"{dataset}/{arm}"} for arm, parts in experiments.items()}
-    with_mixup = "ce_mixup" if switch == "mixup" else "ce"
-    for arm in SECOND_STAGES:
-        first = with_mixup if arm == "mislas" else "ce"
-        expected[arm]["fine_tuning"] = {"checkpoint": f"runs/{dataset}/{first}/checkpoints/last.ckpt"}
-    assert found == expected
+@pytest.mark.parametrize(
+    ("files", "run"),
+    [
+        (["data/digits", "arms/ce"], "digits/ce"),
+        (["data/cifar10_lt", "protocols/short", "arms/ce", "trainer/bf16"], "cifar10_lt_short/ce"),
+        (["data/digits", "arms/ce", "protocols/no_mixup", "logger/tensorboard"], "digits/ce_no_mixup"),
+        (["arms/etf_ce"], "digits/etf_ce"),
+    ],
+)
+def test_a_run_is_called_by_its_files(files, run, etflight_command, tmp_path):
+    options = [
+        "--data",
+        "Digits",
+        "--trainer.max_epochs",
+        0,
+        "--data.imbalance_ratio",
+        2,
+        "--trainer.accelerator",
+        "cpu",
+    ]
+    result = etflight_command("fit", *experiment(*files), *options, cwd=tmp_path)
+    assert result.status == 0, result.err
+    record = json.loads((tmp_path / "runs" / run / "run.json").read_text())
+    assert (record["name"], record["arm"]) == (run, run.partition("/")[2])
 
 
-# sets with some of the arms only, and what an arm needs there
-PHOTOS = {"ce": {}, "balanced_softmax": {}, "etf_dr_balanced": {}}
-SOME = {
-    "gtsrb": {**PHOTOS, "ce_balanced": {}},
-    "imagenet_lt": PHOTOS,
-    "places_lt": PHOTOS,
-    "cub200": PHOTOS,
-    "inat2018": {**PHOTOS, "etf_dr_balanced": {"model": {"head": {"init_args": {"code": "sphere"}}}}},
-}
+def test_a_second_stage_finds_its_first_or_says_what_is_missing(first_stage, etflight_command, tmp_path):
+    crt = ["fit", *experiment("data/digits", "arms/crt"), "--trainer.max_epochs", 0, "--trainer.accelerator", "cpu"]
+    result = etflight_command(*crt, cwd=first_stage)
+    assert result.status == 0, result.err
+    config = yaml.safe_load((first_stage / "runs/digits/crt/config.yaml").read_text())
+    assert config["fine_tuning"]["checkpoint"] == "runs/digits/ce/checkpoints/last.ckpt"
+    (line,) = etflight_command(*crt, cwd=tmp_path).error_lines
+    assert (
+        "crt starts from the run of ce, but there is no runs/digits/ce/checkpoints/last.ckpt: train that first" in line
+    )
+    (line,) = etflight_command(*crt, "--name", "mine", cwd=first_stage).error_lines
+    assert "the run mine is not called by its arm crt" in line
+    there = ["--fine_tuning.checkpoint", first_stage / "runs/digits/ce/checkpoints/last.ckpt"]
+    assert etflight_command(*crt, "--name", "mine", *there, cwd=tmp_path).status == 0
 
 
-@pytest.mark.parametrize("dataset", SOME)
-def test_a_set_with_some_arms_has_no_others_and_they_differ_in_nothing_else(dataset):
-    found = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / dataset).glob("*.yaml")}
-    assert found == {
-        arm: {"overlays": [f"../data/{dataset}.yaml", f"../arm/{arm}.yaml"], "name": f"{dataset}/{arm}", **more}
-        for arm, more in SOME[dataset].items()
-    }
-
-
-def test_more_classes_than_dimensions_are_met_by_each_way_out_under_each_loss():
-    found = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "omniglot").glob("*.yaml")}
-    expected = {"ce": {"overlays": ["../data/omniglot.yaml", "../arm/ce.yaml"], "name": "omniglot/ce"}}
-    for arm, (way, option) in itertools.product(
-        ("etf_dr", "etf_ce"), {"projection": {"projection_dim": 256}, "sphere": {"code": "sphere"}}.items()
-    ):
-        expected[f"{arm}_{way}"] = {
-            "overlays": ["../data/omniglot.yaml", f"../arm/{arm}.yaml"],
-            "name": f"omniglot/{arm}_{way}",
-            "model": {"head": {"init_args": option}},
-        }
-    assert found == expected
-
-
-@pytest.mark.parametrize("dataset", MIXUP)
-def test_the_mixup_variant_switches_the_mixup_of_the_protocol(dataset, etflight_command, tmp_path):
-    alphas = []
-    for arm in ("ce", f"ce_{MIXUP[dataset]}"):
-        printed = etflight_command("fit", "-c", ROOT / dataset / f"{arm}.yaml", "--print_config", cwd=tmp_path).out
-        alphas.append(yaml.safe_load(printed)["data"]["init_args"]["mixup"])
-    assert sorted(alphas) == [0.0, 1.0]
+def test_files_that_build_on_others_are_told_to_stand_one_after_another(etflight_command, tmp_path):
+    (tmp_path / "mine.yaml").write_text("overlays: [other.yaml]")
+    (line,) = etflight_command("fit", "-c", "mine.yaml", "--data", "Digits", cwd=tmp_path).error_lines
+    assert "overlays is no option any more: give the files one after another" in line

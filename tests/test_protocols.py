@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def resolved(*files):
-    """The plain data of configuration files and of what they build on, later over earlier."""
+    """The plain data of configuration files, later over earlier."""
 
     def lay(over, content):
         for key, value in content.items():
@@ -26,9 +26,7 @@ def resolved(*files):
 
     merged = {}
     for file in files:
-        content = yaml.safe_load(file.read_text())
-        lay(merged, resolved(*(file.parent / other for other in content.pop("overlays", []))))
-        lay(merged, content)
+        lay(merged, yaml.safe_load(file.read_text()))
     return merged
 
 
@@ -86,11 +84,11 @@ STEPS = ("WarmupMultiStep", {"milestones": [160, 180]})  # after a warm-up of 5 
     [("cifar10_lt", "CIFAR10", CIFAR), ("cifar100_lt", "CIFAR100", CIFAR), ("svhn_lt", "SVHN", NOTHING), ("stl10_lt", "STL10", NOTHING)],
 )  # fmt: skip
 def test_the_grid_of_small_images_is_the_published_one(name, data, augmentation, backbone):
-    study = read_study(CONFIGS / "study/yang2022.yaml")
+    study = read_study(CONFIGS / "studies/yang2022.yaml")
     assert sorted(study.ratios) == [50, 100, 200]
     assert {"ce", "etf_dr_balanced"} <= set(study.arms)
-    for arm in study.arms:
-        found = protocol_of(resolved(study.configs / f"{arm}.yaml", *study.sets[name + backbone]))
+    for arm in study.arms.values():
+        found = protocol_of(resolved(*study.sets[name + backbone], *arm))
         assert found == Protocol(
             data=data,
             ratio=100,

@@ -54,7 +54,7 @@ def trained(etflight_command, tmp_path_factory):
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "notebooks").symlink_to(ROOT / "notebooks")
     short = ["--trainer.max_epochs", 1, "--trainer.limit_train_batches", 1, "--trainer.callbacks", "null"]
-    config = ["--config", "configs/digits/etf_dr_balanced.yaml"]
+    config = ["-c", "configs/data/digits.yaml", "-c", "configs/arms/etf_dr_balanced.yaml"]
     for argv in (["fit", *config, *short], ["test", *config, "--ckpt_path", "last"]):
         result = etflight_command(*argv, cwd=folder)
         assert result.status == 0, result.err

@@ -260,7 +260,6 @@ OTHER_URLS = [
     [
         (HTTP, "command line"),
         (HTTP, "configuration"),
-        (HTTP, "overlay"),
         *((url, "command line") for url in OTHER_URLS),
     ],
 )
@@ -285,8 +284,7 @@ def test_a_url_is_refused_and_nothing_fetched(url, place, cwd, content, etflight
     try:
         url = url.format(port=server.server_port, cwd=cwd)
         Path("a.yaml").write_text(f"ckpt_path: {url}\n")
-        Path("b.yaml").write_text("overlays: [a.yaml]\n")
-        given = {"command line": ["--ckpt_path", url], "configuration": ["-c", "a.yaml"], "overlay": ["-c", "b.yaml"]}
+        given = {"command line": ["--ckpt_path", url], "configuration": ["-c", "a.yaml"]}
         result = etflight_command(*stage("test"), *given[place], cwd=cwd)
     finally:
         server.shutdown()
@@ -735,13 +733,12 @@ HOSTILE_YAML = {
     ("name", "place"),
     [
         *((name, "--config") for name in HOSTILE_YAML),
-        *((name, place) for name in ("a call", "aliases that multiply") for place in ("overlay", "file within")),
+        *((name, "file within") for name in ("a call", "aliases that multiply")),
     ],
 )
 def test_hostile_yaml_is_refused(name, place, cwd, etflight_command):
     Path("c.yaml").write_text(HOSTILE_YAML[name])
-    Path("over.yaml").write_text("overlays: [c.yaml]")
-    given = {"--config": ["-c", "c.yaml"], "overlay": ["-c", "over.yaml"], "file within": ["--model", "c.yaml"]}
+    given = {"--config": ["-c", "c.yaml"], "file within": ["--model", "c.yaml"]}
     assert_refused(etflight_command(*stage("fit"), *given[place], cwd=cwd), cwd)
 
 

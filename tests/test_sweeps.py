@@ -16,7 +16,7 @@ from wandb.sdk.launch.sweeps.utils import load_sweep_config
 from tests.wandb_file import config_updates, run_record
 
 ROOT = Path(__file__).parent.parent
-SWEEPS = sorted((ROOT / "configs/sweep").glob("*.yaml"))
+SWEEPS = sorted((ROOT / "configs/sweeps").glob("*.yaml"))
 STEP = [
     "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1",
     "--trainer.accelerator", "cpu", "--trainer.callbacks", "null",

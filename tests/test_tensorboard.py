@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent / "configs"
 def run(etflight_command, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("tensorboard")
     common = [
-        "-c", ROOT / "digits/etf_dr_balanced.yaml", "-c", ROOT / "logger/tensorboard.yaml", "--data.max_count", 30,
-        "--trainer.max_epochs", 2, "--trainer.accelerator", "cpu",
+        "-c", ROOT / "data/digits.yaml", "-c", ROOT / "arms/etf_dr_balanced.yaml", "-c", ROOT / "logger/tensorboard.yaml",
+        "--data.max_count", 30, "--trainer.max_epochs", 2, "--trainer.accelerator", "cpu",
     ]  # fmt: skip
     for argv in (["fit", *common], ["test", *common, "--ckpt_path", "last"]):
         result = etflight_command(*argv, cwd=cwd)

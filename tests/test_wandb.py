@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent / "configs"
 def run(etflight_command, tmp_path_factory):
     folder = tmp_path_factory.mktemp("wandb")
     result = etflight_command(
-        "fit", "-c", ROOT / "digits/etf_dr_balanced.yaml", "-c", ROOT / "logger/wandb.yaml", "--trainer.max_epochs", 2,
-        "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--name", "watched",
+        "fit", "-c", ROOT / "data/digits.yaml", "-c", ROOT / "arms/etf_dr_balanced.yaml", "-c", ROOT / "logger/wandb.yaml",
+        "--trainer.max_epochs", 2, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--name", "watched",
         cwd=folder, WANDB_MODE="offline", WANDB_SILENT="true",
     )  # fmt: skip
     assert result.status == 0, result.err

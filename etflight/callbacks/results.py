@@ -33,7 +33,7 @@ class RunRecord(SaveConfigCallback):
         config: the parsed configuration.
         folder: the run folder.
         name: of the run.
-        arm: stem of the configuration file, or None.
+        arm: that its configuration files stand for, or None.
         trained_in: the run folder of the checkpoint that is tested, or None; its seed and its images are those of the test, too.
     """
 

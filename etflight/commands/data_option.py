@@ -8,7 +8,7 @@ from typing import Any
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 
 import etflight.data
-from etflight.configuration import expand_overlays, guard_parser, read_yaml
+from etflight.configuration import guard_parser, read_yaml
 from etflight.data import ImageDataModule
 from etflight.errors import UserError
 from etflight.usage import OneLineParser
@@ -42,7 +42,7 @@ def parse(parser: OneLineParser, argv: Sequence[str]) -> Namespace:
         SystemExit: status 2 for a usage error, 0 after help.
     """
     OneLineParser.given = [*parser.prog.split()[1:], *argv]
-    return parser.parse_args(_with_data_sections(expand_overlays(argv)))
+    return parser.parse_args(_with_data_sections(argv))
 
 
 def _with_data_sections(argv: Sequence[str]) -> list[str]:

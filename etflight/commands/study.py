@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
         description="Train and test every set, arm, ratio and seed of a study, and print its table.",
         epilog="Runs that have been tested are left as they are, those that were stopped go on: give the same command again.",
     )
-    parser.add_argument("file", type=Path, help="such as configs/study/digits.yaml")
+    parser.add_argument("file", type=Path, help="such as configs/studies/digits.yaml")
     parser.add_argument("--sets", nargs="+", metavar="SET", help="only these of its sets")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these of its arms")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these of its seeds")

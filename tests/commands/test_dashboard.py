@@ -24,7 +24,7 @@ def run(etflight_command, tmp_path_factory):
     """Names of all that a tiny run and its test have sent to W&B, and of its configuration."""
     cwd = tmp_path_factory.mktemp("run")
     common = [
-        "-c", ROOT / "digits/etf_dr_balanced.yaml", "-c", ROOT / "logger/wandb.yaml",
+        "-c", ROOT / "data/digits.yaml", "-c", ROOT / "arms/etf_dr_balanced.yaml", "-c", ROOT / "logger/wandb.yaml",
         "--trainer.max_epochs", 1, "--trainer.accelerator", "cpu",
     ]  # fmt: skip
     for argv in (["fit", *common], ["test", *common, "--ckpt_path", "last"]):

@@ -156,13 +156,13 @@ def test_a_configuration_describes_the_images_that_fit_trains_on(etflight_comman
     assert record["class_counts"]["train"] == trained["class_counts"]
 
 
-def test_files_build_on_each_other_and_the_command_line_wins(numbered, etflight_command, tmp_path):
+def test_later_files_win_and_the_command_line_over_all(numbered, etflight_command, tmp_path):
     numbered((100, 100, 100))
     (tmp_path / "base.yaml").write_text(
         "model: {head: Nonsense}\ndata: {class_path: ArrayImages, init_args: {path: numbered.npz, imbalance_ratio: 10, max_count: 50}}"
     )
-    (tmp_path / "top.yaml").write_text("overlays: [base.yaml]\ndata: {init_args: {imbalance_ratio: 5}}")
-    _, record, _ = run(etflight_command, tmp_path, "--config=top.yaml", "--data.max_count", 40)
+    (tmp_path / "top.yaml").write_text("data: {init_args: {imbalance_ratio: 5}}")
+    _, record, _ = run(etflight_command, tmp_path, "-c", "base.yaml", "--config=top.yaml", "--data.max_count", 40)
     assert record["class_counts"]["train"] == [int(40 * 5 ** (-k / 2)) for k in range(3)]
 
 

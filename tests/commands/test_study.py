@@ -20,14 +20,18 @@ PROTOCOL = {
 def write(tmp_path, monkeypatch):
     """`write(**study)`: a study of three arms on the digits, one training step each, in the current folder."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny").mkdir()
+    for folder in ("data", "arms", "protocols", "trainer"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "data/tiny.yaml").write_text(yaml.safe_dump(PROTOCOL))
+    (tmp_path / "protocols/short.yaml").write_text("trainer: {limit_test_batches: 1}\n")
+    (tmp_path / "trainer/wide.yaml").write_text("model: {model_kwargs: {width: 2}}\n")
     for arm, more in {"ce": {}, "la": {"logit_adjustment": 1.0}, "focal": {"loss": "FocalLoss"}}.items():
-        model = {**PROTOCOL["model"], "head": "LinearHead", "loss": "CrossEntropyLoss", **more}
-        (tmp_path / "tiny" / f"{arm}.yaml").write_text(yaml.safe_dump({**PROTOCOL, "model": model}))
+        model = {"head": "LinearHead", "loss": "CrossEntropyLoss", **more}
+        (tmp_path / "arms" / f"{arm}.yaml").write_text(yaml.safe_dump({"model": model}))
 
     def write(**study):
         path = tmp_path / "study.yaml"
-        path.write_text(yaml.safe_dump({"configs": "tiny", "seeds": [0], "arms": ["ce"], **study}))
+        path.write_text(yaml.safe_dump({"configs": ".", "sets": ["tiny"], "seeds": [0], "arms": ["ce"], **study}))
         return path
 
     return write
@@ -62,7 +66,7 @@ def test_what_was_trained_but_not_tested_is_not_trained_again(write, etflight_co
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(write, etflight_command, tmp_path):
     write(arms=["focal", "ce"], post_hoc={"la": "focal"})
-    broken = tmp_path / "tiny/focal.yaml"
+    broken = tmp_path / "arms/focal.yaml"
     broken.write_text(broken.read_text() + "surprise: 1\n")
     result = etflight_command("study", "study.yaml", cwd=tmp_path)
     assert result.status == 1
@@ -79,13 +83,13 @@ def test_every_run_has_its_own_command(write, etflight_command, tmp_path):
     lines = result.out.splitlines()
     assert len(set(lines)) == len(lines) == 4 * (2 + 2 + 1)
     assert lines[2:4] == [
-        "etflight fit -c tiny/ce.yaml --seed_everything 3 --data.imbalance_ratio 50 --name tiny/ce/ratio50-seed3 "
+        "etflight fit -c data/tiny.yaml -c arms/ce.yaml --seed_everything 3 --data.imbalance_ratio 50 --name tiny/ce/ratio50-seed3 "
         "--ckpt_path last",
-        "etflight test -c tiny/ce.yaml --seed_everything 3 --data.imbalance_ratio 50 --name tiny/ce/ratio50-seed3 "
+        "etflight test -c data/tiny.yaml -c arms/ce.yaml --seed_everything 3 --data.imbalance_ratio 50 --name tiny/ce/ratio50-seed3 "
         "--ckpt_path runs/tiny/ce/ratio50-seed3/checkpoints/last.ckpt",
     ]
     assert lines[8] == (
-        "etflight fit -c tiny/focal.yaml --seed_everything 3 --data.imbalance_ratio 1 --name tiny/focal/ratio1-seed3 "
+        "etflight fit -c data/tiny.yaml -c arms/focal.yaml --seed_everything 3 --data.imbalance_ratio 1 --name tiny/focal/ratio1-seed3 "
         "--fine_tuning.checkpoint runs/tiny/ce/ratio1-seed3/checkpoints/last.ckpt --ckpt_path last"
     )
     assert lines[16].endswith(
@@ -94,20 +98,21 @@ def test_every_run_has_its_own_command(write, etflight_command, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_files_of_a_set_are_laid_over_every_arm(write, etflight_command, tmp_path):
-    (tmp_path / "short.yaml").write_text("trainer: {limit_test_batches: 1}\n")
-    (tmp_path / "wide.yaml").write_text("model: {model_kwargs: {width: 2}}\n")
-    sets = {"tiny_short": ["short.yaml"], "tiny_wide": ["short.yaml", "wide.yaml"]}
-    write(arms=["ce", "focal"], sets=sets, post_hoc={"la": "ce"}, ratios=[2])
+def test_sets_and_arms_are_named_with_what_is_laid_over_them(write, etflight_command, tmp_path):
+    sets = {"tiny_short": ["tiny", "short"], "tiny_wide": ["tiny", "short", "wide"]}
+    write(arms=["ce", "focal+short"], sets=sets, post_hoc={"la": "focal+short"}, ratios=[2])
     lines = etflight_command("study", "study.yaml", "--dry-run", cwd=tmp_path).out.splitlines()
     fits = [line.partition(" --ckpt_path")[0] for line in lines if line.startswith("etflight fit")]
     assert fits == [
-        f"etflight fit -c tiny/{arm}.yaml{files} --seed_everything 0 --data.imbalance_ratio 2 --name {name}/{arm}/ratio2-seed0"
-        for arm in ("ce", "focal")
-        for name, files in (("tiny_short", " -c short.yaml"), ("tiny_wide", " -c short.yaml -c wide.yaml"))
+        f"etflight fit {files} {arm_files} --seed_everything 0 --data.imbalance_ratio 2 --name {name}/{arm}/ratio2-seed0"
+        for arm, arm_files in (("ce", "-c arms/ce.yaml"), ("focal_short", "-c arms/focal.yaml -c protocols/short.yaml"))
+        for name, files in (
+            ("tiny_short", "-c data/tiny.yaml -c protocols/short.yaml"),
+            ("tiny_wide", "-c data/tiny.yaml -c protocols/short.yaml -c trainer/wide.yaml"),
+        )
     ]
     assert lines[-1].endswith(
-        "--name tiny_wide/la/ratio2-seed0 --ckpt_path runs/tiny_wide/ce/ratio2-seed0/checkpoints/last.ckpt"
+        "--name tiny_wide/la/ratio2-seed0 --ckpt_path runs/tiny_wide/focal_short/ratio2-seed0/checkpoints/last.ckpt"
     )
     part = ["study", "study.yaml", "--arms", "ce", "--sets", "tiny_wide"]
     assert etflight_command(*part, cwd=tmp_path).status == 0
@@ -141,11 +146,12 @@ def test_a_part_of_a_study(write, etflight_command, tmp_path):
         ({"second_stage": ["ce"]}, "second_stage is"),
         ({"post_hoc": {"la": "focal"}}, "la starts from focal, which is not trained before it"),
         ({"configs": 3}, "configs is 3"),
-        ({"sets": ["short.yaml"]}, r"sets is \['short.yaml'\]: give names"),
-        ({"sets": {"short": "short.yaml"}}, "each with a list of configuration files"),
-        ({"sets": {"short": ["no.yaml"]}}, "lays .*no.yaml over its arms, which does not exist"),
-        ({"sets": {"../elsewhere": []}}, "give names of letters, digits and _"),
-        ({"epochs": 3}, "it gives configs, seeds and arms"),
+        ({"sets": ["tinny"]}, "no tinny.yaml, did you mean tiny?"),
+        ({"sets": {"short": "short"}}, "each with a list of files"),
+        ({"sets": {"short": ["no"]}}, "has no no.yaml"),
+        ({"sets": {"../elsewhere": ["tiny"]}}, "names of letters, digits and _"),
+        ({"arms": ["ce+shrt"]}, "protocols has no shrt.yaml, did you mean short?"),
+        ({"epochs": 3}, "it gives arms, seeds, sets"),
     ],
     ids=str,
 )
@@ -154,7 +160,7 @@ def test_a_file_that_is_no_study_is_refused(write, study, line):
         read_study(write(**study))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/study").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_shipped_studies_are_whole(path):
     study = read_study(path)
     assert isinstance(study, Study)

@@ -13,7 +13,8 @@ def make_run(folder: Path, *, acc: float = 0.5, arm: str = "ce", seed: Any = 0, 
     folder.mkdir(parents=True)
     data = {"class": "Digits", "fingerprint": "5db3039069e4", "class_counts": COUNTS, "imbalance_ratio": 16.0}
     record = {
-        "name": folder.name, "arm": arm, "command": f"etflight fit -c configs/digits/{arm}.yaml --seed_everything {seed}",
+        "name": folder.name, "arm": arm,
+        "command": f"etflight fit -c configs/data/digits.yaml -c configs/arms/{arm}.yaml --seed_everything {seed}",
         "config_sha256": "c" * 64, "commit": "a" * 40, "seed": seed,
         "hardware": {"cpu": "Abacus", "threads": 1, "gpus": [], "device": "cpu", "processes": 1},
         "data": data | {"validation": "the test set, watched only"},
