@@ -9,10 +9,11 @@ import pytest
 def test_balanced_digits_collapse_in_the_terminal_phase(tmp_path):
     from etflight.cli import main
 
-    config = Path(__file__).parents[2] / "configs" / "digits_collapse.yaml"
-    args = ["fit", "--config", str(config), f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu"]
+    configs = Path(__file__).parents[2] / "configs"
+    files = [f"--config={configs / file}" for file in ("data/digits_collapse.yaml", "arms/etf_dr.yaml")]
+    args = ["fit", *files, f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu"]
     main([*args, "--trainer.enable_progress_bar=false"])
-    with (tmp_path / "digits_collapse" / "metrics.csv").open() as file:
+    with (tmp_path / "digits_collapse" / "etf_dr" / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["nc/train/nc1"]]
     assert len(rows) == 151  # the untrained model, then each epoch
     nc1, alignment = ([float(row[f"nc/train/{name}"]) for row in rows] for name in ("nc1", "alignment"))

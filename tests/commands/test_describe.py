@@ -144,14 +144,15 @@ def test_every_data_module_is_described(etflight_command, tmp_path):
 
 
 def test_a_configuration_describes_the_images_that_fit_trains_on(etflight_command, tmp_path):
-    config = ROOT / "digits" / "crt.yaml"  # with a trainer, a model, stages and a sampler
+    # with a trainer, a model, stages and a sampler
+    files = ["-c", ROOT / "data" / "digits.yaml", "-c", ROOT / "arms" / "crt.yaml"]
     run_of = etflight_command(
-        "fit", "-c", config, "--fine_tuning.checkpoint", "null", "--fine_tuning.load", "null", "--trainer.max_epochs", 1,
+        "fit", *files, "--first_stage", "null", "--fine_tuning.load", "null", "--trainer.max_epochs", 1,
         "--trainer.limit_train_batches", 1, "--trainer.limit_val_batches", 0, "--trainer.accelerator", "cpu", "--name", "one", cwd=tmp_path,
     )  # fmt: skip
     assert run_of.status == 0, run_of.err
     trained = json.loads((tmp_path / "runs/one/run.json").read_text())["data"]
-    _, record, _ = run(etflight_command, tmp_path, "-c", config)
+    _, record, _ = run(etflight_command, tmp_path, *files)
     assert record["fingerprint"] == trained["fingerprint"]
     assert record["class_counts"]["train"] == trained["class_counts"]
 
