@@ -27,7 +27,7 @@ from etflight.metrics.calibration import Reliability, ReliabilityBins, Temperatu
 from etflight.metrics.confusion import MOST_CLASSES, Confusion
 from etflight.metrics.mean import SampleMean
 from etflight.metrics.shots import ClassScores, ShotAccuracy
-from etflight.optim import PROTOCOL_SGD, keeps_scales, layer_groups, match_layouts, scale_rates
+from etflight.optim import PROTOCOL_SGD, keeps_scales, match_layouts, rate_groups, scale_rates
 from etflight.preprocessing import Preprocessing
 from etflight.ranks import take_buffers_of_rank_zero
 from etflight.specs import describe, find, is_plain, objections, resolve
@@ -88,6 +88,7 @@ class Classifier(LightningModule):
             the training frequencies π that the checkpoint holds. Training, and the logged losses, know nothing of it.
         layer_decay: factor of the learning rate from a layer of the backbone to the one before it, from above 0 to 1; the head has the
             optimizer's own rate. 1: all have it. For fine-tuning.
+        lr_scale: factors of the learning rate for parts of the model, by name, such as `{"head.linear": 0.5}`; the rest has 1.
         compile: whether to train through `torch.compile`, or its mode; "reduce-overhead" is the one with CUDA graphs.
 
     Attributes:
@@ -122,6 +123,7 @@ class Classifier(LightningModule):
         model_kwargs: dict[str, Any] | None = None,
         logit_adjustment: float = 0.0,
         layer_decay: float = 1.0,
+        lr_scale: dict[str, float] | None = None,
         compile: Compile = False,
     ) -> None:
         super().__init__()
@@ -139,6 +141,11 @@ class Classifier(LightningModule):
             raise UserError(f"logit_adjustment is {logit_adjustment}: give a finite τ, 0 for none")
         if not 0 < layer_decay <= 1:
             raise UserError(f"layer_decay is {layer_decay}: give a factor from above 0 to 1, 1 for one learning rate")
+        for part, scale in (lr_scale or {}).items():
+            if not 0 < scale < math.inf:
+                raise UserError(
+                    f"lr_scale of {part} is {scale}: give a positive, finite factor; to freeze it, --fine_tuning.freeze"
+                )
         self.class_names: list[str] | None = None
         self.preprocessing: Preprocessing | None = None
         self.register_buffer("temperature", torch.ones(()))
@@ -440,19 +447,21 @@ class Classifier(LightningModule):
         """The optimizer over everything trainable, and the schedule, stepped each epoch."""
         make = self._build("optimizer")
         fused = {"fused": True} if self._can_fuse(make) else {}
-        if (decay := self.hparams["layer_decay"]) == 1:
+        decay, scales = self.hparams["layer_decay"], self.hparams["lr_scale"]
+        if decay == 1 and not scales:
             optimizer = make((p for p in self.parameters() if p.requires_grad), **fused)
         else:
-            optimizer = make(layer_groups(self, self.backbone, decay), **fused)
+            optimizer = make(rate_groups(self, self.backbone, decay, scales), **fused)
             scale_rates(optimizer)
         if self.hparams["lr_scheduler"] is None:
             return cast(Optimizer, optimizer)
         arguments = {"total_epochs": self.trainer.max_epochs} if self._schedule_takes_total_epochs else {}
         schedule = self._build("lr_scheduler")(optimizer, **arguments)
-        if decay != 1 and not keeps_scales(optimizer):
+        if "lr_scale" in optimizer.param_groups[0] and not keeps_scales(optimizer):
+            option = "layer_decay" if decay != 1 else "lr_scale"
             raise UserError(
-                f"{type(schedule).__name__} gives all layers one learning rate, so layer_decay would do nothing: "
-                "choose a schedule that multiplies rates, such as WarmupCosine, or leave layer_decay out"
+                f"{type(schedule).__name__} gives all layers one learning rate, so {option} would do nothing: "
+                f"choose a schedule that multiplies rates, such as WarmupCosine, or leave {option} out"
             )
         monitor = {"monitor": "val/loss"} if isinstance(schedule, ReduceLROnPlateau) else {}
         return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, **monitor}})
@@ -524,7 +533,7 @@ class Classifier(LightningModule):
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
         saved = checkpoint.get("hyper_parameters", {})
-        for name in ("optimizer", "lr_scheduler", "layer_decay"):
+        for name in ("optimizer", "lr_scheduler", "layer_decay", "lr_scale"):
             if name in saved and saved[name] != self.hparams[name]:
                 raise UserError(
                     f"--model.{name} differs from the checkpoint being resumed, whose saved state would undo it: "

@@ -204,6 +204,11 @@ def test_every_set_has_every_arm_and_arms_differ_in_nothing_else(dataset):
     for arm in SECOND_STAGES:
         first = with_mixup if arm == "mislas" else "ce"
         expected[arm]["fine_tuning"] = {"checkpoint": f"runs/{dataset}/{first}/checkpoints/last.ckpt"}
+    if dataset == "cifar100_lt":  # MiSLAS was released with values of its own for it
+        smoothing = {"init_args": {"head_smoothing": 0.4, "tail_smoothing": 0.1}}
+        expected["label_aware_smoothing"]["model"] = {"loss": smoothing}
+        expected["mislas"]["model"] = {"loss": smoothing, "lr_scale": {"head.linear": 0.2}}
+        expected["mislas"]["fine_tuning"]["freeze_statistics"] = False
     assert found == expected
 
 
