@@ -376,6 +376,11 @@ class Classifier(LightningModule):
         self.log("train/loss", self._mean_loss("train"))
         self.log("train/lr", self._lr, sync_dist=True)
 
+    def on_train_end(self) -> None:
+        """Say if the temperature is not to be trusted."""
+        if self.global_rank == 0 and (doubt := self.temperature_fit.doubt) is not None:
+            warn(f"do not trust the temperature {self.temperature:.3g}: {doubt}; hold out more (--data.val_fraction)")
+
     def on_validation_epoch_end(self) -> None:
         """Log, and fit the temperature if the validation images are held out."""
         self._log_epoch("val")
