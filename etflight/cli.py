@@ -26,6 +26,7 @@ from etflight.callbacks.step_notice import StepNotice
 from etflight.checkpoint_io import SafeCheckpointIO
 from etflight.checkpoints import read_checkpoint, refuse_others
 from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
+from etflight.commands import STAGES
 from etflight.configuration import expand_overlays, guard_parser
 from etflight.data.base import ImageDataModule
 from etflight.errors import UserError
@@ -316,25 +317,12 @@ def main(args: Sequence[str] | None = None) -> EtflightCLI:
         args=None if args is None else list(args),
         parser_kwargs={
             "prog": "etflight",
-            "description": _DESCRIPTION,
-            **{stage: {"description": f"{text} {_CHECKPOINT_HELP}"} for stage, text in _STAGES.items()},
+            **{stage: {"description": f"{text} {_CHECKPOINT_HELP}"} for stage, text in STAGES.items()},
         },
     )
 
 
 _PROFILERS: dict[Any, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
-_DESCRIPTION = (
-    "Image classifiers with a fixed simplex-ETF head. Beside the stages below: `etflight describe` shows a data set, `etflight study "
-    "FILE` trains and tests arms over seeds, `etflight report RUN...` shows results side by side, `etflight collapse` measures neural "
-    "collapse of a trained model, `etflight export` writes it for other programs, `etflight dashboard` builds a W&B workspace, "
-    "`etflight --version`."
-)
-_STAGES = {
-    "fit": "Train a classifier.",
-    "validate": "Measure a trained classifier on the validation images.",
-    "test": "Measure a trained classifier on the test images.",
-    "predict": "Write a trained classifier's decisions on the test images, or on any others (--images), to predictions.csv or --output.",
-}
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -150,7 +150,9 @@ CASES = {
     "a name that two classes have": (
         2, ["--model.lr_scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau"],
         lambda t: [*FIT, "--data", "Digits", "--model.lr_scheduler", "ReduceLROnPlateau"]),
-    "no words at all": (2, ["subcommand"], lambda t: []),
+    "no words at all": (2, ["the command comes first: give one of these"], lambda t: []),
+    "a command that does not exist": (2, ["no command 'tset'", "did you mean test"], lambda t: ["tset", "-c", "c.yaml"]),
+    "an option before the command": (2, ["the command comes first, before -c"], lambda t: ["-c", "c.yaml", "fit"]),
     "an unknown flag": (2, ["--bogus"], lambda t: [*FIT, "--data", "Digits", "--bogus", 1]),
     "a missing checkpoint": (1, ["gone.ckpt"], lambda t: ["test", "--data", "Digits", "--ckpt_path", "gone.ckpt"]),
     "no checkpoint at all": (1, ["--ckpt_path"], lambda t: ["test", "--data", "Digits"]),
