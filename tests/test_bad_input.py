@@ -12,6 +12,13 @@ from tests.test_cli import QUICK
 
 FIT = ["fit", *QUICK, "--model.backbone", "resnet20_cifar"]
 MARKER = "HOSTILE CODE RAN"
+NO_LOGGER = """
+from lightning.pytorch.loggers import CSVLogger
+
+class NoLogger(CSVLogger):
+    def __init__(self):
+        raise ModuleNotFoundError("No module named 'no_such_package'")
+"""
 
 
 class Bomb:
@@ -143,6 +150,10 @@ CASES = {
     "a corrupt image in a data worker": (1, ["images/train/dog/2.png"], lambda t: [*FIT, *corrupt_folder(t, 1)]),
     "an unknown backbone": (
         1, ["resnet32_cifr", "resnet32_cifar"], lambda t: [*FIT, "--data", "Digits", "--model.backbone", "resnet32_cifr"]),
+    "a logger whose package is not installed": (
+        1, ["NoLogger cannot be made: No module named 'no_such_package'"],
+        lambda t: (t / "loggers.py").write_text(NO_LOGGER)
+        and [*FIT, "--data", "Digits", "--trainer.logger", "loggers.NoLogger"]),
     "an unknown head": (2, ["EFTHead", "ETFHead"], lambda t: [*FIT, "--data", "Digits", "--model.head", "EFTHead"]),
     "an unknown data set": (2, ["CIFAR-10", "CIFAR10"], lambda t: [*FIT, "--data", "CIFAR-10"]),
     "a learning rate that is no number": (
