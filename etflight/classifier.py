@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from copy import deepcopy
 from pathlib import Path
 from textwrap import shorten
 from typing import IO, Any, Literal, NamedTuple, Self, cast
@@ -177,10 +178,34 @@ class Classifier(LightningModule):
 
         Returns:
             Pooled features `[B, d]`.
+
+        Raises:
+            UserError: images of a size that the backbone does not take.
         """
         if images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
-        return cast(Tensor, self.backbone(images))
+        try:
+            return cast(Tensor, self.backbone(images))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            self._refuse_size(images)
+            raise error
+
+    def _refuse_size(self, images: Tensor) -> None:
+        """Raise `UserError` if the backbone takes no single image of this size either, which tells that nothing else is wrong."""
+        from etflight.backbones import arguments_for_size
+
+        try:
+            with torch.no_grad():
+                deepcopy(self.backbone).eval()(torch.zeros_like(images[:1]))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            name, shape = self.hparams["backbone"], images.shape[1:]
+            found = arguments_for_size(name, shape, self.hparams["model_kwargs"])
+            text = ", ".join(f"{key}: {value}" for key, value in (found or {}).items())
+            mend = f"give --model.model_kwargs '{{{text}}}'" if found else "give larger ones, or another backbone"
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            raise UserError(
+                f"{name} does not take images of {' x '.join(map(str, shape))} ({reason}): {mend}"
+            ) from error
 
     def embed(self, images: Tensor) -> Tensor:
         """What meets the class vectors.

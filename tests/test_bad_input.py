@@ -154,6 +154,12 @@ CASES = {
         1, ["NoLogger cannot be made: No module named 'no_such_package'"],
         lambda t: (t / "loggers.py").write_text(NO_LOGGER)
         and [*FIT, "--data", "Digits", "--trainer.logger", "loggers.NoLogger"]),
+    "images smaller than a vision transformer's": (
+        1, ["vit_tiny_patch16_224 does not take images of 1 x 8 x 8", "--model.model_kwargs '{img_size: 8, patch_size: 2}'"],
+        lambda t: [*FIT, "--data", "Digits", "--model.backbone", "vit_tiny_patch16_224"]),
+    "images that nothing makes a network take": (
+        1, ["test_convnext does not take images of 1 x 8 x 8", "give larger ones"],
+        lambda t: [*FIT, "--data", "Digits", "--model.backbone", "test_convnext"]),
     "an unknown head": (2, ["EFTHead", "ETFHead"], lambda t: [*FIT, "--data", "Digits", "--model.head", "EFTHead"]),
     "an unknown data set": (2, ["CIFAR-10", "CIFAR10"], lambda t: [*FIT, "--data", "CIFAR-10"]),
     "a learning rate that is no number": (
