@@ -2,29 +2,40 @@
 
 import os
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 
 from etflight import last_words
 from etflight._version import __version__
+from etflight.commands import OTHERS, STAGES
 
-# what is not a stage of the Trainer: etflight/commands/<name>.py, imported only when asked for
-COMMANDS = ("report", "collapse", "describe", "study", "dashboard", "export")
+_COMMANDS = STAGES | OTHERS
 
 
 def run() -> int:
     """Run the command line of this process.
 
     Returns:
-        The exit status: 0, or 1 when something the user gave cannot work (usage errors exit with 2 by themselves).
+        The exit status: 0, or 1 when something the user gave cannot work, or 2 without a command that exists (other usage errors exit
+        with 2 by themselves).
     """
-    if sys.argv[1:] == ["--version"]:
+    argv = sys.argv[1:]
+    command = argv[0] if argv else ""
+    if argv == ["--version"]:
         print(f"etflight {__version__}")
         return 0
+    if command in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if command not in _COMMANDS:
+        print(f"etflight: error: {_instead_of(command)}\n\n{_overview()}", file=sys.stderr)
+        return 2
     # a user's own head or data set in a module of the current folder; last, so that no file there takes the place of a package
     sys.path.append(os.getcwd())
     try:
-        if sys.argv[1:2] and sys.argv[1] in COMMANDS:
-            import_module(f"etflight.commands.{sys.argv[1]}").main(sys.argv[2:])
+        # imported only when asked for
+        if command in OTHERS:
+            import_module(f"etflight.commands.{command}").main(argv[1:])
         else:
             import_module("etflight.cli").main()
     except KeyboardInterrupt:
@@ -35,6 +46,22 @@ def run() -> int:
         last_words.say(error)
         return 1
     return 0
+
+
+def _overview() -> str:
+    rows = "\n".join(f"  {name:<11}{what}" for name, what in _COMMANDS.items())
+    return (
+        "usage: etflight COMMAND ...\n\nImage classifiers with a fixed simplex-ETF head.\n\n"
+        f"{rows}\n\netflight COMMAND --help says what a command takes, etflight --version which release this is."
+    )
+
+
+def _instead_of(command: str) -> str:
+    """What is wrong with a first word that is no command."""
+    if not command or command.startswith("-"):
+        return f"the command comes first{', before ' * bool(command)}{command}: give one of these"
+    close = " or ".join(get_close_matches(command.lower(), _COMMANDS, n=2))
+    return f"there is no command {command!r}: {f'did you mean {close}?' if close else 'give one of these'}"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from copy import deepcopy
 from pathlib import Path
 from textwrap import shorten
 from typing import IO, Any, Literal, NamedTuple, Self, cast
@@ -28,7 +29,7 @@ from etflight.metrics.calibration import Reliability, ReliabilityBins, Temperatu
 from etflight.metrics.confusion import MOST_CLASSES, Confusion
 from etflight.metrics.mean import SampleMean
 from etflight.metrics.shots import ClassScores, ShotAccuracy
-from etflight.optim import PROTOCOL_SGD, keeps_scales, layer_groups, match_layouts, scale_rates
+from etflight.optim import PROTOCOL_SGD, keeps_scales, match_layouts, rate_groups, scale_rates
 from etflight.preprocessing import Preprocessing
 from etflight.ranks import take_buffers_of_rank_zero
 from etflight.specs import describe, find, is_plain, objections, resolve
@@ -89,6 +90,7 @@ class Classifier(LightningModule):
             the training frequencies π that the checkpoint holds. Training, and the logged losses, know nothing of it.
         layer_decay: factor of the learning rate from a layer of the backbone to the one before it, from above 0 to 1; the head has the
             optimizer's own rate. 1: all have it. For fine-tuning.
+        lr_scale: factors of the learning rate for parts of the model, by name, such as `{"head.linear": 0.5}`; the rest has 1.
         compile: whether to train through `torch.compile`, or its mode; "reduce-overhead" is the one with CUDA graphs.
 
     Attributes:
@@ -123,6 +125,7 @@ class Classifier(LightningModule):
         model_kwargs: dict[str, Any] | None = None,
         logit_adjustment: float = 0.0,
         layer_decay: float = 1.0,
+        lr_scale: dict[str, float] | None = None,
         compile: Compile = False,
     ) -> None:
         super().__init__()
@@ -140,6 +143,11 @@ class Classifier(LightningModule):
             raise UserError(f"logit_adjustment is {logit_adjustment}: give a finite τ, 0 for none")
         if not 0 < layer_decay <= 1:
             raise UserError(f"layer_decay is {layer_decay}: give a factor from above 0 to 1, 1 for one learning rate")
+        for part, scale in (lr_scale or {}).items():
+            if not 0 < scale < math.inf:
+                raise UserError(
+                    f"lr_scale of {part} is {scale}: give a positive, finite factor; to freeze it, --fine_tuning.freeze"
+                )
         self.class_names: list[str] | None = None
         self.preprocessing: Preprocessing | None = None
         self.register_buffer("temperature", torch.ones(()))
@@ -171,10 +179,34 @@ class Classifier(LightningModule):
 
         Returns:
             Pooled features `[B, d]`.
+
+        Raises:
+            UserError: images of a size that the backbone does not take.
         """
         if images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
-        return cast(Tensor, self.backbone(images))
+        try:
+            return cast(Tensor, self.backbone(images))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            self._refuse_size(images)
+            raise error
+
+    def _refuse_size(self, images: Tensor) -> None:
+        """Raise `UserError` if the backbone takes no single image of this size either, which tells that nothing else is wrong."""
+        from etflight.backbones import arguments_for_size
+
+        try:
+            with torch.no_grad():
+                deepcopy(self.backbone).eval()(torch.zeros_like(images[:1]))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            name, shape = self.hparams["backbone"], images.shape[1:]
+            found = arguments_for_size(name, shape, self.hparams["model_kwargs"])
+            text = ", ".join(f"{key}: {value}" for key, value in (found or {}).items())
+            mend = f"give --model.model_kwargs '{{{text}}}'" if found else "give larger ones, or another backbone"
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            raise UserError(
+                f"{name} does not take images of {' x '.join(map(str, shape))} ({reason}): {mend}"
+            ) from error
 
     def embed(self, images: Tensor) -> Tensor:
         """What meets the class vectors.
@@ -370,6 +402,11 @@ class Classifier(LightningModule):
         self.log("train/loss", self._mean_loss("train"))
         self.log("train/lr", self._lr, sync_dist=True)
 
+    def on_train_end(self) -> None:
+        """Say if the temperature is not to be trusted."""
+        if self.global_rank == 0 and (doubt := self.temperature_fit.doubt) is not None:
+            warn(f"do not trust the temperature {self.temperature:.3g}: {doubt}; hold out more (--data.val_fraction)")
+
     def on_validation_epoch_end(self) -> None:
         """Log, and fit the temperature if the validation images are held out."""
         self._log_epoch("val")
@@ -444,19 +481,21 @@ class Classifier(LightningModule):
         """The optimizer over everything trainable, and the schedule, stepped each epoch."""
         make = self._build("optimizer")
         fused = {"fused": True} if self._can_fuse(make) else {}
-        if (decay := self.hparams["layer_decay"]) == 1:
+        decay, scales = self.hparams["layer_decay"], self.hparams["lr_scale"]
+        if decay == 1 and not scales:
             optimizer = make((p for p in self.parameters() if p.requires_grad), **fused)
         else:
-            optimizer = make(layer_groups(self, self.backbone, decay), **fused)
+            optimizer = make(rate_groups(self, self.backbone, decay, scales), **fused)
             scale_rates(optimizer)
         if self.hparams["lr_scheduler"] is None:
             return cast(Optimizer, optimizer)
         arguments = {"total_epochs": self.trainer.max_epochs} if self._schedule_takes_total_epochs else {}
         schedule = self._build("lr_scheduler")(optimizer, **arguments)
-        if decay != 1 and not keeps_scales(optimizer):
+        if "lr_scale" in optimizer.param_groups[0] and not keeps_scales(optimizer):
+            option = "layer_decay" if decay != 1 else "lr_scale"
             raise UserError(
-                f"{type(schedule).__name__} gives all layers one learning rate, so layer_decay would do nothing: "
-                "choose a schedule that multiplies rates, such as WarmupCosine, or leave layer_decay out"
+                f"{type(schedule).__name__} gives all layers one learning rate, so {option} would do nothing: "
+                f"choose a schedule that multiplies rates, such as WarmupCosine, or leave {option} out"
             )
         monitor = {"monitor": "val/loss"} if isinstance(schedule, ReduceLROnPlateau) else {}
         return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, **monitor}})
@@ -528,7 +567,7 @@ class Classifier(LightningModule):
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
         saved = checkpoint.get("hyper_parameters", {})
-        for name in ("optimizer", "lr_scheduler", "layer_decay"):
+        for name in ("optimizer", "lr_scheduler", "layer_decay", "lr_scale"):
             if name in saved and saved[name] != self.hparams[name]:
                 raise UserError(
                     f"--model.{name} differs from the checkpoint being resumed, whose saved state would undo it: "

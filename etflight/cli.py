@@ -1,6 +1,7 @@
 """The command line: LightningCLI over `Classifier` and the data modules, with run folders and errors for people."""
 
 import logging
+import re
 import sys
 import warnings
 from argparse import SUPPRESS
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -27,9 +29,10 @@ from etflight.callbacks.step_notice import StepNotice
 from etflight.checkpoint_io import SafeCheckpointIO
 from etflight.checkpoints import read_checkpoint, refuse_others
 from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
+from etflight.commands import STAGES
 from etflight.configuration import guard_parser
 from etflight.data.base import ImageDataModule
-from etflight.errors import UserError
+from etflight.errors import UserError, user_error_in
 from etflight.heads import codes_from_state_dict
 from etflight.last_words import speak_for_lost_processes
 from etflight.layer_sync import SyncBatchNorm
@@ -53,6 +56,16 @@ class Parser(OneLineParser, LightningArgumentParser):
         **OneLineParser.bases,
         **{f"model.{name}": base for name, base in PLUGGABLE.items()},
     }
+
+    def add_class_arguments(self, class_type: type, *args: Any, **kwargs: Any) -> list[str]:
+        """As always, but a logger that asks for a folder is given the run's, which "." stands for."""
+        added: list[str] = super().add_class_arguments(class_type, *args, **kwargs)
+        if issubclass(class_type, Logger) and "save_dir" in added:
+            action = next(action for action in self._actions if action.dest == "save_dir")
+            if action.required:
+                action.required = False
+                self.set_defaults(save_dir=".")
+        return added
 
 
 class EtflightCLI(LightningCLI):
@@ -273,7 +286,13 @@ class EtflightCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """As LightningCLI does, but what the checkpoint brings for an evaluation is not computed before."""
         with nullcontext() if self.subcommand == "fit" else codes_from_state_dict():
-            super().instantiate_classes()
+            try:
+                super().instantiate_classes()
+            except ValueError as error:  # of the parser, with all that the option would take
+                found = re.search(r"Problem with given class_path '[\w.]*?(\w+)':\s+(.+)", str(error))
+                if found is None or user_error_in(error):
+                    raise
+                raise UserError(f"{found[1]} cannot be made: {found[2]}") from error
 
     def after_instantiate_classes(self) -> None:
         """Refuse a checkpoint of another number of classes before Lightning finds tensors of other shapes.
@@ -323,6 +342,10 @@ class EtflightCLI(LightningCLI):
             own = [MetricsCSV(self.folder, self.saved_rows)] if fitting else []
             numbers = self.folder / "metrics.csv" if own else self.folder
             others = [steadfast(other, numbers) for other in _as_list(None if logger is True else logger)]
+            if any(isinstance(other, CSVLogger) and same_folder(self.folder, Path(other.log_dir)) for other in others):
+                raise UserError(
+                    "CSVLogger would delete the run's own metrics.csv: give --trainer.logger.name or leave it out"
+                )
             kwargs["logger"] = [*own, *others] or False
         sync = [SyncBatchNorm()] if config.get("sync_batchnorm") else []
         kwargs["plugins"] = [*_as_list(config.get("plugins")), SafeCheckpointIO(), *sync]
@@ -365,25 +388,12 @@ def main(args: Sequence[str] | None = None) -> EtflightCLI:
         args=None if args is None else list(args),
         parser_kwargs={
             "prog": "etflight",
-            "description": _DESCRIPTION,
-            **{stage: {"description": f"{text} {_CHECKPOINT_HELP}"} for stage, text in _STAGES.items()},
+            **{stage: {"description": f"{text} {_CHECKPOINT_HELP}"} for stage, text in STAGES.items()},
         },
     )
 
 
 _PROFILERS: dict[Any, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
-_DESCRIPTION = (
-    "Image classifiers with a fixed simplex-ETF head. Beside the stages below: `etflight describe` shows a data set, `etflight study "
-    "FILE` trains and tests arms over seeds, `etflight report RUN...` shows results side by side, `etflight collapse` measures neural "
-    "collapse of a trained model, `etflight export` writes it for other programs, `etflight dashboard` builds a W&B workspace, "
-    "`etflight --version`."
-)
-_STAGES = {
-    "fit": "Train a classifier.",
-    "validate": "Measure a trained classifier on the validation images.",
-    "test": "Measure a trained classifier on the test images.",
-    "predict": "Write a trained classifier's decisions on the test images, or on any others (--images), to predictions.csv or --output.",
-}
 
 
 def _as_list(value: Any) -> list[Any]:

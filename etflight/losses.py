@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 import torch
@@ -15,6 +16,7 @@ ClassBalance = Literal["none", "batch", "global", "effective"]
 SmoothingShape = Literal["concave", "linear", "convex"]
 
 
+@dataclass(eq=False, kw_only=True, repr=False)
 class Loss(nn.Module, ABC):
     """A mean over the batch of per-sample losses, weighted by class in training if asked.
 
@@ -25,8 +27,12 @@ class Loss(nn.Module, ABC):
     - `"effective"`: class y weighs `(c (1-β)/(1-β^n_y))^exponent` from the training counts, the inverse of its *effective number* of
       images, with c such that these inverses sum to K (Cui et al., CVPR 2019). β = 0 is "none", β -> 1 inverse frequency.
 
-    Weights are not renormalised within a batch. Exponent 1 with "batch" is what the released code of Yang et al. 2022 does; 1/2 is
-    what scaling by √E_W gives.
+    Exponent 1 with "batch" is what the released code of Yang et al. 2022 does; 1/2 is what scaling by √E_W gives.
+
+    A mean over the batch is of B samples, whatever their weights: frequent classes of small weight then make small gradients. With
+    `renormalize` it is over the sum of their weights, as in `torch.nn.functional.cross_entropy(…, weight=…)` and the code that passes
+    its weights there, that of LDAM-DRW for one. Both B and the sum are of every rank of the step; where targets are mixed, the sum is of
+    the weights times the probabilities.
 
     Whatever comes from class counts, the weights here and the margins, shifts and smoothings of subclasses, acts in training mode
     only: in eval mode nothing is communicated, no counts are needed, and the loss is the plain one of the same logits.
@@ -35,23 +41,28 @@ class Loss(nn.Module, ABC):
         class_balance: "none", "batch", "global" or "effective".
         exponent: of the weights, >= 0.
         beta: β of "effective", in [0, 1).
+        renormalize: whether the weights of a step are divided by their mean over its samples.
 
     Raises:
         UserError: an unknown class balance, or a number out of range.
     """
 
-    def __init__(self, *, class_balance: ClassBalance = "none", exponent: float = 1.0, beta: float = 0.9999) -> None:
-        super().__init__()
-        self._check("exponent", exponent, 0 <= exponent < math.inf, "must be finite and not negative")
-        self._check("beta", beta, 0 <= beta < 1, "must lie in [0, 1)")
-        self.set_class_balance(class_balance)
-        self.exponent = exponent
-        self.beta = beta
+    class_balance: ClassBalance = "none"
+    exponent: float = 1.0
+    beta: float = 0.9999
+    renormalize: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the options; a subclass that checks its own calls this, too."""
+        nn.Module.__init__(self)
+        check_class_balance(type(self).__name__, self.class_balance)
+        self._check("exponent", 0 <= self.exponent < math.inf, "must be finite and not negative")
+        self._check("beta", 0 <= self.beta < 1, "must lie in [0, 1)")
         self._class_counts: Tensor | None = None
 
-    def _check(self, name: str, value: object, holds: bool, rule: str) -> None:
+    def _check(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
-            raise UserError(f"{type(self).__name__}: {name} {rule}, got {value!r}")
+            raise UserError(f"{type(self).__name__}: {name} {rule}, got {getattr(self, name)!r}")
 
     def set_class_balance(self, class_balance: ClassBalance) -> None:
         """Balance otherwise from now on.
@@ -128,10 +139,11 @@ class Loss(nn.Module, ABC):
 
     def _class_weights(self, batch_counts: Tensor) -> Tensor:
         """Weights `[K]` in float32; 0 for a class without samples, which no sample can then ask for."""
+        step_counts = batch_counts.float()
+        if (self.class_balance == "batch" or self.renormalize) and dist.is_available() and dist.is_initialized():
+            dist.all_reduce(step_counts)
         if self.class_balance == "batch":
-            counts = batch_counts.float()
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(counts)
+            counts = step_counts
             weights = counts.sum() / (counts > 0).sum() / counts.clamp(min=1e-12)
         else:
             counts = self.training_counts().to(batch_counts.device).float()
@@ -140,13 +152,17 @@ class Loss(nn.Module, ABC):
                 log_beta = math.log(self.beta) if self.beta > 0 else -math.inf
                 inverse = (counts > 0) / -torch.expm1(counts.clamp(min=1e-12) * log_beta)
                 weights = inverse * (len(counts) / inverse.sum())
-        return torch.where(counts > 0, weights**self.exponent, 0.0)
+        weights = torch.where(counts > 0, weights**self.exponent, 0.0)
+        if self.renormalize:
+            weights = weights * (step_counts.sum() / (step_counts * weights).sum().clamp(min=1e-12))
+        return weights
 
     def extra_repr(self) -> str:
-        """The balance, for `print(loss)`."""
-        return f"class_balance={self.class_balance!r}, exponent={self.exponent}, beta={self.beta}"
+        """The options, for `print(loss)`."""
+        return ", ".join(f"{option.name}={getattr(self, option.name)!r}" for option in fields(self))
 
 
+@dataclass(eq=False, kw_only=True, repr=False)
 class CrossEntropyLoss(Loss):
     """Softmax cross-entropy, with label smoothing.
 
@@ -155,22 +171,14 @@ class CrossEntropyLoss(Loss):
 
     Args:
         label_smoothing: ε in [0, 1).
-        class_balance: see `Loss`.
-        exponent: see `Loss`.
-        beta: see `Loss`.
     """
 
-    def __init__(
-        self,
-        *,
-        label_smoothing: float = 0.0,
-        class_balance: ClassBalance = "none",
-        exponent: float = 1.0,
-        beta: float = 0.9999,
-    ) -> None:
-        super().__init__(class_balance=class_balance, exponent=exponent, beta=beta)
-        self._check("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "must lie in [0, 1)")
-        self.label_smoothing = label_smoothing
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        self._check("label_smoothing", 0 <= self.label_smoothing < 1, "must lie in [0, 1)")
 
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross-entropies `[B]`."""
@@ -181,6 +189,7 @@ class CrossEntropyLoss(Loss):
         return -((1 - self.label_smoothing) * (target * log_p).sum(dim=1) + smoothing)
 
 
+@dataclass(eq=False, kw_only=True, repr=False)
 class DotRegressionLoss(Loss):
     """Dot regression: pull the embedding onto its class vector, with no push from the others.
 
@@ -189,20 +198,17 @@ class DotRegressionLoss(Loss):
 
     Args:
         length: `√(E_W E_H)`, the value that z_y is pulled to: the head's scale. > 0.
-        class_balance: see `Loss`.
-        exponent: see `Loss`.
-        beta: see `Loss`.
 
     Source:
         Yang et al. 2022, arXiv 2203.09081, section 4.
     """
 
-    def __init__(
-        self, *, length: float = 1.0, class_balance: ClassBalance = "none", exponent: float = 1.0, beta: float = 0.9999
-    ) -> None:
-        super().__init__(class_balance=class_balance, exponent=exponent, beta=beta)
-        self._check("length", length, 0 < length < math.inf, "must be positive and finite")
-        self.length = length
+    length: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        self._check("length", 0 < self.length < math.inf, "must be positive and finite")
 
     def check_head(self, head: nn.Module) -> None:
         """Refuse a head whose target logit cannot be `length`.
@@ -269,27 +275,26 @@ class DotRegressionLoss(Loss):
         return (logits - self.length) ** 2 / (2 * self.length)
 
 
+@dataclass(eq=False, kw_only=True, repr=False)
 class FocalLoss(Loss):
     """Focal loss: cross-entropy with the samples that are right already turned down.
 
-    `L = -(1 - p_y)^γ log p_y` with the softmax p; for probabilities `Σ_k t_k L_k`. γ = 0 is cross-entropy.
+    `L = -(1 - p_y)^γ log p_y` with the softmax p; for probabilities `Σ_k t_k L_k`. γ = 0 is cross-entropy. With the class balance
+    "effective" it is the class-balanced focal loss of Cui et al. 2019.
 
     Args:
         gamma: γ >= 0.
-        class_balance: see `Loss`; "effective" makes this the class-balanced focal loss of Cui et al. 2019.
-        exponent: see `Loss`.
-        beta: see `Loss`.
 
     Source:
         Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, arXiv 1708.02002, equation 4, with a softmax.
     """
 
-    def __init__(
-        self, *, gamma: float = 2.0, class_balance: ClassBalance = "none", exponent: float = 1.0, beta: float = 0.9999
-    ) -> None:
-        super().__init__(class_balance=class_balance, exponent=exponent, beta=beta)
-        self._check("gamma", gamma, 0 <= gamma < math.inf, "must be finite and not negative")
-        self.gamma = gamma
+    gamma: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        self._check("gamma", 0 <= self.gamma < math.inf, "must be finite and not negative")
 
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Focal losses `[B]`."""
@@ -299,39 +304,31 @@ class FocalLoss(Loss):
         return -_at_target(one_minus_p**self.gamma * log_p, target)
 
 
+@dataclass(eq=False, kw_only=True, repr=False)
 class LDAMLoss(Loss):
     """Label-distribution-aware margin: cross-entropy after the target's cosine has lost a margin, larger for rarer classes.
 
     With logits `z_k = s cos_k` and margins `Δ_k = max_margin (n_min / n_k)^(1/4)`: `L_y = log(1 + Σ_{k≠y} exp(z_k - (z_y - s Δ_y)))`; for
     probabilities `Σ_k t_k L_k`, a mixup pair's `λ L(y_a) + (1-λ) L(y_b)`. `max_margin = 0` is cross-entropy. A class without training
-    images counts as the rarest that has some. With `DeferredBalance`, this is LDAM-DRW.
+    images counts as the rarest that has some. With `renormalize` and `DeferredBalance` this is LDAM-DRW.
 
     Args:
         max_margin: the rarest class's Δ, of cosines, in [0, 2].
         scale: s, which must equal the head's scale: the logits come multiplied by it already. > 0.
-        class_balance: see `Loss`.
-        exponent: see `Loss`.
-        beta: see `Loss`.
 
     Source:
         Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019, arXiv 1906.07413,
         equations 11 to 13. (Its released code has the loss multiply bare cosines by s.)
     """
 
-    def __init__(
-        self,
-        *,
-        max_margin: float = 0.5,
-        scale: float = 30.0,
-        class_balance: ClassBalance = "none",
-        exponent: float = 1.0,
-        beta: float = 0.9999,
-    ) -> None:
-        super().__init__(class_balance=class_balance, exponent=exponent, beta=beta)
-        self._check("max_margin", max_margin, 0 <= max_margin <= 2, "must lie in [0, 2]")
-        self._check("scale", scale, 0 < scale < math.inf, "must be positive and finite")
-        self.max_margin = max_margin
-        self.scale = scale
+    max_margin: float = 0.5
+    scale: float = 30.0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        self._check("max_margin", 0 <= self.max_margin <= 2, "must lie in [0, 2]")
+        self._check("scale", 0 < self.scale < math.inf, "must be positive and finite")
 
     def check_head(self, head: nn.Module) -> None:
         """Refuse a head whose logits are not `scale` times a cosine.
@@ -363,6 +360,7 @@ class LDAMLoss(Loss):
         return self.max_margin * (counts.min() / counts) ** 0.25
 
 
+@dataclass(eq=False, kw_only=True, repr=False)
 class LogitAdjustedLoss(Loss):
     """Cross-entropy of logits shifted by class frequencies in training, so that the bare ones decide as if classes were balanced.
 
@@ -372,20 +370,17 @@ class LogitAdjustedLoss(Loss):
 
     Args:
         tau: τ >= 0.
-        class_balance: see `Loss`.
-        exponent: see `Loss`.
-        beta: see `Loss`.
 
     Source:
         Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, arXiv 2007.07314, equation 10.
     """
 
-    def __init__(
-        self, *, tau: float = 1.0, class_balance: ClassBalance = "none", exponent: float = 1.0, beta: float = 0.9999
-    ) -> None:
-        super().__init__(class_balance=class_balance, exponent=exponent, beta=beta)
-        self._check("tau", tau, 0 <= tau < math.inf, "must be finite and not negative")
-        self.tau = tau
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        self._check("tau", 0 <= self.tau < math.inf, "must be finite and not negative")
 
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross-entropies `[B]` of adjusted logits."""
@@ -394,6 +389,7 @@ class LogitAdjustedLoss(Loss):
         return F.cross_entropy(logits, target, reduction="none")
 
 
+@dataclass(eq=False, kw_only=True, repr=False)
 class LabelAwareSmoothingLoss(Loss):
     """Cross-entropy with more label smoothing for the frequent classes, which are the over-confident ones.
 
@@ -405,36 +401,25 @@ class LabelAwareSmoothingLoss(Loss):
         head_smoothing: ε of the most frequent class, in [0, 1); the authors take 0.3 for CIFAR-10-LT and 0.4 for CIFAR-100-LT at ratio 100.
         tail_smoothing: ε of the rarest class, from 0 to `head_smoothing`; the authors take 0 and 0.1.
         shape: how ε rises with the count.
-        class_balance: see `Loss`.
-        exponent: see `Loss`.
-        beta: see `Loss`.
 
     Source:
         Zhong et al., "Improving Calibration for Long-Tailed Recognition" (MiSLAS), CVPR 2021, arXiv 2104.00466, section 3.2. The
         smoothed part goes to all K classes, as in its released code and in `CrossEntropyLoss`; the paper gives ε/(K-1) to the others.
     """
 
-    def __init__(
-        self,
-        *,
-        head_smoothing: float = 0.3,
-        tail_smoothing: float = 0.0,
-        shape: SmoothingShape = "concave",
-        class_balance: ClassBalance = "none",
-        exponent: float = 1.0,
-        beta: float = 0.9999,
-    ) -> None:
-        super().__init__(class_balance=class_balance, exponent=exponent, beta=beta)
-        self._check("head_smoothing", head_smoothing, 0 <= head_smoothing < 1, "must lie in [0, 1)")
+    head_smoothing: float = 0.3
+    tail_smoothing: float = 0.0
+    shape: SmoothingShape = "concave"
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        shapes = get_args(SmoothingShape)
+        self._check("head_smoothing", 0 <= self.head_smoothing < 1, "must lie in [0, 1)")
         self._check(
-            "tail_smoothing", tail_smoothing, 0 <= tail_smoothing <= head_smoothing, "must lie in [0, head_smoothing]"
+            "tail_smoothing", 0 <= self.tail_smoothing <= self.head_smoothing, "must lie in [0, head_smoothing]"
         )
-        self._check(
-            "shape", shape, shape in get_args(SmoothingShape), f"must be one of {', '.join(get_args(SmoothingShape))}"
-        )
-        self.head_smoothing = head_smoothing
-        self.tail_smoothing = tail_smoothing
-        self.shape = shape
+        self._check("shape", self.shape in shapes, f"must be one of {', '.join(shapes)}")
 
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Smoothed cross-entropies `[B]`."""

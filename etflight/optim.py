@@ -5,7 +5,8 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -20,8 +21,10 @@ PROTOCOL_SGD = partial(SGD, lr=0.1, momentum=0.9, weight_decay=2e-4)
 """SGD as in the released code of Yang et al. 2022 for the CIFAR sets."""
 
 
-def layer_groups(model: nn.Module, backbone: nn.Module, decay: float) -> list[dict[str, Any]]:
-    """Groups of what trains, by depth: the learning rate of the i-th layer before the head is to be `decay^i` of the head's.
+def rate_groups(
+    model: nn.Module, backbone: nn.Module, decay: float, scales: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Groups of what trains, by learning rate: that of the i-th layer before the head is to be `decay^i` of the head's.
 
     Layers are those of timm's `group_matcher`: the stem, each block, and what follows the blocks; what it does not place belongs to
     the head's.
@@ -30,16 +33,31 @@ def layer_groups(model: nn.Module, backbone: nn.Module, decay: float) -> list[di
         model: all of it.
         backbone: its part that timm built.
         decay: from one layer to the one before it, in (0, 1].
+        scales: further factors for parts of the model, by name; a part within another has its own.
 
     Returns:
         Groups for an optimizer, the fastest first, each with its `lr_scale`, for `scale_rates`.
 
     Raises:
-        UserError: timm does not know the backbone's layers.
+        UserError: timm does not know the backbone's layers, or there is no such part.
 
     Source:
         Clark et al., "ELECTRA", ICLR 2020, arXiv 2003.10555; for images Bao et al., "BEiT", ICLR 2022, arXiv 2106.08254.
     """
+    depths = {} if decay == 1 else _depths(backbone)
+    factors: dict[int, float] = {}
+    for name, scale in sorted((scales or {}).items(), key=lambda item: item[0].count(".")):
+        factors |= {id(parameter): scale for parameter in _part(model, name)}
+    groups: dict[float, list[nn.Parameter]] = defaultdict(list)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            scale = decay ** depths.get(id(parameter), 0) * factors.get(id(parameter), 1.0)
+            groups[scale].append(parameter)
+    return [{"params": groups[scale], "lr_scale": scale} for scale in sorted(groups, reverse=True)]
+
+
+def _depths(backbone: nn.Module) -> dict[int, int]:
+    """Layers from the head down to each parameter, by its id."""
     from timm.models._manipulate import group_with_matcher  # timm takes a second, which `--help` need not wait for
 
     matcher: Any = getattr(backbone, "group_matcher", None)
@@ -48,16 +66,23 @@ def layer_groups(model: nn.Module, backbone: nn.Module, decay: float) -> list[di
     parameters = dict(backbone.named_parameters())
     named = iter([*parameters.items(), ("head.weight", None)])
     layers: dict[str, int] = group_with_matcher(named, matcher(coarse=False), reverse=True)
-    depths = {id(parameter): layers["head.weight"] - layers[name] for name, parameter in parameters.items()}
-    groups: dict[int, list[nn.Parameter]] = defaultdict(list)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            groups[depths.get(id(parameter), 0)].append(parameter)
-    return [{"params": groups[depth], "lr_scale": decay**depth} for depth in sorted(groups)]
+    return {id(parameter): layers["head.weight"] - layers[name] for name, parameter in parameters.items()}
+
+
+def _part(model: nn.Module, name: str) -> list[nn.Parameter]:
+    parts = dict(model.named_modules())
+    parameters = list(parts[name].parameters()) if name in parts else []
+    if not parameters:
+        close = get_close_matches(
+            name, [n for n, part in parts.items() if any(True for _ in part.parameters())], cutoff=0.4
+        )
+        hint = f"; near matches: {', '.join(close)}" if close else ", such as backbone or head"
+        raise UserError(f"lr_scale: no part of the model with weights is called {name!r}: give one that has some{hint}")
+    return parameters
 
 
 def scale_rates(optimizer: Optimizer) -> None:
-    """Give each group of `layer_groups` its part of the optimizer's learning rate."""
+    """Give each group of `rate_groups` its part of the optimizer's learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["lr"] * group["lr_scale"]
 

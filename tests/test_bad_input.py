@@ -12,6 +12,13 @@ from tests.test_cli import QUICK
 
 FIT = ["fit", *QUICK, "--model.backbone", "resnet20_cifar"]
 MARKER = "HOSTILE CODE RAN"
+NO_LOGGER = """
+from lightning.pytorch.loggers import CSVLogger
+
+class NoLogger(CSVLogger):
+    def __init__(self):
+        raise ModuleNotFoundError("No module named 'no_such_package'")
+"""
 
 
 class Bomb:
@@ -143,6 +150,16 @@ CASES = {
     "a corrupt image in a data worker": (1, ["images/train/dog/2.png"], lambda t: [*FIT, *corrupt_folder(t, 1)]),
     "an unknown backbone": (
         1, ["resnet32_cifr", "resnet32_cifar"], lambda t: [*FIT, "--data", "Digits", "--model.backbone", "resnet32_cifr"]),
+    "a logger whose package is not installed": (
+        1, ["NoLogger cannot be made: No module named 'no_such_package'"],
+        lambda t: (t / "loggers.py").write_text(NO_LOGGER)
+        and [*FIT, "--data", "Digits", "--trainer.logger", "loggers.NoLogger"]),
+    "images smaller than a vision transformer's": (
+        1, ["vit_tiny_patch16_224 does not take images of 1 x 8 x 8", "--model.model_kwargs '{img_size: 8, patch_size: 2}'"],
+        lambda t: [*FIT, "--data", "Digits", "--model.backbone", "vit_tiny_patch16_224"]),
+    "images that nothing makes a network take": (
+        1, ["test_convnext does not take images of 1 x 8 x 8", "give larger ones"],
+        lambda t: [*FIT, "--data", "Digits", "--model.backbone", "test_convnext"]),
     "an unknown head": (2, ["EFTHead", "ETFHead"], lambda t: [*FIT, "--data", "Digits", "--model.head", "EFTHead"]),
     "an unknown data set": (2, ["CIFAR-10", "CIFAR10"], lambda t: [*FIT, "--data", "CIFAR-10"]),
     "a learning rate that is no number": (
@@ -150,7 +167,9 @@ CASES = {
     "a name that two classes have": (
         2, ["--model.lr_scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau"],
         lambda t: [*FIT, "--data", "Digits", "--model.lr_scheduler", "ReduceLROnPlateau"]),
-    "no words at all": (2, ["subcommand"], lambda t: []),
+    "no words at all": (2, ["the command comes first: give one of these"], lambda t: []),
+    "a command that does not exist": (2, ["no command 'tset'", "did you mean test"], lambda t: ["tset", "-c", "c.yaml"]),
+    "an option before the command": (2, ["the command comes first, before -c"], lambda t: ["-c", "c.yaml", "fit"]),
     "an unknown flag": (2, ["--bogus"], lambda t: [*FIT, "--data", "Digits", "--bogus", 1]),
     "a missing checkpoint": (1, ["gone.ckpt"], lambda t: ["test", "--data", "Digits", "--ckpt_path", "gone.ckpt"]),
     "no checkpoint at all": (1, ["--ckpt_path"], lambda t: ["test", "--data", "Digits"]),

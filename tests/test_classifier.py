@@ -208,6 +208,16 @@ def test_a_loaded_model_balances_by_the_counts_it_was_trained_on(tmp_path):
     torch.testing.assert_close(loaded.loss.train()(logits, target), model.loss.train()(logits, target))
 
 
+def test_a_temperature_that_cannot_be_trusted_is_told_once_after_training(capsys):
+    model = small(head=LinearHead, loss=CrossEntropyLoss, optimizer=partial(SGD, lr=0.0))
+    torch.nn.init.zeros_(model.head.weight)  # all logits are equal
+    torch.nn.init.zeros_(model.head.bias)
+    trainer(max_epochs=2, limit_train_batches=1).fit(model, Digits(batch_size=64, val_fraction=0.1))
+    told = [line for line in capsys.readouterr().err.splitlines() if "temperature" in line]
+    line = "etflight: warning: do not trust the temperature 1: to 129 held-out images all are alike; hold out more (--data.val_fraction)"
+    assert told == [line]
+
+
 def test_temperature_is_fitted_on_held_out_validation_and_never_on_the_test_set():
     seed_everything(0, verbose=False)
     watched = small()
@@ -217,6 +227,7 @@ def test_temperature_is_fitted_on_held_out_validation_and_never_on_the_test_set(
     run = trainer(max_epochs=3)
     run.fit(held_out, Digits(batch_size=32, val_fraction=0.2))
     assert 0 < held_out.temperature.item() < 0.8  # unit cosines are never confident
+    assert held_out.temperature_fit.doubt is None
     before = held_out.temperature.clone()
     result = run.test(held_out, Digits(batch_size=32, val_fraction=0.2), verbose=False)[0]
     assert torch.equal(held_out.temperature, before)

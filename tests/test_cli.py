@@ -98,6 +98,36 @@ def test_the_rate_of_each_epoch_is_logged(etflight_command, tmp_path):
     assert [float(row["train/lr"]) for row in rows if row["train/lr"]] == pytest.approx([0.4, 0.2, 0.1])
 
 
+@pytest.mark.parametrize("logger", ["CSVLogger", "TensorBoardLogger"])
+def test_a_logger_that_asks_for_a_folder_gets_one_in_that_of_the_run(logger, etflight_command, tmp_path):
+    fit = [
+        "fit",
+        *DIGITS,
+        "--trainer.limit_train_batches",
+        1,
+        "--trainer.limit_val_batches",
+        1,
+        "--trainer.logger",
+        logger,
+    ]
+    for argv in ([*fit, "--name", "r"], [*fit, "--name", "r", "--trainer.max_epochs", 2, "--ckpt_path", "last"]):
+        result = etflight_command(*argv, cwd=tmp_path)
+        assert result.status == 0, result.err
+    with (tmp_path / "runs/r/metrics.csv").open() as file:
+        assert [float(row["epoch"]) for row in csv.DictReader(file) if row["train/loss"]] == [0, 1]
+    assert {p.name for p in (tmp_path / "runs/r/lightning_logs").iterdir()} == {"version_0", "version_1"}
+    assert {p.name for p in tmp_path.iterdir()} == {"runs"}
+
+
+def test_a_logger_that_would_delete_the_runs_own_numbers_is_refused(etflight_command, tmp_path):
+    logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.name", "", "--trainer.logger.version", ""]
+    result = etflight_command("fit", *DIGITS, *logger, cwd=tmp_path)
+    assert result.status == 1
+    assert result.error_lines == [
+        "etflight: error: CSVLogger would delete the run's own metrics.csv: give --trainer.logger.name or leave it out"
+    ]
+
+
 def test_checkpoint_is_plain_data_and_stays_plain_when_saved_again(run, tmp_path):
     path = run[1] / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(path, weights_only=True)

@@ -1,4 +1,4 @@
-"""Learning rates by depth: those of timm's own rule, at every epoch of a schedule, and in the steps that are taken."""
+"""Learning rates by depth and by part: those of timm's own rule, at every epoch of a schedule, and in the steps that are taken."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from etflight import Classifier, CrossEntropyLoss, LinearHead
 from etflight.errors import UserError
-from etflight.optim import WarmupCosine, WarmupMultiStep, layer_groups
+from etflight.optim import WarmupCosine, WarmupMultiStep, rate_groups
 from tests.callbacks.test_fine_tuning import new_trainer
 
 
@@ -68,10 +68,32 @@ def test_rates_are_those_that_timm_gives_the_network_with_a_classifier(name):
     }
     ours = model(name)
     names = {id(parameter): name for name, parameter in ours.named_parameters()}
-    scales = {names[id(p)]: g["lr_scale"] for g in layer_groups(ours, ours.backbone, 0.7) for p in g["params"]}
+    scales = {names[id(p)]: g["lr_scale"] for g in rate_groups(ours, ours.backbone, 0.7) for p in g["params"]}
     assert scales.pop("head.weight") == scales.pop("head.bias") == timms.pop(f"{classifier}.weight") == 1
     timms.pop(f"{classifier}.bias")
     assert {name.removeprefix("backbone."): scale for name, scale in scales.items()} == pytest.approx(timms)
+
+
+def test_a_part_has_its_own_factor_beside_that_of_its_depth_and_a_part_within_it_another():
+    scales = {"backbone": 0.1, "backbone.conv1": 0.5, "head": 2.0}
+    (seen,), _ = fit(model(decay=0.5, optimizer=partial(SGD, lr=0.1), lr_scale=scales))
+    (plain,), _ = fit(model(decay=0.5, optimizer=partial(SGD, lr=0.1)))
+    for name, rate in seen.items():
+        factor = 2.0 if name.startswith("head.") else 0.5 if name == "backbone.conv1.weight" else 0.1
+        assert rate == pytest.approx(factor * plain[name], rel=1e-12), name
+
+
+@pytest.mark.parametrize(
+    ("scales", "reason"),
+    [
+        ({"hed": 2.0}, "'hed'.*near matches: head"),
+        ({"loss": 2.0}, "no part of the model with weights"),
+        ({"head": 0.0}, "head is 0"),
+    ],
+)
+def test_a_part_or_a_factor_that_is_none_is_refused(scales, reason):
+    with pytest.raises(UserError, match=f"lr_scale.*{reason}"):
+        fit(model(lr_scale=scales))
 
 
 @pytest.mark.parametrize(
@@ -119,9 +141,11 @@ def test_a_factor_that_is_none_is_refused(decay):
         model(decay=decay)
 
 
-def test_a_resumed_run_with_another_factor_is_refused(tmp_path):
-    _, trainer = fit(model(decay=0.5))
+@pytest.mark.parametrize(("option", "value"), [("layer_decay", 0.6), ("lr_scale", {"head": 0.5})])
+def test_a_resumed_run_with_another_factor_is_refused(option, value, tmp_path):
+    _, trainer = fit(model())
     trainer.save_checkpoint(tmp_path / "c.ckpt")
+    other = Classifier(10, "resnet20_cifar", LinearHead, CrossEntropyLoss, **{"layer_decay": 0.5, option: value})
     trainer = new_trainer(max_epochs=2)
-    with pytest.raises(UserError, match=r"--model\.layer_decay differs from the checkpoint being resumed"):
-        trainer.fit(model(decay=0.6), DataLoader(TensorDataset(*batch()), batch_size=6), ckpt_path=tmp_path / "c.ckpt")
+    with pytest.raises(UserError, match=rf"--model\.{option} differs from the checkpoint being resumed"):
+        trainer.fit(other, DataLoader(TensorDataset(*batch()), batch_size=6), ckpt_path=tmp_path / "c.ckpt")

@@ -148,6 +148,40 @@ def test_effective_balance_is_the_inverse_effective_number_normalised_to_sum_k(b
     assert weights.sum().item() == pytest.approx(K)
 
 
+def effective_weights(counts, beta=0.9999):
+    """As the code of LDAM-DRW writes them."""
+    weights = (1 - beta) / (1 - np.power(beta, np.asarray(counts, dtype=np.float64)))
+    return torch.from_numpy(weights / weights.sum() * len(weights)).float()
+
+
+def test_renormalized_weights_are_those_of_torchs_cross_entropy():
+    loss = counted(CrossEntropyLoss(class_balance="effective", renormalize=True))
+    assert_close(loss(LOGITS, TARGET), F.cross_entropy(LOGITS, TARGET, weight=effective_weights(COUNTS)))
+
+
+def test_renormalized_ldam_is_the_loss_of_the_released_code():
+    cosine = LOGITS.tanh().requires_grad_()
+    margins = COUNTS**-0.25 / (COUNTS**-0.25).max() * 0.5
+    pulled = torch.where(F.one_hot(TARGET, K).bool(), cosine - margins, cosine)
+    released = F.cross_entropy(30 * pulled, TARGET, weight=effective_weights(COUNTS))
+    ours = counted(LDAMLoss(class_balance="effective", renormalize=True))(30 * cosine, TARGET)
+    assert_close(ours, released)
+    assert_close(*(torch.autograd.grad(loss, cosine)[0] for loss in (ours, released)))
+
+
+@pytest.mark.parametrize("make", LOSSES)
+@pytest.mark.parametrize("balance", BALANCES)
+def test_renormalized_weights_have_a_mean_of_one_over_the_step(make, balance):
+    loss, plain = counted(make(class_balance=balance, renormalize=True)), counted(make(class_balance=balance))
+    weights = torch.ones(K) if balance == "none" else plain._class_weights(torch.bincount(TARGET, minlength=K))
+    w = weights[TARGET]
+    assert_close(loss(LOGITS, TARGET), (w * loss.sample_losses(LOGITS, TARGET)).sum() / w.sum())
+    costs = torch.stack([loss.sample_losses(LOGITS, torch.full((B,), k)) for k in range(K)], dim=1)
+    weights = torch.ones(K) if balance == "none" else plain._class_weights(MIXED.sum(0))
+    shares = MIXED * weights
+    assert_close(loss(LOGITS, MIXED), (shares * costs).sum() / shares.sum())
+
+
 def test_a_class_without_training_images_leaves_the_other_weights_finite():
     loss = counted(CrossEntropyLoss(class_balance="effective"), [60, 30, 20, 10, 0])
     assert torch.isfinite(loss(LOGITS, TARGET))
@@ -477,6 +511,25 @@ def test_batch_balance_counts_over_all_ranks(two_processes):
     for name, make in [*((make.__name__, make) for make in LOSSES), ("from_target_logits", DotRegressionLoss)]:
         mean = sum(part[name] for part in parts) / 2
         assert mean == pytest.approx(counted(make(class_balance="batch"))(LOGITS, TARGET).item(), rel=1e-6)
+
+
+def _renormalized_on_rank(rank, logits, target):
+    loss = counted(CrossEntropyLoss(class_balance="effective", renormalize=True))
+    own = counted(DotRegressionLoss(class_balance="effective", renormalize=True))
+    cosines = logits.gather(1, target[:, None]).squeeze(1)
+    return [len(target) / B * value.item() for value in (loss(logits, target), own.from_target_logits(cosines, target))]
+
+
+def test_weights_are_renormalized_over_all_ranks(two_processes):
+    """Each process's mean counts by its images, as the classifier has it."""
+    parts = two_processes(_renormalized_on_rank, [(LOGITS[:4], TARGET[:4]), (LOGITS[4:], TARGET[4:])])
+    weights = effective_weights(COUNTS)
+    squares = (LOGITS[torch.arange(B), TARGET] - 1) ** 2 / 2
+    dot_regression = (weights[TARGET] * squares).sum() / weights[TARGET].sum()
+    for value, expected in zip(
+        zip(*parts, strict=True), (F.cross_entropy(LOGITS, TARGET, weight=weights), dot_regression), strict=True
+    ):
+        assert sum(value) == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("counts", [[5, -1], [[5, 1]], [float("nan"), 1.0], [float("inf"), 1.0]])

@@ -4,13 +4,16 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 # each takes from a tenth of a second to seconds
 HEAVY = ("timm", "torchvision", "sklearn", "scipy", "matplotlib", "PIL", "wandb", "pandas", "tensorboard")
 
 
-def imported(*argv: str) -> set[str]:
+def imported(*argv: str, status: int = 0) -> set[str]:
     """Every module that a fresh `python ARGV` imports, as the interpreter itself reports."""
-    done = subprocess.run([sys.executable, "-X", "importtime", *argv], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-X", "importtime", *argv], capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
     return set(re.findall(r"^import time:\s+\d+ \|\s+\d+ \|\s+([\w.]+)$", done.stderr, flags=re.MULTILINE))
 
 
@@ -21,8 +24,9 @@ def test_help_imports_no_heavy_package_that_lightning_does_not():
     assert {name for name in ours - lightnings if name.split(".")[0] in HEAVY} == set()
 
 
-def test_version_imports_neither_torch_nor_lightning():
-    modules = imported("-m", "etflight", "--version")
+@pytest.mark.parametrize(("argv", "status"), [(["--version"], 0), (["--help"], 0), ([], 2), (["tset"], 2)])
+def test_version_and_the_table_of_commands_import_neither_torch_nor_lightning(argv, status):
+    modules = imported("-m", "etflight", *argv, status=status)
     assert "etflight._version" in modules
     assert not {name.split(".")[0] for name in modules} & {"torch", "lightning", "numpy", *HEAVY}
 

@@ -1,7 +1,12 @@
 """Usage errors: what may have been meant, among the names that the option takes and no others."""
 
+from importlib import import_module
+from pathlib import Path
+
+import pytest
 from torch.optim import Optimizer
 
+import etflight.commands
 from etflight.data import ImageDataModule
 from etflight.usage import summarise
 
@@ -40,6 +45,21 @@ def test_what_is_missing_is_told_as_the_option_that_gives_it():
     assert (
         summarise("the following arguments are required: output", [], BASES) == "these arguments are required: output"
     )
+
+
+@pytest.mark.parametrize(("argv", "status"), [(["--help"], 0), (["-h"], 0), ([], 2), (["tset"], 2), (["--bogus"], 2)])
+def test_every_command_has_a_line_in_one_table(argv, status, etflight_command, tmp_path):
+    result = etflight_command(*argv, cwd=tmp_path)
+    assert result.status == status
+    assert len(result.error_lines) == (status != 0)
+    lines = (result.err if status else result.out).splitlines()
+    rows = [line.split(maxsplit=1) for line in lines if line.startswith("  ")]
+    modules = {path.stem for path in Path(etflight.commands.__file__).parent.glob("*.py")}
+    assert {"fit", "validate", "test", "predict", "report", "study"} < {name for name, _ in rows}
+    assert {name for name, _ in rows} - {"fit", "validate", "test", "predict"} == {
+        name for name in modules if name[0] != "_" and hasattr(import_module(f"etflight.commands.{name}"), "main")
+    }
+    assert all(what.endswith(".") for _, what in rows)
 
 
 def test_what_the_data_decide_is_to_be_left_out(etflight_command, tmp_path):

@@ -1,12 +1,15 @@
 """Backbones: every timm model by its name, and the field's own networks, which are registered in timm here."""
 
 import difflib
+import math
 import re
+from collections.abc import Sequence
 from pickle import UnpicklingError
 from textwrap import shorten
 from typing import Any
 
 import timm
+import torch
 from safetensors import SafetensorError
 from timm.models import get_pretrained_cfg
 from torch import nn
@@ -18,7 +21,7 @@ from etflight.backbones import resnet_wide as resnet_wide
 from etflight.backbones.weights import load_weights
 from etflight.errors import UserError
 
-__all__ = ["build_backbone", "load_weights"]
+__all__ = ["arguments_for_size", "build_backbone", "load_weights"]
 
 # Arguments of `timm.create_model` that would break the promise of pooled features, or that have their own name here.
 _OURS = {
@@ -83,6 +86,35 @@ def build_backbone(
         raise
     width: Any = getattr(backbone, "head_hidden_size", None) or backbone.num_features
     return backbone, int(width)
+
+
+def arguments_for_size(name: str, shape: Sequence[int], model_kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What else timm has to be given for a model that refuses images of a size to take them, as many vision transformers do.
+
+    Args:
+        name: The model's.
+        shape: C, H and W of the images.
+        model_kwargs: What it was built with.
+
+    Returns:
+        Arguments that have been tried, or None where none were found.
+    """
+    channels, height, width = shape
+    size = {"img_size": height if height == width else [height, width]}
+    side = math.gcd(height, width)
+    patch = max((part for part in range(1, side // 4 + 1) if side % part == 0), default=1)
+    for arguments in (size, {**size, "patch_size": patch}):
+        try:
+            with torch.device("meta"):
+                model = timm.create_model(
+                    name, in_chans=channels, num_classes=0, **{**(model_kwargs or {}), **arguments}
+                )
+                model.eval()(torch.zeros(1, *shape))
+        except Exception:  # of all kinds, from whichever of timm's thousand models
+            continue
+        if all(side % part == 0 for part in getattr(getattr(model, "patch_embed", None), "patch_size", ())):
+            return arguments
+    return None
 
 
 def _check_registered(name: str) -> None:

@@ -12,8 +12,8 @@ from etflight.losses import ClassBalance, Loss, check_class_balance
 class DeferredBalance(Callback):
     """From an epoch on, weighs classes otherwise in the loss (deferred re-weighting, DRW), draws them otherwise (re-sampling), or both.
 
-    What is in force depends on the epoch alone, so a resumed run goes on as it would have. The new balance takes its `exponent` and
-    `beta` from the loss.
+    What is in force depends on the epoch alone, so a resumed run goes on as it would have. The new balance takes its `exponent`,
+    `beta` and `renormalize` from the loss.
 
     Args:
         epoch: the first epoch, counted from 0, of the new balance; below 1, a part of `max_epochs`: 0.8 is epoch 160 of 200.
@@ -26,7 +26,7 @@ class DeferredBalance(Callback):
 
     Source:
         Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019, arXiv 1906.07413, section 3.3:
-        LDAM-DRW is `LDAMLoss` with `class_balance="effective"`.
+        LDAM-DRW is `LDAMLoss(renormalize=True)` with `class_balance="effective"`.
     """
 
     def __init__(

@@ -23,10 +23,11 @@ class FineTuning(Callback):
     - cRT, a fresh head on a frozen backbone: `load={"backbone": "backbone"}, freeze=["backbone"]` with a `checkpoint`.
     - LWS, a scale for each class of the old head: `load={"backbone": "backbone", "head": "head.linear"},
       freeze=["backbone", "head.linear"]` with a `checkpoint` and `ScaledLinearHead`.
+    - MiSLAS, both: `freeze=["backbone"]` and otherwise as LWS, with `LabelAwareSmoothingLoss`.
 
     A frozen part has no gradients, so neither weight decay nor momentum moves it, and it stays in evaluation mode, so its BatchNorm
-    keeps its statistics. A resumed run takes all weights from its own checkpoint and does not ask for these again. What is frozen
-    depends on the epoch alone, so a resumed run goes on as it would have.
+    keeps its statistics (unless `freeze_statistics` is off). A resumed run takes all weights from its own checkpoint and does not ask
+    for these again. What is frozen depends on the epoch alone, so a resumed run goes on as it would have.
 
     Args:
         checkpoint: that an `etflight` training wrote; with averaged weights (EMA) it is those that are taken.
@@ -35,6 +36,8 @@ class FineTuning(Callback):
         weights: file for the backbone, `.safetensors` or one of `torch.save`, with the names that timm gives the backbone's weights;
             its classifier is left out. Images must be normalised (`mean`, `std` of the data) as those it was trained on.
         unfreeze_epoch: the first epoch, counted from 0, in which the frozen parts train, too; None: they never do.
+        freeze_statistics: whether frozen parts are in evaluation mode; if not, they are in training mode without gradients, so BatchNorm
+            normalises by the batch and its statistics move on (MiSLAS' `shift_bn`).
 
     Raises:
         UserError: a checkpoint without anything to load from it, or the reverse; a checkpoint and weights; an epoch without anything
@@ -53,6 +56,7 @@ class FineTuning(Callback):
         freeze: Sequence[str] = (),
         weights: str | None = None,
         unfreeze_epoch: int | None = None,
+        freeze_statistics: bool = True,
     ) -> None:
         super().__init__()
         if (checkpoint is None) != (not load):
@@ -68,6 +72,7 @@ class FineTuning(Callback):
         self.freeze = tuple(freeze)
         self.weights = weights
         self.unfreeze_epoch = unfreeze_epoch
+        self.freeze_statistics = freeze_statistics
         self._resumes = False
         self._held: list[nn.Parameter] = []  # those of the frozen parts that train otherwise
 
@@ -127,7 +132,7 @@ class FineTuning(Callback):
         for parameter in self._held:
             parameter.requires_grad_(not frozen)
         for part in self._frozen(pl_module):
-            part.train(not frozen)
+            part.train(not (frozen and self.freeze_statistics))
 
     def _check_reached(self, trainer: Trainer) -> None:
         trial = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning outside the class body

@@ -60,6 +60,8 @@ def describe_step(*, processes: int, batch_size: int, accumulated: int, lr: floa
         balance += f" (exponent {loss.exponent:g}): the training set's counts"
     elif loss.class_balance == "effective":
         balance += f" (exponent {loss.exponent:g}, beta {loss.beta:g}): the training set's counts"
+    if loss.renormalize and loss.class_balance != "none":
+        balance += ", weights divided by their mean over a step"
     return "; ".join([*parts, balance])
 
 

@@ -1,1 +1,16 @@
-"""Commands that are no Trainer stage."""
+"""What each command of `etflight` does, in a line; those that are no stage of the Trainer are a module here."""
+
+STAGES = {
+    "fit": "Train a classifier.",
+    "validate": "Measure a trained classifier on the validation images.",
+    "test": "Measure a trained classifier on the test images.",
+    "predict": "Write a trained classifier's decisions on the test images, or on any others (--images).",
+}
+OTHERS = {
+    "describe": "Show what a data set holds.",
+    "study": "Train and test arms over sets, ratios and seeds, and print their table.",
+    "report": "Show results of runs side by side, in a table or on a page.",
+    "collapse": "Measure neural collapse of a trained model.",
+    "export": "Write a trained model for programs that do not know etflight.",
+    "dashboard": "Build a workspace and a report in a W&B project.",
+}

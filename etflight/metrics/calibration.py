@@ -9,6 +9,7 @@ from torch import Tensor
 from etflight.metrics.summed import SummedMetric
 
 _COARSEST, _FINEST, _STEPS = 100.0, 0.002, 109  # a ratio of 1.105 between neighbours
+_ROUNDING = 1e-6  # of a sum of float32 losses
 
 
 class ReliabilityBins(NamedTuple):
@@ -81,7 +82,12 @@ class TemperatureFit(SummedMetric):
     """The temperature T that minimises the negative log-likelihood of `softmax(logits / T)`.
 
     The likelihood is summed on a logarithmic grid of temperatures, so ranks add and no logits are kept; the minimum is refined by
-    the parabola through its three lowest points.
+    the parabola through its three lowest points. Where it lies at an end of the grid, as where every decision is right and T would fall
+    for ever, T is the largest whose likelihood is at least 1/e of the best: for N right decisions their mean confidence is then about
+    1 - 1/N. Where no temperature is better than another, T is 1.
+
+    Attributes:
+        doubt: why the T computed last cannot be trusted, in words; None if it can.
 
     Source:
         Guo et al. 2017, "On Calibration of Modern Neural Networks".
@@ -89,6 +95,7 @@ class TemperatureFit(SummedMetric):
 
     losses: Tensor
     samples: Tensor
+    doubt: str | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,13 +116,20 @@ class TemperatureFit(SummedMetric):
 
     def compute(self) -> Tensor:
         """T in [0.002, 100], a float32 scalar; 1 when nothing was seen."""
-        best = self.losses.argmin().clamp(1, _STEPS - 2)
-        left, middle, right = self.losses[best - 1], self.losses[best], self.losses[best + 1]
-        curvature = left - 2 * middle + right
-        offset = torch.where(curvature > 0, 0.5 * (left - right) / curvature.clamp(min=1e-300), 0.0).clamp(-1, 1)
-        grid = self._grid()
-        temperature = (grid[best] + offset.float() * (grid[1] - grid[0])).exp()
-        return torch.where(self.samples > 0, temperature, 1.0)
+        losses, lowest, images, grid = self.losses, self.losses.min(), int(self.samples), self._grid()
+        self.doubt = None
+        if not losses.max() - lowest > _ROUNDING * lowest:  # or they are not numbers
+            self.doubt = f"to {images} held-out images all are alike" if images else None
+            return torch.ones_like(grid[0])
+        if lowest in (losses[0], losses[-1]):
+            all_right = lowest < math.log(2)  # a wrong decision costs more at any temperature
+            why = "are right and would have it fall for ever" if all_right else "ask for one beyond the range searched"
+            self.doubt = f"{images} held-out images {why}"
+            return grid[losses <= lowest + 1].max().exp()
+        best = losses.argmin()
+        left, middle, right = losses[best - 1], losses[best], losses[best + 1]
+        offset = (0.5 * (left - right) / (left - 2 * middle + right)).nan_to_num(0.0).clamp(-1, 1)
+        return (grid[best] + offset.float() * (grid[1] - grid[0])).exp()
 
     def _grid(self) -> Tensor:
         """Logarithms of the temperatures; no buffer, which averaging weights would move."""

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch.testing import assert_close
 
-from etflight.backbones import build_backbone
+from etflight.backbones import arguments_for_size, build_backbone
 from etflight.errors import UserError
 
 
@@ -154,3 +154,19 @@ def test_weights_of_another_shape_are_one_line(tmp_path):
     message = message_of("resnet20_cifar", pretrained=True, model_kwargs=local(tmp_path / "wide.pth"))
     assert "size mismatch" in message
     assert len(message) < 500
+
+
+@pytest.mark.parametrize("name", ["test_vit", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 32, 48)])
+def test_a_transformer_made_for_a_size_sees_all_pixels_of_its_images(name, shape):
+    arguments = arguments_for_size(name, shape, None)
+    backbone, width = build_backbone(name, in_chans=shape[0], model_kwargs=arguments)
+    images = torch.zeros(2, *shape, requires_grad=True)
+    features = backbone.eval()(images)
+    assert features.shape == (2, width)
+    features.square().sum().backward()
+    assert (images.grad.abs().sum(dim=(0, 1)) > 0).all()
+
+
+def test_a_network_that_cannot_be_made_for_a_size_is_none():
+    assert arguments_for_size("test_convnext", (3, 8, 8), None) is None

@@ -36,9 +36,10 @@ from etflight.callbacks.step_notice import describe_step, has_unsynced_batch_nor
                 "batch_size": 32,
                 "accumulated": 1,
                 "lr": None,
-                "loss": CrossEntropyLoss(class_balance="effective", beta=0.99),
+                "loss": CrossEntropyLoss(class_balance="effective", beta=0.99, renormalize=True),
             },
-            "global batch 32 = 1 process x 32 images; class balance 'effective' (exponent 1, beta 0.99): the training set's counts",
+            "global batch 32 = 1 process x 32 images; class balance 'effective' (exponent 1, beta 0.99): the training set's counts, "
+            "weights divided by their mean over a step",
         ),
         (
             {"processes": 3, "batch_size": 8, "accumulated": 1, "lr": None, "loss": CrossEntropyLoss()},
