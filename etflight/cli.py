@@ -38,7 +38,7 @@ from etflight.optim import PROTOCOL_SGD
 from etflight.predict_images import add_prediction_arguments, over_images
 from etflight.predictions import check_output
 from etflight.run_folder import check_writable, claim, claim_for_results, last_checkpoint, same_folder
-from etflight.specs import describe, is_known
+from etflight.specs import describe, find, is_known
 from etflight.usage import OneLineParser
 from etflight.wandb_runs import choose_names, name_in_sweep
 
@@ -224,7 +224,7 @@ class EtflightCLI(LightningCLI):
                 folder=self.folder,
                 name=self.run_name,
                 seed=config["seed_everything"],
-                data=config["data"].class_path.rpartition(".")[2],
+                data=_dataset_name(config["data"]),
             )
 
     def instantiate_classes(self) -> None:
@@ -341,6 +341,11 @@ def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _dataset_name(data: Any) -> str:
+    cls: Any = find({"class_path": data.class_path}, ImageDataModule)
+    return str(cls.name_with(data.init_args)) if cls else data.class_path.rpartition(".")[2]
 
 
 def _first_config_stem(argv: Sequence[str]) -> str | None:

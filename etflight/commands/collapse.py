@@ -283,6 +283,7 @@ def _record(model: Model, data: ImageDataModule, results: dict[str, dict[str, fl
         "model": model.name,
         "data": {
             "class": type(data).__name__,
+            "dataset": data.dataset_name,
             "fingerprint": data.fingerprint,
             "class_counts": [int(n) for n in data.class_counts],
         },
