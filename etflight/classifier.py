@@ -31,6 +31,7 @@ from etflight.optim import PROTOCOL_SGD, keeps_scales, layer_groups, match_layou
 from etflight.preprocessing import Preprocessing
 from etflight.ranks import take_buffers_of_rank_zero
 from etflight.specs import describe, find, is_plain, objections, resolve
+from etflight.trained_on import refuse_other_shape
 from etflight.untrusted import refuse_names
 
 # the arguments that take a class, and what it must be a subclass of
@@ -317,12 +318,17 @@ class Classifier(LightningModule):
     # --- epochs ------------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Compile the backbone for training; take from the data module, if there is one, what is known of classes and images."""
+        """Compile the backbone for training; take from the data module, if there is one, what is known of classes and images.
+
+        Raises:
+            UserError: it has another number of classes or channels.
+        """
         if stage == "fit" and (compile := self.hparams["compile"]):
             self.backbone.compile(mode="default" if compile is True else compile)
         data = getattr(self.trainer, "datamodule", None)
         if data is None:
             return
+        refuse_other_shape("the model", self.hparams["num_classes"], self.hparams["in_chans"], data, "give other data")
         names = getattr(data, "class_names", None)
         if names is not None and len(names) == self.hparams["num_classes"]:
             self.class_names = list(names)

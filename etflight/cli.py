@@ -39,6 +39,7 @@ from etflight.predict_images import add_prediction_arguments, over_images
 from etflight.predictions import check_output
 from etflight.run_folder import check_writable, claim, claim_for_results, last_checkpoint, same_folder
 from etflight.specs import describe, find, is_known
+from etflight.trained_on import refuse_other_shape
 from etflight.usage import OneLineParser
 from etflight.wandb_runs import choose_names, name_in_sweep
 
@@ -93,7 +94,7 @@ class EtflightCLI(LightningCLI):
         self.arm = _first_config_stem(given)
         self.ckpt_path: Path | None = None
         self.saved_rows = 0
-        self.saved_num_classes: int | None = None
+        self.saved_shape: tuple[int, int] | None = None  # classes and channels
         self.verbose = True
         self.saved_logit_adjustment = 0.0
         stage = argv[0] if argv and argv[0] in self._subcommand_parsers else None
@@ -145,10 +146,9 @@ class EtflightCLI(LightningCLI):
         backbone = value_of(argv, "model.backbone")
         given = {} if backbone is None else {"backbone": backbone}
         saved = plain_hyperparameters(content, given)
-        self.saved_num_classes = saved.pop("num_classes", None)
+        self.saved_shape = saved.pop("num_classes"), saved.pop("in_chans", 3)
         self.saved_logit_adjustment = saved.get("logit_adjustment", 0.0)
-        for linked in ("in_chans", "class_counts"):  # the data module gives the one, the state dict holds the other
-            saved.pop(linked, None)
+        saved.pop("class_counts", None)  # the state dict holds them
         unknown = {
             name: describe(saved.pop(name), name)
             for name, base in PLUGGABLE.items()
@@ -233,16 +233,13 @@ class EtflightCLI(LightningCLI):
             super().instantiate_classes()
 
     def after_instantiate_classes(self) -> None:
-        """Refuse a checkpoint of another number of classes before Lightning finds tensors of other shapes.
+        """Refuse a checkpoint of another number of classes or channels before Lightning finds tensors of other shapes.
 
         Raises:
-            UserError: it has another number of classes.
+            UserError: it has others.
         """
-        if self.saved_num_classes is not None and self.saved_num_classes != self.model.hparams["num_classes"]:
-            raise UserError(
-                f"checkpoint {self.ckpt_path} was trained on {self.saved_num_classes} classes, but the data has "
-                f"{self.model.hparams['num_classes']}: give the data it was trained on"
-            )
+        if self.saved_shape is not None:
+            refuse_other_shape(f"checkpoint {self.ckpt_path}", *self.saved_shape, self.datamodule)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with what writes the run folder in front of the user's own loggers and callbacks."""

@@ -1,4 +1,32 @@
-"""What a checkpoint or a record knows of the images that a model was trained on, compared with others."""
+"""What a model, a checkpoint or a record knows of the data of a training, compared with the data that it is used with."""
+
+from typing import Any
+
+from etflight.errors import UserError
+
+THE_DATA = "give the data it was trained on"
+
+
+def refuse_other_shape(model: str, num_classes: int, channels: int, data: Any, mend: str = THE_DATA) -> None:
+    """Refuse data of which a model can make nothing.
+
+    Args:
+        model: for the error.
+        num_classes: that it decides between.
+        channels: of its images.
+        data: a data module; one that does not tell its `num_classes` or `num_channels` is not refused for them.
+        mend: for the error.
+
+    Raises:
+        UserError: other numbers.
+    """
+    images = "takes images of {} channel" + "s" * (channels != 1)
+    for takes, own, other in (
+        ("decides between {} classes", num_classes, getattr(data, "num_classes", None)),
+        (images, channels, getattr(data, "num_channels", None)),
+    ):
+        if isinstance(other, int) and other != own:
+            raise UserError(f"{model} {takes.format(own)}, but {data} has {other}: {mend}")
 
 
 def content_of(fingerprint: str | None) -> str | None:

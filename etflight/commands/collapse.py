@@ -29,6 +29,7 @@ from etflight.errors import UserError
 from etflight.files import write_json
 from etflight.metrics import ClassStatistics, Moments, measures
 from etflight.terminal import console
+from etflight.trained_on import refuse_other_shape
 from etflight.usage import OneLineParser
 
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -176,12 +177,7 @@ def _to(moments: Moments, device: torch.device) -> Moments:
 def _from_checkpoint(path: str, data: ImageDataModule) -> Model:
     classifier = load_classifier(path)
     head, hparams = classifier.head, classifier.hparams
-    _check_classes(f"checkpoint {path}", head.num_classes, data, "give the data it was trained on")
-    if hparams["in_chans"] != data.num_channels:
-        raise UserError(
-            f"checkpoint {path} takes images of {hparams['in_chans']} channels, but {data} has {data.num_channels}: "
-            "give the data it was trained on"
-        )
+    refuse_other_shape(f"checkpoint {path}", head.num_classes, hparams["in_chans"], data)
 
     def look(images: Tensor) -> tuple[Tensor, Tensor]:
         features = classifier.features(images)
@@ -198,7 +194,7 @@ def _from_timm(config: Namespace, data: ImageDataModule) -> Model:
     if not isinstance(weight, Tensor) or weight.numel() != weight.shape[0] * weight.shape[1]:
         raise UserError(f"{name} has no linear classifier to measure (its get_classifier() is {type(layer).__name__})")
     weight = weight.detach().flatten(1)
-    _check_classes(name, len(weight), data, _OWN_WEIGHTS)
+    refuse_other_shape(name, len(weight), data.num_channels, data, _OWN_WEIGHTS)
     _adopt_normalisation(network, data)
     seen: list[Tensor] = []
     layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(1)))
@@ -230,10 +226,10 @@ def _create(name: str, weights: str | None, data: ImageDataModule) -> Any:
     if weights is not None:
         state = read_weights(weights)
         arguments["num_classes"] = _classes_in(state, name) or data.num_classes
-        _check_classes(f"{weights} of {name}", arguments["num_classes"], data, "give the data it was trained on")
+        refuse_other_shape(f"{weights} of {name}", arguments["num_classes"], data.num_channels, data)
     elif ":" not in name:  # before a download that would be in vain
-        published = timm.get_pretrained_cfg_value(name, "num_classes")
-        _check_classes(f"timm model {name}", published or data.num_classes, data, _OWN_WEIGHTS)
+        published = timm.get_pretrained_cfg_value(name, "num_classes") or data.num_classes
+        refuse_other_shape(f"timm model {name}", published, data.num_channels, data, _OWN_WEIGHTS)
     try:
         network: Any = timm.create_model(name, **arguments)
     except _UNREADABLE as error:
@@ -268,11 +264,6 @@ def _adopt_normalisation(network: Any, data: ImageDataModule) -> None:
         values = [float(value) for value in settings[name]]
         if getattr(data, name) is None and len(values) in (1, data.num_channels):
             setattr(data, name, values)
-
-
-def _check_classes(model: str, num_classes: int, data: ImageDataModule, mend: str) -> None:
-    if num_classes != data.num_classes:
-        raise UserError(f"{model} decides between {num_classes} classes, but {data} has {data.num_classes}: {mend}")
 
 
 # Results ----------------------------------------------------------------------------------------------------------
