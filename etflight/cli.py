@@ -26,6 +26,7 @@ from etflight.callbacks.step_notice import StepNotice
 from etflight.checkpoint_io import SafeCheckpointIO
 from etflight.checkpoints import read_checkpoint, refuse_others
 from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
+from etflight.commands.trained import prepare_as_trained
 from etflight.configuration import expand_overlays, guard_parser
 from etflight.data.base import ImageDataModule
 from etflight.errors import UserError
@@ -37,13 +38,17 @@ from etflight.metrics_csv import MetricsCSV
 from etflight.optim import PROTOCOL_SGD
 from etflight.predict_images import add_prediction_arguments, over_images
 from etflight.predictions import check_output
+from etflight.preprocessing import Preprocessing
 from etflight.run_folder import check_writable, claim, claim_for_results, last_checkpoint, same_folder
 from etflight.specs import describe, find, is_known
 from etflight.trained_on import refuse_other_shape
 from etflight.usage import OneLineParser
 from etflight.wandb_runs import choose_names, name_in_sweep
 
-_CHECKPOINT_HELP = "The command line beats the configuration files, which beat what the checkpoint says of the model."
+_CHECKPOINT_HELP = (
+    "The command line beats the configuration files, which beat what the checkpoint says: of the model, and, but for fit, of how its "
+    "images are prepared."
+)
 
 
 class Parser(OneLineParser, LightningArgumentParser):
@@ -156,18 +161,19 @@ class EtflightCLI(LightningCLI):
         }
         self._default_model(stage, saved)
         self.config = parser.parse_args(argv)
-        if not unknown:
-            return
-        plain_hyperparameters(content, given)  # again: parsing imported what the user named, and only that
-        for name, spec in unknown.items():
-            if getattr(self.config[stage].get(f"model.{name}"), "class_path", None) == spec["class_path"]:
-                self._default_model(stage, {name: spec})
-            elif value_of(argv, f"model.{name}") is None and value_of(argv, f"model.{name}.class_path") is None:
-                raise UserError(
-                    f"checkpoint {path} needs {spec['class_path']} as its {name}: "
-                    f"name it, so that it is imported (--model.{name} {spec['class_path']})"
-                )
-        self.config = parser.parse_args(argv)
+        if unknown:
+            plain_hyperparameters(content, given)  # again: parsing imported what the user named, and only that
+            for name, spec in unknown.items():
+                if getattr(self.config[stage].get(f"model.{name}"), "class_path", None) == spec["class_path"]:
+                    self._default_model(stage, {name: spec})
+                elif value_of(argv, f"model.{name}") is None and value_of(argv, f"model.{name}.class_path") is None:
+                    raise UserError(
+                        f"checkpoint {path} needs {spec['class_path']} as its {name}: "
+                        f"name it, so that it is imported (--model.{name} {spec['class_path']})"
+                    )
+            self.config = parser.parse_args(argv)
+        if stage != "fit":
+            prepare_as_trained(self.config[stage]["data"], Preprocessing.in_checkpoint(content))
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: `parse_arguments` has done it, in the order that lets the command line win."""

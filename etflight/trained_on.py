@@ -1,8 +1,11 @@
 """What a model, a checkpoint or a record knows of the data of a training, compared with the data that it is used with."""
 
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etflight.errors import UserError
+from etflight.preprocessing import Preprocessing
 
 THE_DATA = "give the data it was trained on"
 
@@ -27,6 +30,46 @@ def refuse_other_shape(model: str, num_classes: int, channels: int, data: Any, m
     ):
         if isinstance(other, int) and other != own:
             raise UserError(f"{model} {takes.format(own)}, but {data} has {other}: {mend}")
+
+
+def other_names(known: Sequence[str] | None, data: Any) -> str | None:
+    """Where class names of a training are others than those of the data, unless either are mere numbers; None if nowhere."""
+    own = getattr(data, "class_names", None)
+    if known is None or own is None or [str(k) for k in range(len(known))] in (list(known), list(own)):
+        return None
+    pairs = enumerate(zip(known, own, strict=False))
+    return next((f"class {k} is {a!r} in the checkpoint, but {b!r} in the data" for k, (a, b) in pairs if a != b), None)
+
+
+def other_preprocessing(known: Preprocessing | None, data: Any) -> str | None:
+    """In what the data's images are sized and normalised otherwise than those of a training, as far as both are known."""
+    own = None if known is None else getattr(data, "preprocessing", None)
+    differ = None if known is None or own is None else own.unlike(known)
+    return differ and f"{data}: images are prepared otherwise than in training: {differ}"
+
+
+def other_images(counts: Sequence[int], fingerprint: str | None, data: Any) -> str | None:
+    """In what the data's training images are others than those of a training, as far as both are known.
+
+    Args:
+        counts: `[K]`, images of each class that were trained on; all 0 if unknown.
+        fingerprint: of those images; None if unknown.
+        data: a data module.
+    """
+    own = [int(n) for n in getattr(data, "class_counts", counts)]
+    if any(counts) and len(own) == len(counts) and own != list(counts):
+        k = next(k for k, n in enumerate(own) if n != counts[k])
+        return f"{data} has {own[k]} training images of class {data.class_names[k]}, but the checkpoint was trained on {counts[k]}"
+    other = getattr(data, "fingerprint", None)
+    if fingerprint is None or other is None or same_images(fingerprint, other):
+        return None
+    return f"{data} has other training images ({other}) than the checkpoint was trained on ({fingerprint})"
+
+
+def fingerprint_in(checkpoint: Mapping[str, Any]) -> str | None:
+    """Of the images that a checkpoint's model was trained on, None if it does not know; older ones have it only from a run folder."""
+    found = checkpoint.get("fingerprint") or checkpoint.get("etflight", {}).get("images")
+    return found if isinstance(found, str) and re.fullmatch(r"[\w.-]{1,80}", found) else None
 
 
 def content_of(fingerprint: str | None) -> str | None:

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from etflight import plotting
 from etflight.backbones import resnet_cifar
 from etflight.checkpoints import read_weights
+from etflight.classifier import Classifier
 from etflight.commands.data_option import data_parser, parse
-from etflight.commands.trained import add_imports, brief, import_modules, load_classifier
+from etflight.commands.trained import add_imports, brief, import_modules, load_classifier, prepare_as_trained
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
-from etflight.errors import UserError
+from etflight.errors import UserError, warn
 from etflight.files import write_json
 from etflight.metrics import ClassStatistics, Moments, measures
 from etflight.terminal import console
@@ -98,9 +99,12 @@ def main(argv: Sequence[str]) -> None:
     if config.weights is not None and config.timm is None:
         raise UserError("--weights goes with --timm NAME: an etflight checkpoint is given by --ckpt_path FILE alone")
     import_modules(config.imports)
+    classifier = None if config.ckpt_path is None else load_classifier(config.ckpt_path)
+    if classifier is not None:
+        prepare_as_trained(config.data, classifier.preprocessing)
     data: ImageDataModule = parser.instantiate(config).data
     device = _device(config.device)
-    model = _from_checkpoint(config.ckpt_path, data) if config.timm is None else _from_timm(config, data)
+    model = _from_timm(config, data) if classifier is None else _from_checkpoint(config.ckpt_path, classifier, data)
     output = Path(config.output) if config.output else _default_output(config)
     out = console()
 
@@ -174,10 +178,11 @@ def _to(moments: Moments, device: torch.device) -> Moments:
 # Models -----------------------------------------------------------------------------------------------------------
 
 
-def _from_checkpoint(path: str, data: ImageDataModule) -> Model:
-    classifier = load_classifier(path)
-    head, hparams = classifier.head, classifier.hparams
-    refuse_other_shape(f"checkpoint {path}", head.num_classes, hparams["in_chans"], data)
+def _from_checkpoint(path: str, classifier: Classifier, data: ImageDataModule) -> Model:
+    head = classifier.head
+    refuse_other_shape(f"checkpoint {path}", head.num_classes, classifier.hparams["in_chans"], data)
+    for line in classifier.differences(data, images=True):
+        warn(line)
 
     def look(images: Tensor) -> tuple[Tensor, Tensor]:
         features = classifier.features(images)

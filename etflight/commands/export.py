@@ -8,9 +8,9 @@ from pathlib import Path
 
 from etflight.classifier import Classifier
 from etflight.commands.data_option import data_parser, parse
-from etflight.commands.trained import add_imports, brief, import_modules, load_classifier
+from etflight.commands.trained import add_imports, brief, import_modules, load_classifier, prepare_as_trained
 from etflight.data import ImageDataModule
-from etflight.errors import UserError
+from etflight.errors import UserError, warn
 from etflight.exporting import graph
 from etflight.exporting.card import model_card
 from etflight.exporting.network import save_timm
@@ -42,10 +42,13 @@ def main(argv: Sequence[str]) -> None:
     classifier = load_classifier(config.checkpoint).eval().requires_grad_(False)
     preprocessing = classifier.preprocessing
     if config.get("data") is not None:
+        prepare_as_trained(config.data, preprocessing)
         data: ImageDataModule = parser.instantiate(config).data
         refuse_other_shape(
             f"checkpoint {config.checkpoint}", classifier.head.num_classes, classifier.hparams["in_chans"], data
         )
+        for line in classifier.differences(data):
+            warn(line)
         preprocessing = data.preprocessing
     if preprocessing is None:
         raise UserError(

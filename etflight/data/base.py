@@ -203,11 +203,17 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """Shape and normalisation of the images, which a checkpoint keeps for images from elsewhere."""
-        source = self.split("train").source
+        """Shape and normalisation of the images, which a checkpoint keeps; of another split where `train` has not been read."""
+        first = next(iter(self._splits.values()), None)
+        source = (self._splits.get("train") or first or self.split("train")).source
         shape = source.image_shape
         mean, std = (values * (shape[0] // len(values)) for values in self._statistics)
         return Preprocessing(shape, mean, std, source.crop_pct)
+
+    @classmethod
+    def options_for(cls, preprocessing: Preprocessing) -> dict[str, Any]:
+        """The options, of those that this set has, which make its images what a model was trained on."""
+        return {"mean": list(preprocessing.mean), "std": list(preprocessing.std)}
 
     def split(self, name: Split) -> ImageSplit:
         """The images of `train`, `val` or `test`, read on first use.
