@@ -202,11 +202,13 @@ def _check_contents(path: str | Path, checkpoint: dict[str, Any]) -> None:
             raise damaged(path, "its class_names are no list of names")
         if len(names) != num_classes:
             raise damaged(path, f"it has {len(names)} class_names for {num_classes} classes")
-    if (preprocessing := checkpoint.get("preprocessing")) is not None:
-        try:
-            Preprocessing.from_plain(preprocessing)
-        except ValueError as error:
-            raise damaged(path, f"of its preprocessing, {error}") from None
+    try:
+        known = Preprocessing.in_checkpoint(checkpoint)
+    except ValueError as error:
+        raise damaged(path, f"of its preprocessing, {error}") from None
+    channels = checkpoint["hyper_parameters"].get("in_chans")
+    if known is not None and channels not in (None, known.input_size[0]):
+        raise damaged(path, f"its preprocessing has {known.input_size[0]} channels, its model {channels}")
     for text in texts(checkpoint.get("callbacks")):
         # Lightning's ModelCheckpoint deletes the files, and folders, that its saved state calls its earlier checkpoints
         if ".." in PurePath(text.replace("\\", "/")).parts or "::" in text or "://" in text:

@@ -33,6 +33,7 @@ from etflight.optim import PROTOCOL_SGD, keeps_scales, match_layouts, rate_group
 from etflight.preprocessing import Preprocessing
 from etflight.ranks import take_buffers_of_rank_zero
 from etflight.specs import describe, find, is_plain, objections, resolve
+from etflight.trained_on import fingerprint_in, other_images, other_names, other_preprocessing, refuse_other_shape
 from etflight.untrusted import refuse_names
 
 # the arguments that take a class, and what it must be a subclass of
@@ -99,6 +100,7 @@ class Classifier(LightningModule):
             1 until then.
         class_names: names of the classes, from the data module or the checkpoint; None if unknown.
         preprocessing: shape and normalisation of the images, from the data module trained on or the checkpoint; None if unknown.
+        fingerprint: of the training images, likewise.
 
     Raises:
         UserError: parts that cannot work together.
@@ -150,6 +152,7 @@ class Classifier(LightningModule):
                 )
         self.class_names: list[str] | None = None
         self.preprocessing: Preprocessing | None = None
+        self.fingerprint: str | None = None
         self.register_buffer("temperature", torch.ones(()))
         self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.long))
         self.register_buffer("_bad_step", torch.tensor(_NEVER), persistent=False)
@@ -350,23 +353,68 @@ class Classifier(LightningModule):
     # --- epochs ------------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Compile the backbone for training; take from the data module, if there is one, what is known of classes and images."""
+        """Compile the backbone for training; take from the data module, if there is one, what is known of classes and images.
+
+        Raises:
+            UserError: it has another number of classes or channels.
+        """
         if stage == "fit" and (compile := self.hparams["compile"]):
             self.backbone.compile(mode="default" if compile is True else compile)
         data = getattr(self.trainer, "datamodule", None)
         if data is None:
             return
+        refuse_other_shape("the model", self.hparams["num_classes"], self.hparams["in_chans"], data, "give other data")
         names = getattr(data, "class_names", None)
         if names is not None and len(names) == self.hparams["num_classes"]:
-            self.class_names = list(names)
+            self.class_names = list(names) if stage == "fit" else self.class_names or list(names)
         if stage != "fit":
             return
+        if (differ := other_preprocessing(self.preprocessing, data)) and self.global_rank == 0:
+            warn(differ)
         if getattr(data, "class_counts", None) is not None:
             self._set_class_counts(torch.as_tensor(data.class_counts))
         self.preprocessing = getattr(data, "preprocessing", None)
+        self.fingerprint = getattr(data, "fingerprint", None)
+
+    def differences(self, data: Any, *, images: bool = False) -> list[str]:
+        """In what data are others than those the model was trained on, as far as both are known.
+
+        Args:
+            data: a data module.
+            images: whether to compare the training images, too, which have to be read for it.
+
+        Returns:
+            Lines for people: of the class names, of size and normalisation, of the training images.
+        """
+        names = other_names(self.class_names, data)
+        found = [names and f"{names}: the names in the results are the checkpoint's"]
+        found += [other_preprocessing(self.preprocessing, data)]
+        found += [other_images(self.class_counts.tolist(), self.fingerprint, data)] if images else []
+        return [line for line in found if line]
+
+    def _tell_differences(self) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        held_out = self.trainer.state.fn == "validate" and getattr(data, "val_fraction", 0) > 0
+        if data is not None and self.global_rank == 0:
+            for line in self.differences(data, images=held_out):
+                warn(line)
+
+    def on_validation_start(self) -> None:
+        """Tell in what the data are others than those trained on; images held out now may have been trained on."""
+        if self.trainer.state.fn != "fit":
+            self._tell_differences()
+
+    def on_test_start(self) -> None:
+        """Tell in what the data are others than those trained on."""
+        self._tell_differences()
+
+    def on_predict_start(self) -> None:
+        """Tell in what the data are others than those trained on."""
+        self._tell_differences()
 
     def on_fit_start(self) -> None:
         """Give all processes the first one's frame: descent amplifies rounding, which may differ from machine to machine."""
+        self._tell_differences()
         if dist.is_available() and dist.is_initialized() and not self.head.weight.requires_grad:
             dist.broadcast(self.head.weight, 0)
 
@@ -544,6 +592,7 @@ class Classifier(LightningModule):
         """
         checkpoint["class_names"] = self.class_names
         checkpoint["preprocessing"] = self.preprocessing and self.preprocessing._asdict()
+        checkpoint["fingerprint"] = self.fingerprint
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
         checkpoint["total_epochs"] = self.trainer.max_epochs
@@ -552,20 +601,22 @@ class Classifier(LightningModule):
             raise UserError(f"weights became NaN or infinite by step {self.global_step}: {_MEND_OF_DIVERGENCE}")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the class names back, and refuse optimizer settings that the restored state would silently undo.
+        """Take back what is known of classes and images; refuse to go on training with what the run did not have.
 
         Raises:
-            UserError: settings of the optimizer or its schedule that are not the saved ones.
+            UserError: images prepared otherwise, other images, or settings of the optimizer or its schedule that are not the saved ones.
         """
         if (names := checkpoint.get("class_names")) is not None:
-            differ = None if self.class_names is None else _differ(names, self.class_names)
-            if differ is not None and self.global_rank == 0:
-                warn(f"{differ}: the names in the results are the checkpoint's")
             self.class_names = names
-        if self.preprocessing is None and (known := checkpoint.get("preprocessing")) is not None:
-            self.preprocessing = Preprocessing.from_plain(known)
+        self.preprocessing = Preprocessing.in_checkpoint(checkpoint) or self.preprocessing
+        self.fingerprint = fingerprint_in(checkpoint) or self.fingerprint
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
+        data = getattr(self.trainer, "datamodule", None)
+        counts = checkpoint["state_dict"].get("class_counts", torch.zeros(0)).flatten().tolist()
+        differ = other_preprocessing(self.preprocessing, data) or other_images(counts, self.fingerprint, data)
+        if differ:
+            raise UserError(f"{differ}: give the same --data options to resume the run, or start a new one")
         saved = checkpoint.get("hyper_parameters", {})
         for name in ("optimizer", "lr_scheduler", "layer_decay", "lr_scale"):
             if name in saved and saved[name] != self.hparams[name]:
@@ -626,15 +677,6 @@ class Classifier(LightningModule):
         if bool(model.class_counts.any()):
             model.loss.set_class_counts(model.class_counts)
         return model
-
-
-def _differ(saved: list[str], own: list[str]) -> str | None:
-    """Where a checkpoint's class names are others than those of the data, unless either are mere numbers; None if nowhere."""
-    numbers = [str(k) for k in range(len(saved))]
-    if numbers in (saved, own):
-        return None
-    pairs = enumerate(zip(saved, own, strict=False))
-    return next((f"class {k} is {a!r} in the checkpoint, but {b!r} in the data" for k, (a, b) in pairs if a != b), None)
 
 
 def _stands_in(part: nn.Module, shortcut: str, *general: str) -> bool:

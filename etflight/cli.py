@@ -30,6 +30,7 @@ from etflight.checkpoint_io import SafeCheckpointIO
 from etflight.checkpoints import read_checkpoint, refuse_others
 from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
 from etflight.commands import STAGES
+from etflight.commands.trained import prepare_as_trained
 from etflight.configuration import guard_parser
 from etflight.data.base import ImageDataModule
 from etflight.errors import UserError, user_error_in
@@ -41,12 +42,17 @@ from etflight.metrics_csv import MetricsCSV
 from etflight.optim import PROTOCOL_SGD
 from etflight.predict_images import add_prediction_arguments, over_images
 from etflight.predictions import check_output
+from etflight.preprocessing import Preprocessing
 from etflight.run_folder import check_writable, claim, claim_for_results, last_checkpoint, same_folder
-from etflight.specs import describe, is_known
+from etflight.specs import describe, find, is_known
+from etflight.trained_on import refuse_other_shape
 from etflight.usage import OneLineParser
 from etflight.wandb_runs import choose_names, name_in_sweep
 
-_CHECKPOINT_HELP = "The command line beats the configuration files, which beat what the checkpoint says of the model."
+_CHECKPOINT_HELP = (
+    "The command line beats the configuration files, which beat what the checkpoint says: of the model, and, but for fit, of how its "
+    "images are prepared."
+)
 
 
 class Parser(OneLineParser, LightningArgumentParser):
@@ -120,7 +126,7 @@ class EtflightCLI(LightningCLI):
         self.arm: str | None = None
         self.ckpt_path: Path | None = None
         self.saved_rows = 0
-        self.saved_num_classes: int | None = None
+        self.saved_shape: tuple[int, int] | None = None  # classes and channels
         self.verbose = True
         self.saved_logit_adjustment = 0.0
         stage = argv[0] if argv and argv[0] in self._subcommand_parsers else None
@@ -175,10 +181,9 @@ class EtflightCLI(LightningCLI):
         backbone = value_of(argv, "model.backbone")
         given = {} if backbone is None else {"backbone": backbone}
         saved = plain_hyperparameters(content, given)
-        self.saved_num_classes = saved.pop("num_classes", None)
+        self.saved_shape = saved.pop("num_classes"), saved.pop("in_chans", 3)
         self.saved_logit_adjustment = saved.get("logit_adjustment", 0.0)
-        for linked in ("in_chans", "class_counts"):  # the data module gives the one, the state dict holds the other
-            saved.pop(linked, None)
+        saved.pop("class_counts", None)  # the state dict holds them
         unknown = {
             name: describe(saved.pop(name), name)
             for name, base in PLUGGABLE.items()
@@ -186,18 +191,19 @@ class EtflightCLI(LightningCLI):
         }
         self._default_model(stage, saved)
         self.config = parser.parse_args(argv)
-        if not unknown:
-            return
-        plain_hyperparameters(content, given)  # again: parsing imported what the user named, and only that
-        for name, spec in unknown.items():
-            if getattr(self.config[stage].get(f"model.{name}"), "class_path", None) == spec["class_path"]:
-                self._default_model(stage, {name: spec})
-            elif value_of(argv, f"model.{name}") is None and value_of(argv, f"model.{name}.class_path") is None:
-                raise UserError(
-                    f"checkpoint {path} needs {spec['class_path']} as its {name}: "
-                    f"name it, so that it is imported (--model.{name} {spec['class_path']})"
-                )
-        self.config = parser.parse_args(argv)
+        if unknown:
+            plain_hyperparameters(content, given)  # again: parsing imported what the user named, and only that
+            for name, spec in unknown.items():
+                if getattr(self.config[stage].get(f"model.{name}"), "class_path", None) == spec["class_path"]:
+                    self._default_model(stage, {name: spec})
+                elif value_of(argv, f"model.{name}") is None and value_of(argv, f"model.{name}.class_path") is None:
+                    raise UserError(
+                        f"checkpoint {path} needs {spec['class_path']} as its {name}: "
+                        f"name it, so that it is imported (--model.{name} {spec['class_path']})"
+                    )
+            self.config = parser.parse_args(argv)
+        if stage != "fit":
+            prepare_as_trained(self.config[stage]["data"], Preprocessing.in_checkpoint(content))
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: `parse_arguments` has done it, in the order that lets the command line win."""
@@ -280,7 +286,7 @@ class EtflightCLI(LightningCLI):
                 folder=self.folder,
                 name=self.run_name,
                 seed=config["seed_everything"],
-                data=config["data"].class_path.rpartition(".")[2],
+                data=_dataset_name(config["data"]),
             )
 
     def instantiate_classes(self) -> None:
@@ -295,16 +301,13 @@ class EtflightCLI(LightningCLI):
                 raise UserError(f"{found[1]} cannot be made: {found[2]}") from error
 
     def after_instantiate_classes(self) -> None:
-        """Refuse a checkpoint of another number of classes before Lightning finds tensors of other shapes.
+        """Refuse a checkpoint of another number of classes or channels before Lightning finds tensors of other shapes.
 
         Raises:
-            UserError: it has another number of classes.
+            UserError: it has others.
         """
-        if self.saved_num_classes is not None and self.saved_num_classes != self.model.hparams["num_classes"]:
-            raise UserError(
-                f"checkpoint {self.ckpt_path} was trained on {self.saved_num_classes} classes, but the data has "
-                f"{self.model.hparams['num_classes']}: give the data it was trained on"
-            )
+        if self.saved_shape is not None:
+            refuse_other_shape(f"checkpoint {self.ckpt_path}", *self.saved_shape, self.datamodule)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with what writes the run folder in front of the user's own loggers and callbacks."""
@@ -400,6 +403,11 @@ def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _dataset_name(data: Any) -> str:
+    cls: Any = find({"class_path": data.class_path}, ImageDataModule)
+    return str(cls.name_with(data.init_args)) if cls else data.class_path.rpartition(".")[2]
 
 
 def _quieten() -> None:

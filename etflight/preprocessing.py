@@ -1,8 +1,8 @@
 """How a model wants its images: the data module knows it, the checkpoint keeps it, predict and export need it."""
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 _LARGEST_SIDE = 2**14
 
@@ -24,6 +24,27 @@ class Preprocessing(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_pct: float = 1.0
+
+    def unlike(self, other: Self) -> str | None:
+        """What differs from another, for people; None if nothing does."""
+
+        def described(one: Self) -> dict[str, object]:
+            _, height, width = one.input_size
+            size = f"{height}×{width} pixels"
+            return {"": size, "mean ": list(one.mean), "std ": list(one.std), "crop_pct ": one.crop_pct}
+
+        pairs = zip(described(self).items(), described(other).values(), strict=True)
+        return ", ".join(f"{name}{own} instead of {known}" for (name, own), known in pairs if own != known) or None
+
+    @classmethod
+    def in_checkpoint(cls, checkpoint: Mapping[str, Any]) -> Self | None:
+        """What a checkpoint knows of its images; None of one that does not.
+
+        Raises:
+            ValueError: it cannot be that.
+        """
+        known = checkpoint.get("preprocessing")
+        return None if known is None else cls.from_plain(known)
 
     @classmethod
     def from_plain(cls, value: object) -> Self:

@@ -54,6 +54,7 @@ def training_facts(*, seed: Any, data: object) -> dict[str, Any]:
         "seed": seed,
         "data": {
             "class": type(data).__name__,
+            "dataset": getattr(data, "dataset_name", type(data).__name__),
             "fingerprint": getattr(data, "fingerprint", None),
             "class_counts": counts,
             "imbalance_ratio": _imbalance_ratio(data, counts),

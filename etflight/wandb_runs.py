@@ -38,7 +38,7 @@ def choose_names(arguments: Any, *, folder: Path, name: str, seed: object, data:
         folder: the run folder.
         name: of the run, such as `digits/ce`: group `digits`, name `ce-seed0`.
         seed: of the run, if it is an integer.
-        data: name of the data module's class, the group where the run's name tells none.
+        data: name of the data set, the group where the run's name tells none.
     """
     chosen = arguments.get("id") or arguments.get("version") or os.environ.get("WANDB_RUN_ID")
     if not chosen and (known := recorded_id(folder)) is not None:

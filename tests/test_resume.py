@@ -7,9 +7,11 @@ import sys
 import time
 
 import pytest
+import torch
 
 from tests.command_line import ROOT
 from tests.runs import assert_same_run, read
+from tests.test_bad_input import QUICK, folder
 
 DIGITS = [
     "--data", "Digits", "--data.imbalance_ratio", 20, "--data.batch_size", 32, "--data.crop_padding", 1,
@@ -227,6 +229,40 @@ def test_another_seed_or_other_images_are_refused_on_resume(other, word, etfligh
     assert result.status == 1
     assert len(result.error_lines) == 1
     assert word in result.error_lines[0]
+
+
+def test_another_folder_is_refused_on_resume_and_the_same_one_elsewhere_goes_on(etflight_command, tmp_path):
+    for name, classes in (("pets", ("cat", "dog")), ("birds", ("auk", "tit")), ("moved/pets", ("cat", "dog"))):
+        folder(tmp_path / name, dict.fromkeys(classes, 4))
+
+    def fit(root, *argv, epochs=1):
+        data = ["--data", "FolderImages", "--data.root", root, "--data.image_size", 8, "--data.batch_size", 4]
+        quiet = [*QUICK, "--model.backbone", "resnet20_cifar", "--name", "r", "--ckpt_path", "last"]
+        return etflight_command("fit", *data, *quiet, "--trainer.max_epochs", epochs, *argv, cwd=tmp_path)
+
+    assert fit("pets").status == 0
+    refused = fit("birds", epochs=2)
+    assert refused.status == 1
+    assert len(refused.error_lines) == 1
+    assert "give the same --data options" in refused.error_lines[0]
+    moved = fit("moved/pets", epochs=2)
+    assert moved.status == 0, moved.err
+
+
+def test_a_checkpoint_that_knows_its_choice_of_images_but_not_their_set_goes_on(etflight_command, tmp_path):
+    assert etflight_command("fit", *DIGITS, "--name", "r", cwd=tmp_path).status == 0
+    path = tmp_path / "runs/r/checkpoints/last.ckpt"
+    saved = read(tmp_path / "runs/r")
+    _, dash, choice = saved["etflight"]["images"].partition("-")
+    assert dash
+    torch.save({**saved, "etflight": {**saved["etflight"], "images": choice}}, path)
+    other = etflight_command(
+        "fit", *DIGITS, "--data.imbalance_ratio", 10, "--name", "r", "--ckpt_path", "last", cwd=tmp_path
+    )
+    assert other.status == 1
+    assert "--data options" in other.error_lines[0]
+    same = etflight_command("fit", *DIGITS, "--name", "r", "--ckpt_path", "last", cwd=tmp_path)
+    assert same.status == 0, same.err
 
 
 STOP = """

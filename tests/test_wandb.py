@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.test_bad_input import arrays
 from tests.test_ddp import finish, start
 from tests.wandb_file import artifacts, config_updates, history, run_record, step_metrics, summary
 
@@ -164,6 +165,15 @@ def test_what_the_user_names_wins(etflight_command, tmp_path):
     (file,) = offline_files(tmp_path / "runs/tiny")
     record = run_record(file)
     assert (record.run_group, record.run_id, record.display_name) == ("mine", "abc", "by the environment")
+
+
+def test_the_group_of_a_run_on_a_set_of_ones_own_is_its_name(etflight_command, tmp_path):
+    data = arrays(tmp_path / "signs.npz", train=100, classes=10)
+    result = etflight_command("fit", *TINY, *data, "--trainer.max_epochs", 1, cwd=tmp_path, **OFFLINE)
+    assert result.status == 0, result.err
+    (file,) = offline_files(tmp_path / "runs/tiny")
+    assert run_record(file).run_group == "signs"
+    assert json.loads((tmp_path / "runs/tiny/run.json").read_text())["data"]["dataset"] == "signs"
 
 
 def test_two_processes_are_one_wandb_run(tmp_path):

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import eq
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -17,8 +18,9 @@ from etflight.checkpoints import damaged
 from etflight.errors import UserError
 from etflight.metrics_csv import MetricsCSV
 from etflight.run_folder import last_checkpoint
+from etflight.trained_on import same_images
 
-_SAME = {"seed": "give the same --seed_everything", "images": "give the same --data options"}
+_SAME = {"seed": (eq, "give the same --seed_everything"), "images": (same_images, "give the same --data options")}
 Place = Literal["steps", "epochs", "end"]
 KEY = "etflight"  # what this callback adds to a checkpoint
 
@@ -185,9 +187,10 @@ class LastCheckpoint(Callback):
         if added is None:
             return
         for name, value in _identity(trainer).items():
-            if added.get(name) != value:
+            same, mend = _SAME[name]
+            if not same(added.get(name), value):
                 raise UserError(
-                    f"the run being resumed has the {name} {added.get(name)}, not {value}: {_SAME[name]}, or start a new run"
+                    f"the run being resumed has the {name} {added.get(name)}, not {value}: {mend}, or start a new run"
                 )
         ranks = added["ranks"]
         if len(ranks) == trainer.world_size:

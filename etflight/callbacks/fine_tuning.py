@@ -10,9 +10,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from etflight.callbacks.embedding_source import find_submodule
+from etflight.callbacks.trainer import data_module
 from etflight.checkpoints import misfit, read_checkpoint
-from etflight.errors import UserError
+from etflight.errors import UserError, warn
 from etflight.optim import start_momentum
+from etflight.preprocessing import Preprocessing
+from etflight.trained_on import other_preprocessing
 
 
 class FineTuning(Callback):
@@ -111,7 +114,11 @@ class FineTuning(Callback):
         if self.weights is not None:
             self._take_weights(self.weights, pl_module)
         if self.checkpoint is not None:
-            self._take_parts(self.checkpoint, pl_module)
+            content = read_checkpoint(self.checkpoint)
+            self._take_parts(self.checkpoint, content, pl_module)
+            differ = other_preprocessing(Preprocessing.in_checkpoint(content), data_module(trainer))
+            if differ and trainer.is_global_zero:
+                warn(f"weights are those of checkpoint {self.checkpoint}, but {differ}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hold the frozen parts; later validations give every module its own mode back."""
@@ -153,8 +160,7 @@ class FineTuning(Callback):
         classifier = f"; its classifier is left out ({', '.join(left_out)})" if left_out else ""
         rank_zero_info(f"weights of the backbone taken from {path}{classifier}")
 
-    def _take_parts(self, path: str, pl_module: LightningModule) -> None:
-        content = read_checkpoint(path)
+    def _take_parts(self, path: str, content: Mapping[str, Any], pl_module: LightningModule) -> None:
         _check_model(path, content["hyper_parameters"], pl_module.hparams)
         for source, target in self.load.items():
             state = _part(content["state_dict"], source)

@@ -16,6 +16,7 @@ from etflight.classifier import Classifier
 from etflight.errors import UserError
 from etflight.heads import Head, LinearHead, ScaledLinearHead
 from etflight.metrics import ClassStatistics
+from etflight.trained_on import other_images
 
 
 class PostHoc(Callback, ABC):
@@ -142,12 +143,9 @@ class NearestClassMean(PostHoc):
             raise UserError(
                 f"NearestClassMean: class {data.class_names[int(counts.argmin())]} has no training image, so it has no mean"
             )
-        trained = model.class_counts.cpu()
-        if bool(trained.any()) and not torch.equal(trained, counts):
-            k = int((trained != counts).int().argmax())
+        if differ := other_images(model.class_counts.tolist(), model.fingerprint, data):
             raise UserError(
-                f"NearestClassMean: {data} has {int(counts[k])} training images of class {data.class_names[k]}, but the checkpoint was "
-                f"trained on {int(trained[k])}: give the data options of its training (--data.imbalance_ratio and the like)"
+                f"NearestClassMean: {differ}: give the data options of its training (--data.imbalance_ratio and the like)"
             )
         means = class_means(trainer, model, data)
         return _Replacement(model.head, F.normalize(means, dim=1).float(), cosine=True)

@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from etflight import plotting
 from etflight.backbones import resnet_cifar
 from etflight.checkpoints import read_weights
+from etflight.classifier import Classifier
 from etflight.commands.data_option import data_parser, parse
-from etflight.commands.trained import add_imports, brief, import_modules, load_classifier
+from etflight.commands.trained import add_imports, brief, import_modules, load_classifier, prepare_as_trained
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
-from etflight.errors import UserError
+from etflight.errors import UserError, warn
 from etflight.files import write_json
 from etflight.metrics import ClassStatistics, Moments, measures
 from etflight.terminal import console
+from etflight.trained_on import refuse_other_shape
 from etflight.usage import OneLineParser
 
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -97,9 +99,12 @@ def main(argv: Sequence[str]) -> None:
     if config.weights is not None and config.timm is None:
         raise UserError("--weights goes with --timm NAME: an etflight checkpoint is given by --ckpt_path FILE alone")
     import_modules(config.imports)
+    classifier = None if config.ckpt_path is None else load_classifier(config.ckpt_path)
+    if classifier is not None:
+        prepare_as_trained(config.data, classifier.preprocessing)
     data: ImageDataModule = parser.instantiate(config).data
     device = _device(config.device)
-    model = _from_checkpoint(config.ckpt_path, data) if config.timm is None else _from_timm(config, data)
+    model = _from_timm(config, data) if classifier is None else _from_checkpoint(config.ckpt_path, classifier, data)
     output = Path(config.output) if config.output else _default_output(config)
     out = console()
 
@@ -173,15 +178,11 @@ def _to(moments: Moments, device: torch.device) -> Moments:
 # Models -----------------------------------------------------------------------------------------------------------
 
 
-def _from_checkpoint(path: str, data: ImageDataModule) -> Model:
-    classifier = load_classifier(path)
-    head, hparams = classifier.head, classifier.hparams
-    _check_classes(f"checkpoint {path}", head.num_classes, data, "give the data it was trained on")
-    if hparams["in_chans"] != data.num_channels:
-        raise UserError(
-            f"checkpoint {path} takes images of {hparams['in_chans']} channels, but {data} has {data.num_channels}: "
-            "give the data it was trained on"
-        )
+def _from_checkpoint(path: str, classifier: Classifier, data: ImageDataModule) -> Model:
+    head = classifier.head
+    refuse_other_shape(f"checkpoint {path}", head.num_classes, classifier.hparams["in_chans"], data)
+    for line in classifier.differences(data, images=True):
+        warn(line)
 
     def look(images: Tensor) -> tuple[Tensor, Tensor]:
         features = classifier.features(images)
@@ -198,7 +199,7 @@ def _from_timm(config: Namespace, data: ImageDataModule) -> Model:
     if not isinstance(weight, Tensor) or weight.numel() != weight.shape[0] * weight.shape[1]:
         raise UserError(f"{name} has no linear classifier to measure (its get_classifier() is {type(layer).__name__})")
     weight = weight.detach().flatten(1)
-    _check_classes(name, len(weight), data, _OWN_WEIGHTS)
+    refuse_other_shape(name, len(weight), data.num_channels, data, _OWN_WEIGHTS)
     _adopt_normalisation(network, data)
     seen: list[Tensor] = []
     layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(1)))
@@ -230,10 +231,10 @@ def _create(name: str, weights: str | None, data: ImageDataModule) -> Any:
     if weights is not None:
         state = read_weights(weights)
         arguments["num_classes"] = _classes_in(state, name) or data.num_classes
-        _check_classes(f"{weights} of {name}", arguments["num_classes"], data, "give the data it was trained on")
+        refuse_other_shape(f"{weights} of {name}", arguments["num_classes"], data.num_channels, data)
     elif ":" not in name:  # before a download that would be in vain
-        published = timm.get_pretrained_cfg_value(name, "num_classes")
-        _check_classes(f"timm model {name}", published or data.num_classes, data, _OWN_WEIGHTS)
+        published = timm.get_pretrained_cfg_value(name, "num_classes") or data.num_classes
+        refuse_other_shape(f"timm model {name}", published, data.num_channels, data, _OWN_WEIGHTS)
     try:
         network: Any = timm.create_model(name, **arguments)
     except _UNREADABLE as error:
@@ -270,11 +271,6 @@ def _adopt_normalisation(network: Any, data: ImageDataModule) -> None:
             setattr(data, name, values)
 
 
-def _check_classes(model: str, num_classes: int, data: ImageDataModule, mend: str) -> None:
-    if num_classes != data.num_classes:
-        raise UserError(f"{model} decides between {num_classes} classes, but {data} has {data.num_classes}: {mend}")
-
-
 # Results ----------------------------------------------------------------------------------------------------------
 
 
@@ -283,6 +279,7 @@ def _record(model: Model, data: ImageDataModule, results: dict[str, dict[str, fl
         "model": model.name,
         "data": {
             "class": type(data).__name__,
+            "dataset": data.dataset_name,
             "fingerprint": data.fingerprint,
             "class_counts": [int(n) for n in data.class_counts],
         },

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     data: ImageDataModule = parser.instantiate(config).data
     data.prepare_data()
     record = describe(data)
-    folder = Path(config.output or Path("runs", "describe", f"{record['class']}_{record['fingerprint']}"))
+    folder = Path(config.output or Path("runs", "describe", f"{record['dataset']}_{record['fingerprint']}"))
     _claim(folder)
     out = console()
     out.print(_text(record))
@@ -67,14 +67,16 @@ def describe(data: ImageDataModule) -> dict[str, Any]:
         data: read as far as needed.
 
     Returns:
-        `class`, `name`, `image_shape` `[C, H, W]`, `class_names`, `fingerprint` and `imbalance_ratio` of the training images, `validation`,
-        `class_counts` (of `train`, `test` and, where it is held out, `val`: `[K]` each) and `shot_groups` (the labels in each).
+        `class`, `dataset`, `name`, `image_shape` `[C, H, W]`, `class_names`, `fingerprint` and `imbalance_ratio` of the training images,
+        `validation`, `class_counts` (of `train`, `test` and, where it is held out, `val`: `[K]` each) and `shot_groups` (the labels
+        in each).
     """
     splits: list[Split] = ["train", "val", "test"] if data.val_is_held_out else ["train", "test"]
     counts = {name: np.bincount(data.split(name).labels.numpy(), minlength=data.num_classes) for name in splits}
     groups = shot_groups(torch.from_numpy(counts["train"]))
     return {
         "class": type(data).__name__,
+        "dataset": data.dataset_name,
         "name": str(data),
         "image_shape": list(data.preprocessing.input_size),
         "class_names": data.class_names,

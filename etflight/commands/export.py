@@ -8,15 +8,16 @@ from pathlib import Path
 
 from etflight.classifier import Classifier
 from etflight.commands.data_option import data_parser, parse
-from etflight.commands.trained import add_imports, brief, import_modules, load_classifier
+from etflight.commands.trained import add_imports, brief, import_modules, load_classifier, prepare_as_trained
 from etflight.data import ImageDataModule
-from etflight.errors import UserError
+from etflight.errors import UserError, warn
 from etflight.exporting import graph
 from etflight.exporting.card import model_card
 from etflight.exporting.network import save_timm
 from etflight.preprocessing import Preprocessing
 from etflight.run_folder import last_checkpoint, same_folder
 from etflight.terminal import as_it_is, console
+from etflight.trained_on import refuse_other_shape
 from etflight.usage import OneLineParser
 
 FORMATS = ("timm", "onnx", "torch-export")
@@ -39,14 +40,21 @@ def main(argv: Sequence[str]) -> None:
     _check_name(config.push_to_hub)
     import_modules(config.imports)
     classifier = load_classifier(config.checkpoint).eval().requires_grad_(False)
-    data: ImageDataModule | None = parser.instantiate(config).get("data")
-    preprocessing = classifier.preprocessing if data is None else data.preprocessing
+    preprocessing = classifier.preprocessing
+    if config.get("data") is not None:
+        prepare_as_trained(config.data, preprocessing)
+        data: ImageDataModule = parser.instantiate(config).data
+        refuse_other_shape(
+            f"checkpoint {config.checkpoint}", classifier.head.num_classes, classifier.hparams["in_chans"], data
+        )
+        for line in classifier.differences(data):
+            warn(line)
+        preprocessing = data.preprocessing
     if preprocessing is None:
         raise UserError(
             f"checkpoint {config.checkpoint} does not say how its images were normalised, since it was trained without a data module of "
             "etflight's, or with an earlier version: give its data, as in --data FashionMNIST or -c RUN/config.yaml"
         )
-    _check_channels(classifier, preprocessing, config.checkpoint)
     with _appearing(output) as folder:
         calibrated = _write(config.format, classifier, preprocessing, folder)
         run = _run_of(Path(config.checkpoint))
@@ -74,15 +82,6 @@ def _write(kinds: Sequence[str], classifier: Classifier, preprocessing: Preproce
         if "onnx" in kinds:
             graph.save_onnx(program, classifier, facts, folder / "model.onnx")
     return calibrated
-
-
-def _check_channels(classifier: Classifier, preprocessing: Preprocessing, checkpoint: str) -> None:
-    takes, gets = classifier.hparams["in_chans"], preprocessing.input_size[0]
-    if takes != gets:
-        raise UserError(
-            f"checkpoint {checkpoint} takes images of {takes} channel{'s' * (takes > 1)}, but its data has {gets}: "
-            "give the data it was trained on"
-        )
 
 
 def _run_of(checkpoint: Path) -> Path | None:

@@ -1,15 +1,18 @@
-"""What commands that take a trained model share: the checkpoint, and the modules that it needs."""
+"""What commands that take a trained model share: the checkpoint, the modules that it needs, the images that it wants."""
 
 from collections.abc import Sequence
 from importlib import import_module
 from textwrap import shorten
+from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from etflight.checkpoints import read_checkpoint, refuse_others
 from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
+from etflight.data import ImageDataModule
 from etflight.errors import UserError
-from etflight.specs import describe, is_known
+from etflight.preprocessing import Preprocessing
+from etflight.specs import describe, find, is_known
 
 
 def add_imports(parser: ArgumentParser) -> None:
@@ -51,6 +54,21 @@ def load_classifier(path: str) -> Classifier:
                 f"checkpoint {path} needs {value['class_path']} as its {argument}: import its module (--imports {module})"
             )
     return Classifier.load_from_checkpoint(path)
+
+
+def prepare_as_trained(data: Namespace, known: Preprocessing | None) -> None:
+    """Let a checkpoint say how images are sized and normalised where the user has not.
+
+    Args:
+        data: the parsed option of the data module, changed in place; an option that is null has not been given.
+        known: from the checkpoint, if it does.
+    """
+    cls: Any = find({"class_path": data.class_path}, ImageDataModule)
+    if cls is None or known is None:
+        return
+    for name, value in cls.options_for(known).items():
+        if name in data.init_args and data.init_args[name] is None:
+            data.init_args[name] = value
 
 
 def brief(error: BaseException) -> str:

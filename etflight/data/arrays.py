@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ class ArrayImages(ImageDataModule):
     Args:
         path: The file.
     """
+
+    named_after: ClassVar[str | None] = "path"
 
     path: str
 

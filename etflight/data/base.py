@@ -3,6 +3,7 @@
 import math
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
@@ -68,6 +69,7 @@ class ImageDataModule(LightningDataModule, ABC):
     standard_crop_padding: ClassVar[int] = 0
     standard_flip: ClassVar[bool] = False
     sampler_class: ClassVar[type[ImbalancedSampler]] = ImbalancedSampler
+    named_after: ClassVar[str | None] = None  # the option whose file or folder a set of one's own is called by
 
     imbalance_ratio: float = 1.0
     profile: Profile | list[int] = "exp"
@@ -175,18 +177,43 @@ class ImageDataModule(LightningDataModule, ABC):
         """`[N]` int64: the training images' positions in the published training set, in training-subset order."""
         return self.split("train").indices.numpy()
 
+    @cached_property
+    def content(self) -> str:
+        """Twelve hexadecimal digits that tell the training images of this set, before any are chosen, from those of another.
+
+        Of images in memory they cover labels and pixels, of files labels and names below the folder, not what the files hold.
+        """
+        return self.split("train").source.content
+
     @property
     def fingerprint(self) -> str:
-        """Twelve hexadecimal digits that tell this choice of training images from another."""
-        return fingerprint(self.subset_indices)
+        """`content`, a dash, and twelve digits more that tell this choice of training images from another of the same set."""
+        return f"{self.content}-{fingerprint(self.subset_indices)}"
+
+    @classmethod
+    def name_with(cls, options: Mapping[str, Any]) -> str:
+        """`dataset_name` of the set with these options."""
+        path = options.get(cls.named_after) if cls.named_after else None
+        return (os.path.basename(os.path.abspath(path)).removesuffix(".npz") if path else "") or cls.__name__
+
+    @property
+    def dataset_name(self) -> str:
+        """What tables call the set: its class, and a set of one's own by its file or folder."""
+        return self.name_with(vars(self))
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """Shape and normalisation of the images, which a checkpoint keeps for images from elsewhere."""
-        source = self.split("train").source
+        """Shape and normalisation of the images, which a checkpoint keeps; of another split where `train` has not been read."""
+        first = next(iter(self._splits.values()), None)
+        source = (self._splits.get("train") or first or self.split("train")).source
         shape = source.image_shape
         mean, std = (values * (shape[0] // len(values)) for values in self._statistics)
         return Preprocessing(shape, mean, std, source.crop_pct)
+
+    @classmethod
+    def options_for(cls, preprocessing: Preprocessing) -> dict[str, Any]:
+        """The options, of those that this set has, which make its images what a model was trained on."""
+        return {"mean": list(preprocessing.mean), "std": list(preprocessing.std)}
 
     def split(self, name: Split) -> ImageSplit:
         """The images of `train`, `val` or `test`, read on first use.

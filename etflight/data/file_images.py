@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from etflight.data.paths import Paths
 from etflight.data.sampler import ImbalancedSampler, NumberedSampler
 from etflight.data.sources import ImageSource, ImageSplit
 from etflight.errors import UserError
+from etflight.preprocessing import Preprocessing
 
 LARGEST_SIDE = 2**14  # one such image is 805 MB
 
@@ -89,6 +90,13 @@ class FileImages(ImageDataModule):
     def num_channels(self) -> int:
         """3."""
         return 3
+
+    @classmethod
+    def options_for(cls, preprocessing: Preprocessing) -> dict[str, Any]:
+        """Also the size of the square and its part of the picture."""
+        _, height, width = preprocessing.input_size
+        square = {"image_size": width, "crop_pct": preprocessing.crop_pct} if height == width else {}
+        return {**super().options_for(preprocessing), **square}
 
     def make_split(self, name: Split, source: ImageSource, indices: NDArray[np.int64]) -> ImageSplit:
         """The chosen files, corrupt ones passed over if that was asked for and they are no test images."""

@@ -1,6 +1,6 @@
 """Image files as loaders read them: decoded in their processes, cut to squares, unreadable ones named or passed over."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -82,6 +82,10 @@ class FileSource(ImageSource):
     def name(self, index: int) -> str:
         """The file's path."""
         return self.paths[index]
+
+    def marks(self) -> Iterable[memoryview]:
+        """Their paths below the folder, wherever that is; no file is read."""
+        return self.paths.marks()
 
     def _decode(self, index: int) -> Tensor:
         return decode_file(self.paths[index], self.square.side)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -26,6 +27,8 @@ class FolderImages(FileImages):
     Args:
         root: The folder.
     """
+
+    named_after: ClassVar[str | None] = "root"
 
     root: str
 

@@ -42,6 +42,7 @@ class ListImages(ListedFileImages):
     list_files: ClassVar[dict[Split, str]] = {"train": "train.txt", "val": "val.txt", "test": "test.txt"}
     published_counts: ClassVar[dict[Split, int]] = {}  # images of each list, where others would be another set
     published_classes: ClassVar[int | None] = None
+    named_after: ClassVar[str | None] = "root"
 
     root: str
     lists: str
@@ -85,6 +86,11 @@ class ListImages(ListedFileImages):
     def class_name(self, folder: str) -> str:
         """What a class is called whose images lie in a folder."""
         return folder.rpartition("/")[2]
+
+    @cached_property
+    def content(self) -> str:
+        """Of the training list, byte by byte, wherever its images lie."""
+        return self.make_source(*self._training_list).content
 
     def load(self, split: Split) -> FileSource:
         """Read one split's list.
@@ -167,6 +173,7 @@ class ImageNetLT(PhotoRecipe, ListImages):
     list_files: ClassVar[dict[Split, str]] = {split: f"ImageNet_LT_{split}.txt" for split in ("train", "val", "test")}
     published_counts: ClassVar[dict[Split, int]] = {"train": 115_846, "val": 20_000, "test": 50_000}
     published_classes: ClassVar[int | None] = 1000
+    named_after: ClassVar[str | None] = None
 
 
 @dataclass(eq=False)
@@ -185,6 +192,7 @@ class PlacesLT(PhotoRecipe, ListImages):
     list_files: ClassVar[dict[Split, str]] = {split: f"Places_LT_{split}.txt" for split in ("train", "val", "test")}
     published_counts: ClassVar[dict[Split, int]] = {"train": 62_500, "val": 7_300, "test": 36_500}
     published_classes: ClassVar[int | None] = 365
+    named_after: ClassVar[str | None] = None
 
     def class_name(self, folder: str) -> str:
         """`apartment_building-outdoor`, also of `a/apartment_building/outdoor`."""
@@ -208,6 +216,7 @@ class INaturalist2018(PhotoRecipe, ListImages):
     list_files: ClassVar[dict[Split, str]] = {"train": "iNaturalist18_train.txt", "test": "iNaturalist18_val.txt"}
     published_counts: ClassVar[dict[Split, int]] = {"train": 437_513, "test": 24_426}
     published_classes: ClassVar[int | None] = 8142
+    named_after: ClassVar[str | None] = None
     standard_mean: ClassVar[tuple[float, ...]] = (0.466, 0.471, 0.380)
     standard_std: ClassVar[tuple[float, ...]] = (0.195, 0.194, 0.192)
 

@@ -1,7 +1,7 @@
 """File paths in a few tensors, however many there are."""
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -50,6 +50,10 @@ class Paths:
         """Paths as they were given."""
         text, starts, ends = (values.numpy().data for values in (self._text, self._starts, self._ends))
         return [os.fsdecode(text[starts[i] : ends[i]].tobytes()) for i in indices]
+
+    def marks(self) -> Iterator[memoryview]:
+        """The bytes that hold the paths, and where each begins and ends; of the lines of a list also what is written beside the paths."""
+        yield from (values.numpy().data for values in (self._text, self._starts, self._ends))
 
     def missing(self) -> list[int]:
         """Positions of the files that are not there."""

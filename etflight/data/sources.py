@@ -1,6 +1,8 @@
 """Where a split's images come from, and the data set that loaders read."""
 
+import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -37,6 +39,18 @@ class ImageSource(ABC):
         """What people call image `index`."""
         return str(index)
 
+    @property
+    def content(self) -> str:
+        """Twelve hexadecimal digits (SHA-256) over all labels and what `marks` gives, which tell these images from others."""
+        digest = hashlib.sha256(self.labels.numpy().astype("<i8").data)
+        for mark in self.marks():
+            digest.update(mark)
+        return digest.hexdigest()[:12]
+
+    def marks(self) -> Iterable[bytes | memoryview]:
+        """What, beside the labels, tells these images from others: here what they are called."""
+        return (self.name(i).encode(errors="surrogateescape") + b"\0" for i in range(len(self.labels)))
+
 
 class ArraySource(ImageSource):
     """Images in memory.
@@ -53,6 +67,10 @@ class ArraySource(ImageSource):
     def images(self, indices: Tensor) -> Tensor:
         """Fetch the whole batch in one call."""
         return self.pixels.index_select(0, indices)
+
+    def marks(self) -> Iterable[bytes | memoryview]:
+        """Their shape and every pixel: a tenth of a second for the 150 MB of CIFAR-10."""
+        return str(list(self.pixels.shape)).encode(), self.pixels.numpy().data
 
 
 class ImageSplit(Dataset[Batch]):

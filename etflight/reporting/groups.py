@@ -54,7 +54,7 @@ class Section:
     """The arms on one data set at one imbalance ratio, beside what was published of it.
 
     Attributes:
-        dataset: None is unknown.
+        dataset: its name, with what tells it from another of the same name where there is one; None is unknown.
         ratio: None is unknown.
         groups: one per arm, in the order in which they were given.
         published: entries of `published.json`: `method`, `backbone`, `test/acc`, `read_in`, perhaps `epochs`.
@@ -89,16 +89,25 @@ def statistics(values: Sequence[float]) -> Stat | None:
 def group(results: Iterable[Result]) -> tuple[list[Section], list[str]]:
     """Sections in the order in which they were given, and what is doubtful about them.
 
+    Two sets of one name have a section each; a run whose record does not tell which is in that of the one there is, else in one of its own.
     A run whose seed an arm has already is left out, and so is one of another number of classes than the section's first.
     """
     remarks: list[str] = []
     published = json.loads((files("etflight.reporting") / "published.json").read_text())
     sections = []
-    for (dataset, ratio), members in _split(results, lambda r: (r.dataset, r.ratio)):
+    results = list(results)
+    contents = {
+        name: {r.content for r in members} - {None} for (name,), members in _split(results, lambda r: (r.dataset,))
+    }
+
+    def place(r: Result) -> tuple[str | None, float | None, str | None]:
+        return r.dataset, r.ratio, r.content if len(contents[r.dataset]) > 1 else None
+
+    for (dataset, ratio, content), members in _split(results, place):
         kept = _of_same_classes(members, remarks)
         groups = [Group(arm, _one_per_seed(same, remarks)) for (arm,), same in _split(kept, lambda r: (r.arm,))]
         beside = [entry for entry in published if (entry["dataset"], entry["ratio"]) == (dataset, ratio)]
-        section = Section(dataset, ratio, groups, beside)
+        section = Section(f"{dataset} {content}" if content else dataset, ratio, groups, beside)
         sections.append(section)
         for g in groups:
             if len(g.different("config_sha256")) > 1:
@@ -106,7 +115,7 @@ def group(results: Iterable[Result]) -> tuple[list[Section], list[str]]:
                     f"{section.title}: the runs of {g.arm} have different configurations, not only seeds: "
                     f"{', '.join(r.source for r in g.results)}"
                 )
-        for fact, what in (("fingerprint", "trained on different images"), ("epochs", "trained for different epochs")):
+        for fact, what in (("choice", "trained on different images"), ("epochs", "trained for different epochs")):
             if len(values := section.different(fact)) > 1:
                 remarks.append(f"{section.title}: runs were {what} ({', '.join(map(str, values))})")
     return sections, remarks

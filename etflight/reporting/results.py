@@ -9,6 +9,7 @@ from typing import Any
 
 from etflight.errors import UserError
 from etflight.reporting.files import finite, read_json, read_table, series
+from etflight.trained_on import choice_of, content_of
 
 RECORD = "run.json"
 ALWAYS = ("dataset", "ratio", "arm", "seed", "epochs", "commit", "config_sha256", "fingerprint", "command")
@@ -23,14 +24,14 @@ class Result:
 
     Attributes:
         source: the run folder, or the result file and the place in it.
-        dataset: name of the data set's class.
+        dataset: name of the data set.
         ratio: largest over smallest class count.
         arm: stem of the configuration file.
         seed: of the run.
         epochs: trained to their end.
         commit: of the code.
         config_sha256: the same for all seeds of an arm (`etflight.run_record.config_sha256`).
-        fingerprint: of the training images.
+        fingerprint: of the training images: which set, in records that know it, and which choice.
         command: that trained it.
         num_classes: K.
         validation: "held out", or else that the test set was watched.
@@ -55,6 +56,16 @@ class Result:
     seconds: float | None = None
     hardware: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def content(self) -> str | None:
+        """What tells the set from others of the same name; None is unknown."""
+        return content_of(self.fingerprint)
+
+    @property
+    def choice(self) -> str | None:
+        """Which of the set's images it was trained on."""
+        return choice_of(self.fingerprint)
 
     def record(self) -> dict[str, Any]:
         """As in a result file: facts and metrics in one flat dict of plain data."""
@@ -158,7 +169,7 @@ def _from_run(folder: Path) -> Result:
     counts = data.get("class_counts")
     return Result(
         source=str(folder),
-        dataset=_text(data.get("class")),
+        dataset=_text(data.get("dataset")) or _text(data.get("class")),
         ratio=finite(data.get("imbalance_ratio")),
         arm=_text(record.get("arm")) or _text(record.get("name")) or folder.name,
         seed=None if isinstance(record.get("seed"), bool) else record.get("seed"),

@@ -125,7 +125,12 @@ def test_checkpoint_numbers_are_those_computed_from_scratch(run, printed):
     agrees = oracle.nearest_centre(centres, seen["test"][0]) == seen["test"][2].argmax(1)
     assert record["test"]["nc4"] == pytest.approx(agrees.mean())
     assert "nc4" not in record["train"]
-    assert record["data"] == {"class": "Digits", "fingerprint": data.fingerprint, "class_counts": [20] * 10}
+    assert record["data"] == {
+        "class": "Digits",
+        "dataset": "Digits",
+        "fingerprint": data.fingerprint,
+        "class_counts": [20] * 10,
+    }
     for split in ("train", "test"):
         assert f"{record[split]['nc1']:.4g}" in printed
         assert f"{record[split]['alignment']:.4g}" in printed

@@ -52,11 +52,14 @@ def run(etflight_command, cwd, *argv):
 def test_numbers_are_those_of_the_arrays(numbered, etflight_command, tmp_path):
     path = numbered(class_names=np.array(["[red]ox[/red]", "yak", "emu"]))
     found, record, printed = run(etflight_command, tmp_path, "--data", "ArrayImages", "--data.path", path)
-    indices = np.arange(185)  # the set as it is
-    fingerprint = hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest()[:12]
-    assert found == tmp_path / "runs/describe" / f"ArrayImages_{fingerprint}"
+    with np.load(path) as arrays:
+        labels, pixels = arrays["train_labels"].astype("<i8"), arrays["train_images"].transpose(0, 3, 1, 2)
+    parts = (labels.tobytes() + b"[185, 3, 4, 6]" + pixels.tobytes(), np.arange(185).astype("<i8").tobytes())
+    fingerprint = "-".join(hashlib.sha256(part).hexdigest()[:12] for part in parts)  # all of the set as it is
+    assert found == tmp_path / "runs/describe" / f"numbered_{fingerprint}"
     assert record == {
         "class": "ArrayImages",
+        "dataset": "numbered",
         "name": f"ArrayImages {path}",
         "image_shape": [3, 4, 6],
         "class_names": ["[red]ox[/red]", "yak", "emu"],

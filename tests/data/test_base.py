@@ -87,7 +87,7 @@ def test_the_profile_chooses_by_the_fields_rule(arrays, seed):
     assert data.class_counts.tolist() == [40, 14, 5] == class_counts(3, 40, 8).tolist()
     chosen = long_tailed_subset(labels, [40, 14, 5], seed)
     assert data.subset_indices.tolist() == chosen.tolist()
-    assert data.fingerprint == fingerprint(chosen)
+    assert data.fingerprint == f"{data.content}-{fingerprint(chosen)}"
     assert positions(data.eval_dataloader("train")) == chosen.tolist()
 
 

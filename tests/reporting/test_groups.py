@@ -47,6 +47,34 @@ def test_runs_are_grouped_by_set_ratio_and_arm():
     ]
 
 
+def test_two_sets_of_one_name_never_share_a_section():
+    """Equal classes, ratio and choice of images: runs on one are no seeds of the other, and none is taken for a repetition."""
+    runs = [
+        result(seed=0, dataset="pets", fingerprint="aaa-1"),
+        result(seed=0, dataset="pets", fingerprint="bbb-1"),
+        result(seed=1, dataset="pets", fingerprint="bbb-1"),
+        result(seed=0, dataset="pets", ratio=50.0, fingerprint="aaa-2"),
+        result(seed=7, dataset="pets", fingerprint="1"),  # from before fingerprints told the set
+    ]
+    sections, remarks = group(runs)
+    assert remarks == []
+    assert [(s.title, [r.seed for g in s.groups for r in g.results]) for s in sections] == [
+        ("pets aaa, imbalance ratio 100", [0]),
+        ("pets bbb, imbalance ratio 100", [0, 1]),
+        ("pets aaa, imbalance ratio 50", [0]),
+        ("pets, imbalance ratio 100", [7]),
+    ]
+
+
+def test_an_older_record_stands_beside_newer_ones_of_the_only_set_of_its_name():
+    (section,), remarks = group([result(seed=0, fingerprint="1"), result(seed=1, fingerprint="aaa-1")])
+    assert (section.title, remarks) == ("CIFAR10, imbalance ratio 100", [])
+    assert len(section.published) > 0
+    _, remarks = group([result(seed=0, fingerprint="1"), result(seed=1, fingerprint="aaa-2")])
+    assert len(remarks) == 1
+    assert "different images (1, 2)" in remarks[0]
+
+
 def test_the_same_seed_is_not_counted_twice():
     (section,), remarks = group([result(acc=0.5), result(acc=0.7), result(seed=1, acc=0.6)])
     assert section.groups[0].stat("test/acc").mean == pytest.approx(0.55)
