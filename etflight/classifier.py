@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
+from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
 from typing import IO, Any, Literal, NamedTuple, Self, cast
@@ -82,7 +83,8 @@ class Classifier(LightningModule):
         head: makes a `Head` from (in_features, num_classes).
         loss: makes a `Loss`.
         optimizer: makes an optimizer from parameters.
-        lr_scheduler: makes a schedule, stepped each epoch, from an optimizer; None keeps the rate.
+        lr_scheduler: makes a schedule, stepped each epoch, from an optimizer; None keeps the rate. Lightning's `ReduceLROnPlateau` follows
+            its own `monitor`, torch's `val/loss`.
         class_counts: `[K]`, training images of each class, for shot groups and "global" class balance; the data module's by default.
         in_chans: channels of the images.
         pretrained: whether the backbone starts from timm's weights.
@@ -449,6 +451,7 @@ class Classifier(LightningModule):
         self._stop_at_bad_loss()
         self.log("train/loss", self._mean_loss("train"))
         self.log("train/lr", self._lr, sync_dist=True)
+        self._check_followed()
 
     def on_train_end(self) -> None:
         """Say if the temperature is not to be trusted."""
@@ -508,6 +511,18 @@ class Classifier(LightningModule):
         held_out = getattr(getattr(self.trainer, "datamodule", None), "val_is_held_out", False)
         return bool(held_out) and self.trainer.state.fn == "fit"
 
+    def _check_followed(self) -> None:
+        """Before the schedule asks for it: what it follows has been logged by now."""
+        logged = [*self.trainer.callback_metrics, "train/loss", "train/lr"]
+        for config in self.trainer.lr_scheduler_configs:
+            due = (self.current_epoch + 1) % config.frequency == 0
+            if config.reduce_on_plateau and due and config.monitor not in logged:
+                near = get_close_matches(str(config.monitor), logged, n=3) or ["val/loss", "val/acc", "train/loss"]
+                raise UserError(
+                    f"the schedule follows {config.monitor}, which nothing logs: give another --model.lr_scheduler.monitor, such as "
+                    f"{', '.join(near)}"
+                )
+
     def _stop_at_bad_loss(self) -> None:
         step = int(self.trainer.strategy.reduce(self._bad_step, reduce_op="min"))
         if step < _NEVER:
@@ -545,7 +560,11 @@ class Classifier(LightningModule):
                 f"{type(schedule).__name__} gives all layers one learning rate, so {option} would do nothing: "
                 f"choose a schedule that multiplies rates, such as WarmupCosine, or leave {option} out"
             )
-        monitor = {"monitor": "val/loss"} if isinstance(schedule, ReduceLROnPlateau) else {}
+        monitor: dict[str, Any] = {}
+        if isinstance(schedule, ReduceLROnPlateau):
+            monitor = {"monitor": getattr(schedule, "monitor", "val/loss")}
+            if monitor["monitor"].startswith("val/") and self._trainer is not None:
+                monitor["frequency"] = self.trainer.check_val_every_n_epoch or 1
         return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, **monitor}})
 
     def _can_fuse(self, make: Any) -> bool:

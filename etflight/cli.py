@@ -31,7 +31,7 @@ from etflight.checkpoints import read_checkpoint, refuse_others
 from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
 from etflight.commands import STAGES
 from etflight.commands.trained import prepare_as_trained
-from etflight.configuration import guard_parser
+from etflight.configuration import full_path, guard_parser
 from etflight.data.base import ImageDataModule
 from etflight.errors import UserError, user_error_in
 from etflight.heads import codes_from_state_dict
@@ -122,7 +122,7 @@ class EtflightCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse with the checkpoint's model as the lowest of the three: checkpoint, configuration files, command line."""
-        Parser.given = argv = list(sys.argv[1:] if args is None else args)
+        Parser.given = argv = [full_path(word) for word in (sys.argv[1:] if args is None else args)]
         self.arm: str | None = None
         self.ckpt_path: Path | None = None
         self.saved_rows = 0

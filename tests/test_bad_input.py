@@ -164,8 +164,8 @@ CASES = {
     "an unknown data set": (2, ["CIFAR-10", "CIFAR10"], lambda t: [*FIT, "--data", "CIFAR-10"]),
     "a learning rate that is no number": (
         2, ["--model.optimizer.lr: Expected a float, got fast"], lambda t: [*FIT, "--data", "Digits", "--model.optimizer.lr", "fast"]),
-    "a name that two classes have": (
-        2, ["--model.lr_scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau"],
+    "a schedule that has to be told what it follows": (
+        2, ["--model.lr_scheduler.monitor"],
         lambda t: [*FIT, "--data", "Digits", "--model.lr_scheduler", "ReduceLROnPlateau"]),
     "no words at all": (2, ["the command comes first: give one of these"], lambda t: []),
     "a command that does not exist": (2, ["no command 'tset'", "did you mean test"], lambda t: ["tset", "-c", "c.yaml"]),
