@@ -105,6 +105,11 @@ class LastCheckpoint(Callback):
         accumulating = batch_idx % trainer.accumulate_grad_batches != 0
         return batch_idx > 0 and not accumulating and not self._has_just_validated
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._between is not None
+
     def save(self, trainer: Trainer, between: Place) -> None:
         """Save now; a collective call.
 
