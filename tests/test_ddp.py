@@ -453,6 +453,26 @@ def test_processes_that_computed_different_frames_train_on_the_first_ones(two_re
     assert torch.equal(other, first)
 
 
+def train_an_epoch(rank, folder, batch_size):
+    data = Digits(profile=[3, 3, 3, 2, 2, 2, 2, 2, 2, 2], val_fraction=0.02, batch_size=batch_size, eval_batch_size=7)
+    trainer = Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, default_root_dir=folder, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Classifier(10, "resnet20_cifar", partial(ETFHead, batch_norm=False), in_chans=1), datamodule=data)
+    return trainer.global_step, len(trainer.val_dataloaders), trainer.callback_metrics["val/loss"].item()
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(1, 11), (2, 5), (5, 2)])
+def test_an_epoch_ends_on_both_processes_where_their_shares_are_unequal(
+    batch_size, steps, two_ready_processes, tmp_path
+):
+    first, second = two_ready_processes(train_an_epoch, [(tmp_path, batch_size)] * 2)
+    assert (first[0], second[0]) == (steps, steps)  # of 23 images
+    assert (first[1], second[1]) == (3, 2)  # 29 validation images
+    assert first[2] == second[2]
+
+
 class BadOnTheSecondProcess(Classifier):
     """Its loss is not a number in one step of one process."""
 

@@ -1,5 +1,6 @@
 """A run that was killed and resumed is the run that was never interrupted."""
 
+import csv
 import os
 import shutil
 import subprocess
@@ -110,6 +111,19 @@ def test_one_process_goes_on_within_the_epoch_of_two(killed_on_two, etflight_com
     assert result.status == 0, result.err
     assert "goes on after 12 batches of 16" in result.err + result.out  # 6 batches of 2 x 16 images
     assert read(cwd / "runs/one")["global_step"] == 10 + 8  # 431 images make 27 batches of 16, of which 15 are left
+
+
+@pytest.mark.parametrize("done", [4, 5])  # of 6; more of 16 images than there are in an epoch
+def test_an_epoch_goes_on_where_the_new_batches_leave_no_whole_one(done, etflight_command, tmp_path):
+    fit = ["fit", *DIGITS, "--trainer.limit_train_batches", 6, "--checkpoint.every_n_steps", 1, "--name", "r"]
+    assert etflight_command(*fit, *KILL, done, cwd=tmp_path).status == -9
+    smaller = ["--data.batch_size", 16, "--ckpt_path", "last"]
+    result = etflight_command(*fit, *smaller, cwd=tmp_path)
+    assert result.status == 0, result.err
+    assert "goes on after 5 batches of 16" in result.err + result.out
+    assert read(tmp_path / "runs/r")["global_step"] == done + 1 + 6
+    rows = list(csv.DictReader((tmp_path / "runs/r/metrics.csv").open()))
+    assert [row["epoch"] for row in rows if row["val/acc"]] == ["0.0", "1.0"]
 
 
 def test_a_job_whose_process_dies_ends_with_one_message(killed_on_two):

@@ -118,6 +118,11 @@ class LastCheckpoint(Callback):
         accumulating = batch_idx % trainer.accumulate_grad_batches != 0
         return batch_idx > 0 and not accumulating and not self._has_just_validated
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._between is not None
+
     def save(self, trainer: Trainer, between: Place) -> None:
         """Save now; a collective call.
 
@@ -265,14 +270,17 @@ def _global_batch(trainer: Trainer) -> int:
 
 def _move_in_epoch(trainer: Trainer, loops: dict[str, Any], saved_global_batch: int) -> None:
     """Count the epoch's batches anew where each now holds another number of images; a few images may come twice, none is left out."""
-    batches = loops["epoch_loop.batch_progress"]
+    batches, loaders = loops["epoch_loop.batch_progress"], loops["state_dict"].get("combined_loader", [])
     done, now = batches["current"]["completed"], _global_batch(trainer)
-    if done == 0 or batches["is_last_batch"] or saved_global_batch == 0 or now == 0:
-        return
+    if not any(loader["served"] for loader in loaders) or saved_global_batch == 0 or now == 0:
+        return  # between two epochs
+    trainer.fit_loop.setup_data()  # which counts the batches of an epoch
     steps = trainer.accumulate_grad_batches
-    moved = done * saved_global_batch // now // steps * steps
+    # the last one at the latest: Lightning trains no more once it resumes an epoch that is over
+    moved = min(done * saved_global_batch // now, int(trainer.num_training_batches) - 1) // steps * steps
     batches["current"] = dict.fromkeys(batches["current"], moved)
-    for loader in loops["state_dict"].get("combined_loader", []):
+    batches["is_last_batch"] = False
+    for loader in loaders:
         loader["served"] = moved
     rank_zero_info(
         f"the checkpoint was saved after {done} batches of {saved_global_batch} images in its epoch: "

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from etflight import last_words
 from etflight.callbacks.checkpoint import LastCheckpoint
 from etflight.callbacks.trainer import run_folder
+from etflight.callbacks.watchdog import Watchdog
+from etflight.errors import UserError
 
 
 class StopSignals(Callback):
@@ -24,7 +28,8 @@ class StopSignals(Callback):
     Where Lightning has been told by SLURM to requeue the job on a signal (SIGUSR1), its own handler is called at such a place instead
     of in the middle of a step, and the process exits with status 0. A validation, test or prediction just ends.
 
-    It is enough that one process gets the signal: all agree on the step, by an all-reduce of one integer that nobody waits for.
+    It is enough that one process gets the signal: all agree on the step, by an all-reduce of one integer that nobody waits for. Where
+    they wait for one that has stopped taking part, no step comes: a `Watchdog` then ends the process within a minute, unsaved.
 
     Args:
         last: saves; None where checkpoints are off, or nothing is trained.
@@ -37,15 +42,46 @@ class StopSignals(Callback):
         self._agreed = 0
         self._group: Any = None
         self._pending: tuple[Any, Tensor] | None = None
+        self._watchdog: Watchdog | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the place of Lightning's handlers, which call collectives and save in the middle of whatever runs."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep watch over a process that may come to wait for others."""
         self._received = self._agreed = 0
         self._pending = None
+        self._relax()
+        if trainer.world_size > 1:
+            self._watchdog = Watchdog(self._is_saving, partial(_give_up, trainer))
+            self._watchdog.start()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """End the watch."""
+        self._relax()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """End the watch: the process ends by itself."""
+        self._relax()
+
+    def _relax(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.stop()
+
+    def _is_saving(self) -> bool:
+        return self._last is not None and self._last.is_saving
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As in training, which comes next."""
+        self._take_over()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Be ready to agree with the other processes."""
         self._group = dist.new_group(backend="gloo") if trainer.world_size > 1 else None
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """Take the place of Lightning's handlers, which call collectives and save in the middle of whatever runs."""
         for number in (signal.SIGUSR1, signal.SIGUSR2):
             handler = signal.getsignal(number)
-            if callable(handler) and handler is not signal.default_int_handler:
+            if callable(handler) and handler not in (signal.default_int_handler, self._note):
                 self._requeue[number] = handler
         for handled in (signal.SIGTERM, *self._requeue):
             signal.signal(handled, self._note)
@@ -92,6 +128,7 @@ class StopSignals(Callback):
         self._pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True), flag)
 
     def _leave(self, trainer: Trainer, between: Any) -> None:
+        self._relax()
         name = signal.Signals(self._agreed).name
         if self._last is not None:
             self._last.save(trainer, between)
@@ -109,6 +146,19 @@ class StopSignals(Callback):
         if trainer.is_global_zero and self._last is not None:
             for copy in set(run_folder(trainer).glob("hpc_ckpt_*.ckpt")) - before:
                 copy.unlink()
+
+
+def _give_up(trainer: Trainer, number: int) -> None:
+    """End this process, and those that Lightning has started from it, wherever they are."""
+    last_words.say(
+        UserError(
+            f"{signal.Signals(number).name}: ended at once, without saving: this job does not get on any more, as where one of its "
+            "processes has stopped taking part: find out why, then resume with --ckpt_path last"
+        )
+    )
+    if (launcher := trainer.strategy.launcher) is not None:
+        launcher.kill(signal.SIGKILL)
+    os._exit(128 + number)
 
 
 def _is_child_of_lightning(trainer: Trainer) -> bool:

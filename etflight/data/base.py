@@ -305,9 +305,9 @@ class ImageDataModule(LightningDataModule, ABC):
             )
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Training images as the sampling policy draws them, shared by the ranks.
+        """Training images as the sampling policy draws them, shared by the ranks, each of which has the same number of batches.
 
-        The last, short batch is dropped only where some rank would have no batch or a batch of one.
+        An epoch's last images are left out only where some rank would have no batch of them, or a batch of one.
 
         Raises:
             UserError: There are fewer images than ranks.
@@ -325,8 +325,9 @@ class ImageDataModule(LightningDataModule, ABC):
             rank=rank,
         )
         full = self.batch_size * world_size
-        drop_last = len(data) >= full and 0 < len(data) % full < 2 * world_size
-        loader = TrainLoader(data, sampler=sampler, batch_size=self.batch_size, drop_last=drop_last, **self._loading())
+        if len(data) > full and len(data) % full < 2 * world_size:
+            sampler.leave_out(len(data) % full)
+        loader = TrainLoader(data, sampler=sampler, batch_size=self.batch_size, **self._loading())
         loader.trainer = self.trainer
         return loader
 

@@ -120,6 +120,10 @@ class ImbalancedSampler(_Sharded):
             )
         self.policy = resolved
 
+    def leave_out(self, last: int) -> None:
+        """Yield none of the `last` images of an epoch's draw, on whichever rank they are; the draw stays the same."""
+        self.num_samples = len(range(self.rank, self.total_size - last, self.num_replicas))
+
     def probabilities(self) -> NDArray[np.float64]:
         """Class probabilities of the current epoch, float64, one per class that has images, in class order."""
         n = self._counts.astype(np.float64)
@@ -156,7 +160,7 @@ class ImbalancedSampler(_Sharded):
         return out
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.draw()[self.rank :: self.num_replicas][self.skip :].tolist())
+        return iter(self.draw()[self.rank :: self.num_replicas][self.skip : self.num_samples].tolist())
 
 
 class Draw(NamedTuple):

@@ -1,0 +1,87 @@
+"""Processes wait for each other in every step, so they must have the same number of them, whatever the numbers are."""
+
+from dataclasses import dataclass
+from itertools import chain
+from types import SimpleNamespace
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from etflight.data import ImageDataModule, ImbalancedSampler
+from etflight.data.sampler import POLICIES, NumberedSampler
+from etflight.data.sources import ArraySource, ImageSplit
+
+EPOCHS = 4
+
+
+@dataclass(eq=False, kw_only=True)
+class Numbered(ImageDataModule):
+    """Images of one pixel, which holds their position."""
+
+    size: int
+
+    num_classes = 3
+    num_channels = 1
+    class_names = ("a", "b", "c")
+
+    def load(self, split):
+        numbers = torch.arange(self.size)
+        return ArraySource(numbers.to(torch.uint8).view(-1, 1, 1, 1), numbers % 7 % 3)
+
+
+class NumberedDraws(Numbered):
+    """As sets of files, whose sampler numbers what it draws."""
+
+    sampler_class = NumberedSampler
+
+    def make_split(self, name, source, indices):
+        return Positions(source, indices)
+
+
+class Positions(ImageSplit):
+    def __getitems__(self, draws):
+        return super().__getitems__([draw.position for draw in draws])
+
+
+def batches_of(data, processes, rank, epoch, served=0):
+    """What one process is served, image by image, of the data module's own loader."""
+    data.trainer = SimpleNamespace(
+        world_size=processes, global_rank=rank, max_epochs=EPOCHS, num_training_batches=10**6
+    )
+    loader = data.train_dataloader()
+    loader.load_state_dict({"served": served})
+    loader.sampler.set_epoch(epoch)
+    batches = [images.flatten().tolist() for images, _ in loader]
+    assert len(loader) == served + len(batches)
+    return batches
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_every_process_has_as_many_batches_and_together_they_are_those_of_one_process(data):
+    processes, batch_size = data.draw(st.integers(1, 5), "processes"), data.draw(st.integers(1, 6), "batch size")
+    size = data.draw(st.integers(max(3, processes), 5 * processes * batch_size + 3), "images")
+    policy, epoch = data.draw(st.sampled_from([*POLICIES, 0.3]), "policy"), data.draw(st.integers(0, EPOCHS - 1))
+    kind = data.draw(st.sampled_from([Numbered, NumberedDraws]))
+    images = kind(size=size, batch_size=batch_size, sampler=policy)
+    parts = [batches_of(images, processes, rank, epoch) for rank in range(processes)]
+    (steps,) = {len(part) for part in parts}
+
+    # what one process would draw, of which only a tail too small for all may be left out
+    sampler = ImbalancedSampler(images.split("train").labels, policy, num_epochs=EPOCHS)
+    sampler.set_epoch(epoch)
+    drawn, together = sampler.draw().tolist(), processes * batch_size
+    tail = size % together
+    starves = size > together and tail < 2 * processes
+    kept = drawn[: size - tail] if starves else drawn
+    expected = [sorted(kept[start : start + together]) for start in range(0, len(kept), together)]
+    assert [sorted(chain.from_iterable(part[step] for part in parts)) for step in range(steps)] == expected
+
+    sizes = [len(batch) for part in parts for batch in part]
+    assert min(sizes) >= (2 if batch_size > 1 and size >= 2 * processes else 1)
+
+    # a resumed epoch
+    served = data.draw(st.integers(0, steps), "served")
+    for rank, part in enumerate(parts):
+        assert batches_of(images, processes, rank, epoch, served) == part[served:]
