@@ -29,6 +29,12 @@ def values_of(argv: Sequence[str], key: str, *short: str) -> list[str]:
     return found
 
 
+def positional(argv: Sequence[str]) -> str | None:
+    """The first word that is no option and no option's value, where every option takes one value."""
+    words = zip(["", *argv], argv, strict=False)
+    return next((w for before, w in words if w[:1] != "-" and (before[:1] != "-" or "=" in before)), None)
+
+
 def config_files(argv: Sequence[str]) -> list[Path]:
     """The configuration files, in their order."""
     return [Path(value) for value in values_of(argv, "config", "-c")]

@@ -636,6 +636,7 @@ class Classifier(LightningModule):
         differ = other_preprocessing(self.preprocessing, data) or other_images(counts, self.fingerprint, data)
         if differ:
             raise UserError(f"{differ}: give the same --data options to resume the run, or start a new one")
+        self.fingerprint = getattr(data, "fingerprint", None) or self.fingerprint  # an older one does not know the set
         saved = checkpoint.get("hyper_parameters", {})
         for name in ("optimizer", "lr_scheduler", "layer_decay", "lr_scale"):
             if name in saved and saved[name] != self.hparams[name]:

@@ -43,7 +43,7 @@ from etflight.optim import PROTOCOL_SGD
 from etflight.predict_images import add_prediction_arguments, over_images
 from etflight.predictions import check_output
 from etflight.preprocessing import Preprocessing
-from etflight.run_folder import check_writable, claim, claim_for_results, last_checkpoint, same_folder
+from etflight.run_folder import check_writable, claim, claim_for_results, last_checkpoint, run_of, same_folder
 from etflight.specs import describe, find, is_known
 from etflight.trained_on import refuse_other_shape
 from etflight.usage import OneLineParser
@@ -158,10 +158,8 @@ class EtflightCLI(LightningCLI):
                 )
             return None
         if asked != "last":
-            path = Path(asked)
-            if path.parent.name == "checkpoints":
-                self.trained_in = path.parent.parent
-            return path
+            self.trained_in = run_of(Path(asked))
+            return Path(asked)
         last = last_checkpoint(self.folder)
         if last.is_file():
             self.trained_in = self.folder

@@ -19,6 +19,13 @@ def last_checkpoint(folder: Path) -> Path:
     return folder / "checkpoints" / "last.ckpt"
 
 
+def run_of(path: Path) -> Path | None:
+    """The run folder that a path leads to: itself, or that of a checkpoint; None outside of any."""
+    if path.is_dir():
+        return path
+    return path.parent.parent if path.parent.name == "checkpoints" else None
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """`run.json` of a run folder, empty where it cannot be read."""
     try:

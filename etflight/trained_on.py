@@ -66,9 +66,11 @@ def other_images(counts: Sequence[int], fingerprint: str | None, data: Any) -> s
     return f"{data} has other training images ({other}) than the checkpoint was trained on ({fingerprint})"
 
 
-def fingerprint_in(checkpoint: Mapping[str, Any]) -> str | None:
-    """Of the images that a checkpoint's model was trained on, None if it does not know; older ones have it only from a run folder."""
-    found = checkpoint.get("fingerprint") or checkpoint.get("etflight", {}).get("images")
+def fingerprint_in(known: object) -> str | None:
+    """Of the images that a model was trained on, as a checkpoint or the record of a run's data has it; None if it does not know."""
+    facts = known if isinstance(known, Mapping) else {}
+    of_run = facts.get("etflight")  # the only place before checkpoints of all kinds had it
+    found = facts.get("fingerprint") or (of_run.get("images") if isinstance(of_run, Mapping) else None)
     return found if isinstance(found, str) and re.fullmatch(r"[\w.-]{1,80}", found) else None
 
 

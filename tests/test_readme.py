@@ -59,7 +59,10 @@ def trained(etflight_command, tmp_path_factory):
         result = etflight_command(*argv, cwd=folder)
         assert result.status == 0, result.err
     run = folder / "runs/digits/etf_dr_balanced"
-    for name in set(re.findall(r"(runs/[\w/]+)/checkpoints/last.ckpt", README)):
+    for name in {
+        *re.findall(r"(runs/[\w/]+)/checkpoints/last.ckpt", README),
+        *re.findall(r"collapse (runs/[\w/]+)", README),
+    }:
         if not (folder / name).exists():
             shutil.copytree(run, folder / name)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)

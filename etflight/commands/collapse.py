@@ -22,13 +22,14 @@ from etflight import plotting
 from etflight.backbones import resnet_cifar
 from etflight.checkpoints import read_weights
 from etflight.classifier import Classifier
-from etflight.commands.data_option import data_parser, parse
+from etflight.commands.data_option import data_parser, parse_over_run
 from etflight.commands.trained import add_imports, brief, import_modules, load_classifier, prepare_as_trained
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
 from etflight.errors import UserError, warn
 from etflight.files import write_json
 from etflight.metrics import ClassStatistics, Moments, measures
+from etflight.run_folder import last_checkpoint, run_of
 from etflight.terminal import console
 from etflight.trained_on import refuse_other_shape
 from etflight.usage import OneLineParser
@@ -57,7 +58,10 @@ _ROWS = {
     "missing_classes": ("without samples", ""),
     "single_sample_classes": ("with one sample", ""),
 }
-_SOURCES = "--ckpt_path FILE (a checkpoint of etflight), or --timm NAME (any timm model with its own classifier)"
+_SOURCES = (
+    "RUN (a run folder or a checkpoint in one), --ckpt_path FILE (a checkpoint of etflight), or --timm NAME (any timm model with its own "
+    "classifier)"
+)
 _OWN_WEIGHTS = "give --weights FILE of a model trained on these classes"
 _UNREADABLE = (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError, EOFError, LookupError)
 
@@ -93,19 +97,22 @@ def main(argv: Sequence[str]) -> None:
         SystemExit: status 2 for a usage error, 0 after help.
     """
     parser = _parser()
-    config = parse(parser, argv)
-    if (config.ckpt_path is None) == (config.timm is None):
+    config = parse_over_run(parser, argv)
+    if sum(source is not None for source in (config.run, config.ckpt_path, config.timm)) != 1:
         raise UserError(f"collapse measures one model: give {_SOURCES}")
     if config.weights is not None and config.timm is None:
         raise UserError("--weights goes with --timm NAME: an etflight checkpoint is given by --ckpt_path FILE alone")
     import_modules(config.imports)
-    classifier = None if config.ckpt_path is None else load_classifier(config.ckpt_path)
+    checkpoint = config.ckpt_path
+    if config.run is not None:
+        checkpoint = str(last_checkpoint(Path(config.run)) if Path(config.run).is_dir() else config.run)
+    classifier = None if checkpoint is None else load_classifier(checkpoint)
     if classifier is not None:
         prepare_as_trained(config.data, classifier.preprocessing)
     data: ImageDataModule = parser.instantiate(config).data
     device = _device(config.device)
-    model = _from_timm(config, data) if classifier is None else _from_checkpoint(config.ckpt_path, classifier, data)
-    output = Path(config.output) if config.output else _default_output(config)
+    model = _from_timm(config, data) if classifier is None else _from_checkpoint(checkpoint, classifier, data)
+    output = Path(config.output or _default_output(config.timm, checkpoint))
     out = console()
 
     model.module.eval().requires_grad_(False).to(device)
@@ -304,11 +311,10 @@ def _table(model: Model, data: ImageDataModule, results: dict[str, dict[str, flo
     return table
 
 
-def _default_output(config: Namespace) -> Path:
-    if config.timm is not None:
-        return Path("runs") / "collapse" / re.sub(r"[^\w.-]+", "_", config.timm)
-    folder = Path(config.ckpt_path).parent
-    return (folder.parent if folder.name == "checkpoints" else folder) / "collapse"
+def _default_output(timm_name: str, checkpoint: str | None) -> Path:
+    if checkpoint is None:
+        return Path("runs") / "collapse" / re.sub(r"[^\w.-]+", "_", timm_name)
+    return (run_of(Path(checkpoint)) or Path(checkpoint).parent) / "collapse"
 
 
 # The command line ---------------------------------------------------------------------------------------------------
@@ -317,6 +323,13 @@ def _default_output(config: Namespace) -> Path:
 def _parser() -> OneLineParser:
     parser = data_parser(
         "collapse", "Measure neural collapse of a trained model on the training and the test images, without training."
+    )
+    parser.add_argument(
+        "run",
+        type=str | None,
+        nargs="?",
+        default=None,
+        help="Run folder, or a checkpoint in one, to measure on its own data, unless --data or -c say otherwise.",
     )
     parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint of etflight to measure.")
     parser.add_argument(

@@ -8,9 +8,11 @@ from typing import Any
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 
 import etflight.data
+from etflight.arguments import config_files, positional, values_of
 from etflight.configuration import guard_parser, read_yaml
 from etflight.data import ImageDataModule
 from etflight.errors import UserError
+from etflight.run_folder import run_of
 from etflight.usage import OneLineParser
 
 
@@ -43,6 +45,27 @@ def parse(parser: OneLineParser, argv: Sequence[str]) -> Namespace:
     """
     OneLineParser.given = [*parser.prog.split()[1:], *argv]
     return parser.parse_args(_with_data_sections(argv))
+
+
+def parse_over_run(parser: OneLineParser, argv: Sequence[str]) -> Namespace:
+    """Parse a command line whose positional argument, if there is one, is a run or a checkpoint of one: its data are the default.
+
+    Raises:
+        UserError: as `parse`; nothing has that path, or it tells no data and none are given.
+        SystemExit: as `parse`.
+    """
+    given = positional(argv)
+    if given is None:
+        return parse(parser, argv)
+    run = run_of(Path(given))
+    config = run / "config.yaml" if run is not None else None
+    if config is not None and config.is_file():
+        return parse(parser, ["-c", str(config), *argv])
+    if not Path(given).exists():
+        raise UserError(f"{given} does not exist: give a run folder, such as runs/digits/ce, or a checkpoint in one")
+    if not values_of(argv, "data") and not config_files(argv):
+        raise UserError(f"{given} is no run folder with a config.yaml that says its data, nor in one: give --data")
+    return parse(parser, argv)
 
 
 def _with_data_sections(argv: Sequence[str]) -> list[str]:

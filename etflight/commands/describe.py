@@ -13,13 +13,15 @@ from rich.console import Group
 from rich.table import Table
 
 from etflight import plotting
-from etflight.commands.data_option import data_parser, parse
+from etflight.commands.data_option import data_parser, parse_over_run
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
-from etflight.errors import UserError
+from etflight.errors import UserError, warn
 from etflight.files import write_json
 from etflight.metrics.shots import by_frequency, shot_groups
+from etflight.run_folder import read_record, run_of
 from etflight.terminal import as_it_is, console
+from etflight.trained_on import fingerprint_in, other_images
 from etflight.usage import OneLineParser
 
 RECORD = "describe.json"  # marks a folder as one of this command's
@@ -40,12 +42,14 @@ def main(argv: Sequence[str]) -> None:
         SystemExit: status 2 for a usage error, 0 after help.
     """
     parser = _parser()
-    config = parse(parser, argv)
+    config = parse_over_run(parser, argv)
     if config.images_per_class < 1:
         raise UserError(f"--images_per_class is {config.images_per_class}: give at least 1")
     data: ImageDataModule = parser.instantiate(config).data
     data.prepare_data()
     record = describe(data)
+    if config.run is not None and (differ := other_images((), _trained_on(Path(config.run)), data)):
+        warn(differ)
     folder = Path(config.output or Path("runs", "describe", f"{record['dataset']}_{record['fingerprint']}"))
     _claim(folder)
     out = console()
@@ -86,6 +90,12 @@ def describe(data: ImageDataModule) -> dict[str, Any]:
         "class_counts": {name: own.tolist() for name, own in counts.items()},
         "shot_groups": {group: members.nonzero().flatten().tolist() for group, members in groups.items()},
     }
+
+
+def _trained_on(path: Path) -> str | None:
+    """The fingerprint of the images that a run was trained on, where its record tells it."""
+    run = run_of(path)
+    return None if run is None else fingerprint_in(read_record(run).get("data"))
 
 
 def sheet(data: ImageDataModule, images_per_class: int) -> Any:
@@ -201,6 +211,13 @@ def _parser() -> OneLineParser:
     parser = data_parser(
         "describe",
         "Show what a data set holds: counts, shot groups, a histogram, a contact sheet; no model, no training.",
+    )
+    parser.add_argument(
+        "run",
+        type=str | None,
+        nargs="?",
+        default=None,
+        help="Run folder, or a checkpoint in one, whose data to describe, unless --data or -c say otherwise.",
     )
     parser.add_argument(
         "--output",

@@ -2,6 +2,7 @@ import importlib
 import json
 import math
 import re
+import shutil
 import sys
 from contextlib import redirect_stdout
 from io import StringIO
@@ -16,7 +17,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from etflight import Classifier, LinearHead, __main__
-from etflight.commands import collapse
+from etflight.cli import main
+from etflight.commands import collapse, describe
 from etflight.data import Digits
 from etflight.errors import UserError
 from etflight.losses import CrossEntropyLoss
@@ -144,6 +146,101 @@ def test_checkpoint_results_lie_in_its_run_folder_with_figures(run, printed):
             assert min(picture.size) > 400
 
 
+# --- a run on its own data ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tailed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a training on digits at ratio 20, with a normalisation of its own."""
+    folder = tmp_path_factory.mktemp("tailed")
+    main(
+        [
+            "fit", "--data", "Digits", "--data.imbalance_ratio", "20", "--data.std", "[0.5]", "--model.backbone", "resnet20_cifar",
+            "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
+            "--trainer.enable_model_summary", "false", "--trainer.default_root_dir", str(folder), "--name", "r",
+        ]
+    )  # fmt: skip
+    return folder / "r"
+
+
+def nc1(output: Path) -> float:
+    return json.loads((output / "collapse.json").read_text())["train"]["nc1"]
+
+
+@pytest.mark.parametrize("given", ["", "checkpoints/last.ckpt"])
+def test_a_run_is_measured_on_the_images_it_was_trained_on(given, tailed, tmp_path, capsys):
+    collapse.main([str(tailed / given), "--output", str(tmp_path)])
+    assert "warning" not in capsys.readouterr().err
+    data = Digits(imbalance_ratio=20, std=[0.5])
+    record = json.loads((tmp_path / "collapse.json").read_text())
+    assert record["data"]["class_counts"] == data.class_counts.tolist()
+    batches = [data.eval_transform(batch) for batch in data.eval_dataloader("train")]
+    pixels, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    model = Classifier.load_from_checkpoint(tailed / "checkpoints/last.ckpt").eval()
+    with torch.no_grad():
+        features, logits = model.embed(pixels), model(pixels)
+    check(record["train"], features.numpy(), logits.numpy(), labels.numpy(), model.head.weight.numpy())
+
+
+def test_the_results_of_a_run_lie_in_its_folder(tailed):
+    collapse.main([str(tailed)])
+    assert (tailed / "collapse" / "collapse.json").is_file()
+
+
+@pytest.mark.parametrize("named", ["as a run", "as a checkpoint and its data"])
+@pytest.mark.parametrize(
+    ("other", "line"),
+    [
+        (["--data.imbalance_ratio=1"], "Digits has 132 training images of class 1, but the checkpoint was trained on 91"),
+        (["--data.imbalance_ratio=20", "--data.seed=3"], "Digits has other training images"),
+    ],
+)  # fmt: skip
+def test_other_training_images_than_the_checkpoints_are_told_in_one_line(other, line, named, tailed, tmp_path, capsys):
+    of_run = [str(tailed)]
+    of_checkpoint = [f"--ckpt_path={tailed / 'checkpoints/last.ckpt'}", "--data=Digits"]
+    collapse.main([*(of_run if named == "as a run" else of_checkpoint), *other, "--output", str(tmp_path / "other")])
+    (told,) = [text for text in capsys.readouterr().err.splitlines() if "warning" in text]
+    assert told.startswith(f"etflight: warning: {line}")
+    collapse.main([str(tailed), "--output", str(tmp_path / "own")])
+    assert nc1(tmp_path / "other") != nc1(tmp_path / "own")
+
+
+def test_a_set_of_the_users_own_file_replaces_that_of_the_run(tailed, tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text("data: {class_path: Digits, init_args: {imbalance_ratio: 1, max_count: 30}}")
+    collapse.main(["-c", str(tmp_path / "own.yaml"), "--output", str(tmp_path), str(tailed)])
+    record = json.loads((tmp_path / "collapse.json").read_text())
+    assert record["data"]["class_counts"] == [30] * 10
+    assert len([line for line in capsys.readouterr().err.splitlines() if "warning" in line]) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("nowhere", "nowhere does not exist: give a run folder"),
+        ("empty", "empty is no run folder with a config.yaml that says its data, nor in one: give --data"),
+        ("alone.ckpt", "alone.ckpt is no run folder with a config.yaml"),
+    ],
+)
+@pytest.mark.parametrize("command", [collapse, describe])
+def test_a_path_that_tells_no_data_is_one_line(command, path, reason, tailed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    shutil.copy(tailed / "checkpoints/last.ckpt", "alone.ckpt")
+    with pytest.raises(UserError, match=reason):
+        command.main([path])
+
+
+def test_describe_shows_the_data_of_a_run_and_tells_where_they_are_others_now(tailed, tmp_path, capsys):
+    for given, lines in (([], 0), (["--data.seed=3"], 1)):
+        describe.main([str(tailed), *given, "--output", str(tmp_path)])
+        counts = json.loads((tmp_path / "describe.json").read_text())["class_counts"]["train"]
+        assert counts == Digits(imbalance_ratio=20).class_counts.tolist()
+        assert capsys.readouterr().err.count("has other training images") == lines
+
+
+# --- timm -------------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("name", "suffix"),
     [
@@ -247,7 +344,8 @@ def test_bad_input_ends_in_one_line_that_says_the_mend(run, images, tmp_path, mo
     own = ["--timm=test_resnet", "--weights=w.safetensors"]
     for arguments, status, message in (
         ([], 2, "data"),
-        (["--data=Digits"], 1, "give --ckpt_path FILE"),
+        (["--data=Digits"], 1, r"give RUN \(.*\), --ckpt_path FILE"),
+        ([str(run), ckpt, "--data=Digits"], 1, "measures one model"),
         ([ckpt, "--timm=test_resnet", "--data=Digits"], 1, "measures one model"),
         ([ckpt, "--weights=w.safetensors", "--data=Digits"], 1, "--weights goes with --timm"),
         ([ckpt], 2, "data"),
