@@ -31,6 +31,7 @@ from etflight.metrics.confusion import MOST_CLASSES, Confusion
 from etflight.metrics.mean import SampleMean
 from etflight.metrics.shots import ClassScores, ShotAccuracy
 from etflight.optim import PROTOCOL_SGD, keeps_scales, match_layouts, rate_groups, scale_rates
+from etflight.precision import at_least_float32
 from etflight.preprocessing import Preprocessing
 from etflight.ranks import take_buffers_of_rank_zero
 from etflight.specs import describe, find, is_plain, objections, resolve
@@ -183,11 +184,12 @@ class Classifier(LightningModule):
             images: `[B, C, H, W]`, float32, normalised as in training (`preprocessing`).
 
         Returns:
-            Pooled features `[B, d]`.
+            Pooled features `[B, d]`, of the network's dtype.
 
         Raises:
             UserError: images of a size that the backbone does not take.
         """
+        images = images.to(self.dtype)  # the data module knows nothing of a network in half or double precision
         if images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         try:
@@ -220,7 +222,7 @@ class Classifier(LightningModule):
             images: see `features`.
 
         Returns:
-            `[B, d']`, float32; of norm 1 where the head normalises.
+            `[B, d']`, float32 or float64; of norm 1 where the head normalises.
         """
         return cast(Tensor, self.head.embed(self.features(images)))
 
@@ -242,7 +244,7 @@ class Classifier(LightningModule):
             images: see `features`.
 
         Returns:
-            `[B, K]`, float32, rows in [0, 1] of sum 1.
+            `[B, K]`, float32 or float64, rows in [0, 1] of sum 1.
 
         Raises:
             UserError: a `logit_adjustment` without the training counts.
@@ -256,7 +258,7 @@ class Classifier(LightningModule):
             logits: `[B, K]`, of `forward`.
 
         Returns:
-            `[B, K]`, float32.
+            `[B, K]`, float32 or float64.
 
         Raises:
             UserError: a `logit_adjustment` without the training counts.
@@ -327,7 +329,8 @@ class Classifier(LightningModule):
         """Images of this process over the processes' mean: gradients are averaged over processes, whatever each had in its batch."""
         if not (dist.is_available() and dist.is_initialized()):
             return 1.0
-        total = torch.full((), float(images), device=self.device)
+        dtype = torch.promote_types(self.temperature.dtype, torch.float32)
+        total = torch.full((), float(images), dtype=dtype, device=self.device)
         dist.all_reduce(total)
         return images * dist.get_world_size() / total
 
@@ -342,15 +345,15 @@ class Classifier(LightningModule):
         return logits
 
     def _adjusted(self, logits: Tensor) -> Tensor:
-        """What decides, float32 `[B, K]`."""
-        tau: float = self.hparams["logit_adjustment"]
+        """What decides, float32 or float64 `[B, K]`."""
+        logits, tau = at_least_float32(logits), float(self.hparams["logit_adjustment"])
         if tau == 0:
-            return logits.float()
+            return logits
         if not bool(self.class_counts.any()):
             raise UserError(
                 "logit_adjustment needs the training counts, which this model does not hold: give class_counts, or leave it out"
             )
-        return logits.float() - tau * log_prior(self.class_counts)
+        return logits - tau * log_prior(self.class_counts.to(logits))
 
     # --- epochs ------------------------------------------------------------------------------------------------------------
 

@@ -2,10 +2,10 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal, cast
+from typing import Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from etflight.errors import UserError
 from etflight.geometry import class_code, simplex_etf
+from etflight.precision import at_least_float32
 
 _WIDEST = 2**17  # of a projection: a frame and a layer of this width still fit some machine's memory
 _codes_follow = ContextVar("codes_follow", default=False)
@@ -93,8 +94,9 @@ class ETFHead(Head):
     The frame is a buffer: it is in the state dict, so a checkpoint always meets its own frame, but no optimizer sees it.
 
     BatchNorm is on by default: features pooled after a ReLU are non-negative and cannot reach the negative cosines of a simplex.
-    Normalisation and the product with the class vectors stay in float32 under autocast: bfloat16 rounds a cosine of 0.9985 to
-    1, where dot regression has no gradient.
+    Normalisation and the product with the class vectors stay in float32 under autocast, and in a network of half precision, whose
+    frame stays in float32, too: bfloat16 rounds a cosine of 0.9985 to 1, where dot regression has no gradient. In float64 they are in
+    float64.
 
     Args:
         in_features: d, width of the backbone's pooled features.
@@ -157,15 +159,23 @@ class ETFHead(Head):
         """What multiplies the cosine: a number, or when learned a scalar tensor (its logarithm is the parameter, so it stays positive)."""
         return self._scale if self._log_scale is None else self._log_scale.exp()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert as any module; but a frame of half precision would be none."""
+        frame = self.weight
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight.dtype in (torch.bfloat16, torch.float16):
+            self.weight = frame.to(self.weight.device)
+        return self
+
     def embed(self, features: Tensor) -> Tensor:
-        """Unit embeddings `[B, d']` in float32 (not scaled to norm 1 with `normalize=False`)."""
-        embedding = self.batch_norm(self.projection(features)).float()
+        """Unit embeddings `[B, d']` in float32, or float64 (not scaled to norm 1 with `normalize=False`)."""
+        embedding = at_least_float32(self.batch_norm(self.projection(features)))
         embedding = F.normalize(embedding, dim=1) if self.normalize else embedding
         return cast(Tensor, self.rotation(embedding))
 
     def forward(self, features: Tensor) -> Tensor:
-        """`scale · <w_k, h>` for every class, `[B, K]` in float32."""
-        return _float32_product(self.embed(features), self.weight) * self.scale
+        """`scale · <w_k, h>` for every class, `[B, K]` in float32, or float64."""
+        return _exact_product(self.embed(features), self.weight) * self.scale
 
     def unnormalized_logits(self, features: Tensor) -> Tensor:
         """`scale · <w_k, g>` with g the rotated embedding before it is scaled to norm 1, `[B, K]`."""
@@ -188,9 +198,9 @@ class ETFHead(Head):
             target: class indices `[B]`, int64.
 
         Returns:
-            `[B]`, float32, equal to `forward(features)[arange(B), target]`.
+            `[B]`, float32 or float64, equal to `forward(features)[arange(B), target]`.
         """
-        own = self.weight.index_select(0, target).float()
+        own = self.weight.index_select(0, target)
         return (self.embed(features) * own).sum(dim=1) * self.scale
 
     def extra_repr(self) -> str:
@@ -219,16 +229,15 @@ class Rotation(nn.Module):
         self.generator = nn.Parameter(torch.zeros(dim, dim))
 
     def matrix(self) -> Tensor:
-        """R `[d, d]`, float32, with determinant 1."""
-        A = self.generator.float()
+        """R `[d, d]`, float32 or float64, with determinant 1."""
+        A = at_least_float32(self.generator)
         S = (A - A.T) / 2
-        one = torch.eye(len(A), device=A.device)
+        one = torch.eye(len(A), dtype=A.dtype, device=A.device)
         return cast(Tensor, torch.linalg.solve(one - S, one + S))
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """Rotated rows `[B, d]`, in float32 under autocast, too."""
-        with torch.autocast(embedding.device.type, enabled=False):
-            return embedding.float() @ self.matrix().T
+        """Rotated rows `[B, d]`, in float32 under autocast, too, or in float64."""
+        return _exact_product(at_least_float32(embedding), self.matrix())
 
 
 class LinearHead(Head):
@@ -268,11 +277,14 @@ class LinearHead(Head):
         embedding = self.batch_norm(features)
         if not self.feature_normalize:
             return cast(Tensor, embedding)
-        return F.normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=1)
+        return F.normalize(at_least_float32(embedding), dim=1)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits `[B, K]`."""
-        return F.linear(self.embed(features), self.weight, self.bias)
+        embedding = self.embed(features)
+        dtype = torch.promote_types(embedding.dtype, self.weight.dtype)  # they differ in a network of half precision
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.linear(embedding.to(dtype), self.weight.to(dtype), bias)
 
     def unnormalized_logits(self, features: Tensor) -> Tensor:
         """As in `Head`; with a bias there are none but the logits themselves."""
@@ -348,12 +360,13 @@ class CosineHead(Head):
         self.bias = None
 
     def embed(self, features: Tensor) -> Tensor:
-        """Unit embeddings `[B, d]` in float32."""
-        return F.normalize(self.batch_norm(features).float(), dim=1)
+        """Unit embeddings `[B, d]` in float32, or float64."""
+        return F.normalize(at_least_float32(self.batch_norm(features)), dim=1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits `[B, K]` in float32."""
-        return _float32_product(self.embed(features), F.normalize(self.weight.float(), dim=1)) * self.cosine_scale
+        """Logits `[B, K]` in float32, or float64."""
+        directions = F.normalize(at_least_float32(self.weight), dim=1)
+        return _exact_product(self.embed(features), directions) * self.cosine_scale
 
     def unnormalized_logits(self, features: Tensor) -> Tensor:
         """`cosine_scale · |h| cos(h, w_k)`, `[B, K]`."""
@@ -373,7 +386,7 @@ def _check_scale(what: str, scale: float) -> None:
         raise UserError(f"{what} must be positive and finite, got {scale}")
 
 
-def _float32_product(embedding: Tensor, weight: Tensor) -> Tensor:
+def _exact_product(embedding: Tensor, weight: Tensor) -> Tensor:
     with torch.autocast(embedding.device.type, enabled=False):
         return embedding @ weight.T.to(embedding.dtype)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from etflight.errors import UserError
+from etflight.precision import at_least_float32
 
 ClassBalance = Literal["none", "batch", "global", "effective"]
 SmoothingShape = Literal["concave", "linear", "convex"]
@@ -106,7 +107,7 @@ class Loss(nn.Module, ABC):
         """Unweighted losses; for probabilities linear in `target`, which is what lets the base weight classes.
 
         Args:
-            logits: `[B, K]`, float32.
+            logits: `[B, K]`, float32 or float64.
             target: class indices `[B]`, int64, or probabilities `[B, K]`.
 
         Returns:
@@ -114,7 +115,7 @@ class Loss(nn.Module, ABC):
         """
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The weighted mean over the batch, computed in float32 under autocast, too.
+        """The weighted mean over the batch, computed in float32 under autocast, too, and in float64 of such logits.
 
         Args:
             logits: `[B, K]`, any float dtype.
@@ -126,27 +127,27 @@ class Loss(nn.Module, ABC):
         Raises:
             UserError: the training counts are needed, and nobody has given them.
         """
-        logits = logits.float()
+        logits = at_least_float32(logits)
         if not self._is_balancing():
             return self.sample_losses(logits, target).mean()
         if target.is_floating_point():
-            return self.sample_losses(logits, target * self._class_weights(target.sum(dim=0))).mean()
-        weights = self._class_weights(_count(target, logits.shape[1]))
+            return self.sample_losses(logits, target * self._class_weights(target.to(logits).sum(dim=0))).mean()
+        weights = self._class_weights(_count(target, logits.shape[1], logits.dtype))
         return (self.sample_losses(logits, target) * weights[target]).mean()
 
     def _is_balancing(self) -> bool:
         return self.training and self.class_balance != "none"
 
     def _class_weights(self, batch_counts: Tensor) -> Tensor:
-        """Weights `[K]` in float32; 0 for a class without samples, which no sample can then ask for."""
-        step_counts = batch_counts.float()
+        """Weights `[K]` in the dtype of the counts; 0 for a class without samples, which no sample can then ask for."""
+        step_counts = batch_counts
         if (self.class_balance == "batch" or self.renormalize) and dist.is_available() and dist.is_initialized():
             dist.all_reduce(step_counts)
         if self.class_balance == "batch":
             counts = step_counts
             weights = counts.sum() / (counts > 0).sum() / counts.clamp(min=1e-12)
         else:
-            counts = self.training_counts().to(batch_counts.device).float()
+            counts = self.training_counts().to(batch_counts)
             weights = counts.sum() / len(counts) / counts.clamp(min=1e-12)
             if self.class_balance == "effective":
                 log_beta = math.log(self.beta) if self.beta > 0 else -math.inf
@@ -252,14 +253,14 @@ class DotRegressionLoss(Loss):
         Raises:
             UserError: what is needed to balance is missing: targets, K, or the training counts.
         """
-        losses = self._squared_error(target_logits.float())
+        losses = self._squared_error(at_least_float32(target_logits))
         if not self._is_balancing():
             return losses.mean()
         if target is None:
             raise UserError(
                 f"DotRegressionLoss(class_balance={self.class_balance!r}) needs the targets beside their logits"
             )
-        counts = _count(target, num_classes or self._num_classes(target))
+        counts = _count(target, num_classes or self._num_classes(target), losses.dtype)
         return (losses * self._class_weights(counts)[target]).mean()
 
     def _num_classes(self, target: Tensor) -> int:
@@ -352,11 +353,11 @@ class LDAMLoss(Loss):
         """Margin losses `[B]`."""
         excess = _log_sum_exp_of_others(logits) - logits
         if self.training:
-            excess = excess + self.scale * self._margins().to(logits)
+            excess = excess + self.scale * self._margins(logits)
         return _at_target(F.softplus(excess), target)
 
-    def _margins(self) -> Tensor:
-        counts = _positive(self.training_counts())
+    def _margins(self, logits: Tensor) -> Tensor:
+        counts = _positive(self.training_counts().to(logits))
         return self.max_margin * (counts.min() / counts) ** 0.25
 
 
@@ -385,7 +386,7 @@ class LogitAdjustedLoss(Loss):
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross-entropies `[B]` of adjusted logits."""
         if self.training:
-            logits = logits + self.tau * log_prior(self.training_counts()).to(logits)
+            logits = logits + self.tau * log_prior(self.training_counts().to(logits))
         return F.cross_entropy(logits, target, reduction="none")
 
 
@@ -426,11 +427,11 @@ class LabelAwareSmoothingLoss(Loss):
         log_p = logits.log_softmax(dim=1)
         if not self.training:
             return -_at_target(log_p, target)
-        smoothing = self._smoothing().to(logits)
+        smoothing = self._smoothing(logits)
         return -_at_target((1 - smoothing) * log_p + smoothing * log_p.mean(dim=1, keepdim=True), target)
 
-    def _smoothing(self) -> Tensor:
-        counts = _positive(self.training_counts())
+    def _smoothing(self, logits: Tensor) -> Tensor:
+        counts = _positive(self.training_counts().to(logits))
         fraction = (counts - counts.min()) / (counts.max() - counts.min()).clamp(min=1e-12)
         match self.shape:
             case "concave":
@@ -458,13 +459,13 @@ def check_class_balance(owner: str, class_balance: str) -> None:
 
 
 def log_prior(class_counts: Tensor) -> Tensor:
-    """`log π`, float32 `[K]`, of the class frequencies; a class without images counts as the rarest that has some."""
+    """`log π`, `[K]`, of the class frequencies; float64 of such counts, else float32; a class without images counts as the rarest."""
     counts = _positive(class_counts)
     return (counts / counts.sum()).log()
 
 
 def _positive(class_counts: Tensor) -> Tensor:
-    counts = class_counts.float()
+    counts = at_least_float32(class_counts)
     return torch.where(counts > 0, counts, counts.where(counts > 0, math.inf).min())
 
 
@@ -483,7 +484,7 @@ def _log_sum_exp_of_others(logits: Tensor) -> Tensor:
     return (logits.logsumexp(dim=1, keepdim=True) + (-p_of_rest).log1p()).scatter(1, top, without_top)
 
 
-def _count(target: Tensor, num_classes: int) -> Tensor:
+def _count(target: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
     # index_add_, because bincount synchronises with the host on a GPU
-    ones = torch.ones_like(target, dtype=torch.float32)
-    return torch.zeros(num_classes, device=target.device).index_add_(0, target, ones)
+    ones = torch.ones_like(target, dtype=dtype)
+    return ones.new_zeros(num_classes).index_add_(0, target, ones)

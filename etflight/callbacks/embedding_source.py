@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from etflight.errors import UserError
 from etflight.heads import Head
+from etflight.precision import at_least_float32
 
 Space = Literal["embedding", "backbone"]
 HEAD = ""  # the name of the head's own features beside those of further layers
@@ -178,8 +179,7 @@ class EmbeddingSource:
 @torch.no_grad()
 def pool(features: Tensor) -> Tensor:
     """Mean over places: `[B, C, H, W]` and `[B, tokens, C]` to `[B, C]`, in float32 at least."""
-    features = features.detach()
-    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    features = at_least_float32(features.detach())
     if features.ndim == 3:
         return features.mean(1)
     return features.flatten(2).mean(2) if features.ndim > 3 else features

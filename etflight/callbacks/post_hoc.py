@@ -16,6 +16,7 @@ from etflight.classifier import Classifier
 from etflight.errors import UserError
 from etflight.heads import Head, LinearHead, ScaledLinearHead
 from etflight.metrics import ClassStatistics
+from etflight.precision import at_least_float32
 from etflight.trained_on import other_images
 
 
@@ -112,7 +113,7 @@ class TauNormalization(PostHoc):
                 f"TauNormalization rescales the class vectors of a linear head; those of {type(head).__name__} have norms that "
                 "decide nothing: give the checkpoint of a LinearHead"
             )
-        weight = head.weight.detach().float()
+        weight = at_least_float32(head.weight.detach())
         norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
         return _Replacement(head, weight / norm**self.tau)
 
@@ -148,7 +149,7 @@ class NearestClassMean(PostHoc):
                 f"NearestClassMean: {differ}: give the data options of its training (--data.imbalance_ratio and the like)"
             )
         means = class_means(trainer, model, data)
-        return _Replacement(model.head, F.normalize(means, dim=1).float(), cosine=True)
+        return _Replacement(model.head, F.normalize(means, dim=1), cosine=True)
 
 
 @torch.no_grad()
@@ -186,10 +187,10 @@ class _Replacement(Head):
         self.bias = None
 
     def embed(self, features: Tensor) -> Tensor:
-        embedding = self.trained.embed(features).float()
+        embedding = at_least_float32(self.trained.embed(features))
         return F.normalize(embedding, dim=1) if self.cosine else embedding
 
     def forward(self, features: Tensor) -> Tensor:
         embedding = self.embed(features)
         with torch.autocast(embedding.device.type, enabled=False):
-            return F.linear(embedding, self.weight)
+            return F.linear(embedding, self.weight.to(embedding.dtype))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from etflight.metrics.summed import SummedMetric
+from etflight.precision import at_least_float32
 
 _COARSEST, _FINEST, _STEPS = 100.0, 0.002, 109  # a ratio of 1.105 between neighbours
 _ROUNDING = 1e-6  # of a sum of float32 losses
@@ -66,8 +67,8 @@ class Reliability(SummedMetric):
             logits: `[B, K]`, any float dtype.
             target: class indices `[B]`, int64.
         """
-        confidence, predicted = logits.float().softmax(dim=1).max(dim=1)
-        inner = torch.arange(1, len(self.counts), device=confidence.device) / len(self.counts)
+        confidence, predicted = at_least_float32(logits).softmax(dim=1).max(dim=1)
+        inner = torch.arange(1, len(self.counts), dtype=confidence.dtype, device=confidence.device) / len(self.counts)
         bins = torch.bucketize(confidence, inner)
         self.counts.index_add_(0, bins, torch.ones_like(bins))
         self.correct.index_add_(0, bins, (predicted == target).long())
@@ -109,7 +110,7 @@ class TemperatureFit(SummedMetric):
             logits: `[B, K]`, any float dtype.
             target: class indices `[B]`, int64.
         """
-        logits = logits.float()
+        logits = at_least_float32(logits)
         shifted = logits - logits.gather(1, target[:, None])
         self.losses += torch.stack([(shifted / t).logsumexp(dim=1).sum() for t in self._grid().exp()])
         self.samples += len(target)
@@ -133,4 +134,5 @@ class TemperatureFit(SummedMetric):
 
     def _grid(self) -> Tensor:
         """Logarithms of the temperatures; no buffer, which averaging weights would move."""
-        return torch.linspace(math.log(_FINEST), math.log(_COARSEST), _STEPS, device=self.losses.device)
+        ends = math.log(_FINEST), math.log(_COARSEST)
+        return torch.linspace(*ends, _STEPS, dtype=torch.float32, device=self.losses.device)

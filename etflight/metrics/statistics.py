@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from etflight.errors import UserError
+from etflight.metrics.summed import ExactMetric
 
 
 class Moments(NamedTuple):
@@ -33,7 +34,7 @@ class Moments(NamedTuple):
     class_weighted: bool
 
 
-class ClassStatistics(Metric):
+class ClassStatistics(ExactMetric):
     r"""Counts, means, variances and within-class scatter of labelled features, in one pass and without cancellation.
 
     Each class has an anchor `a_k`, its first sample or, after `set_anchors`, its mean of the last epoch. The states are sums of
