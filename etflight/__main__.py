@@ -3,6 +3,7 @@
 import os
 import sys
 from importlib import import_module
+from io import TextIOWrapper
 
 from etflight import last_words
 from etflight._version import __version__
@@ -22,6 +23,8 @@ def run() -> int:
         return 0
     # a user's own head or data set in a module of the current folder; last, so that no file there takes the place of a package
     sys.path.append(os.getcwd())
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a name of a file need not be text
     try:
         if sys.argv[1:2] and sys.argv[1] in COMMANDS:
             import_module(f"etflight.commands.{sys.argv[1]}").main(sys.argv[2:])

@@ -1,5 +1,6 @@
 """Configuration files: plain data of a bounded size."""
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,11 @@ def _overlays(path: Path) -> list[Path]:
             raise UserError(f"{path} builds on {overlay}, which does not exist: mend the path in its overlays")
         found += [*_overlays(overlay), overlay]
     return found
+
+
+def to_yaml(value: Any) -> str:
+    """Plain data in one line that `load_yaml` reads back, every text in quotes; YAML does not know how JSON writes an emoji."""
+    return yaml.safe_dump(value, default_flow_style=True, default_style='"', width=math.inf)
 
 
 def load_yaml(text: str) -> Any:
