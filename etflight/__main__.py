@@ -4,6 +4,7 @@ import os
 import sys
 from difflib import get_close_matches
 from importlib import import_module
+from io import TextIOWrapper
 
 from etflight import last_words
 from etflight._version import __version__
@@ -32,6 +33,8 @@ def run() -> int:
         return 2
     # a user's own head or data set in a module of the current folder; last, so that no file there takes the place of a package
     sys.path.append(os.getcwd())
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a name of a file need not be text
     try:
         # imported only when asked for
         if command in OTHERS:

@@ -35,6 +35,7 @@ from etflight.precision import at_least_float32
 from etflight.preprocessing import Preprocessing
 from etflight.ranks import take_buffers_of_rank_zero
 from etflight.specs import describe, find, is_plain, objections, resolve
+from etflight.terminal import readable
 from etflight.trained_on import fingerprint_in, other_images, other_names, other_preprocessing, refuse_other_shape
 from etflight.untrusted import refuse_names
 
@@ -629,7 +630,7 @@ class Classifier(LightningModule):
             UserError: images prepared otherwise, other images, or settings of the optimizer or its schedule that are not the saved ones.
         """
         if (names := checkpoint.get("class_names")) is not None:
-            self.class_names = names
+            self.class_names = list(map(readable, names))
         self.preprocessing = Preprocessing.in_checkpoint(checkpoint) or self.preprocessing
         self.fingerprint = fingerprint_in(checkpoint) or self.fingerprint
         if self._trainer is None or self.trainer.state.fn != "fit":

@@ -126,6 +126,7 @@ class EtflightCLI(LightningCLI):
         self.arm: str | None = None
         self.ckpt_path: Path | None = None
         self.saved_rows = 0
+        self.images: list[str] = []  # without labels, to be predicted
         self.saved_shape: tuple[int, int] | None = None  # classes and channels
         self.verbose = True
         self.saved_logit_adjustment = 0.0
@@ -174,7 +175,7 @@ class EtflightCLI(LightningCLI):
         content = read_checkpoint(path)
         refuse_others(path, content, Classifier)
         if stage == "predict":
-            argv = over_images(argv, path, content)
+            argv, self.images = over_images(argv, path, content)
         self.saved_rows = int(content.get(CHECKPOINT_KEY, {}).get("metrics_rows", 0))
         backbone = value_of(argv, "model.backbone")
         given = {} if backbone is None else {"backbone": backbone}
@@ -299,11 +300,13 @@ class EtflightCLI(LightningCLI):
                 raise UserError(f"{found[1]} cannot be made: {found[2]}") from error
 
     def after_instantiate_classes(self) -> None:
-        """Refuse a checkpoint of another number of classes or channels before Lightning finds tensors of other shapes.
+        """Tell the data of images without labels; refuse a checkpoint of other shapes before Lightning finds tensors of others.
 
         Raises:
-            UserError: it has others.
+            UserError: it has another number of classes or channels.
         """
+        if self.images:
+            self.datamodule.paths = self.images
         if self.saved_shape is not None:
             refuse_other_shape(f"checkpoint {self.ckpt_path}", *self.saved_shape, self.datamodule)
 

@@ -1,5 +1,6 @@
 """Configuration files: plain data of a bounded size."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,11 @@ def read_yaml(path: Path) -> Any:
         return load_yaml(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError, UserError) as error:
         raise UserError(f"{path} cannot be read as a configuration file: {' '.join(str(error).split())}") from error
+
+
+def to_yaml(value: Any) -> str:
+    """Plain data in one line that `load_yaml` reads back, every text in quotes; YAML does not know how JSON writes an emoji."""
+    return yaml.safe_dump(value, default_flow_style=True, default_style='"', width=math.inf)
 
 
 def load_yaml(text: str) -> Any:

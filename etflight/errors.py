@@ -2,6 +2,8 @@
 
 import sys
 
+from etflight.terminal import plain
+
 
 class UserError(ValueError):
     """Something the user gave cannot work: one line that says what, where, and the mend.
@@ -19,4 +21,4 @@ def user_error_in(error: BaseException | None) -> UserError | None:
 
 def warn(text: str) -> None:
     """Print a line that begins as the command line's own warnings do, each time, from whichever process it is called in."""
-    print(f"etflight: warning: {text}", file=sys.stderr, flush=True)
+    print(f"etflight: warning: {plain(text)}", file=sys.stderr, flush=True)

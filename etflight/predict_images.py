@@ -1,6 +1,5 @@
 """`etflight predict` on images from anywhere: its arguments, and the data module that they stand for."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,9 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
 from etflight.arguments import after_configs, configured, values_of
+from etflight.configuration import to_yaml
 from etflight.errors import UserError
+from etflight.terminal import readable
 
 
 def add_prediction_arguments(parser: ArgumentParser) -> None:
@@ -31,7 +32,7 @@ def add_prediction_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--embeddings", type=bool, default=False, help="Write what meets the class vectors, too.")
 
 
-def over_images(argv: Sequence[str], path: Path, checkpoint: dict[str, Any]) -> list[str]:
+def over_images(argv: Sequence[str], path: Path, checkpoint: dict[str, Any]) -> tuple[list[str], list[str]]:
     """A command line with images, or with a file that names some, as one with `UnlabelledImages`; any other stays as it is.
 
     Args:
@@ -39,12 +40,15 @@ def over_images(argv: Sequence[str], path: Path, checkpoint: dict[str, Any]) -> 
         path: of the checkpoint.
         checkpoint: what `read_checkpoint` gives.
 
+    Returns:
+        The command line without the paths, and these, for the data module that comes of it: no parser takes all names of files for text.
+
     Raises:
         UserError: a data set as well, or a checkpoint that does not know what its model wants of images.
     """
     images = _images(argv)
     if not images:
-        return list(argv)
+        return list(argv), []
     if values_of(argv, "data"):
         raise UserError("give --data for a set's test images or images for others (--images), not both")
     known: dict[str, Any] = dict(checkpoint.get("preprocessing") or {})
@@ -54,11 +58,11 @@ def over_images(argv: Sequence[str], path: Path, checkpoint: dict[str, Any]) -> 
             "with an earlier version: give --data.input_size '[C, H, W]', --data.mean and --data.std"
         )
     names = checkpoint.get("class_names") or list(map(str, range(checkpoint["hyper_parameters"]["num_classes"])))
-    values = {"paths": images, "names": names, **known}
+    values = {"paths": [], "names": list(map(readable, names)), **known}
     # after the configuration files, whose data they replace, and before the command line's own --data.batch_size and others
     place = after_configs(argv)
-    chosen = ["--data=UnlabelledImages", *(f"--data.{name}={json.dumps(value)}" for name, value in values.items())]
-    return [*argv[:place], *chosen, *argv[place:]]
+    chosen = ["--data=UnlabelledImages", *(f"--data.{name}={to_yaml(value)}" for name, value in values.items())]
+    return [*argv[:place], *chosen, *argv[place:]], images
 
 
 def _images(argv: Sequence[str]) -> list[str]:

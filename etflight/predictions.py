@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from etflight.errors import UserError
 from etflight.files import replacing
+from etflight.terminal import readable
 
 SUFFIXES = (".csv", ".parquet", ".npz")
 
@@ -97,7 +98,7 @@ def _write_parquet(path: Path, predictions: Predictions, classes: NDArray[np.str
 
     pairs = zip(classes.T, predictions.probabilities.T, strict=True)
     columns = [pyarrow.array(column) for pair in pairs for column in pair]
-    table = {"image": pyarrow.array([str(image) for image in predictions.images], pyarrow.string())}
+    table = {"image": pyarrow.array(map(readable, predictions.images), pyarrow.string())}
     table |= dict(zip(_headings(classes.shape[1]), columns, strict=True))
     if predictions.embeddings is not None:
         table["embedding"] = pyarrow.array(list(predictions.embeddings))

@@ -28,6 +28,16 @@ def plain(value: object) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in str(value))
 
 
+def readable(name: str) -> str:
+    r"""The name of a file, or one of a class that was taken from it, as text that can be encoded: bytes that are no UTF-8 written out.
+
+    Example:
+        >>> readable("caf\udce9")
+        'caf\\udce9'
+    """
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def as_it_is(value: object) -> "Text":
     """`plain` text for `console`, in which nothing is taken for markup."""
     from rich.text import Text

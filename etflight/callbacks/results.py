@@ -58,12 +58,14 @@ class RunRecord(SaveConfigCallback):
         """
         if not trainer.is_global_zero:
             return
+        if stage not in ("fit", "test"):
+            return
         resolved = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         told = {**resolved, "arm": self.arm or self.name}  # by which W&B can group runs
         if stage == "fit":
             self._write(trainer, resolved, training_facts(seed=resolved["seed_everything"], data=_data(trainer)))
             wandb_runs.introduce(trainer, self.folder, told)
-        elif stage == "test":
+        else:
             beside = same_folder(self.folder, self.trained_in)
             if not beside:
                 trained = {} if self.trained_in is None else facts_of_training(self.trained_in)

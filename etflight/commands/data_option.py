@@ -1,6 +1,5 @@
 """What commands that look at images share: `--data …` and `-c CONFIG` as `fit` takes them, one-line errors."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-define
 
 import etflight.data
 from etflight.arguments import config_files, positional, values_of
-from etflight.configuration import guard_parser, read_yaml
+from etflight.configuration import guard_parser, read_yaml, to_yaml
 from etflight.data import ImageDataModule
 from etflight.errors import UserError
 from etflight.run_folder import run_of
@@ -85,7 +84,7 @@ def _data_section(path: Path) -> str:
     if not path.is_file():
         raise UserError(f"there is no configuration file {path}: mend its path")
     content: Any = read_yaml(path)
-    return json.dumps({"data": content["data"]} if isinstance(content, dict) and "data" in content else {})
+    return to_yaml({"data": content["data"]} if isinstance(content, dict) and "data" in content else {})
 
 
 # data sets are found by name because they are imported here

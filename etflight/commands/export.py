@@ -16,7 +16,7 @@ from etflight.exporting.card import model_card
 from etflight.exporting.network import save_timm
 from etflight.preprocessing import Preprocessing
 from etflight.run_folder import last_checkpoint, same_folder
-from etflight.terminal import as_it_is, console
+from etflight.terminal import as_it_is, console, readable
 from etflight.trained_on import refuse_other_shape
 from etflight.usage import OneLineParser
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
         run = _run_of(Path(config.checkpoint))
         name = output.name if run is None else run.name
         card, problems = model_card(name, classifier, preprocessing, calibrated, run, config.license)
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     out = console()
     for problem in problems:
         out.print(as_it_is(f"not in the model card: {problem}"), soft_wrap=True)
@@ -96,6 +96,8 @@ def _run_of(checkpoint: Path) -> Path | None:
 def _check_free(output: Path) -> None:
     if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} exists already and stays as it is: give a new folder")
+    if readable(str(output)) != str(output):
+        raise UserError(f"--output {output} is no UTF-8, which safetensors needs: give another folder")
 
 
 @contextmanager

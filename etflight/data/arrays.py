@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from etflight.data.base import ImageDataModule, Split
 from etflight.data.sources import ArraySource
 from etflight.errors import UserError
+from etflight.terminal import readable
 from etflight.untrusted import refuse_growth
 
 
@@ -53,7 +54,7 @@ class ArrayImages(ImageDataModule):
                 raise UserError(
                     f"{self.path}: class_names is of shape {list(names.shape)}: give one name per class, [K]"
                 )
-            return [str(name) for name in names]
+            return [readable(str(name)) for name in names]
         labels = self._labels("train")
         if len(labels) == 0 or labels.max() < 0:
             raise UserError(f"{self.path}: train_labels holds no label from 0 on: give one per image")

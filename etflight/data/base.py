@@ -22,6 +22,7 @@ from etflight.data.sources import Batch, ImageSource, ImageSplit
 from etflight.data.transforms import TrainTransform, normalize
 from etflight.errors import UserError
 from etflight.preprocessing import Preprocessing
+from etflight.terminal import readable
 
 Split = Literal["train", "val", "test"]
 
@@ -194,7 +195,7 @@ class ImageDataModule(LightningDataModule, ABC):
     def name_with(cls, options: Mapping[str, Any]) -> str:
         """`dataset_name` of the set with these options."""
         path = options.get(cls.named_after) if cls.named_after else None
-        return (os.path.basename(os.path.abspath(path)).removesuffix(".npz") if path else "") or cls.__name__
+        return readable(os.path.basename(os.path.abspath(path)).removesuffix(".npz") if path else "") or cls.__name__
 
     @property
     def dataset_name(self) -> str:

@@ -12,6 +12,7 @@ from etflight.data.file_images import FileImages
 from etflight.data.file_sources import FileSource
 from etflight.data.paths import Paths, files_below
 from etflight.errors import UserError
+from etflight.terminal import readable
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 LAYOUT = "expected are train/<class>/*.jpg, test/<class>/*.jpg and optionally val/<class>/*.jpg below --data.root"
@@ -38,7 +39,7 @@ class FolderImages(FileImages):
     @cached_property
     def class_names(self) -> list[str]:
         """Folder names of `train`, sorted."""
-        return [folder.name for folder in self._class_folders("train")]
+        return [readable(folder.name) for folder in self._class_folders("train")]
 
     @property
     def num_classes(self) -> int:
@@ -56,7 +57,7 @@ class FolderImages(FileImages):
         Raises:
             UserError: The folder is missing or empty, a class has no image, or train does not have it.
         """
-        label_of = {name: label for label, name in enumerate(self.class_names)}
+        label_of = {folder.name: label for label, folder in enumerate(self._class_folders("train"))}
         paths: list[str] = []
         labels: list[int] = []
         for folder in self._class_folders(split):

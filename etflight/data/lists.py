@@ -19,6 +19,7 @@ from etflight.data.file_sources import FileSource
 from etflight.data.paths import Paths
 from etflight.data.profiles import stable_order
 from etflight.errors import UserError
+from etflight.terminal import readable
 
 UNPACK = "unpack the set there, or correct --data.root"  # where a file that it comes with is missing
 _IS_BLANK = np.isin(np.arange(256), [ord(blank) for blank in " \t\r"])
@@ -81,7 +82,7 @@ class ListImages(ListedFileImages):
         known = (
             [self.class_name(folder) for folder in folders] if folders else [str(k) for k in range(self.num_classes)]
         )
-        return known if self.names is None else read_names(Path(self.names), known)
+        return [readable(name) for name in known] if self.names is None else read_names(Path(self.names), known)
 
     def class_name(self, folder: str) -> str:
         """What a class is called whose images lie in a folder."""

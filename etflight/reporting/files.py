@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ def read_table(path: Path) -> list[dict[str, str]]:
         UserError: it cannot be read, has a row of another length than the header, or does not end with a line's end.
     """
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             text = file.read()
-        header, *rows = csv.reader(text.splitlines(keepends=True), strict=True)
+        header, *rows = csv.reader(StringIO(text, newline=""), strict=True)
     except (OSError, ValueError, csv.Error) as error:  # among them what is no text, or empty
         raise UserError(f"{path} is not whole ({error})") from error
     for number, row in enumerate(rows, start=2):
