@@ -3,8 +3,10 @@
 import codecs
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import ClassVar
 
@@ -31,7 +33,7 @@ _MOST_BLANKS = 64  # around a path; each is a pass over all lines
 class ListImages(ListedFileImages):
     """Image files that `train.txt`, `test.txt` and, optionally, `val.txt` name: lines of a path below `root`, a blank and a label.
 
-    Labels count from 0 without gaps. Where each class lies in a folder of its own its name is the class name.
+    Labels count from 0 without gaps. Where each class lies in a folder of its own, its name is the class name.
 
     Args:
         root: Folder that the paths are relative to.
@@ -82,6 +84,9 @@ class ListImages(ListedFileImages):
         known = (
             [self.class_name(folder) for folder in folders] if folders else [str(k) for k in range(self.num_classes)]
         )
+        if len(set(known)) < len(known):  # cars/red, cars/blue, boats/red
+            parts = [folder.split("/") for folder in folders]
+            known = ["/".join(own[_shared(parts) :]) for own in parts]
         return [readable(name) for name in known] if self.names is None else read_names(Path(self.names), known)
 
     def class_name(self, folder: str) -> str:
@@ -145,7 +150,10 @@ class ListImages(ListedFileImages):
 
     @cached_property
     def _folders(self) -> list[str]:
-        """The folder of each class, none if they do not lie in K folders: judged by the first and last image of each."""
+        """The folder of each class, none if they do not lie in K folders: judged by the first and last image of each.
+
+        Each ends with the part of the path that tells the classes apart: `train/n01/images/x.jpg` is of `train/n01`.
+        """
         lists = [split for split in self.list_files if self._list(split).is_file()]  # to test, its list is enough
         paths, labels = self._read(lists[0] if lists else "train")
         sizes = np.bincount(labels.numpy(), minlength=self.num_classes)
@@ -153,10 +161,17 @@ class ListImages(ListedFileImages):
             return []
         order, ends = stable_order(labels.numpy()), sizes.cumsum()
         first, last = (
-            [path.rpartition("/")[0] for path in paths.relative(order[places].tolist())]
+            [path.split("/")[:-1] for path in paths.relative(order[places].tolist())]
             for places in (ends - sizes, ends - 1)
         )
-        return first if first == last and len(set(first)) == len(first) else []
+        if first != last:
+            depth = min(map(_shared, zip(first, last, strict=True)))
+            first = [folder[:depth] for folder in first]
+        if len(set(map(tuple, first))) < len(first):
+            return []
+        while min(map(len, first)) > 1 and len({folder[-1] for folder in first}) == 1:
+            first = [folder[:-1] for folder in first]
+        return ["/".join(folder) for folder in first]
 
 
 @dataclass(eq=False)
@@ -220,6 +235,11 @@ class INaturalist2018(PhotoRecipe, ListImages):
     named_after: ClassVar[str | None] = None
     standard_mean: ClassVar[tuple[float, ...]] = (0.466, 0.471, 0.380)
     standard_std: ClassVar[tuple[float, ...]] = (0.195, 0.194, 0.192)
+
+
+def _shared(folders: Sequence[list[str]]) -> int:
+    """How many parts, from the first on, paths have in common."""
+    return sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False)))
 
 
 def read_names(file: Path, folders: list[str]) -> list[str]:

@@ -62,6 +62,36 @@ def test_the_profile_thins_the_list(lists):
 
 
 @pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        ({"train/n01/images": 0, "train/n02/images": 1}, ["n01", "n02"]),
+        ({"n01/images/small": 0, "n02/images/small": 1}, ["n01", "n02"]),
+        ({"train/cat/day1": 0, "train/cat/day2": 0, "train/dog/day1": 1}, ["cat", "dog"]),
+        ({"train/cat": 0, "train/cat/new": 0, "train/dog/a/b": 1}, ["cat", "dog"]),
+        ({"cars/red/x": 0, "cars/blue/x": 1, "boats/red/x": 2}, ["cars/red", "cars/blue", "boats/red"]),
+        ({"all/cars/red": 0, "all/boats/red": 1}, ["cars", "boats"]),
+        ({"images": 0, "more/images": 1}, ["images", "more/images"]),
+        ({"day1/cat": 0, "day2/cat": 0, "day1/dog": 1}, ["0", "1"]),
+    ],
+    ids=lambda value: None if isinstance(value, list) else " ".join(value),
+)
+def test_a_class_is_called_by_the_part_of_the_path_that_tells_it_from_others(lists, folders, names):
+    train = [(f"{folder}/{i}.png", label) for folder, label in folders.items() for i in range(2)]
+    data = ListImages(**lists(train=train, test=train))
+    data.setup()
+    assert data.class_names == names
+
+
+def test_names_of_a_file_find_folders_with_others_in_them(lists, tmp_path):
+    train = [("train/n01/images/0.png", 0), ("train/n02/images/1.png", 1)]
+    (tmp_path / "words.txt").write_text("n02 goldfish\nn01 tench\n")
+    assert ListImages(**lists(train=train, test=train), names=str(tmp_path / "words.txt")).class_names == [
+        "tench",
+        "goldfish",
+    ]
+
+
+@pytest.mark.parametrize(
     "train",
     [
         [("0.png", 0), ("1.png", 1)],
