@@ -1,6 +1,7 @@
 """The command line: LightningCLI over `Classifier` and the data modules, with run folders and errors for people."""
 
 import logging
+import os
 import re
 import sys
 import warnings
@@ -118,6 +119,7 @@ class EtflightCLI(LightningCLI):
             self.config = parser.parse_args(argv)
         else:
             self._parse_over_checkpoint(parser, argv, stage, self.ckpt_path)
+        _check_seed(self.config[self.config["subcommand"]]["seed_everything"])
 
     def _locate_run(self, argv: list[str], stage: str) -> Path | None:
         """Find the run folder, and the checkpoint asked for; `last` is the one of the run's own folder."""
@@ -351,6 +353,15 @@ def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _check_seed(seed: bool | int) -> None:
+    """Refuse what no generator takes; true and false leave it to the environment, where data modules look, too."""
+    option, value = ("--seed_everything", str(seed))
+    if isinstance(seed, bool):
+        option, value = "PL_GLOBAL_SEED", os.environ.get("PL_GLOBAL_SEED", "0")
+    if not (value.isdecimal() and int(value) < 2**32):
+        raise UserError(f"{option} is {value}: give a whole number from 0 to {2**32 - 1}")
 
 
 def _first_config_stem(argv: Sequence[str]) -> str | None:

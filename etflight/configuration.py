@@ -1,6 +1,8 @@
 """Configuration files: plain data of a bounded size."""
 
+import os
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,29 @@ def read_yaml(path: Path) -> Any:
     """The plain data of a configuration file.
 
     Raises:
-        UserError: no text, no YAML, names of Python objects, or aliases that multiply.
+        UserError: no file, no text, no YAML, names of Python objects, or aliases that multiply.
     """
+    if not path.exists() or path.is_dir():
+        what = f"{path} is a folder" if path.is_dir() else f"there is no configuration file {path}"
+        raise UserError(f"{what}{_near(path)}")
     try:
         return load_yaml(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError, UserError) as error:
         raise UserError(f"{path} cannot be read as a configuration file: {' '.join(str(error).split())}") from error
+
+
+def _near(path: Path) -> str:
+    """What may have been meant, beside it or among the files that a checkout of etflight has, and where those are."""
+    shipped = Path(__file__).parent.parent / "configs"
+    own = [file for file in shipped.rglob("*.yaml") if "sweep" not in file.parts]
+    beside = [file for folder in (path, path.parent) if folder.is_dir() for file in folder.glob("*.y*ml")]
+    names = {"/".join(file.absolute().parts[-3:]): file for file in [*own, *beside]}
+    close = get_close_matches("/".join(path.absolute().parts[-3:]), names, n=2, cutoff=0.8)
+    close = close or [name for name in names if Path(name).stem == path.stem][:2]
+    there = [os.path.relpath(names[name]) for name in close]
+    there = [str(names[name]) if text.startswith("..") else text for name, text in zip(close, there, strict=True)]
+    hint = f": near matches: {', '.join(there)}" if there else ""
+    return f"{hint}; etflight's own are in {shipped if own else 'the folder configs of its repository'}"
 
 
 def expand_overlays(argv: Sequence[str]) -> list[str]:
@@ -43,24 +62,27 @@ def expand_overlays(argv: Sequence[str]) -> list[str]:
     expanded: list[str] = []
     for i, arg in enumerate(argv):
         if i > 0 and argv[i - 1] in ("-c", "--config"):
-            for overlay in _overlays(Path(arg)):
+            for overlay in _overlays(arg):
                 expanded += [str(overlay), "--config"]
         elif arg.startswith("--config="):
-            for overlay in _overlays(Path(arg.partition("=")[2])):
+            for overlay in _overlays(arg.partition("=")[2]):
                 expanded += ["--config", str(overlay)]
         expanded.append(arg)
     return expanded
 
 
-def _overlays(path: Path) -> list[Path]:
-    content = read_yaml(path) if path.is_file() else None
+def _overlays(text: str) -> list[Path]:
+    if text.lstrip().startswith("{"):  # no file, but what one would hold
+        return []
+    path = Path(text)
+    content = read_yaml(path)
     names = content.get("overlays") if isinstance(content, dict) else None
     found = []
     for name in names or []:
         overlay = path.parent / name
         if not overlay.is_file():
             raise UserError(f"{path} builds on {overlay}, which does not exist: mend the path in its overlays")
-        found += [*_overlays(overlay), overlay]
+        found += [*_overlays(str(overlay)), overlay]
     return found
 
 

@@ -10,7 +10,6 @@ from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-define
 import etflight.data
 from etflight.configuration import expand_overlays, guard_parser, read_yaml
 from etflight.data import ImageDataModule
-from etflight.errors import UserError
 from etflight.usage import OneLineParser
 
 
@@ -59,8 +58,6 @@ def _with_data_sections(argv: Sequence[str]) -> list[str]:
 
 
 def _data_section(path: Path) -> str:
-    if not path.is_file():
-        raise UserError(f"there is no configuration file {path}: mend its path")
     content: Any = read_yaml(path)
     return json.dumps({"data": content["data"]} if isinstance(content, dict) and "data" in content else {})
 
