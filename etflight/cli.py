@@ -1,6 +1,7 @@
 """The command line: LightningCLI over `Classifier` and the data modules, with run folders and errors for people."""
 
 import logging
+import os
 import re
 import sys
 import warnings
@@ -31,7 +32,7 @@ from etflight.checkpoints import read_checkpoint, refuse_others
 from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
 from etflight.commands import STAGES
 from etflight.commands.trained import prepare_as_trained
-from etflight.configuration import full_path, guard_parser
+from etflight.configuration import full_path, guard_parser, require_file
 from etflight.data.base import ImageDataModule
 from etflight.errors import UserError, user_error_in
 from etflight.heads import codes_from_state_dict
@@ -123,6 +124,9 @@ class EtflightCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse with the checkpoint's model as the lowest of the three: checkpoint, configuration files, command line."""
         Parser.given = argv = [full_path(word) for word in (sys.argv[1:] if args is None else args)]
+        for file in config_files(argv):
+            if not str(file).lstrip().startswith("{"):  # what a file would hold
+                require_file(file)
         self.arm: str | None = None
         self.ckpt_path: Path | None = None
         self.saved_rows = 0
@@ -139,6 +143,7 @@ class EtflightCLI(LightningCLI):
             self.config = parser.parse_args(argv)
         else:
             self._parse_over_checkpoint(parser, argv, stage, self.ckpt_path)
+        _check_seed(self.config[self.config["subcommand"]]["seed_everything"])
 
     def _locate_run(self, argv: list[str], stage: str) -> Path | None:
         """Find the run folder, and the checkpoint asked for; `last` is the one of the run's own folder."""
@@ -409,6 +414,15 @@ def _as_list(value: Any) -> list[Any]:
 def _dataset_name(data: Any) -> str:
     cls: Any = find({"class_path": data.class_path}, ImageDataModule)
     return str(cls.name_with(data.init_args)) if cls else data.class_path.rpartition(".")[2]
+
+
+def _check_seed(seed: bool | int) -> None:
+    """Refuse what no generator takes; true and false leave it to the environment, where data modules look, too."""
+    option, value = ("--seed_everything", str(seed))
+    if isinstance(seed, bool):
+        option, value = "PL_GLOBAL_SEED", os.environ.get("PL_GLOBAL_SEED", "0")
+    if not (value.isdecimal() and int(value) < 2**32):
+        raise UserError(f"{option} is {value}: give a whole number from 0 to {2**32 - 1}")
 
 
 def _quieten() -> None:

@@ -1,7 +1,9 @@
 """Configuration files: plain data of a bounded size."""
 
 import math
+import os
 from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,38 @@ def read_yaml(path: Path) -> Any:
     """The plain data of a configuration file.
 
     Raises:
-        UserError: no text, no YAML, names of Python objects, or aliases that multiply.
+        UserError: no file, no text, no YAML, names of Python objects, or aliases that multiply.
     """
+    require_file(path)
     try:
         return load_yaml(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError, UserError) as error:
         raise UserError(f"{path} cannot be read as a configuration file: {' '.join(str(error).split())}") from error
+
+
+def require_file(path: Path) -> None:
+    """Refuse a configuration file that is not there.
+
+    Raises:
+        UserError: no file; names near matches, and where the shipped ones are.
+    """
+    if not path.exists() or path.is_dir():
+        what = f"{path} is a folder" if path.is_dir() else f"there is no configuration file {path}"
+        raise UserError(f"{what}{_near(path)}")
+
+
+def _near(path: Path) -> str:
+    """What may have been meant, beside it or among the files that a checkout of etflight has, and where those are."""
+    shipped = Path(__file__).parent.parent / "configs"
+    own = [file for file in shipped.rglob("*.yaml") if "sweeps" not in file.parts]
+    beside = [file for folder in (path, path.parent) if folder.is_dir() for file in folder.glob("*.y*ml")]
+    names = {"/".join(file.absolute().parts[-3:]): file for file in [*own, *beside]}
+    close = get_close_matches("/".join(path.absolute().parts[-3:]), names, n=2, cutoff=0.8)
+    close = close or [name for name in names if Path(name).stem == path.stem][:2]
+    there = [os.path.relpath(names[name]) for name in close]
+    there = [str(names[name]) if text.startswith("..") else text for name, text in zip(close, there, strict=True)]
+    hint = f": near matches: {', '.join(there)}" if there else ""
+    return f"{hint}; etflight's own are in {shipped if own else 'the folder configs of its repository'}"
 
 
 def to_yaml(value: Any) -> str:

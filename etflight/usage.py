@@ -50,7 +50,7 @@ def summarise(message: str, argv: Sequence[str], bases: Mapping[str, type]) -> s
 
     Example:
         >>> summarise('Parser key "batch_size":\n  Expected a <class \'int\'>. Got value: x', ["--data.batch_size=x"], {})
-        '--data.batch_size: Expected an int. Got value: x'
+        '--data.batch_size: Expected an int, got x'
     """
     found = re.search(r'Parser key "([^"]+)"', message)
     name = _full_name(found.group(1), argv) if found else ""
@@ -78,11 +78,18 @@ def summarise(message: str, argv: Sequence[str], bases: Mapping[str, type]) -> s
     noise = r"Subtypes|Errors|Given value|Does not validate"
     if number:
         noise += r"|Expected a path|Expected a dot import|Not a valid subclass|Subclass types|a class path|a dict with"
-    reasons = [line for line in lines if line and not re.match(noise, line)]
+    value = given or re.search(r"\. Got value: (.*)", message)
+    reasons = [re.sub(r"\. Got value: .*", "", line) for line in lines if line and not re.match(noise, line)]
     reason_line = " or ".join(dict.fromkeys(reasons)).replace("<class '", "").replace("'>", "")
-    reason_line = reason_line.replace("Expected a NoneType", "null").replace("Expected a int", "Expected an int")
-    reason_line = re.sub(r"Expected a typing\.Literal\[([^\]]*)\]", r"Expected one of \1", reason_line)
-    return f"{key}{reason_line[:400]}{f', got {given.group(1)}' if given else ''}"
+    reason_line = reason_line.replace(" or Expected ", " or ").replace("a NoneType", "null").replace("a int", "an int")
+    reason_line = re.sub(r"a typing\.Literal\[([^\]]*)\]", r"one of \1", reason_line)
+    return f"{key}{reason_line[:400]}{f', got {_as_typed(value[1])}' if value else ''}"
+
+
+def _as_typed(value: str) -> str:
+    """A value in the parser's words as a user would write it."""
+    nested = re.fullmatch(r"NestedArg\(key='(.+)', val='(.*)'\)", value)
+    return f"{nested[1]} {nested[2]}" if nested else "null" if value == "None" else value or "nothing"
 
 
 def _full_name(key: str, argv: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """What goes wrong in front of a user: one clear line, the right exit status, no traceback, nothing half-written."""
 
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from etflight import Classifier
 from tests.test_cli import QUICK
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 FIT = ["fit", *QUICK, "--model.backbone", "resnet20_cifar"]
 MARKER = "HOSTILE CODE RAN"
 NO_LOGGER = """
@@ -160,6 +162,14 @@ CASES = {
     "images that nothing makes a network take": (
         1, ["test_convnext does not take images of 1 x 8 x 8", "give larger ones"],
         lambda t: [*FIT, "--data", "Digits", "--model.backbone", "test_convnext"]),
+    "a negative seed": (
+        1, ["--seed_everything is -5: give a whole number from 0 to 4294967295"],
+        lambda t: [*FIT, "--data", "Digits", "--seed_everything", -5]),
+    "a seed beyond 32 bits": (1, ["--seed_everything is 4294967296"], lambda t: [*FIT, "--data", "Digits", "--seed_everything", 2**32]),
+    "a seed that is no number": (
+        2, ["--seed_everything: Expected a bool or an int, got abc ("], lambda t: [*FIT, "--data", "Digits", "--seed_everything", "abc"]),
+    "no seed": (2, ["--seed_everything: Expected a bool or an int, got null ("],
+                lambda t: [*FIT, "--data", "Digits", "--seed_everything", "null"]),
     "an unknown head": (2, ["EFTHead", "ETFHead"], lambda t: [*FIT, "--data", "Digits", "--model.head", "EFTHead"]),
     "an unknown data set": (2, ["CIFAR-10", "CIFAR10"], lambda t: [*FIT, "--data", "CIFAR-10"]),
     "a learning rate that is no number": (
@@ -189,7 +199,19 @@ CASES = {
                    "--model.optimizer.lr", "1e30"]),
     "dot regression with a head it cannot train": (
         1, ["DotRegressionLoss", "LinearHead"], lambda t: [*FIT, "--data", "Digits", "--model.head", "LinearHead"]),
-    "a configuration file that does not exist": (2, ["gone.yaml"], lambda t: ["fit", "-c", "gone.yaml"]),
+    "a configuration file that does not exist": (
+        1, ["no configuration file gone.yaml", f"own are in {CONFIGS}"], lambda t: ["fit", "-c", "gone.yaml"]),
+    "a configuration file of another ending": (
+        1, ["no configuration file configs/arms/etf_dr.yml: near matches: ", f"{CONFIGS}/arms/etf_dr.yaml"],
+        lambda t: ["fit", "--config=configs/arms/etf_dr.yml"]),
+    "a configuration file from another folder": (
+        1, [f"near matches: {CONFIGS}/arms/etf_dr_sqrt_balanced.yaml"], lambda t: ["describe", "-c", "etf_dr_sqrt_balanced.yaml"]),
+    "a configuration file beside the one that is there": (
+        1, ["near matches: mine.yaml"], lambda t: (t / "mine.yaml").write_text("{}") and ["fit", "-c", "mine.yml"]),
+    "a folder in the place of a configuration file": (
+        1, ["arms is a folder"], lambda t: ["fit", "-c", CONFIGS / "arms"]),
+    "a study that does not exist": (
+        1, [f"near matches: {CONFIGS}/studies/digits.yaml"], lambda t: ["study", "configs/studies/digit.yaml"]),
     "a checkpoint that no trainer has saved": (1, ["c.ckpt", "pytorch-lightning_version"], lambda t: untrained(t, 10)),
     "a wrong flag of a command": (2, ["--dry_run", "study --help"], lambda t: ["study", "s.yaml", "--dry_run"]),
     "a report of a folder that is no run": (1, ["nowhere"], lambda t: ["report", "nowhere"]),
@@ -225,6 +247,13 @@ def test_classes_of_other_names_are_told_in_one_line_and_tested(names, told, etf
     assert [line.startswith("etflight: warning: ") and told in line for line in lines] == [True] * bool(told)
     with (tmp_path / "runs/t/per_class.csv").open() as file:
         assert [row["name"] for row in csv.DictReader(file)] == list("abcd")
+
+
+@pytest.mark.parametrize("asked", ["true", "false"])
+def test_a_seed_of_the_environment_that_is_none_is_told(asked, etflight_command, tmp_path):
+    result = etflight_command(*FIT, "--data", "Digits", "--seed_everything", asked, cwd=tmp_path, PL_GLOBAL_SEED="abc")
+    assert result.status == 1
+    assert result.error_lines == ["etflight: error: PL_GLOBAL_SEED is abc: give a whole number from 0 to 4294967295"]
 
 
 def test_debug_shows_the_traceback(etflight_command, tmp_path):

@@ -81,8 +81,6 @@ def _with_data_sections(argv: Sequence[str]) -> list[str]:
 
 
 def _data_section(path: Path) -> str:
-    if not path.is_file():
-        raise UserError(f"there is no configuration file {path}: mend its path")
     content: Any = read_yaml(path)
     return to_yaml({"data": content["data"]} if isinstance(content, dict) and "data" in content else {})
 

@@ -139,8 +139,9 @@ def test_a_page_is_html_and_nothing_else(argv, runs, tmp_path, etflight_command)
     assert not list(tmp_path.glob("r.*"))
 
 
-def test_the_command_writes_the_page_and_names_what_is_left_out(runs, tmp_path, etflight_command):
-    result = etflight_command("report", runs[0].name, "nowhere", "-o", "report.html", cwd=tmp_path)
+@pytest.mark.parametrize("option", ["-o", "--html"])
+def test_the_command_writes_the_page_and_names_what_is_left_out(option, runs, tmp_path, etflight_command):
+    result = etflight_command("report", runs[0].name, "nowhere", option, "report.html", cwd=tmp_path)
     assert result.status == 0, result.err
     assert result.out == "report.html\n"
     assert "nowhere" in result.err
