@@ -55,14 +55,14 @@ test-slow: $(VENV)/.test
 
 # Kills a training at random moments and compares; its tally is in the README.
 soak: $(VENV)/.test
-	$(BIN)/python -m pytest -m slow tests/test_soak.py -s
+	$(BIN)/python -m pytest -m slow tests/system/test_soak.py -s
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest -m benchmark -s
 
 # The wheel in an empty environment: some minutes, since torch is large.
 wheel: $(VENV)/.test
-	$(BIN)/python -m pytest -m slow tests/test_wheel.py
+	$(BIN)/python -m pytest -m slow tests/system/test_wheel.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -3,11 +3,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from etflight._version import __version__
-
 if TYPE_CHECKING:
     from etflight.classifier import Classifier
-    from etflight.geometry import class_code, nearest_etf, simplex_etf
+    from etflight.geometry import class_code, largest_cosine, nearest_etf, simplex_etf
     from etflight.heads import CosineHead, ETFHead, Head, LinearHead, ScaledLinearHead
     from etflight.losses import (
         CrossEntropyLoss,
@@ -18,7 +16,8 @@ if TYPE_CHECKING:
         LogitAdjustedLoss,
         Loss,
     )
-    from etflight.softmax_code import largest_cosine
+
+__version__ = "0.1.0"
 
 # Lazy, because torch and Lightning take seconds to import and `etflight --version` should not.
 _HOMES = {
@@ -36,7 +35,7 @@ _HOMES = {
     "Loss": "losses",
     "ScaledLinearHead": "heads",
     "class_code": "geometry",
-    "largest_cosine": "softmax_code",
+    "largest_cosine": "geometry",
     "nearest_etf": "geometry",
     "simplex_etf": "geometry",
 }

@@ -6,9 +6,9 @@ from difflib import get_close_matches
 from importlib import import_module
 from io import TextIOWrapper
 
-from etflight import last_words
-from etflight._version import __version__
-from etflight.commands import OTHERS, STAGES
+from etflight import __version__
+from etflight.cli import OTHERS, STAGES
+from etflight.utils import failures
 
 _COMMANDS = STAGES | OTHERS
 
@@ -38,15 +38,15 @@ def run() -> int:
     try:
         # imported only when asked for
         if command in OTHERS:
-            import_module(f"etflight.commands.{command}").main(argv[1:])
+            import_module(f"etflight.cli.{command}").main(argv[1:])
         else:
-            import_module("etflight.cli").main()
+            import_module("etflight.cli.stages").main()
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         if os.environ.get("ETFLIGHT_DEBUG") == "1":
             raise
-        last_words.say(error)
+        failures.say(error)
         return 1
     return 0
 

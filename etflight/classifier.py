@@ -21,23 +21,29 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import Metric
 
-from etflight.averaging import averaged
-from etflight.checkpoints import read_checkpoint, refuse_others
-from etflight.errors import UserError, warn
 from etflight.heads import ETFHead, Head, codes_from_state_dict
 from etflight.losses import DotRegressionLoss, Loss, log_prior
-from etflight.metrics.calibration import Reliability, ReliabilityBins, TemperatureFit
-from etflight.metrics.confusion import MOST_CLASSES, Confusion
-from etflight.metrics.mean import SampleMean
-from etflight.metrics.shots import ClassScores, ShotAccuracy
+from etflight.metrics.accuracy import (
+    MOST_CLASSES,
+    ClassScores,
+    Confusion,
+    Reliability,
+    ReliabilityBins,
+    SampleMean,
+    ShotAccuracy,
+    TemperatureFit,
+)
 from etflight.optim import PROTOCOL_SGD, keeps_scales, match_layouts, rate_groups, scale_rates
-from etflight.precision import at_least_float32
-from etflight.preprocessing import Preprocessing
-from etflight.ranks import take_buffers_of_rank_zero
-from etflight.specs import describe, find, is_plain, objections, resolve
-from etflight.terminal import readable
-from etflight.trained_on import fingerprint_in, other_images, other_names, other_preprocessing, refuse_other_shape
-from etflight.untrusted import refuse_names
+from etflight.utils.averaging import averaged
+from etflight.utils.checkpoints import read_checkpoint, refuse_others
+from etflight.utils.errors import UserError, warn
+from etflight.utils.limits import refuse_names
+from etflight.utils.precision import at_least_float32
+from etflight.utils.preprocessing import Preprocessing
+from etflight.utils.ranks import take_buffers_of_rank_zero
+from etflight.utils.specs import describe, find, is_plain, objections, resolve
+from etflight.utils.terminal import readable
+from etflight.utils.trained_on import fingerprint_in, other_images, other_names, other_preprocessing, refuse_other_shape
 
 # the arguments that take a class, and what it must be a subclass of
 PLUGGABLE: dict[str, type] = {"head": Head, "loss": Loss, "optimizer": Optimizer, "lr_scheduler": LRScheduler}
@@ -57,7 +63,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
         classes: of each class.
-        confusion: int64 `[K, K]`, true classes in rows; None above `etflight.metrics.confusion.MOST_CLASSES` classes.
+        confusion: int64 `[K, K]`, true classes in rows; None above `etflight.metrics.accuracy.MOST_CLASSES` classes.
         raw: bins of the probabilities as the logits give them.
         calibrated: bins of those with the model's temperature.
     """

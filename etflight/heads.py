@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from etflight.errors import UserError
 from etflight.geometry import class_code, simplex_etf
-from etflight.precision import at_least_float32
+from etflight.utils.errors import UserError
+from etflight.utils.precision import at_least_float32
 
 _WIDEST = 2**17  # of a projection: a frame and a layer of this width still fit some machine's memory
 _codes_follow = ContextVar("codes_follow", default=False)

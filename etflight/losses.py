@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from etflight.errors import UserError
-from etflight.precision import at_least_float32
+from etflight.utils.errors import UserError
+from etflight.utils.precision import at_least_float32
 
 ClassBalance = Literal["none", "batch", "global", "effective"]
 SmoothingShape = Literal["concave", "linear", "convex"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 
-from etflight.errors import UserError
+from etflight.utils.errors import UserError
 
 PROTOCOL_SGD = partial(SGD, lr=0.1, momentum=0.9, weight_decay=2e-4)
 """SGD as in the released code of Yang et al. 2022 for the CIFAR sets."""

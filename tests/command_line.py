@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 SERVER = """
 import json, os, sys, traceback, wandb
-import etflight.cli, etflight.backbones, torch, sklearn.datasets
+import etflight.cli.stages, etflight.backbones, torch, sklearn.datasets
 from etflight.__main__ import run
 torch.set_num_threads(1)
 for line in sys.stdin:

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from etflight import Classifier, CrossEntropyLoss, DotRegressionLoss, ETFHead, LinearHead
 from etflight.data import Digits
-from etflight.errors import UserError
 from etflight.optim import WarmupCosine
+from etflight.utils.errors import UserError
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 

@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from etflight import class_code, largest_cosine, nearest_etf, simplex_etf, softmax_code
-from etflight.errors import UserError
 from etflight.geometry import simplex_equiangular_tight_frame
+from etflight.utils.errors import UserError
 
 
 def gram_of_simplex(K):

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from etflight import CosineHead, DotRegressionLoss, ETFHead, LinearHead, ScaledLinearHead, simplex_etf
-from etflight.errors import UserError
 from etflight.heads import Rotation, codes_from_state_dict
+from etflight.utils.errors import UserError
 
 torch.manual_seed(0)
 FEATURES = torch.randn(32, 16)

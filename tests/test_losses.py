@@ -21,7 +21,7 @@ from etflight import (
     LinearHead,
     LogitAdjustedLoss,
 )
-from etflight.errors import UserError
+from etflight.utils.errors import UserError
 
 K, B = 5, 12
 GENERATOR = torch.Generator().manual_seed(0)

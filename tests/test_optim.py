@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from etflight.errors import UserError
 from etflight.optim import WarmupCosine, WarmupMultiStep
+from etflight.utils.errors import UserError
 
 
 def rates(make, epochs):

@@ -13,8 +13,7 @@ from torch import nn
 from etflight import Classifier, CosineHead, CrossEntropyLoss, DotRegressionLoss, ETFHead, LinearHead
 from etflight.losses import LDAMLoss, LogitAdjustedLoss
 from etflight.metrics import ClassStatistics, ShotAccuracy
-from etflight.metrics.calibration import Reliability, TemperatureFit
-from etflight.metrics.mean import SampleMean
+from etflight.metrics.accuracy import Reliability, SampleMean, TemperatureFit
 
 DIGITS = ["--data", "Digits", "--data.max_count", 20, "--data.val_fraction", 0.2]
 QUIET = [

@@ -19,7 +19,7 @@ from etflight.backbones import densenet_cifar as densenet_cifar
 from etflight.backbones import resnet_cifar as resnet_cifar
 from etflight.backbones import resnet_wide as resnet_wide
 from etflight.backbones.weights import load_weights
-from etflight.errors import UserError
+from etflight.utils.errors import UserError
 
 __all__ = ["arguments_for_size", "build_backbone", "load_weights"]
 

@@ -7,7 +7,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from etflight.backbones.cifar import CifarNet, cifar_cfg
-from etflight.errors import UserError
+from etflight.utils.errors import UserError
 
 __all__ = ["BasicBlock", "CifarResNet"]  # `register_model` adds the entry points
 

@@ -7,8 +7,8 @@ from typing import Any
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from etflight.checkpoints import misfit, read_weights
-from etflight.errors import UserError
+from etflight.utils.checkpoints import misfit, read_weights
+from etflight.utils.errors import UserError
 
 
 def load_weights(backbone: nn.Module, path: str | Path) -> list[str]:

@@ -1,13 +1,12 @@
 """Lightning callbacks."""
 
-from etflight.callbacks.checkpoint import LastCheckpoint
-from etflight.callbacks.deferred import DeferredBalance
+from etflight.callbacks.balance import DeferredBalance
+from etflight.callbacks.checkpoint import LastCheckpoint, StepSeed
+from etflight.callbacks.collapse import NeuralCollapseMonitor
 from etflight.callbacks.figures import CollapseFigures
 from etflight.callbacks.fine_tuning import FineTuning
-from etflight.callbacks.monitor import NeuralCollapseMonitor
 from etflight.callbacks.post_hoc import NearestClassMean, PostHoc, TauNormalization
-from etflight.callbacks.speed import Speed
-from etflight.callbacks.step_seed import StepSeed
+from etflight.callbacks.progress import Speed
 from etflight.callbacks.stop_signals import StopSignals
 
 __all__ = [

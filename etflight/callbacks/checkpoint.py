@@ -1,11 +1,13 @@
-"""The checkpoint of a run from which training goes on as if it had never stopped."""
+"""The checkpoint from which a run goes on as if it had never stopped: what is saved, when, and from which random numbers."""
 
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import eq
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities import move_data_to_device
@@ -14,11 +16,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics import Metric
 
 from etflight.callbacks.trainer import callbacks_of, data_module, is_trial_run, run_folder
-from etflight.checkpoints import damaged
-from etflight.errors import UserError
-from etflight.metrics_csv import MetricsCSV
-from etflight.run_folder import last_checkpoint
-from etflight.trained_on import same_images
+from etflight.runs.folder import last_checkpoint
+from etflight.runs.loggers import MetricsCSV
+from etflight.utils.checkpoints import damaged
+from etflight.utils.errors import UserError
+from etflight.utils.trained_on import same_images
 
 _SAME = {"seed": (eq, "give the same --seed_everything"), "images": (same_images, "give the same --data options")}
 Place = Literal["steps", "epochs", "end"]
@@ -286,3 +288,41 @@ def _move_in_epoch(trainer: Trainer, loops: dict[str, Any], saved_global_batch: 
         f"the checkpoint was saved after {done} batches of {saved_global_batch} images in its epoch: "
         f"training goes on after {moved} batches of {now}"
     )
+
+
+class StepSeed(Callback):
+    """Seeds torch, NumPy and Python from (seed, step, rank) before each training step.
+
+    So dropout, stochastic depth and whatever else a step draws repeat in a resumed run, and differ from rank to rank. The seed is the
+    one of `seed_everything`, or else torch's own at the start, which the checkpoint keeps.
+    """
+
+    def __init__(self) -> None:
+        self._seed: int | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the seed."""
+        given = os.environ.get("PL_GLOBAL_SEED")  # where Lightning's seed_everything puts it
+        if given is not None:
+            self._seed = int(given)
+        elif self._seed is None:
+            self._seed = torch.initial_seed() % 2**32
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Seed."""
+        key = [self._seed or 0, trainer.fit_loop.total_batch_idx, trainer.global_rank]
+        first, second, third, fourth = np.random.SeedSequence(key).generate_state(4).tolist()
+        # not torch.manual_seed, which asks every kind of device that torch knows
+        torch.default_generator.manual_seed(first << 32 | second)
+        if pl_module.device.type != "cpu":
+            torch.get_device_module(pl_module.device).manual_seed(first << 32 | second)
+        np.random.seed(third)
+        random.seed(fourth)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The seed."""
+        return {"seed": self._seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the seed back."""
+        self._seed = state_dict["seed"]

@@ -9,13 +9,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from etflight.callbacks.embedding_source import find_submodule
+from etflight.callbacks.features import find_submodule
 from etflight.callbacks.trainer import data_module
-from etflight.checkpoints import misfit, read_checkpoint
-from etflight.errors import UserError, warn
 from etflight.optim import start_momentum
-from etflight.preprocessing import Preprocessing
-from etflight.trained_on import other_preprocessing
+from etflight.utils.checkpoints import misfit, read_checkpoint
+from etflight.utils.errors import UserError, warn
+from etflight.utils.preprocessing import Preprocessing
+from etflight.utils.trained_on import other_preprocessing
 
 
 class FineTuning(Callback):

@@ -1,16 +1,26 @@
-"""What somebody sees who watches a training: the bar's numbers, and a line for each epoch."""
+"""What somebody sees who watches a training: the step, the bar, a line for each epoch, the speed."""
 
+import csv
 import math
 import os
+import resource
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from etflight.callbacks.trainer import shows_after
+from etflight.callbacks.trainer import data_module, is_trial_run, run_folder, shows_after
+from etflight.classifier import Classifier
+from etflight.losses import Loss
+from etflight.runs.loggers import MetricsCSV
 
 _ALIGNMENT = ("nc/train/alignment", "nc/train_online/alignment", "nc/val/alignment")
 
@@ -108,3 +118,165 @@ def is_watched() -> bool:
 def _first(metrics: Mapping[str, Any], *names: str) -> float | None:
     values = (float(metrics[name]) for name in names if name in metrics)
     return next((value for value in values if not math.isnan(value)), None)
+
+
+class Speed(Callback):
+    """Tells images per second, the share of time spent waiting for data, and peak memory.
+
+    In the progress bar every `log_every_n_steps`; of each epoch as `speed/images_per_s`, `speed/data_wait`, `speed/peak_memory_gb` and
+    `speed/epoch_s` in `<run folder>/speed.csv` and every logger but `metrics.csv`, which is the same for every repetition of a run.
+    Validation and what callbacks do with it count in `speed/epoch_s` only, the seconds that the whole epoch took. Images are those of all
+    processes; waiting and memory are the first process's: that of its GPU, or else of the whole process without its loader's workers.
+    Reads clocks only: nothing waits for the device, nothing is in checkpoints.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from here, should this be within an epoch."""
+        self._epoch, self._recent = _Count(_waited(trainer)), _Count(_waited(trainer))
+        self._started_at = time.perf_counter()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from here."""
+        self.on_train_start(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self._stopped_at = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the clock go on."""
+        if not trainer.sanity_checking:
+            pause = time.perf_counter() - self._stopped_at
+            self._epoch.start += pause
+            self._recent.start += pause
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the images, and show the speed now and then."""
+        images = len(batch[0]) * trainer.world_size
+        self._epoch.images += images
+        self._recent.images += images
+        if shows_after(trainer, batch_idx):
+            self._show(trainer, self._recent)
+            self._recent = _Count(_waited(trainer))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the epoch."""
+        self._show(trainer, self._epoch)
+        self._log(trainer)
+
+    def _show(self, trainer: Trainer, count: "_Count") -> None:
+        shown: Any = {"images/s": f"{count.images_per_second:.0f}", "waiting": f"{count.share(_waited(trainer)):.0%}"}
+        trainer.progress_bar_metrics.update(shown)
+
+    @rank_zero_only
+    def _log(self, trainer: Trainer) -> None:
+        if is_trial_run(trainer):
+            return
+        values = {
+            "speed/images_per_s": self._epoch.images_per_second,
+            "speed/data_wait": self._epoch.share(_waited(trainer)),
+            "speed/peak_memory_gb": peak_memory(trainer.strategy.root_device) / 1e9,
+            "speed/epoch_s": time.perf_counter() - self._started_at,
+        }
+        row = {"epoch": trainer.current_epoch, "step": trainer.global_step, **values}
+        path = run_folder(trainer) / "speed.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+        for logger in trainer.loggers:
+            if not isinstance(logger, MetricsCSV):
+                logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=trainer.global_step - 1)
+
+
+@dataclass
+class _Count:
+    waited_before: float
+    images: int = 0
+    start: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds
+
+    def share(self, waited: float) -> float:
+        return (waited - self.waited_before) / self.seconds
+
+
+def _waited(trainer: Trainer) -> float:
+    """Seconds that the training loader has kept the process waiting, NaN for one that does not tell."""
+    return float(getattr(trainer.train_dataloader, "waited", math.nan))
+
+
+def peak_memory(device: torch.device) -> float:
+    """The largest number of bytes that tensors have taken on a CUDA device so far, or else this process in host memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class StepNotice(Callback):
+    """One line when training starts: global batch, learning rate, class balance; and a warning about BatchNorm on several GPUs."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print it on the first process: optimizers exist by now."""
+        data = data_module(trainer)
+        rank_zero_info(
+            describe_step(
+                processes=trainer.world_size,
+                batch_size=data.batch_size,
+                accumulated=trainer.accumulate_grad_batches,
+                lr=trainer.optimizers[0].defaults.get("lr"),
+                loss=cast(Classifier, pl_module).loss,
+            )
+        )
+        if (
+            trainer.world_size > 1
+            and trainer.strategy.root_device.type == "cuda"
+            and has_unsynced_batch_norm(pl_module)
+        ):
+            rank_zero_warn(
+                "BatchNorm normalises each process's images by themselves: add --trainer.sync_batchnorm true for the "
+                "statistics of the global batch"
+            )
+
+
+def describe_step(*, processes: int, batch_size: int, accumulated: int, lr: float | None, loss: Loss) -> str:
+    """The line, for instance of two processes with 64 images each.
+
+    Example:
+        >>> from etflight import CrossEntropyLoss
+        >>> describe_step(processes=2, batch_size=64, accumulated=1, lr=0.1, loss=CrossEntropyLoss())
+        "global batch 128 = 2 processes x 64 images; learning rate 0.1 as given (not scaled with the batch); class balance 'none'"
+    """
+    size = f"{processes} process{'es' if processes > 1 else ''} x {batch_size} images"
+    if accumulated > 1:
+        size += f" x {accumulated} accumulated"
+    parts = [f"global batch {processes * batch_size * accumulated} = {size}"]
+    if lr is not None:
+        parts.append(f"learning rate {lr:g} as given (not scaled with the batch)")
+    balance = f"class balance {loss.class_balance!r}"
+    if loss.class_balance == "batch":
+        balance += f" (exponent {loss.exponent:g}): counts over all processes of a step"
+        balance += ", not over accumulated micro-batches" if accumulated > 1 else ""
+    elif loss.class_balance == "global":
+        balance += f" (exponent {loss.exponent:g}): the training set's counts"
+    elif loss.class_balance == "effective":
+        balance += f" (exponent {loss.exponent:g}, beta {loss.beta:g}): the training set's counts"
+    if loss.renormalize and loss.class_balance != "none":
+        balance += ", weights divided by their mean over a step"
+    return "; ".join([*parts, balance])
+
+
+def has_unsynced_batch_norm(model: nn.Module) -> bool:
+    """Whether a BatchNorm of the model knows its own process's images only."""
+    return any(isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in model.modules())

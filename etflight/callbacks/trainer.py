@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, Trainer
 
-from etflight.metrics_csv import MetricsCSV
+from etflight.runs.loggers import MetricsCSV
 
 _Kind = TypeVar("_Kind")
 

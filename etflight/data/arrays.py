@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from etflight.data.base import ImageDataModule, Split
 from etflight.data.sources import ArraySource
-from etflight.errors import UserError
-from etflight.terminal import readable
-from etflight.untrusted import refuse_growth
+from etflight.utils.errors import UserError
+from etflight.utils.limits import refuse_growth
+from etflight.utils.terminal import readable
 
 
 @dataclass(eq=False)

@@ -1,28 +1,107 @@
-"""The data module that every image set shares: subset, sampler, loaders and batch transforms."""
+"""The loaders: of training, which a resumed run continues within an epoch, and of evaluation."""
 
 import math
 import os
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from etflight.data.loader import EvalLoader, TrainLoader
-from etflight.data.profiles import Profile, fingerprint, long_tailed_subset, training_counts
-from etflight.data.sampler import ImbalancedSampler, ShardSampler, resolve_policy, world
+from etflight.data.sampler import (
+    ImbalancedSampler,
+    Profile,
+    ShardSampler,
+    fingerprint,
+    long_tailed_subset,
+    resolve_policy,
+    training_counts,
+    world,
+)
 from etflight.data.sources import Batch, ImageSource, ImageSplit
 from etflight.data.transforms import TrainTransform, normalize
-from etflight.errors import UserError
-from etflight.preprocessing import Preprocessing
-from etflight.terminal import readable
+from etflight.utils.errors import UserError
+from etflight.utils.preprocessing import Preprocessing
+from etflight.utils.terminal import readable
+
+
+class EvalLoader(DataLoader[Batch]):
+    """A DataLoader that tells its data set when a pass over it ends, and leaves out batches without an image.
+
+    A pass ends before its last batch is used, as Lightning asks for no more, or when it is cut short.
+
+    Raises:
+        UserError: There was no image in any batch.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        data, is_empty = cast(ImageSplit, self.dataset), True
+        try:
+            for served, batch in enumerate(super().__iter__(), start=1):
+                if served == len(self):
+                    data.end_pass()
+                if len(batch[1]):
+                    is_empty = False
+                    yield batch
+        finally:
+            data.end_pass()
+        if is_empty:
+            raise UserError(f"no image of a whole pass can be read, the first is {data.name(next(iter(self.sampler)))}")
+
+
+class TrainLoader(DataLoader[Batch]):
+    """A DataLoader whose place in the epoch is part of a checkpoint, through Lightning's `state_dict` protocol.
+
+    `__iter__` is a generator because Lightning calls `iter()` before it tells the sampler the epoch: with workers, a
+    plain DataLoader has by then fetched images of epoch 0. The sampler skips what was served, so nothing is decoded
+    twice.
+
+    Attributes:
+        waited: seconds that whoever iterates has waited for batches.
+    """
+
+    waited = 0.0
+    trainer: Trainer | None = None
+    _served = 0
+    _resume_at = 0
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        self._served, self._resume_at = self._resume_at, 0
+        if isinstance(self.sampler, ImbalancedSampler) and self.batch_size is not None:
+            self.sampler.skip = self._served * self.batch_size
+        start = time.perf_counter()
+        try:
+            for batch in super().__iter__():
+                self.waited += time.perf_counter() - start
+                self._served += 1
+                if self._served == self._length:
+                    cast(ImageSplit, self.dataset).end_pass()
+                yield batch
+                start = time.perf_counter()
+        finally:
+            cast(ImageSplit, self.dataset).end_pass()  # of a run that stops within an epoch
+
+    def state_dict(self) -> dict[str, int]:
+        """Batches of this epoch that were served; 0 once it is over, be it cut short by `limit_train_batches`."""
+        return {"served": self._served % max(self._length, 1)}
+
+    @property
+    def _length(self) -> int:
+        """Batches of an epoch."""
+        return len(self) if self.trainer is None else min(len(self), int(self.trainer.num_training_batches))
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the next epoch start after the batches that were served."""
+        self._resume_at = state["served"]
+
 
 Split = Literal["train", "val", "test"]
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from etflight.errors import UserError
+from etflight.utils.errors import UserError
 
 MAX_PIXELS = 89_478_485  # Pillow's limit, from where on it suspects a bomb: 256 MiB as RGB
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")

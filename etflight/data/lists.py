@@ -16,12 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from etflight.data.base import Split
-from etflight.data.file_images import ListedFileImages, PhotoRecipe
-from etflight.data.file_sources import FileSource
-from etflight.data.paths import Paths
-from etflight.data.profiles import stable_order
-from etflight.errors import UserError
-from etflight.terminal import readable
+from etflight.data.files import FileSource, ListedFileImages, Paths, PhotoRecipe
+from etflight.data.sampler import stable_order
+from etflight.utils.errors import UserError
+from etflight.utils.terminal import readable
 
 UNPACK = "unpack the set there, or correct --data.root"  # where a file that it comes with is missing
 _IS_BLANK = np.isin(np.arange(256), [ord(blank) for blank in " \t\r"])

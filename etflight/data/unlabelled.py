@@ -15,10 +15,9 @@ from torch import Tensor
 from etflight.data.arrays import ArrayImages, refuse_channels_first
 from etflight.data.base import ImageDataModule, Split
 from etflight.data.decoding import decode_file, fit_to
-from etflight.data.file_sources import Square, stack
-from etflight.data.paths import files_below
+from etflight.data.files import Square, files_below, stack
 from etflight.data.sources import UNREADABLE, Batch, ImageSource, ImageSplit
-from etflight.errors import UserError
+from etflight.utils.errors import UserError
 
 _LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey, ITU-R BT.601, as image decoders weigh them
 _MEMBERS = ("images", "test_images")

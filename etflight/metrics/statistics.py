@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from etflight.errors import UserError
-from etflight.metrics.summed import ExactMetric
+from etflight.metrics.accuracy import ExactMetric
+from etflight.utils.errors import UserError
 
 
 class Moments(NamedTuple):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from etflight.files import replacing
+from etflight.utils.files import replacing
 
 Array = NDArray[np.float64]
 Matrix = Tensor | NDArray[Any]

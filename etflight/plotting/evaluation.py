@@ -6,8 +6,7 @@ import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-from etflight.metrics.calibration import ReliabilityBins
-from etflight.metrics.shots import FEW_BELOW, MANY_ABOVE
+from etflight.metrics.accuracy import FEW_BELOW, MANY_ABOVE, ReliabilityBins
 from etflight.plotting.canvas import (
     BLUE,
     DPI,

@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from etflight.metrics.shots import FEW_BELOW, MANY_ABOVE, by_frequency, shot_groups
+from etflight.metrics.accuracy import FEW_BELOW, MANY_ABOVE, by_frequency, shot_groups
 from etflight.plotting.canvas import BLUE, DPI, GREEN, GREY, VERMILION, Array, Numbers, as_array, short, tidy
 
 Pixels = NDArray[np.uint8]

@@ -9,8 +9,6 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from etflight.errors import UserError
-from etflight.files import replacing
 from etflight.plotting.canvas import (
     BLUE,
     DPI,
@@ -24,6 +22,8 @@ from etflight.plotting.canvas import (
     render,
     short,
 )
+from etflight.utils.errors import UserError
+from etflight.utils.files import replacing
 
 __all__ = ["triangle", "triangle_film"]
 

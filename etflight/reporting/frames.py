@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from etflight.errors import UserError
-from etflight.untrusted import refuse_growth
+from etflight.utils.errors import UserError
+from etflight.utils.limits import refuse_growth
 
 Array = NDArray[Any]
 _MOST_EPOCHS = 30

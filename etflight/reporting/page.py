@@ -4,20 +4,20 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from etflight._version import __version__
-from etflight.configuration import read_yaml
-from etflight.errors import UserError
-from etflight.files import replacing
 from etflight.reporting import tables
-from etflight.reporting.files import finite, read_json, read_table, series
 from etflight.reporting.frames import frames
 from etflight.reporting.groups import Section
+from etflight.reporting.reading import finite, read_json, read_table, series
 from etflight.reporting.results import RECORD, Result
-from etflight.terminal import plain
+from etflight.utils.errors import UserError
+from etflight.utils.files import replacing
+from etflight.utils.terminal import plain
+from etflight.utils.yaml import read_yaml
 
 MARK = '<meta name="generator" content="etflight report">'  # by which we know our own pages
 CURVES = {
@@ -56,7 +56,7 @@ def write_page(path: Path, sections: Sequence[Section]) -> list[str]:
         raise UserError(f"{path} exists and is no page of etflight report, so it stays as it is: give another name")
     remarks: list[str] = []
     content = {
-        "version": __version__,
+        "version": version("etflight"),
         "caption": tables.CAPTION,
         "curves": CURVES,
         "missing": tables.MISSING,

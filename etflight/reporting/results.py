@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from etflight.errors import UserError
-from etflight.reporting.files import finite, read_json, read_table, series
-from etflight.trained_on import choice_of, content_of
+from etflight.reporting.reading import finite, read_json, read_table, series
+from etflight.utils.errors import UserError
+from etflight.utils.trained_on import choice_of, content_of
 
 RECORD = "run.json"
 ALWAYS = ("dataset", "ratio", "arm", "seed", "epochs", "commit", "config_sha256", "fingerprint", "command")
@@ -30,7 +30,7 @@ class Result:
         seed: of the run.
         epochs: trained to their end.
         commit: of the code.
-        config_sha256: the same for all seeds of an arm (`etflight.run_record.config_sha256`).
+        config_sha256: the same for all seeds of an arm (`etflight.runs.record.config_sha256`).
         fingerprint: of the training images: which set, in records that know it, and which choice.
         command: that trained it.
         num_classes: K.

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from etflight.reporting.groups import Group, Section, Stat
-from etflight.terminal import as_it_is, plain
+from etflight.utils.terminal import as_it_is, plain
 
 MISSING = "–"
 

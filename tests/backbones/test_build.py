@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from etflight.backbones import arguments_for_size, build_backbone
-from etflight.errors import UserError
+from etflight.utils.errors import UserError
 
 
 def message_of(name: str, **kwargs: Any) -> str:

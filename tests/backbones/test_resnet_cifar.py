@@ -5,7 +5,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from etflight.backbones.resnet_cifar import BasicBlock
-from etflight.errors import UserError
+from etflight.utils.errors import UserError
 from tests.backbones import nets
 from tests.backbones.nets import images, num_parameters
 

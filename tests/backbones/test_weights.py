@@ -11,9 +11,9 @@ from timm.models.metaformer import MetaFormer
 from torch.testing import assert_close
 
 from etflight.backbones import build_backbone, load_weights
-from etflight.errors import UserError
+from etflight.utils.errors import UserError
 from tests.backbones.nets import images
-from tests.test_security import HOSTILE_WEIGHTS, TRACES
+from tests.system.test_security import HOSTILE_WEIGHTS, TRACES
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from torchvision import transforms
 
 from etflight import DotRegressionLoss, ETFHead
 from etflight.backbones import build_backbone
-from etflight.cli import main
+from etflight.cli.stages import main
 from etflight.data.transforms import TrainTransform
 
 pytestmark = pytest.mark.benchmark

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from etflight import Classifier
 from etflight.callbacks import NeuralCollapseMonitor
 from etflight.data import ArrayImages
-from etflight.metrics_csv import MetricsCSV
+from etflight.runs.loggers import MetricsCSV
 
 pytestmark = pytest.mark.benchmark
 

@@ -22,7 +22,7 @@ from etflight.callbacks import (
 )
 from etflight.callbacks.progress import Progress
 from etflight.data import Digits
-from etflight.metrics_csv import MetricsCSV
+from etflight.runs.loggers import MetricsCSV
 
 
 def fitted(tmp_path, use_buffers, ema_first):

@@ -4,8 +4,8 @@ import pytest
 
 from etflight import CrossEntropyLoss, DotRegressionLoss, LDAMLoss, LogitAdjustedLoss
 from etflight.callbacks import DeferredBalance
-from etflight.callbacks.double_correction import training_corrections
-from tests.test_ddp import CPU
+from etflight.callbacks.balance import training_corrections
+from tests.system.test_ddp import CPU
 
 DRW = DeferredBalance(class_balance="effective")
 

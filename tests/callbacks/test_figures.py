@@ -14,8 +14,8 @@ from etflight import Classifier, plotting
 from etflight.callbacks import NeuralCollapseMonitor
 from etflight.callbacks.figures import CollapseFigures
 from etflight.data import Digits
-from etflight.errors import UserError
-from etflight.metrics_csv import MetricsCSV
+from etflight.runs.loggers import MetricsCSV
+from etflight.utils.errors import UserError
 
 PICTURES = ["nc_curves", "nc_heat_map", "nc_spectrum", "nc_variability"]
 

@@ -18,9 +18,9 @@ from etflight import (
 )
 from etflight.callbacks import FineTuning
 from etflight.data import Digits
-from etflight.errors import UserError
-from tests.runs import assert_same_run, read
-from tests.test_ddp import (
+from etflight.utils.errors import UserError
+from tests.left_by_runs import assert_same_run, read
+from tests.system.test_ddp import (
     CPU,
     GLOBAL_BATCH,
     assert_same_rows,
@@ -31,7 +31,7 @@ from tests.test_ddp import (
     start,
     weights,
 )
-from tests.test_resume import DIGITS, KILL
+from tests.system.test_resume import DIGITS, KILL
 
 CRT = {"load": {"backbone": "backbone"}, "freeze": ["backbone"]}
 LWS = {"load": {"backbone": "backbone", "head": "head.linear"}, "freeze": ["backbone", "head.linear"]}

@@ -14,9 +14,9 @@ from etflight import Classifier, CosineHead, CrossEntropyLoss, ETFHead, LinearHe
 from etflight.callbacks import NearestClassMean, PostHoc, TauNormalization
 from etflight.callbacks.post_hoc import class_means
 from etflight.data import Digits
-from etflight.errors import UserError
-from tests.test_ddp import CPU, finish, start
-from tests.test_resume import DIGITS
+from etflight.utils.errors import UserError
+from tests.system.test_ddp import CPU, finish, start
+from tests.system.test_resume import DIGITS
 
 
 def long_tailed(**options):

@@ -8,8 +8,8 @@ from lightning.pytorch import Callback, Trainer
 from etflight import Classifier
 from etflight.callbacks import LastCheckpoint, Speed
 from etflight.data import Digits
-from etflight.metrics_csv import MetricsCSV
-from tests.runs import differences, read
+from etflight.runs.loggers import MetricsCSV
+from tests.left_by_runs import differences, read
 
 FIT = [
     "fit", "--data", "Digits", "--model.backbone", "resnet20_cifar", "--trainer.accelerator", "cpu", "--trainer.max_epochs", 2,

@@ -2,7 +2,7 @@ import pytest
 from torch import nn
 
 from etflight import Classifier, CrossEntropyLoss, DotRegressionLoss, ETFHead
-from etflight.callbacks.step_notice import describe_step, has_unsynced_batch_norm
+from etflight.callbacks.progress import describe_step, has_unsynced_batch_norm
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from etflight.callbacks import watchdog
-from etflight.callbacks.watchdog import Watchdog
+from etflight.callbacks.stop_signals import Watchdog
 from tests.command_line import ROOT
 
 # --- the watchdog ------------------------------------------------------------------------------------------------------

@@ -13,11 +13,11 @@ import etflight.backbones  # noqa: F401  registers the models
 from etflight import Classifier, CrossEntropyLoss, LinearHead
 from etflight.callbacks import FineTuning
 from etflight.data import Digits
-from etflight.errors import UserError
+from etflight.utils.errors import UserError
 from tests.callbacks.test_fine_tuning import full_batch, new_model, new_trainer
-from tests.runs import assert_same_run, read
-from tests.test_ddp import GLOBAL_BATCH, largest_difference
-from tests.test_resume import DIGITS, KILL
+from tests.left_by_runs import assert_same_run, read
+from tests.system.test_ddp import GLOBAL_BATCH, largest_difference
+from tests.system.test_resume import DIGITS, KILL
 
 
 class States(Callback):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from etflight.data import ArrayImages
-from etflight.errors import UserError
+from etflight.utils.errors import UserError
 
 
 def test_classes_come_from_the_training_labels(arrays):

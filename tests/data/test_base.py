@@ -9,9 +9,9 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 
 from etflight.data import ArrayImages, Digits, ImageDataModule, ImbalancedSampler, class_counts
-from etflight.data.profiles import fingerprint, long_tailed_subset
+from etflight.data.sampler import fingerprint, long_tailed_subset
 from etflight.data.sources import ImageSplit
-from etflight.errors import UserError
+from etflight.utils.errors import UserError
 
 
 def positions(loader):

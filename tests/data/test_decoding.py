@@ -5,7 +5,7 @@ from PIL import Image
 from torchvision.transforms.v2 import RandomResizedCrop
 
 from etflight.data.decoding import center_square, decode_file, draw_part, random_square
-from etflight.errors import UserError
+from etflight.utils.errors import UserError
 
 
 def draws(height, width, n=2000):

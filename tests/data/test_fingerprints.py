@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from etflight.data import ArrayImages, Digits, FolderImages, INaturalist2018, ListImages
-from etflight.data.profiles import fingerprint
-from etflight.trained_on import choice_of, content_of, same_images
+from etflight.data.sampler import fingerprint
+from etflight.utils.trained_on import choice_of, content_of, same_images
 
 
 def pictures(root: Path, *names: str) -> Path:

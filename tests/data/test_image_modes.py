@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from etflight.data.decoding import decode_file
-from etflight.errors import UserError
+from etflight.utils.errors import UserError
 
 Pixels = NDArray[np.uint8]
 H, W = 9, 7

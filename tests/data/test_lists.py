@@ -9,7 +9,7 @@ from PIL import Image
 
 from etflight.data import ImageNetLT, INaturalist2018, ListImages, PlacesLT
 from etflight.data.lists import read_list
-from etflight.errors import UserError
+from etflight.utils.errors import UserError
 
 
 def write_list(file, lines):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from etflight.data.paths import Paths, files_below
+from etflight.data.files import Paths, files_below
 
 NAMES = ["a/one.jpg", "b/two words.jpg", "top.jpg", "b/ä.jpg", "a/c/deep.jpg"]
 

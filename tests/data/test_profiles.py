@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from etflight.data import class_counts
-from etflight.data.profiles import fingerprint, long_tailed_subset, stable_order, training_counts
-from etflight.errors import UserError
+from etflight.data.sampler import fingerprint, long_tailed_subset, stable_order, training_counts
+from etflight.utils.errors import UserError
 
 
 def the_fields_subset(labels, counts, seed=0):

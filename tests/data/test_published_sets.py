@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision import datasets
 
 from etflight.data import CUB200, GTSRB, TinyImageNet
-from etflight.errors import UserError
+from etflight.utils.errors import UserError
 
 
 def picture(file, value, size=(12, 10)):

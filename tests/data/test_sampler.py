@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from etflight.data import ImbalancedSampler
 from etflight.data.sampler import POLICIES, ShardSampler
-from etflight.errors import UserError
+from etflight.utils.errors import UserError
 
 COUNTS = np.array([400, 100, 30, 10])
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(4), COUNTS))

@@ -8,7 +8,7 @@ from torchvision.transforms.v2 import functional as F
 from etflight.data.base import _as_it_is
 from etflight.data.sources import ArraySource, ImageSplit
 from etflight.data.transforms import TrainTransform, crop_and_flip, draw_crops, normalize, step_randomness
-from etflight.errors import UserError
+from etflight.utils.errors import UserError
 
 MEAN, STD = (0.1, 0.5, 0.7), (0.2, 0.3, 0.4)
 

@@ -3,7 +3,7 @@ import torch
 import torch.distributed as dist
 
 from etflight.metrics import Confusion, Reliability, ShotAccuracy, TemperatureFit
-from etflight.metrics.mean import SampleMean
+from etflight.metrics.accuracy import SampleMean
 
 K = 10
 COUNTS = torch.arange(K) * 13 + 1

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, precision_score, recall_score
 
 from etflight.metrics import ShotAccuracy
-from etflight.metrics.shots import harmonic_mean, shifted_accuracy, shot_groups, third_groups
+from etflight.metrics.accuracy import harmonic_mean, shifted_accuracy, shot_groups, third_groups
 
 
 def accuracies(num_classes, counts, predicted, target, shifts=()):

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from etflight import plotting, simplex_etf
-from etflight.errors import UserError
+from etflight.utils.errors import UserError
 from tests.plotting.pixels import drawn
 
 

@@ -4,8 +4,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from etflight.errors import UserError
 from etflight.reporting.frames import frames
+from etflight.utils.errors import UserError
 
 K, D, N = 5, 7, 3  # classes, features, embeddings a class
 

@@ -6,10 +6,10 @@ import tempfile
 import numpy as np
 import pytest
 
-from etflight.errors import UserError
 from etflight.reporting.groups import group
 from etflight.reporting.page import write_page
 from etflight.reporting.results import read_results
+from etflight.utils.errors import UserError
 from tests.reporting.folders import COUNTS, make_run, write_csv
 from tests.reporting.test_frames import K, cosines, leave
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from etflight.reporting import tables
 from etflight.reporting.groups import group
 from etflight.reporting.results import Result
-from etflight.terminal import plain
+from etflight.utils.terminal import plain
 
 ACCURACIES = [0.914, 0.902, 0.9235]
 

@@ -1,0 +1,163 @@
+"""Class balance that waits until the features have been learnt, and a warning where classes are balanced twice."""
+
+from typing import cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from etflight.callbacks.post_hoc import TauNormalization
+from etflight.callbacks.trainer import callbacks_of, data_module, is_trial_run
+from etflight.classifier import Classifier
+from etflight.data.sampler import ImbalancedSampler, resolve_policy
+from etflight.losses import ClassBalance, LogitAdjustedLoss, Loss, check_class_balance
+from etflight.utils.errors import UserError
+
+
+class DeferredBalance(Callback):
+    """From an epoch on, weighs classes otherwise in the loss (deferred re-weighting, DRW), draws them otherwise (re-sampling), or both.
+
+    What is in force depends on the epoch alone, so a resumed run goes on as it would have. The new balance takes its `exponent`,
+    `beta` and `renormalize` from the loss.
+
+    Args:
+        epoch: the first epoch, counted from 0, of the new balance; below 1, a part of `max_epochs`: 0.8 is epoch 160 of 200.
+        class_balance: of the loss, from then on; None leaves it.
+        sampler: the data module's class-sampling policy or exponent, from then on; None leaves it.
+
+    Raises:
+        UserError: neither a class balance nor a sampler, one that does not exist, or an epoch that is none; when training starts, an
+            epoch that is never reached, or a loss or data that cannot do what is asked.
+
+    Source:
+        Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019, arXiv 1906.07413, section 3.3:
+        LDAM-DRW is `LDAMLoss(renormalize=True)` with `class_balance="effective"`.
+    """
+
+    def __init__(
+        self,
+        epoch: int | float = 0.8,
+        class_balance: ClassBalance | None = None,
+        sampler: str | float | None = None,
+    ) -> None:
+        super().__init__()
+        if not (0 <= epoch < 1 or (epoch >= 1 and float(epoch).is_integer())):
+            raise UserError(
+                f"DeferredBalance: epoch is {epoch}: give an epoch, or a part of max_epochs from 0 to below 1"
+            )
+        if class_balance is None and sampler is None:
+            raise UserError("DeferredBalance has nothing to change: give class_balance, sampler or both")
+        if class_balance is not None:
+            check_class_balance("DeferredBalance", class_balance)
+        self.epoch = epoch
+        self.class_balance = class_balance
+        self.sampler = None if sampler is None else resolve_policy(sampler)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what would fail only in that epoch; go on with the new balance if a resumed epoch has it."""
+        first = self._first_epoch(trainer)
+        if not is_trial_run(trainer) and trainer.max_epochs not in (None, -1) and first >= trainer.max_epochs:
+            raise UserError(
+                f"DeferredBalance: epoch {first} is never reached in {trainer.max_epochs} epochs, counted from 0: "
+                "give an earlier one, or more --trainer.max_epochs"
+            )
+        if self.class_balance in ("global", "effective"):
+            self._loss(pl_module).training_counts()
+        if self.sampler is not None:
+            self._sampler(trainer)
+        self._apply_if_due(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Change the balance; the epoch's images have not been drawn yet."""
+        self._apply_if_due(trainer, pl_module)
+
+    def _apply_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch < self._first_epoch(trainer):
+            return
+        changes = []
+        if self.class_balance is not None and (loss := self._loss(pl_module)).class_balance != self.class_balance:
+            loss.set_class_balance(self.class_balance)
+            changes.append(f"class balance {self.class_balance!r}")
+        if self.sampler is not None and (sampler := self._sampler(trainer)).policy != self.sampler:
+            sampler.set_policy(self.sampler)
+            changes.append(f"sampler {self.sampler!r}")
+        if changes:
+            rank_zero_info(f"from epoch {trainer.current_epoch} on: {', '.join(changes)}")
+
+    def _first_epoch(self, trainer: Trainer) -> int:
+        if self.epoch >= 1 or self.epoch == 0:
+            return int(self.epoch)
+        if trainer.max_epochs in (None, -1):
+            raise UserError(
+                f"DeferredBalance: epoch {self.epoch} is a part of max_epochs, which this training does not have: "
+                "give the epoch itself"
+            )
+        return round(self.epoch * trainer.max_epochs)
+
+    def _loss(self, pl_module: LightningModule) -> Loss:
+        loss = getattr(pl_module, "loss", None)
+        if not isinstance(loss, Loss):
+            raise UserError(f"DeferredBalance needs {type(pl_module).__name__}.loss to be an etflight.Loss")
+        return loss
+
+    def _sampler(self, trainer: Trainer) -> ImbalancedSampler:
+        sampler = getattr(trainer.train_dataloader, "sampler", None)
+        if not isinstance(sampler, ImbalancedSampler):
+            raise UserError(
+                "DeferredBalance re-samples where the training loader has an etflight.data.ImbalancedSampler, as those of "
+                f"etflight's data modules do; this one has {type(sampler).__name__}"
+            )
+        return sampler
+
+
+class DoubleCorrection(Callback):
+    """Warns in one line when a run corrects class frequencies in two ways that do not know of each other.
+
+    Re-sampling, weights in the loss and logit adjustment each make a model decide as if classes were balanced; two of them favour rare
+    classes beyond that. Only class balance `"batch"` weighs what was drawn, so it goes with any sampler. An evaluation warns where it
+    corrects anew what, to its knowledge, training has corrected.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Warn on the first process; a warning and no error, because somebody may want to measure just that."""
+        model = cast(Classifier, pl_module)
+        callbacks = callbacks_of(trainer, Callback)
+        afterwards = post_hoc_corrections(model, callbacks)
+        if stage != "fit" and not afterwards:
+            return
+        data = data_module(trainer)
+        found = training_corrections(model.loss, getattr(data, "sampler", None), callbacks) + afterwards
+        if len(found) > 1:
+            rank_zero_warn(
+                f"class frequencies are corrected {len(found)} times, by {', '.join(found[:-1])} and {found[-1]}: rare classes are "
+                "favoured beyond balance; keep one of them, unless that is what you want to measure"
+            )
+
+
+def training_corrections(loss: Loss, sampler: str | float | None, callbacks: list[Callback]) -> list[str]:
+    """What in a training makes up for class frequencies, in words; of those that work together, one.
+
+    Example:
+        >>> training_corrections(LogitAdjustedLoss(class_balance="global"), "balanced", [])
+        ["sampler 'balanced'", "class balance 'global'", 'LogitAdjustedLoss (tau 1)']
+    """
+    deferred = [callback for callback in callbacks if isinstance(callback, DeferredBalance)]
+    samplers = [policy for policy in (sampler, *(d.sampler for d in deferred)) if not _draws_images_alike(policy)]
+    balances = [b for b in (loss.class_balance, *(d.class_balance for d in deferred)) if b not in (None, "none")]
+    found = [f"sampler {policy!r}" for policy in samplers[:1]]
+    if balances and not (samplers and set(balances) == {"batch"}):
+        found.append(f"class balance {balances[0]!r}")
+    if isinstance(loss, LogitAdjustedLoss) and loss.tau > 0:
+        found.append(f"LogitAdjustedLoss (tau {loss.tau:g})")
+    return found
+
+
+def post_hoc_corrections(model: Classifier, callbacks: list[Callback]) -> list[str]:
+    """What in an evaluation makes up for class frequencies, in words."""
+    tau: float = model.hparams["logit_adjustment"]
+    found = [f"post-hoc logit_adjustment {tau:g}"] if tau != 0 else []
+    taus = [callback.tau for callback in callbacks if isinstance(callback, TauNormalization)]
+    return found + [f"TauNormalization (tau {tau:g})" for tau in taus if tau > 0]
+
+
+def _draws_images_alike(policy: str | float | None) -> bool:
+    return policy is None or resolve_policy(policy) in ("instance", 1.0)

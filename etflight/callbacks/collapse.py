@@ -1,0 +1,569 @@
+"""Neural collapse, measured while a model trains."""
+
+import math
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from etflight.callbacks.features import (
+    HEAD,
+    KEEP_BYTES,
+    EmbeddingSource,
+    KeptEmbeddings,
+    PassStatistics,
+    Space,
+    class_indices,
+    every_sample_once,
+    plain_tensors,
+    to_device,
+    undisturbed,
+)
+from etflight.callbacks.trainer import data_module, is_trial_run, run_folder
+from etflight.metrics import Moments, measures
+from etflight.utils.averaging import averaged, averaging_callbacks
+from etflight.utils.errors import UserError
+from etflight.utils.files import replacing
+
+_SMALL = 10**8  # pixels of training images whose sweep is worth its time in each epoch
+_SHARE = 0.1  # of the time of the epochs between two sweeps over more
+_FORWARDS_OF_A_STEP = 3  # the time of an image's forward and backward
+_MOST_CLASSES = 50  # of a Gram matrix on disk: 41 KB an epoch, whatever the width
+
+
+class NeuralCollapseMonitor(Callback):
+    """Measures neural collapse each epoch: `nc/train/nc1`, `nc/train/alignment`, …, `nc/val/nc4`.
+
+    The names after `nc/<split>/` are those of `measures.summary`, a standard deviation as `…_std`, and `nc4`; what is undefined is NaN,
+    and `missing_classes`, `single_sample_classes` count the classes that make it so. They are in `trainer.callback_metrics`, in
+    every logger, and in `history` in full precision.
+
+    - **train**: one extra forward over the training set, each sample exactly once on any number of processes, in evaluation mode, not
+      augmented and not re-sampled: just before validation, or at the end of an epoch without one. `limit_train_batches` limits the
+      training, not this sweep (`fast_dev_run` limits both). Validation within an epoch is measured too, and so are the final weights
+      of a training that ends elsewhere than after a measured epoch.
+    - **val**: the validation loop's own forward (of its first loader), no extra one. `nc/val/nc4` compares with the centres of the sweep.
+    - **online**: the training forwards themselves, no sweep: `nc/train_online/…`. These embeddings are *stale*, each from the weights
+      of its step, with the batch's BatchNorm and augmentation; batches whose labels are probabilities (mixup) are left out. A head that
+      is watched gives the logits of all classes, where dot regression alone would need the targets' only.
+    - before the first step: a sweep, logged at step 0.
+
+    Under `WeightAveraging` (EMA) the averaged weights are measured, wherever that callback stands in the list, but online, which sees
+    the current ones; `measured_weights` says which. On several processes the sweep runs the model itself, without DDP, with rank
+    0's buffers. Models whose parameters are sharded are not supported.
+
+    Each sweep of the embedding leaves `<run folder>/gram/epoch_XXX.npz`: `classes` `[n]`, all of them or 50 evenly chosen ones, and `gram`
+    `[2n + 1, 2n + 1]` float32, the inner products of their means, their class vectors and the mean of all class means, from which follow
+    the cosines of any heat map; XXX counts finished epochs.
+
+    Args:
+        every_n_epochs: measure epochs n, 2n, …, and the last. "auto": every epoch, which adds about a quarter to its time; but where
+            the training images are many or large (100 million pixels), sweep only so often that it adds less than a tenth, and measure
+            the validation images whenever they are validated.
+        splits: of "train" and "val".
+        space: "embedding": what meets the class vectors, `head.embed(features)` for an `etflight.Head`, the input for any other
+            module. "backbone": the head's input, under `nc_raw/…`; without the measures that need class vectors for an `etflight.Head`.
+        head: name of the submodule with `weight` `[K, d]`, and perhaps `bias`.
+        train_dataloader: whose data set the sweep reads, in order, in batches of the same size; None takes
+            `eval_dataloader("train")` of the data module. Its batches are `(inputs, labels, …)`; `model(inputs)` runs the head.
+        online: measure the training forwards instead of a sweep.
+        layers: further submodules, of the model or of its backbone ("layer1"), or indices of timm's `forward_intermediates` (one more
+            forward, in the sweep only), averaged over places and logged as `nc_<layer>/…`, without class vectors.
+        snapshots: embeddings kept per class and sweep, the first of each class in the data's order, float16, in
+            `<run folder>/snapshots/epoch_XXX.npz` (`snapshots_raw/` of the backbone) with `labels`, `indices`, `epoch` and `weight`;
+            XXX counts finished epochs.
+        before_training: whether to sweep before the first step.
+        spectra: whether to measure `effective_rank` and `effective_rank_within`, whose eigenvalues cost O(d³).
+
+    Attributes:
+        epochs: finished epochs at each measurement, 0 before training; a fraction within an epoch.
+        history: log name to the values at `epochs`, NaN where it was not measured. In checkpoints, as are the anchors.
+        latest: split ("train", "val", "train_online") to its last class statistics, on the CPU.
+        latest_layers: layer to the same.
+        latest_weight: class vectors `[K, d]` of the last measurement, on the CPU.
+        latest_bias: `[K]`, or None.
+        measured_weights: "averaged" or "current".
+
+    Raises:
+        UserError: an option that cannot be, a model without that head or layer, or no way to the training images.
+
+    Example:
+        In any LightningModule whose `forward(images)` goes through `self.fc`:
+
+        >>> from etflight.callbacks import NeuralCollapseMonitor
+        >>> monitor = NeuralCollapseMonitor(head="fc", train_dataloader=DataLoader([(torch.zeros(3), 0)]))
+        >>> trainer = Trainer(callbacks=[monitor], accelerator="cpu", logger=False, enable_checkpointing=False)
+
+        In a plain PyTorch loop, the statistics and the measures do without it:
+
+        >>> from etflight.metrics import ClassStatistics, measures
+        >>> body, fc = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+        >>> loader = DataLoader([(torch.randn(3), i % 2) for i in range(8)], batch_size=4)
+        >>> statistics = ClassStatistics(num_classes=2, feature_dim=4)
+        >>> with torch.no_grad():
+        ...     for inputs, labels in loader:
+        ...         statistics.update(body(inputs), labels)
+        >>> values = measures.summary(statistics.compute(), fc.weight, fc.bias)
+        >>> sorted(values)[:3]
+        ['alignment', 'alignment_std', 'cdnv']
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int | Literal["auto"] = 1,
+        splits: Sequence[Literal["train", "val"]] = ("train", "val"),
+        space: Space = "embedding",
+        head: str = "head",
+        train_dataloader: DataLoader | None = None,  # type: ignore[type-arg]  # the command line's parser takes no generics here
+        online: bool = False,
+        layers: Sequence[str | int] = (),
+        snapshots: int = 0,
+        before_training: bool = True,
+        spectra: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, holds, rule in (
+            ("every_n_epochs", every_n_epochs == "auto" or every_n_epochs >= 1, 'give 1 or more, or "auto"'),
+            ("splits", len(splits) > 0 and set(splits) <= {"train", "val"}, 'give "train", "val", or both'),
+            ("space", space in ("embedding", "backbone"), 'give "embedding" or "backbone"'),
+            ("snapshots", snapshots >= 0, "give 0 (none) or more per class"),
+        ):
+            if not holds:
+                raise UserError(f"NeuralCollapseMonitor: {name} is {locals()[name]!r}: {rule}")
+        self.every_n_epochs = every_n_epochs
+        self.splits = tuple(splits)
+        self.space = space
+        self.head = head
+        self.train_dataloader = train_dataloader
+        self.online = online
+        self.layers = tuple(layers)
+        self.snapshots = snapshots
+        self.before_training = before_training
+        self.spectra = spectra
+
+        self.epochs: list[float] = []
+        self.history: dict[str, list[float]] = {}
+        self.latest: dict[str, Moments] = {}
+        self.latest_layers: dict[str, dict[str, Moments]] = {str(layer): {} for layer in layers}
+        self.latest_weight: Tensor | None = None
+        self.latest_bias: Tensor | None = None
+        self.measured_weights: Literal["averaged", "current"] = "current"
+
+        self._anchors: dict[str, Tensor] = {}
+        self._sweeps_every: int | None = None  # epochs; None: never
+        self._swept_at = -1.0
+        self._source: EmbeddingSource | None = None
+        self._loader: DataLoader[Any] | None = None
+        self._online: PassStatistics | None = None
+        self._online_states: list[dict[str, Any]] = []
+        self._val: PassStatistics | None = None
+        self._val_agrees: Tensor | None = None
+        self._centres: Moments | None = None
+        self._is_ready = True  # for the next validation batch
+        self._values: dict[str, float] = {}
+        self._told: set[str] = set()
+
+    # --- when --------------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the last fit; a checkpoint is loaded after this."""
+        if stage == "fit":
+            self._swept_at = -1.0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the head, the layers and the training images, or say at once what is missing."""
+        self._source = EmbeddingSource(pl_module, self.head, self.space, self.layers)
+        self._loader = self._val = self._online = None
+        self._sweeps_every = 1 if self.every_n_epochs == "auto" else self.every_n_epochs
+        if not self._sweeps:
+            return
+        if self.train_dataloader is None and not hasattr(data_module(trainer), "eval_dataloader"):
+            raise UserError(
+                "NeuralCollapseMonitor needs the training images without augmentation: give train_dataloader=, or a data "
+                'module with eval_dataloader("train")'
+            )
+        if not is_overridden("forward", pl_module, LightningModule):
+            raise UserError(
+                f"NeuralCollapseMonitor calls {type(pl_module).__name__}'s forward(inputs), which it does not define"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the untrained model, at step 0."""
+        if self._sweeps and self.every_n_epochs == "auto":
+            self._sweeps_every = self._affordable(trainer)
+        if trainer.global_step == 0 and self.before_training and self._sweeps and self._sweeps_every is not None:
+            self._sweep(trainer, pl_module, 0.0)
+            self._log_outside_of_epochs(trainer, 0.0, epoch=trainer.current_epoch, step=0)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Get ready for a sweep, which waits for the first batch: by then every callback has swapped its weights in."""
+        self._val = None
+        self._is_ready = True
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        due = self._is_due(trainer)
+        if "val" in self.splits and (due or self.every_n_epochs == "auto"):
+            self._val = self._new_pass(trainer, "val")
+            self._val_agrees = torch.zeros(2, dtype=torch.float64, device=self._val.device)
+        self._is_ready = not due and self._val is None
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Sweep before the first batch, then catch the validation loop's own forward."""
+        if not self._is_ready:
+            self._before_validation(trainer, pl_module)
+        if self._val is not None and dataloader_idx == 0:
+            self._found().attach()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add the batch."""
+        if self._val is None or dataloader_idx != 0:
+            return
+        labels = class_indices(batch, "validation")
+        caught = self._found().take(len(labels))
+        self._found().detach()
+        self._val.add(caught.features, labels)
+        if self._centres is not None and caught.decision is not None and self._val_agrees is not None:
+            features = caught.features[HEAD].to(self._val.device)
+            nearest = measures.nearest_centre(features, self._centres)
+            agreeing = (nearest == caught.decision.to(nearest.device)).sum()
+            self._val_agrees += torch.stack([agreeing, torch.full_like(agreeing, len(nearest))])
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the sweep and the validation pass."""
+        if not self._is_ready:  # this process saw no validation batch
+            self._before_validation(trainer, pl_module)
+        if self._val is not None:
+            with plain_tensors():
+                self._finish(self._val, "val")
+                if self._centres is not None and self._val_agrees is not None:
+                    self._values[f"{self._group(HEAD)}/val/nc4"] = _share(trainer, self._val_agrees)
+            self._val = None
+        self._centres = None
+        if self._values:
+            pl_module.log_dict(self._publish(trainer.current_epoch + _part_of_epoch(trainer)), sync_dist=True)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Catch the training forward."""
+        if self.online and "train" in self.splits and self._is_due(trainer):
+            if self._online is None:
+                self._online = self._new_pass(trainer, "train_online")
+                for state in self._online_states:
+                    self._online.add_state(state)
+                self._online_states = []
+            self._found().attach()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add the batch."""
+        if self._online is None:
+            return
+        labels = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+        if isinstance(labels, Tensor) and labels.ndim > 1:
+            self._tell("online neural-collapse statistics leave out batches whose labels are probabilities (mixup)")
+        else:
+            labels = class_indices(batch, "training")
+            self._online.add(self._found().take(len(labels)).features, labels)
+        self._found().detach()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the online pass, and sweep if no validation of this epoch did."""
+        if self._online is not None:
+            passed, self._online = self._online, None
+            if passed.statistics:
+                self.measured_weights = "current"
+                with plain_tensors():
+                    self._remember_weight()
+                    self._finish(passed, "train_online")
+        elif self._sweeps and self._is_due(trainer) and self._swept_at <= trainer.current_epoch:
+            with averaged(trainer, pl_module):
+                self._sweep(trainer, pl_module, trainer.current_epoch + _part_of_epoch(trainer))
+        if self._values:
+            pl_module.log_dict(self._publish(trainer.current_epoch + _part_of_epoch(trainer)), sync_dist=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the final weights."""
+        self.finish(trainer, pl_module)
+
+    def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the final weights, unless that has been done: a training may end within an epoch, or after one that was not due."""
+        last = trainer.current_epoch - 1  # Lightning has counted it as completed, whether cut short or not
+        epochs = last + _part_of_epoch(trainer)
+        if self._sweeps and self._sweeps_every is not None and self._swept_at < epochs:
+            with averaged(trainer, pl_module):
+                self._sweep(trainer, pl_module, epochs)
+            self._log_outside_of_epochs(trainer, epochs, epoch=last, step=trainer.global_step - 1)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind."""
+        self._release()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the model and of the loader's workers."""
+        self._release()
+        self._source = self._loader = None
+
+    def _release(self) -> None:
+        if self._source is not None:
+            self._source.detach()
+        self._val = self._online = self._centres = None
+        self._is_ready = True
+        self._values = {}
+
+    @property
+    def _sweeps(self) -> bool:
+        return "train" in self.splits and not self.online
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        """Whether the training images are measured in this epoch."""
+        every, epoch = self._sweeps_every, trainer.current_epoch + 1
+        return (
+            every is not None
+            and trainer.state.fn == TrainerFn.FITTING
+            and (epoch % every == 0 or epoch == trainer.max_epochs)
+        )
+
+    def _affordable(self, trainer: Trainer) -> int | None:
+        """Epochs from one sweep to the next under "auto"; None where a single one would take longer than a third of the training."""
+        data = data_module(trainer)
+        images, (_, height, width) = int(data.class_counts.sum()), data.preprocessing.input_size
+        if images * height * width <= _SMALL or is_trial_run(trainer):
+            return 1
+        step = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        if images > step * trainer.estimated_stepping_batches:
+            rank_zero_info(
+                f"neural collapse of the {images:,} training images is not measured, since one sweep over them would take longer than a "
+                "third of this training: monitor.every_n_epochs 1 measures it all the same"
+            )
+            return None
+        drawn = data.batch_size * trainer.world_size * int(trainer.num_training_batches)
+        every: int = math.ceil(images / (_SHARE * _FORWARDS_OF_A_STEP * drawn))
+        rank_zero_info(
+            f"neural collapse of the {images:,} training images is measured every {every} epochs and at the end, so that it adds less than "
+            "a tenth to the training, that of the validation images whenever they are validated: monitor.every_n_epochs 1 "
+            "measures both each epoch"
+        )
+        return every
+
+    # --- what --------------------------------------------------------------------------------------------------------------
+
+    def _before_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._is_ready = True
+        if self._sweeps and self._is_due(trainer):
+            self._centres = self._sweep(trainer, pl_module, trainer.current_epoch + _part_of_epoch(trainer))
+        else:
+            self._say_which_weights(trainer)
+            with plain_tensors():
+                self._remember_weight()
+
+    def _sweep(self, trainer: Trainer, pl_module: LightningModule, epoch: float) -> Moments:
+        """One pass over the training images; returns the statistics of the embedding, on the device."""
+        self._swept_at = epoch
+        self._say_which_weights(trainer)
+        source = self._found()
+        loader = self._training_images(trainer)
+        limit = int(trainer.num_training_batches) if is_trial_run(trainer) else None
+        with plain_tensors(), undisturbed(trainer, pl_module), source.attached():
+            self._remember_weight()
+            passed = self._new_pass(trainer, "train")
+            kept = KeptEmbeddings(trainer.global_rank, trainer.world_size, self.snapshots)
+            for raw in islice(iter(loader), limit):
+                batch = to_device(trainer, pl_module, raw)
+                labels = class_indices(batch, "training")
+                with trainer.precision_plugin.forward_context():
+                    pl_module(batch[0])
+                    further = source.intermediates(batch[0])
+                caught = source.take(len(labels))
+                passed.add(caught.features | further, labels)
+                kept.add(caught, labels)
+            moments = self._finish(passed, "train")
+            agrees = kept.agrees(moments)
+            missing = float(_total(trainer, torch.tensor(float(agrees is None))))
+            if missing:
+                if not kept.without_decision:
+                    self._tell(
+                        f"{self._group(HEAD)}/train/nc4 is left out: the embeddings of a process take more than "
+                        f"{KEEP_BYTES / 2**30:g} GiB"
+                    )
+            else:
+                self._values[f"{self._group(HEAD)}/train/nc4"] = _share(trainer, cast(Tensor, agrees))
+            if limit is None and epoch == int(epoch):
+                self._write_gram(trainer, moments.means, int(epoch))
+                if self.snapshots:
+                    self._write_snapshot(trainer, kept, int(epoch))
+        return moments
+
+    def _new_pass(self, trainer: Trainer, split: str) -> PassStatistics:
+        device = trainer.strategy.root_device
+        anchors = {
+            key.removeprefix(f"{split}/"): value for key, value in self._anchors.items() if key.startswith(f"{split}/")
+        }
+        return PassStatistics(self._found().num_classes, device, anchors)
+
+    def _finish(self, passed: PassStatistics, split: str) -> Moments:
+        """Compute over all ranks, and keep values, statistics and anchors."""
+        source = self._found()
+        computed = passed.compute()
+        for name, moments in computed.items():
+            meets = name == HEAD and source.meets_weight
+            weight, bias = (self.latest_weight, self.latest_bias) if meets else (None, None)
+            weight = None if weight is None else weight.to(moments.means.device)
+            scalars = measures.summary(moments, weight, bias, spectra=self.spectra)
+            numbers = torch.stack(list(scalars.values())).tolist()  # one wait for the device
+            self._values |= {
+                f"{self._group(name)}/{split}/{key}": value for key, value in zip(scalars, numbers, strict=True)
+            }
+            self._anchors[f"{split}/{name}"] = moments.means.to("cpu", torch.float32)
+            latest = self.latest if name == HEAD else self.latest_layers.setdefault(name, {})
+            latest[split] = Moments(*(part.cpu() if isinstance(part, Tensor) else part for part in moments))  # type: ignore[arg-type]
+        return computed[HEAD]
+
+    def _group(self, name: str) -> str:
+        if name != HEAD:
+            return f"nc_{name}"
+        return "nc" if self.space == "embedding" else "nc_raw"
+
+    def _log_outside_of_epochs(self, trainer: Trainer, at: float, *, epoch: int, step: int) -> None:
+        """Where Lightning's own `log` is not to be had: before the first step, and after the last."""
+        values = self._publish(at)
+        for logger in trainer.loggers:
+            logger.log_metrics({**values, "epoch": epoch}, step=step)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+
+    def _publish(self, epoch: float) -> dict[str, float]:
+        """Put the collected values into the history, and return them."""
+        values, self._values = self._values, {}
+        while self.epochs and self.epochs[-1] > epoch:  # another fit, or one that went back
+            self.epochs.pop()
+            for series in self.history.values():
+                series.pop()
+        if not self.epochs or self.epochs[-1] < epoch:
+            self.epochs.append(epoch)
+            for series in self.history.values():
+                series.append(math.nan)
+        for name, value in values.items():
+            self.history.setdefault(name, [math.nan] * len(self.epochs))[-1] = value
+        return values
+
+    def _remember_weight(self) -> None:
+        source = self._found()
+        self.latest_weight = source.weight.cpu().clone()
+        self.latest_bias = None if source.bias is None else source.bias.cpu().clone()
+
+    def _say_which_weights(self, trainer: Trainer) -> None:
+        averaging = averaging_callbacks(trainer)
+        self.measured_weights = "averaged" if averaging else "current"
+        if averaging and "weights" not in self._told:
+            self._told.add("weights")
+            rank_zero_info(f"neural collapse is measured with the averaged weights of {type(averaging[0]).__name__}")
+
+    def _tell(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            rank_zero_warn(message)
+
+    def _found(self) -> EmbeddingSource:
+        assert self._source is not None
+        return self._source
+
+    def _training_images(self, trainer: Trainer) -> DataLoader[Any]:
+        if self._loader is None:
+            if self.train_dataloader is None:
+                self._loader = data_module(trainer).eval_dataloader("train")
+            else:
+                self._loader = every_sample_once(self.train_dataloader, trainer.world_size, trainer.global_rank)
+        return self._loader
+
+    def _write_gram(self, trainer: Trainer, means: Tensor, epoch: int) -> None:
+        if not trainer.is_global_zero or self.space != "embedding" or self.latest_weight is None:
+            return
+        K = len(means)
+        classes = torch.linspace(0, K - 1, min(K, _MOST_CLASSES), dtype=torch.float64).round().long()
+        means = means.cpu()
+        rows = torch.cat([means[classes], self.latest_weight.double()[classes], means.nanmean(0, keepdim=True)])
+        _write(trainer, "gram", epoch, classes=classes.numpy(), gram=(rows @ rows.T).float().numpy())
+
+    def _write_snapshot(self, trainer: Trainer, kept: KeptEmbeddings, epoch: int) -> None:
+        content = kept.snapshot()
+        if not trainer.is_global_zero or self.latest_weight is None:
+            return
+        folder = "snapshots" if self.space == "embedding" else "snapshots_raw"
+        _write(trainer, folder, epoch, **content, weight=self.latest_weight.float().numpy())
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """Tells several monitors of one run apart."""
+        return self._generate_state_key(space=self.space, head=self.head, online=self.online)
+
+    def state_dict(self) -> dict[str, Any]:
+        """History and anchors, as plain data and tensors."""
+        return {
+            "epochs": list(self.epochs),
+            "history": {name: list(series) for name, series in self.history.items()},
+            "anchors": dict(self._anchors),
+            "swept_at": self._swept_at,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the history."""
+        self.epochs = list(state_dict["epochs"])
+        self.history = {name: list(series) for name, series in state_dict["history"].items()}
+        self._anchors = dict(state_dict["anchors"])
+        self._swept_at = state_dict.get(
+            "swept_at", max(self.epochs, default=-1.0)
+        )  # earlier versions measured all splits at once
+
+    def rank_state(self) -> dict[str, Any]:
+        """The statistics of the training forwards of this epoch so far, of this process."""
+        passed = self._online
+        return {} if passed is None else {name: metric.metric_state for name, metric in passed.statistics.items()}
+
+    def load_rank_states(self, states: list[dict[str, Any]]) -> None:
+        """Continue from the statistics of one process, or from the sum of several."""
+        self._online_states = [state for state in states if state]
+
+
+def _total(trainer: Trainer, part: Tensor) -> Tensor:
+    """The sum over ranks."""
+    if trainer.world_size == 1:
+        return part
+    return cast(Tensor, trainer.strategy.reduce(part.to(trainer.strategy.root_device), reduce_op="sum"))
+
+
+def _share(trainer: Trainer, agrees: Tensor) -> float:
+    agreeing, total = _total(trainer, agrees).tolist()
+    return agreeing / total if total else math.nan
+
+
+def _write(trainer: Trainer, folder: str, epoch: int, **content: Any) -> None:
+    with replacing(run_folder(trainer) / folder / f"epoch_{epoch:03d}.npz") as partial:
+        np.savez_compressed(partial, **content, epoch=np.int64(epoch))
+
+
+def _part_of_epoch(trainer: Trainer) -> float:
+    """How much of the current epoch has been trained, or of the last one at the end of training."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    batches = trainer.num_training_batches
+    if progress.is_last_batch or progress.current.ready >= batches:
+        return 1.0
+    return progress.current.ready / batches

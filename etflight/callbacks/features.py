@@ -1,0 +1,450 @@
+"""Features of a model while it runs, and of all images of a split: caught, swept, and added up."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.hooks import RemovableHandle
+
+from etflight.data.sampler import ShardSampler
+from etflight.heads import Head
+from etflight.metrics import ClassStatistics, Moments, measures
+from etflight.metrics.statistics import INTEGERS
+from etflight.utils.errors import UserError
+from etflight.utils.precision import at_least_float32
+from etflight.utils.ranks import broadcast_buffers, take_buffers_of_rank_zero
+
+Space = Literal["embedding", "backbone"]
+HEAD = ""  # the name of the head's own features beside those of further layers
+
+
+class Caught(NamedTuple):
+    """What one forward of B samples showed.
+
+    Attributes:
+        features: `[B, d]` of the head (under `HEAD`) and of each layer, without gradient.
+        decision: `[B]` int64, the head's largest logit; None if its output is not `[B, K]`.
+    """
+
+    features: dict[str, Tensor]
+    decision: Tensor | None
+
+
+class EmbeddingSource:
+    """Catches features by hooks that are there only between `attach` and `detach`.
+
+    For an `etflight` head the embedding is what its `embed` returns within the forward itself; for any other module it is its first input.
+
+    Args:
+        model: that runs.
+        head: name of the submodule with the class vectors, `weight` `[K, d]` and perhaps `bias` `[K]`.
+        space: "embedding", or "backbone" for the head's input.
+        layers: further submodules (of the model or of its `backbone`), or indices for timm's `forward_intermediates`.
+
+    Raises:
+        UserError: a name that the model does not have, or a head without class vectors.
+    """
+
+    def __init__(self, model: nn.Module, head: str, space: Space, layers: Sequence[str | int]) -> None:
+        self.head = find_submodule(model, head, "head")
+        self.name = head
+        self.space = space
+        self._modules = {name: find_submodule(model, name, "layers") for name in layers if isinstance(name, str)}
+        self._indices = [index for index in layers if isinstance(index, int)]
+        self._backbone: Any = getattr(model, "backbone", model)
+        if self._indices and not hasattr(self._backbone, "forward_intermediates"):
+            raise UserError(
+                f"layers {self._indices}: {type(self._backbone).__name__} has no forward_intermediates: name modules instead"
+            )
+        if not isinstance(getattr(self.head, "weight", None), Tensor) or self.head.weight.ndim != 2:
+            raise UserError(f"head={head!r} is a {type(self.head).__name__} without class vectors weight [K, d]")
+        self._handles: list[RemovableHandle] = []
+        self._features: dict[str, Tensor] = {}
+        self._input: Tensor | None = None
+        self._embedding: Tensor | None = None
+        self._decision: Tensor | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return int(self.weight.shape[0])
+
+    @property
+    def weight(self) -> Tensor:
+        """Class vectors `[K, d]`."""
+        weight: Tensor = self.head.weight  # type: ignore[assignment]
+        return weight.detach()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """`[K]`, or None."""
+        bias = getattr(self.head, "bias", None)
+        return bias.detach() if isinstance(bias, Tensor) else None
+
+    @property
+    def meets_weight(self) -> bool:
+        """Whether the features are what meets the class vectors."""
+        return self.space == "embedding" or not isinstance(self.head, Head)
+
+    def attach(self) -> None:
+        """Start to catch."""
+        self.detach()
+        self._handles = [
+            self.head.register_forward_pre_hook(self._before_head, with_kwargs=True),
+            self.head.register_forward_hook(self._after_head),
+        ]
+        if self._modules:
+            torch.compiler.set_stance("force_eager")  # compiled code does not see new hooks
+        for name, module in self._modules.items():
+            self._handles.append(module.register_forward_hook(self._after_layer(name)))
+        if isinstance(self.head, Head) and self.space == "embedding":
+            self.head.__dict__["embed"] = self._watched(self.head.embed)
+
+    def detach(self) -> None:
+        """Leave the model as it was, and forget what was caught."""
+        for handle in self._handles:
+            handle.remove()
+        if self._handles and self._modules:
+            torch.compiler.set_stance("default")
+        self._handles = []
+        self.head.__dict__.pop("embed", None)
+        self._forget()
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Catch within the block."""
+        self.attach()
+        try:
+            yield
+        finally:
+            self.detach()
+
+    def take(self, batch_size: int) -> Caught:
+        """What the last forward showed.
+
+        Raises:
+            UserError: the head or a layer did not run, or not on `batch_size` samples as vectors.
+        """
+        caught = Caught(dict(sorted(self._features.items())), self._decision)
+        self._forget()
+        for name in (HEAD, *self._modules):
+            features = caught.features.get(name)
+            if features is None or features.ndim != 2 or len(features) != batch_size:
+                where = f"layer {name!r}" if name else f"head {self.name!r}"
+                what = "did not run" if features is None else f"saw features {list(features.shape)}"
+                raise UserError(f"{where} {what} in a forward of {batch_size} labels: name a module that sees [B, d]")
+        return caught
+
+    def intermediates(self, images: Tensor) -> dict[str, Tensor]:
+        """Pooled features `[B, d]` of the layers given as indices: one more forward, if there are any."""
+        if not self._indices:
+            return {}
+        outputs = self._backbone.forward_intermediates(images, indices=self._indices, intermediates_only=True)
+        # timm answers in the order of depth
+        order = sorted(self._indices, key=lambda i: i % len(self._backbone.feature_info))
+        return {str(index): pool(output) for index, output in zip(order, outputs, strict=True)}
+
+    def _forget(self) -> None:
+        self._features = {}
+        self._input = self._embedding = self._decision = None
+
+    def _before_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first = args[0] if args else next(iter(kwargs.values()))
+        self._input, self._embedding = first.detach(), None
+
+    def _after_head(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        features = self._input
+        if isinstance(module, Head) and self.space == "embedding":
+            # a head of the user's own may not go through `embed`
+            features = self._embedding if self._embedding is not None else _embed_aside(module, self._input)
+        if features is not None:
+            self._features[HEAD] = features
+        if isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] == self.num_classes:
+            self._decision = output.detach().argmax(1)
+
+    def _after_layer(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            self._features[name] = pool(output[0] if isinstance(output, tuple | list) else output)
+
+        return keep
+
+    def _watched(self, embed: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def watched(features: Tensor) -> Tensor:
+            embedding = embed(features)
+            self._embedding = embedding.detach()
+            return embedding
+
+        return watched
+
+
+@torch.no_grad()
+def pool(features: Tensor) -> Tensor:
+    """Mean over places: `[B, C, H, W]` and `[B, tokens, C]` to `[B, C]`, in float32 at least."""
+    features = at_least_float32(features.detach())
+    if features.ndim == 3:
+        return features.mean(1)
+    return features.flatten(2).mean(2) if features.ndim > 3 else features
+
+
+@torch.no_grad()
+def _embed_aside(head: Head, features: Tensor | None) -> Tensor | None:
+    """The embedding with running statistics, which are not touched."""
+    if features is None:
+        return None
+    with frozen_modes(head):
+        return head.__class__.embed(head, features)
+
+
+@contextmanager
+def frozen_modes(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the block; then each submodule's own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def find_submodule(model: nn.Module, name: str, argument: str) -> nn.Module:
+    """A submodule of a model, or of its `backbone`, by name.
+
+    Raises:
+        UserError: there is none, said of `argument`, with near matches.
+    """
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    backbone = getattr(model, "backbone", None)
+    inner: dict[str, nn.Module] = dict(backbone.named_modules()) if isinstance(backbone, nn.Module) else {}
+    found = modules.get(name, inner.get(name))
+    if found is None or not name:
+        near = get_close_matches(name, [*modules, *inner], n=3, cutoff=0.4)
+        hint = (
+            f"did you mean {', '.join(near)}?"
+            if near
+            else f"give one of {', '.join(n for n, _ in model.named_children())}"
+        )
+        raise UserError(f"{argument} {name!r} is no module of {type(model).__name__}: {hint}")
+    return found
+
+
+def every_sample_once(loader: DataLoader[Any], world_size: int, rank: int) -> DataLoader[Any]:
+    """A loader of the same data set that gives each sample exactly once over all ranks, in order.
+
+    Raises:
+        UserError: an iterable data set on several ranks, which only its author can share out, or fewer samples than ranks.
+    """
+    if isinstance(loader.dataset, IterableDataset):
+        if world_size > 1:
+            raise UserError(
+                f"NeuralCollapseMonitor cannot share the iterable data set {type(loader.dataset).__name__} among ranks: "
+                "give train_dataloader with a data set that has a length"
+            )
+        return loader
+    batch_size = loader.batch_size
+    if batch_size is None and loader.batch_sampler is not None:  # a batch sampler of the user's own
+        batch_size = getattr(loader.batch_sampler, "batch_size", None) or 256
+    dataset: Any = loader.dataset
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=ShardSampler(dataset, world_size, rank),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """No gradient, but tensors that outlive Lightning's inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
+def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Evaluate within the block and leave no trace: modes, buffers, random numbers and the trainer's stage come back."""
+    stage = trainer.state.stage
+    trainer.state.stage = RunningStage.VALIDATING  # batch transforms of a data module ask whether it is training
+    try:
+        with (
+            isolate_rng(include_cuda=trainer.strategy.root_device.type == "cuda"),
+            frozen_modes(pl_module),
+            _buffers_of_rank_zero(trainer, pl_module),
+        ):
+            yield
+    finally:
+        trainer.state.stage = stage
+
+
+@contextmanager
+def _buffers_of_rank_zero(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    if trainer.world_size == 1:
+        yield
+        return
+    own = [(buffer, buffer.clone()) for buffer in broadcast_buffers(pl_module)]
+    take_buffers_of_rank_zero(pl_module)
+    try:
+        yield
+    finally:
+        for buffer, value in own:
+            buffer.copy_(value)
+
+
+def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
+    """What Lightning's loops do with a batch, the data module's and the module's hooks included."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    return trainer.precision_plugin.convert_input(batch)
+
+
+def class_indices(batch: Any, kind: str) -> Tensor:
+    """The labels of a batch `(inputs, labels, …)`.
+
+    Args:
+        batch: of a data loader.
+        kind: "training" or such, for the message.
+
+    Returns:
+        `[B]` class indices, of an integer dtype.
+
+    Raises:
+        UserError: it is no such batch.
+    """
+    labels = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype not in INTEGERS:
+        raise UserError(
+            f"NeuralCollapseMonitor needs {kind} batches (inputs, labels) with class indices [B] as labels, "
+            f"got {type(batch).__name__ if labels is None else labels!r:.60}"
+        )
+    return labels
+
+
+KEEP_BYTES = 2**30  # of embeddings in host memory, for `nc/train/nc4`
+
+
+class PassStatistics:
+    """The class statistics of one pass over a split: those of the head's features, and of each layer's.
+
+    Args:
+        num_classes: K.
+        device: where the features are.
+        anchors: `[K, d]` of some of the features, by name: class means of an earlier pass, which keep the sums small.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device, anchors: Mapping[str, Tensor]) -> None:
+        self.num_classes = num_classes
+        self.device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        self.anchors = anchors
+        self.statistics: dict[str, ClassStatistics] = {}
+
+    def add(self, features: Mapping[str, Tensor], labels: Tensor) -> None:
+        """Add a batch."""
+        with plain_tensors():
+            for name, values in features.items():
+                if name not in self.statistics:
+                    self.statistics[name] = self._new(name, values.shape[1])
+                self.statistics[name].update(values.to(self.device), labels.to(self.device))
+
+    def add_state(self, state: Mapping[str, dict[str, Tensor]]) -> None:
+        """Add what another pass over the same split has seen."""
+        with plain_tensors():
+            for name, values in state.items():
+                if name not in self.statistics:
+                    self.statistics[name] = self._new(name, values["anchor"].shape[1])
+                self.statistics[name].merge_state(values)
+
+    def _new(self, name: str, width: int) -> ClassStatistics:
+        statistics = ClassStatistics(self.num_classes, width).to(self.device)
+        anchors = self.anchors.get(name)
+        if anchors is not None and anchors.shape == (self.num_classes, width):
+            statistics.set_anchors(anchors)
+        return statistics
+
+    def compute(self) -> dict[str, Moments]:
+        """Over all ranks, in the same order on each."""
+        return {name: self.statistics[name].compute() for name in sorted(self.statistics)}
+
+
+class KeptEmbeddings:
+    """Embeddings of a sweep that are needed after it, in host memory.
+
+    Args:
+        rank: of this process.
+        world_size: number of processes; rank r of W sees the samples r, r + W, r + 2W and so on.
+        per_class: how many of each class `snapshot` gives, 0 for none.
+    """
+
+    def __init__(self, rank: int, world_size: int, per_class: int) -> None:
+        self._rank, self._world_size, self._per_class = rank, world_size, per_class
+        self._seen = 0
+        self._chosen_of: dict[int, int] = {}
+        self._chosen: list[tuple[int, int, Tensor]] = []
+        self._bytes = 0
+        self._parts: list[tuple[Tensor, Tensor]] | None = []
+        self.without_decision = False
+
+    def add(self, caught: Caught, labels: Tensor) -> None:
+        """Keep a batch, unless there is no room or nothing to compare."""
+        features = caught.features[HEAD]
+        if caught.decision is None:
+            self.without_decision = True
+            self._parts = None
+        if self._parts is not None:
+            assert caught.decision is not None
+            self._bytes += features.nbytes
+            if self._bytes > KEEP_BYTES:
+                self._parts = None
+            else:
+                self._parts.append((features.cpu(), caught.decision.cpu()))
+        if self._per_class:
+            for row, label in enumerate(labels.tolist()):
+                if self._chosen_of.get(label, 0) < self._per_class:
+                    self._chosen_of[label] = self._chosen_of.get(label, 0) + 1
+                    index = (self._seen + row) * self._world_size + self._rank
+                    self._chosen.append((index, label, features[row].half().cpu()))
+        self._seen += len(labels)
+
+    def agrees(self, moments: Moments) -> Tensor | None:
+        """How many decisions agree with the nearest centre, of how many; None if embeddings were not kept."""
+        if self._parts is None:
+            return None
+        agreeing = total = 0
+        for features, decision in self._parts:
+            nearest = measures.nearest_centre(features.to(moments.means.device), moments).cpu()
+            agreeing += int((nearest == decision).sum())
+            total += len(decision)
+        return torch.tensor([agreeing, total], dtype=torch.float64)
+
+    def snapshot(self) -> dict[str, Any]:
+        """The first `per_class` embeddings of each class over all ranks, in the data's order; a collective call."""
+        parts = [self._chosen]
+        if self._world_size > 1:
+            parts = [[] for _ in range(self._world_size)]
+            dist.all_gather_object(parts, self._chosen)
+        taken: dict[int, int] = {}
+        rows = []
+        for index, label, embedding in sorted((row for part in parts for row in part), key=lambda row: row[0]):
+            taken[label] = taken.get(label, 0) + 1
+            if taken[label] <= self._per_class:
+                rows.append((index, label, embedding))
+        return {
+            "embeddings": torch.stack([embedding for _, _, embedding in rows]).numpy(),
+            "labels": np.array([label for _, label, _ in rows], dtype=np.int64),
+            "indices": np.array([index for index, _, _ in rows], dtype=np.int64),
+        }

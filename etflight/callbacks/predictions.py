@@ -1,0 +1,219 @@
+"""What `etflight predict` writes, CSV, Parquet or NumPy's `.npz` by its ending, and the callback that gathers it."""
+
+import csv
+import os
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from etflight.classifier import Classifier
+from etflight.data.sources import UNREADABLE
+from etflight.runs.folder import writing_to
+from etflight.utils.errors import UserError, warn
+from etflight.utils.files import replacing, write_csv
+from etflight.utils.terminal import readable
+
+SUFFIXES = (".csv", ".parquet", ".npz")
+
+
+class Predictions(NamedTuple):
+    """Decisions on N images, the k most probable classes of each.
+
+    Attributes:
+        images: N paths, or positions.
+        labels: int64 `[N, k]`, most probable first.
+        probabilities: float32 `[N, k]`, calibrated.
+        embeddings: float32 `[N, d']`, or None.
+    """
+
+    images: Sequence[str]
+    labels: NDArray[np.int64]
+    probabilities: NDArray[np.float32]
+    embeddings: NDArray[np.float32] | None
+
+
+def skipped_beside(path: Path) -> Path:
+    """The file that lists what could not be read."""
+    return path.with_name(f"{path.stem}_skipped.csv")
+
+
+def check_output(path: Path) -> None:
+    """Refuse a file that cannot be written, before any work is done.
+
+    Raises:
+        UserError: it, or the list of what was skipped, exists; another ending; Parquet without its package.
+    """
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"--output {path}: give a name that ends in {', '.join(SUFFIXES)}")
+    for file in (path, skipped_beside(path)):
+        if os.path.lexists(file):
+            raise UserError(f"--output {path}: {file} exists already and stays as it is: give another name")
+    if path.suffix == ".parquet" and find_spec("pyarrow") is None:
+        raise UserError(f"--output {path} needs pyarrow: pip install 'etflight[parquet]', or give .csv or .npz")
+
+
+def write(path: Path, predictions: Predictions, names: Sequence[str]) -> None:
+    """Write the file whole or not at all.
+
+    CSV and Parquet have the columns `image`, `class`, `probability`, then `class_2`, `probability_2` … up to k, and the embedding, as
+    `embedding_0` … in CSV and as one list in Parquet. `.npz` has the arrays `image` `[N]`, `label`, `class` and `probability` `[N, k]`
+    and `embedding` `[N, d']`.
+
+    Args:
+        path: with one of the endings `SUFFIXES`.
+        predictions: its rows.
+        names: of the K classes.
+    """
+    classes = np.array(names)[predictions.labels]
+    with replacing(path) as partial:
+        if path.suffix == ".npz":
+            arrays: dict[str, Any] = {"image": np.array(predictions.images, dtype=np.str_), "label": predictions.labels}
+            arrays |= {"class": classes, "probability": predictions.probabilities}
+            arrays |= {} if predictions.embeddings is None else {"embedding": predictions.embeddings}
+            np.savez(partial, **arrays)
+        elif path.suffix == ".parquet":
+            _write_parquet(partial, predictions, classes)
+        else:
+            with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                csv.writer(file).writerows(_rows(predictions, classes))
+
+
+def _headings(k: int) -> list[str]:
+    return [f"{name}{f'_{i}' if i > 1 else ''}" for i in range(1, k + 1) for name in ("class", "probability")]
+
+
+def _rows(predictions: Predictions, classes: NDArray[np.str_]) -> Iterator[list[object]]:
+    width = 0 if predictions.embeddings is None else predictions.embeddings.shape[1]
+    yield ["image", *_headings(classes.shape[1]), *(f"embedding_{i}" for i in range(width))]
+    for n, image in enumerate(predictions.images):
+        pairs = zip(classes[n], predictions.probabilities[n], strict=True)
+        numbers = [] if predictions.embeddings is None else predictions.embeddings[n].tolist()
+        yield [image, *(cell for name, p in pairs for cell in (name, f"{p:.6f}")), *(f"{x:.7g}" for x in numbers)]
+
+
+def _write_parquet(path: Path, predictions: Predictions, classes: NDArray[np.str_]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    pairs = zip(classes.T, predictions.probabilities.T, strict=True)
+    columns = [pyarrow.array(column) for pair in pairs for column in pair]
+    table = {"image": pyarrow.array(map(readable, predictions.images), pyarrow.string())}
+    table |= dict(zip(_headings(classes.shape[1]), columns, strict=True))
+    if predictions.embeddings is not None:
+        table["embedding"] = pyarrow.array(list(predictions.embeddings))
+    parquet.write_table(pyarrow.table(table), path)
+
+
+class PredictionTable(Callback):
+    """Writes what `etflight.callbacks.predictions.write` describes: image, classes and calibrated probabilities, in the data's order.
+
+    What could not be read is left out, counted, and listed with the reason in a file beside it.
+
+    Args:
+        path: the file.
+        top_k: how many classes of each image, the most probable first.
+        embeddings: whether with the embeddings, too.
+
+    Raises:
+        UserError: no image can be read, or the model has fewer classes than `top_k`.
+    """
+
+    def __init__(self, path: Path, top_k: int = 1, embeddings: bool = False) -> None:
+        self.path, self.top_k, self.embeddings = path, top_k, embeddings
+        self._batches: list[tuple[Tensor, ...]] = []  # labels, probabilities, perhaps embeddings; on the CPU
+        self._readable: list[bool] = []
+        self._features: list[Tensor] = []
+        self._hook: RemovableHandle | None = None
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen to what the head is given; by now it is the one that decides."""
+        head = cast(Classifier, pl_module).head
+        if self.top_k > head.num_classes:
+            raise UserError(f"--top_k {self.top_k}: the model has {head.num_classes} classes: give at most as many")
+        if self.embeddings:
+            self._hook = head.register_forward_pre_hook(lambda _, args: self._features.append(args[0]))
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the decisions; rank r of W sees images r, r + W, r + 2W and so on."""
+        readable = batch[1] != UNREADABLE
+        kept = list(outputs.float().topk(self.top_k, dim=1)[::-1])
+        if self.embeddings:
+            with torch.no_grad():
+                kept.append(cast(Classifier, pl_module).head.embed(self._features.pop()).float())
+        self._batches.append(tuple(part[readable].cpu() for part in kept))
+        self._readable += readable.tolist()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gather the rows on the first process and write them."""
+        if self._hook is not None:
+            self._hook.remove()
+        data, places = _data(trainer), range(trainer.global_rank, 2**62, trainer.world_size)
+        skipped = {i: _reason(data, i) for i, fine in zip(places, self._readable, strict=False) if not fine}
+        indices = [i for i, fine in zip(places, self._readable, strict=False) if fine]
+        own = (indices, [torch.cat(parts) for parts in zip(*self._batches, strict=True)], skipped)
+        ranks = [own]
+        if trainer.world_size > 1:
+            ranks = [own] * trainer.world_size
+            dist.all_gather_object(ranks, own)
+        skipped = {i: reason for _, _, part in ranks for i, reason in part.items()}
+        if not any(indices for indices, _, _ in ranks):
+            raise UserError(f"none of the {len(skipped)} images can be read: {skipped[min(skipped)]}")
+        if not trainer.is_global_zero:
+            return
+        columns = [torch.cat(parts) for parts in zip(*(parts for _, parts, _ in ranks if parts), strict=True)]
+        order = np.argsort([i for indices, _, _ in ranks for i in indices])
+        in_order = sorted(i for indices, _, _ in ranks for i in indices)
+        labels, probabilities, *rest = (column[order].numpy() for column in columns)
+        model = cast(Classifier, pl_module)
+        names = model.class_names or [str(k) for k in range(data.num_classes)]
+        images = [data.sample_name("test", i) for i in in_order]
+        with writing_to(self.path.parent, "--output"):
+            write(self.path, Predictions(images, labels, probabilities, rest[0] if rest else None), names)
+            rank_zero_info(f"predictions: {self.path} ({_of_probabilities(model)})")
+            self._tell_skipped({data.sample_name("test", i): skipped[i] for i in sorted(skipped)})
+
+    def _tell_skipped(self, reasons: dict[str, str]) -> None:
+        path = skipped_beside(self.path)
+        path.unlink(missing_ok=True)  # of an earlier run, whose predictions have just been replaced
+        if reasons:
+            write_csv(path, ["image", "reason"], reasons.items())
+            count = "1 image" if len(reasons) == 1 else f"{len(reasons)} images"
+            more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+            warn(f"{count} could not be read, listed in {path}: {'; '.join(list(reasons.values())[:3])}{more}")
+
+
+def _of_probabilities(model: Classifier) -> str:
+    if model.is_calibrated:
+        return f"probabilities calibrated with temperature {float(model.temperature):.3g}"
+    return "probabilities not calibrated, since no temperature was fitted: see --data.val_fraction"
+
+
+def _reason(data: Any, index: int) -> str:
+    """Why an image cannot be read: it is tried once more, as loader processes tell no reasons."""
+    try:
+        data.split("test").source.images(torch.tensor([index]))
+    except UserError as error:
+        return str(error)
+    return f"{data.sample_name('test', index)} could not be read, but can be now"
+
+
+def _data(trainer: Trainer) -> Any:
+    return trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning outside the class body

@@ -1,0 +1,26 @@
+"""The command line, and what each command does, in a line."""
+
+from collections.abc import Sequence
+from typing import Any
+
+STAGES = {
+    "fit": "Train a classifier.",
+    "validate": "Measure a trained classifier on the validation images.",
+    "test": "Measure a trained classifier on the test images.",
+    "predict": "Write a trained classifier's decisions on the test images, or on any others (--images).",
+}
+OTHERS = {
+    "describe": "Show what a data set holds.",
+    "study": "Train and test arms over sets, ratios and seeds, and print their table.",
+    "report": "Show results of runs side by side, in a table or on a page.",
+    "collapse": "Measure neural collapse of a trained model.",
+    "export": "Write a trained model for programs that do not know etflight.",
+    "dashboard": "Build a workspace and a report in a W&B project.",
+}
+
+
+def main(args: Sequence[str] | None = None) -> Any:
+    """Run `etflight fit | validate | test | predict …`; see `etflight.cli.stages.main`."""
+    from etflight.cli.stages import main as run  # Lightning takes seconds, which other commands need not wait for
+
+    return run(args)

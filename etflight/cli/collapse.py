@@ -1,0 +1,371 @@
+"""`etflight collapse …`: neural collapse of a trained checkpoint, or of any timm model, without training."""
+
+import math
+import pickle
+import re
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from jsonargparse import Namespace
+from matplotlib.figure import Figure
+from rich.progress import track
+from rich.table import Table
+from safetensors import SafetensorError
+from timm.data.config import resolve_data_config
+from torch import Tensor, nn
+
+from etflight import plotting
+from etflight.backbones import resnet_cifar
+from etflight.classifier import Classifier
+from etflight.cli.checkpoint_option import add_imports, brief, import_modules, load_classifier, prepare_as_trained
+from etflight.cli.data_option import data_parser, parse_over_run
+from etflight.cli.parser import OneLineParser
+from etflight.data import ImageDataModule
+from etflight.data.base import Split
+from etflight.metrics import ClassStatistics, Moments, measures
+from etflight.runs.folder import last_checkpoint, run_of
+from etflight.utils.checkpoints import read_weights
+from etflight.utils.errors import UserError, warn
+from etflight.utils.files import write_json
+from etflight.utils.terminal import console
+from etflight.utils.trained_on import refuse_other_shape
+
+SPLITS: tuple[Split, ...] = ("train", "test")
+
+# rows of the table: what it is, and its value under perfect collapse
+_ROWS = {
+    "acc": ("accuracy", ""),
+    "nc1": ("tr(Σ_W Σ_B⁺)/K", "0"),
+    "nc1_ratio": ("tr Σ_W / tr Σ_B", "0"),
+    "cdnv": ("class-distance normalised variance", "0"),
+    "nc2_equinorm": ("CoV of the norms of centred means", "0"),
+    "nc2_equiangularity": ("mean |cos + 1/(K-1)| of centred means", "0"),
+    "etf_distance": ("of the means to the nearest simplex ETF", "0"),
+    "alignment": ("cos(mean, class vector)", "1"),
+    "alignment_std": ("its spread over classes", "0"),
+    "nc3": ("‖M/‖M‖ - W/‖W‖‖²", "0"),
+    "nc4": ("decision agrees with nearest training centre", "1"),
+    "nc4_centres": ("class means decided for their own class", "1"),
+    "cos_means": ("between class means", "-1/(K-1)"),
+    "cos_weights": ("between class vectors", "-1/(K-1)"),
+    "cos_cross": ("between means and other class vectors", "-1/(K-1)"),
+    "effective_rank": ("of the centred means", "K-1"),
+    "effective_rank_within": ("of Σ_W", ""),
+    "missing_classes": ("without samples", ""),
+    "single_sample_classes": ("with one sample", ""),
+}
+_SOURCES = (
+    "RUN (a run folder or a checkpoint in one), --ckpt_path FILE (a checkpoint of etflight), or --timm NAME (any timm model with its own "
+    "classifier)"
+)
+_OWN_WEIGHTS = "give --weights FILE of a model trained on these classes"
+_UNREADABLE = (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError, EOFError, LookupError)
+
+
+class Model(NamedTuple):
+    """What is measured.
+
+    Attributes:
+        name: for people.
+        module: the network.
+        look: images `[B, C, H, W]` to embeddings `[B, d]` and logits `[B, K]`.
+        weight: class vectors `[K, d]`.
+        bias: `[K]`, or None.
+        class_names: those it was trained on, or None.
+    """
+
+    name: str
+    module: nn.Module
+    look: Callable[[Tensor], tuple[Tensor, Tensor]]
+    weight: Tensor
+    bias: Tensor | None
+    class_names: list[str] | None
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print a table of measures, and write `collapse.json` and figures.
+
+    Args:
+        argv: arguments of the command.
+
+    Raises:
+        UserError: what the user gave cannot work.
+        SystemExit: status 2 for a usage error, 0 after help.
+    """
+    parser = _parser()
+    config = parse_over_run(parser, argv)
+    if sum(source is not None for source in (config.run, config.ckpt_path, config.timm)) != 1:
+        raise UserError(f"collapse measures one model: give {_SOURCES}")
+    if config.weights is not None and config.timm is None:
+        raise UserError("--weights goes with --timm NAME: an etflight checkpoint is given by --ckpt_path FILE alone")
+    import_modules(config.imports)
+    checkpoint = config.ckpt_path
+    if config.run is not None:
+        checkpoint = str(last_checkpoint(Path(config.run)) if Path(config.run).is_dir() else config.run)
+    classifier = None if checkpoint is None else load_classifier(checkpoint)
+    if classifier is not None:
+        prepare_as_trained(config.data, classifier.preprocessing)
+    data: ImageDataModule = parser.instantiate(config).data
+    device = _device(config.device)
+    model = _from_timm(config, data) if classifier is None else _from_checkpoint(checkpoint, classifier, data)
+    output = Path(config.output or _default_output(config.timm, checkpoint))
+    out = console()
+
+    model.module.eval().requires_grad_(False).to(device)
+    results: dict[str, dict[str, float]] = {}
+    figures: dict[str, Figure] = {}
+    centres: Moments | None = None
+    for split in SPLITS:
+        moments, results[split] = measure(model, data, split, device, centres, quiet=not out.is_terminal)
+        centres = centres or moments
+        names = model.class_names or data.class_names
+        portrait = plotting.portrait(moments, model.weight.cpu(), counts=data.class_counts, class_names=names)
+        figures |= {f"{split}_{name}": figure for name, figure in portrait.items()}
+
+    write_json(output / "collapse.json", _record(model, data, results))
+    for name, figure in figures.items():
+        plotting.save(figure, output / f"{name}.png")
+    out.print(_table(model, data, results))
+    out.print(f"{output}: collapse.json and {len(figures)} figures", style="dim", highlight=False, soft_wrap=True)
+
+
+@torch.no_grad()
+def measure(
+    model: Model,
+    data: ImageDataModule,
+    split: Split,
+    device: torch.device,
+    centres: Moments | None = None,
+    *,
+    quiet: bool = True,
+) -> tuple[Moments, dict[str, float]]:
+    """One pass over a split, each image once and not augmented.
+
+    Args:
+        model: in evaluation mode, on the device.
+        data: its images.
+        split: which of them.
+        device: of the model; statistics are kept there.
+        centres: class statistics whose means `nc4` takes as the nearest centres; without them it is left out.
+        quiet: whether to show no progress bar.
+
+    Returns:
+        The class statistics, on the CPU, and the scalars of `measures.summary` with `acc` and perhaps `nc4`.
+    """
+    K, d = model.weight.shape
+    statistics = ClassStatistics(K, d).to(device)
+    centres = None if centres is None else _to(centres, device)
+    loader = data.eval_dataloader(split)
+    hits = torch.zeros(3, dtype=torch.float64, device=device)  # right, agreeing with the nearest centre, all
+    for batch in track(loader, description=f"measuring {split}", disable=quiet, transient=True):
+        images, labels = data.eval_transform((batch[0].to(device), batch[1].to(device)))
+        features, logits = model.look(images)
+        decision = logits.argmax(1)
+        statistics.update(features, labels)
+        nearest = decision if centres is None else measures.nearest_centre(features, centres)
+        hits += torch.stack([(decision == labels).sum(), (decision == nearest).sum(), (labels >= 0).sum()])
+    moments = statistics.compute()
+    bias = None if model.bias is None else model.bias.to(device)
+    scalars = measures.summary(moments, model.weight.to(device), bias)
+    right, agreeing, total = hits.tolist()
+    values = {"acc": right / total, **{name: float(value) for name, value in scalars.items()}}
+    if centres is not None:
+        values["nc4"] = agreeing / total
+    return _to(moments, torch.device("cpu")), values
+
+
+def _to(moments: Moments, device: torch.device) -> Moments:
+    return Moments(*(part.to(device) if isinstance(part, Tensor) else part for part in moments))  # type: ignore[arg-type]
+
+
+# Models -----------------------------------------------------------------------------------------------------------
+
+
+def _from_checkpoint(path: str, classifier: Classifier, data: ImageDataModule) -> Model:
+    head = classifier.head
+    refuse_other_shape(f"checkpoint {path}", head.num_classes, classifier.hparams["in_chans"], data)
+    for line in classifier.differences(data, images=True):
+        warn(line)
+
+    def look(images: Tensor) -> tuple[Tensor, Tensor]:
+        features = classifier.features(images)
+        return head.embed(features), head(features)
+
+    return Model(f"checkpoint {path}", classifier, look, head.weight.detach(), head.bias, classifier.class_names)
+
+
+def _from_timm(config: Namespace, data: ImageDataModule) -> Model:
+    network = _create(config.timm, config.weights, data)
+    name = f"timm model {config.timm}" + (f" with {config.weights}" if config.weights else "")
+    layer: Any = network.get_classifier()
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or weight.numel() != weight.shape[0] * weight.shape[1]:
+        raise UserError(f"{name} has no linear classifier to measure (its get_classifier() is {type(layer).__name__})")
+    weight = weight.detach().flatten(1)
+    refuse_other_shape(name, len(weight), data.num_channels, data, _OWN_WEIGHTS)
+    _adopt_normalisation(network, data)
+    seen: list[Tensor] = []
+    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(1)))
+
+    def look(images: Tensor) -> tuple[Tensor, Tensor]:
+        seen.clear()
+        try:
+            logits = network(images)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise UserError(
+                f"{name} does not take images {list(images.shape[1:])} ({brief(error)}): "
+                "give data of the size it was made for (--data.image_size N for FolderImages)"
+            ) from error
+        if len(seen) != 1 or seen[0].shape != (len(images), weight.shape[1]):
+            raise UserError(f"{name}: its classifier does not see one vector per image, so there is nothing to measure")
+        return seen[0], logits.flatten(1)
+
+    return Model(name, network, look, weight, getattr(layer, "bias", None), None)
+
+
+def _create(name: str, weights: str | None, data: ImageDataModule) -> Any:
+    bare = name.partition(":")[2] if ":" in name else name
+    if ":" not in name and not timm.is_model(bare):
+        near = get_close_matches(name, timm.list_models(), n=5)
+        hint = f"near matches: {', '.join(near)}" if near else "`timm.list_models()` has them all"
+        raise UserError(f"no timm model is called {name!r}: {hint}")
+    arguments: dict[str, Any] = {"in_chans": data.num_channels, "pretrained": weights is None}
+    state: dict[str, Tensor] = {}
+    if weights is not None:
+        state = read_weights(weights)
+        arguments["num_classes"] = _classes_in(state, name) or data.num_classes
+        refuse_other_shape(f"{weights} of {name}", arguments["num_classes"], data.num_channels, data)
+    elif ":" not in name:  # before a download that would be in vain
+        published = timm.get_pretrained_cfg_value(name, "num_classes") or data.num_classes
+        refuse_other_shape(f"timm model {name}", published, data.num_channels, data, _OWN_WEIGHTS)
+    try:
+        network: Any = timm.create_model(name, **arguments)
+    except _UNREADABLE as error:
+        mend = "give --weights FILE with a model of yours" if weights is None else "give the name that made the weights"
+        raise UserError(f"timm model {name!r} cannot be had ({brief(error)}): {mend}") from error
+    if weights is not None:
+        try:
+            network.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(
+                f"{weights} does not fit {name} for {data.num_channels} channels ({brief(error)}): give the name that made it"
+            ) from error
+    return network
+
+
+def _classes_in(state: dict[str, Tensor], name: str) -> int | None:
+    """How many classes the classifier in a state dict decides between, by the name that timm gives it."""
+    try:
+        small: Any = timm.create_model(name, pretrained=False)
+    except _UNREADABLE:
+        return None
+    layer = small.get_classifier()
+    found = next((key for key, module in small.named_modules() if module is layer), None)
+    weight = state.get(f"{found}.weight")
+    return None if weight is None else len(weight)
+
+
+def _adopt_normalisation(network: Any, data: ImageDataModule) -> None:
+    """Normalise as the model was trained, unless the user said how."""
+    settings = resolve_data_config(model=network)  # type: ignore[no-untyped-call]
+    for name in ("mean", "std"):
+        values = [float(value) for value in settings[name]]
+        if getattr(data, name) is None and len(values) in (1, data.num_channels):
+            setattr(data, name, values)
+
+
+# Results ----------------------------------------------------------------------------------------------------------
+
+
+def _record(model: Model, data: ImageDataModule, results: dict[str, dict[str, float]]) -> dict[str, Any]:
+    return {
+        "model": model.name,
+        "data": {
+            "class": type(data).__name__,
+            "dataset": data.dataset_name,
+            "fingerprint": data.fingerprint,
+            "class_counts": [int(n) for n in data.class_counts],
+        },
+        **{
+            split: {name: value if math.isfinite(value) else None for name, value in values.items()}
+            for split, values in results.items()
+        },
+    }
+
+
+def _table(model: Model, data: ImageDataModule, results: dict[str, dict[str, float]]) -> Table:
+    table = Table(title=f"Neural collapse of {model.name} on {data}")
+    table.add_column("measure", no_wrap=True)
+    for split in results:
+        table.add_column(split, justify="right", no_wrap=True)
+    table.add_column("collapsed", justify="right", no_wrap=True)
+    table.add_column("what")
+    for name, (meaning, goal) in _ROWS.items():
+        if any(name in values for values in results.values()):
+            cells = [f"{values[name]:.4g}" if name in values else "" for values in results.values()]
+            table.add_row(name, *cells, goal, meaning)
+    return table
+
+
+def _default_output(timm_name: str, checkpoint: str | None) -> Path:
+    if checkpoint is None:
+        return Path("runs") / "collapse" / re.sub(r"[^\w.-]+", "_", timm_name)
+    return (run_of(Path(checkpoint)) or Path(checkpoint).parent) / "collapse"
+
+
+# The command line ---------------------------------------------------------------------------------------------------
+
+
+def _parser() -> OneLineParser:
+    parser = data_parser(
+        "collapse", "Measure neural collapse of a trained model on the training and the test images, without training."
+    )
+    parser.add_argument(
+        "run",
+        type=str | None,
+        nargs="?",
+        default=None,
+        help="Run folder, or a checkpoint in one, to measure on its own data, unless --data or -c say otherwise.",
+    )
+    parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint of etflight to measure.")
+    parser.add_argument(
+        "--timm",
+        type=str | None,
+        default=None,
+        help="Name of a timm model to measure with its own classifier; its published weights, unless --weights is given. "
+        "Images are normalised as it was trained, unless --data.mean and --data.std are given.",
+    )
+    parser.add_argument(
+        "--weights",
+        type=str | None,
+        default=None,
+        help="State dict for --timm: .safetensors, or of torch.save (no code in it is run).",
+    )
+    parser.add_argument(
+        "--output",
+        type=str | None,
+        default=None,
+        help="Folder for collapse.json and the figures. Default: collapse in the checkpoint's run folder, or runs/collapse/NAME.",
+    )
+    parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1 …; auto: a GPU if there is one.")
+    add_imports(parser)
+    return parser
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name} cannot be used ({brief(error)}): give cpu, cuda or auto") from error
+    return device
+
+
+# models are found by name because they are imported here
+_ = resnet_cifar

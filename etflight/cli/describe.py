@@ -1,0 +1,231 @@
+"""`etflight describe …`: what a data set holds and what a configuration makes of it, without model or training."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Group
+from rich.table import Table
+
+from etflight import plotting
+from etflight.cli.data_option import data_parser, parse_over_run
+from etflight.cli.parser import OneLineParser
+from etflight.data import ImageDataModule
+from etflight.data.base import Split
+from etflight.metrics.accuracy import by_frequency, shot_groups
+from etflight.runs.folder import read_record, run_of
+from etflight.utils.errors import UserError, warn
+from etflight.utils.files import write_json
+from etflight.utils.terminal import as_it_is, console
+from etflight.utils.trained_on import fingerprint_in, other_images
+
+RECORD = "describe.json"  # marks a folder as one of this command's
+HISTOGRAM, SHEET = "class_histogram.png", "contact_sheet.png"
+_MOST_LINES = 60  # of the histogram on the terminal; of more classes, neighbours share one
+_MOST_CLASSES = 44  # on the contact sheet: two blocks of rows
+_BAR = 40  # letters, the longest
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print counts, shot groups and a histogram, and write `describe.json`, a histogram and a contact sheet.
+
+    Args:
+        argv: arguments of the command.
+
+    Raises:
+        UserError: what the user gave cannot work.
+        SystemExit: status 2 for a usage error, 0 after help.
+    """
+    parser = _parser()
+    config = parse_over_run(parser, argv)
+    if config.images_per_class < 1:
+        raise UserError(f"--images_per_class is {config.images_per_class}: give at least 1")
+    data: ImageDataModule = parser.instantiate(config).data
+    data.prepare_data()
+    record = describe(data)
+    if config.run is not None and (differ := other_images((), _trained_on(Path(config.run)), data)):
+        warn(differ)
+    folder = Path(config.output or Path("runs", "describe", f"{record['dataset']}_{record['fingerprint']}"))
+    _claim(folder)
+    out = console()
+    out.print(_text(record))
+    try:
+        write_json(folder / RECORD, record)
+        histogram = plotting.class_histogram(record["class_counts"]["train"], data.class_names, title=str(data))
+        plotting.save(histogram, folder / HISTOGRAM)
+        plotting.save(sheet(data, config.images_per_class), folder / SHEET)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to ({error.strerror or error}): give another --output") from error
+    out.print(f"{folder}: {RECORD}, {HISTOGRAM}, {SHEET}", style="dim", highlight=False, soft_wrap=True)
+
+
+def describe(data: ImageDataModule) -> dict[str, Any]:
+    """What is known of a set's images, as plain data.
+
+    Args:
+        data: read as far as needed.
+
+    Returns:
+        `class`, `dataset`, `name`, `image_shape` `[C, H, W]`, `class_names`, `fingerprint` and `imbalance_ratio` of the training images,
+        `validation`, `class_counts` (of `train`, `test` and, where it is held out, `val`: `[K]` each) and `shot_groups` (the labels
+        in each).
+    """
+    splits: list[Split] = ["train", "val", "test"] if data.val_is_held_out else ["train", "test"]
+    counts = {name: np.bincount(data.split(name).labels.numpy(), minlength=data.num_classes) for name in splits}
+    groups = shot_groups(torch.from_numpy(counts["train"]))
+    return {
+        "class": type(data).__name__,
+        "dataset": data.dataset_name,
+        "name": str(data),
+        "image_shape": list(data.preprocessing.input_size),
+        "class_names": data.class_names,
+        "fingerprint": data.fingerprint,
+        "imbalance_ratio": float(counts["train"].max() / counts["train"].min()),
+        "validation": "held out" if data.val_is_held_out else "the test set, watched only",
+        "class_counts": {name: own.tolist() for name, own in counts.items()},
+        "shot_groups": {group: members.nonzero().flatten().tolist() for group, members in groups.items()},
+    }
+
+
+def _trained_on(path: Path) -> str | None:
+    """The fingerprint of the images that a run was trained on, where its record tells it."""
+    run = run_of(path)
+    return None if run is None else fingerprint_in(read_record(run).get("data"))
+
+
+def sheet(data: ImageDataModule, images_per_class: int) -> Any:
+    """A contact sheet of training images as they are stored, evenly chosen from each class; of many classes, an even choice by size.
+
+    Args:
+        data: whose images.
+        images_per_class: at most.
+
+    Returns:
+        The figure of `plotting.contact_sheet`.
+
+    Raises:
+        UserError: none of its images can be read.
+    """
+    counts, split = data.class_counts, data.split("train")
+    order = by_frequency(torch.from_numpy(counts)).numpy()
+    shown = order[_evenly(len(order), _MOST_CLASSES)]
+    by_class = np.split(np.argsort(split.labels.numpy(), kind="stable"), np.cumsum(counts)[:-1])
+    chosen = [by_class[k][_evenly(counts[k], images_per_class)] for k in shown]
+    images, labels = split.__getitems__(
+        np.concatenate(chosen).tolist()
+    )  # without corrupt ones, if they are to be skipped
+    split.end_pass()
+    if len(images) == 0:
+        raise UserError(f"{data}: no image of the contact sheet can be read: replace the files")
+    row_of = np.zeros(len(order), np.int64)
+    row_of[shown] = np.arange(len(shown))
+    rows = torch.from_numpy(row_of)[labels]
+    names = [data.class_names[k] for k in shown]
+    part = "" if len(shown) == len(order) else f", {len(shown)} of {len(order)} classes"
+    return plotting.contact_sheet(images, rows, names, counts[shown].tolist(), title=f"{data}{part}")
+
+
+def _evenly(length: int, most: int) -> NDArray[np.int64]:
+    """At most `most` of 0 … length - 1, the first and the last among them."""
+    return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(np.int64))
+
+
+def _claim(folder: Path) -> None:
+    """Refuse to write over files that this command has not written."""
+    if any(os.path.lexists(folder / name) for name in (RECORD, HISTOGRAM, SHEET)) and not _is_ours(folder / RECORD):
+        raise UserError(
+            f"{folder} holds files of these names that etflight describe has not written, so they stay as they are: give another --output"
+        )
+
+
+def _is_ours(record: Path) -> bool:
+    try:
+        content = json.loads(record.read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"fingerprint", "shot_groups"} <= content.keys()
+
+
+# On the terminal ----------------------------------------------------------------------------------------------------
+
+
+def _text(record: dict[str, Any]) -> Group:
+    channels, height, width = record["image_shape"]
+    shape = f"{height} × {width} pixels and {channels} channel{'s'[: channels > 1]}"
+    head = (
+        f"{record['name']}: {len(record['class_names'])} classes, images of {shape}",
+        f"imbalance ratio {record['imbalance_ratio']:.4g}, subset {record['fingerprint']}, validation: {record['validation']}",
+    )
+    tables = _splits(record), _groups(record), _histogram(record)
+    return Group(*map(as_it_is, head), *(part for table in tables for part in ("", table)), "")
+
+
+def _splits(record: dict[str, Any]) -> Table:
+    table = _table("split", "images", "classes", "largest class", "smallest class")
+    for name, counts in record["class_counts"].items():
+        own = np.array(counts)
+        table.add_row(name, *(f"{n:,}" for n in (own.sum(), (own > 0).sum(), own.max(), own.min())))
+    return table
+
+
+def _groups(record: dict[str, Any]) -> Table:
+    table = _table("shot group", "classes", "training images", "test images")
+    counts = {name: np.array(own) for name, own in record["class_counts"].items()}
+    for group, members in record["shot_groups"].items():
+        own = (counts[split][members].sum() for split in ("train", "test"))
+        table.add_row(group, *(f"{n:,}" for n in (len(members), *own)))
+    return table
+
+
+def _histogram(record: dict[str, Any]) -> Table:
+    """A bar per class, from the most to the fewest training images; of many classes, a bar per group of neighbours, of their mean."""
+    counts = np.array(record["class_counts"]["train"])
+    order = by_frequency(torch.from_numpy(counts)).numpy()
+    group_of = {label: group for group, members in record["shot_groups"].items() for label in members}
+    table = _table("classes", "training images", "shot group", "")
+    for own in np.array_split(order, min(len(order), _MOST_LINES)):
+        first, last = own[0], own[-1]
+        alone = first == last
+        name = record["class_names"][first] if alone else f"{record['class_names'][first]} … ({len(own)})"
+        images = f"{counts[first]:,}" if alone else f"{counts[first]:,} … {counts[last]:,}"
+        groups = " … ".join(dict.fromkeys(group_of[int(label)] for label in (first, last)))
+        length = max(1, round(_BAR * float(counts[own].mean()) / int(counts.max())))
+        table.add_row(as_it_is(name), images, groups, "█" * length)
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(first, no_wrap=True, max_width=36)
+    for title in others:
+        table.add_column(title, justify="right" if "images" in title or "class" in title else "left", no_wrap=True)
+    return table
+
+
+def _parser() -> OneLineParser:
+    parser = data_parser(
+        "describe",
+        "Show what a data set holds: counts, shot groups, a histogram, a contact sheet; no model, no training.",
+    )
+    parser.add_argument(
+        "run",
+        type=str | None,
+        nargs="?",
+        default=None,
+        help="Run folder, or a checkpoint in one, whose data to describe, unless --data or -c say otherwise.",
+    )
+    parser.add_argument(
+        "--output",
+        type=str | None,
+        default=None,
+        help=f"Folder for {RECORD}, {HISTOGRAM} and {SHEET}. Default: runs/describe/<data set>_<fingerprint of its subset>.",
+    )
+    parser.add_argument(
+        "--images_per_class", type=int, default=8, help="Images in a row of the contact sheet, at most."
+    )
+    return parser

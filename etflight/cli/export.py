@@ -1,0 +1,178 @@
+"""`etflight export …`: a trained model for programs that do not know etflight."""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from etflight.classifier import Classifier
+from etflight.cli.checkpoint_option import add_imports, brief, import_modules, load_classifier, prepare_as_trained
+from etflight.cli.data_option import data_parser, parse
+from etflight.cli.parser import OneLineParser
+from etflight.data import ImageDataModule
+from etflight.export import graph
+from etflight.export.card import model_card
+from etflight.export.timm import save_timm
+from etflight.runs.folder import last_checkpoint, same_folder
+from etflight.utils.errors import UserError, warn
+from etflight.utils.preprocessing import Preprocessing
+from etflight.utils.terminal import as_it_is, console, readable
+from etflight.utils.trained_on import refuse_other_shape
+
+FORMATS = ("timm", "onnx", "torch-export")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Write a folder with the model and its card, and perhaps send it to the Hugging Face Hub.
+
+    Args:
+        argv: arguments of the command.
+
+    Raises:
+        UserError: what the user gave cannot work.
+        SystemExit: status 2 for a usage error, 0 after help.
+    """
+    parser = _parser()
+    config = parse(parser, argv)
+    output = Path(config.output)
+    _check_free(output)
+    _check_name(config.push_to_hub)
+    import_modules(config.imports)
+    classifier = load_classifier(config.checkpoint).eval().requires_grad_(False)
+    preprocessing = classifier.preprocessing
+    if config.get("data") is not None:
+        prepare_as_trained(config.data, preprocessing)
+        data: ImageDataModule = parser.instantiate(config).data
+        refuse_other_shape(
+            f"checkpoint {config.checkpoint}", classifier.head.num_classes, classifier.hparams["in_chans"], data
+        )
+        for line in classifier.differences(data):
+            warn(line)
+        preprocessing = data.preprocessing
+    if preprocessing is None:
+        raise UserError(
+            f"checkpoint {config.checkpoint} does not say how its images were normalised, since it was trained without a data module of "
+            "etflight's, or with an earlier version: give its data, as in --data FashionMNIST or -c RUN/config.yaml"
+        )
+    with _appearing(output) as folder:
+        calibrated = _write(config.format, classifier, preprocessing, folder)
+        run = _run_of(Path(config.checkpoint))
+        name = output.name if run is None else run.name
+        card, problems = model_card(name, classifier, preprocessing, calibrated, run, config.license)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    out = console()
+    for problem in problems:
+        out.print(as_it_is(f"not in the model card: {problem}"), soft_wrap=True)
+    names = ", ".join(sorted(path.name for path in output.iterdir()))
+    out.print(as_it_is(f"{output}: {names}"), soft_wrap=True)
+    if config.push_to_hub is not None:
+        out.print(as_it_is(f"pushed to {_push(output, config.push_to_hub)}"), soft_wrap=True)
+
+
+def _write(kinds: Sequence[str], classifier: Classifier, preprocessing: Preprocessing, folder: Path) -> dict[str, bool]:
+    """Write each format; whether its softmax are the calibrated probabilities."""
+    calibrated = dict.fromkeys(kinds, True)
+    if "timm" in kinds:
+        calibrated["timm"] = save_timm(classifier, preprocessing, folder)
+    if set(kinds) != {"timm"}:
+        program, facts = graph.trace(classifier, preprocessing), graph.facts(classifier, preprocessing)
+        if "torch-export" in kinds:
+            graph.save_torch_export(program, classifier, facts, folder / "model.pt2")
+        if "onnx" in kinds:
+            graph.save_onnx(program, classifier, facts, folder / "model.onnx")
+    return calibrated
+
+
+def _run_of(checkpoint: Path) -> Path | None:
+    """The run folder whose results are those of this checkpoint."""
+    folder = checkpoint.absolute().parent.parent
+    return folder if same_folder(checkpoint, last_checkpoint(folder)) else None
+
+
+# The folder ---------------------------------------------------------------------------------------------------------
+
+
+def _check_free(output: Path) -> None:
+    if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output} exists already and stays as it is: give a new folder")
+    if readable(str(output)) != str(output):
+        raise UserError(f"--output {output} is no UTF-8, which safetensors needs: give another folder")
+
+
+@contextmanager
+def _appearing(output: Path) -> Iterator[Path]:
+    """A folder to write into that takes its name when the block ends well; nothing is left of it otherwise."""
+    partial = output.absolute().with_name(f".{output.absolute().name}.partial{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            partial.rename(output)  # refused where another folder, with files in it, has appeared meanwhile
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"--output {output} cannot be written ({error.strerror or error}): give another folder"
+        ) from error
+
+
+def _check_name(repository: str | None) -> None:
+    if repository is None:
+        return
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"--push_to_hub {repository!r}: {brief(error)} Give USER/NAME") from error
+
+
+def _push(folder: Path, repository: str) -> str:
+    """Upload a folder; where it is then."""
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi(library_name="etflight")
+        place = api.create_repo(repository, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=place.repo_id, commit_message="Export from etflight")
+    except Exception as error:  # of the client, its transport and its checks of names
+        raise UserError(
+            f"{folder} is written, but the Hugging Face Hub cannot be reached, or refuses {repository} ({brief(error)}): "
+            f"log in with hf auth login, then try hf upload {repository} {folder}"
+        ) from error
+    return str(place)
+
+
+def _parser() -> OneLineParser:
+    parser = data_parser(
+        "export",
+        "Write a trained model for programs that do not know etflight, with a model card.",
+        required=False,
+    )
+    parser.add_argument(
+        "checkpoint", type=str, help="Checkpoint of etflight; averaged weights (EMA) where it has them."
+    )
+    parser.add_argument("--output", type=str, required=True, help="Folder to write; it must be new or empty.")
+    parser.add_argument(
+        "--format",
+        type=str,
+        nargs="+",
+        choices=FORMATS,
+        default=["timm"],
+        help="timm: model.safetensors and config.json for timm.create_model('local-dir:…'); onnx: model.onnx; torch-export: model.pt2.",
+    )
+    parser.add_argument(
+        "--license",
+        type=str | None,
+        default=None,
+        help="Licence of the weights for the model card, as the Hub calls it: apache-2.0, cc-by-4.0, …",
+    )
+    parser.add_argument(
+        "--push_to_hub",
+        type=str | None,
+        default=None,
+        help="USER/NAME on the Hugging Face Hub to upload the folder to.",
+    )
+    add_imports(parser)
+    return parser

@@ -1,0 +1,84 @@
+"""`etflight report RUN…`: results of runs side by side, averaged over seeds."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from etflight.cli.argv import CommandParser
+from etflight.reporting import tables
+from etflight.reporting.groups import group
+from etflight.reporting.results import read_results
+from etflight.utils.errors import UserError
+from etflight.utils.terminal import as_it_is, console, plain
+
+_EPILOG = (
+    "A run folder that is none or whose files are not whole is named on stderr and left out, the others are shown; "
+    "the exit status is 1 only if nothing could be shown."
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the results by arm, or write them to stdout in another format.
+
+    Args:
+        argv: run folders and result files, and options.
+
+    Raises:
+        UserError: nothing could be shown.
+    """
+    parser = CommandParser(
+        prog="etflight report",
+        description="Results of runs side by side: mean ± standard deviation over seeds, by data set, imbalance ratio and arm.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run folder, such as runs/digits/ce, or result file (.json)"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("md", "csv", "tex", "json"),
+        help="instead of a table in the terminal: Markdown, CSV in full precision, LaTeX, or a result file with a record per run",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        "--html",
+        type=Path,
+        metavar="FILE.html",
+        help="write a page with tables, curves, heat maps and triangle views, all inside one file (needs the extra etflight[report])",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.output is not None and (arguments.format or arguments.output.suffix not in (".html", ".htm")):
+        parser.error("-o writes a page: give a name that ends with .html, and no --format")
+    results, problems = read_results(arguments.runs)
+    if not results:
+        raise UserError("; ".join(problems) if problems else "there are no results in what was given")
+    sections, remarks = group(results)
+    untested = [r for r in results if "test/acc" not in r.metrics]
+    remarks += [f"{r.source} has not been tested: etflight test writes its test_metrics.json" for r in untested]
+    _say([*(f"left out: {problem}" for problem in problems), *remarks])
+
+    if arguments.output is not None:
+        from etflight.reporting.page import write_page
+
+        _say([f"not shown: {remark}" for remark in write_page(arguments.output, sections)])
+        print(arguments.output)
+    elif arguments.format == "json":
+        kept = [r for section in sections for g in section.groups for r in g.results if r not in untested]
+        print(json.dumps([r.record() for r in kept], indent=2, allow_nan=False))
+    elif arguments.format is not None:
+        formats = {"md": tables.markdown, "csv": tables.comma_separated, "tex": tables.latex}
+        print(formats[arguments.format](sections), end="")
+    else:
+        out = console()
+        for section in sections:
+            out.print(*tables.for_terminal(section), sep="\n")
+            for note in [*tables.notes(section), tables.hardware(section)]:
+                out.print(as_it_is(note), style="dim")
+        out.print(as_it_is(tables.CAPTION), style="dim")
+
+
+def _say(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(f"etflight: {plain(line)}", file=sys.stderr)

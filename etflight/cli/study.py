@@ -1,0 +1,101 @@
+"""`etflight study FILE`: every run of a study, then its table; what is done is not done again."""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from etflight.cli import report
+from etflight.cli.argv import CommandParser
+from etflight.runs.study import Cell, read_study
+from etflight.utils.errors import UserError
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train and test all that is not done yet, each run in a process and a folder of its own, and print the table.
+
+    Args:
+        argv: the study's file, and options.
+
+    Raises:
+        UserError: the file is no study, or a run failed; the others have gone on.
+    """
+    parser = CommandParser(
+        prog="etflight study",
+        description="Train and test every set, arm, ratio and seed of a study, and print its table.",
+        epilog="Runs that have been tested are left as they are, those that were stopped go on: give the same command again.",
+    )
+    parser.add_argument("file", type=Path, help="such as configs/studies/digits.yaml")
+    parser.add_argument("--sets", nargs="+", metavar="SET", help="only these of its sets")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these of its arms")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these of its seeds")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs at a time; each gets its share of the processor"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
+    arguments = parser.parse_args(argv)
+    if arguments.jobs < 1:
+        raise UserError(f"--jobs is {arguments.jobs}: give at least 1")
+    whole = list(read_study(arguments.file).stages())
+    stages = [[cell for cell in stage if _is_chosen(cell, arguments)] for stage in whole]
+    cells = [cell for stage in stages for cell in stage]
+    if not cells:
+        there = [cell for stage in whole for cell in stage]
+        names = {kind: sorted({str(getattr(cell, kind)) for cell in there}) for kind in ("set_name", "arm", "seed")}
+        sets, arms, seeds = (", ".join(each) for each in names.values())
+        raise UserError(
+            f"{arguments.file} has none of these sets, arms and seeds: it has the sets {sets}, the arms {arms}, the seeds {seeds}"
+        )
+    if arguments.dry_run:
+        for cell in cells:
+            for words in [*([cell.fit()] if cell.trains else []), cell.test()]:
+                print("etflight", *words)
+        return
+    failed: list[str] = []
+    for stage in stages:
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            failed += filter(None, pool.map(lambda cell: _run(cell, arguments.jobs), stage))
+    done = [cell for cell in cells if cell.is_done()]
+    if done:
+        report.main([str(cell.folder) for cell in done])
+    if failed:
+        raise UserError(f"{len(failed)} of {len(cells)} runs failed, the first: {failed[0]}")
+
+
+def _is_chosen(cell: Cell, arguments: argparse.Namespace) -> bool:
+    chosen = ((cell.set_name, arguments.sets), (cell.arm, arguments.arms), (cell.seed, arguments.seeds))
+    return all(only is None or value in only for value, only in chosen)
+
+
+def _run(cell: Cell, jobs: int) -> str | None:
+    """Train and test one run.
+
+    Returns:
+        What went wrong.
+    """
+    if cell.is_done():
+        return None
+    if cell.source is not None and not cell.source.is_dir():
+        return f"{cell.folder} starts from {cell.source}, which has not been trained"
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    print(f"{cell.folder} …", flush=True)
+    # each process would take all cores, and they would wait for each other
+    threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}
+    for words in [*([cell.fit()] if cell.trains else []), cell.test()]:
+        log = cell.folder / f"{words[0]}.log"
+        with log.open("a") as output:
+            process = subprocess.run(
+                [sys.executable, "-m", "etflight", *words],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**threads, **os.environ},
+                check=False,
+            )
+        if process.returncode:
+            last = (log.read_text(errors="replace").strip().splitlines() or ["no word of why"])[-1]
+            return f"{cell.folder}: {last} (see {log})"
+    return None

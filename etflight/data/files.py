@@ -1,0 +1,377 @@
+"""Image files: paths in a few tensors, squares that loaders read, missing and corrupt files."""
+
+import os
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from etflight.data.base import ImageDataModule, Split
+from etflight.data.decoding import center_square, decode_file, random_square
+from etflight.data.sampler import Draw, ImbalancedSampler, NumberedSampler
+from etflight.data.sources import Batch, ImageSource, ImageSplit
+from etflight.utils.errors import UserError, warn
+from etflight.utils.preprocessing import Preprocessing
+
+_THREADS = 8  # wait for a network file system together
+_CHUNK = 1024
+
+
+class Paths:
+    """N paths below a folder, packed into one tensor of bytes.
+
+    A list of strings would cost every loader process a copy of its own: who looks at a string writes its reference count,
+    and so the memory page it lies on. Tensors are shared, in processes that are forked and in those that are not.
+
+    Args:
+        root: The folder.
+        text: uint8 `[bytes]`, the paths and whatever lies between them.
+        starts: int64 `[N]`, where each begins.
+        ends: int64 `[N]`, where each has ended.
+    """
+
+    def __init__(self, root: str, text: Tensor, starts: Tensor, ends: Tensor) -> None:
+        self.root = root
+        self._text, self._starts, self._ends = text, starts, ends
+
+    @classmethod
+    def pack(cls, root: str, paths: Iterable[str]) -> "Paths":
+        """Pack paths relative to `root`."""
+        encoded = [os.fsencode(path) for path in paths]
+        ends = torch.from_numpy(np.cumsum([len(path) for path in encoded], dtype=np.int64))
+        starts = torch.cat([ends.new_zeros(1), ends])[:-1]
+        return cls(
+            root, torch.frombuffer(bytearray(b"".join(encoded)) or bytearray(1), dtype=torch.uint8), starts, ends
+        )
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> str:
+        """The path, with the folder."""
+        return os.path.join(self.root, *self.relative([index]))
+
+    def relative(self, indices: Iterable[int]) -> list[str]:
+        """Paths as they were given."""
+        text, starts, ends = (values.numpy().data for values in (self._text, self._starts, self._ends))
+        return [os.fsdecode(text[starts[i] : ends[i]].tobytes()) for i in indices]
+
+    def marks(self) -> Iterator[memoryview]:
+        """The bytes that hold the paths, and where each begins and ends; of the lines of a list also what is written beside the paths."""
+        yield from (values.numpy().data for values in (self._text, self._starts, self._ends))
+
+    def missing(self) -> list[int]:
+        """Positions of the files that are not there."""
+        with ThreadPoolExecutor(_THREADS) as threads:
+            chunks = (range(start, min(start + _CHUNK, len(self))) for start in range(0, len(self), _CHUNK))
+            return [index for found in threads.map(self._missing_of, chunks) for index in found]
+
+    def _missing_of(self, indices: range) -> list[int]:
+        root = os.path.join(self.root, "")
+        return [
+            i for i, path in zip(indices, self.relative(indices), strict=True) if not os.access(root + path, os.F_OK)
+        ]
+
+
+def files_below(folder: str, suffixes: Collection[str] | None = None) -> list[str]:
+    """Paths, relative to the folder, of the files below it with one of these endings, in any case, or all; hidden ones are passed over.
+
+    Sorted by folder and name, part by part.
+    """
+    found = [
+        os.path.relpath(os.path.join(parent, name), folder)
+        for parent, _, names in os.walk(folder)
+        for name in names
+        if (suffixes is None or os.path.splitext(name)[1].lower() in suffixes) and not name.startswith(".")
+    ]
+    return sorted(found, key=lambda path: path.split(os.sep))
+
+
+class Square(NamedTuple):
+    """How a picture becomes a square.
+
+    Attributes:
+        size: Its side, in pixels.
+        crop_pct: Part of the resized shorter side that the square in the middle keeps, in (0, 1]; timm's name.
+        min_crop_scale: Least part of the picture's area that a random square of training shows, in (0, 1]; 1: always the
+            middle.
+    """
+
+    size: int
+    crop_pct: float = 1.0
+    min_crop_scale: float = 1.0
+
+    @property
+    def side(self) -> int:
+        """Pixels to which the shorter side is resized."""
+        return max(self.size, int(self.size / self.crop_pct))
+
+
+class FileSource(ImageSource):
+    """Image files, decoded to RGB and cut to squares.
+
+    Args:
+        paths: N files.
+        labels: `[N]` tensor of integers.
+        square: How they are cut.
+    """
+
+    def __init__(self, paths: Paths, labels: Tensor, square: Square) -> None:
+        self.paths = paths
+        self.labels = labels.long()
+        self.square = square
+        self.crop_pct = square.crop_pct
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """C, H and W, known before any file is read."""
+        return 3, self.square.size, self.square.size
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Decode one file, for evaluation: uint8 `[3, size, size]`, the middle.
+
+        Raises:
+            UserError: The file is missing, is no image, or is too large; names its path.
+        """
+        return center_square(self._decode(index), self.square.size, self.square.side)
+
+    def drawn(self, index: int, seed: int, number: int) -> Tensor:
+        """Decode one file, for training: uint8 `[3, size, size]`, a part that (seed, number) choose.
+
+        Raises:
+            UserError: As for evaluation.
+        """
+        if self.square.min_crop_scale == 1:
+            return self[index]
+        random = np.random.default_rng([seed, number])
+        return random_square(self._decode(index), self.square.size, self.square.min_crop_scale, random)
+
+    def images(self, indices: Tensor) -> Tensor:
+        """Decode files one by one, for evaluation."""
+        return stack([self[i] for i in indices.tolist()])
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return self.paths[index]
+
+    def marks(self) -> Iterable[memoryview]:
+        """Their paths below the folder, wherever that is; no file is read."""
+        return self.paths.marks()
+
+    def _decode(self, index: int) -> Tensor:
+        return decode_file(self.paths[index], self.square.side)
+
+
+class FileSplit(ImageSplit):
+    """The image files that one split uses.
+
+    Args:
+        source: The files.
+        indices: int64 `[N]` positions in the source.
+        skip_corrupt: Pass over what cannot be read, and count it.
+    """
+
+    source: FileSource
+
+    def __init__(self, source: FileSource, indices: NDArray[np.int64], *, skip_corrupt: bool = False) -> None:
+        super().__init__(source, indices)
+        self._unreadable = torch.zeros(len(indices), dtype=torch.bool) if skip_corrupt else None
+        if self._unreadable is not None:
+            self._unreadable.share_memory_()  # type: ignore[no-untyped-call]
+
+    def __getitems__(self, positions: Sequence[int | Draw]) -> Batch:
+        """Images uint8 `[B, 3, size, size]` and labels int64 `[B]`, as evaluation sees them, or as training does where a `Draw` is given.
+
+        A draw that cannot be read is replaced by the next of the batch that can, so that a batch of training keeps its size; in
+        evaluation the batch is shorter, or empty.
+
+        Raises:
+            UserError: A file cannot be read and is not to be passed over, or none of a batch of training can.
+        """
+        drawn = isinstance(positions[0], Draw)
+        where = [position.position if isinstance(position, Draw) else position for position in positions]
+        pictures = [self._read(position) for position in positions]
+        readable = np.flatnonzero([picture is not None for picture in pictures])
+        if drawn:
+            if len(readable) == 0:
+                raise UserError(
+                    f"no image of a batch of {len(positions)} can be read, the first is {self.name(where[0])}"
+                )
+            readable = readable[np.searchsorted(readable, np.arange(len(positions))) % len(readable)]
+        kept = readable.tolist()
+        if not kept:
+            return torch.empty(0, *self.source.image_shape, dtype=torch.uint8), self.labels[:0]
+        return stack([cast(Tensor, pictures[slot]) for slot in kept]), self.labels[[where[slot] for slot in kept]]
+
+    def _read(self, position: int | Draw) -> Tensor | None:
+        where = position.position if isinstance(position, Draw) else position
+        try:
+            index = int(self.indices[where])
+            if isinstance(position, Draw):
+                return self.source.drawn(index, position.seed, position.number)
+            return self.source[index]
+        except UserError:
+            if self._unreadable is None:
+                raise
+            self._unreadable[where] = True  # shared: what a loader process writes the main process reads
+            return None
+
+    def end_pass(self) -> None:
+        """Tell what was passed over since the last time."""
+        if self._unreadable is None or not self._unreadable.any():
+            return
+        positions = self._unreadable.nonzero().flatten().tolist()
+        self._unreadable.zero_()
+        rest = f" and {len(positions) - 3} more" if len(positions) > 3 else ""
+        count, verb = ("1 image", "was") if len(positions) == 1 else (f"{len(positions)} images", "were")
+        warn(f"{count} could not be read and {verb} skipped: {', '.join(map(self.name, positions[:3]))}{rest}")
+
+
+def stack(pictures: Sequence[Tensor]) -> Tensor:
+    """`torch.stack`; in a loader process into the memory that the main process reads, without a second copy."""
+    return cast(Tensor, default_collate(list(pictures)))
+
+
+LARGEST_SIDE = 2**14  # one such image is 805 MB
+
+
+class PhotoRecipe:
+    """What the field does with photographs, after ImageNet: random squares, mirrored; ImageNet's mean and standard deviation."""
+
+    standard_mean: ClassVar[tuple[float, ...]] = (0.485, 0.456, 0.406)
+    standard_std: ClassVar[tuple[float, ...]] = (0.229, 0.224, 0.225)
+    standard_flip: ClassVar[bool] = True
+    standard_min_crop_scale: ClassVar[float] = 0.08
+    standard_crop_pct: ClassVar[float] = 0.875
+
+
+@dataclass(eq=False, kw_only=True)
+class FileImages(ImageDataModule):
+    """Image files, decoded to RGB squares by the loader processes (`num_workers`).
+
+    A file that cannot be read ends a run with its path. With `skip_corrupt`, a training image that cannot be read is replaced by the
+    next of its batch, and left out where training or validation images are evaluated; at the end of each pass over them, be it cut
+    short, one line tells how many there were, and the first three. Only where none of a training batch or of a whole evaluation can be
+    read the run ends. Test images are never skipped, also where they are watched in training: a
+    result is over all of them.
+
+    Args:
+        image_size: Side of the square, in pixels; None: the set's standard recipe, 224 unless its images are smaller.
+        min_crop_scale: In training, show a random part of the picture, at least this of its area (RandomResizedCrop); 1: the middle, as in
+            evaluation; None: the set's standard recipe.
+        crop_pct: In evaluation the shorter side is resized to `image_size / crop_pct` and the middle cropped (timm's name); None: the set's
+            standard recipe.
+        skip_corrupt: Pass over training and validation images that cannot be read, and count them.
+    """
+
+    standard_image_size: ClassVar[int] = 224
+    standard_min_crop_scale: ClassVar[float] = 1.0
+    standard_crop_pct: ClassVar[float] = 1.0
+    sampler_class: ClassVar[type[ImbalancedSampler]] = NumberedSampler
+
+    image_size: int | None = None
+    min_crop_scale: float | None = None
+    crop_pct: float | None = None
+    skip_corrupt: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the options that need no file."""
+        super().__post_init__()
+        for name, holds, rule in (
+            (
+                "image_size",
+                self.image_size is None or 1 <= self.image_size <= LARGEST_SIDE,
+                f"give from 1 to {LARGEST_SIDE} pixels",
+            ),
+            (
+                "min_crop_scale",
+                self.min_crop_scale is None or 0 < self.min_crop_scale <= 1,
+                "give a part of the picture's area, above 0 and at most 1",
+            ),
+            (
+                "crop_pct",
+                self.crop_pct is None or 0.1 <= self.crop_pct <= 1,
+                "give a part of the resized side, from 0.1 to 1",
+            ),
+        ):
+            if not holds:
+                raise UserError(f"{type(self).__name__}: {name} is {getattr(self, name)!r}: {rule}")
+        if self._square.side > LARGEST_SIDE:
+            raise UserError(
+                f"{type(self).__name__}: image_size / crop_pct is {self._square.side}: give at most {LARGEST_SIDE} pixels"
+            )
+
+    @property
+    def num_channels(self) -> int:
+        """3."""
+        return 3
+
+    @classmethod
+    def options_for(cls, preprocessing: Preprocessing) -> dict[str, Any]:
+        """Also the size of the square and its part of the picture."""
+        _, height, width = preprocessing.input_size
+        square = {"image_size": width, "crop_pct": preprocessing.crop_pct} if height == width else {}
+        return {**super().options_for(preprocessing), **square}
+
+    def make_split(self, name: Split, source: ImageSource, indices: NDArray[np.int64]) -> ImageSplit:
+        """The chosen files, corrupt ones passed over if that was asked for and they are no test images."""
+        return FileSplit(cast(FileSource, source), indices, skip_corrupt=self.skip_corrupt and name != "test")
+
+    def read(self, *files: str | Path) -> Tensor:
+        """Files from anywhere as a model takes them: decoded, resized, cropped and normalised like the test images.
+
+        Returns:
+            float32 `[B, 3, image_size, image_size]`.
+
+        Raises:
+            UserError: A file is missing or is no image; names its path.
+        """
+        source = self.make_source(Paths.pack("", map(str, files)), torch.zeros(len(files)))
+        images, _ = self.eval_transform((source.images(torch.arange(len(files))), source.labels))
+        return images
+
+    def make_source(self, paths: Paths, labels: Tensor) -> FileSource:
+        """Files with labels `[N]`, cut as the options say."""
+        return FileSource(paths, labels, self._square)
+
+    @property
+    def _square(self) -> Square:
+        return Square(
+            self.standard_image_size if self.image_size is None else self.image_size,
+            self.standard_crop_pct if self.crop_pct is None else self.crop_pct,
+            self.standard_min_crop_scale if self.min_crop_scale is None else self.min_crop_scale,
+        )
+
+
+@dataclass(eq=False, kw_only=True)
+class ListedFileImages(FileImages):
+    """Image files that a list names.
+
+    Args:
+        check_files: Look whether all of them are there before training starts; false saves a second for half a million files on a local
+            disk, and more on a slow one.
+    """
+
+    check_files: bool = True
+
+    def make_listed_source(self, split: Split, paths: Paths, labels: Tensor) -> FileSource:
+        """Files with labels `[N]`, cut as the options say.
+
+        Raises:
+            UserError: Some are missing; says how many, and the first three.
+        """
+        missing = paths.missing() if self.check_files else []
+        if missing:
+            rest = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""
+            raise UserError(
+                f"{self}: {len(missing):,} of {len(paths):,} {split} images are missing: "
+                f"{', '.join(paths[i] for i in missing[:3])}{rest}: put them there, or correct --data.root"
+            )
+        return self.make_source(paths, labels)

@@ -1,0 +1,251 @@
+"""The model card: what a stranger needs to know of an exported model, in Markdown."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from etflight.classifier import Classifier
+from etflight.reporting.reading import read_table
+from etflight.reporting.results import Result, read_results
+from etflight.utils.errors import UserError
+from etflight.utils.preprocessing import Preprocessing
+from etflight.utils.terminal import plain
+from etflight.utils.yaml import read_yaml
+
+_MOST_CLASSES = 20  # in the table
+_ON_THE_HUB = {  # what the Hub calls the sets that it has
+    "CIFAR10": "uoft-cs/cifar10",
+    "CIFAR100": "uoft-cs/cifar100",
+    "FashionMNIST": "zalando-datasets/fashion_mnist",
+    "SVHN": "ufldl-stanford/svhn",
+}
+_METRICS = {"test/acc": "accuracy", "test/acc_macro": "balanced accuracy"}  # what the Hub lists and compares
+_OF_RESULTS = (
+    "On the test images, from 0 to 1. `acc_macro`, `acc_harmonic` and `acc_worst` are mean, harmonic mean and minimum of the accuracies of "
+    "classes; `many`, `medium` and `few` are classes of more than 100, 20 to 100 and fewer than 20 training images, `head`, `middle` and "
+    "`tail` thirds of the classes; `ece` is the expected calibration error of the softmax, `ece_calibrated` of the probabilities."
+)
+_OF_COLLAPSE = (
+    "At the end of training, on training and validation images. Fully collapsed, `nc1` (variability within classes over that between "
+    "them) and `etf_distance` (of the class means from a simplex equiangular tight frame) are 0, `alignment` (cosine of class means and "
+    "class vectors) is 1."
+)
+_USES = {
+    "timm": """\
+```python
+import timm
+from PIL import Image
+{registration}
+model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()  # or hf-hub:USER/NAME
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+image = Image.open("PATH_OF_AN_IMAGE").convert("{mode}")
+label = int(model(transform(image)[None]).argmax())
+print(model.pretrained_cfg.get("label_names", range(label + 1))[label])
+```
+
+{of_timm}
+""",
+    "onnx": """\
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")
+(logits,) = session.run(None, {{"images": images}})  # normalised, float32 [B, {shape}]
+```
+
+The softmax of these logits is {probabilities}. `session.get_modelmeta().custom_metadata_map` has class names, mean and std.
+""",
+    "torch-export": """\
+```python
+import torch
+
+model = torch.export.load("model.pt2").module()
+logits = model(images)  # normalised, float32 [B, {shape}]
+```
+
+The softmax of these logits is {probabilities}.
+""",
+}
+_CALIBRATED = "The softmax of its logits is {probabilities}."
+_UNCALIBRATED = "its probabilities, which are not calibrated, since no temperature was fitted"
+_DECISIONS_ONLY = (
+    "Its decisions are those of the trained model; the softmax of its logits is **not** its probabilities: the head divides each "
+    "embedding by its norm, which no linear layer can. The formats `onnx` and `torch-export` have them."
+)
+
+
+def model_card(
+    name: str,
+    classifier: Classifier,
+    preprocessing: Preprocessing,
+    formats: Mapping[str, bool],
+    run: Path | None,
+    licence: str | None = None,
+) -> tuple[str, list[str]]:
+    """Markdown with the metadata that the Hugging Face Hub reads.
+
+    Args:
+        name: of the model.
+        classifier: that was exported.
+        preprocessing: of its images.
+        formats: what was written, and of each whether its softmax are the calibrated probabilities.
+        run: the run folder whose last checkpoint it is, or None.
+        licence: of the weights, by its name on the Hub, or None.
+
+    Returns:
+        The card, and what is wrong with files that it had to leave out.
+    """
+    results, problems = read_results([] if run is None else [run])
+    result = results[0] if results else None
+    read = {} if run is None else {part.__name__: _or_nothing(part, run, problems) for part in (_recipe, _classes)}
+    head = type(classifier.head).__name__
+    sections = {
+        f"# {plain(name)}": f"A classifier of images into {classifier.head.num_classes} classes: a "
+        f"`{classifier.hparams['backbone']}` with etflight's `{head}`"
+        f"{', whose class vectors are fixed' if head == 'ETFHead' else ''}.",
+        "## Use": "\n".join(_use(kind, exact, classifier, preprocessing) for kind, exact in formats.items()),
+        "## Images": _images(preprocessing, classifier.class_names),
+        "## Data": "" if result is None else _data(result),
+        "## Recipe": read.get("_recipe"),
+        "## Results": "" if result is None else _numbers(result, "test/", _OF_RESULTS),
+        "## Neural collapse": "" if result is None else _numbers(result, "nc", _OF_COLLAPSE),
+        "## Classes": read.get("_classes"),
+    }
+    text = "\n".join(f"{title}\n\n{content.strip()}\n" for title, content in sections.items() if content)
+    return f"{_front_matter(name, list(formats), result, licence)}\n{text}", problems
+
+
+def _front_matter(name: str, formats: Sequence[str], result: Result | None, licence: str | None) -> str:
+    """What the Hub reads, in YAML."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    dataset = None if result is None else result.dataset
+    evaluations = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=_ON_THE_HUB.get(dataset, dataset),
+            dataset_name=dataset,
+            dataset_split="test",
+            metric_type="accuracy",
+            metric_name=name_of_metric,
+            metric_value=round(result.metrics[key], 6),
+        )
+        for key, name_of_metric in _METRICS.items()
+        if result is not None and dataset is not None and key in result.metrics
+    ]
+    data = ModelCardData(
+        license=licence,
+        library_name="timm" if "timm" in formats else None,
+        pipeline_tag="image-classification",
+        tags=["image-classification", "neural-collapse", *formats],
+        datasets=[_ON_THE_HUB[dataset]] if dataset in _ON_THE_HUB else None,
+        metrics=["accuracy"] if evaluations else None,
+        model_name=plain(name),
+        eval_results=evaluations or None,
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _or_nothing(read: Callable[[Path], str], run: Path, problems: list[str]) -> str:
+    try:
+        return read(run)
+    except UserError as error:
+        problems.append(str(error))
+        return ""
+
+
+def _use(kind: str, exact: bool, classifier: Classifier, preprocessing: Preprocessing) -> str:
+    module = type(classifier.backbone).__module__
+    probabilities = "the calibrated probabilities" if classifier.is_calibrated else _UNCALIBRATED
+    return _USES[kind].format(
+        registration="" if module.startswith("timm.") else f"import {module}  # registers the architecture in timm\n",
+        shape=", ".join(map(str, preprocessing.input_size)),
+        of_timm=_CALIBRATED.format(probabilities=probabilities) if exact else _DECISIONS_ONLY,
+        mode="L" if preprocessing.input_size[0] == 1 else "RGB",
+        probabilities=probabilities,
+    )
+
+
+def _images(preprocessing: Preprocessing, class_names: Sequence[str] | None) -> str:
+    channels, height, width = preprocessing.input_size
+    mean, std = ([round(number, 4) for number in numbers] for numbers in (preprocessing.mean, preprocessing.std))
+    larger = "" if preprocessing.crop_pct == 1 else f" over {preprocessing.crop_pct:g}"
+    lines = [
+        f"{channels} channel{'s' * (channels > 1)}, {height} × {width} pixels: resized (bilinear) to cover it{larger}, "
+        "cropped at the centre, "
+        f"divided by 255, normalised by mean {mean} and standard deviation {std}."
+    ]
+    if class_names is None:
+        lines.append("The names of the classes are not known.")
+    elif len(class_names) <= _MOST_CLASSES:
+        lines.append(f"Classes: {', '.join(map(_cell, class_names))}.")
+    return "\n\n".join(lines)
+
+
+def _data(result: Result) -> str:
+    return _table(
+        ("", ""),
+        (
+            ("data set", result.dataset),
+            ("imbalance ratio, largest over smallest class", None if result.ratio is None else f"{result.ratio:g}"),
+            ("subset of the training images", result.fingerprint),
+            ("validation", result.validation),
+            ("epochs", result.epochs),
+            ("commit of the code", result.commit),
+        ),
+    )
+
+
+def _recipe(run: Path) -> str:
+    content: Any = read_yaml(run / "config.yaml")
+    if not isinstance(content, dict):
+        raise UserError(f"{run / 'config.yaml'} is not whole")
+    trainer = content.get("trainer")
+    kept = {name: content.get(name) for name in ("seed_everything", "data", "model")}
+    if isinstance(trainer, dict):
+        kept["trainer"] = {name: trainer.get(name) for name in ("max_epochs", "precision", "accumulate_grad_batches")}
+    text = yaml.safe_dump(_known(kept), sort_keys=False, allow_unicode=True)
+    return f"```yaml\n{text.replace('```', '')}```"
+
+
+def _known(value: Any) -> Any:
+    """Nested dicts without what is None."""
+    return {k: _known(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+
+def _numbers(result: Result, prefix: str, meaning: str) -> str:
+    """A table, without the accuracies under other class frequencies."""
+    found = [
+        (name, f"{value:.4g}")
+        for name, value in result.metrics.items()
+        if name.startswith(prefix) and not name.startswith(("test/acc_forward", "test/acc_backward"))
+    ]
+    return f"{meaning}\n\n{_table(('measure', 'value'), found)}" if found else ""
+
+
+def _classes(run: Path) -> str:
+    path = run / "per_class.csv"
+    if not path.is_file():
+        return ""
+    rows = read_table(path)
+    try:
+        rows = sorted(rows, key=lambda row: float(row["acc"])) if len(rows) > _MOST_CLASSES else rows
+        cells = [[row[name] for name in ("name", "train_images", "acc")] for row in rows[:_MOST_CLASSES]]
+        table = _table(
+            ("class", "training images", "test accuracy"), [(name, n, f"{float(acc):.3f}") for name, n, acc in cells]
+        )
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} is not whole ({error})") from error
+    lowest = f"The {_MOST_CLASSES} of {len(rows)} classes with the lowest accuracy:\n\n"
+    return (lowest if len(rows) > _MOST_CLASSES else "") + table
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *(row for row in rows if None not in row)]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    return plain(value).replace("|", "\\|").replace("<", "&lt;")

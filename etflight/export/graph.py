@@ -1,0 +1,154 @@
+"""A trained classifier as a graph that needs none of its code: torch.export and ONNX."""
+
+import copy
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from textwrap import shorten
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from etflight.classifier import Classifier
+from etflight.heads import Rotation
+from etflight.utils.errors import UserError
+from etflight.utils.preprocessing import Preprocessing
+
+TOLERANCE = 1e-4  # of logits, relative to the largest
+Run = Callable[[Tensor], Tensor]
+
+
+class Graph(nn.Module):
+    """Normalised images `[B, C, H, W]` to logits `[B, K]` that decide, and whose softmax are the calibrated probabilities.
+
+    Args:
+        classifier: in evaluation mode, on the CPU.
+    """
+
+    temperature: Tensor
+    adjustment: Tensor
+
+    @torch.no_grad()
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.backbone, self.head = classifier.backbone, copy.deepcopy(classifier.head)
+        if isinstance(rotation := getattr(self.head, "rotation", None), Rotation):
+            self.head.rotation = _constant(rotation)  # ONNX has no operator that solves equations
+        self.register_buffer("temperature", classifier.temperature)
+        self.register_buffer("adjustment", classifier.calibrated(torch.zeros(1, self.head.num_classes)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `[B, K]`, float32."""
+        logits: Tensor = self.head(self.backbone(images))
+        return logits.float() / self.temperature + self.adjustment
+
+
+def _constant(rotation: Rotation) -> nn.Linear:
+    matrix = rotation.matrix()
+    layer = nn.Linear(len(matrix), len(matrix), bias=False)
+    layer.weight.copy_(matrix)
+    return layer
+
+
+def trace(classifier: Classifier, preprocessing: Preprocessing) -> ExportedProgram:
+    """The graph of a classifier, for any number of images.
+
+    Args:
+        classifier: in evaluation mode, on the CPU.
+        preprocessing: of its images.
+
+    Raises:
+        UserError: torch.export cannot follow its code.
+    """
+    graph = Graph(classifier).eval().requires_grad_(False)
+    with _speaking_for("torch.export", classifier):
+        images = torch.zeros(2, *preprocessing.input_size)
+        return torch.export.export(graph, (images,), dynamic_shapes={"images": {0: Dim("batch")}})
+
+
+def save_torch_export(program: ExportedProgram, classifier: Classifier, facts: Mapping[str, str], path: Path) -> None:
+    """Write a `.pt2` file, and check what it gives when read.
+
+    Args:
+        program: of `trace`.
+        classifier: that it was made from.
+        facts: about the model, kept in the file as `extra_files`.
+        path: the file.
+
+    Raises:
+        UserError: it cannot be written, or is not the model.
+    """
+    with _speaking_for("torch.export", classifier):
+        torch.export.save(program, path, extra_files=dict(facts))
+        read = torch.export.load(path).module()
+    _check(read, program, classifier, "torch.export")
+
+
+def save_onnx(program: ExportedProgram, classifier: Classifier, facts: Mapping[str, str], path: Path) -> None:
+    """Write an ONNX file, and check what it gives in onnxruntime; weights beyond what a file can hold go into one beside it.
+
+    Args:
+        program: of `trace`.
+        classifier: that it was made from.
+        facts: about the model, kept in the file as its metadata.
+        path: the file.
+
+    Raises:
+        UserError: packages are missing, it cannot be written, or is not the model.
+    """
+    try:
+        import onnxruntime
+        import onnxscript
+    except ImportError as error:
+        raise UserError(
+            f"--format onnx needs {error.name}: install the extra (pip install 'etflight[export]'), or leave it out"
+        ) from error
+    _ = onnxscript  # torch's exporter is made of it
+    with _speaking_for("ONNX", classifier):
+        written = torch.onnx.export(
+            program, (), input_names=["images"], output_names=["logits"], dynamic_shapes=({0: "batch"},), verbose=False
+        )
+        assert written is not None
+        written.model.metadata_props.update(facts)
+        written.save(path)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+    _check(run, program, classifier, "ONNX")
+
+
+def facts(classifier: Classifier, preprocessing: Preprocessing) -> dict[str, str]:
+    """What a graph alone does not tell, as JSON texts by name."""
+    known = {**preprocessing._asdict(), "class_names": classifier.class_names}
+    return {name: json.dumps(value) for name, value in known.items()}
+
+
+@contextmanager
+def _speaking_for(kind: str, classifier: Classifier) -> Iterator[None]:
+    """Inside, torch's exporters warn of nothing, and fail in one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:  # of torch.export, of the ONNX exporter, and of the network's own code
+        reason = shorten(str(error) or type(error).__name__, 300, placeholder=" …")
+        name = classifier.hparams["backbone"]
+        raise UserError(f"{name} cannot be written as {kind} ({reason}): give another --format") from error
+
+
+@torch.no_grad()
+def _check(run: Run, program: ExportedProgram, classifier: Classifier, kind: str) -> None:
+    """Compare with the classifier, on another number of images than it was traced with."""
+    shape = program.example_inputs[0][0].shape[1:]
+    images = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    expected = classifier.calibrated(classifier(images))
+    error = float((run(images) - expected).abs().max() / expected.abs().max())
+    if not error <= TOLERANCE:
+        raise UserError(
+            f"{classifier.hparams['backbone']} as {kind} gives other logits, by {error:.1e} of the largest: give another --format"
+        )

@@ -1,0 +1,129 @@
+"""A trained classifier as a plain timm model: projection, BatchNorm, rotation and class vectors in one linear layer."""
+
+import copy
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from etflight.classifier import Classifier
+from etflight.heads import Head
+from etflight.utils.errors import UserError
+from etflight.utils.preprocessing import Preprocessing
+
+_OTHERS = "export it with --format onnx torch-export, which take any head"
+# what timm's configuration of an architecture says of its layers; the rest is about weights and images of others
+_OF_LAYERS = ("architecture", "first_conv", "classifier", "fixed_input_size")
+
+
+class Linear(NamedTuple):
+    """A linear layer that decides as a classifier does.
+
+    Attributes:
+        weight: `[K, d]`, float32.
+        bias: `[K]`, float32.
+        calibrated: whether the softmax of what it gives are the calibrated probabilities, not only the decisions.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    calibrated: bool
+
+
+def save_timm(classifier: Classifier, preprocessing: Preprocessing, folder: Path) -> bool:
+    """Write `model.safetensors` and `config.json` as timm's own `save_for_hf` does, and check them.
+
+    Args:
+        classifier: in evaluation mode, on the CPU.
+        preprocessing: of its images.
+        folder: to write into.
+
+    Returns:
+        Whether the softmax of the written model are the calibrated probabilities.
+
+    Raises:
+        UserError: no plain timm model decides as this one does.
+    """
+    layer = linear_decisions(classifier)
+    network = _network(classifier, layer)
+    settings = {name: network.pretrained_cfg[name] for name in _OF_LAYERS if name in network.pretrained_cfg}
+    images = {**preprocessing._asdict(), "interpolation": "bilinear", "crop_mode": "center"}
+    network.pretrained_cfg = {**settings, **images, "num_classes": network.num_classes}
+    names = {} if classifier.class_names is None else {"label_names": classifier.class_names}
+    save_for_hf(network, str(folder), names, _arguments(classifier), safe_serialization=True)
+    # safetensors lets nobody else read what it writes
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
+    _check(classifier, layer, preprocessing, folder)
+    return layer.calibrated
+
+
+@torch.no_grad()
+def linear_decisions(classifier: Classifier) -> Linear:
+    """The linear layer on pooled features that decides as the classifier's head, logit adjustment and temperature do.
+
+    Raises:
+        UserError: there is none: the head is not linear, even before its embedding is scaled to norm 1.
+    """
+    head: Head = classifier.head
+    exact = copy.deepcopy(head).double().eval()
+    width = head.in_features
+    bias = exact.unnormalized_logits(torch.zeros(1, width, dtype=torch.float64))[0]
+    weight = exact.unnormalized_logits(torch.eye(width, dtype=torch.float64)).T - bias[:, None]
+
+    features = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
+    found = features.double() @ weight.T + bias
+    logits = head(features).double()
+    linear = torch.allclose(exact.unnormalized_logits(features.double()), found, rtol=1e-6, atol=1e-6)
+    lost = logits.amax(1) - logits.gather(1, found.argmax(1, keepdim=True))[:, 0]
+    if not linear or (lost > 1e-4 * logits.abs().amax()).any():
+        raise UserError(f"no linear layer decides as a {type(head).__name__} with these options does: {_OTHERS}")
+    calibrated = torch.allclose(logits, found, rtol=1e-4, atol=1e-4)
+    tau: float = classifier.hparams["logit_adjustment"]
+    if calibrated:  # what it adds to each class, and then divides all by
+        adjustment = classifier.calibrated(torch.zeros(1, head.num_classes))[0]
+        weight, bias = weight / classifier.temperature, bias / classifier.temperature + adjustment
+    elif tau:
+        raise UserError(
+            f"the logit adjustment of {tau} weighs against cosines, as no linear layer without their normalisation can: {_OTHERS}"
+        )
+    return Linear(weight.float(), bias.float(), calibrated)
+
+
+@torch.no_grad()
+def _network(classifier: Classifier, layer: Linear) -> Any:
+    """The timm model by the backbone's name, with a classifier."""
+    name = classifier.hparams["backbone"]
+    network: Any = timm.create_model(name, num_classes=len(layer.bias), **_arguments(classifier)).eval()
+    own: Any = network.get_classifier()
+    linear = isinstance(own, nn.Linear | nn.Conv2d) and own.bias is not None
+    if not linear or own.weight.numel() != layer.weight.numel():
+        raise UserError(f"timm's {name} has no linear classifier on its pooled features: {_OTHERS}")
+    prefix = next(key for key, module in network.named_modules() if module is own)
+    state = dict(classifier.backbone.state_dict())
+    state |= {f"{prefix}.weight": layer.weight.view_as(own.weight), f"{prefix}.bias": layer.bias}
+    network.load_state_dict(state)
+    return network
+
+
+def _arguments(classifier: Classifier) -> dict[str, Any]:
+    return {"in_chans": classifier.hparams["in_chans"], **(classifier.hparams["model_kwargs"] or {})}
+
+
+@torch.no_grad()
+def _check(classifier: Classifier, layer: Linear, preprocessing: Preprocessing, folder: Path) -> None:
+    """Read the files as anybody will, and compare."""
+    images = torch.randn(2, *preprocessing.input_size, generator=torch.Generator().manual_seed(0))
+    expected = classifier.features(images) @ layer.weight.T + layer.bias
+    reason = "other numbers"
+    try:
+        found = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(images)
+        same = torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    except (RuntimeError, ValueError, TypeError) as error:
+        same, reason = False, shorten(str(error), 200, placeholder=" …")
+    if not same:
+        name = classifier.hparams["backbone"]
+        raise UserError(f"timm does not give back the exported {name} as it was ({reason}): {_OTHERS}")

@@ -1,0 +1,416 @@
+"""Accuracies, confusion, calibration and mean losses: sums over samples, added over processes."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from etflight.utils.precision import at_least_float32
+
+
+class ExactMetric(Metric):
+    """A metric whose states keep their dtypes when the network that it belongs to is put into half precision."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        """Move to where `fn` does; torchmetrics itself guards against `module.half()`, but not against `module.to(torch.float16)`."""
+        device = fn(torch.empty(0, device=self.device)).device
+        return super()._apply(lambda state: state.to(device), exclude_state)
+
+
+class SummedMetric(ExactMetric):
+    """A metric that only adds: its states are sums, and processes are summed by all-reduce.
+
+    torchmetrics itself gathers every process's state and stacks them, which for a `[K, K]` state is a copy for each process.
+    """
+
+    full_state_update = False
+
+    def add_sum(self, name: str, *shape: int, dtype: torch.dtype = torch.long) -> None:
+        """Add a state of zeros."""
+        self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
+
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
+    ) -> None:
+        for name in self._defaults:
+            state: Tensor = getattr(self, name).contiguous()
+            dist.all_reduce(state, group=process_group or self.process_group)
+            setattr(self, name, state)
+
+
+class SampleMean(SummedMetric):
+    """The mean over samples of what batches report as their own mean, whatever their sizes and ranks.
+
+    Unlike a tensor given to `LightningModule.log`, it has a state that a checkpoint within an epoch can hold.
+
+    Example:
+        >>> metric = SampleMean()
+        >>> metric.update(torch.tensor(1.0), 3)
+        >>> metric.update(torch.tensor(5.0), 1)
+        >>> metric.compute().item()
+        2.0
+    """
+
+    total: Tensor
+    samples: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_sum("total", dtype=torch.double)
+        self.add_sum("samples")
+
+    def update(self, mean: Tensor, samples: int) -> None:
+        """Add the mean, a scalar, of a batch of that many samples."""
+        self.total += mean.detach().double() * samples
+        self.samples += samples
+
+    def compute(self) -> Tensor:
+        """Scalar float32, NaN when nothing was seen."""
+        return (self.total / self.samples).float()
+
+
+MOST_CLASSES = 1000  # 8 MB; more cells than that are more than a picture has pixels
+
+
+class Confusion(SummedMetric):
+    """Counts of (true, predicted) pairs.
+
+    Args:
+        num_classes: K, at most `MOST_CLASSES`.
+
+    Raises:
+        ValueError: more classes than that.
+
+    Example:
+        >>> metric = Confusion(2)
+        >>> metric.update(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]))
+        >>> metric.compute().tolist()
+        [[1, 1], [0, 1]]
+    """
+
+    counts: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        if num_classes > MOST_CLASSES:
+            raise ValueError(f"confusion counts of {num_classes} classes: at most {MOST_CLASSES} are kept")
+        self.add_sum("counts", num_classes, num_classes)
+
+    def update(self, predicted: Tensor, target: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            predicted: class indices `[B]`, int64, in [0, K).
+            target: the true ones, likewise.
+        """
+        cells = target * len(self.counts) + predicted
+        self.counts.view(-1).index_add_(0, cells, torch.ones_like(cells))
+
+    def compute(self) -> Tensor:
+        """Int64 `[K, K]`, true classes in rows."""
+        return self.counts.clone()
+
+
+MANY_ABOVE = 100
+FEW_BELOW = 20
+
+
+def by_frequency(class_counts: Tensor) -> Tensor:
+    """Class labels `[K]` from the most to the fewest training images `[K]`; of equals, the lower label first."""
+    return class_counts.argsort(descending=True, stable=True)
+
+
+def shot_groups(class_counts: Tensor) -> dict[str, Tensor]:
+    """Masks `[K]` of the classes with more than 100 training images, fewer than 20, and the rest.
+
+    Args:
+        class_counts: `[K]`, training images.
+
+    Returns:
+        `many`, `medium`, `few`; each class is in one of them.
+
+    Source:
+        Liu et al. 2019, "Large-Scale Long-Tailed Recognition in an Open World" (OLTR).
+    """
+    many, few = class_counts > MANY_ABOVE, class_counts < FEW_BELOW
+    return {"many": many, "medium": ~(many | few), "few": few}
+
+
+def third_groups(class_counts: Tensor) -> dict[str, Tensor]:
+    """Masks `[K]` of the K//3 classes with most training images, the K//3 with fewest, and those between.
+
+    Sets whose rarest class still has tens of images, as CIFAR-10 at ratio 100 (3, 4 and 3 classes), have no few-shot class: their
+    tail is a fixed share of the classes.
+
+    Args:
+        class_counts: `[K]`, training images; ties go by label, as in `by_frequency`.
+
+    Returns:
+        `head`, `middle`, `tail`; each class is in one of them.
+    """
+    place, third = _places(class_counts), len(class_counts) // 3
+    head, tail = place < third, place >= len(class_counts) - third
+    return {"head": head, "middle": ~(head | tail), "tail": tail}
+
+
+def _places(class_counts: Tensor) -> Tensor:
+    """Of each class in the order `by_frequency`, `[K]` from 0."""
+    return by_frequency(class_counts).argsort()
+
+
+def harmonic_mean(accuracy: Tensor) -> Tensor:
+    """Harmonic mean of the accuracies `[K]` that are numbers, a scalar: 0 as soon as one class is never right, NaN of none."""
+    seen = accuracy[~accuracy.isnan()]
+    return len(seen) / seen.reciprocal().sum()
+
+
+def shifted_accuracy(accuracy: Tensor, class_counts: Tensor, ratio: float) -> Tensor:
+    """Accuracy on test images that are long-tailed themselves: exact, from class accuracies, nothing is drawn.
+
+    Class frequencies fall exponentially by `ratio` from the class with most training images to the one with fewest, as the `exp`
+    profile of training sets does, untruncated: `p_k ∝ ratio^(-place_k / (K-1))`.
+
+    Args:
+        accuracy: `[K]`; classes whose accuracy is NaN are left out.
+        class_counts: `[K]`, training images, whose order is that of `by_frequency`.
+        ratio: largest over smallest frequency; above 1 the tail runs as in training (forward), below 1 against it (backward).
+
+    Returns:
+        Scalar; the mean over classes at ratio 1.
+
+    Source:
+        Hong et al. 2021, "Disentangling Label Distribution for Long-tailed Visual Recognition" (LADE): its released code draws test sets
+        of these frequencies, truncated, for the ratios 2, 5, 10, 25 and 50, and tells some methods' decisions of them, which this does not.
+    """
+    share = _places(class_counts).double() / max(len(class_counts) - 1, 1)
+    weight = torch.where(accuracy.isnan(), 0.0, ratio**-share)
+    return (weight * accuracy.nan_to_num()).sum() / weight.sum()
+
+
+class ClassScores(NamedTuple):
+    """What was counted of each class.
+
+    Attributes:
+        samples: `[K]` int64, test images.
+        accuracy: `[K]` float64, the share of them that is right, also called recall; NaN without any.
+        precision: `[K]` float64, the share of right ones among the images taken for the class; NaN if none was.
+    """
+
+    samples: Tensor
+    accuracy: Tensor
+    precision: Tensor
+
+
+class ShotAccuracy(SummedMetric):
+    """Top-1 accuracy: overall, and of classes: their mean (balanced accuracy), worst, harmonic mean, and means over groups.
+
+    A group's accuracy is the mean of its classes' accuracies; classes without a sample seen are left out of whatever is
+    taken over classes. The groups are `shot_groups` and `third_groups`.
+
+    Args:
+        num_classes: K.
+        shifts: ratios of long-tailed test frequencies, for `shifted_accuracy` forward and backward.
+
+    Example:
+        >>> metric = ShotAccuracy(3)
+        >>> metric.set_class_counts(torch.tensor([500, 50, 5]))
+        >>> metric.update(torch.tensor([0, 1, 1, 0]), torch.tensor([0, 0, 1, 2]))
+        >>> accuracies = {name: round(value.item(), 2) for name, value in metric.compute().items()}
+        >>> {name: accuracies[name] for name in ("acc", "acc_macro", "acc_many", "acc_medium", "acc_few", "acc_worst")}
+        {'acc': 0.5, 'acc_macro': 0.5, 'acc_many': 0.5, 'acc_medium': 1.0, 'acc_few': 0.0, 'acc_worst': 0.0}
+    """
+
+    correct: Tensor
+    total: Tensor
+    predicted: Tensor
+
+    def __init__(self, num_classes: int, shifts: Sequence[int] = ()) -> None:
+        super().__init__()
+        for name in ("correct", "total", "predicted"):
+            self.add_sum(name, num_classes)
+        self.shifts = shifts
+        self._class_counts: Tensor | None = None
+
+    def set_class_counts(self, class_counts: Tensor) -> None:
+        """Give the training counts `[K]` that make the groups; without them there are none."""
+        self._class_counts = class_counts
+
+    def update(self, predicted: Tensor, target: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            predicted: class indices `[B]`, int64, in [0, K).
+            target: the true ones, likewise.
+        """
+        self.total.index_add_(0, target, torch.ones_like(target))
+        self.predicted.index_add_(0, predicted, torch.ones_like(predicted))
+        self.correct.index_add_(0, target, (predicted == target).long())
+
+    def per_class(self) -> ClassScores:
+        """Of what all processes have seen; each must call it."""
+        with self.sync_context(should_sync=self._to_sync):
+            return self._scores()
+
+    def _scores(self) -> ClassScores:
+        right = self.correct.double()
+        return ClassScores(self.total.clone(), right / self.total, right / self.predicted)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Scalars in [0, 1].
+
+        Returns:
+            `acc`, `acc_macro`, `acc_worst`, `acc_harmonic` and, for groups that have classes, `acc_many`, `acc_medium`, `acc_few`,
+            `acc_head`, `acc_middle`, `acc_tail`; for each of the `shifts`, such as 50, `acc_forward_50` and `acc_backward_50`. All NaN when
+            nothing was seen.
+        """
+        accuracy = self._scores().accuracy
+        worst = accuracy.nan_to_num(torch.inf).min()
+        result = {
+            "acc": self.correct.sum() / self.total.sum(),
+            "acc_macro": accuracy.nanmean(),
+            "acc_worst": torch.where(worst.isinf(), torch.nan, worst),
+            "acc_harmonic": harmonic_mean(accuracy),
+        }
+        if self._class_counts is not None:
+            counts = self._class_counts.to(accuracy.device)
+            for group, members in (shot_groups(counts) | third_groups(counts)).items():
+                if members.any():
+                    result[f"acc_{group}"] = accuracy[members].nanmean()
+            for ratio in self.shifts:
+                result[f"acc_forward_{ratio}"] = shifted_accuracy(accuracy, counts, ratio)
+                result[f"acc_backward_{ratio}"] = shifted_accuracy(accuracy, counts, 1 / ratio)
+        return {name: value.float() for name, value in result.items()}
+
+
+_COARSEST, _FINEST, _STEPS = 100.0, 0.002, 109  # a ratio of 1.105 between neighbours
+_ROUNDING = 1e-6  # of a sum of float32 losses
+
+
+class ReliabilityBins(NamedTuple):
+    """Samples by the confidence of their decision, in M bins of equal width; bin m holds (m/M, (m+1)/M].
+
+    Attributes:
+        counts: `[M]` int64, samples.
+        confidence: `[M]` float64, their mean largest probability; NaN in an empty bin.
+        accuracy: `[M]` float64, the share of them that is right; NaN in an empty bin.
+    """
+
+    counts: Tensor
+    confidence: Tensor
+    accuracy: Tensor
+
+    @property
+    def ece(self) -> Tensor:
+        """Expected calibration error, `Σ_m n_m/N |accuracy_m - confidence_m|`: a float64 scalar, NaN when nothing was seen."""
+        gaps = (self.accuracy - self.confidence).abs()
+        return torch.where(self.counts > 0, self.counts * gaps, 0.0).sum() / self.counts.sum()
+
+
+class Reliability(SummedMetric):
+    """What a reliability diagram shows, and the expected calibration error that sums it up.
+
+    Args:
+        bins: M >= 1; the field's comparisons have 15.
+
+    Source:
+        Guo et al. 2017, "On Calibration of Modern Neural Networks".
+
+    Example:
+        >>> metric = Reliability(bins=2)
+        >>> metric.update(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))
+        >>> bins = metric.compute()
+        >>> bins.counts.tolist(), bins.accuracy.tolist(), round(bins.ece.item(), 4)
+        ([0, 2], [nan, 0.5], 0.3808)
+    """
+
+    counts: Tensor
+    correct: Tensor
+    confidence: Tensor
+
+    def __init__(self, bins: int = 15) -> None:
+        super().__init__()
+        self.add_sum("counts", bins)
+        self.add_sum("correct", bins)
+        self.add_sum("confidence", bins, dtype=torch.double)
+
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            logits: `[B, K]`, any float dtype.
+            target: class indices `[B]`, int64.
+        """
+        confidence, predicted = at_least_float32(logits).softmax(dim=1).max(dim=1)
+        inner = torch.arange(1, len(self.counts), dtype=confidence.dtype, device=confidence.device) / len(self.counts)
+        bins = torch.bucketize(confidence, inner)
+        self.counts.index_add_(0, bins, torch.ones_like(bins))
+        self.correct.index_add_(0, bins, (predicted == target).long())
+        self.confidence.index_add_(0, bins, confidence.double())
+
+    def compute(self) -> ReliabilityBins:
+        """Means over what all processes have seen."""
+        return ReliabilityBins(self.counts.clone(), self.confidence / self.counts, self.correct.double() / self.counts)
+
+
+class TemperatureFit(SummedMetric):
+    """The temperature T that minimises the negative log-likelihood of `softmax(logits / T)`.
+
+    The likelihood is summed on a logarithmic grid of temperatures, so ranks add and no logits are kept; the minimum is refined by
+    the parabola through its three lowest points. Where it lies at an end of the grid, as where every decision is right and T would fall
+    for ever, T is the largest whose likelihood is at least 1/e of the best: for N right decisions their mean confidence is then about
+    1 - 1/N. Where no temperature is better than another, T is 1.
+
+    Attributes:
+        doubt: why the T computed last cannot be trusted, in words; None if it can.
+
+    Source:
+        Guo et al. 2017, "On Calibration of Modern Neural Networks".
+    """
+
+    losses: Tensor
+    samples: Tensor
+    doubt: str | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_sum("losses", _STEPS, dtype=torch.double)
+        self.add_sum("samples")
+
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            logits: `[B, K]`, any float dtype.
+            target: class indices `[B]`, int64.
+        """
+        logits = at_least_float32(logits)
+        shifted = logits - logits.gather(1, target[:, None])
+        self.losses += torch.stack([(shifted / t).logsumexp(dim=1).sum() for t in self._grid().exp()])
+        self.samples += len(target)
+
+    def compute(self) -> Tensor:
+        """T in [0.002, 100], a float32 scalar; 1 when nothing was seen."""
+        losses, lowest, images, grid = self.losses, self.losses.min(), int(self.samples), self._grid()
+        self.doubt = None
+        if not losses.max() - lowest > _ROUNDING * lowest:  # or they are not numbers
+            self.doubt = f"to {images} held-out images all are alike" if images else None
+            return torch.ones_like(grid[0])
+        if lowest in (losses[0], losses[-1]):
+            all_right = lowest < math.log(2)  # a wrong decision costs more at any temperature
+            why = "are right and would have it fall for ever" if all_right else "ask for one beyond the range searched"
+            self.doubt = f"{images} held-out images {why}"
+            return grid[losses <= lowest + 1].max().exp()
+        best = losses.argmin()
+        left, middle, right = losses[best - 1], losses[best], losses[best + 1]
+        offset = (0.5 * (left - right) / (left - 2 * middle + right)).nan_to_num(0.0).clamp(-1, 1)
+        return (grid[best] + offset.float() * (grid[1] - grid[0])).exp()
+
+    def _grid(self) -> Tensor:
+        """Logarithms of the temperatures; no buffer, which averaging weights would move."""
+        ends = math.log(_FINEST), math.log(_COARSEST)
+        return torch.linspace(*ends, _STEPS, dtype=torch.float32, device=self.losses.device)

@@ -1,0 +1,74 @@
+"""What a run left on disk, read whole or not at all."""
+
+import csv
+import json
+import math
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from etflight.utils.errors import UserError
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: it cannot be read, or is not whole.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:  # among them what is no JSON or no text
+        raise UserError(f"{path} is not whole ({error})") from error
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, each with every column of the header.
+
+    Raises:
+        UserError: it cannot be read, has a row of another length than the header, or does not end with a line's end.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            text = file.read()
+        header, *rows = csv.reader(StringIO(text, newline=""), strict=True)
+    except (OSError, ValueError, csv.Error) as error:  # among them what is no text, or empty
+        raise UserError(f"{path} is not whole ({error})") from error
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(header):
+            raise UserError(f"{path} is not whole (row {number} has {len(row)} of {len(header)} columns)")
+    if not text.endswith("\n"):
+        raise UserError(f"{path} is not whole (its last row is cut off)")
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def series(path: Path, rows: list[dict[str, str]], name: str, over: str = "epoch") -> list[tuple[float, float]]:
+    """A metric over epochs or steps, where it was logged.
+
+    Args:
+        path: of the table, for errors.
+        rows: its rows.
+        name: of the metric.
+        over: "epoch" or "step".
+
+    Returns:
+        Pairs of it and the value, the value perhaps NaN; empty for a metric that was never logged.
+
+    Raises:
+        UserError: something else than numbers.
+    """
+    try:
+        return [(float(row[over]), float(row[name])) for row in rows if row.get(name) and row.get(over)]
+    except ValueError as error:
+        raise UserError(f"{path} is not whole ({name}: {error})") from error
+
+
+def finite(value: object) -> float | None:
+    """The value as a float, or None if it is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None

@@ -1,0 +1,200 @@
+"""What it takes to repeat a run: `config.yaml` and `run.json` of its folder."""
+
+import hashlib
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+
+from etflight.runs import wandb
+from etflight.runs.folder import RECORD, lock, read_record, same_folder, writing_to
+from etflight.utils.files import write_json
+
+PACKAGES = ("etflight", "torch", "lightning", "torchmetrics", "torchvision", "timm", "numpy")
+
+
+class RunRecord(SaveConfigCallback):
+    """Writes `config.yaml` and `run.json` into the run folder when training starts, or a test whose results have a folder of their own.
+
+    W&B runs are told the same.
+
+    Args:
+        parser: that parsed the configuration.
+        config: the parsed configuration.
+        folder: the run folder.
+        name: of the run.
+        arm: that its configuration files stand for, or None.
+        trained_in: the run folder of the checkpoint that is tested, or None; its seed and its images are those of the test, too.
+    """
+
+    def __init__(
+        self,
+        parser: LightningArgumentParser,
+        config: Any,
+        folder: Path,
+        name: str,
+        arm: str | None,
+        trained_in: Path | None = None,
+    ) -> None:
+        super().__init__(parser, config, overwrite=True)
+        self.folder, self.name, self.arm, self.trained_in = folder, name, arm, trained_in
+        self._lock: IO[str] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write both, on the first process only.
+
+        Raises:
+            UserError: the folder cannot be written to, or another process trains in it.
+        """
+        if not trainer.is_global_zero:
+            return
+        if stage not in ("fit", "test"):
+            return
+        resolved = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        told = {**resolved, "arm": self.arm or self.name}  # by which W&B can group runs
+        if stage == "fit":
+            self._write(
+                trainer,
+                resolved,
+                training_facts(seed=resolved["seed_everything"], data=getattr(trainer, "datamodule", None)),
+            )
+            wandb.introduce(trainer, self.folder, told)
+        else:
+            beside = same_folder(self.folder, self.trained_in)
+            if not beside:
+                trained = {} if self.trained_in is None else facts_of_training(self.trained_in)
+                self._write(trainer, resolved, {**trained, "checkpoint": resolved["ckpt_path"]})
+            wandb.introduce(trainer, self.folder, told, keeps_config=beside)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let W&B have the last checkpoint, if it was asked to; other callbacks have saved it by now."""
+        if trainer.is_global_zero:
+            wandb.log_checkpoint(trainer, self.folder)
+
+    def _write(self, trainer: Trainer, config: dict[str, Any], further: dict[str, Any]) -> None:
+        record = {**facts(name=self.name, arm=self.arm, config=config, trainer=trainer), **further}
+        if same_folder(self.folder, self.trained_in):
+            record |= resumed_facts(self.folder, record)
+        if (known := wandb.recorded_id(self.folder)) is not None:
+            record[wandb.ID] = known
+        with writing_to(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = self._lock or lock(self.folder)
+            write_json(self.folder / RECORD, record)
+            self.parser.save(self.config, self.folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+
+
+def facts(*, name: str, arm: str | None, config: Mapping[str, Any], trainer: Trainer) -> dict[str, Any]:
+    """What it takes to repeat a run, whatever it does: command, configuration, commit, versions, hardware.
+
+    Args:
+        name: of the run.
+        arm: that its configuration files stand for, or None.
+        config: all arguments as plain data.
+        trainer: about to run.
+    """
+    return {
+        "name": name,
+        "arm": arm,
+        "command": shlex.join(["etflight", *sys.argv[1:]]),
+        "config_sha256": config_sha256(config),
+        "commit": _commit(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "hardware": {
+            "cpu": _processor(),
+            "threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "device": trainer.strategy.root_device.type,
+            "processes": trainer.world_size,
+        },
+    }
+
+
+def training_facts(*, seed: Any, data: object) -> dict[str, Any]:
+    """What it takes to repeat a training beside `facts`: the seed, and which images were chosen."""
+    counts = [int(n) for n in getattr(data, "class_counts", [])]
+    return {
+        "seed": seed,
+        "data": {
+            "class": type(data).__name__,
+            "dataset": getattr(data, "dataset_name", type(data).__name__),
+            "fingerprint": getattr(data, "fingerprint", None),
+            "class_counts": counts,
+            "imbalance_ratio": _imbalance_ratio(data, counts),
+            "validation": "held out" if getattr(data, "val_is_held_out", False) else "the test set, watched only",
+        },
+    }
+
+
+def facts_of_training(folder: Path) -> dict[str, Any]:
+    """`training_facts` that a training has left in its run folder, as far as they can be read."""
+    record = read_record(folder)
+    return {name: record[name] for name in ("seed", "data") if name in record}
+
+
+def resumed_facts(folder: Path, now: Mapping[str, Any]) -> dict[str, Any]:
+    """What changes in a record when its run goes on: nothing of how it began, and one more entry in `resumed`.
+
+    Args:
+        folder: the run folder, with the record so far.
+        now: `facts` of the process that goes on.
+    """
+    record, start = read_record(folder), ("command", "commit", "started")
+    again = {name: now[name] for name in start}
+    return {**{name: record.get(name, now[name]) for name in start}, "resumed": [*record.get("resumed", []), again]}
+
+
+def config_sha256(config: Mapping[str, Any]) -> str:
+    """The hash of a configuration without what tells the runs of an arm apart: seed, name, place, loggers, first stage.
+
+    Args:
+        config: all arguments as plain data.
+
+    Returns:
+        64 hexadecimal digits, the same for every seed of an arm.
+    """
+    outer = {"seed_everything", "name", "ckpt_path", "weights_only"}
+    content = {key: value for key, value in config.items() if key not in outer}
+    trainer = {key: value for key, value in config["trainer"].items() if key not in ("default_root_dir", "logger")}
+    tuning = content.get("fine_tuning")
+    if tuning:
+        content["fine_tuning"] = {**tuning, "checkpoint": None}
+    text = json.dumps({**content, "trainer": trainer}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _imbalance_ratio(data: object, counts: Sequence[int]) -> float | None:
+    """The one asked for, which truncated counts only come near; else that of the images as they are."""
+    asked = float(getattr(data, "imbalance_ratio", 1.0))
+    if asked > 1 and getattr(data, "profile", None) != "none":
+        return asked
+    return float(f"{max(counts) / min(counts):.4g}") if counts and min(counts) > 0 else None
+
+
+def _commit() -> str | None:
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,205 @@
+"""A study as data: which arms, on which sets, at which imbalance ratios, over which seeds, and the command of each run."""
+
+import difflib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from etflight.runs.folder import last_checkpoint
+from etflight.utils.errors import UserError
+from etflight.utils.yaml import read_yaml
+
+ROOT = Path("runs")  # of the Trainer, as `etflight fit` sets it
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm at one ratio with one seed.
+
+    Attributes:
+        configs: configuration files, those of the set before those of the arm.
+        arm: its name.
+        seed: of everything but the choice of the images.
+        options: what else this run sets.
+        folder: of the run.
+        source: folder of the run whose last checkpoint this one starts from, or tests.
+        trains: False where another's checkpoint is tested as it is.
+    """
+
+    configs: tuple[Path, ...]
+    arm: str
+    seed: int
+    options: tuple[str, ...]
+    folder: Path
+    source: Path | None = None
+    trains: bool = True
+
+    def fit(self) -> list[str]:
+        """Arguments of `etflight` that train it, or go on where it was stopped."""
+        origin = [] if self.source is None else ["--fine_tuning.checkpoint", str(last_checkpoint(self.source))]
+        return ["fit", *self._common(), *origin, "--ckpt_path", "last"]
+
+    def test(self) -> list[str]:
+        """Arguments of `etflight` that test it."""
+        checkpoint = self.folder if self.trains or self.source is None else self.source
+        return ["test", *self._common(), "--ckpt_path", str(last_checkpoint(checkpoint))]
+
+    def is_done(self) -> bool:
+        """Whether it has been tested."""
+        return (self.folder / "test_metrics.json").is_file()
+
+    @property
+    def set_name(self) -> str:
+        """Folder of all runs of its set."""
+        return self.folder.relative_to(ROOT).parts[0]
+
+    def _common(self) -> list[str]:
+        return [
+            *(word for config in self.configs for word in ("-c", str(config))),
+            "--seed_everything",
+            str(self.seed),
+            *self.options,
+            "--name",
+            str(self.folder.relative_to(ROOT)),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Sets × arms × ratios × seeds.
+
+    Attributes:
+        sets: folders in `runs`, and for each the configuration files of the set and of what is laid over it.
+        seeds: of the runs.
+        arms: trained from nothing; for each name the files of the arm, and what is laid over it.
+        second_stage: arms that start from the last checkpoint of another: cRT, LWS.
+        post_hoc: arms that test the last checkpoint of another in their own way, without training.
+        ratios: imbalance ratios; empty: that of the configuration files.
+    """
+
+    sets: Mapping[str, Sequence[Path]]
+    seeds: Sequence[int]
+    arms: Mapping[str, Sequence[Path]]
+    second_stage: Mapping[str, str] = field(default_factory=dict)
+    post_hoc: Mapping[str, str] = field(default_factory=dict)
+    ratios: Sequence[float] = ()
+
+    def stages(self) -> Iterator[list[Cell]]:
+        """All runs, those of a stage after what they start from."""
+        built_on = {**self.second_stage, **self.post_hoc}
+        yield [cell for arm in self.arms if arm not in built_on for cell in self._cells(arm, None, True)]
+        yield [cell for arm, source in self.second_stage.items() for cell in self._cells(arm, source, True)]
+        yield [cell for arm, source in self.post_hoc.items() for cell in self._cells(arm, source, False)]
+
+    def _cells(self, arm: str, source: str | None, trains: bool) -> Iterator[Cell]:
+        ratios: list[float | None] = [*self.ratios] or [None]
+        for (name, files), seed, ratio in itertools.product(self.sets.items(), self.seeds, ratios):
+            shift = () if ratio is None else ("--data.imbalance_ratio", f"{ratio:g}")
+            place = f"seed{seed}" if ratio is None else f"ratio{ratio:g}-seed{seed}"
+            yield Cell(
+                (*files, *self.arms[arm]),
+                arm,
+                seed,
+                shift,
+                ROOT / name / arm / place,
+                None if source is None else ROOT / name / source / place,
+                trains,
+            )
+
+
+def read_study(path: Path) -> Study:
+    """Read and check a study's file.
+
+    Args:
+        path: YAML with `sets`, `seeds`, `arms`, and perhaps `second_stage`, `post_hoc`, `ratios` and `configs`, the folder of the
+            configuration files, relative to it; by default "..", since it lies in `configs/studies`. `sets` are names of files in
+            `data`, or folders of runs, each with names of files in `data`, `protocols` and `trainer`. `arms` are names of files in `arms`,
+            perhaps followed by names in `protocols`: "ce+no_mixup" is called ce_no_mixup.
+
+    Raises:
+        UserError: what is wrong with it: no plain data, names that are unknown or lacking, or without a configuration file.
+    """
+    content = read_yaml(path)
+    needed, optional = {"sets", "seeds", "arms"}, {"second_stage", "post_hoc", "ratios", "configs"}
+    if not isinstance(content, dict) or set(content) - needed - optional or needed - set(content):
+        raise UserError(
+            f"{path} is no study: it gives {', '.join(sorted(needed))}, and may give {', '.join(sorted(optional))}"
+        )
+    _check(path, content)
+    configs = (path.parent / content.get("configs", "..")).resolve()
+
+    def find(name: str, folders: Sequence[str]) -> Path:
+        file: Path
+        for folder in folders:
+            file = configs / folder / f"{name}.yaml"
+            if file.is_file():
+                return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+        there = [file.stem for folder in folders for file in sorted((configs / folder).glob("*.yaml"))]
+        near = difflib.get_close_matches(name, there, 1)
+        places = " nor ".join(str(configs / folder) for folder in folders)
+        raise UserError(f"{path}: {places} has no {name}.yaml{f', did you mean {near[0]}?' if near else ''}")
+
+    sets = content["sets"] if isinstance(content["sets"], dict) else {name: [name] for name in content["sets"]}
+    arms: dict[str, list[Path]] = {}
+
+    def named(arm: str) -> str:
+        first, *others = arm.split("+")
+        name = arm.replace("+", "_")
+        arms[name] = [find(first, ["arms"]), *(find(other, ["protocols"]) for other in others)]
+        return name
+
+    trained = {named(arm) for arm in content["arms"]}
+    later: dict[str, dict[str, str]] = {}
+    for stage in ("second_stage", "post_hoc"):
+        later[stage] = {named(arm): source.replace("+", "_") for arm, source in (content.get(stage) or {}).items()}
+        for arm, source in later[stage].items():
+            if source not in trained:
+                raise UserError(
+                    f"{path}: {arm} starts from {source}, which is not trained before it: put it among the arms"
+                )
+        trained |= set(later[stage])
+    return Study(
+        sets={name: [find(file, ["data", "protocols", "trainer"]) for file in files] for name, files in sets.items()},
+        seeds=content["seeds"],
+        arms=arms,
+        ratios=content.get("ratios", ()),
+        **later,
+    )
+
+
+def _check(path: Path, content: Mapping[str, Any]) -> None:
+    def all_are(name: str, kind: type | tuple[type, ...], container: type) -> bool:
+        values = content.get(name, container())
+        parts = [*values, *values.values()] if isinstance(values, dict) else values
+        return isinstance(values, container) and all(isinstance(v, kind) and not isinstance(v, bool) for v in parts)
+
+    for name, holds, rule in (
+        (
+            "sets",
+            _are_sets(content["sets"]),
+            "names of files in data, or names of letters, digits and _, each with a list of files",
+        ),
+        ("seeds", all_are("seeds", int, list) and content["seeds"], "integers"),
+        ("arms", all_are("arms", str, list) and content["arms"], "names of configuration files, without .yaml"),
+        ("ratios", all_are("ratios", (int, float), list), "numbers"),
+        ("configs", isinstance(content.get("configs", ""), str), "the folder of the configuration files"),
+        ("second_stage", all_are("second_stage", str, dict), "arm: the arm it starts from"),
+        ("post_hoc", all_are("post_hoc", str, dict), "arm: the arm whose checkpoint it tests"),
+    ):
+        if not holds:
+            raise UserError(f"{path}: {name} is {content.get(name)!r:.80}: give {rule}")
+
+
+def _are_sets(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(name, str) for name in value)
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(
+            str(name).isidentifier() and isinstance(files, list) and files and all(isinstance(f, str) for f in files)
+            for name, files in value.items()
+        )
+    )

@@ -1,0 +1,265 @@
+"""Writing checkpoints whole, and reading those that somebody else may have written: plain data or nothing."""
+
+import inspect
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from torch import Tensor
+
+from etflight.utils.errors import UserError
+from etflight.utils.files import replacing
+from etflight.utils.limits import refuse_aliases, texts
+from etflight.utils.preprocessing import Preprocessing
+
+_MAX_VALUES = 10_000_000
+_EXAMPLE = "a file such as RUN/checkpoints/last.ckpt"
+# what Lightning and this package take from a checkpoint without asking; not every one has all of it
+_KINDS: dict[str, type] = {
+    "state_dict": dict,
+    "hyper_parameters": dict,
+    "callbacks": dict,
+    "loops": dict,
+    "etflight": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "epoch": int,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+}
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Load a file of weights as named tensors; no code in it can run.
+
+    Args:
+        path: `.safetensors`, or what `torch.save` wrote: a state dict, or a checkpoint that holds one under the names timm and
+            torchvision give it (`state_dict`, `model`, …).
+
+    Raises:
+        UserError: missing or damaged; not a file of this machine; holding anything but tensors and plain data; no state dict.
+    """
+    from timm.models import load_state_dict  # timm takes a second, which `--help` need not wait for
+
+    file = _local_file(path, "weights", "FILE.safetensors, or one of torch.save")
+    try:
+        _check_size(file)
+        with _silently():
+            state: dict[str, Tensor] = load_state_dict(str(file), weights_only=True)
+    except Exception as error:  # a hostile file can end in any of them
+        raise UserError(
+            f"weights {path} were refused and nothing in it was run: it holds more than tensors and plain data, or is damaged: "
+            "fetch the file again, or save model.state_dict() alone"
+        ) from error
+    if not isinstance(state, dict) or not state or not all(map(_is_dense, state.values())):
+        raise UserError(f"weights {path} are no state dict: save one with torch.save(model.state_dict(), FILE)")
+    return state
+
+
+def _is_dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided
+
+
+def misfit(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
+    """What keeps a state dict from being loaded, if anything does: names that are missing, that have no place, other shapes.
+
+    Args:
+        given: what is to be loaded.
+        own: that of the module.
+
+    Returns:
+        A part of a sentence about the given one; None if it fits.
+    """
+    missing = [key for key in own if key not in given]
+    surplus = sorted(given.keys() - own.keys())
+    shapes = [
+        f"{key} is {list(given[key].shape)}, not {list(value.shape)}"
+        for key, value in own.items()
+        if key in given and given[key].shape != value.shape
+    ]
+    problems = []
+    for text, names in (
+        ("it has no {}", missing),
+        ("it has a {}, with no place here", surplus),
+        ("its {}", shapes),
+    ):
+        if names:
+            problems.append(text.format(names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")))
+    return "; ".join(problems) or None
+
+
+def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Load a Lightning checkpoint as tensors and plain data; no code in it can run.
+
+    Args:
+        path: a file on this machine.
+        map_location: where its tensors go, as in `torch.load`.
+
+    Raises:
+        UserError: missing, truncated or no checkpoint; not a file of this machine; holding anything but tensors and plain data;
+            made by another program; or naming files that a callback would delete.
+    """
+    file = _local_file(path, "checkpoint", _EXAMPLE)
+    try:
+        _check_size(file)
+        with _silently():
+            checkpoint = torch.load(file, map_location=map_location, weights_only=True)
+    except UserError:
+        raise
+    except UnpicklingError as error:
+        raise UserError(
+            f"checkpoint {path} was refused and nothing in it was run: it is damaged or holds more than tensors and plain data "
+            "(only load checkpoints that etflight wrote)"
+        ) from error
+    except Exception as error:  # a damaged file can end in any of them
+        raise UserError(
+            f"checkpoint {path} is truncated or damaged, or no checkpoint: copy it again, or give {_EXAMPLE}"
+        ) from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= checkpoint.keys():
+        raise UserError(
+            f"checkpoint {path} is not one of etflight's: it has no state_dict with hyper_parameters: give {_EXAMPLE} "
+            "(weights alone go into a new model's backbone by --fine_tuning.weights)"
+        )
+    _check_contents(path, checkpoint)
+    return checkpoint
+
+
+def refuse_others(path: str | Path, checkpoint: Mapping[str, Any], cls: type) -> None:
+    """Refuse the checkpoint of another program's model, by hyper-parameters that this one does not have.
+
+    Args:
+        path: of the file, for the error.
+        checkpoint: what `read_checkpoint` returns.
+        cls: the model's class.
+
+    Raises:
+        UserError: there are such.
+    """
+    taken = inspect.signature(cls).parameters
+    others = checkpoint["hyper_parameters"].keys() - {*taken, "_instantiator"}
+    if others and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
+        raise UserError(
+            f"checkpoint {path} is not one of a {cls.__name__}: it has the hyper-parameter {min(others)!r}: give {_EXAMPLE}"
+        )
+
+
+@contextmanager
+def _silently() -> Iterator[None]:
+    """Inside, torch has no warnings for how a file is written, which its refusal would stand below."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _local_file(path: str | Path, what: str, example: str) -> Path:
+    if re.match(r"[A-Za-z][\w+.-]+:|.*::", str(path)):  # two characters or more: C: is a drive
+        raise UserError(
+            f"{what} {path} is not a file on this machine: download it first, and give the path of the file"
+        )
+    if not Path(path).is_file():
+        reason = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise UserError(f"{what} {path} {reason}: give the path of {example}")
+    return Path(path)
+
+
+def _check_size(file: Path) -> None:
+    """Refuse a file that would unpack to more than it holds; torch.save compresses nothing."""
+    if not zipfile.is_zipfile(file):
+        with file.open("rb") as stream:
+            if stream.read(2) == b"PK":
+                raise EOFError("a zip file cut short")
+        return
+    with zipfile.ZipFile(file) as archive:
+        if sum(member.file_size for member in archive.infolist()) > file.stat().st_size:
+            raise UserError(
+                f"checkpoint {file} was refused: it unpacks to more than its size, as no checkpoint of etflight's does"
+            )
+
+
+def _check_contents(path: str | Path, checkpoint: dict[str, Any]) -> None:
+    try:
+        refuse_aliases(checkpoint, _MAX_VALUES)
+    except UserError as error:
+        raise damaged(path, str(error)) from None
+    for key, kind in _KINDS.items():
+        if key in checkpoint and not isinstance(checkpoint[key], kind):
+            raise damaged(path, f"its {key} is of type {type(checkpoint[key]).__name__}, not {kind.__name__}")
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in checkpoint["state_dict"].items()):
+        raise damaged(path, "its state_dict holds more than named tensors")
+    if not all(isinstance(name, str) for name in checkpoint["hyper_parameters"]):
+        raise damaged(path, "its hyper_parameters have names that are no text")
+    for name in ("num_classes", "backbone"):
+        if name not in checkpoint["hyper_parameters"]:
+            raise damaged(path, f"its hyper_parameters have no {name}")
+    names, num_classes = checkpoint.get("class_names"), checkpoint["hyper_parameters"]["num_classes"]
+    if names is not None:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise damaged(path, "its class_names are no list of names")
+        if len(names) != num_classes:
+            raise damaged(path, f"it has {len(names)} class_names for {num_classes} classes")
+    try:
+        known = Preprocessing.in_checkpoint(checkpoint)
+    except ValueError as error:
+        raise damaged(path, f"of its preprocessing, {error}") from None
+    channels = checkpoint["hyper_parameters"].get("in_chans")
+    if known is not None and channels not in (None, known.input_size[0]):
+        raise damaged(path, f"its preprocessing has {known.input_size[0]} channels, its model {channels}")
+    for text in texts(checkpoint.get("callbacks")):
+        # Lightning's ModelCheckpoint deletes the files, and folders, that its saved state calls its earlier checkpoints
+        if ".." in PurePath(text.replace("\\", "/")).parts or "::" in text or "://" in text:
+            raise UserError(
+                f"checkpoint {path} was refused: the saved state of its callbacks names {text!r}, outside of the run's own folder"
+            )
+
+
+def damaged(path: str | Path | None, reason: str) -> UserError:
+    """The error for a checkpoint whose content cannot be used.
+
+    Args:
+        path: of the checkpoint.
+        reason: what is wrong with it.
+    """
+    return UserError(f"checkpoint {path} is not one of etflight's, or is damaged: {reason}")
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint whole or not at all, and reads nothing but tensors and plain data.
+
+    The file grows under a hidden name in the folder it is meant for, is flushed to the disk and takes its name last, so whatever stops
+    the process, the machine or the disk leaves the previous checkpoint as it was. (Lightning's own collects the file in memory and
+    moves it from the temporary folder, which is not atomic across file systems.)
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write to a file on this machine.
+
+        Raises:
+            UserError: the disk is full, or the folder cannot be written to.
+        """
+        try:
+            with replacing(path) as partial, partial.open("wb") as stream:
+                torch.save(checkpoint, stream)
+        except (OSError, RuntimeError) as error:  # torch wraps what the disk says
+            reason = error if isinstance(error, OSError) else error.__context__ or error
+            raise UserError(
+                f"checkpoint {path} could not be written ({reason}): free some space or choose another folder, then resume; "
+                "the checkpoint before it is intact"
+            ) from error
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: Any = None) -> dict[str, Any]:
+        """Read as `read_checkpoint` does, whatever `weights_only` says.
+
+        Raises:
+            UserError: see `read_checkpoint`; or no trainer has saved it.
+        """
+        checkpoint = read_checkpoint(path, map_location="cpu" if map_location is None else map_location)
+        if "pytorch-lightning_version" not in checkpoint:
+            raise damaged(path, "it has no pytorch-lightning_version")
+        return checkpoint

@@ -1,0 +1,157 @@
+"""Classes as plain data: `{"class_path": …, "init_args": {…}}`, what YAML and checkpoints hold instead of objects."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from types import NoneType
+from typing import Any, get_args
+
+from etflight.utils.errors import UserError
+
+Spec = dict[str, Any]
+_LARGEST = 1e30  # what an optimizer makes of it still fits float32
+
+
+def describe(factory: object, argument: str) -> Spec:
+    """Plain data for a class or a `functools.partial` of one with keyword arguments.
+
+    Args:
+        factory: a class, a partial of a class, or data that already has this form.
+        argument: name of the argument it was given for, for the error.
+
+    Returns:
+        `{"class_path": "package.module.Class", "init_args": {…}}`.
+
+    Raises:
+        UserError: a lambda, a function, a local class, or positional arguments, which no file could name.
+    """
+    if isinstance(factory, Mapping) and isinstance(factory.get("class_path"), str):
+        arguments = factory.get("init_args") or {}
+        if isinstance(arguments, Mapping):
+            return {"class_path": factory["class_path"], "init_args": dict(arguments)}
+    cls, args, init_args = (
+        (factory.func, factory.args, factory.keywords) if isinstance(factory, partial) else (factory, (), {})
+    )
+    if not inspect.isclass(cls) or "<locals>" in cls.__qualname__ or args:
+        raise UserError(
+            f"{argument}={factory!r} cannot be written into a checkpoint: "
+            "give a module-level class, or functools.partial of one with keyword arguments"
+        )
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": dict(init_args)}
+
+
+@contextmanager
+def objections(spec: Spec, argument: str) -> Iterator[None]:
+    """Inside, whatever a class raises over its arguments becomes one line that names them.
+
+    Raises:
+        UserError: instead of any other exception.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        name = spec["class_path"].rpartition(".")[2]
+        given = ", ".join(f"{key}={value!r}" for key, value in spec["init_args"].items())
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{argument}: {name}({given}) cannot work: {reason}") from error
+
+
+class Maker(partial[Any]):
+    """A class with its arguments bound; what its constructor has against them becomes a `UserError`."""
+
+    argument: str
+
+    def __call__(self, /, *args: Any, **keywords: Any) -> Any:
+        """An object of the class."""
+        with self.objections():
+            return super().__call__(*args, **keywords)
+
+    def objections(self) -> AbstractContextManager[None]:
+        """`objections` of the class to those arguments that are not its defaults."""
+        defaults = {name: parameter.default for name, parameter in inspect.signature(self.func).parameters.items()}
+        given = {name: value for name, value in self.keywords.items() if value != defaults.get(name)}
+        return objections({"class_path": self.func.__qualname__, "init_args": given}, self.argument)
+
+
+def resolve(spec: Spec, base: type, argument: str) -> Maker:
+    """The class of a spec with its arguments bound, looked up only among subclasses of `base` that are already imported.
+
+    Nothing is imported and nothing but the constructor can be called, so a spec from a file that somebody else wrote is safe.
+
+    Raises:
+        UserError: no such class, arguments it does not take, or a number that is NaN or beyond 1e30.
+    """
+    path, init_args = spec["class_path"], spec["init_args"]
+    cls = find(spec, base)
+    if cls is None:
+        raise UserError(
+            f"{argument}: no {base.__name__} called {path!r} has been imported: import its module before, "
+            f"or name it on the command line (--model.{argument} {path})"
+        )
+    _check_arguments(cls, init_args, argument)
+    maker = Maker(cls, **init_args)
+    maker.argument = argument
+    return maker
+
+
+def find(spec: Spec, base: type) -> type | None:
+    """The class of a spec, or None if no such subclass of `base` has been imported."""
+    return next((cls for cls in _subclasses(base) if _is_named(cls, spec["class_path"])), None)
+
+
+def is_known(spec: Spec, base: type) -> bool:
+    """Whether `resolve` would find the class."""
+    return find(spec, base) is not None
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value is made of None, booleans, numbers, strings, lists and string-keyed dicts without class paths."""
+    if isinstance(value, Mapping):
+        return "class_path" not in value and all(isinstance(k, str) and is_plain(v) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return all(is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    yield base
+    subclasses: list[type] = base.__subclasses__()
+    for cls in subclasses:
+        yield from _subclasses(cls)
+
+
+def _is_named(cls: type, path: str) -> bool:
+    module, _, name = path.rpartition(".")
+    # a package may re-export the class: torch.optim.SGD lives in torch.optim.sgd
+    return name == cls.__qualname__ and f"{cls.__module__}.".startswith(f"{module}.") and module != ""
+
+
+def _check_arguments(cls: type, init_args: dict[str, Any], argument: str) -> None:
+    if not is_plain(init_args):
+        raise UserError(f"{argument}: the arguments of {cls.__name__} are not plain data: {init_args!r}")
+    parameters = inspect.signature(cls).parameters
+    unknown = [name for name in init_args if name not in parameters]
+    if unknown and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        raise UserError(
+            f"{argument}: {cls.__name__} takes no argument {unknown[0]!r}; it takes {', '.join(parameters)}"
+        )
+    for name, value in init_args.items():
+        if value is None and _needs_value(parameters.get(name)):
+            raise UserError(f"{argument}: {name} of {cls.__name__} is null: give a value, or leave it out")
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(number, float) and not abs(number) <= _LARGEST for number in numbers):
+            raise UserError(f"{argument}: {name} of {cls.__name__} is {value}: give a number within ±{_LARGEST:g}")
+
+
+def _needs_value(parameter: inspect.Parameter | None) -> bool:
+    """Whether a parameter has a default and a type, and neither is None."""
+    if parameter is None or parameter.default is None or parameter.default is parameter.empty:
+        return False
+    annotation = parameter.annotation
+    undecided = (parameter.empty, Any, NoneType)
+    return not isinstance(annotation, str) and not any(
+        kind in undecided for kind in (annotation, *get_args(annotation))
+    )

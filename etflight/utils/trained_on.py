@@ -1,0 +1,93 @@
+"""What a model, a checkpoint or a record knows of the data of a training, compared with the data that it is used with."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etflight.utils.errors import UserError
+from etflight.utils.preprocessing import Preprocessing
+
+THE_DATA = "give the data it was trained on"
+
+
+def refuse_other_shape(model: str, num_classes: int, channels: int, data: Any, mend: str = THE_DATA) -> None:
+    """Refuse data of which a model can make nothing.
+
+    Args:
+        model: for the error.
+        num_classes: that it decides between.
+        channels: of its images.
+        data: a data module; one that does not tell its `num_classes` or `num_channels` is not refused for them.
+        mend: for the error.
+
+    Raises:
+        UserError: other numbers.
+    """
+    images = "takes images of {} channel" + "s" * (channels != 1)
+    for takes, own, other in (
+        ("decides between {} classes", num_classes, getattr(data, "num_classes", None)),
+        (images, channels, getattr(data, "num_channels", None)),
+    ):
+        if isinstance(other, int) and other != own:
+            raise UserError(f"{model} {takes.format(own)}, but {data} has {other}: {mend}")
+
+
+def other_names(known: Sequence[str] | None, data: Any) -> str | None:
+    """Where class names of a training are others than those of the data, unless either are mere numbers; None if nowhere."""
+    own = getattr(data, "class_names", None)
+    if known is None or own is None or [str(k) for k in range(len(known))] in (list(known), list(own)):
+        return None
+    pairs = enumerate(zip(known, own, strict=False))
+    return next((f"class {k} is {a!r} in the checkpoint, but {b!r} in the data" for k, (a, b) in pairs if a != b), None)
+
+
+def other_preprocessing(known: Preprocessing | None, data: Any) -> str | None:
+    """In what the data's images are sized and normalised otherwise than those of a training, as far as both are known."""
+    own = None if known is None else getattr(data, "preprocessing", None)
+    differ = None if known is None or own is None else own.unlike(known)
+    return differ and f"{data}: images are prepared otherwise than in training: {differ}"
+
+
+def other_images(counts: Sequence[int], fingerprint: str | None, data: Any) -> str | None:
+    """In what the data's training images are others than those of a training, as far as both are known.
+
+    Args:
+        counts: `[K]`, images of each class that were trained on; all 0 if unknown.
+        fingerprint: of those images; None if unknown.
+        data: a data module.
+    """
+    own = [int(n) for n in getattr(data, "class_counts", counts)]
+    if any(counts) and len(own) == len(counts) and own != list(counts):
+        k = next(k for k, n in enumerate(own) if n != counts[k])
+        return f"{data} has {own[k]} training images of class {data.class_names[k]}, but the checkpoint was trained on {counts[k]}"
+    other = getattr(data, "fingerprint", None)
+    if fingerprint is None or other is None or same_images(fingerprint, other):
+        return None
+    return f"{data} has other training images ({other}) than the checkpoint was trained on ({fingerprint})"
+
+
+def fingerprint_in(known: object) -> str | None:
+    """Of the images that a model was trained on, as a checkpoint or the record of a run's data has it; None if it does not know."""
+    facts = known if isinstance(known, Mapping) else {}
+    of_run = facts.get("etflight")  # the only place before checkpoints of all kinds had it
+    found = facts.get("fingerprint") or (of_run.get("images") if isinstance(of_run, Mapping) else None)
+    return found if isinstance(found, str) and re.fullmatch(r"[\w.-]{1,80}", found) else None
+
+
+def content_of(fingerprint: str | None) -> str | None:
+    """The part of a data module's fingerprint that tells one set from another; None of one from before fingerprints had it."""
+    content, dash, _ = (fingerprint or "").rpartition("-")
+    return content if dash else None
+
+
+def choice_of(fingerprint: str | None) -> str | None:
+    """The part that tells one choice of a set's training images from another."""
+    return fingerprint and fingerprint.rpartition("-")[2]
+
+
+def same_images(one: object, other: object) -> bool:
+    """Whether two fingerprints are of the same training images; where one does not know its set, whether they are the same choice."""
+    if not isinstance(one, str) or not isinstance(other, str):
+        return one == other
+    unknown = None in (content_of(one), content_of(other))
+    return choice_of(one) == choice_of(other) if unknown else one == other

@@ -1,0 +1,103 @@
+"""Configuration files: plain data of a bounded size."""
+
+import math
+import os
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import get_loader, set_loader
+
+from etflight.utils.errors import UserError
+from etflight.utils.limits import refuse_aliases
+
+_MAX_VALUES = 100_000
+# torch has a class of this name, too, without the `monitor` that says what it follows
+_FULL_PATHS = {"ReduceLROnPlateau": "lightning.pytorch.cli.ReduceLROnPlateau"}
+_load = get_loader("yaml")
+
+
+def guard_parser() -> None:
+    """Let every configuration that jsonargparse reads, files within files too, go through `load_yaml`."""
+    set_loader("yaml", load_yaml, (yaml.YAMLError,))
+
+
+def read_yaml(path: Path) -> Any:
+    """The plain data of a configuration file.
+
+    Raises:
+        UserError: no file, no text, no YAML, names of Python objects, or aliases that multiply.
+    """
+    require_file(path)
+    try:
+        return load_yaml(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, UserError) as error:
+        raise UserError(f"{path} cannot be read as a configuration file: {' '.join(str(error).split())}") from error
+
+
+def require_file(path: Path) -> None:
+    """Refuse a configuration file that is not there.
+
+    Raises:
+        UserError: no file; names near matches, and where the shipped ones are.
+    """
+    if not path.exists() or path.is_dir():
+        what = f"{path} is a folder" if path.is_dir() else f"there is no configuration file {path}"
+        raise UserError(f"{what}{_near(path)}")
+
+
+def _near(path: Path) -> str:
+    """What may have been meant, beside it or among the files that a checkout of etflight has, and where those are."""
+    shipped = Path(__file__).parents[2] / "configs"
+    own = [file for file in shipped.rglob("*.yaml") if "sweeps" not in file.parts]
+    beside = [file for folder in (path, path.parent) if folder.is_dir() for file in folder.glob("*.y*ml")]
+    names = {"/".join(file.absolute().parts[-3:]): file for file in [*own, *beside]}
+    close = get_close_matches("/".join(path.absolute().parts[-3:]), names, n=2, cutoff=0.8)
+    close = close or [name for name in names if Path(name).stem == path.stem][:2]
+    there = [os.path.relpath(names[name]) for name in close]
+    there = [str(names[name]) if text.startswith("..") else text for name, text in zip(close, there, strict=True)]
+    hint = f": near matches: {', '.join(there)}" if there else ""
+    return f"{hint}; etflight's own are in {shipped if own else 'the folder configs of its repository'}"
+
+
+def to_yaml(value: Any) -> str:
+    """Plain data in one line that `load_yaml` reads back, every text in quotes; YAML does not know how JSON writes an emoji."""
+    return yaml.safe_dump(value, default_flow_style=True, default_style='"', width=math.inf)
+
+
+def load_yaml(text: str) -> Any:
+    """Plain data from YAML, as jsonargparse reads it.
+
+    Raises:
+        yaml.YAMLError: no YAML, or names of Python objects.
+        UserError: more than 100,000 values with the aliases written out, or nested beyond reason.
+    """
+    # before anything is constructed: a merge (<<) of aliases copies what they stand for
+    try:
+        document = yaml.compose(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except RecursionError:
+        raise UserError("it is nested too deeply") from None
+    refuse_aliases(document, _MAX_VALUES, _parts_of)
+    return _unambiguous(_load(text))
+
+
+def _unambiguous(value: Any) -> Any:
+    """The same data with a full path in the place of each name that two classes have."""
+    if isinstance(value, dict):
+        return {key: _unambiguous(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_unambiguous(part) for part in value]
+    return full_path(value) if isinstance(value, str) else value
+
+
+def full_path(word: str) -> str:
+    """A word of a command line or a file, `name` or `--option=name`, with a full path in the place of a name that two classes have."""
+    option, is_given, name = word.rpartition("=")
+    return f"{option}{is_given}{_FULL_PATHS.get(name, name)}"
+
+
+def _parts_of(node: object) -> Iterable[object]:
+    value = node if isinstance(node, tuple) else getattr(node, "value", ())
+    return value if isinstance(value, list | tuple) else ()

@@ -1,0 +1,143 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader, TensorDataset
+
+from etflight import Classifier, CrossEntropyLoss, LinearHead
+from etflight.callbacks.results import TestResults
+from etflight.data import ArrayImages, Digits
+
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+COUNTS = [128, 91, 65, 47, 33, 24, 17, 12, 8, 6]
+FIGURES = ["confusion", "per_class", "reliability"]
+
+
+def untrained(num_classes=10, **options):
+    """A model that decides for all kinds of classes."""
+    seed_everything(0, verbose=False)
+    model = Classifier(
+        num_classes, "resnet20_cifar", head=LinearHead, loss=CrossEntropyLoss, in_chans=1,
+        model_kwargs={"width": 1}, **options,
+    )  # fmt: skip
+    with torch.no_grad():
+        logits = model.eval()(torch.rand(100, 1, 8, 8).round() * 2 - 1)
+        model.head.weight /= logits.std(0)[:, None]
+        model.head.bias.copy_((model.head.bias - logits.mean(0)) / logits.std(0))
+    model.temperature.fill_(0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tested(tmp_path_factory):
+    """A folder after a test, the model, and the labels and decisions found without a trainer."""
+    folder = tmp_path_factory.mktemp("tested")
+    model, data = untrained(class_counts=COUNTS), Digits()
+    logger = TensorBoardLogger(folder, name="tensorboard", version="")
+    Trainer(logger=logger, callbacks=[TestResults(folder, verbose=False)], **QUIET).test(model, data, verbose=False)
+    batches = list(map(data.eval_transform, data.eval_dataloader("test")))
+    labels = torch.cat([labels for _, labels in batches])
+    with torch.no_grad():
+        logits = torch.cat([model.eval()(images) for images, _ in batches])
+    assert len(logits.argmax(1).unique()) > 3
+    return folder, model, labels.numpy(), logits.argmax(1).numpy()
+
+
+def test_per_class_csv_has_scikit_learns_scores_and_the_groups(tested):
+    folder, _, labels, decisions = tested
+    rows = list(csv.DictReader((folder / "per_class.csv").open()))
+    precision, recall, _, support = precision_recall_fscore_support(labels, decisions, zero_division=np.nan)
+    for name, expected in {"acc": recall, "precision": precision, "test_images": support}.items():
+        np.testing.assert_allclose([float(row[name]) for row in rows], expected, err_msg=name)
+    assert [int(row["train_images"]) for row in rows] == COUNTS
+    assert [row["shots"] for row in rows] == ["many"] + 5 * ["medium"] + 4 * ["few"]
+    assert [row["third"] for row in rows] == 3 * ["head"] + 4 * ["middle"] + 3 * ["tail"]
+
+
+def test_the_model_keeps_what_was_counted(tested):
+    folder, model, labels, decisions = tested
+    evaluation = model.evaluation()
+    assert evaluation.confusion.tolist() == confusion_matrix(labels, decisions).tolist()
+    metrics = json.loads((folder / "test_metrics.json").read_text())
+    assert evaluation.raw.ece.item() == pytest.approx(metrics["test/ece"], rel=1e-6)
+    assert evaluation.calibrated.ece.item() == pytest.approx(metrics["test/ece_calibrated"], rel=1e-6)
+    assert metrics["test/ece"] != metrics["test/ece_calibrated"]
+    assert {
+        f"test/acc_{way}_{ratio}" for way in ("forward", "backward") for ratio in (2, 5, 10, 25, 50)
+    } < metrics.keys()
+
+
+def test_pictures_lie_in_the_folder_and_in_the_logger(tested):
+    folder = tested[0]
+    assert sorted(path.stem for path in (folder / "figures").iterdir()) == FIGURES
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    assert sorted(events.Tags()["images"]) == [f"test/{name}" for name in FIGURES]
+    for name in FIGURES:
+        with Image.open(folder / "figures" / f"{name}.png") as picture:
+            (sent,) = events.Images(f"test/{name}")
+            assert (sent.width, sent.height) == picture.size
+
+
+def test_tables_tell_the_metrics_within_80_columns(tmp_path, capsys):
+    Trainer(logger=False, callbacks=[TestResults(tmp_path)], **QUIET).test(
+        untrained(class_counts=COUNTS), Digits(), verbose=False
+    )
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    metrics = json.loads((tmp_path / "test_metrics.json").read_text())
+    for name in metrics.keys() - {"test/loss"}:
+        assert f"{100 * metrics[name]:.2f} " in printed, name
+    for text in ("500 images of 10 classes", "many (1)", "few (4)", "middle (4)", "temperature 0.5", "backward"):
+        assert text in printed
+
+
+def test_without_training_counts_there_are_no_groups_and_without_room_no_confusion_matrix(tmp_path, capsys):
+    loader = DataLoader(TensorDataset(torch.randn(6, 1, 8, 8), torch.arange(6)), batch_size=4)
+    trainer = Trainer(logger=False, callbacks=[TestResults(tmp_path)], **QUIET)
+    model = untrained(1001)
+    trainer.test(model, loader, verbose=False)
+    assert model.evaluation().confusion is None
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["reliability.png"]
+    assert len(list(csv.DictReader((tmp_path / "per_class.csv").open()))) == 1001
+    assert "many" not in capsys.readouterr().out
+
+
+def test_a_trial_run_leaves_no_file(tmp_path):
+    callback = TestResults(tmp_path, verbose=False)
+    Trainer(logger=False, callbacks=[callback], fast_dev_run=True, **QUIET).test(untrained(), Digits(), verbose=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def count(rank, path, devices):
+    data = ArrayImages(path=str(path), batch_size=30, mean=[0.5], std=[0.5])
+    model = untrained(class_counts=COUNTS)
+    strategy = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
+    trainer = Trainer(logger=False, enable_checkpointing=False, default_root_dir=path.parent, **strategy, **QUIET)
+    metrics = trainer.test(model, data, verbose=False)[0]
+    return metrics, model.evaluation()
+
+
+def test_two_processes_with_an_uneven_last_batch_count_each_image_once_as_one_does(two_ready_processes, tmp_path):
+    noise = np.random.default_rng(0)
+    content = {}
+    for split, size in {"train": 60, "test": 301}.items():  # 151 and 150: six batches of at most 30, and five
+        content[f"{split}_images"] = noise.integers(0, 256, (size, 8, 8), dtype=np.uint8)
+        content[f"{split}_labels"] = np.arange(size) % 10
+    path = tmp_path / "noise.npz"
+    np.savez(path, **content)
+    metrics, evaluation = count(0, path, 1)
+    assert int(evaluation.classes.samples.sum()) == int(evaluation.confusion.sum()) == 301
+    for their_metrics, theirs in two_ready_processes(count, [(path, 2)] * 2):
+        assert their_metrics == pytest.approx(metrics, rel=1e-6)
+        torch.testing.assert_close(tuple(theirs.classes), tuple(evaluation.classes), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(theirs.confusion, evaluation.confusion, rtol=0, atol=0)
+        for ours, other in ((evaluation.raw, theirs.raw), (evaluation.calibrated, theirs.calibrated)):
+            torch.testing.assert_close(tuple(other), tuple(ours), rtol=1e-6, atol=0, equal_nan=True)

@@ -1,0 +1,393 @@
+import importlib
+import json
+import math
+import re
+import shutil
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from lightning.pytorch import Trainer
+from PIL import Image
+from safetensors.torch import save_file
+
+from etflight import Classifier, LinearHead, __main__
+from etflight.cli import collapse, describe
+from etflight.cli.stages import main
+from etflight.data import Digits
+from etflight.losses import CrossEntropyLoss
+from etflight.utils.errors import UserError
+from tests.metrics import oracle
+
+FIGURES = {f"{split}_{name}.png" for split in ("train", "test") for name in ("heat_map", "spectrum", "variability")}
+
+
+def expected(features: np.ndarray, labels: np.ndarray, weight: np.ndarray) -> dict[str, float]:
+    o = oracle.two_pass(features, labels, len(weight))
+    m, w = oracle.centred(o), oracle.vectors(o, weight)
+    cross = oracle.cosines(m, w)
+    aligned = oracle.alignments(m, w)
+    return {
+        "nc1": oracle.nc1(o),
+        "nc1_ratio": oracle.nc1_ratio(o),
+        "cdnv": oracle.cdnv(o),
+        "alignment": np.mean(aligned),
+        "alignment_std": np.std(aligned),
+        "nc3": oracle.nc3(m, w),
+        "cos_cross": np.mean(cross),
+        "effective_rank": oracle.effective_rank(m),
+    }
+
+
+def check(
+    result: dict, features: np.ndarray, logits: np.ndarray, labels: np.ndarray, weight: np.ndarray, rel=1e-6
+) -> None:
+    for name, value in expected(features, labels, weight).items():
+        assert result[name] == pytest.approx(value, rel=rel), name
+    assert result["acc"] == pytest.approx((logits.argmax(1) == labels).mean())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with the checkpoint of a learnable head after one epoch."""
+    folder = tmp_path_factory.mktemp("runs") / "linear"
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    model = Classifier(10, backbone="resnet20_cifar", in_chans=1, head=LinearHead, loss=CrossEntropyLoss)
+    trainer.fit(model, datamodule=Digits(max_count=20))
+    trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of noise, 32 x 32 in colour, as an .npz file."""
+    noise = np.random.default_rng(0)
+    arrays = {}
+    for split, n in (("train", 40), ("test", 15)):
+        arrays[f"{split}_labels"] = np.arange(n) % 3
+        bright = 60 * arrays[f"{split}_labels"][:, None, None, None]
+        arrays[f"{split}_images"] = (noise.integers(0, 130, (n, 32, 32, 3)) + bright).astype(np.uint8)
+    path = tmp_path_factory.mktemp("images") / "images.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def network(name: str, path: Path, num_classes: int = 3) -> torch.nn.Module:
+    """A timm model with random weights, which are saved."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=num_classes)
+    if path.suffix == ".safetensors":
+        save_file(model.state_dict(), path)
+    else:
+        torch.save({"state_dict": model.state_dict()}, path)
+    return model.eval()
+
+
+def normalised(path: Path, split: str, model: torch.nn.Module) -> torch.Tensor:
+    with np.load(path) as arrays:
+        pixels = torch.tensor(arrays[f"{split}_images"]).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    return (pixels - mean) / std
+
+
+@pytest.fixture(scope="module")
+def printed(run: Path) -> str:
+    """What the command prints of the run's checkpoint."""
+    with redirect_stdout(StringIO()) as out:
+        collapse.main(["--ckpt_path", str(run / "checkpoints" / "last.ckpt"), "--data=Digits", "--data.max_count=20"])
+    return out.getvalue()
+
+
+def test_checkpoint_numbers_are_those_computed_from_scratch(run, printed):
+    record = json.loads((run / "collapse" / "collapse.json").read_text())
+    model = Classifier.load_from_checkpoint(run / "checkpoints" / "last.ckpt").eval()
+    data = Digits(max_count=20)
+    seen = {}
+    for split in ("train", "test"):
+        batches = [data.eval_transform(batch) for batch in data.eval_dataloader(split)]
+        pixels, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        with torch.no_grad():
+            features, logits = model.embed(pixels), model(pixels)
+        seen[split] = features.numpy(), labels.numpy(), logits.numpy()
+        check(record[split], features.numpy(), logits.numpy(), labels.numpy(), model.head.weight.detach().numpy())
+    centres = oracle.two_pass(seen["train"][0], seen["train"][1], 10)
+    agrees = oracle.nearest_centre(centres, seen["test"][0]) == seen["test"][2].argmax(1)
+    assert record["test"]["nc4"] == pytest.approx(agrees.mean())
+    assert "nc4" not in record["train"]
+    assert record["data"] == {
+        "class": "Digits",
+        "dataset": "Digits",
+        "fingerprint": data.fingerprint,
+        "class_counts": [20] * 10,
+    }
+    for split in ("train", "test"):
+        assert f"{record[split]['nc1']:.4g}" in printed
+        assert f"{record[split]['alignment']:.4g}" in printed
+
+
+def test_checkpoint_results_lie_in_its_run_folder_with_figures(run, printed):
+    assert {file.name for file in (run / "collapse").iterdir()} == {"collapse.json", *FIGURES}
+    assert f"{run / 'collapse'}: collapse.json and 6 figures" in printed
+    for name in FIGURES:
+        with Image.open(run / "collapse" / name) as picture:
+            assert min(picture.size) > 400
+
+
+# --- a run on its own data ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tailed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a training on digits at ratio 20, with a normalisation of its own."""
+    folder = tmp_path_factory.mktemp("tailed")
+    main(
+        [
+            "fit", "--data", "Digits", "--data.imbalance_ratio", "20", "--data.std", "[0.5]", "--model.backbone", "resnet20_cifar",
+            "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
+            "--trainer.enable_model_summary", "false", "--trainer.default_root_dir", str(folder), "--name", "r",
+        ]
+    )  # fmt: skip
+    return folder / "r"
+
+
+def nc1(output: Path) -> float:
+    return json.loads((output / "collapse.json").read_text())["train"]["nc1"]
+
+
+@pytest.mark.parametrize("given", ["", "checkpoints/last.ckpt"])
+def test_a_run_is_measured_on_the_images_it_was_trained_on(given, tailed, tmp_path, capsys):
+    collapse.main([str(tailed / given), "--output", str(tmp_path)])
+    assert "warning" not in capsys.readouterr().err
+    data = Digits(imbalance_ratio=20, std=[0.5])
+    record = json.loads((tmp_path / "collapse.json").read_text())
+    assert record["data"]["class_counts"] == data.class_counts.tolist()
+    batches = [data.eval_transform(batch) for batch in data.eval_dataloader("train")]
+    pixels, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    model = Classifier.load_from_checkpoint(tailed / "checkpoints/last.ckpt").eval()
+    with torch.no_grad():
+        features, logits = model.embed(pixels), model(pixels)
+    check(record["train"], features.numpy(), logits.numpy(), labels.numpy(), model.head.weight.numpy())
+
+
+def test_the_results_of_a_run_lie_in_its_folder(tailed):
+    collapse.main([str(tailed)])
+    assert (tailed / "collapse" / "collapse.json").is_file()
+
+
+@pytest.mark.parametrize("named", ["as a run", "as a checkpoint and its data"])
+@pytest.mark.parametrize(
+    ("other", "line"),
+    [
+        (["--data.imbalance_ratio=1"], "Digits has 132 training images of class 1, but the checkpoint was trained on 91"),
+        (["--data.imbalance_ratio=20", "--data.seed=3"], "Digits has other training images"),
+    ],
+)  # fmt: skip
+def test_other_training_images_than_the_checkpoints_are_told_in_one_line(other, line, named, tailed, tmp_path, capsys):
+    of_run = [str(tailed)]
+    of_checkpoint = [f"--ckpt_path={tailed / 'checkpoints/last.ckpt'}", "--data=Digits"]
+    collapse.main([*(of_run if named == "as a run" else of_checkpoint), *other, "--output", str(tmp_path / "other")])
+    (told,) = [text for text in capsys.readouterr().err.splitlines() if "warning" in text]
+    assert told.startswith(f"etflight: warning: {line}")
+    collapse.main([str(tailed), "--output", str(tmp_path / "own")])
+    assert nc1(tmp_path / "other") != nc1(tmp_path / "own")
+
+
+def test_a_set_of_the_users_own_file_replaces_that_of_the_run(tailed, tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text("data: {class_path: Digits, init_args: {imbalance_ratio: 1, max_count: 30}}")
+    collapse.main(["-c", str(tmp_path / "own.yaml"), "--output", str(tmp_path), str(tailed)])
+    record = json.loads((tmp_path / "collapse.json").read_text())
+    assert record["data"]["class_counts"] == [30] * 10
+    assert len([line for line in capsys.readouterr().err.splitlines() if "warning" in line]) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("nowhere", "nowhere does not exist: give a run folder"),
+        ("empty", "empty is no run folder with a config.yaml that says its data, nor in one: give --data"),
+        ("alone.ckpt", "alone.ckpt is no run folder with a config.yaml"),
+    ],
+)
+@pytest.mark.parametrize("command", [collapse, describe])
+def test_a_path_that_tells_no_data_is_one_line(command, path, reason, tailed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    shutil.copy(tailed / "checkpoints/last.ckpt", "alone.ckpt")
+    with pytest.raises(UserError, match=reason):
+        command.main([path])
+
+
+def test_describe_shows_the_data_of_a_run_and_tells_where_they_are_others_now(tailed, tmp_path, capsys):
+    for given, lines in (([], 0), (["--data.seed=3"], 1)):
+        describe.main([str(tailed), *given, "--output", str(tmp_path)])
+        counts = json.loads((tmp_path / "describe.json").read_text())["class_counts"]["train"]
+        assert counts == Digits(imbalance_ratio=20).class_counts.tolist()
+        assert capsys.readouterr().err.count("has other training images") == lines
+
+
+# --- timm -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        ("resnet20_cifar", ".pt"),
+        ("test_resnet.r160_in1k", ".safetensors"),
+        ("test_nfnet", ".pt"),
+        ("test_convnext", ".pt"),
+    ],
+)
+def test_timm_numbers_are_those_of_its_own_classifier_and_normalisation(name, suffix, images, tmp_path):
+    model = network(name, tmp_path / f"weights{suffix}")
+    weights = str(tmp_path / f"weights{suffix}")
+    data = ["--data=ArrayImages", f"--data.path={images}"]
+    collapse.main(["--timm", name, "--weights", weights, *data, "--output", str(tmp_path)])
+    record = json.loads((tmp_path / "collapse.json").read_text())
+    for split in ("train", "test"):
+        with torch.no_grad():
+            maps = model.forward_features(normalised(images, split, model))
+            features, logits = model.forward_head(maps, pre_logits=True), model.forward_head(maps)
+        with np.load(images) as arrays:
+            labels = arrays[f"{split}_labels"]
+        check(
+            record[split],
+            features.flatten(1).double().numpy(),
+            logits.numpy(),
+            labels,
+            model.get_classifier().weight.detach().numpy(),
+            rel=2e-5,  # pixels are normalised by other float32 steps
+        )
+
+
+def test_timm_measures_folders_of_images(tmp_path):
+    noise = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for k, name in enumerate(("cat", "dog")):
+            for i in range(4):
+                path = tmp_path / "pets" / split / name / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray((noise.integers(0, 100, (40, 36, 3)) + 100 * k).astype(np.uint8)).save(path)
+    network("test_resnet", tmp_path / "w.safetensors", num_classes=2)
+    collapse.main(
+        [
+            "--timm",
+            "test_resnet",
+            "--weights",
+            str(tmp_path / "w.safetensors"),
+            "--output",
+            str(tmp_path / "out"),
+            "--data=FolderImages",
+            f"--data.root={tmp_path / 'pets'}",
+            "--data.image_size=32",
+        ]
+    )
+    record = json.loads((tmp_path / "out" / "collapse.json").read_text())
+    assert record["data"]["class_counts"] == [4, 4]
+    assert math.isfinite(record["train"]["nc1"])
+
+
+def test_normalisation_given_by_the_user_stays(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    network("test_resnet", tmp_path / "w.safetensors")
+    arguments = ["--timm", "test_resnet", "--weights", str(tmp_path / "w.safetensors"), "--data=ArrayImages"]
+    arguments += [f"--data.path={images}"]
+    nc1 = []
+    for extra in ([], ["--data.mean=[0.1,0.2,0.3]"]):
+        collapse.main([*arguments, *extra])
+        nc1.append(json.loads(Path("runs/collapse/test_resnet/collapse.json").read_text())["train"]["nc1"])
+    assert nc1[0] != nc1[1]
+
+
+def test_a_head_of_the_users_own_is_imported_on_demand(etflight_command, tmp_path):
+    (tmp_path / "my_collapse_heads.py").write_text(
+        "from etflight import LinearHead\n\nclass MyHead(LinearHead):\n    pass\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        head = importlib.import_module("my_collapse_heads").MyHead
+    model = Classifier(10, "resnet20_cifar", in_chans=1, head=head, loss=CrossEntropyLoss)
+    checkpoint = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
+    model.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "my.ckpt")
+    arguments = ["collapse", "--ckpt_path=my.ckpt", "--data=Digits", "--data.max_count=5"]
+    refused = etflight_command(*arguments, cwd=tmp_path)
+    assert refused.status == 1
+    assert len(refused.err.splitlines()) == 1
+    assert refused.error_lines[0].endswith(
+        "needs my_collapse_heads.MyHead as its head: import its module (--imports my_collapse_heads)"
+    )
+    done = etflight_command(*arguments, "--imports", "my_collapse_heads", cwd=tmp_path)
+    assert done.status == 0, done.err
+    assert (tmp_path / "collapse" / "collapse.json").is_file()
+
+
+def test_bad_input_ends_in_one_line_that_says_the_mend(run, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    network("test_resnet", tmp_path / "w.safetensors")
+    torch.save({"code": print}, tmp_path / "code.pt")
+    (tmp_path / "text.pt").write_text("text")
+    ckpt, arrays = f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}", ["--data=ArrayImages", f"--data.path={images}"]
+    own = ["--timm=test_resnet", "--weights=w.safetensors"]
+    for arguments, status, message in (
+        ([], 2, "data"),
+        (["--data=Digits"], 1, r"give RUN \(.*\), --ckpt_path FILE"),
+        ([str(run), ckpt, "--data=Digits"], 1, "measures one model"),
+        ([ckpt, "--timm=test_resnet", "--data=Digits"], 1, "measures one model"),
+        ([ckpt, "--weights=w.safetensors", "--data=Digits"], 1, "--weights goes with --timm"),
+        ([ckpt], 2, "data"),
+        ([ckpt, "--data=Digits", "--unknown=1"], 2, "--unknown"),
+        ([ckpt, "--data=Digitz"], 2, "--data: nothing is called 'Digitz'; near matches: Digits"),
+        ([ckpt, "--data=Digits", "--data.imbalance_ratio=0.1"], 1, "imbalance_ratio is 0.1"),
+        (["--ckpt_path=none.ckpt", "--data=Digits"], 1, "checkpoint none.ckpt does not exist"),
+        ([ckpt, *arrays], 1, "decides between 10 classes, but ArrayImages .*images.npz has 3"),
+        ([ckpt, "--data=ArrayImages", "--data.path=none.npz"], 1, "none.npz: no such file"),
+        ([ckpt, "--data=Digits", "--device=tpu9"], 1, "--device tpu9"),
+        ([ckpt, "--data=Digits", "--imports", "no_such"], 1, "--imports no_such"),
+        ([*own, "--data=Digits"], 1, "decides between 3 classes, but Digits has 10"),
+        (["--timm=resnet18", *arrays], 1, "decides between 1000 classes, but .* has 3: give --weights FILE"),
+        (["--timm=test_resnett", *arrays], 1, "no timm model is called 'test_resnett': near matches: test_resnet"),
+        (["--timm=test_resnet", "--weights=none.pt", *arrays], 1, "weights none.pt does not exist"),
+        (["--timm=test_resnet", "--weights=code.pt", *arrays], 1, "refused and nothing in it was run"),
+        (["--timm=test_resnet", "--weights=text.pt", *arrays], 1, "refused and nothing in it was run"),
+        (["--timm=test_convnext", "--weights=w.safetensors", *arrays], 1, "does not fit test_convnext"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["etflight", "collapse", *arguments])
+        try:
+            got = __main__.run()
+        except SystemExit as stop:
+            got = stop.code
+        error = capsys.readouterr().err.strip()
+        assert got == status, (arguments, error)
+        assert error.startswith("etflight: error: ")
+        assert "\n" not in error
+        assert re.search(message, error), (message, error)
+
+
+def test_a_model_without_a_linear_classifier_is_refused(images, tmp_path, monkeypatch):
+    network("test_resnet", tmp_path / "w.safetensors")
+    arguments = ["--timm", "test_resnet", "--weights", str(tmp_path / "w.safetensors"), "--data=ArrayImages"]
+    create = timm.create_model
+
+    def distilled(*args, **kwargs):
+        model = create(*args, **kwargs)
+        model.get_classifier = lambda: (model.fc, model.fc)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", distilled)
+    with pytest.raises(UserError, match="no linear classifier to measure"):
+        collapse.main([*arguments, f"--data.path={images}", "--output", str(tmp_path)])
+    assert not (tmp_path / "collapse.json").exists()

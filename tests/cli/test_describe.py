@@ -1,0 +1,216 @@
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from etflight.cli import describe
+from etflight.data import ArrayImages, FolderImages
+from etflight.utils.errors import UserError
+from tests.cli.test_bad_input import folder
+from tests.system.test_configs import ROOT, tiny_cifar, tiny_fashion
+
+FILES = {"describe.json", "class_histogram.png", "contact_sheet.png"}
+COUNTS = {"train": (150, 30, 5), "test": (4, 4, 4)}
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """`numbered(counts, **arrays)`: an .npz file in which every pixel of image i of class k is (i, k)."""
+
+    def write(train=COUNTS["train"], **more):
+        arrays = {}
+        for split, counts in (("train", train), ("test", COUNTS["test"])):
+            labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+            places = np.zeros(len(labels), dtype=np.uint8)
+            for k in range(len(counts)):
+                places[labels == k] = np.arange((labels == k).sum()) % 256
+            colours = np.stack([places, labels.astype(np.uint8), np.zeros_like(places)], axis=1)
+            arrays[f"{split}_images"] = np.broadcast_to(colours[:, None, None], (len(labels), 4, 6, 3))
+            arrays[f"{split}_labels"] = labels
+        np.savez(tmp_path / "numbered.npz", **arrays, **more)
+        return tmp_path / "numbered.npz"
+
+    return write
+
+
+def run(etflight_command, cwd, *argv):
+    """The output folder, the record in it and what was printed."""
+    done = etflight_command("describe", *argv, cwd=cwd)
+    assert done.status == 0, done.err
+    found = Path(cwd, done.out.strip().splitlines()[-1].split(":")[0])
+    assert {file.name for file in found.iterdir()} == FILES
+    for name in FILES - {"describe.json"}:
+        with Image.open(found / name) as picture:
+            assert min(picture.size) > 100
+    return found, json.loads((found / "describe.json").read_text()), done.out
+
+
+def test_numbers_are_those_of_the_arrays(numbered, etflight_command, tmp_path):
+    path = numbered(class_names=np.array(["[red]ox[/red]", "yak", "emu"]))
+    found, record, printed = run(etflight_command, tmp_path, "--data", "ArrayImages", "--data.path", path)
+    with np.load(path) as arrays:
+        labels, pixels = arrays["train_labels"].astype("<i8"), arrays["train_images"].transpose(0, 3, 1, 2)
+    parts = (labels.tobytes() + b"[185, 3, 4, 6]" + pixels.tobytes(), np.arange(185).astype("<i8").tobytes())
+    fingerprint = "-".join(hashlib.sha256(part).hexdigest()[:12] for part in parts)  # all of the set as it is
+    assert found == tmp_path / "runs/describe" / f"numbered_{fingerprint}"
+    assert record == {
+        "class": "ArrayImages",
+        "dataset": "numbered",
+        "name": f"ArrayImages {path}",
+        "image_shape": [3, 4, 6],
+        "class_names": ["[red]ox[/red]", "yak", "emu"],
+        "fingerprint": fingerprint,
+        "imbalance_ratio": 30,
+        "validation": "the test set, watched only",
+        "class_counts": {"train": [150, 30, 5], "test": [4, 4, 4]},
+        "shot_groups": {"many": [0], "medium": [1], "few": [2]},
+    }
+    for words in (
+        ["train", "185", "3", "150", "5"],
+        ["test", "12", "3", "4", "4"],
+        ["many", "1", "150", "4"],
+        ["medium", "1", "30", "4"],
+        ["few", "1", "5", "4"],
+        ["[red]ox[/red]", "150", "many", "█" * 40],
+        ["yak", "30", "medium", "█" * 8],
+        ["emu", "5", "few", "█"],
+    ):
+        assert words in [line.split() for line in printed.splitlines()]
+
+
+def test_a_long_tailed_profile_and_held_out_images_are_counted(numbered, etflight_command, tmp_path):
+    options = ["--data.val_fraction", 0.2, "--data.imbalance_ratio", 4]
+    argv = ["--data", "ArrayImages", "--data.path", numbered((100, 100, 100)), *options]
+    _, record, _ = run(etflight_command, tmp_path, *argv)
+    expected = {"train": [int(80 * 4 ** (-k / 2)) for k in range(3)], "val": [20] * 3, "test": [4] * 3}
+    assert (record["class_counts"], record["validation"]) == (expected, "held out")
+    assert record["imbalance_ratio"] == 4
+
+
+def test_each_row_of_the_sheet_has_images_of_its_class_from_first_to_last(numbered):
+    data = ArrayImages(str(numbered()))
+    (axes,) = describe.sheet(data, 4).axes
+    sheet = axes.images[0].get_array()
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["0 (150)", "1 (30)", "2 (5)"]
+    cells = sheet.reshape(3, 5, 4, 7, 3)[:, :4, :, :6]  # rows and columns of 4 × 6 images, a white line after each
+    assert (cells == cells[:, :1, :, :1]).all()
+    places, labels = cells[:, 0, :, 0, 0], cells[:, 0, :, 0, 1]
+    np.testing.assert_array_equal(labels, np.repeat(np.arange(3)[:, None], 4, axis=1))
+    np.testing.assert_array_equal(places, [[0, 50, 99, 149], [0, 10, 19, 29], [0, 1, 3, 4]])
+
+
+def test_a_corrupt_image_ends_it_or_is_left_out_of_its_row_and_told(tmp_path, capfd):
+    root = tmp_path / "images"
+    folder(root, {"cat": 3, "dog": 4})
+    file = root / "train/cat/1.png"
+    file.write_bytes(b"no image")
+    data = FolderImages(str(root), image_size=4)
+    with pytest.raises(UserError, match=rf"{file} cannot be read as an image"):
+        describe.sheet(data, 8)
+    (axes,) = describe.sheet(FolderImages(str(root), image_size=4, skip_corrupt=True), 8).axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["dog (4)", "cat (3)"]
+    assert f"1 image could not be read and was skipped: {file}" in capfd.readouterr().err
+    for path in (root / "train").rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match="no image of the contact sheet can be read"):
+        describe.sheet(FolderImages(str(root), image_size=4, skip_corrupt=True), 8)
+
+
+def test_of_many_classes_an_even_choice_is_shown(numbered, etflight_command, tmp_path):
+    path = numbered(tuple(range(210, 0, -1)))
+    data = ArrayImages(str(path))
+    figure = describe.sheet(data, 2)
+    names = [int(text.get_text().split()[0]) for axes in figure.axes for text in axes.get_yticklabels()]
+    assert len(names) == 44
+    assert names == [round(i * 209 / 43) for i in range(44)]
+    assert figure.get_suptitle().endswith("44 of 210 classes")
+    _, record, printed = run(etflight_command, tmp_path, "--data", "ArrayImages", "--data.path", path)
+    assert record["class_counts"]["train"] == list(range(210, 0, -1))
+    bars = re.findall(r"^\d+ … \((\d+)\) +(\d+) … (\d+) ", printed, flags=re.MULTILINE)
+    assert len(bars) == 60
+    assert sum(int(classes) for classes, _, _ in bars) == 210
+    assert [int(bars[0][1]), int(bars[-1][2])] == [210, 1]
+
+
+def test_every_data_module_is_described(etflight_command, tmp_path):
+    for name, flags, expected in (
+        ("FashionMNIST", tiny_fashion(tmp_path), [4] * 10),
+        ("CIFAR10", tiny_cifar(tmp_path, 10), [5000] * 10),
+        ("FolderImages", folder(tmp_path / "images", {"cat": 3, "dog": 1, "emu": 2})[2:], [3, 1, 2]),
+    ):
+        _, record, _ = run(etflight_command, tmp_path, "--data", name, *flags)
+        assert record["class_counts"]["train"] == expected
+
+
+def test_a_configuration_describes_the_images_that_fit_trains_on(etflight_command, tmp_path):
+    # with a trainer, a model, stages and a sampler
+    files = ["-c", ROOT / "data" / "digits.yaml", "-c", ROOT / "arms" / "crt.yaml"]
+    run_of = etflight_command(
+        "fit", *files, "--first_stage", "null", "--fine_tuning.load", "null", "--trainer.max_epochs", 1,
+        "--trainer.limit_train_batches", 1, "--trainer.limit_val_batches", 0, "--trainer.accelerator", "cpu", "--name", "one", cwd=tmp_path,
+    )  # fmt: skip
+    assert run_of.status == 0, run_of.err
+    trained = json.loads((tmp_path / "runs/one/run.json").read_text())["data"]
+    _, record, _ = run(etflight_command, tmp_path, *files)
+    assert record["fingerprint"] == trained["fingerprint"]
+    assert record["class_counts"]["train"] == trained["class_counts"]
+
+
+def test_later_files_win_and_the_command_line_over_all(numbered, etflight_command, tmp_path):
+    numbered((100, 100, 100))
+    (tmp_path / "base.yaml").write_text(
+        "model: {head: Nonsense}\ndata: {class_path: ArrayImages, init_args: {path: numbered.npz, imbalance_ratio: 10, max_count: 50}}"
+    )
+    (tmp_path / "top.yaml").write_text("data: {init_args: {imbalance_ratio: 5}}")
+    _, record, _ = run(etflight_command, tmp_path, "-c", "base.yaml", "--config=top.yaml", "--data.max_count", 40)
+    assert record["class_counts"]["train"] == [int(40 * 5 ** (-k / 2)) for k in range(3)]
+
+
+def test_own_files_are_replaced_and_a_users_stay(numbered, etflight_command, tmp_path):
+    argv = ["--data", "ArrayImages", "--data.path", numbered(), "--output", "out"]
+    for ratio in (1, 2):
+        _, record, _ = run(etflight_command, tmp_path, *argv, "--data.imbalance_ratio", ratio, "--data.max_count", 5)
+    assert record["class_counts"]["train"] == [5, 3, 2]
+    for name in FILES:
+        theirs = tmp_path / name.replace(".", "_") / name
+        theirs.parent.mkdir()
+        theirs.write_text("{}")
+        refused = etflight_command("describe", *argv[:-1], theirs.parent, cwd=tmp_path)
+        assert refused.status == 1
+        assert "give another --output" in refused.error_lines[0]
+        assert [(file.name, file.read_text()) for file in theirs.parent.iterdir()] == [(name, "{}")]
+
+
+def test_bad_input_ends_in_one_line_that_says_the_mend(numbered, etflight_command, tmp_path):
+    numbered((5, 0, 5))
+    (tmp_path / "model.yaml").write_text("model: {head: ETFHead}")
+    (tmp_path / "wrong.yaml").write_text("data: {class_path: Digits, init_args: {imbalance: 3}}")
+    (tmp_path / "taken").write_text("a file")
+    digits, arrays = ["--data", "Digits"], ["--data", "ArrayImages", "--data.path", "numbered.npz"]
+    for argv, status, message in (
+        ([], 2, "data"),
+        (["-c", "model.yaml"], 2, "data"),
+        (["-c", "gone.yaml"], 1, "no configuration file gone.yaml"),
+        (["-c", "wrong.yaml"], 2, "imbalance"),
+        (["--data", "Digitz"], 2, "near matches: Digits"),
+        ([*digits, "--data.imbalance_ratio", 0.5], 1, "imbalance_ratio is 0.5"),
+        ([*digits, "--images_per_class", 0], 1, "give at least 1"),
+        ([*digits, "--output", "taken"], 1, "give another --output"),
+        ([*digits, "--unknown", 1], 2, "--unknown"),
+        (arrays, 1, "class 1 .* has no training image"),
+    ):
+        refused = etflight_command("describe", *argv, cwd=tmp_path)
+        assert refused.status == status, (argv, refused.err)
+        assert len(refused.err.splitlines()) == 1, refused.err
+        assert re.search(message, refused.error_lines[0]), (message, refused.err)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_set_is_described_by_a_function_too(numbered):
+    with pytest.raises(UserError, match="no such file"):
+        describe.describe(ArrayImages("gone.npz"))
+    assert describe.describe(ArrayImages(str(numbered())))["class_counts"]["train"] == [150, 30, 5]

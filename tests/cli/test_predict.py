@@ -1,0 +1,270 @@
+"""`etflight predict --images`: decisions on images from anywhere."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from PIL import Image
+from pyarrow import parquet
+
+from etflight import Classifier
+from etflight.cli.stages import main
+from etflight.data import ArrayImages
+from etflight.utils.errors import UserError
+
+QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_model_summary", "false", "--trainer.logger", "false"]
+NAMES = ["cat", "dog", "owl"]
+
+
+def picture() -> Image.Image:
+    """Larger than the model's images and not square."""
+    small = np.random.default_rng(0).integers(0, 255, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((40, 32))
+
+
+def trained(folder: Path, channels: int) -> Path:
+    noise = np.random.default_rng(0)
+    images = noise.integers(0, 255, (30, 16, 20, channels), dtype=np.uint8)
+    arrays = {
+        f"{split}_{kind}": value
+        for split in ("train", "test")
+        for kind, value in (("images", images), ("labels", np.arange(30) % 3))
+    }
+    np.savez(folder / "train.npz", class_names=np.array(NAMES), **arrays)
+    torch.manual_seed(0)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    trainer = Trainer(accelerator="cpu", max_epochs=1, **quiet)
+    model = Classifier(3, "resnet20_cifar", in_chans=channels)
+    trainer.fit(model, datamodule=ArrayImages(str(folder / "train.npz"), mean=[0.3], std=[0.4], batch_size=15))
+    model.temperature.fill_(0.2)
+    trainer.save_checkpoint(folder / "m.ckpt")
+    return folder / "m.ckpt"
+
+
+@pytest.fixture(scope="module")
+def rgb(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("rgb"), 3)
+
+
+@pytest.fixture(scope="module")
+def grey(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("grey"), 1)
+
+
+def predict(checkpoint: Path, output: Path, *argv: object) -> None:
+    main(["predict", "--ckpt_path", str(checkpoint), "--output", str(output), *map(str, argv), *QUIET])
+
+
+def expected(checkpoint: Path, *pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities and embeddings of uint8 `[H, W, C]` images of any size, prepared by Pillow."""
+    model = Classifier.load_from_checkpoint(checkpoint).eval()
+    fitted = []
+    for image in pixels:
+        opened = Image.fromarray(image.squeeze())
+        scale = max(16 / opened.height, 20 / opened.width)
+        width, height = int(opened.width * scale), int(opened.height * scale)
+        left, top = round((width - 20) / 2), round((height - 16) / 2)
+        small = opened.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + 20, top + 16))
+        fitted.append(np.atleast_3d(np.asarray(small)))
+    images = (torch.tensor(np.stack(fitted)).permute(0, 3, 1, 2) / 255 - 0.3) / 0.4
+    with torch.no_grad():
+        return model.probabilities(images), model.embed(images)
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def saved_in_every_mode(folder: Path) -> dict[str, Image.Image]:
+    image = picture()
+    sixteen = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    files = {
+        "rgb.png": image,
+        "grey.png": image.convert("L"),
+        "alpha.png": image.convert("RGBA"),
+        "grey_alpha.png": image.convert("LA"),
+        "palette.png": image.convert("P"),
+        "sixteen_bits.png": sixteen,
+        "two_colours.png": image.convert("1"),
+        "lossless.webp": image,
+        "cmyk.jpg": image.convert("CMYK"),
+        "plain.ppm": image,
+    }
+    for name, content in files.items():
+        content.save(folder / name, lossless=True, quality=100)
+    return {**files, "sixteen_bits.png": image.convert("L")}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_any_mode_and_size_is_brought_to_what_the_model_wants(rgb, grey, channels, tmp_path):
+    checkpoint = {1: grey, 3: rgb}[channels]
+    (tmp_path / "pictures" / "below").mkdir(parents=True)
+    files = saved_in_every_mode(tmp_path / "pictures" / "below")
+    predict(checkpoint, tmp_path / "out.csv", "--images", tmp_path / "pictures", "--top_k", 3)
+    rows = table(tmp_path / "out.csv")
+    assert [Path(row["image"]).name for row in rows] == sorted(files)
+    mode = "L" if channels == 1 else "RGB"
+    probabilities, _ = expected(checkpoint, *(np.asarray(files[name].convert(mode)) for name in sorted(files)))
+    for row, own in zip(rows, probabilities, strict=True):
+        found = {row[f"class{k}"]: float(row[f"probability{k}"]) for k in ("", "_2", "_3")}
+        assert list(found) == [NAMES[k] for k in own.argsort(descending=True)]
+        assert [found[name] for name in NAMES] == pytest.approx(own.tolist(), abs=0.03), row["image"]
+    assert not (tmp_path / "out_skipped.csv").exists()
+
+
+def test_arrays_files_and_embeddings_in_every_format(rgb, tmp_path):
+    pixels = np.random.default_rng(1).integers(0, 255, (4, 16, 20, 3), dtype=np.uint8)
+    np.savez(tmp_path / "four.npz", images=pixels)
+    picture().save(tmp_path / "one.png")
+    images = ["--images", tmp_path / "four.npz", tmp_path / "one.png", "--embeddings", "true", "--data.batch_size", 2]
+    for suffix in ("csv", "npz", "parquet"):
+        predict(rgb, tmp_path / f"out.{suffix}", *images)
+    probabilities, embeddings = expected(rgb, *pixels)
+    arrays = np.load(tmp_path / "out.npz")
+    assert arrays["image"].tolist() == [*(f"{tmp_path / 'four.npz'}[{i}]" for i in range(4)), str(tmp_path / "one.png")]
+    assert arrays["label"][:4, 0].tolist() == probabilities.argmax(1).tolist()
+    np.testing.assert_allclose(arrays["probability"][:4, 0], probabilities.amax(1), rtol=1e-4)
+    np.testing.assert_allclose(arrays["embedding"][:4], embeddings, atol=1e-5)
+    rows, columns = table(tmp_path / "out.csv"), parquet.read_table(tmp_path / "out.parquet").to_pydict()
+    assert [row["class"] for row in rows] == columns["class"] == arrays["class"][:, 0].tolist()
+    assert [float(row["probability"]) for row in rows] == pytest.approx(columns["probability"], abs=1e-6)
+    np.testing.assert_allclose(columns["embedding"], arrays["embedding"])
+    assert float(rows[2]["embedding_63"]) == pytest.approx(float(embeddings[2, 63]), abs=1e-5)
+
+
+def test_what_cannot_be_read_is_skipped_and_listed(rgb, tmp_path, capsys):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for name in ("a.png", "e.png"):
+        picture().save(folder / name)
+    (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:60])
+    (folder / "c.txt").write_text("notes")
+    (folder / "d.jpg").touch()
+    (folder / ".hidden").touch()
+    predict(rgb, tmp_path / "out.csv", "--images", folder, "--data.batch_size", 2)
+    assert [Path(row["image"]).name for row in table(tmp_path / "out.csv")] == ["a.png", "e.png"]
+    skipped = table(tmp_path / "out_skipped.csv")
+    assert [Path(row["image"]).name for row in skipped] == ["b.png", "c.txt", "d.jpg"]
+    assert all("cannot be read as an image" in row["reason"] for row in skipped)
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "could not be read" in line]
+    assert told.startswith("etflight: warning: 3 images could not be read")
+    assert "c.txt" in told
+
+
+def test_grey_arrays_go_into_a_colour_model_and_colour_into_a_grey_one(rgb, grey, tmp_path):
+    colour = np.random.default_rng(2).integers(0, 255, (3, 16, 20, 3), dtype=np.uint8)
+    flat = np.array([np.asarray(Image.fromarray(image).convert("L")) for image in colour])
+    np.savez(tmp_path / "colour.npz", colour)
+    np.savez(tmp_path / "sixteen.npz", test_images=flat.astype(np.uint16) * 257)
+    predict(grey, tmp_path / "of_grey.npz", "--images", tmp_path / "colour.npz")
+    predict(rgb, tmp_path / "of_rgb.npz", "--images", tmp_path / "sixteen.npz")
+    for name, pixels in (("grey", flat[..., None]), ("rgb", np.repeat(flat[..., None], 3, 3))):
+        probabilities, _ = expected({"grey": grey, "rgb": rgb}[name], *pixels)
+        found = np.load(tmp_path / f"of_{name}.npz")["probability"][:, 0]
+        np.testing.assert_allclose(found, probabilities.amax(1), atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("images", "output", "reason"),
+    [
+        (["nothing_here"], "out.csv", "nothing_here does not exist"),
+        (["empty"], "out.csv", "there is no image"),
+        (["five.npz"], "out.csv", "5 channels, but the model takes 3"),
+        (["text"], "out.csv", "none of the 1 images can be read: .*cannot be read as an image"),
+        (["floats.npz"], "out.csv", "give uint8 or uint16"),
+        (["several.npz"], "out.csv", "call the images `images`"),
+        (["nothing.npz"], "out.csv", "no `images`, but nothing"),
+        (["first.npz"], "out.csv", r"looks like \[N, C, H, W\]"),
+        (["objects.npz"], "out.csv", "store plain arrays of numbers"),
+        (["text.npz"], "out.csv", "is no .npz file"),
+        (["one.png", "--top_k", "4"], "out.csv", "--top_k 4: the model has 3 classes"),
+        (["one.png"], "there.csv/out.csv", "folder there.csv cannot be written to .*another --output"),
+        (["one.png"], "there.csv", "exists already"),
+        (["one.png"], "out.xlsx", r"ends in .csv, .parquet, .npz"),
+    ],
+)
+def test_bad_input_is_one_line(rgb, images, output, reason, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture().save("one.png")
+    for name in ("empty", "text"):
+        Path(name).mkdir()
+    Path("text/notes.txt").write_text("notes")
+    Path("there.csv").write_text("mine")
+    np.savez("five.npz", images=np.zeros((2, 4, 4, 5), np.uint8))
+    np.savez("floats.npz", images=np.zeros((2, 4, 4)))
+    np.savez("nothing.npz")
+    np.savez("first.npz", images=np.zeros((2, 3, 16, 16), np.uint8))
+    np.savez("objects.npz", images=np.array([{}]))
+    Path("text.npz").write_text("images")
+    np.savez("several.npz", one=np.zeros(2), two=np.zeros(2))
+    with pytest.raises(UserError, match=reason) as raised:
+        predict(rgb, Path(output), "--images", *images)
+    assert "\n" not in str(raised.value)
+    assert Path("there.csv").read_text() == "mine"
+    assert not Path("out.csv").exists()
+
+
+def test_a_checkpoint_that_does_not_know_its_images_is_told_of_them(rgb, tmp_path):
+    saved = torch.load(rgb, weights_only=True)
+    del saved["preprocessing"]
+    torch.save(saved, tmp_path / "old.ckpt")
+    picture().save(tmp_path / "one.png")
+    images = ["--images", tmp_path / "one.png"]
+    with pytest.raises(UserError, match=r"give --data\.input_size"):
+        predict(tmp_path / "old.ckpt", tmp_path / "out.csv", *images)
+    told = ["--data.input_size", "[3, 16, 20]", "--data.mean", "[0.3]", "--data.std", "[0.4]"]
+    predict(tmp_path / "old.ckpt", tmp_path / "out.csv", *images, *told)
+    predict(rgb, tmp_path / "new.csv", *images)
+    assert (tmp_path / "out.csv").read_text() == (tmp_path / "new.csv").read_text()
+    with pytest.raises(UserError, match="not both"):
+        predict(rgb, tmp_path / "both.csv", *images, "--data", "Digits")
+
+
+def test_images_may_stand_in_a_configuration_file_or_behind_an_equals_sign(rgb, tmp_path):
+    """In place of the file's own data set, as on the command line, which comes first."""
+    for name, angle in (("one.png", 0), ("two.png", 180)):
+        picture().rotate(angle).save(tmp_path / name)
+    one, two = (str(tmp_path / name) for name in ("one.png", "two.png"))
+    data = {"class_path": "Digits", "init_args": {"val_fraction": 0.1, "batch_size": 7}}
+    (tmp_path / "list.yaml").write_text(json.dumps({"images": [two], "data": data}))
+    given = {
+        "flag": ["--images", two],
+        "equals": [f"--images={two}"],
+        "list": ["-c", tmp_path / "list.yaml"],
+        "list behind equals": [f"--config={tmp_path / 'list.yaml'}"],
+        "both": ["-c", tmp_path / "list.yaml", "--images", one],
+        "run": ["-c", tmp_path / "list.yaml", "--data.batch_size", 1, "--images", one, two],
+    }
+    for name, argv in given.items():
+        predict(rgb, tmp_path / f"{name}.npz", *argv)
+    found = {name: dict(np.load(tmp_path / f"{name}.npz")) for name in given}
+    for name in ("equals", "list", "list behind equals"):
+        assert found[name]["image"].tolist() == [two]
+        assert found[name]["probability"] == found["flag"]["probability"]
+    assert found["both"]["image"].tolist() == [one]
+    assert found["run"]["image"].tolist() == [one, two]
+    with pytest.raises(UserError, match="not both"):
+        predict(rgb, tmp_path / "out.csv", *given["list"], "--data", "Digits")
+    (tmp_path / "text.yaml").write_text(json.dumps({"images": two}))
+    with pytest.raises(UserError, match=r"give a list, as in images: \[photos/\]"):
+        predict(rgb, tmp_path / "out.csv", "-c", tmp_path / "text.yaml")
+
+
+def test_it_says_whether_the_probabilities_are_calibrated(rgb, tmp_path, caplog):
+    picture().save(tmp_path / "one.png")
+    saved = torch.load(rgb, weights_only=True)
+    saved["state_dict"]["temperature"].fill_(1.0)
+    torch.save(saved, tmp_path / "unfitted.ckpt")
+    for path, told in (
+        (rgb, "probabilities calibrated with temperature 0.2"),
+        (tmp_path / "unfitted.ckpt", "not calibrated"),
+    ):
+        caplog.clear()
+        predict(path, tmp_path / f"{path.stem}.csv", "--images", tmp_path / "one.png")
+        (line,) = [message for message in caplog.messages if message.startswith("predictions:")]
+        assert told in line

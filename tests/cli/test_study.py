@@ -1,0 +1,168 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from etflight.runs.study import Study, read_study
+from etflight.utils.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+PROTOCOL = {
+    "seed_everything": 0,
+    "data": {"class_path": "Digits", "init_args": {"imbalance_ratio": 2}},
+    "model": {"backbone": "resnet20_cifar"},
+    "trainer": {"max_epochs": 1, "limit_train_batches": 1, "enable_progress_bar": False},
+}
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """`write(**study)`: a study of three arms on the digits, one training step each, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("data", "arms", "protocols", "trainer"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "data/tiny.yaml").write_text(yaml.safe_dump(PROTOCOL))
+    (tmp_path / "protocols/short.yaml").write_text("trainer: {limit_test_batches: 1}\n")
+    (tmp_path / "trainer/wide.yaml").write_text("model: {model_kwargs: {width: 2}}\n")
+    for arm, more in {"ce": {}, "la": {"logit_adjustment": 1.0}, "focal": {"loss": "FocalLoss"}}.items():
+        model = {"head": "LinearHead", "loss": "CrossEntropyLoss", **more}
+        (tmp_path / "arms" / f"{arm}.yaml").write_text(yaml.safe_dump({"model": model}))
+
+    def write(**study):
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump({"configs": ".", "sets": ["tiny"], "seeds": [0], "arms": ["ce"], **study}))
+        return path
+
+    return write
+
+
+def test_a_study_trains_tests_and_reports_and_does_nothing_twice(write, etflight_command, tmp_path):
+    write(post_hoc={"la": "ce"})
+    first = etflight_command("study", "study.yaml", "--jobs", "2", cwd=tmp_path)
+    assert first.status == 0, first.err
+    runs = tmp_path / "runs/tiny"
+    results = [runs / arm / "seed0/test_metrics.json" for arm in ("ce", "la")]
+    assert all("test/acc" in json.loads(file.read_text()) for file in results)
+    assert not (runs / "la/seed0/checkpoints").exists()  # it tests the other's
+    assert [word for word in ("ce", "la") if f" {word} " in first.out] == ["ce", "la"]
+    written = [file.stat().st_mtime_ns for file in results]
+    again = etflight_command("study", "study.yaml", cwd=tmp_path)
+    assert again.status == 0, again.err
+    assert [file.stat().st_mtime_ns for file in results] == written
+    assert "…" not in again.out.splitlines()[0]
+
+
+def test_what_was_trained_but_not_tested_is_not_trained_again(write, etflight_command, tmp_path):
+    write()
+    assert etflight_command("study", "study.yaml", cwd=tmp_path).status == 0
+    run = tmp_path / "runs/tiny/ce/seed0"
+    trained = (run / "metrics.csv").read_text()
+    (run / "test_metrics.json").unlink()
+    assert etflight_command("study", "study.yaml", cwd=tmp_path).status == 0
+    assert (run / "test_metrics.json").exists()
+    assert (run / "metrics.csv").read_text() == trained
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(write, etflight_command, tmp_path):
+    write(arms=["focal", "ce"], post_hoc={"la": "focal"})
+    broken = tmp_path / "arms/focal.yaml"
+    broken.write_text(broken.read_text() + "surprise: 1\n")
+    result = etflight_command("study", "study.yaml", cwd=tmp_path)
+    assert result.status == 1
+    assert (tmp_path / "runs/tiny/ce/seed0/test_metrics.json").is_file()
+    (line,) = result.error_lines
+    assert "2 of 3 runs failed" in line
+    assert "surprise" in line
+    assert "fit.log" in line
+
+
+def test_every_run_has_its_own_command(write, etflight_command, tmp_path):
+    write(seeds=[3, 4], ratios=[1, 50], arms=["ce"], second_stage={"focal": "ce"}, post_hoc={"la": "focal"})
+    result = etflight_command("study", "study.yaml", "--dry-run", cwd=tmp_path)
+    lines = result.out.splitlines()
+    assert len(set(lines)) == len(lines) == 4 * (2 + 2 + 1)
+    assert lines[2:4] == [
+        "etflight fit -c data/tiny.yaml -c arms/ce.yaml --seed_everything 3 --data.imbalance_ratio 50 --name tiny/ce/ratio50-seed3 "
+        "--ckpt_path last",
+        "etflight test -c data/tiny.yaml -c arms/ce.yaml --seed_everything 3 --data.imbalance_ratio 50 --name tiny/ce/ratio50-seed3 "
+        "--ckpt_path runs/tiny/ce/ratio50-seed3/checkpoints/last.ckpt",
+    ]
+    assert lines[8] == (
+        "etflight fit -c data/tiny.yaml -c arms/focal.yaml --seed_everything 3 --data.imbalance_ratio 1 --name tiny/focal/ratio1-seed3 "
+        "--fine_tuning.checkpoint runs/tiny/ce/ratio1-seed3/checkpoints/last.ckpt --ckpt_path last"
+    )
+    assert lines[16].endswith(
+        "--name tiny/la/ratio1-seed3 --ckpt_path runs/tiny/focal/ratio1-seed3/checkpoints/last.ckpt"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_sets_and_arms_are_named_with_what_is_laid_over_them(write, etflight_command, tmp_path):
+    sets = {"tiny_short": ["tiny", "short"], "tiny_wide": ["tiny", "short", "wide"]}
+    write(arms=["ce", "focal+short"], sets=sets, post_hoc={"la": "focal+short"}, ratios=[2])
+    lines = etflight_command("study", "study.yaml", "--dry-run", cwd=tmp_path).out.splitlines()
+    fits = [line.partition(" --ckpt_path")[0] for line in lines if line.startswith("etflight fit")]
+    assert fits == [
+        f"etflight fit {files} {arm_files} --seed_everything 0 --data.imbalance_ratio 2 --name {name}/{arm}/ratio2-seed0"
+        for arm, arm_files in (("ce", "-c arms/ce.yaml"), ("focal_short", "-c arms/focal.yaml -c protocols/short.yaml"))
+        for name, files in (
+            ("tiny_short", "-c data/tiny.yaml -c protocols/short.yaml"),
+            ("tiny_wide", "-c data/tiny.yaml -c protocols/short.yaml -c trainer/wide.yaml"),
+        )
+    ]
+    assert lines[-1].endswith(
+        "--name tiny_wide/la/ratio2-seed0 --ckpt_path runs/tiny_wide/focal_short/ratio2-seed0/checkpoints/last.ckpt"
+    )
+    part = ["study", "study.yaml", "--arms", "ce", "--sets", "tiny_wide"]
+    assert etflight_command(*part, cwd=tmp_path).status == 0
+    run = tmp_path / "runs/tiny_wide/ce/ratio2-seed0"
+    assert not (tmp_path / "runs/tiny_short").exists()
+    assert json.loads((run / "run.json").read_text())["arm"] == "ce"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["trainer"]["limit_test_batches"], config["model"]["model_kwargs"]) == (1, {"width": 2})
+
+
+def test_a_part_of_a_study(write, etflight_command, tmp_path):
+    write(seeds=[3, 4], arms=["ce", "focal"])
+    result = etflight_command("study", "study.yaml", "--dry-run", "--arms", "focal", "--seeds", "4", cwd=tmp_path)
+    assert [line.split()[1] for line in result.out.splitlines()] == ["fit", "test"]
+    assert "tiny/focal/seed4" in result.out
+    nothing = etflight_command("study", "study.yaml", "--arms", "la", cwd=tmp_path)
+    assert (
+        "has none of these sets, arms and seeds: it has the sets tiny, the arms ce, focal, " in nothing.error_lines[0]
+    )
+    assert nothing.error_lines[0].endswith("the seeds 3, 4")
+
+
+@pytest.mark.parametrize(
+    ("study", "line"),
+    [
+        ({"arms": ["cee"]}, "no cee.yaml, did you mean ce?"),
+        ({"arms": "ce"}, "arms is 'ce': give names"),
+        ({"seeds": []}, r"seeds is \[\]: give integers"),
+        ({"seeds": ["a"]}, "give integers"),
+        ({"ratios": ["a"]}, "give numbers"),
+        ({"second_stage": ["ce"]}, "second_stage is"),
+        ({"post_hoc": {"la": "focal"}}, "la starts from focal, which is not trained before it"),
+        ({"configs": 3}, "configs is 3"),
+        ({"sets": ["tinny"]}, "no tinny.yaml, did you mean tiny?"),
+        ({"sets": {"short": "short"}}, "each with a list of files"),
+        ({"sets": {"short": ["no"]}}, "has no no.yaml"),
+        ({"sets": {"../elsewhere": ["tiny"]}}, "names of letters, digits and _"),
+        ({"arms": ["ce+shrt"]}, "protocols has no shrt.yaml, did you mean short?"),
+        ({"epochs": 3}, "it gives arms, seeds, sets"),
+    ],
+    ids=str,
+)
+def test_a_file_that_is_no_study_is_refused(write, study, line):
+    with pytest.raises(UserError, match=line):
+        read_study(write(**study))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_studies_are_whole(path):
+    study = read_study(path)
+    assert isinstance(study, Study)
+    cells = [cell for stage in study.stages() for cell in stage]
+    assert len({cell.folder for cell in cells}) == len(cells) > 0

@@ -1,0 +1,281 @@
+"""What all sets of image files do: random squares, corrupt images, loader processes."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from PIL import Image
+
+from etflight import Classifier, CrossEntropyLoss, LinearHead
+from etflight.data import FolderImages
+from etflight.data.files import FileSource, FileSplit, Paths, Square
+from etflight.data.sampler import Draw
+from etflight.utils.errors import UserError
+
+COUNTS = {"train": {"cat": 8, "dog": 4}, "val": {"cat": 2, "dog": 2}, "test": {"cat": 2, "dog": 2}}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Photographs of noise; `FolderImages` of it by default shows the middle."""
+    random = np.random.default_rng(0)
+    for split, sizes in COUNTS.items():
+        for name, count in sizes.items():
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 256, (24, 32, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+    return tmp_path
+
+
+def folder(tree, **options):
+    return FolderImages(str(tree), **{"image_size": 16, "batch_size": 5, **options})
+
+
+def epoch(data, number=0):
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(number)
+    batches = list(loader)
+    return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+
+
+@pytest.mark.parametrize(
+    "options", [{"min_crop_scale": 0.0}, {"min_crop_scale": 1.1}, {"crop_pct": 0.05}, {"crop_pct": float("nan")}]
+)
+def test_parts_lie_between_nothing_and_all(options):
+    (name,) = options
+    with pytest.raises(UserError, match=f"FolderImages: {name} is"):
+        FolderImages("x", **options)
+
+
+def test_a_square_that_no_memory_holds_is_refused():
+    with pytest.raises(UserError, match="image_size / crop_pct is 20000: give at most 16384"):
+        FolderImages("x", image_size=10_000, crop_pct=0.5)
+
+
+def test_training_shows_random_squares_and_evaluation_the_middle(tree):
+    data = folder(tree, min_crop_scale=0.2)
+    train, middle = epoch(data)[0], next(iter(folder(tree).eval_dataloader("train")))[0]
+    again = next(iter(data.eval_dataloader("train")))[0]
+    assert torch.equal(middle, again)
+    assert train.shape == (12, 3, 16, 16)
+    assert not any(torch.equal(one, other) for one in train for other in middle)
+
+
+def test_the_middle_is_a_part_of_the_resized_picture(tree):
+    data = folder(tree, crop_pct=0.5)
+    image = data.split("test")[0][0]
+    resized = folder(tree, image_size=32).split("test")[0][0]
+    assert torch.equal(image, resized[:, 8:24, 8:24])
+
+
+def test_random_squares_follow_from_the_seed_and_the_draw(tree):
+    options = {"min_crop_scale": 0.2, "sampler": "balanced", "seed": 3}
+    images, labels = epoch(folder(tree, **options))
+    for same in ({"num_workers": 2}, {"batch_size": 3}):
+        for ours, theirs in zip((images, labels), epoch(folder(tree, **options, **same)), strict=True):
+            assert torch.equal(ours, theirs)
+    assert not torch.equal(images, epoch(folder(tree, **options), 1)[0])
+    assert not torch.equal(images, epoch(folder(tree, **{**options, "seed": 4}))[0])
+
+
+def test_an_image_that_is_drawn_again_shows_another_part(tree):
+    split = folder(tree, min_crop_scale=0.2).split("train")
+    images, _ = split.__getitems__([Draw(0, 0, number) for number in range(10)])
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(images, 2))
+
+
+def test_a_resumed_epoch_goes_on_with_the_same_squares(tree):
+    whole = list(folder(tree, min_crop_scale=0.2).train_dataloader())
+    loader = folder(tree, min_crop_scale=0.2).train_dataloader()
+    loader.load_state_dict({"served": 1})
+    rest = list(loader)
+    assert len(rest) == len(whole) - 1
+    for (images, labels), (others, other_labels) in zip(whole[1:], rest, strict=True):
+        assert torch.equal(images, others)
+        assert torch.equal(labels, other_labels)
+
+
+def test_ranks_together_draw_the_squares_of_one_process(tree):
+    alone = epoch(folder(tree, min_crop_scale=0.2))[0]
+    parts = []
+    for rank in range(2):
+        data = folder(tree, min_crop_scale=0.2, batch_size=3)
+        data._world = lambda rank=rank: (2, rank)
+        parts.append(epoch(data)[0])
+    assert torch.equal(torch.stack(parts, 1).flatten(0, 1), alone)
+
+
+# --- corrupt images -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spoil(tree):
+    def write(*names):
+        for name in names:
+            (tree / name).write_bytes(b"no image")
+
+    return write
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_corrupt_training_image_is_replaced_by_the_next_of_its_batch_and_told(tree, spoil, capfd, workers):
+    expected_images, expected_labels = epoch(folder(tree))
+    order = list(folder(tree).train_dataloader().sampler)
+    spoil("train/cat/1.png", "train/cat/2.png", "train/dog/3.png")
+    corrupt = [draw.position in (1, 2, 11) for draw in order]
+    instead = []
+    for slot in range(12):  # batches are of 5, 5 and 2
+        batch = range(slot // 5 * 5, min(slot // 5 * 5 + 5, 12))
+        later = [i for i in [*range(slot, batch.stop), *batch] if not corrupt[i]]
+        instead.append(later[0])
+    images, labels = epoch(folder(tree, skip_corrupt=True, num_workers=workers))
+    assert torch.equal(images, expected_images[instead])
+    assert torch.equal(labels, expected_labels[instead])
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("etflight: warning: 3 images could not be read and were skipped: ")
+    assert all(f"{tree}/train/{name}.png" in line for name in ("cat/1", "cat/2", "dog/3"))
+
+
+def test_each_epoch_tells_its_own_corrupt_images(tree, spoil, capfd):
+    spoil(*(f"train/cat/{i}.png" for i in range(5)))
+    data = folder(tree, skip_corrupt=True, batch_size=12)
+    for _ in range(2):
+        epoch(data)
+        (line,) = capfd.readouterr().err.splitlines()
+        assert "5 images could not be read" in line
+        assert line.endswith("and 2 more")
+    for i in range(4):
+        Image.new("RGB", (8, 8)).save(tree / f"train/cat/{i}.png")
+    epoch(data)
+    assert "1 image could not be read" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_in_evaluation_a_corrupt_image_is_left_out(tree, spoil, capfd, split):
+    before = list(folder(tree, batch_size=3).eval_dataloader(split))
+    spoil(f"{split}/cat/1.png")
+    after = list(folder(tree, batch_size=3, skip_corrupt=True).eval_dataloader(split))
+    kept = [i for i in range(sum(COUNTS[split].values())) if i != 1]
+    for place in (0, 1):
+        assert torch.equal(torch.cat([b[place] for b in after]), torch.cat([b[place] for b in before])[kept])
+    assert f"1 image could not be read and were skipped: {tree}/{split}/cat/1.png" in capfd.readouterr().err.replace(
+        "was", "were"
+    )
+
+
+def test_a_corrupt_test_image_ends_a_test_whatever_was_asked(tree, spoil):
+    spoil("test/cat/1.png")
+    with pytest.raises(UserError, match=r"test/cat/1\.png cannot be read as an image"):
+        list(folder(tree, skip_corrupt=True).test_dataloader())
+
+
+@pytest.mark.parametrize("spoilt", ["cat", "dog"])
+def test_a_batch_without_a_readable_image_is_left_out_of_evaluation(tree, spoil, capfd, spoilt):
+    spoil(f"val/{spoilt}/0.png", f"val/{spoilt}/1.png")
+    (batch,) = folder(tree, skip_corrupt=True, batch_size=2).val_dataloader()
+    assert batch[1].tolist() == [spoilt == "cat"] * 2
+    assert "2 images could not be read" in capfd.readouterr().err
+
+
+def test_where_no_image_can_be_read_the_run_ends(tree, spoil):
+    spoil(*(f"val/{name}/{i}.png" for name in COUNTS["val"] for i in range(2)))
+    with pytest.raises(UserError, match=r"no image of a whole pass can be read, the first is .*val/cat/0\.png"):
+        list(folder(tree, skip_corrupt=True, batch_size=3).val_dataloader())
+    spoil(*(f"train/{name}/{i}.png" for name, count in COUNTS["train"].items() for i in range(count)))
+    with pytest.raises(UserError, match=r"no image of a batch of 5 can be read, the first is .*train/"):
+        list(folder(tree, skip_corrupt=True).train_dataloader())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_was_skipped_is_told_of_a_pass_that_is_cut_short(tree, spoil, capfd, workers):
+    spoil("val/cat/0.png")
+    batches = iter(folder(tree, skip_corrupt=True, batch_size=2, num_workers=workers).val_dataloader())
+    next(batches)
+    assert capfd.readouterr().err == ""
+    batches.close()  # as Lightning does at the end of a run
+    assert "1 image could not be read" in capfd.readouterr().err
+
+
+def test_loader_processes_stay_from_epoch_to_epoch(tree):
+    data = folder(tree, num_workers=2)
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        processes = []
+        for _ in range(2):
+            list(loader)
+            processes.append([worker.pid for worker in loader._iterator._workers])
+        assert processes[0] == processes[1]
+
+
+def test_memory_is_pinned_where_there_is_a_gpu(tree, monkeypatch):
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert folder(tree).train_dataloader().pin_memory == folder(tree).test_dataloader().pin_memory == there
+
+
+def fit(data, **options):
+    model = Classifier(2, "test_resnet", head=LinearHead, loss=CrossEntropyLoss)
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, **{"max_epochs": 2, "num_sanity_val_steps": 0, **options},
+    )  # fmt: skip
+    trainer.fit(model, datamodule=data)
+    return trainer
+
+
+def told(capfd, tree):
+    """Folders of the images that were said to be skipped, line by line."""
+    lines = [line for line in capfd.readouterr().err.splitlines() if "could not be read" in line]
+    return [line.rpartition("/")[0].rpartition(str(tree))[2] for line in lines]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_goes_on_past_corrupt_images_and_says_so_in_each_epoch(tree, spoil, capfd, workers):
+    spoil("train/cat/1.png", "val/dog/1.png")
+    fit(folder(tree, image_size=32, skip_corrupt=True, num_workers=workers))
+    assert told(capfd, tree) == ["/train/cat", "/val/dog"] * 2
+
+
+def test_a_run_that_stops_within_an_epoch_tells_what_it_skipped_and_validation_what_it_did_not_show(tree, spoil, capfd):
+    spoil(*(f"train/cat/{i}.png" for i in range(7)), "val/cat/0.png")
+    fit(folder(tree, image_size=32, skip_corrupt=True, batch_size=6), max_steps=1)
+    assert told(capfd, tree) == ["/train/cat"]
+    fit(folder(tree, image_size=32, skip_corrupt=True, batch_size=6), limit_train_batches=1, limit_val_batches=1)
+    assert sorted(told(capfd, tree)) == ["/train/cat"] * 2 + ["/val/cat"] * 2
+
+
+def test_validation_whose_last_batch_cannot_be_read_goes_on_with_the_others(tree, spoil, capfd):
+    (tree / "val/dog/1.png").unlink()
+    spoil("val/dog/0.png")
+    trainer = fit(folder(tree, image_size=32, skip_corrupt=True, batch_size=2))
+    assert told(capfd, tree) == ["/val/dog"] * 2
+    assert trainer.callback_metrics["val/acc"].isfinite()
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_loader_process_gets_is_few_objects(tree):
+    """So it is shared with the main process, whatever the number of images: a list of strings would be copied."""
+
+    def objects(value):
+        if isinstance(value, torch.Tensor):
+            return 1
+        inner = value if isinstance(value, list | tuple) else vars(value).values() if hasattr(value, "__dict__") else ()
+        return 1 + sum(map(objects, inner))
+
+    def split(n):
+        source = FileSource(Paths.pack("x", [f"{i}.jpg" for i in range(n)]), torch.zeros(n), Square(8))
+        return FileSplit(source, np.arange(n), skip_corrupt=True)
+
+    assert objects(split(10)) == objects(split(5000)) < 30
+
+
+def test_any_file_is_read_by_text_or_path(tree):
+    data = folder(tree)
+    file = tree / "test" / "cat" / "0.png"
+    assert torch.equal(data.read(file), data.read(str(file)))
+    assert Path(data.sample_name("test", 0)) == file

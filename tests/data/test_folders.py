@@ -1,0 +1,118 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from etflight.data import FolderImages
+from etflight.utils.errors import UserError
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """train: 4 cats, 3 dogs; test: 1 cat, 2 dogs; one colour per image, higher than wide."""
+    for split, counts in (("train", {"dog": 3, "cat": 4}), ("test", {"dog": 2, "cat": 1})):
+        for name, count in counts.items():
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 12), (10 * i,) * 3).save(folder / f"{i}.png")
+    return tmp_path
+
+
+def test_classes_are_the_sorted_folders_of_train(tree, train_a_step):
+    data = FolderImages(str(tree), image_size=8)
+    data.setup()
+    assert (data.class_names, data.num_classes, data.num_channels) == (["cat", "dog"], 2, 3)
+    assert data.class_counts.tolist() == [4, 3]
+    assert data.sample_name("test", 1) == str(tree / "test" / "dog" / "0.png")
+    train_a_step(data)
+
+
+def test_images_are_resized_by_the_shorter_side_and_cropped_in_the_middle(tree):
+    rows = np.repeat(20 * np.arange(12, dtype=np.uint8), 8).reshape(12, 8)
+    Image.fromarray(rows).save(tree / "test" / "cat" / "0.png")
+    images, labels = next(iter(FolderImages(str(tree), image_size=8).test_dataloader()))
+    assert (images.shape, images.dtype, labels.tolist()) == ((3, 3, 8, 8), torch.uint8, [0, 1, 1])
+    assert np.array_equal(images[0, 0], rows[2:10])
+
+
+def test_any_file_is_read_as_a_test_image_is(tree, tmp_path):
+    data = FolderImages(str(tree), image_size=4)
+    batch = next(iter(data.test_dataloader()))
+    elsewhere = [Path(data.sample_name("test", i)).rename(tmp_path / f"{i}.png") for i in (0, 2)]
+    assert torch.equal(data.read(*elsewhere), data.eval_transform(batch)[0][[0, 2]])
+    with pytest.raises(UserError, match=r"none\.png"):
+        data.read(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_every_image_comes_with_its_label(tree, workers):
+    loader = FolderImages(str(tree), image_size=4, batch_size=2, num_workers=workers).eval_dataloader("train")
+    seen = [(int(image[0, 0, 0]), int(label)) for batch in loader for image, label in zip(*batch, strict=True)]
+    assert seen == [(0, 0), (10, 0), (20, 0), (30, 0), (0, 1), (10, 1), (20, 1)]
+
+
+def test_grey_sixteen_bit_and_jpeg_files_become_rgb_bytes(tree):
+    Image.fromarray(np.full((8, 8), 130 * 257, np.uint16)).save(tree / "test" / "cat" / "0.png")
+    Image.new("CMYK", (8, 8), (125, 125, 125, 0)).save(tree / "test" / "cat" / "1.JPG", quality=100)
+    images, _ = next(iter(FolderImages(str(tree), image_size=8).test_dataloader()))
+    assert (images[:2].int() - 130).abs().max() <= 1
+
+
+def test_hidden_files_and_folders_and_other_types_are_passed_over(tree):
+    (tree / "train" / ".cache").mkdir()
+    (tree / "train" / "cat" / "._0.png").write_text("")
+    (tree / "train" / "cat" / "notes.txt").write_text("")
+    data = FolderImages(str(tree))
+    assert data.class_counts.tolist() == [4, 3]
+
+
+def test_a_folder_val_is_the_validation_split(tree):
+    assert not FolderImages(str(tree)).val_is_held_out
+    (tree / "test").rename(tree / "val")
+    data = FolderImages(str(tree))
+    data.setup("fit")
+    assert data.val_is_held_out
+    assert data.split("val").labels.tolist() == [0, 1, 1]
+    with pytest.raises(UserError, match=r"test: no such folder: expected are train/<class>/\*.jpg"):
+        data.setup("test")
+
+
+def test_a_missing_root_names_the_layout(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere/train: no such folder: expected are train/<class>"):
+        FolderImages(str(tmp_path / "nowhere")).setup("fit")
+
+
+def test_a_train_folder_without_classes_is_refused(tmp_path):
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UserError, match="train holds no class folder"):
+        FolderImages(str(tmp_path)).setup("fit")
+
+
+def test_a_class_without_images_is_named(tree):
+    (tree / "train" / "emu").mkdir()
+    with pytest.raises(UserError, match="train/emu holds no image"):
+        FolderImages(str(tree)).setup("fit")
+
+
+def test_a_test_class_unknown_to_train_is_named(tree):
+    (tree / "test" / "emu").mkdir()
+    with pytest.raises(UserError, match="test/emu: no class of train has this name"):
+        FolderImages(str(tree)).setup("test")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n"])
+def test_a_corrupt_image_is_named_even_from_a_worker(tree, content, workers):
+    file = tree / "train" / "cat" / "2.png"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"train/cat/2\.png cannot be read as an image"):
+        list(FolderImages(str(tree), image_size=4, num_workers=workers).train_dataloader())
+
+
+@pytest.mark.parametrize("size", [0, -1, 10**30])
+def test_an_image_size_that_no_image_can_have_is_refused(size):
+    with pytest.raises(UserError, match=f"image_size is {size}"):
+        FolderImages("x", image_size=size)

@@ -1,0 +1,338 @@
+import gzip
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.io import savemat
+from torchvision import datasets
+
+from etflight.data import CIFAR10, CIFAR100, STL10, SVHN, FashionMNIST
+from etflight.data.sets import move_into
+from etflight.utils.errors import UserError
+
+
+def idx(array):
+    return struct.pack(f">BBBB{array.ndim}i", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+@pytest.fixture
+def clothes(tmp_path, monkeypatch):
+    """Writes the four IDX files, 30 training and 20 test images, and returns them as arrays by name."""
+    monkeypatch.setattr(FashionMNIST, "system_folder", str(tmp_path / "system"))
+
+    def write(folder, suffix=".gz"):
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {}
+        for part, count in (("train", 30), ("t10k", 20)):
+            files[f"{part}-images-idx3"] = np.random.default_rng(count).integers(0, 256, (count, 28, 28), np.uint8)
+            files[f"{part}-labels-idx1"] = (np.arange(count) % 10).astype(np.uint8)
+        for name, array in files.items():
+            data = idx(array)
+            (folder / f"{name}-ubyte{suffix}").write_bytes(gzip.compress(data) if suffix else data)
+        return files
+
+    return write
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("layout", ["FashionMNIST/raw", ".", "system"])
+def test_fashion_mnist_is_read_from_every_layout(clothes, tmp_path, layout, suffix, train_a_step):
+    files = clothes(tmp_path / layout, suffix)
+    data = FashionMNIST(str(tmp_path))
+    data.setup()
+    for split, part in (("train", "train"), ("test", "t10k")):
+        images, labels = data.split(split).__getitems__([3, 1])
+        assert np.array_equal(images[:, 0], files[f"{part}-images-idx3"][[3, 1]])
+        assert labels.tolist() == [3, 1]
+    assert data.class_counts.tolist() == [3] * 10
+    train_a_step(data)
+
+
+def test_what_fashion_mnist_lacks_is_named_with_the_mend(clothes, tmp_path):
+    clothes(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(
+        UserError, match=r"FashionMNIST in .*t10k-labels-idx1-ubyte.gz is missing.*--data.download true"
+    ):
+        FashionMNIST(str(tmp_path)).setup("test")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda data: data[:-3], "is damaged"),
+        (lambda data: b"no gzip at all", "is damaged"),
+        (lambda data: gzip.compress(gzip.decompress(data)[:-1]), "cut short"),
+        (lambda data: gzip.compress(b"\0\0"), "no IDX file"),
+        (lambda data: gzip.compress(b"\0\0\x0d" + gzip.decompress(data)[3:]), "no IDX file of bytes"),
+        (lambda data: gzip.compress(idx(np.zeros(30, np.uint8))), "in 3 dimensions"),
+        (lambda data: gzip.compress(idx(np.zeros((29, 28, 28), np.uint8))), "29 images but 30 labels"),
+    ],
+)
+def test_a_damaged_idx_file_is_refused(clothes, tmp_path, spoil, message):
+    clothes(tmp_path)
+    file = tmp_path / "train-images-idx3-ubyte.gz"
+    file.write_bytes(spoil(file.read_bytes()))
+    with pytest.raises(UserError, match=message):
+        FashionMNIST(str(tmp_path)).setup("fit")
+
+
+CIFARS = {CIFAR10: ("cifar-10-batches-bin", 1), CIFAR100: ("cifar-100-binary", 2)}
+
+
+@pytest.fixture
+def write_cifar(tmp_path):
+    """Writes the binary version with one image per class and file; returns the records by file name."""
+
+    def write(set_class):
+        folder, label_bytes = CIFARS[set_class]
+        (tmp_path / folder).mkdir()
+        records = {}
+        for name in (name for names in set_class.binary_files.values() for name in names):
+            K = len(set_class.names)
+            array = np.random.default_rng(len(records)).integers(0, 256, (K, label_bytes + 3072), np.uint8)
+            array[:, label_bytes - 1] = np.arange(K)
+            array.tofile(tmp_path / folder / name)
+            records[name] = array
+        return records
+
+    return write
+
+
+@pytest.mark.parametrize("set_class", CIFARS)
+def test_the_binary_version_of_cifar_is_read_in_file_order(write_cifar, tmp_path, set_class, train_a_step):
+    records = write_cifar(set_class)
+    data = set_class(root=str(tmp_path))
+    data.setup()
+    assert data.class_counts.tolist() == [len(set_class.binary_files["train"])] * data.num_classes
+    for split, names in set_class.binary_files.items():
+        expected = np.concatenate([records[name] for name in names])
+        pixels, labels = data.split(split).source.pixels, data.split(split).labels
+        assert np.array_equal(pixels.reshape(len(pixels), -1), expected[:, -3072:])
+        assert np.array_equal(labels, expected[:, -3073])
+        assert pixels.shape[1:] == (3, 32, 32)
+    train_a_step(data)
+
+
+@pytest.mark.parametrize("set_class", CIFARS)
+def test_a_binary_file_of_a_wrong_size_is_refused(write_cifar, tmp_path, set_class):
+    write_cifar(set_class)
+    file = tmp_path / CIFARS[set_class][0] / set_class.binary_files["train"][-1]
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=rf"{file.name} has \d+ bytes, no multiple"):
+        set_class(str(tmp_path)).setup("fit")
+
+
+def test_a_missing_binary_file_is_named(write_cifar, tmp_path):
+    write_cifar(CIFAR10)
+    (tmp_path / "cifar-10-batches-bin/data_batch_4.bin").unlink()
+    with pytest.raises(UserError, match=r"data_batch_4\.bin is missing"):
+        CIFAR10(str(tmp_path)).setup("fit")
+
+
+@pytest.mark.parametrize(("set_class", "folder"), [(CIFAR10, "cifar-10-batches-py"), (CIFAR100, "cifar-100-python")])
+def test_absent_cifar_names_the_folder_and_the_mend(tmp_path, set_class, folder):
+    with pytest.raises(UserError, match=rf"{set_class.__name__} in .*{folder} is missing.*--data.download true"):
+        set_class(str(tmp_path)).setup("fit")
+
+
+class Marker:
+    """Pickled, it creates a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_pickle_without_the_published_checksum_is_refused_and_never_loaded(tmp_path):
+    import pickle
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name, _ in [*datasets.CIFAR10.train_list, *datasets.CIFAR10.test_list]:
+        (folder / name).write_bytes(pickle.dumps(Marker(str(tmp_path / "loaded"))))
+    with pytest.raises(UserError, match="cifar-10-batches-py is damaged"):
+        CIFAR10(str(tmp_path)).setup("fit")
+    assert not (tmp_path / "loaded").exists()
+
+
+def test_the_python_version_gives_the_same_images_as_torchvision(tmp_path, monkeypatch):
+    class Verified:
+        """Stands for torchvision's class after its checksums have passed."""
+
+        base_folder = "cifar-10-batches-py"
+
+        def __init__(self, root, train):
+            self.data = np.random.default_rng(train).integers(0, 256, (20, 32, 32, 3), np.uint8)
+            self.targets = list(range(10)) * 2
+
+    monkeypatch.setattr(CIFAR10, "published", Verified)
+    data = CIFAR10(str(tmp_path))
+    images, labels = data.split("train").__getitems__([4, 13])
+    assert np.array_equal(images.permute(0, 2, 3, 1), Verified("", True).data[[4, 13]])
+    assert labels.tolist() == [4, 3]
+
+
+@pytest.fixture
+def house_numbers(tmp_path):
+    """Writes both MATLAB files, by default 40 training and 20 test images of the labels 1 … 10; returns the pixels `[32, 32, 3, N]`."""
+
+    def write(compressed=True, **changes):
+        pixels = {}
+        for split, count in (("train", 40), ("test", 20)):
+            pixels[split] = np.random.default_rng(count).integers(0, 256, (32, 32, 3, count), np.uint8)
+            arrays = {"X": pixels[split], "y": (np.arange(count) % 10 + 1).astype(np.uint8)[:, None]}
+            savemat(tmp_path / f"{split}_32x32.mat", arrays | changes, do_compression=compressed)
+        return pixels
+
+    return write
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_svhn_is_read_with_label_ten_as_the_digit_zero(house_numbers, tmp_path, compressed, train_a_step):
+    pixels = house_numbers(compressed)
+    data = SVHN(str(tmp_path))
+    data.setup()
+    assert data.class_counts.tolist() == [4] * 10
+    for split in ("train", "test"):
+        images, labels = data.split(split).__getitems__([0, 8, 9, 10])
+        assert np.array_equal(images.permute(2, 3, 1, 0), pixels[split][..., [0, 8, 9, 10]])
+        assert labels.tolist() == [1, 9, 0, 1]
+    train_a_step(data)
+
+
+def test_svhn_asks_for_no_more_images_than_its_rare_digits_have(house_numbers, tmp_path):
+    """In the released code more were asked for than exist, which made half of the labels wrong."""
+    sizes = [5, 14, 10, 8, 7, 7, 6, 6, 5, 5]  # as the published ones, in thousands
+    labels = np.repeat([10, *range(1, 10)], sizes)
+    house_numbers(X=np.zeros((32, 32, 3, len(labels)), np.uint8), y=labels[:, None])
+    data = SVHN(str(tmp_path), imbalance_ratio=5)
+    assert data.class_counts.tolist() == [5, 4, 3, 2, 2, 2, 1, 1, 1, 1]
+    with pytest.raises(
+        UserError, match=r"class 0 \(0\) has 5 training images, 14 were asked for: lower max_count to 5"
+    ):
+        SVHN(str(tmp_path), imbalance_ratio=5, max_count=14).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"y": np.zeros((40, 1), np.uint8)}, "has label 0, but SVHN's are 1 … 10"),
+        ({"y": np.full((40, 1), 11)}, "has label 11"),
+        ({"y": np.ones((39, 1), np.uint8)}, "has no bytes X"),
+        ({"X": np.zeros((32, 32, 3, 40))}, "has no bytes X"),
+        ({"X": np.zeros((28, 28, 40), np.uint8)}, "has no bytes X"),
+    ],
+)
+def test_other_matlab_files_are_not_svhn(house_numbers, tmp_path, changes, message):
+    house_numbers(**changes)
+    with pytest.raises(UserError, match=rf"train_32x32\.mat {message}"):
+        SVHN(str(tmp_path)).setup("fit")
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda data: data[:-100], lambda data: data[:200], lambda data: b"text", lambda data: b"\0" * 300]
+)
+def test_a_damaged_matlab_file_is_refused(house_numbers, tmp_path, spoil):
+    house_numbers()
+    file = tmp_path / "train_32x32.mat"
+    file.write_bytes(spoil(file.read_bytes()))
+    with pytest.raises(UserError, match=r"train_32x32\.mat is damaged") as caught:
+        SVHN(str(tmp_path)).setup("fit")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_matlab_file_that_is_made_to_fill_the_memory_is_refused(house_numbers, tmp_path):
+    house_numbers()
+    file = tmp_path / "train_32x32.mat"
+    packed = zlib.compress(bytes(2**28 + 1), 1)
+    file.write_bytes(file.read_bytes()[:128] + struct.pack("<II", 15, len(packed)) + packed)
+    with pytest.raises(UserError, match="refused, no images are like that"):
+        SVHN(str(tmp_path)).setup("fit")
+
+
+@pytest.fixture
+def stl(tmp_path):
+    """Writes the four binary files, 20 training and 30 test images; returns the pixels `[N, 3, width, height]`."""
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    pixels = {}
+    for split, count in (("train", 20), ("test", 30)):
+        pixels[split] = np.random.default_rng(count).integers(0, 256, (count, 3, 96, 96), np.uint8)
+        pixels[split].tofile(folder / f"{split}_X.bin")
+        (np.arange(count) % 10 + 1).astype(np.uint8).tofile(folder / f"{split}_y.bin")
+    return pixels
+
+
+def test_stl_is_read_upright_as_torchvision_reads_it(stl, tmp_path, monkeypatch, train_a_step):
+    monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
+    data = STL10(str(tmp_path))
+    data.setup()
+    assert data.class_counts.tolist() == [2] * 10
+    for split in ("train", "test"):
+        theirs, ours = datasets.STL10(str(tmp_path), split), data.split(split)
+        assert np.array_equal(ours.source.pixels, theirs.data)
+        assert ours.labels.tolist() == theirs.labels.tolist()
+    assert np.array_equal(data.split("train")[3][0], stl["train"][3].transpose(0, 2, 1))
+    train_a_step(data)
+
+
+def test_what_stl_lacks_is_named(stl, tmp_path):
+    file = tmp_path / "stl10_binary" / "train_X.bin"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"train_X\.bin has 552959 bytes, not 27648 for each of the 20 labels"):
+        STL10(str(tmp_path)).setup("fit")
+    file.unlink()
+    with pytest.raises(UserError, match=r"STL10 in .*stl10_binary/train_X\.bin is missing.*--data.download true"):
+        STL10(str(tmp_path)).setup("fit")
+
+
+@pytest.mark.parametrize("set_class", [FashionMNIST, CIFAR10, CIFAR100, SVHN, STL10])
+def test_only_download_downloads(clothes, tmp_path, monkeypatch, set_class):
+    calls = []
+    published = staticmethod(lambda root, download, split=None: calls.append((Path(root), download, split)))
+    monkeypatch.setattr(set_class, "published", published)
+    set_class(str(tmp_path)).prepare_data()
+    assert calls == []
+    set_class(str(tmp_path), download=True).prepare_data()
+    assert [split for _, _, split in calls] == (["train", "test"] if set_class is SVHN else [None])
+    for folder, download, _ in calls:
+        assert download
+        assert tmp_path in (folder, folder.parent)
+
+
+def test_a_download_moves_in_beside_what_is_there(tmp_path):
+    for name in ("new/set/a", "new/set/b", "new/other/c", "old/set/a"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    move_into(tmp_path / "new", tmp_path / "old")
+    files = {str(path.relative_to(tmp_path / "old")): path.read_text() for path in tmp_path.glob("old/*/*")}
+    assert files == {"set/a": "old/set/a", "set/b": "new/set/b", "other/c": "new/other/c"}
+
+
+def test_what_is_there_is_not_downloaded(clothes, write_cifar, house_numbers, stl, tmp_path, monkeypatch):
+    clothes(tmp_path)
+    write_cifar(CIFAR10)
+    house_numbers()
+    for set_class in (FashionMNIST, CIFAR10, SVHN, STL10):
+        monkeypatch.setattr(set_class, "published", None)
+        set_class(str(tmp_path), download=True).prepare_data()
+
+
+@pytest.mark.parametrize(
+    ("set_class", "num_classes", "num_channels", "padding"),
+    [(FashionMNIST, 10, 1, 2), (CIFAR10, 10, 3, 4), (CIFAR100, 100, 3, 4), (SVHN, 10, 3, 0), (STL10, 10, 3, 0)],
+)
+def test_what_the_set_fixes_is_known_without_its_files(set_class, num_classes, num_channels, padding):
+    data = set_class("nowhere")
+    assert (data.num_classes, data.num_channels) == (num_classes, num_channels)
+    assert len(set(data.class_names)) == num_classes
+    assert not data.val_is_held_out
+    images, _ = data.train_transform((torch.zeros(4, num_channels, 32, 32, dtype=torch.uint8), torch.arange(4)), 0)
+    assert images.shape == (4, num_channels, 32, 32)
+    assert (data._augment.crop_padding, data._augment.flip) == (padding, padding > 0)

@@ -1,0 +1,97 @@
+"""The model card, as the Hugging Face Hub and a stranger read it."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from lightning.pytorch import Trainer
+from PIL import Image
+
+from etflight import Classifier
+from etflight.cli import export
+from etflight.data import ArrayImages
+from etflight.export.card import model_card
+from etflight.utils.preprocessing import Preprocessing
+
+COLOUR = Preprocessing((3, 16, 16), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+
+
+def run_folder(folder: Path, **facts: object) -> Path:
+    folder.mkdir(parents=True)
+    data = {"class": "CIFAR10", "class_counts": [50, 5], "imbalance_ratio": 10.0} | facts
+    (folder / "run.json").write_text(json.dumps({"arm": "a", "commit": "abc123", "data": data}))
+    (folder / "config.yaml").write_text("seed_everything: 0\n")
+    (folder / "test_metrics.json").write_text(json.dumps({"test/acc": 0.625, "test/acc_macro": 0.5, "test/ece": 0.25}))
+    return folder
+
+
+def card_of(classifier: Classifier, run: Path | None = None, licence: str | None = None, **formats: bool) -> str:
+    card, problems = model_card("my: model", classifier, COLOUR, formats or {"timm": True}, run, licence)
+    assert problems == []
+    return card
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Classifier:
+    return Classifier(2, "test_resnet").eval()
+
+
+def test_the_hub_reads_licence_library_data_and_results(classifier, tmp_path):
+    card = ModelCard(card_of(classifier, run_folder(tmp_path / "run"), "cc-by-4.0")).data
+    assert (card.license, card.library_name, card.pipeline_tag) == ("cc-by-4.0", "timm", "image-classification")
+    assert (card.datasets, card.metrics) == (["uoft-cs/cifar10"], ["accuracy"])
+    assert {"timm", "neural-collapse"} <= set(card.tags)
+    assert card.model_name == "my: model"
+    found = {
+        r.metric_name: (r.dataset_type, r.dataset_name, r.dataset_split, r.metric_value) for r in card.eval_results
+    }
+    assert found["accuracy"] == ("uoft-cs/cifar10", "CIFAR10", "test", 0.625)
+    assert found["balanced accuracy"] == ("uoft-cs/cifar10", "CIFAR10", "test", 0.5)
+
+
+def test_nothing_is_said_that_is_not_known(classifier, tmp_path):
+    front = ModelCard(card_of(classifier, run_folder(tmp_path / "run", **{"class": "Mine"}), onnx=True)).data
+    assert (front.license, front.library_name, front.get("datasets")) == (None, None, None)
+    assert front.eval_results[0].dataset_type == "Mine"
+    assert ModelCard(card_of(classifier)).data.eval_results is None
+
+
+def test_it_says_whether_probabilities_are_calibrated():
+    model = Classifier(2, "test_resnet").eval()
+    assert "not calibrated" in card_of(model, onnx=True)
+    model.temperature.fill_(0.5)
+    assert "the calibrated probabilities" in card_of(model, onnx=True)
+    assert "not calibrated" not in card_of(model, onnx=True)
+
+
+@pytest.mark.parametrize(("channels", "formats"), [(1, ["timm", "onnx", "torch-export"]), (3, ["timm"])])
+def test_what_it_says_to_do_works(channels, formats, tmp_path, monkeypatch, capsys):
+    """Its Python, block by block, with a picture of another size and mode."""
+    torch.manual_seed(0)
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 16, 16, channels), dtype=np.uint8)
+    arrays = {f"{split}_images": pixels for split in ("train", "test")}
+    labels = {f"{split}_labels": np.arange(20) % 2 for split in ("train", "test")}
+    np.savez(tmp_path / "a.npz", class_names=np.array(["cat", "dog"]), **arrays, **labels)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    trainer = Trainer(accelerator="cpu", max_epochs=1, **quiet)
+    model = Classifier(2, "test_resnet", in_chans=channels)
+    trainer.fit(model, datamodule=ArrayImages(str(tmp_path / "a.npz"), mean=[0.3], std=[0.4], batch_size=10))
+    trainer.save_checkpoint(tmp_path / "m.ckpt")
+    export.main([str(tmp_path / "m.ckpt"), "--output", str(tmp_path / "m"), "--format", *formats])
+    Image.fromarray(pixels[0].squeeze()).convert("RGBA").resize((21, 16)).save(tmp_path / "m" / "one.png")
+    monkeypatch.chdir(tmp_path / "m")
+    text = Path("README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    images = torch.randn(5, channels, 16, 16)
+    expected = model.eval()(images)
+    capsys.readouterr()
+    exec(blocks[0].replace("PATH_OF_THIS_FOLDER", ".").replace("PATH_OF_AN_IMAGE", "one.png"), {})
+    assert capsys.readouterr().out.strip() in ("cat", "dog")
+    for block, given in zip(blocks[1:], (images.numpy(), images), strict=len(formats) == 3):
+        names = {"images": given}
+        exec(block, names)
+        torch.testing.assert_close(torch.as_tensor(names["logits"]), expected, rtol=0, atol=1e-4)

@@ -1,0 +1,86 @@
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from etflight import Classifier, CosineHead, ETFHead, LinearHead, ScaledLinearHead
+from etflight.export.timm import linear_decisions
+from etflight.losses import CrossEntropyLoss
+from etflight.utils.errors import UserError
+
+
+def trained(head: object, **options: object) -> Classifier:
+    """A classifier whose parameters and running statistics are nowhere near their first values."""
+    torch.manual_seed(0)
+    model = Classifier(
+        10, "resnet20_cifar", head=head, loss=CrossEntropyLoss, class_counts=list(range(5, 55, 5)), **options
+    )
+    for module in model.head.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.running_mean.uniform_(-2, 2)
+            module.running_var.uniform_(0.1, 3)
+    for parameter in model.head.parameters():
+        parameter.data.normal_()
+    model.temperature.fill_(0.3)
+    return model.eval()
+
+
+def logits(model: Classifier, features: torch.Tensor) -> torch.Tensor:
+    return model.calibrated(model.head(features))
+
+
+EXACT = {
+    "linear": LinearHead,
+    "linear with BatchNorm": partial(LinearHead, feature_batch_norm=True),
+    "linear without bias": partial(LinearHead, use_bias=False),
+    "scaled": ScaledLinearHead,
+    "frame without norm": partial(ETFHead, normalize=False),
+}
+DECISIONS = {
+    "frame": ETFHead,
+    "frame, learned scale": partial(ETFHead, learn_scale=True),
+    "frame, turned": partial(ETFHead, learn_rotation=True),
+    "frame, projected": partial(ETFHead, projection_dim=12),
+    "frame without BatchNorm": partial(ETFHead, batch_norm=False),
+    "code on the sphere": partial(ETFHead, projection_dim=6, code="sphere"),
+    "cosine": CosineHead,
+    "cosine with BatchNorm": partial(CosineHead, feature_batch_norm=True),
+    "normalised, no bias": partial(LinearHead, use_bias=False, feature_normalize=True, feature_batch_norm=True),
+}
+
+
+@pytest.mark.parametrize("name", [*EXACT, *DECISIONS])
+@torch.no_grad()
+def test_one_linear_layer_decides_as_the_head(name):
+    model = trained({**EXACT, **DECISIONS}[name])
+    layer = linear_decisions(model)
+    features = 3 * torch.randn(2000, 64)
+    found = features @ layer.weight.T + layer.bias
+    assert torch.equal(found.argmax(1), logits(model, features).argmax(1))
+    assert layer.calibrated == (name in EXACT)
+    if layer.calibrated:
+        torch.testing.assert_close(found, logits(model, features), rtol=1e-4, atol=1e-3)
+
+
+@torch.no_grad()
+def test_logit_adjustment_and_temperature_are_in_the_layer():
+    model = trained(LinearHead, logit_adjustment=1.5)
+    layer, features = linear_decisions(model), torch.randn(500, 64)
+    found = features @ layer.weight.T + layer.bias
+    torch.testing.assert_close(found, logits(model, features), rtol=1e-4, atol=1e-4)
+    prior = torch.arange(5, 55, 5) / torch.arange(5, 55, 5).sum()
+    torch.testing.assert_close(found, (model.head(features) - 1.5 * prior.log()) / 0.3, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("head", "options", "reason"),
+    [
+        (partial(ETFHead, projection_dim=80), {}, "no linear layer decides as a ETFHead"),
+        (partial(LinearHead, feature_normalize=True), {}, "no linear layer decides as a LinearHead"),
+        (ETFHead, {"logit_adjustment": 1.0}, "logit adjustment of 1.0"),
+    ],
+)
+def test_what_no_linear_layer_can_do_is_refused_with_the_way_out(head, options, reason):
+    with pytest.raises(UserError, match=f"{reason}.*--format onnx torch-export"):
+        linear_decisions(trained(head, **options))

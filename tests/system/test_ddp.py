@@ -1,0 +1,546 @@
+"""One process, two, three: the same numbers, however the processes were started.
+
+The backbone has no BatchNorm and nothing is augmented, so that all runs of one global batch do the same sums in another order.
+"""
+
+import csv
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from etflight import Classifier, DotRegressionLoss, ETFHead
+from etflight.data import ArrayImages, Digits
+from etflight.utils.errors import UserError
+from tests.command_line import CommandLine
+
+ROOT = Path(__file__).parents[2]
+GLOBAL_BATCH = 60  # for one, two and three processes alike
+EPOCHS = 3
+CPU = [
+    "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
+]  # fmt: skip
+RECIPE = [
+    *CPU, "--data.sampler", "balanced", "--model.backbone", "test_vit",
+    "--model.model_kwargs", '{"img_size": 8, "patch_size": 4}', "--model.head.batch_norm", "false",
+    "--model.loss.class_balance", "batch", "--model.optimizer.lr", 0.05, "--trainer.callbacks+", "NeuralCollapseMonitor",
+]  # fmt: skip
+OVERLAY = ["-c", ROOT / "configs/trainer/ddp_cpu.yaml", "--data.batch_size", GLOBAL_BATCH // 2]
+
+
+# --- real runs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The digits in a file, with 501 test images: an odd number, for two processes and for three."""
+    path = tmp_path_factory.mktemp("data") / "digits.npz"
+    digits = Digits()
+    (train, train_labels), (test, test_labels) = (
+        digits.split(name).__getitems__(list(range(len(digits.split(name))))) for name in ("train", "test")
+    )
+    np.savez(
+        path, train_images=train[1:, 0], train_labels=train_labels[1:],
+        test_images=torch.cat([test, train[:1]])[:, 0], test_labels=torch.cat([test_labels, train_labels[:1]]),
+    )  # fmt: skip
+    return ["--data", "ArrayImages", "--data.path", path, "--data.imbalance_ratio", 20, "--data.val_fraction", 0.11]
+
+
+@pytest.fixture(scope="module")
+def fit(data):
+    return ["fit", *data, *RECIPE]
+
+
+@pytest.fixture(scope="module")
+def cwd(tmp_path_factory):
+    return tmp_path_factory.mktemp("cwd")
+
+
+def shared_by(processes, *, nodes=1):
+    return [
+        "--trainer.strategy", "ddp", "--trainer.devices", processes // nodes, "--trainer.num_nodes", nodes,
+        "--data.batch_size", GLOBAL_BATCH // processes,
+    ]  # fmt: skip
+
+
+def start(*argv, cwd):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", *map(str, argv)],
+        cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def finish(*processes):
+    """What they printed, all together."""
+    printed = "".join(process.communicate(timeout=250)[0] for process in processes)
+    assert [process.returncode for process in processes] == [0] * len(processes), printed
+    return printed
+
+
+def free_port():
+    """One of those that a SLURM job's number stands for: 15000 plus its last four digits."""
+    for port in np.random.default_rng().integers(15000, 25000, size=100).tolist():
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
+
+
+class Started:
+    """`etflight …` on processes that somebody else has started and numbered: torchrun or srun, by their environment."""
+
+    def __init__(self, commands):
+        self._commands = commands
+
+    def __call__(self, *argv, cwd, processes, by="torchrun", **env):
+        port = free_port()
+        with ThreadPoolExecutor(processes) as threads:
+            jobs = [
+                threads.submit(command, *argv, cwd=cwd, **getattr(self, by)(rank, processes, port), **env)
+                for rank, command in enumerate(self._commands[:processes])
+            ]
+            results = [job.result() for job in jobs]
+        assert [result.status for result in results] == [0] * processes, "".join(r.err for r in results)
+        return results
+
+    @staticmethod
+    def torchrun(rank, processes, port):
+        return {
+            "TORCHELASTIC_RUN_ID": "none", "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0",
+            "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+
+    @staticmethod
+    def slurm(rank, processes, port):
+        return {
+            "SLURM_JOB_NAME": "digits", "SLURM_JOB_ID": str(port - 15000), "SLURM_NNODES": "1", "SLURM_NODEID": "0",
+            "SLURM_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(processes), "SLURM_NTASKS_PER_NODE": str(processes),
+            "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
+        }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    commands = [CommandLine(tmp_path_factory.mktemp("rank"), RANK=str(rank)) for rank in range(3)]
+    yield Started(commands)
+    for command in commands:
+        command.close()
+
+
+@pytest.fixture(scope="module")
+def one(etflight_command, fit, cwd):
+    argv = [*fit, "--data.batch_size", GLOBAL_BATCH, "--trainer.max_epochs", EPOCHS, "--name", "one"]
+    result = etflight_command(*argv, cwd=cwd)
+    assert result.status == 0, result.err
+    return cwd / "runs/one", result.out + result.err
+
+
+@pytest.fixture(scope="module")
+def two(fit, cwd):
+    argv = [*fit, *shared_by(2), "--trainer.max_epochs", EPOCHS, "--name", "two"]
+    printed = finish(start("etflight", *argv, cwd=cwd))
+    return cwd / "runs/two", printed
+
+
+def rows(folder):
+    return list(csv.DictReader((folder / "metrics.csv").open()))
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+
+def assert_same_rows(actual, expected):
+    assert len(actual) == len(expected) > 0
+    for got, wanted in zip(actual, expected, strict=True):
+        assert got.keys() == wanted.keys()
+        for name, value in wanted.items():
+            if value == "":
+                assert got[name] == "", name
+            else:
+                assert float(got[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-6, nan_ok=True), name
+
+
+def assert_same_weights(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_two_processes_log_and_learn_what_one_does(one, two):
+    columns = set(rows(one[0])[-1])
+    assert columns >= {
+        "train/loss",
+        "val/loss",
+        "val/acc",
+        "val/acc_macro",
+        "val/acc_many",
+        "val/acc_medium",
+        "val/acc_few",
+        "val/acc_tail",
+        "val/acc_worst",
+        "val/acc_harmonic",
+    }
+    assert columns >= {
+        "val/ece",
+        "val/ece_calibrated",
+        "nc/train/nc1",
+        "nc/train/alignment",
+        "nc/val/nc1",
+        "nc/val/nc4",
+    }
+    assert_same_rows(rows(two[0]), rows(one[0]))
+    assert_same_weights(weights(two[0]), weights(one[0]))
+    assert float(weights(one[0])["temperature"]) != 1  # fitted, on both
+
+
+def test_the_step_is_described_once(one, two):
+    for (_, printed), batch in ((one, "1 process x 60 images"), (two, "2 processes x 30 images")):
+        assert printed.count(f"global batch 60 = {batch}; learning rate 0.05 as given (not scaled") == 1
+        assert printed.count("class balance 'batch' (exponent 1): counts over all processes of a step") == 1
+
+
+def torchrun(argv, cwd, **_):
+    agent = ["torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]
+    finish(start(*agent, "-m", "etflight", *argv, *OVERLAY, cwd=cwd))
+
+
+def two_nodes(argv, cwd, **_):
+    agent = [
+        "torch.distributed.run",
+        "--nnodes",
+        2,
+        "--nproc-per-node",
+        1,
+        "--master-addr",
+        "127.0.0.1",
+        "--master-port",
+        free_port(),
+    ]
+    command = ["-m", "etflight", *argv, *shared_by(2, nodes=2)]
+    finish(*[start(*agent, "--node-rank", node, *command, cwd=cwd) for node in (0, 1)])
+
+
+def slurm(argv, cwd, started):
+    started(*argv, *OVERLAY, cwd=cwd, processes=2, by="slurm")
+
+
+@pytest.mark.parametrize("launch", [torchrun, two_nodes, slurm])
+def test_however_two_processes_are_started_they_do_the_same(launch, two, fit, started, cwd):
+    argv = [*fit, "--trainer.max_epochs", EPOCHS, "--name", launch.__name__]
+    launch(argv, cwd, started=started)
+    folder = cwd / "runs" / launch.__name__
+    assert (folder / "metrics.csv").read_text() == (two[0] / "metrics.csv").read_text()
+    expected = weights(two[0])
+    assert not [name for name, value in weights(folder).items() if not torch.equal(value, expected[name])]
+
+
+SIGNAL_AT_STEP = """
+import os, signal
+from lightning.pytorch import Callback
+
+class SignalAtStep(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 10 and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_a_slurm_job_out_of_time_requeues_itself_and_ends_as_if_it_had_had_more(two, fit, started, cwd):
+    (cwd / "signal_at_step.py").write_text(SIGNAL_AT_STEP)
+    scontrol = cwd / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {cwd}/requeued\n')
+    scontrol.chmod(0o755)
+    array = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "1", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    argv = [*fit, *OVERLAY, "--trainer.max_epochs", EPOCHS, "--name", "requeued", "--ckpt_path", "last"]
+    started(*argv, "--trainer.callbacks+", "signal_at_step.SignalAtStep", cwd=cwd, processes=2, by="slurm", **array)
+    assert (cwd / "requeued").read_text() == "requeue 70_1\n"
+    folder = cwd / "runs/requeued"
+    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] in (10, 11, 12)
+    started(*argv, cwd=cwd, processes=2, by="slurm", **array)
+    assert (folder / "metrics.csv").read_text() == (two[0] / "metrics.csv").read_text()
+    expected = weights(two[0])
+    assert not [name for name, value in weights(folder).items() if not torch.equal(value, expected[name])]
+
+
+def test_the_readmes_job_script_gives_each_task_its_seed_and_its_run(etflight_command, tmp_path):
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    script = next(block for block in blocks if "#SBATCH" in block)
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    srun.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "2"}
+    command = subprocess.run(
+        ["bash", "-euc", script], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.splitlines()
+    assert command[0] == "etflight"
+    result = etflight_command(*command[1:], "--print_config", cwd=ROOT)
+    assert result.status == 0, result.err
+    config = yaml.safe_load(result.out)
+    assert config["seed_everything"] == 2
+    assert config["name"].endswith("_2")
+    assert config["trainer"]["strategy"] == "ddp"
+    asked = {name: int(number) for name, number in re.findall(r"#SBATCH --([\w-]+)=(\d+)\n", script)}
+    assert asked["nodes"] == config["trainer"]["num_nodes"]
+    assert asked["ntasks-per-node"] == asked["gpus-per-node"]  # one process per GPU
+
+
+def printed_table(text):
+    return {name: float(value) for name, value in re.findall(r"(val/\w+)\s*│\s*([-\d.e]+)\s*│", text)}
+
+
+def test_a_checkpoint_of_two_processes_measures_the_same_on_one_and_on_three(two, etflight_command, started, data, cwd):
+    measure = [*data, *CPU, "--ckpt_path", two[0] / "checkpoints/last.ckpt"]
+    results = {}
+    for processes in (1, 3):
+        tables = []
+        for stage in ("test", "validate", "predict"):
+            argv = [stage, *measure, "--name", f"on_{processes}"]
+            if processes == 1:
+                result = etflight_command(*argv, cwd=cwd)
+                assert result.status == 0, result.err
+            else:
+                result = started(*argv, *shared_by(3), cwd=cwd, processes=3)[0]
+            tables.append(printed_table(result.out))
+        folder = cwd / "runs" / f"on_{processes}"
+        tested = json.loads((folder / "test_metrics.json").read_text())
+        files = [(folder / name).read_text() for name in ("per_class.csv", "predictions.csv")]
+        results[processes] = (tested, tables[1], files)
+    (tested, validated, files), (tested_on_three, validated_on_three, files_of_three) = results[1], results[3]
+    assert {"test/acc", "test/acc_few", "test/ece", "test/ece_calibrated", "test/loss"} <= tested.keys()
+    assert {"val/acc", "val/acc_few", "val/ece", "val/ece_calibrated", "val/loss"} <= validated.keys()
+    assert tested_on_three == pytest.approx(tested, rel=1e-5)
+    assert validated_on_three == pytest.approx(validated, rel=1e-5)
+    assert files_of_three == files
+    assert files[1].count("\n") == 1 + 501
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_training_of_two_processes_goes_on_with_another_number(processes, one, etflight_command, started, fit, cwd):
+    halfway = cwd / "runs/halfway/checkpoints/last.ckpt"
+    if not halfway.exists():
+        argv = [*fit, *shared_by(2), "--trainer.max_epochs", EPOCHS - 1, "--name", "halfway"]
+        started(*argv, cwd=cwd, processes=2)
+    argv = [*fit, *shared_by(processes), "--trainer.max_epochs", EPOCHS, "--name", f"continued_{processes}"]
+    argv += ["--ckpt_path", halfway]
+    if processes == 1:
+        result = etflight_command(*argv, cwd=cwd)
+        assert result.status == 0, result.err
+    else:
+        started(*argv, cwd=cwd, processes=3)
+    folder = cwd / "runs" / f"continued_{processes}"
+    assert_same_rows(rows(folder), [row for row in rows(one[0]) if row["epoch"] == f"{EPOCHS - 1:.1f}"])
+    assert_same_weights(weights(folder), weights(one[0]))
+
+
+# --- in processes that are there already -------------------------------------------------------------------------------
+
+
+class LocalCounts(DotRegressionLoss):
+    """Wrong: balances over the images of this process alone."""
+
+    def _class_weights(self, batch_counts):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "is_initialized", lambda: False)
+            return super()._class_weights(batch_counts)
+
+
+class AllLogits(DotRegressionLoss):
+    """The same, from the logits of all classes: its own `forward` has the last word."""
+
+    def forward(self, logits, target):
+        return super().forward(logits, target)
+
+
+class MeanOfMeans(Classifier):
+    """Wrong: processes count the same whatever number of images each had."""
+
+    def _share_of_images(self, images):
+        return 1.0
+
+
+class StepLosses(Callback):
+    def __init__(self):
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(trainer.strategy.reduce(outputs["loss"].detach().clone(), reduce_op="mean").item())
+
+
+def train_twenty_steps(rank, folder, processes, model, loss):
+    torch.manual_seed(0)
+    classifier = model(
+        10, "test_vit", partial(ETFHead, batch_norm=False), partial(loss, class_balance="batch"),
+        in_chans=1, model_kwargs={"img_size": 8, "patch_size": 4},
+    )  # fmt: skip
+    data = Digits(imbalance_ratio=20, sampler="balanced", batch_size=GLOBAL_BATCH // processes)
+    seen = StepLosses()
+    trainer = Trainer(
+        accelerator="cpu", devices=processes, strategy="auto" if processes == 1 else "ddp", max_steps=20, limit_val_batches=0,
+        default_root_dir=folder, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[seen],
+    )  # fmt: skip
+    trainer.fit(classifier, datamodule=data)
+    assert trainer.global_step == 20
+    return seen.losses, classifier.state_dict()
+
+
+@pytest.fixture(scope="module")
+def twenty_steps_alone(tmp_path_factory):
+    return train_twenty_steps(0, tmp_path_factory.mktemp("alone"), 1, Classifier, DotRegressionLoss)
+
+
+def largest_difference(actual, expected):
+    return max((actual[name].double() - expected[name].double()).abs().max().item() for name in expected)
+
+
+TOLERANCE = 2e-6  # of losses about 0.1 to 1 and of weights up to about 1
+
+
+@pytest.mark.parametrize("loss", [DotRegressionLoss, AllLogits])
+def test_twenty_steps_of_two_processes_are_those_of_one(loss, twenty_steps_alone, two_ready_processes, tmp_path):
+    first, second = two_ready_processes(train_twenty_steps, [(tmp_path, 2, Classifier, loss)] * 2)
+    losses, trained = twenty_steps_alone
+    assert first[0] == pytest.approx(losses, abs=TOLERANCE)
+    assert largest_difference(first[1], trained) < TOLERANCE
+    assert largest_difference(first[1], second[1]) == 0
+
+
+@pytest.mark.parametrize(("model", "loss"), [(Classifier, LocalCounts), (MeanOfMeans, DotRegressionLoss)])
+def test_the_comparison_notices_a_process_that_counts_for_itself(
+    model, loss, twenty_steps_alone, two_ready_processes, tmp_path
+):
+    (losses, trained), _ = two_ready_processes(train_twenty_steps, [(tmp_path, 2, model, loss)] * 2)
+    assert losses != pytest.approx(twenty_steps_alone[0], abs=100 * TOLERANCE)
+    assert largest_difference(trained, twenty_steps_alone[1]) > 100 * TOLERANCE
+
+
+def train_a_frame_of_its_own(rank, folder):
+    classifier = Classifier(
+        10, "test_vit", partial(ETFHead, batch_norm=False, seed=rank), in_chans=1, model_kwargs={"img_size": 8, "patch_size": 4},
+    )  # fmt: skip
+    before = classifier.head.weight.clone()
+    trainer = Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_steps=1, limit_val_batches=0, default_root_dir=folder,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(classifier, datamodule=Digits(batch_size=GLOBAL_BATCH))
+    return before, classifier.head.weight
+
+
+def test_processes_that_computed_different_frames_train_on_the_first_ones(two_ready_processes, tmp_path):
+    (first, trained), (second, other) = two_ready_processes(train_a_frame_of_its_own, [(tmp_path,)] * 2)
+    assert not torch.equal(first, second)
+    assert torch.equal(trained, first)
+    assert torch.equal(other, first)
+
+
+def train_an_epoch(rank, folder, batch_size):
+    data = Digits(profile=[3, 3, 3, 2, 2, 2, 2, 2, 2, 2], val_fraction=0.02, batch_size=batch_size, eval_batch_size=7)
+    trainer = Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, default_root_dir=folder, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Classifier(10, "resnet20_cifar", partial(ETFHead, batch_norm=False), in_chans=1), datamodule=data)
+    return trainer.global_step, len(trainer.val_dataloaders), trainer.callback_metrics["val/loss"].item()
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(1, 11), (2, 5), (5, 2)])
+def test_an_epoch_ends_on_both_processes_where_their_shares_are_unequal(
+    batch_size, steps, two_ready_processes, tmp_path
+):
+    first, second = two_ready_processes(train_an_epoch, [(tmp_path, batch_size)] * 2)
+    assert (first[0], second[0]) == (steps, steps)  # of 23 images
+    assert (first[1], second[1]) == (3, 2)  # 29 validation images
+    assert first[2] == second[2]
+
+
+class BadOnTheSecondProcess(Classifier):
+    """Its loss is not a number in one step of one process."""
+
+    def forward(self, images):
+        logits = super().forward(images)
+        return logits * torch.nan if self.global_rank == 1 and self.global_step == 3 else logits
+
+
+def train_until_refused(rank, folder):
+    with pytest.raises(UserError) as refusal:
+        train_twenty_steps(rank, folder, 2, BadOnTheSecondProcess, DotRegressionLoss)
+    return str(refusal.value)
+
+
+def test_a_loss_that_is_not_a_number_on_one_process_stops_all_and_names_its_step(two_ready_processes, tmp_path):
+    for message in two_ready_processes(train_until_refused, [(tmp_path,)] * 2):
+        assert "NaN or infinite at step 3 " in message
+
+
+class Register(LightningModule):
+    """Writes down the number that each image carries in its pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.seen = {"validation": [], "test": []}
+
+    def training_step(self, batch, batch_idx):
+        return self.weight * 1.0
+
+    def validation_step(self, batch, batch_idx):
+        self._write_down("validation", batch[0])
+
+    def test_step(self, batch, batch_idx):
+        self._write_down("test", batch[0])
+
+    def _write_down(self, stage, images):
+        digits = (images.flatten(1)[:, :2] * 255).round().long()
+        self.seen[stage] += (digits[:, 0] * 256 + digits[:, 1]).tolist()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def register(rank, folder):
+    data = ArrayImages(path=str(folder / "numbered.npz"), batch_size=30, mean=[0.0], std=[1.0])
+    seen = {}
+    for stage in ("fit", "validate", "test"):
+        trainer = Trainer(
+            accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, num_sanity_val_steps=0, logger=False,
+            default_root_dir=folder, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        model = Register()
+        getattr(trainer, stage)(model, datamodule=data)
+        seen[stage] = model.seen["test" if stage == "test" else "validation"]
+    return seen
+
+
+def test_validation_and_test_see_every_image_exactly_once(two_ready_processes, tmp_path):
+    sizes = {"train": 60, "val": 301, "test": 301}
+    content = {}
+    for split, size in sizes.items():
+        numbers = np.arange(size)
+        images = np.zeros((size, 2, 2), np.uint8)
+        images[:, 0] = np.stack([numbers // 256, numbers % 256], axis=1)
+        content |= {f"{split}_images": images, f"{split}_labels": numbers % 10}
+    np.savez(tmp_path / "numbered.npz", **content)
+    parts = two_ready_processes(register, [(tmp_path,)] * 2)
+    for stage in ("fit", "validate", "test"):
+        assert sorted(number for part in parts for number in part[stage]) == list(range(301)), stage
+        assert [len(part[stage]) for part in parts] == [151, 150]

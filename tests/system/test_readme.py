@@ -1,0 +1,109 @@
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from etflight.cli import OTHERS
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_python_examples_run_as_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) >= 3
+    names = {"__name__": "readme"}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert len(names["monitor"].history["nc/train/nc1"]) == 3
+    assert 0 < names["statistics"].compute().counts.sum() == 60
+
+
+def test_every_file_it_names_exists():
+    named = re.findall(r"(?:configs|notebooks)/[\w./-]+\.(?:yaml|png|gif|json)", README)
+    assert named
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_the_map_of_the_house_has_every_room():
+    drawn = re.search(r"```\netflight/\n(.*?)```", README, flags=re.DOTALL)[1]
+    named = {name for line in drawn.splitlines() for name in re.findall(r"(\w+(?:/|\.py))(?=,|  | *$)", line[:60])}
+    there = {f"{path.name}/" if path.is_dir() else path.name for path in (ROOT / "etflight").iterdir()}
+    assert named == there - {"__init__.py", "_version.py", "py.typed", "__pycache__/"}
+
+
+def commands() -> list[str]:
+    """Every `etflight …` of the README's shell blocks and text; not what has parts left open, nor the job script, tested elsewhere."""
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)).replace("\\\n", " ")
+    spans = re.findall(r"`(etflight [a-z]+ [^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+    lines = [part for text in (*blocks.splitlines(), *spans) for part in " ".join(text.split()).split(" && ")]
+    found = (re.search(r"(?:^|-m |srun )(etflight [a-z]+ .*)", line) for line in lines)
+    whole = [line[1] for line in found if line and not re.search(r"[<…|$]", line[1].partition(" #")[0])]
+    return [line for line in dict.fromkeys(whole) if line != "etflight predict --images"]
+
+
+@pytest.fixture(scope="module")
+def trained(etflight_command, tmp_path_factory):
+    """A folder with the configurations, one short run under every name that a command asks for, and a module of one's own."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "notebooks").symlink_to(ROOT / "notebooks")
+    short = ["--trainer.max_epochs", 1, "--trainer.limit_train_batches", 1, "--trainer.callbacks", "null"]
+    config = ["-c", "configs/data/digits.yaml", "-c", "configs/arms/etf_dr_balanced.yaml"]
+    for argv in (["fit", *config, *short], ["test", *config, "--ckpt_path", "last"]):
+        result = etflight_command(*argv, cwd=folder)
+        assert result.status == 0, result.err
+    run = folder / "runs/digits/etf_dr_balanced"
+    for name in {
+        *re.findall(r"(runs/[\w/]+)/checkpoints/last.ckpt", README),
+        *re.findall(r"collapse (runs/[\w/]+)", README),
+    }:
+        if not (folder / name).exists():
+            shutil.copytree(run, folder / name)
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    own = [block for block in blocks if re.search(r"class \w+\((?:Head|Loss|ImageDataModule)\)", block)]
+    (folder / "mine.py").write_text("\n".join(["import torch", *own]))
+    return folder
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_is_understood(command, trained, etflight_command):
+    """As written, and to its end where that is quick; else up to the point where it would begin to work."""
+    argv = shlex.split(re.sub(r" >.*", "", command), comments=True)[1:]
+    argv = [path for arg in argv for path in (sorted(map(str, trained.glob(arg))) if "*" in arg else [arg])]
+    if argv[0] in ("study", "dashboard"):
+        argv = [*argv, "--dry-run"]
+    elif argv[0] != "report" and not any("help" in arg for arg in argv):
+        argv = [*argv, "--print_config"]
+    result = etflight_command(*argv, cwd=trained)
+    assert result.status == 0, result.err
+    assert result.out
+
+
+def test_the_commands_are_found():
+    assert len(commands()) > 25
+    assert {line.split()[1] for line in commands()} >= {"fit", "test", "predict", *OTHERS}
+
+
+def test_links_lead_somewhere():
+    headings = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", README, flags=re.DOTALL), flags=re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    targets = re.findall(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"", README)
+    assert len(targets) > 20
+    for target in map("".join, targets):
+        if target.startswith("#"):
+            assert target[1:] in anchors
+        elif not target.startswith("https://"):
+            assert (ROOT / target).is_file(), target
+
+
+def test_every_name_of_the_package_is_reached_from_its_root():
+    """In an interpreter that has imported nothing else of it."""
+    named = sorted(set(re.findall(r"\betflight(?:\.[A-Za-z_]\w*)+", README)))
+    assert {"etflight.simplex_etf", "etflight.utils.ranks.SyncBatchNorm"} <= set(named)
+    subprocess.run([sys.executable, "-c", "\n".join(["import etflight", *named])], check=True)

@@ -1,0 +1,347 @@
+"""What a training step and an evaluation batch are made of: no waiting for the device, one forward, fast layouts and optimizers."""
+
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import nn
+from torch.optim import SGD, Adagrad, AdamW, RMSprop
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, TensorDataset
+
+from etflight import Classifier, CrossEntropyLoss, LinearHead
+from etflight.callbacks import LastCheckpoint, NeuralCollapseMonitor, Speed, StepSeed, StopSignals
+from etflight.data import Digits
+from etflight.optim import match_layouts
+from etflight.runs.folder import last_checkpoint
+
+QUIET = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def trainer(**options):
+    return Trainer(accelerator="cpu", **{"logger": False, **QUIET, **options})
+
+
+def small(**options):
+    return Classifier(10, "resnet20_cifar", in_chans=1, **options)
+
+
+# --- no step waits for the device ----------------------------------------------------------------------------------------------
+
+# what needs a tensor's values on the host, or a shape that only they give
+PYTHON_READS = {
+    "item",
+    "tolist",
+    "cpu",
+    "numpy",
+    "nonzero",
+    "unique",
+    "masked_select",
+    "__bool__",
+    "__float__",
+    "__int__",
+}
+PYTHON_READS |= {"__index__", "__contains__", "equal", "allclose", "synchronize"}
+READS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal, torch.ops.aten.masked_select}
+
+
+class ReadsOfPython(TorchFunctionMode):
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in PYTHON_READS:
+            self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class ReadsOfTorch(TorchDispatchMode):
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in READS:
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class CountReads(Callback):
+    """Counts them for each step, from the start of its batch to the start of the next one, loading and augmentation included.
+
+    Where everything is on the host, λ of mixup and the places of crops, which are drawn there, look like reads.
+    """
+
+    def __init__(self):
+        self.reads = []
+        self.modes = []
+
+    def on_train_batch_start(self, *_):
+        self.close()
+        self.reads.append([])
+        self.modes = [ReadsOfPython(self.reads[-1]), ReadsOfTorch(self.reads[-1])]
+        for mode in self.modes:
+            mode.__enter__()
+
+    def on_train_epoch_end(self, *_):
+        self.close()
+
+    def close(self):
+        for mode in reversed(self.modes):
+            mode.__exit__(None, None, None)
+        self.modes = []
+
+
+class Peek(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 6:
+            float(outputs["loss"])
+
+
+@pytest.mark.parametrize("loss", [{}, {"head": LinearHead, "loss": partial(CrossEntropyLoss, class_balance="batch")}])
+def test_no_step_between_logging_points_waits_for_the_device(loss, tmp_path):
+    """On several processes Lightning itself waits once a step, for a flag in `_broadcast_sigterm_tensor`, which nothing turns off."""
+    count = CountReads()
+    last = LastCheckpoint()
+    callbacks = [count, StopSignals(last), last, StepSeed(), Speed(), Peek()]
+    runs = trainer(
+        callbacks=callbacks, max_epochs=1, limit_train_batches=12, limit_val_batches=0, log_every_n_steps=10,
+        default_root_dir=tmp_path, gradient_clip_val=1.0,
+    )  # fmt: skip
+    runs.fit(small(**loss), datamodule=Digits(batch_size=16))
+    assert len(count.reads) == 12
+    assert [i for i, reads in enumerate(count.reads) if reads] == [0, 6, 10]  # 6 is this test's own: reads are seen
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_step_between_logging_points_waits_for_a_gpu(tmp_path):
+    class Forbid(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            torch.cuda.set_sync_debug_mode("error" if batch_idx % 10 > 1 else "default")
+
+    try:
+        runs = Trainer(
+            callbacks=[Forbid(), StepSeed(), Speed()], max_epochs=1, limit_train_batches=10, limit_val_batches=0,
+            log_every_n_steps=10, default_root_dir=tmp_path, logger=False, precision="bf16-mixed", **QUIET,
+        )  # fmt: skip
+        runs.fit(small(), datamodule=Digits(batch_size=16, crop_padding=1, mixup=0.5))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# --- evaluation ----------------------------------------------------------------------------------------------------------------
+
+
+class CountForwards(Callback):
+    def __init__(self):
+        self.forwards = Counter()
+        self.inference = set()
+
+    def setup(self, trainer, pl_module, stage):
+        pl_module.backbone.register_forward_hook(partial(self.count, trainer))
+
+    def count(self, trainer, module, args, output):
+        self.forwards[trainer.state.stage.value, trainer.current_epoch] += 1
+        self.inference.add((trainer.state.stage.value, torch.is_inference_mode_enabled()))
+
+
+def test_validation_and_the_monitor_share_one_forward_a_batch(tmp_path):
+    count = CountForwards()
+    data = Digits(batch_size=64, eval_batch_size=100)
+    runs = trainer(
+        callbacks=[NeuralCollapseMonitor(splits=("val",)), count],
+        max_epochs=1,
+        num_sanity_val_steps=0,
+        limit_train_batches=2,
+    )
+    runs.fit(small(), datamodule=data)
+    assert count.forwards["validate", 0] == len(data.val_dataloader()) == 5  # 500 images
+    assert "nc/val/nc1" in runs.callback_metrics
+    sweep = CountForwards()
+    runs = trainer(
+        callbacks=[NeuralCollapseMonitor(before_training=False), sweep],
+        max_epochs=1,
+        num_sanity_val_steps=0,
+        default_root_dir=tmp_path,
+    )
+    runs.fit(small(), datamodule=data)
+    assert sweep.forwards["validate", 0] == 5 + len(
+        data.eval_dataloader("train")
+    )  # the sweep over the training images, once
+
+
+def test_evaluation_runs_in_inference_mode():
+    """Validation within fit is Lightning's own `torch.no_grad`: tensors made there may be used by the next step."""
+    count, model = CountForwards(), small()
+    runs = trainer(callbacks=[count], limit_val_batches=1, limit_test_batches=1, limit_predict_batches=1)
+    for run in (runs.validate, runs.test, runs.predict):
+        run(model, datamodule=Digits())
+    assert count.inference == {("validate", True), ("test", True), ("predict", True)}
+
+
+def test_results_do_not_depend_on_the_size_of_evaluation_batches():
+    model = small().eval()
+    results = []
+    for size in (None, 7, 500):
+        runs = trainer()
+        results.append(runs.test(model, datamodule=Digits(batch_size=50, eval_batch_size=size), verbose=False)[0])
+    assert results[1] == pytest.approx(results[0], abs=1e-5)
+    assert results[2] == pytest.approx(results[0], abs=1e-5)
+
+
+# --- layout, precision, optimizer ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_channels_last_reaches_every_convolution(precision):
+    seen = []
+
+    def look(module, args):
+        seen.append(all(t.is_contiguous(memory_format=torch.channels_last) for t in (args[0], module.weight)))
+
+    model = Classifier(10, "resnet20_cifar", model_kwargs={"width": 2})
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    for module in convolutions:
+        module.register_forward_pre_hook(look)
+    batch = TensorDataset(torch.randn(8, 3, 16, 16), torch.arange(8))
+    trainer(max_steps=1, precision=precision).fit(model, DataLoader(batch, batch_size=8))
+    assert seen == [True] * len(convolutions)
+    assert all(
+        m.weight.grad is None or m.weight.grad.is_contiguous(memory_format=torch.channels_last) for m in convolutions
+    )
+
+
+@pytest.mark.parametrize("backbone", ["resnet20_cifar", "test_vit", "test_convnext"])
+def test_the_layout_changes_no_result(backbone):
+    model = Classifier(10, backbone).eval()
+    images = torch.randn(4, 3, *((160, 160) if backbone.startswith("test") else (32, 32)))
+    features = model.features(images)
+    model.backbone.to(memory_format=torch.contiguous_format)
+    torch.testing.assert_close(features, model.backbone(images), rtol=1e-4, atol=1e-5)
+
+
+def fused(optimizer=SGD, **options):
+    model = small(optimizer=partial(optimizer, lr=0.01) if isinstance(optimizer, type) else optimizer)
+    runs = trainer(max_steps=2, limit_val_batches=0, **options)
+    runs.fit(model, datamodule=Digits(batch_size=16))
+    return runs.optimizers[0].param_groups[0].get("fused")
+
+
+def test_optimizers_step_fused_where_they_can():
+    assert [fused(optimizer) for optimizer in (SGD, AdamW, Adagrad)] == [True] * 3
+    assert fused(AdamW, precision="bf16-mixed") is True
+    assert fused(RMSprop) is None
+    assert fused(partial(SGD, lr=0.01, foreach=True)) is None
+    assert fused(partial(SGD, lr=0.01, fused=False)) is False
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_can_be_clipped(precision):
+    assert fused(gradient_clip_val=0.1, precision=precision) is None
+
+
+@pytest.mark.parametrize("optimizer", [partial(SGD, momentum=0.9), AdamW])
+def test_a_fused_step_equals_the_plain_one(optimizer):
+    parts = []
+    for how in ({}, {"fused": False}):
+        seed_everything(0, verbose=False)
+        model = small(optimizer=partial(optimizer, lr=0.01, **how))
+        trainer(max_steps=3, limit_val_batches=0).fit(model, datamodule=Digits(batch_size=16))
+        parts.append(model.state_dict())
+    for name, value in parts[0].items():
+        torch.testing.assert_close(value, parts[1][name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_an_optimizer_state_of_another_layout_is_laid_out_anew():
+    weights = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(4, 3, 3, 3).contiguous(memory_format=torch.channels_last))
+        optimizer = SGD([weight], lr=0.1, momentum=0.9, fused=True)
+        for _ in range(3):
+            weight.grad = torch.randn(4, 3, 3, 3).contiguous(memory_format=torch.channels_last)
+            optimizer.step()
+            state = optimizer.state[weight]
+            state["momentum_buffer"] = state["momentum_buffer"].contiguous(memory_format=layout)
+            match_layouts(optimizer)
+        weights.append(weight.detach())
+    assert torch.equal(*weights)
+
+
+def test_the_frame_takes_no_part_in_the_backward_pass():
+    model = small()
+    images = torch.randn(8, 1, 8, 8)
+    loss = model.loss(model(images), torch.arange(8))
+    loss.backward()
+    assert not model.head.weight.requires_grad
+    assert model.head.weight.grad is None
+    leaves, todo = set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        todo += [following for following, _ in node.next_functions if following is not None]
+        if hasattr(node, "variable"):
+            leaves.add(node.variable.data_ptr())
+    assert len(leaves) > 20
+    assert model.head.weight.data_ptr() not in leaves
+
+
+# --- compiled ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _quick_compiler(monkeypatch):
+    """torch.compile without its C++ compiler, which takes minutes; graphs are captured and differentiated all the same."""
+    torch.compiler.reset()
+    backbone = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module, mode: backbone(module, backend="aot_eager"))
+    yield
+    torch.compiler.reset()
+
+
+def compiled_run(folder, compile, **options):
+    seed_everything(0, verbose=False)
+    monitor = NeuralCollapseMonitor(layers=("layer1",), before_training=False)
+    model = small(compile=compile)
+    last = LastCheckpoint()
+    runs = trainer(
+        max_epochs=1, limit_train_batches=4, default_root_dir=folder, num_sanity_val_steps=0,
+        callbacks=[last, monitor, EMAWeightAveraging(decay=0.5)], **options,
+    )  # fmt: skip
+    runs.fit(model, datamodule=Digits(batch_size=64))
+    return model, monitor, torch.load(last_checkpoint(folder), weights_only=True)
+
+
+@pytest.mark.usefixtures("_quick_compiler")
+def test_a_compiled_backbone_changes_neither_names_nor_results_nor_what_is_watched(tmp_path):
+    plain, expected, whole = compiled_run(tmp_path / "plain", False)
+    torch._dynamo.utils.counters.clear()
+    model, monitor, saved = compiled_run(tmp_path / "compiled", True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert saved["state_dict"].keys() == whole["state_dict"].keys()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    assert monitor.history.keys() == expected.history.keys()
+    assert "nc_layer1/train/nc1" in monitor.history
+    assert monitor.history["nc/val/alignment"] == pytest.approx(expected.history["nc/val/alignment"], abs=1e-3)
+    loaded = Classifier.load_from_checkpoint(last_checkpoint(tmp_path / "compiled"))
+    assert loaded.hparams["compile"] is True
+    trainer().test(loaded, datamodule=Digits(), verbose=False)
+    assert loaded.backbone._compiled_call_impl is None  # only training pays for a compilation
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("mode", ["true", "reduce-overhead"])
+def test_the_real_compiler_trains(mode, etflight_command, tmp_path):
+    result = etflight_command(
+        "fit", "--data", "Digits", "--model.backbone", "resnet20_cifar", "--model.compile", mode, "--name", "r",
+        "--trainer.accelerator", "cpu", "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 3, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    saved = torch.load(last_checkpoint(tmp_path / "runs/r"), weights_only=True)
+    assert not any("_orig_mod" in name for name in saved["state_dict"])

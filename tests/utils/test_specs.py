@@ -1,0 +1,105 @@
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from etflight import DotRegressionLoss, ETFHead, Head, Loss
+from etflight.utils.errors import UserError
+from etflight.utils.specs import describe, is_plain, resolve
+
+
+def test_a_class_and_a_partial_become_plain_data_and_come_back():
+    spec = describe(partial(ETFHead, scale=4.0), "head")
+    assert spec == {"class_path": "etflight.heads.ETFHead", "init_args": {"scale": 4.0}}
+    head = resolve(spec, Head, "head")(16, 10)
+    assert isinstance(head, ETFHead)
+    assert head.scale == 4.0
+    assert describe(ETFHead, "head")["init_args"] == {}
+
+
+@pytest.mark.parametrize("path", ["etflight.ETFHead", "etflight.heads.ETFHead"])
+def test_a_class_is_found_by_every_path_it_can_be_imported_from(path):
+    assert isinstance(resolve({"class_path": path, "init_args": {}}, Head, "head")(16, 10), ETFHead)
+
+
+def test_torch_optimizers_are_found_by_their_public_path():
+    spec = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}
+    optimizer = resolve(spec, torch.optim.Optimizer, "optimizer")([torch.nn.Parameter(torch.ones(1))])
+    assert isinstance(optimizer, torch.optim.SGD)
+
+
+@pytest.mark.parametrize(
+    "path", ["os.system", "etflight.heads.nothing", "ETFHead", "heads.ETFHead", "etflight.DotRegressionLoss"]
+)
+def test_nothing_else_is_found(path):
+    with pytest.raises(UserError, match="head"):
+        resolve({"class_path": path, "init_args": {}}, Head, "head")
+
+
+def test_nothing_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "evil_module.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError):
+        resolve({"class_path": "evil_module.Evil", "init_args": {}}, Head, "head")
+
+
+def test_arguments_are_checked_by_name_and_must_be_plain():
+    with pytest.raises(UserError, match="takes no argument 'sale'"):
+        resolve({"class_path": "etflight.ETFHead", "init_args": {"sale": 1}}, Head, "head")
+    nested = {"scale": {"class_path": "os.system", "init_args": {}}}
+    with pytest.raises(UserError, match="not plain"):
+        resolve({"class_path": "etflight.ETFHead", "init_args": nested}, Head, "head")
+
+
+class _Local:
+    pass
+
+
+@pytest.mark.parametrize("bad", [lambda i, k: None, partial(ETFHead, 16), print, partial(lambda: None), 3])
+def test_what_no_file_could_name_is_refused(bad):
+    with pytest.raises(UserError, match="head="):
+        describe(bad, "head")
+
+
+def test_a_local_class_is_refused():
+    class Local(DotRegressionLoss):
+        pass
+
+    with pytest.raises(UserError, match="module-level"):
+        describe(Local, "loss")
+    assert issubclass(Local, Loss)
+
+
+def test_plain_means_no_objects_and_no_class_paths_at_any_depth():
+    assert is_plain({"a": [1, 2.0, None, {"b": "c"}]})
+    assert not is_plain({"a": [torch.ones(1)]})
+    assert not is_plain({"a": [{"class_path": "x.Y"}]})
+    assert not is_plain({1: 2})
+
+
+@pytest.mark.parametrize(
+    ("name", "init_args", "reason"),
+    [
+        ("SGD", {"lr": -1.0}, r"optimizer: SGD\(lr=-1.0\) cannot work: Invalid learning rate"),
+        ("SGD", {"lr": 0.1, "nesterov": True}, "Nesterov momentum requires"),
+        ("SGD", {"lr": math.nan}, "lr of SGD is nan"),
+        ("AdamW", {"betas": (0.9, math.inf)}, "betas of AdamW"),
+        ("AdamW", {"lr": 1e38}, r"lr of AdamW is 1e\+38"),
+        ("SGD", {"momentum": None}, "momentum of SGD is null"),
+    ],
+)
+def test_what_torch_has_against_an_argument_becomes_one_line(name, init_args, reason):
+    spec = {"class_path": f"torch.optim.{name}", "init_args": init_args}
+    with pytest.raises(UserError, match=reason):
+        resolve(spec, torch.optim.Optimizer, "optimizer")([torch.nn.Parameter(torch.ones(1))])
+
+
+def test_an_argument_may_be_null_where_its_type_allows_it_or_is_unknown():
+    head = resolve({"class_path": "etflight.ETFHead", "init_args": {"projection_dim": None}}, Head, "head")(16, 10)
+    assert head.weight.shape == (10, 16)
+    spec = {"class_path": "torch.optim.SGD", "init_args": {"foreach": None}}
+    assert (
+        resolve(spec, torch.optim.Optimizer, "optimizer")([torch.nn.Parameter(torch.ones(1))]).defaults["foreach"]
+        is None
+    )
