@@ -40,8 +40,8 @@ _HOMES = {
     "simplex_etf": "geometry",
 }
 _SUBMODULES = {
-    "backbones", "callbacks", "classifier", "data", "geometry", "heads", "layer_sync", "losses", "metrics", "optim", "plotting",
-    "reporting",
+    "backbones", "callbacks", "classifier", "cli", "data", "export", "geometry", "heads", "losses", "metrics", "optim", "plotting",
+    "reporting", "runs", "utils",
 }  # fmt: skip
 
 __all__ = [

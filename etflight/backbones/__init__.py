@@ -18,10 +18,11 @@ from torch import nn
 from etflight.backbones import densenet_cifar as densenet_cifar
 from etflight.backbones import resnet_cifar as resnet_cifar
 from etflight.backbones import resnet_wide as resnet_wide
+from etflight.backbones.batch_norm import SyncBatchNorm
 from etflight.backbones.weights import load_weights
 from etflight.utils.errors import UserError
 
-__all__ = ["arguments_for_size", "build_backbone", "load_weights"]
+__all__ = ["SyncBatchNorm", "arguments_for_size", "build_backbone", "load_weights"]
 
 # Arguments of `timm.create_model` that would break the promise of pooled features, or that have their own name here.
 _OURS = {

@@ -42,7 +42,6 @@ from etflight.utils.checkpoints import SafeCheckpointIO, read_checkpoint, refuse
 from etflight.utils.errors import UserError, user_error_in
 from etflight.utils.failures import speak_for_lost_processes
 from etflight.utils.preprocessing import Preprocessing
-from etflight.utils.ranks import SyncBatchNorm
 from etflight.utils.specs import describe, find, is_known
 from etflight.utils.trained_on import refuse_other_shape
 from etflight.utils.yaml import full_path, guard_parser, require_file
@@ -353,8 +352,11 @@ class EtflightCLI(LightningCLI):
                     "CSVLogger would delete the run's own metrics.csv: give --trainer.logger.name or leave it out"
                 )
             kwargs["logger"] = [*own, *others] or False
-        sync = [SyncBatchNorm()] if config.get("sync_batchnorm") else []
-        kwargs["plugins"] = [*_as_list(config.get("plugins")), SafeCheckpointIO(), *sync]
+        kwargs["plugins"] = [*_as_list(config.get("plugins")), SafeCheckpointIO()]
+        if config.get("sync_batchnorm"):
+            from etflight.backbones import SyncBatchNorm  # timm takes a second, which `--help` need not wait for
+
+            kwargs["plugins"].append(SyncBatchNorm())
         # whatever Lightning itself writes belongs to the run, too
         kwargs["default_root_dir"] = str(self.folder)
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)

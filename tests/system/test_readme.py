@@ -105,5 +105,5 @@ def test_links_lead_somewhere():
 def test_every_name_of_the_package_is_reached_from_its_root():
     """In an interpreter that has imported nothing else of it."""
     named = sorted(set(re.findall(r"\betflight(?:\.[A-Za-z_]\w*)+", README)))
-    assert {"etflight.simplex_etf", "etflight.utils.ranks.SyncBatchNorm"} <= set(named)
+    assert {"etflight.simplex_etf", "etflight.backbones.SyncBatchNorm"} <= set(named)
     subprocess.run([sys.executable, "-c", "\n".join(["import etflight", *named])], check=True)

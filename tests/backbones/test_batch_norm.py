@@ -7,8 +7,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import etflight.backbones  # noqa: F401  registers the models
+from etflight.backbones import SyncBatchNorm
 from etflight.cli.stages import main
-from etflight.utils.ranks import SyncBatchNorm
 
 
 def trained(name):
