@@ -13,7 +13,8 @@ from typing import IO, Any, Literal, NamedTuple, Self, cast
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import ReduceLROnPlateau as MonitoredReduceLROnPlateau
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -56,6 +57,8 @@ _MEND_OF_DIVERGENCE = (
 PRIOR_SHIFTS = (2, 5, 10, 25, 50)  # ratios of the long-tailed test sets that an accuracy is told for
 _NEVER = 2**62  # a step that no training reaches
 Compile = bool | Literal["reduce-overhead", "max-autotune"]
+# the first is found by its short name, which torch has for another
+ScheduleCallable = Callable[[Optimizer], MonitoredReduceLROnPlateau] | Callable[[Optimizer], LRScheduler]
 
 
 class Evaluation(NamedTuple):
@@ -91,8 +94,8 @@ class Classifier(LightningModule):
         head: makes a `Head` from (in_features, num_classes).
         loss: makes a `Loss`.
         optimizer: makes an optimizer from parameters.
-        lr_scheduler: makes a schedule, stepped each epoch, from an optimizer; None keeps the rate. Lightning's `ReduceLROnPlateau` follows
-            its own `monitor`, torch's `val/loss`.
+        lr_scheduler: makes a schedule, stepped each epoch, from an optimizer; None keeps the rate. `ReduceLROnPlateau` is Lightning's,
+            which follows its `monitor`, any number that is logged; torch's follows `val/loss`.
         class_counts: `[K]`, training images of each class, for shot groups and "global" class balance; the data module's by default.
         in_chans: channels of the images.
         pretrained: whether the backbone starts from timm's weights.
@@ -130,7 +133,7 @@ class Classifier(LightningModule):
         head: Callable[[int, int], Head] = ETFHead,
         loss: Callable[[], Loss] = DotRegressionLoss,
         optimizer: OptimizerCallable = PROTOCOL_SGD,
-        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler: ScheduleCallable | None = None,
         class_counts: list[int] | None = None,
         in_chans: int = 3,
         pretrained: bool = False,
@@ -431,7 +434,9 @@ class Classifier(LightningModule):
             dist.broadcast(self.head.weight, 0)
 
     def on_train_start(self) -> None:
-        """Lay restored optimizer states out as the parameters are."""
+        """Lay restored optimizer states out as the parameters are; refuse a schedule that follows a validation which never comes."""
+        if not self.trainer.enable_validation:
+            self._check_monitor("val/")
         for optimizer in self.trainer.optimizers:
             match_layouts(optimizer)
 
@@ -461,7 +466,7 @@ class Classifier(LightningModule):
         self._stop_at_bad_loss()
         self.log("train/loss", self._mean_loss("train"))
         self.log("train/lr", self._lr, sync_dist=True)
-        self._check_followed()
+        self._check_monitor()
 
     def on_train_end(self) -> None:
         """Say if the temperature is not to be trusted."""
@@ -471,6 +476,8 @@ class Classifier(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log, and fit the temperature if the validation images are held out."""
         self._log_epoch("val")
+        if self.trainer.sanity_checking:
+            self._check_monitor("val/")
         if self._fits_temperature and not self.trainer.sanity_checking:
             temperature = self.temperature_fit.compute()
             with averaged(self.trainer, self):  # by now callbacks have swapped the weights out that were validated
@@ -521,18 +528,6 @@ class Classifier(LightningModule):
         held_out = getattr(getattr(self.trainer, "datamodule", None), "val_is_held_out", False)
         return bool(held_out) and self.trainer.state.fn == "fit"
 
-    def _check_followed(self) -> None:
-        """Before the schedule asks for it: what it follows has been logged by now."""
-        logged = [*self.trainer.callback_metrics, "train/loss", "train/lr"]
-        for config in self.trainer.lr_scheduler_configs:
-            due = (self.current_epoch + 1) % config.frequency == 0
-            if config.reduce_on_plateau and due and config.monitor not in logged:
-                near = get_close_matches(str(config.monitor), logged, n=3) or ["val/loss", "val/acc", "train/loss"]
-                raise UserError(
-                    f"the schedule follows {config.monitor}, which nothing logs: give another --model.lr_scheduler.monitor, such as "
-                    f"{', '.join(near)}"
-                )
-
     def _stop_at_bad_loss(self) -> None:
         step = int(self.trainer.strategy.reduce(self._bad_step, reduce_op="min"))
         if step < _NEVER:
@@ -570,12 +565,24 @@ class Classifier(LightningModule):
                 f"{type(schedule).__name__} gives all layers one learning rate, so {option} would do nothing: "
                 f"choose a schedule that multiplies rates, such as WarmupCosine, or leave {option} out"
             )
-        monitor: dict[str, Any] = {}
+        config: dict[str, Any] = {"scheduler": schedule}
         if isinstance(schedule, ReduceLROnPlateau):
-            monitor = {"monitor": getattr(schedule, "monitor", "val/loss")}
-            if monitor["monitor"].startswith("val/") and self._trainer is not None:
-                monitor["frequency"] = self.trainer.check_val_every_n_epoch or 1
-        return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, **monitor}})
+            config["monitor"] = monitor = getattr(schedule, "monitor", "val/loss")
+            if not monitor.startswith("train/"):  # there is a new value after each validation only
+                config["frequency"] = self.trainer.check_val_every_n_epoch or 1
+        return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": config})
+
+    def _check_monitor(self, prefix: str = "") -> None:
+        """Refuse a schedule that is about to follow a number, or is to follow one called `prefix`…, which nothing has logged."""
+        for config in self.trainer.lr_scheduler_configs:
+            monitor, logged = config.monitor or "", list(self.trainer.callback_metrics)
+            due = monitor.startswith(prefix) if prefix else (self.current_epoch + 1) % config.frequency == 0
+            if config.reduce_on_plateau and due and monitor not in logged:
+                near = ", ".join(get_close_matches(monitor, logged)) or "train/loss or, with validation, val/loss"
+                raise UserError(
+                    f"lr_scheduler: ReduceLROnPlateau cannot follow its monitor {monitor!r}, which nothing has logged: give another, "
+                    f"such as {near}"
+                )
 
     def _can_fuse(self, make: Any) -> bool:
         """Whether the optimizer has a fused step here and nobody has asked for another; Lightning cannot clip gradients for one."""
@@ -587,7 +594,9 @@ class Classifier(LightningModule):
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Step the schedule; only here does one of torch's meet a period of 0."""
-        with self._build("lr_scheduler").objections():
+        make = None if self.hparams["lr_scheduler"] is None else self._build("lr_scheduler")
+        # a callback such as StochasticWeightAveraging may have put its own schedule there
+        with make.objections() if make and isinstance(scheduler, make.func) else nullcontext():
             super().lr_scheduler_step(scheduler, metric)
 
     @property

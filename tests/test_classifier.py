@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
-from lightning.pytorch.cli import ReduceLROnPlateau as LightningPlateau
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
@@ -299,44 +298,3 @@ def test_post_hoc_logit_adjustment_decides_by_logits_less_log_priors_of_the_chec
 def test_a_logit_adjustment_that_cannot_be_is_refused(options, reason):
     with pytest.raises(UserError, match=f"logit_adjustment.*{reason}"):
         small(**options).predict_step((torch.zeros(2, 1, 8, 8), torch.zeros(2)), 0)
-
-
-class Logs(Callback):
-    """Logs a number that rises from epoch to epoch, and one that falls."""
-
-    def on_validation_epoch_end(self, trainer, pl_module):
-        pl_module.log_dict({"val/rises": 1.0 + trainer.current_epoch, "val/falls": -1.0 - trainer.current_epoch})
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        pl_module.log("train/rises", 1.0 + trainer.current_epoch)
-
-
-def rate_after(epochs, monitor, mode="min", **options):
-    schedule = partial(LightningPlateau, monitor=monitor, mode=mode, patience=0, factor=0.5)
-    model = small(optimizer=partial(SGD, lr=0.4), lr_scheduler=schedule)
-    run = trainer(max_epochs=epochs, limit_train_batches=1, limit_val_batches=1, callbacks=[Logs()], **options)
-    run.fit(model, datamodule=Digits(batch_size=16))
-    return run.optimizers[0].param_groups[0]["lr"]
-
-
-@pytest.mark.parametrize(
-    ("monitor", "mode", "expected"),
-    [
-        ("val/rises", "min", 0.1),
-        ("val/rises", "max", 0.4),
-        ("val/falls", "min", 0.4),
-        ("val/falls", "max", 0.1),
-        ("train/rises", "min", 0.1),
-    ],
-)
-def test_a_plateau_schedule_follows_what_it_is_told_to(monitor, mode, expected):
-    assert rate_after(3, monitor, mode) == pytest.approx(expected)
-
-
-def test_a_plateau_schedule_looks_at_validation_where_there_is_one():
-    assert rate_after(6, "val/rises", check_val_every_n_epoch=2) == pytest.approx(0.1)  # looks at epochs 2, 4 and 6
-
-
-def test_a_plateau_schedule_that_follows_nothing_is_one_line():
-    with pytest.raises(UserError, match=r"follows val/rise, which nothing logs: .* such as val/rises"):
-        rate_after(1, "val/rise")

@@ -68,6 +68,8 @@ def summarise(message: str, argv: Sequence[str], bases: Mapping[str, type]) -> s
     if name in bases and "is abstract" in message:
         return f"{key}say which: {', '.join(_names(bases[name]))}"
     unknown = re.search(r"Expected a path but (\S+) either", message)
+    if unknown is None and name in bases:  # of an option that takes one of several kinds of classes
+        unknown = re.search(r"Given value type: <class 'str'>\s+Given value: (\S+)", message)
     number = re.search(r"Subtypes: .*<class '(?:float|int)'>", message)  # such as "a float or a tensor"
     if unknown and not number:
         reason = re.search(r"No module named '[^']+'|module '[^']+' has no attribute '[^']+'", message)

@@ -44,7 +44,7 @@ from etflight.utils.failures import speak_for_lost_processes
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.specs import describe, find, is_known
 from etflight.utils.trained_on import refuse_other_shape
-from etflight.utils.yaml import full_path, guard_parser, require_file
+from etflight.utils.yaml import guard_parser, require_file
 
 _CHECKPOINT_HELP = (
     "The command line beats the configuration files, which beat what the checkpoint says: of the model, and, but for fit, of how its "
@@ -119,7 +119,7 @@ class EtflightCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse with the checkpoint's model as the lowest of the three: checkpoint, configuration files, command line."""
-        Parser.given = argv = [full_path(word) for word in (sys.argv[1:] if args is None else args)]
+        Parser.given = argv = list(sys.argv[1:] if args is None else args)
         for file in config_files(argv):
             if not str(file).lstrip().startswith("{"):  # what a file would hold
                 require_file(file)

@@ -14,8 +14,6 @@ from etflight.utils.errors import UserError
 from etflight.utils.limits import refuse_aliases
 
 _MAX_VALUES = 100_000
-# torch has a class of this name, too, without the `monitor` that says what it follows
-_FULL_PATHS = {"ReduceLROnPlateau": "lightning.pytorch.cli.ReduceLROnPlateau"}
 _load = get_loader("yaml")
 
 
@@ -80,22 +78,7 @@ def load_yaml(text: str) -> Any:
     except RecursionError:
         raise UserError("it is nested too deeply") from None
     refuse_aliases(document, _MAX_VALUES, _parts_of)
-    return _unambiguous(_load(text))
-
-
-def _unambiguous(value: Any) -> Any:
-    """The same data with a full path in the place of each name that two classes have."""
-    if isinstance(value, dict):
-        return {key: _unambiguous(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_unambiguous(part) for part in value]
-    return full_path(value) if isinstance(value, str) else value
-
-
-def full_path(word: str) -> str:
-    """A word of a command line or a file, `name` or `--option=name`, with a full path in the place of a name that two classes have."""
-    option, is_given, name = word.rpartition("=")
-    return f"{option}{is_given}{_FULL_PATHS.get(name, name)}"
+    return _load(text)
 
 
 def _parts_of(node: object) -> Iterable[object]:

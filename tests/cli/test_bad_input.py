@@ -81,6 +81,16 @@ def untrained(tmp_path, num_classes, **more):
     return ["test", "--data", "Digits", "--ckpt_path", "c.ckpt", *QUICK[2:]]
 
 
+TWICE = """
+from lightning.pytorch import Callback
+from torch.optim.lr_scheduler import LRScheduler
+
+class Idle(Callback):
+    pass
+
+class WarmupCosine(LRScheduler):
+    pass
+"""
 # name: (exit status, what the line must say, what is run)
 CASES = {
     "more classes than an ETF has room for": (
@@ -177,6 +187,10 @@ CASES = {
     "a schedule that has to be told what it follows": (
         2, ["--model.lr_scheduler.monitor"],
         lambda t: [*FIT, "--data", "Digits", "--model.lr_scheduler", "ReduceLROnPlateau"]),
+    "a name that two classes have": (
+        2, ["--model.lr_scheduler", "etflight.optim.WarmupCosine, mine.WarmupCosine"],
+        lambda t: (t / "mine.py").write_text(TWICE)
+        and [*FIT, "--data", "Digits", "--trainer.callbacks+", "mine.Idle", "--model.lr_scheduler", "WarmupCosine"]),
     "no words at all": (2, ["the command comes first: give one of these"], lambda t: []),
     "a command that does not exist": (2, ["no command 'tset'", "did you mean test"], lambda t: ["tset", "-c", "c.yaml"]),
     "an option before the command": (2, ["the command comes first, before -c"], lambda t: ["-c", "c.yaml", "fit"]),

@@ -305,22 +305,6 @@ def test_short_flags_name_every_part(etflight_command, tmp_path):
     assert model["optimizer"]["class_path"] == "torch.optim.AdamW"
 
 
-@pytest.mark.parametrize("place", ["words", "one word", "file"])
-def test_the_plateau_schedule_that_two_libraries_have_is_lightnings(place, etflight_command, tmp_path):
-    (tmp_path / "plateau.yaml").write_text("model: {lr_scheduler: ReduceLROnPlateau}")
-    given = {
-        "words": ["--model.lr_scheduler", "ReduceLROnPlateau"],
-        "one word": ["--model.lr_scheduler=ReduceLROnPlateau"],
-        "file": ["-c", "plateau.yaml"],
-    }
-    argv = ["fit", "--data", "Digits", *given[place], "--model.lr_scheduler.monitor", "val/acc", "--print_config"]
-    result = etflight_command(*argv, cwd=tmp_path)
-    assert result.status == 0, result.err
-    schedule = yaml.safe_load(result.out)["model"]["lr_scheduler"]
-    assert schedule["class_path"] == "lightning.pytorch.cli.ReduceLROnPlateau"
-    assert schedule["init_args"]["monitor"] == "val/acc"
-
-
 @pytest.mark.parametrize("name", ["ETFHead", "LinearHead", "CosineHead"])
 def test_switching_the_head_by_name_gives_its_own_defaults(name, etflight_command, tmp_path):
     result = etflight_command(
