@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SEED ?= 0
 JOBS ?= 2
 
-.PHONY: demo reproduce-fashion notebooks test test-slow soak wheel lint bench clean
+.PHONY: demo reproduce-fashion notebooks test test-all test-slow soak wheel lint bench clean
 
 $(VENV)/.package: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -46,9 +46,15 @@ notebooks: export OMP_NUM_THREADS = 1
 notebooks: $(VENV)/.test
 	$(BIN)/python -m notebooks.execute
 
+# a file at a time to each process, since its tests share what is costly to set up
+PYTEST := $(BIN)/python -m pytest -m "not slow and not benchmark" -n $(JOBS) --dist loadfile
+
 test: $(VENV)/.test
-	@# a file at a time to each process, since its tests share what is costly to set up
-	$(BIN)/python -m pytest -m "not slow and not benchmark" -n $(JOBS) --dist loadfile
+	$(PYTEST) --ignore tests/system
+
+# With the program as a whole: every configuration through a step, kills and faults, several processes, hostile files, notebooks.
+test-all: $(VENV)/.test
+	$(PYTEST)
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
