@@ -9,7 +9,7 @@ from scipy.linalg import orthogonal_procrustes
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from etflight import class_code, largest_cosine, nearest_etf, simplex_etf, softmax_code
+from etflight import class_code, geometry, largest_cosine, nearest_etf, simplex_etf
 from etflight.geometry import simplex_equiangular_tight_frame
 from etflight.utils.errors import UserError
 
@@ -188,13 +188,13 @@ def test_a_code_does_not_depend_on_the_number_of_threads():
 
 
 def test_the_descent_follows_the_gradient_of_the_softened_largest_cosine(monkeypatch):
-    monkeypatch.setattr(softmax_code, "_COSINES_AT_ONCE", 40 * 7)  # blocks of 7 rows, the last one smaller
+    monkeypatch.setattr(geometry, "_COSINES_AT_ONCE", 40 * 7)  # blocks of 7 rows, the last one smaller
     W = torch.nn.functional.normalize(torch.randn(2, 40, 5, dtype=torch.float64), dim=-1).requires_grad_()
     upper = torch.ones(40, 40).triu(1).bool()
     for temperature in (1.0, 0.1, 0.001):
         objective = (temperature * ((W @ W.mT)[:, upper] / temperature).logsumexp(1)).sum()
         (expected,) = torch.autograd.grad(objective, W)
-        assert_close(softmax_code._gradient(W.detach(), temperature), expected, rtol=0, atol=1e-10)
+        assert_close(geometry._gradient(W.detach(), temperature), expected, rtol=0, atol=1e-10)
 
 
 @pytest.fixture(scope="module")
@@ -232,11 +232,9 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(
-    "work", [lambda W: softmax_code._gradient(W[None], 0.1), lambda W: largest_cosine(W, rows=500)]
-)
+@pytest.mark.parametrize("work", [lambda W: geometry._gradient(W[None], 0.1), lambda W: largest_cosine(W, rows=500)])
 def test_no_tensor_of_all_cosines_is_ever_made(work, monkeypatch, many):
-    monkeypatch.setattr(softmax_code, "_COSINES_AT_ONCE", 2**18)
+    monkeypatch.setattr(geometry, "_COSINES_AT_ONCE", 2**18)
     W = many[:4000].clone()
     with LargestTensor() as largest:
         work(W)

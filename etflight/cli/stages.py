@@ -212,7 +212,11 @@ class EtflightCLI(LightningCLI):
         self._subcommand_parsers[stage].set_defaults({f"model.{name}": value for name, value in values.items()})
 
     def before_instantiate_classes(self) -> None:
-        """Put the found checkpoint into the configuration, and claim the run folder."""
+        """Put the found checkpoint into the configuration, and claim the run folder.
+
+        Raises:
+            UserError: the folder is another's, or cannot be written to; no first stage; `overlays` of earlier versions.
+        """
         config = self.config[self.subcommand]
         # absolute: Lightning takes "best", "registry:…" or "http…" at the start for something else than a file
         config["ckpt_path"] = None if self.ckpt_path is None else str(self.ckpt_path.absolute())
@@ -290,7 +294,11 @@ class EtflightCLI(LightningCLI):
             )
 
     def instantiate_classes(self) -> None:
-        """As LightningCLI does, but what the checkpoint brings for an evaluation is not computed before."""
+        """As LightningCLI does, but what the checkpoint brings for an evaluation is not computed before.
+
+        Raises:
+            UserError: a class that cannot be made.
+        """
         with nullcontext() if self.subcommand == "fit" else codes_from_state_dict():
             try:
                 super().instantiate_classes()
@@ -312,7 +320,11 @@ class EtflightCLI(LightningCLI):
             refuse_other_shape(f"checkpoint {self.ckpt_path}", *self.saved_shape, self.datamodule)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer, with what writes the run folder in front of the user's own loggers and callbacks."""
+        """The trainer, with what writes the run folder in front of the user's own loggers and callbacks.
+
+        Raises:
+            UserError: a logger that would delete `metrics.csv`.
+        """
         config = self._get(self.config_init, "trainer")
         self.save_config_kwargs = {
             "folder": self.folder, "name": self.run_name, "arm": self.arm, "trained_in": self.trained_in
@@ -449,7 +461,7 @@ def _in_one_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """Our own warnings as `etflight.utils.errors.warn` has them; others keep the place they come from."""
-    if Path(filename).is_relative_to(Path(__file__).parent):
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
         return f"etflight: warning: {message}\n"
     return _format_warning(message, category, filename, lineno, line)
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from etflight import Classifier, LinearHead
-from etflight.data import ImageNetLT, INaturalist2018, file_sources
+from etflight.data import ImageNetLT, INaturalist2018
 from etflight.losses import CrossEntropyLoss
 from etflight.metrics import ClassStatistics, measures
 from tests.large_sets import INATURALIST, imagenet_lt, inaturalist
@@ -74,9 +74,9 @@ def test_training_starts_in_twice_the_time_that_its_lists_take_to_split(
 
 MEMORY_OF_A_WORKER = """
 import json, sys, torch
-from etflight.data import ListImages, file_sources
+from etflight.data import ListImages, files
 picture = torch.zeros(3, 16, 16, dtype=torch.uint8)
-file_sources.decode_file = lambda path, side: picture if path.endswith("jpg") else None
+files.decode_file = lambda path, side: picture if path.endswith("jpg") else None
 data = ListImages(sys.argv[1], sys.argv[2], image_size=16, num_workers=2, batch_size=512)
 loader = data.train_dataloader()
 for _ in range(-(-437_513 // len(data.split("train")))):
@@ -137,7 +137,7 @@ class Usual(Dataset):
 def test_an_epochs_plumbing_costs_little_more_than_the_usual_one(root, monkeypatch, median_ratio, record_ratio):
     """The draw of a whole epoch of balanced classes, and 200 of its batches, without decoding."""
     picture = torch.zeros(3, 224, 224, dtype=torch.uint8)
-    monkeypatch.setattr(file_sources, "decode_file", lambda path, side: picture if path.endswith("jpg") else None)
+    monkeypatch.setattr(files, "decode_file", lambda path, side: picture if path.endswith("jpg") else None)
     options = {"check_files": False, "min_crop_scale": 1, "crop_pct": 1, "sampler": "balanced", "batch_size": 64}
     data = INaturalist2018(str(root), str(root), **options)
     pairs = Usual(root, picture)

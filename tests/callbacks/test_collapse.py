@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from etflight import Classifier, CrossEntropyLoss, ETFHead, LinearHead
-from etflight.callbacks import CollapseFigures, LastCheckpoint, NeuralCollapseMonitor, monitor, pass_statistics
+from etflight.callbacks import CollapseFigures, LastCheckpoint, NeuralCollapseMonitor, collapse, features
 from etflight.callbacks.features import PassStatistics, every_sample_once
 from etflight.callbacks.trainer import run_folder
 from etflight.data import Digits
@@ -413,7 +413,7 @@ def test_figures_before_the_monitor_show_the_final_weights_too(tmp_path, averagi
 
 def test_auto_measures_large_sets_seldom_their_validation_images_always_and_says_so(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
-    monkeypatch.setattr(monitor, "_SMALL", 1000)
+    monkeypatch.setattr(collapse, "_SMALL", 1000)
     watch = NeuralCollapseMonitor(every_n_epochs="auto")
     trainer(tmp_path, watch, epochs=6).fit(classifier(), datamodule=digits())
     assert watch.epochs == [0, 1, 2, 3, 4, 5, 6]
@@ -434,7 +434,7 @@ def test_auto_measures_a_small_set_each_epoch_without_a_word(tmp_path, caplog):
 
 def test_auto_leaves_out_a_sweep_that_outlasts_the_training(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
-    monkeypatch.setattr(monitor, "_SMALL", 1000)
+    monkeypatch.setattr(collapse, "_SMALL", 1000)
     watch = NeuralCollapseMonitor(every_n_epochs="auto")
     trainer(tmp_path, watch, epochs=2, limit_train_batches=1).fit(classifier(), datamodule=digits())
     assert watch.epochs == [1, 2]
@@ -665,7 +665,7 @@ def test_snapshots_lie_in_the_run_folder(tmp_path):
 
 
 def test_train_nc4_is_left_out_with_a_notice_when_embeddings_take_too_much_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(pass_statistics, "KEEP_BYTES", 100)
+    monkeypatch.setattr(features, "KEEP_BYTES", 100)
     watch = plain_monitor()
     with pytest.warns(UserWarning, match="nc/train/nc4 is left out"):
         fit(tmp_path, watch)

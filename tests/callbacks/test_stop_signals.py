@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from etflight.callbacks import watchdog
+from etflight.callbacks import stop_signals
 from etflight.callbacks.stop_signals import Watchdog
 from tests.command_line import ROOT
 
@@ -19,7 +19,7 @@ from tests.command_line import ROOT
 
 @pytest.fixture
 def patience(monkeypatch):
-    monkeypatch.setattr(watchdog, "PATIENCE", 0.5)
+    monkeypatch.setattr(stop_signals, "PATIENCE", 0.5)
 
 
 @pytest.fixture
@@ -80,9 +80,9 @@ ABSENT = """
 import os, signal, time
 from pathlib import Path
 from lightning.pytorch import Callback
-from etflight.callbacks import watchdog
+from etflight.callbacks import stop_signals
 
-watchdog.PATIENCE = 3.0
+stop_signals.PATIENCE = 3.0
 
 class StopsTakingPart(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -111,7 +111,7 @@ def is_running(pid):
 
 
 def test_a_job_of_which_one_process_takes_no_part_ends_within_a_minute_of_sigterm(tmp_path):
-    assert watchdog.PATIENCE <= 45  # what is shortened here
+    assert stop_signals.PATIENCE <= 45  # what is shortened here
     (tmp_path / "absent.py").write_text(ABSENT)
     argv = [*FIT, "--trainer.strategy", "ddp", "--trainer.devices", 2, "--trainer.callbacks+", "absent.StopsTakingPart"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
