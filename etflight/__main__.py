@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from difflib import get_close_matches
 from importlib import import_module
 from io import TextIOWrapper
@@ -31,6 +32,10 @@ def run() -> int:
     if command not in _COMMANDS:
         print(f"etflight: error: {_instead_of(command)}\n\n{_overview()}", file=sys.stderr)
         return 2
+    for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+        warnings.simplefilter(
+            "ignore", category
+        )  # they are for who writes code, and what a command calls is not the user's
     # a user's own head or data set in a module of the current folder; last, so that no file there takes the place of a package
     sys.path.append(os.getcwd())
     if isinstance(sys.stdout, TextIOWrapper):

@@ -441,7 +441,7 @@ def _quieten() -> None:
     for pattern in (
         r".*does not have many workers.*",
         r".*smaller than the logging interval.*",
-        r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+        r".*is not supported by the model summary.*",
         r".*epoch parameter in `scheduler.step\(\)` was not necessary.*",
         r".*Checkpoint directory .* exists and is not empty.*",
         r".*No seed found.*",

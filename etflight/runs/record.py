@@ -61,7 +61,7 @@ class RunRecord(SaveConfigCallback):
             return
         if stage not in ("fit", "test"):
             return
-        resolved = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        resolved = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         told = {**resolved, "arm": self.arm or self.name}  # by which W&B can group runs
         if stage == "fit":
             self._write(
@@ -92,7 +92,9 @@ class RunRecord(SaveConfigCallback):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = self._lock or lock(self.folder)
             write_json(self.folder / RECORD, record)
-            self.parser.save(self.config, self.folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+            self.parser.save(
+                self.config, self.folder / "config.yaml", skip_unset=False, overwrite=True, multifile=False
+            )
 
 
 def facts(*, name: str, arm: str | None, config: Mapping[str, Any], trainer: Trainer) -> dict[str, Any]:

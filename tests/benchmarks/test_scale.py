@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from etflight import Classifier, LinearHead
-from etflight.data import ImageNetLT, INaturalist2018
+from etflight.data import ImageNetLT, INaturalist2018, files
 from etflight.losses import CrossEntropyLoss
 from etflight.metrics import ClassStatistics, measures
 from tests.large_sets import INATURALIST, imagenet_lt, inaturalist

@@ -1,0 +1,60 @@
+"""What other libraries tell programmers is not told to users, even where they ask Python for all warnings."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.cli.test_stages import DIGITS
+
+LIBRARY = """
+import etflight
+from etflight.callbacks import CollapseFigures, NeuralCollapseMonitor
+from etflight.data import Digits
+from lightning.pytorch import Trainer
+
+model = etflight.Classifier(10, "resnet20_cifar", in_chans=1)
+callbacks = [NeuralCollapseMonitor(), CollapseFigures()]
+trainer = Trainer(accelerator="cpu", max_epochs=1, callbacks=callbacks, limit_train_batches=2, logger=False, enable_checkpointing=False)
+trainer.fit(model, Digits(val_fraction=0.1, mixup=1.0))
+trainer.test(model, Digits(), verbose=False)
+"""
+
+
+def told(*argv, cwd):
+    """What a fresh interpreter that shows all warnings prints."""
+    argv = [sys.executable, "-W", "default", *map(str, argv)]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_commands_pass_on_no_warning_and_no_tip_of_another_library(tmp_path):
+    averaged = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.precision", "bf16-mixed", "--data.num_workers", 1]
+    fit = told(
+        "-m",
+        "etflight",
+        "fit",
+        *DIGITS,
+        *averaged,
+        "--name",
+        "r",
+        "--trainer.enable_model_summary",
+        "true",
+        cwd=tmp_path,
+    )
+    test = told("-m", "etflight", "test", *DIGITS, "--name", "r", "--ckpt_path", "last", cwd=tmp_path)
+    for text in (fit, test):
+        assert "site-packages" not in text
+        assert "Tip" not in text
+
+
+def test_a_training_in_python_meets_no_deprecation(tmp_path):
+    assert "eprecat" not in told("-c", LIBRARY, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "module", ["classifier", "heads", "data", "callbacks", "backbones", "metrics", "plotting", "exporting.card"]
+)
+def test_importing_a_part_of_the_package_says_nothing(module, tmp_path):
+    assert told("-c", f"import etflight.{module}", cwd=tmp_path) == ""
