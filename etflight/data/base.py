@@ -407,6 +407,10 @@ class ImageDataModule(LightningDataModule, ABC):
         full = self.batch_size * world_size
         if len(data) > full and len(data) % full < 2 * world_size:
             sampler.leave_out(len(data) % full)
+        overfits = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # of Lightning's making
+        if overfits:
+            # Lightning puts a sampler of its own here, which goes through the images in their order
+            data = self.make_split("train", data.source, data.indices.numpy()[sampler.draw()])
         loader = TrainLoader(data, sampler=sampler, batch_size=self.batch_size, **self._loading())
         loader.trainer = self.trainer
         return loader

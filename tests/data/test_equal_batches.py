@@ -47,7 +47,7 @@ class Positions(ImageSplit):
 def batches_of(data, processes, rank, epoch, served=0):
     """What one process is served, image by image, of the data module's own loader."""
     data.trainer = SimpleNamespace(
-        world_size=processes, global_rank=rank, max_epochs=EPOCHS, num_training_batches=10**6
+        world_size=processes, global_rank=rank, max_epochs=EPOCHS, num_training_batches=10**6, overfit_batches=0
     )
     loader = data.train_dataloader()
     loader.load_state_dict({"served": served})
