@@ -19,7 +19,7 @@ from lightning.pytorch.cli import ReduceLROnPlateau as MonitoredReduceLROnPlatea
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import Metric
 
@@ -173,6 +173,7 @@ class Classifier(LightningModule):
         if class_counts is not None:
             self._set_class_counts(torch.as_tensor(class_counts))
         self._lr = math.nan
+        self._total_epochs: int | None = None
         self.losses = nn.ModuleDict({f"{stage}_loss": SampleMean() for stage in ("train", "val", "test")})
         self.shots = nn.ModuleDict(
             {"val_": ShotAccuracy(num_classes), "test_": ShotAccuracy(num_classes, PRIOR_SHIFTS)}
@@ -550,6 +551,7 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over everything trainable, and the schedule, stepped each epoch."""
+        self._total_epochs = self.trainer.max_epochs  # callbacks may add some of their own later
         make = self._build("optimizer")
         fused = {"fused": True} if self._can_fuse(make) else {}
         decay, scales = self.hparams["layer_decay"], self.hparams["lr_scale"]
@@ -558,9 +560,11 @@ class Classifier(LightningModule):
         else:
             optimizer = make(rate_groups(self, self.backbone, decay, scales), **fused)
             scale_rates(optimizer)
+        if isinstance(optimizer, LBFGS):
+            self._adapt_to_lbfgs()
         if self.hparams["lr_scheduler"] is None:
             return cast(Optimizer, optimizer)
-        arguments = {"total_epochs": self.trainer.max_epochs} if self._schedule_takes_total_epochs else {}
+        arguments = {"total_epochs": self._total_epochs} if self._schedule_takes_total_epochs else {}
         schedule = self._build("lr_scheduler")(optimizer, **arguments)
         if "lr_scale" in optimizer.param_groups[0] and not keeps_scales(optimizer):
             option = "layer_decay" if decay != 1 else "lr_scale"
@@ -574,6 +578,20 @@ class Classifier(LightningModule):
             if not monitor.startswith("train/"):  # there is a new value after each validation only
                 config["frequency"] = self.trainer.check_val_every_n_epoch or 1
         return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": config})
+
+    def _adapt_to_lbfgs(self) -> None:
+        """LBFGS evaluates the loss several times a step, and takes gradients for flat arrays."""
+        trainer = self.trainer
+        for holds, reason in (
+            (trainer.world_size == 1, "each process would decide for itself when a step is over: train on one device"),
+            (
+                trainer.accumulate_grad_batches == 1,
+                "each evaluation of a step would add to the accumulated gradients: raise --data.batch_size instead of accumulating",
+            ),
+        ):
+            if not holds:
+                raise UserError(f"optimizer: LBFGS evaluates the loss several times a step, and {reason}")
+        self.backbone.to(memory_format=torch.contiguous_format)
 
     def _check_monitor(self, prefix: str = "") -> None:
         """Refuse a schedule that is about to follow a number, or is to follow one called `prefix`…, which nothing has logged."""
@@ -636,7 +654,7 @@ class Classifier(LightningModule):
         checkpoint["fingerprint"] = self.fingerprint
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
-        checkpoint["total_epochs"] = self.trainer.max_epochs
+        checkpoint["total_epochs"] = self._total_epochs
         self._stop_at_bad_loss()
         if not all(bool(torch.isfinite(p).all()) for p in self.parameters()):
             raise UserError(f"weights became NaN or infinite by step {self.global_step}: {_MEND_OF_DIVERGENCE}")

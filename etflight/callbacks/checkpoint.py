@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics import Metric
 
@@ -54,8 +55,9 @@ class LastCheckpoint(Callback):
     `metrics.csv` had. On another number of processes or with another batch size the epoch goes on with the images that were not yet
     drawn; only a run of the same shape is repeated exactly.
 
-    It has to be the first callback, so that nothing of the next step or epoch has happened yet. That is why it is none of Lightning's
-    `Checkpoint`s, which come last; give the trainer `enable_checkpointing=False` unless it shall keep checkpoints of its own, too.
+    It has to be the first callback, so that nothing of the next step or epoch has happened yet, but for `StochasticWeightAveraging`, which
+    puts its average into the model after the last one. That is why it is none of Lightning's `Checkpoint`s, which come last; give the
+    trainer `enable_checkpointing=False` unless it shall keep checkpoints of its own, too.
 
     Args:
         every_n_steps: also save within an epoch, at the first safe place after so many optimizer steps; None: after each epoch only.
@@ -77,9 +79,12 @@ class LastCheckpoint(Callback):
     # --- when --------------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from here."""
+        """Count from here; let averaging of weights go on within an epoch, of which Lightning tells callbacks no start if it is resumed."""
         self._saved_step, self._saved_epoch = trainer.global_step, trainer.current_epoch
         self._has_just_validated = False
+        if trainer.fit_loop.restarted_mid_epoch:
+            for averaging in callbacks_of(trainer, StochasticWeightAveraging):
+                averaging.on_train_epoch_start(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The trainer would skip a batch's bookkeeping if it was resumed right after a validation within an epoch."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar, StochasticWeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
@@ -31,6 +31,7 @@ from etflight.cli.argv import config_files, set_and_arm, value_of, values_of
 from etflight.cli.checkpoint_option import prepare_as_trained
 from etflight.cli.parser import OneLineParser
 from etflight.cli.predict import add_prediction_arguments, over_images
+from etflight.cli.unsupported import refuse_unsupported
 from etflight.data.base import ImageDataModule
 from etflight.heads import codes_from_state_dict
 from etflight.optim import PROTOCOL_SGD
@@ -319,13 +320,21 @@ class EtflightCLI(LightningCLI):
         if self.saved_shape is not None:
             refuse_other_shape(f"checkpoint {self.ckpt_path}", *self.saved_shape, self.datamodule)
 
+    def before_fit(self) -> None:
+        """Refuse what cannot be trained as it is written down."""
+        refuse_unsupported(self.trainer, self.model)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with what writes the run folder in front of the user's own loggers and callbacks.
 
         Raises:
-            UserError: a logger that would delete `metrics.csv`.
+            UserError: a logger that would delete `metrics.csv`; a trainer that is to write nothing at all.
         """
         config = self._get(self.config_init, "trainer")
+        if config.get("barebones"):
+            raise UserError(
+                "--trainer.barebones true turns off the files of a run, which this command is for: leave it out"
+            )
         self.save_config_kwargs = {
             "folder": self.folder, "name": self.run_name, "arm": self.arm, "trained_in": self.trained_in
         }  # fmt: skip
@@ -334,14 +343,15 @@ class EtflightCLI(LightningCLI):
         last = self._get(self.config_init, "checkpoint") if saves else None
         fine_tuning = self._get(self.config_init, "fine_tuning")
         users = _as_list(config.get("callbacks"))
-        # what saves comes first, before anything of the next step has happened
+        # what saves comes first, before anything of the next step has happened, but after what makes the final weights
         callbacks = [
             StopSignals(last),
+            *(callback for callback in users if isinstance(callback, StochasticWeightAveraging)),
             *_as_list(last),
             *([StepSeed(), Speed(), Progress(), fine_tuning] if fitting else []),
             *self._monitor(fitting, users),
             *_as_list(self._get(self.config_init, "post_hoc")),
-            *users,
+            *(callback for callback in users if not isinstance(callback, StochasticWeightAveraging)),
         ]
         results = TestResults(self.folder, verbose=self.verbose)
         callbacks += [StepNotice(), DoubleCorrection(), results, *self._predicting()]

@@ -1,0 +1,39 @@
+"""What Lightning offers and a run cannot keep its promises with, refused before anything is trained."""
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+from etflight.callbacks.trainer import callbacks_of
+from etflight.utils.errors import UserError
+
+
+def refuse_unsupported(trainer: Trainer, model: LightningModule) -> None:
+    """Look at a trainer and a model that are about to train together.
+
+    Raises:
+        UserError: they would train something else than the run's files say, or not answer signals and errors as they say.
+    """
+    strategy, clip = trainer.strategy, trainer.gradient_clip_val or 0
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+        raise UserError(
+            "this --trainer.strategy starts its processes in the way of notebooks, in which no signal and no error reaches the others: "
+            "give --trainer.strategy ddp, which trains the same"
+        )
+    if clip < 0:
+        raise UserError(
+            f"--trainer.gradient_clip_val is {clip}, which would turn gradients round: give a positive norm, or 0 for none"
+        )
+    if callbacks_of(trainer, LearningRateFinder):
+        raise UserError(
+            "LearningRateFinder would set a learning rate that neither the schedule nor the run's config.yaml knows of: leave it out, and "
+            "compare short runs with other --model.optimizer.lr, each with a --name of its own (etflight study trains several)"
+        )
+    if callbacks_of(trainer, BatchSizeFinder):
+        raise UserError(
+            "BatchSizeFinder would set a batch size that the run's config.yaml does not know of: leave it out, and give --data.batch_size"
+        )
+    if callbacks_of(trainer, StochasticWeightAveraging) and model.hparams.get("layer_decay", 1) != 1:
+        raise UserError(
+            "StochasticWeightAveraging gives all layers one learning rate, so layer_decay would do nothing: leave one of them out"
+        )

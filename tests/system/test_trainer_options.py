@@ -1,0 +1,225 @@
+"""What Lightning offers to a training works as its users know it, or is refused in one line before anything is trained."""
+
+import copy
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from etflight.errors import UserError
+from lightning.pytorch import Callback, Trainer
+from PIL import Image
+from torch.optim import LBFGS
+
+from etflight import Classifier
+from etflight.data import Digits
+from tests.left_by_runs import assert_same_run, read
+
+QUIET = [
+    "--trainer.accelerator",
+    "cpu",
+    "--trainer.enable_progress_bar",
+    "false",
+    "--trainer.enable_model_summary",
+    "false",
+]
+FIT = [
+    "fit",
+    "--data",
+    "Digits",
+    "--data.max_count",
+    6,
+    "--data.batch_size",
+    20,
+    *QUIET,
+    "--name",
+]  # 3 batches an epoch
+RESNET = ["--model.backbone", "resnet20_cifar"]
+VIT = [
+    "--model.backbone", "test_vit", "--model.model_kwargs", '{"img_size": 8, "patch_size": 4}', "--model.head.batch_norm", "false",
+]  # fmt: skip
+COSINE = ["--model.lr_scheduler", "WarmupCosine", "--model.lr_scheduler.warmup_epochs", 0]
+
+
+def trained(command, *argv, cwd):
+    result = command(*argv, cwd=cwd)
+    assert result.status == 0, result.err
+    return result
+
+
+# --- averaging of weights ----------------------------------------------------------------------------------------------
+
+AVERAGING = [
+    "--trainer.max_epochs", 4, "--trainer.callbacks+", "StochasticWeightAveraging", "--trainer.callbacks.swa_lrs", 0.05,
+    "--trainer.callbacks.swa_epoch_start", 3, "--trainer.callbacks.annealing_epochs", 2,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("network", [RESNET, VIT], ids=["with BatchNorm", "without"])
+@pytest.mark.parametrize("schedule", [[], COSINE], ids=["constant rate", "schedule"])
+def test_averaged_weights_are_what_a_run_ends_with_and_a_resumed_run_averages_on(
+    network, schedule, etflight_command, tmp_path
+):
+    averaging = [*network, *schedule, *AVERAGING]
+    trained(etflight_command, *FIT, "whole", *averaging, cwd=tmp_path)
+    last = read(tmp_path / "runs/whole")
+    average = last["callbacks"]["StochasticWeightAveraging"]["average_model_state"]
+    names = [name for name in average if name.startswith(("backbone.", "head.")) and "running_" not in name]
+    names = [name for name in names if average[name].is_floating_point()]
+    assert len(names) > 50
+    assert all(torch.equal(last["state_dict"][name], average[name]) for name in names)
+    for batch, every in (
+        (4, 1),
+        (7, 1),
+        (10, 1),
+        (10, 100),
+    ):  # before averaging, in its first and in its second epoch; after an epoch
+        name = f"killed_{batch}_{every}"
+        kill = [
+            "--trainer.callbacks+",
+            "tests.left_by_runs.Kill",
+            "--trainer.callbacks.after",
+            batch,
+            "--trainer.callbacks.mark",
+            name,
+        ]
+        fit = [*FIT, name, *averaging, "--checkpoint.every_n_steps", every]
+        assert etflight_command(*fit, *kill, cwd=tmp_path).status == -9
+        trained(etflight_command, *fit, "--ckpt_path", "last", cwd=tmp_path)
+        assert_same_run(tmp_path / "runs/whole", tmp_path / "runs" / name)
+    other = etflight_command(
+        *FIT, "whole", *averaging, "--model.optimizer.lr", 0.2, "--ckpt_path", "last", cwd=tmp_path
+    )
+    assert other.status == 1
+    assert "--model.optimizer differs from the checkpoint being resumed" in other.error_lines[0]
+
+
+# --- LBFGS -------------------------------------------------------------------------------------------------------------
+
+
+def small(**options):
+    torch.manual_seed(0)
+    return Classifier(10, "resnet20_cifar", in_chans=1, optimizer=partial(LBFGS, lr=0.5, max_iter=3), **options)
+
+
+def trainer(folder, **options):
+    return Trainer(
+        accelerator="cpu", default_root_dir=folder, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, limit_val_batches=0, **options,
+    )  # fmt: skip
+
+
+def test_a_step_of_lbfgs_is_torchs_own(tmp_path):
+    data, model = Digits(batch_size=64), small()
+    expected = copy.deepcopy(model)
+    expected.backbone.to(memory_format=torch.contiguous_format)
+    trainer(tmp_path, max_steps=1).fit(model, datamodule=data)
+
+    images, labels = data.train_transform(next(iter(Digits(batch_size=64).train_dataloader())), 0)
+    optimizer = LBFGS([p for p in expected.parameters() if p.requires_grad], lr=0.5, max_iter=3)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = expected.loss(expected(images), labels)
+        loss.backward()
+        return loss
+
+    before = optimizer.step(closure).item()
+    assert closure().item() < before
+    for name, value in expected.named_parameters():
+        torch.testing.assert_close(dict(model.named_parameters())[name], value, rtol=0, atol=2e-6, msg=name)
+
+
+def test_a_run_with_lbfgs_clips_and_resumes(etflight_command, tmp_path):
+    fit = [*RESNET, "--model.optimizer", "LBFGS", "--model.optimizer.max_iter", 4, "--trainer.gradient_clip_val", 1]
+    for name, *argv in (["whole", 2], ["parts", 1], ["parts", 2, "--ckpt_path", "last"]):
+        trained(etflight_command, *FIT, name, *fit, "--trainer.max_epochs", *argv, cwd=tmp_path)
+    assert_same_run(tmp_path / "runs/whole", tmp_path / "runs/parts")
+
+
+def train_on_two(rank, folder):
+    with pytest.raises(UserError) as refusal:
+        trainer(folder, devices=2, strategy="ddp", max_steps=1).fit(small(), datamodule=Digits(batch_size=64))
+    return str(refusal.value)
+
+
+def test_lbfgs_on_two_processes_is_refused_by_both(two_ready_processes, tmp_path):
+    for message in two_ready_processes(train_on_two, [(tmp_path,)] * 2):
+        assert "each process would decide for itself when a step is over: train on one device" in message
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------------
+
+SPAWNED = "give --trainer.strategy ddp"
+REFUSED = {
+    "LBFGS while gradients accumulate": (
+        ["--model.optimizer", "LBFGS", "--trainer.accumulate_grad_batches", 2], "raise --data.batch_size instead"),
+    "LBFGS with a rate for each layer": (
+        ["--model.optimizer", "LBFGS", "--model.layer_decay", 0.5], "LBFGS doesn't support per-parameter options"),
+    "a search for a learning rate": (["--trainer.callbacks+", "LearningRateFinder"], "--model.optimizer.lr"),
+    "a search for a batch size": (["--trainer.callbacks+", "BatchSizeFinder"], "--data.batch_size"),
+    "averaging with a rate for each layer": ([*AVERAGING, "--model.layer_decay", 0.5], "layer_decay would do nothing"),
+    "no file at all": (["--trainer.barebones", "true"], "--trainer.barebones"),
+    "gradients turned round": (["--trainer.gradient_clip_val", -1], "--trainer.gradient_clip_val is -1"),
+    "spawned processes": (["--trainer.strategy", "ddp_spawn", "--trainer.devices", 2], SPAWNED),
+    "forked processes": (["--trainer.strategy", "ddp_fork", "--trainer.devices", 2], SPAWNED),
+    "a notebook's processes": (["--trainer.strategy", "ddp_notebook", "--trainer.devices", 2], SPAWNED),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_kept_is_refused_in_one_line_before_training(case, etflight_command, tmp_path):
+    argv, words = REFUSED[case]
+    result = etflight_command(*FIT, "r", *RESNET, *argv, cwd=tmp_path)
+    assert result.status == 1, result.err
+    (line,) = result.error_lines
+    assert words in line
+    assert "Traceback" not in result.err
+    assert not (tmp_path / "runs/r/speed.csv").exists()
+
+
+# --- loaders -----------------------------------------------------------------------------------------------------------
+
+
+def test_loaders_that_are_made_anew_each_epoch_serve_the_same(etflight_command, tmp_path):
+    fit = [*RESNET, "--data.sampler", "balanced", "--data.num_workers", 1, "--trainer.max_epochs", 3]
+    trained(etflight_command, *FIT, "kept", *fit, cwd=tmp_path)
+    trained(etflight_command, *FIT, "anew", *fit, "--trainer.reload_dataloaders_every_n_epochs", 1, cwd=tmp_path)
+    assert_same_run(tmp_path / "runs/kept", tmp_path / "runs/anew")
+
+
+class Labels(Callback):
+    """Writes the labels of each training batch to a file."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        with open("labels.txt", "a") as file:
+            print(*batch[1].tolist(), file=file)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_few_batches_to_overfit_are_always_the_same_and_of_all_classes(workers, etflight_command, tmp_path):
+    for name in ("a", "b", "c"):  # sorted by class, as folders are
+        for split in ("train", "test"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(8):
+                pixels = np.random.default_rng(i).integers(0, 256, (8, 8), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / split / name / f"{i}.png")
+    data = ["--data", "FolderImages", "--data.root", "images", "--data.image_size", 8, "--data.batch_size", 4]
+    argv = [
+        *data,
+        "--data.num_workers",
+        workers,
+        *RESNET,
+        *QUIET,
+        "--trainer.overfit_batches",
+        2,
+        "--trainer.max_epochs",
+        3,
+    ]
+    trained(
+        etflight_command, "fit", *argv, "--trainer.callbacks+", "tests.system.test_trainer_options.Labels", cwd=tmp_path
+    )
+    batches = (tmp_path / "labels.txt").read_text().splitlines()
+    assert len(batches) == 6
+    assert batches[:2] == batches[2:4] == batches[4:]
+    assert {*" ".join(batches[:2]).split()} == {"0", "1", "2"}
