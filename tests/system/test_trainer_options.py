@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from etflight.errors import UserError
+from etflight.utils.errors import UserError
 from lightning.pytorch import Callback, Trainer
 from PIL import Image
 from torch.optim import LBFGS
