@@ -220,10 +220,11 @@ class StopSignals(Callback):
 
 def _give_up(trainer: Trainer, number: int) -> None:
     """End this process, and those that Lightning has started from it, wherever they are."""
+    again = "resume with --ckpt_path last" if trainer.state.fn == "fit" else "give the command again"
     failures.say(
         UserError(
             f"{signal.Signals(number).name}: ended at once, without saving: this job does not get on any more, as where one of its "
-            "processes has stopped taking part: find out why, then resume with --ckpt_path last"
+            f"processes has stopped taking part: find out why, then {again}"
         )
     )
     if (launcher := trainer.strategy.launcher) is not None:

@@ -11,6 +11,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+from jsonargparse.typing import register_type
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar, StochasticWeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -407,6 +409,9 @@ def main(args: Sequence[str] | None = None) -> EtflightCLI:
     """
     _quieten()
     guard_parser()
+    register_type(
+        torch.device, fail_already_registered=False
+    )  # an argument of StochasticWeightAveraging, which config.yaml has to hold
     return EtflightCLI(
         Classifier,
         ImageDataModule,

@@ -87,6 +87,9 @@ def test_averaged_weights_are_what_a_run_ends_with_and_a_resumed_run_averages_on
         assert etflight_command(*fit, *kill, cwd=tmp_path).status == -9
         trained(etflight_command, *fit, "--ckpt_path", "last", cwd=tmp_path)
         assert_same_run(tmp_path / "runs/whole", tmp_path / "runs" / name)
+    again = trained(etflight_command, "fit", "-c", "runs/whole/config.yaml", "--name", "again", cwd=tmp_path)
+    assert "Unable to serialize" not in again.err
+    assert_same_run(tmp_path / "runs/whole", tmp_path / "runs/again")
     other = etflight_command(
         *FIT, "whole", *averaging, "--model.optimizer.lr", 0.2, "--ckpt_path", "last", cwd=tmp_path
     )
