@@ -6,13 +6,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from etflight.utils.errors import UserError
 from lightning.pytorch import Callback, Trainer
 from PIL import Image
 from torch.optim import LBFGS
 
 from etflight import Classifier
 from etflight.data import Digits
+from etflight.utils.errors import UserError
 from tests.left_by_runs import assert_same_run, read
 
 QUIET = [
