@@ -652,6 +652,7 @@ class Classifier(LightningModule):
         checkpoint["class_names"] = self.class_names
         checkpoint["preprocessing"] = self.preprocessing and self.preprocessing._asdict()
         checkpoint["fingerprint"] = self.fingerprint
+        checkpoint["state_dict"]["class_counts"] = self.class_counts  # averaging of weights rounds whole numbers down
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
         checkpoint["total_epochs"] = self._total_epochs
@@ -665,6 +666,10 @@ class Classifier(LightningModule):
         Raises:
             UserError: images prepared otherwise, other images, or settings of the optimizer or its schedule that are not the saved ones.
         """
+        state = checkpoint["state_dict"]
+        state |= {
+            name: value for name, value in checkpoint.get("current_model_state", {}).items() if name == "class_counts"
+        }
         if (names := checkpoint.get("class_names")) is not None:
             self.class_names = list(map(readable, names))
         self.preprocessing = Preprocessing.in_checkpoint(checkpoint) or self.preprocessing

@@ -486,9 +486,9 @@ def md5(content):
 
 MODULE = """
 from torchvision import datasets
-from etflight.data import CIFAR10, FashionMNIST, torchvision_images
+from etflight.data import CIFAR10, FashionMNIST, sets
 
-torchvision_images.PATIENCE = 1.0
+sets.PATIENCE = 1.0
 
 class PublishedCIFAR10(datasets.CIFAR10):
     url = "{address}/cifar-10-python.tar.gz"

@@ -54,7 +54,7 @@ def test_a_training_in_python_meets_no_deprecation(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", ["classifier", "heads", "data", "callbacks", "backbones", "metrics", "plotting", "exporting.card"]
+    "module", ["classifier", "heads", "data", "callbacks", "backbones", "metrics", "plotting", "export.card"]
 )
 def test_importing_a_part_of_the_package_says_nothing(module, tmp_path):
     assert told("-c", f"import etflight.{module}", cwd=tmp_path) == ""
