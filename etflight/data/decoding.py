@@ -17,6 +17,8 @@ from etflight.utils.errors import UserError
 MAX_PIXELS = 89_478_485  # Pillow's limit, from where on it suspects a bomb: 256 MiB as RGB
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _BY_PILLOW = ("GIF", "BMP", "TIFF", "PPM")  # torchcodec knows but GIF, where it paints what is transparent
+_FRAMES_OF_JPEG = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers that begin with the size
+_SEGMENTS_OF_JPEG = {0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE}  # tables, what applications add, comments
 _PLACE_IN_SOURCE = re.compile(r"\w+, \S+\.(?:cpp|h):\d+, ")  # of the decoder, in its messages
 _ASPECT_RATIOS = (3 / 4, 4 / 3)
 _ATTEMPTS = 10
@@ -60,6 +62,32 @@ def decode_file(path: str, side: int, mode: Literal["RGB", "GRAY"] = "RGB") -> T
 
 def _header(content: bytes) -> tuple[str | None, int, int]:
     """Format, width and height of an image file, without decoding it."""
+    name, width, height, frames = _jpeg_header(content) or _any_header(content)
+    if width * height * frames > MAX_PIXELS:
+        count = f"{frames} pictures of " if frames > 1 else ""
+        raise ValueError(f"{count}{width}×{height} pixels are more than {MAX_PIXELS}")
+    return name, width, height
+
+
+def _jpeg_header(content: bytes) -> tuple[str, int, int, int] | None:
+    """That of a JPEG file whose segments follow each other as the standard has it; None for any other, to be looked at more closely.
+
+    Pillow takes a tenth of the time of decoding for it.
+    """
+    at = 2 if content.startswith(b"\xff\xd8") else len(content)
+    while at + 9 <= len(content) and content[at] == 0xFF:
+        marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4])
+        if marker in _FRAMES_OF_JPEG:
+            height, width = int.from_bytes(content[at + 5 : at + 7]), int.from_bytes(content[at + 7 : at + 9])
+            return ("JPEG", width, height, 1) if width and height else None
+        if marker not in _SEGMENTS_OF_JPEG or length < 2:
+            return None
+        at += 2 + length
+    return None
+
+
+def _any_header(content: bytes) -> tuple[str | None, int, int, int]:
+    """Format, width, height and number of pictures."""
     from PIL import Image, UnidentifiedImageError
 
     with warnings.catch_warnings():
@@ -70,12 +98,9 @@ def _header(content: bytes) -> tuple[str | None, int, int]:
                 width, height = file.size
                 # torchcodec decodes all of an animation; the second pictures of a JPEG file (MPO) it passes over
                 frames = getattr(file, "n_frames", 1) if file.format in ("PNG", "WEBP") else 1
-                name = file.format
+                return file.format, width, height, frames
         except UnidentifiedImageError:  # which names an object in memory
             raise ValueError(f"its content is none of {', '.join(FORMATS)}" if content else "it is empty") from None
-    if width * height * frames > MAX_PIXELS:
-        raise ValueError(f"{frames} pictures of {width}×{height} pixels are more than {MAX_PIXELS}")
-    return name, width, height
 
 
 def _by_pillow(content: bytes, mode: Literal["RGB", "GRAY"]) -> Tensor:

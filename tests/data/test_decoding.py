@@ -1,9 +1,13 @@
+from io import BytesIO
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchcodec.decoders import decode_image
 from torchvision.transforms.v2 import RandomResizedCrop
 
+from etflight.data import decoding
 from etflight.data.decoding import center_square, decode_file, draw_part, random_square
 from etflight.utils.errors import UserError
 
@@ -93,6 +97,48 @@ def test_a_broken_ppm_file_is_named(tmp_path, content):
     with pytest.raises(UserError, match=r"a\.ppm cannot be read as an image") as caught:
         decode_file(str(tmp_path / "a.ppm"), 8)
     assert "\n" not in str(caught.value)
+
+
+def jpeg(mode="RGB", size=(23, 41), **options):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), np.uint8)
+    content = BytesIO()
+    Image.fromarray(pixels).convert(mode).save(content, **{"format": "JPEG", **options})
+    return content.getvalue()
+
+
+EXIF = Image.Exif()
+EXIF[0x010E] = "a description " * 500
+JPEGS = {
+    "plain": jpeg(), "grey": jpeg("L"), "four colours": jpeg("CMYK"), "progressive": jpeg(progressive=True), "exif": jpeg(exif=EXIF),
+    "tables of its own": jpeg(optimize=True, qtables=[list(range(1, 65))]), "restarts": jpeg(restart_marker_blocks=2),
+    "a comment": jpeg(comment=b"\xff\xc0" * 40), "a thumbnail": jpeg(exif=b"Exif\0\0" + jpeg(size=(2, 3))),
+    "a colour profile": jpeg(icc_profile=bytes(90_000)),
+    "two pictures": jpeg(format="MPO", save_all=True, append_images=[Image.new("RGB", (9, 9))]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", JPEGS)
+def test_the_header_of_a_jpeg_file_tells_what_pillow_tells(name):
+    assert decoding._jpeg_header(JPEGS[name]) == ("JPEG", 23, 41, 1)
+    assert decoding._any_header(JPEGS[name])[1:] == (23, 41, 1)
+
+
+@pytest.mark.parametrize("name", JPEGS)
+def test_no_picture_is_larger_than_its_header_said_whatever_was_done_to_it(name):
+    """Else a file could have a small size looked at and a large one decoded."""
+    random, decoded = np.random.default_rng(1), 0
+    for _ in range(150):
+        content = bytearray(JPEGS[name])
+        for at in random.integers(0, min(len(content), 700), random.integers(1, 4)):
+            content[at] = random.choice([0, 2, 0x40, 0xC0, 0xC2, 0xC4, 0xD9, 0xE0, 0xFF])
+        header = decoding._jpeg_header(bytes(content))
+        try:
+            shape = decode_image(bytes(content), mode="RGB").shape
+        except Exception:
+            continue
+        decoded += 1
+        assert header is None or (shape[2], shape[1]) == header[1:3]
+    assert decoded > 5
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
