@@ -7,10 +7,10 @@ from typing import Any
 from etflight.utils.errors import UserError
 from etflight.utils.preprocessing import Preprocessing
 
-THE_DATA = "give the data it was trained on"
 
-
-def refuse_other_shape(model: str, num_classes: int, channels: int, data: Any, mend: str = THE_DATA) -> None:
+def refuse_other_shape(
+    model: str, num_classes: int, channels: int, data: Any, mend: str = "give the data it was trained on"
+) -> None:
     """Refuse data of which a model can make nothing.
 
     Args:
@@ -56,10 +56,12 @@ def other_images(counts: Sequence[int], fingerprint: str | None, data: Any) -> s
         fingerprint: of those images; None if unknown.
         data: a data module.
     """
-    own = [int(n) for n in getattr(data, "class_counts", counts)]
-    if any(counts) and len(own) == len(counts) and own != list(counts):
-        k = next(k for k, n in enumerate(own) if n != counts[k])
-        return f"{data} has {own[k]} training images of class {data.class_names[k]}, but the checkpoint was trained on {counts[k]}"
+    known = getattr(data, "class_counts", None) if any(counts) else None
+    own = [] if known is None else list(map(int, known))
+    k = next((k for k, pair in enumerate(zip(own, counts, strict=False)) if pair[0] != pair[1]), None)
+    if k is not None:
+        name = (getattr(data, "class_names", None) or range(len(own)))[k]
+        return f"{data} has {own[k]} training images of class {name}, but the checkpoint was trained on {counts[k]}"
     other = getattr(data, "fingerprint", None)
     if fingerprint is None or other is None or same_images(fingerprint, other):
         return None
