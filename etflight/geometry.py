@@ -130,7 +130,8 @@ def class_code(num_classes: int, feature_dim: int, *, seed: int = 0, dtype: torc
     - `d = 2`: the regular polygon, largest cosine `cos(2π/K)`.
     - other `K <= 16,384`: a softmax code, found by minimising `T log Σ_{i<j} exp(w_i·w_j / T)` while T falls, the best of up to
       64 random starts, fewer and shorter ones the larger the code: about a second for small ones, 5 at K = 1000 and d = 128, 60 to 120 at
-      K = 16,384 and d from 64 to 512, on one core. Where an optimal centred code is known (icosahedron, 24-cell, roots of E8, …) the tests find its largest cosine to 5e-4; elsewhere it is a local optimum.
+      K = 16,384 and d from 64 to 512, on one core. Where an optimal centred code is known (icosahedron, 24-cell, roots
+      of E8, …) the tests find its largest cosine to 5e-4; elsewhere it is a local optimum.
     - above: random directions, whose largest cosine is about `2 sqrt(log(K) / d)`.
 
     Rows always sum to zero. Memory beyond the result: a few times its size and blocks of 2^23 cosines for the descent, 8 MB for random

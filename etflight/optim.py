@@ -65,7 +65,7 @@ def _depths(backbone: nn.Module) -> dict[int, int]:
     if matcher is None:
         raise UserError(f"layer_decay: timm does not tell the layers of {type(backbone).__name__}: leave it out")
     parameters = dict(backbone.named_parameters())
-    with_head = SimpleNamespace(named_parameters=lambda: [*parameters.items(), ("head.weight", None)])
+    with_head: Any = SimpleNamespace(named_parameters=lambda: [*parameters.items(), ("head.weight", None)])
     layers: dict[str, int] = group_parameters(with_head, matcher(coarse=False), reverse=True)
     return {id(parameter): layers["head.weight"] - layers[name] for name, parameter in parameters.items()}
 

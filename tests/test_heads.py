@@ -53,7 +53,7 @@ def test_logits_are_those_of_numpy_and_cosines_exact_in_half_precision_too(kind,
     logits = head(features)
     assert (head.num_classes, head.in_features, head.weight.shape) == (10, 16, (10, 16))
     assert head.bias is None or head.bias.shape == (10,)
-    exact = "linear" not in kind and kind != "scaled" or "normalised" in kind
+    exact = ("linear" not in kind and kind != "scaled") or "normalised" in kind
     assert logits.dtype == (torch.promote_types(dtype, torch.float32) if exact else dtype)
     expected = oracle(array(features), array(head.weight), array(head.bias))
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-5 if exact else 0.05)
