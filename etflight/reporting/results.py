@@ -9,7 +9,7 @@ from typing import Any
 
 from etflight.reporting.reading import finite, read_json, read_table, series
 from etflight.utils.errors import UserError
-from etflight.utils.trained_on import choice_of, content_of
+from etflight.utils.training_data import choice_of, content_of
 
 RECORD = "run.json"
 ALWAYS = ("dataset", "ratio", "arm", "seed", "epochs", "commit", "config_sha256", "fingerprint", "command")
