@@ -2,7 +2,6 @@
 
 import base64
 import re
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from etflight.utils.arrays import read_arrays
 from etflight.utils.errors import UserError
-from etflight.utils.limits import refuse_growth
 
 Array = NDArray[Any]
 _MOST_EPOCHS = 30
@@ -40,7 +39,7 @@ def frames(folder: Path) -> dict[str, Any] | None:
     if not files:
         return None
     epochs = _evenly(sorted(files), _MOST_EPOCHS)
-    grams = [_load(files[epoch], "classes", "gram") for epoch in epochs]
+    grams = [read_arrays(files[epoch], "classes", "gram") for epoch in epochs]
     classes: Array = grams[0]["classes"]
     n = len(classes)
     for epoch, content in zip(epochs, grams, strict=True):
@@ -64,7 +63,7 @@ def _points(folder: Path, epochs: Sequence[int], classes: Array) -> dict[str, An
     files = _by_epoch(folder)
     if not set(epochs) <= files.keys():
         return {}
-    shots = [_load(files[epoch], "embeddings", "labels", "indices", "weight") for epoch in epochs]
+    shots = [read_arrays(files[epoch], "embeddings", "labels", "indices", "weight") for epoch in epochs]
     labels, indices = shots[0]["labels"], shots[0]["indices"]
     if not all(np.array_equal(shot["indices"], indices) for shot in shots):
         return {}
@@ -119,16 +118,3 @@ def _evenly(items: Sequence[int], most: int) -> list[int]:
 def _by_epoch(folder: Path) -> dict[int, Path]:
     named = ((re.fullmatch(r"epoch_(\d{3,9})\.npz", path.name), path) for path in folder.glob("epoch_*.npz"))
     return {int(match[1]): path for match, path in named if match}
-
-
-def _load(path: Path, *names: str) -> dict[str, Array]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            refuse_growth(str(path), sum(part.file_size for part in archive.infolist()), path.stat().st_size)
-        with np.load(path, allow_pickle=False) as content:
-            arrays = {name: content[name] for name in names}
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not whole ({' '.join(str(error).split()) or type(error).__name__})") from error
-    if any(array.dtype.kind not in "iuf" for array in arrays.values()):
-        raise UserError(f"{path} is not whole (it holds something else than numbers)")
-    return arrays
