@@ -38,16 +38,16 @@ from etflight.data.base import ImageDataModule
 from etflight.heads import codes_from_state_dict
 from etflight.optim import PROTOCOL_SGD
 from etflight.runs.folder import same_folder
-from etflight.runs.loggers import MetricsCSV, steadfast
+from etflight.runs.loggers import FailSafe, MetricsCSV
 from etflight.runs.record import RunRecord
 from etflight.runs.wandb import choose_names
 from etflight.utils.checkpoints import SafeCheckpointIO, read_checkpoint, refuse_others
-from etflight.utils.errors import UserError, user_error_in
-from etflight.utils.failures import speak_for_lost_processes
+from etflight.utils.errors import UserError, print_dead_process, user_error_in
 from etflight.utils.jsonargparse_private import why_not_made
+from etflight.utils.lightning_private import on_dead_process
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.specs import describe, find
-from etflight.utils.trained_on import refuse_other_shape
+from etflight.utils.training_data import refuse_other_shape
 from etflight.utils.yaml import guard_parser
 
 _CHECKPOINT_HELP = (
@@ -339,8 +339,8 @@ class EtflightCLI(LightningCLI):
                 "CSVLogger would delete the run's own metrics.csv: give --trainer.logger.name or leave it out"
             )
         if self.subcommand != "fit":
-            return [steadfast(user, folder) for user in users]
-        return [MetricsCSV(folder, self.saved.rows), *(steadfast(user, folder / "metrics.csv") for user in users)]
+            return [FailSafe(user, folder) for user in users]
+        return [MetricsCSV(folder, self.saved.rows), *(FailSafe(user, folder / "metrics.csv") for user in users)]
 
 
 def main(args: Sequence[str] | None = None) -> EtflightCLI:
@@ -415,22 +415,9 @@ def _quieten() -> None:
         r".*callbacks used to create the checkpoint need to be provided.*",
     ):
         warnings.filterwarnings("ignore", pattern)
-    warnings.formatwarning = _in_one_line
-    speak_for_lost_processes()
+    on_dead_process(print_dead_process)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
-
-
-_format_warning = warnings.formatwarning
-
-
-def _in_one_line(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """Our own warnings as `etflight.utils.errors.warn` has them; others keep the place they come from."""
-    if Path(filename).is_relative_to(Path(__file__).parents[1]):
-        return f"etflight: warning: {message}\n"
-    return _format_warning(message, category, filename, lineno, line)
 
 
 # the data sets are found by name because they are imported here
