@@ -145,15 +145,19 @@ class EtflightCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse with the checkpoint's model as the lowest of the three: checkpoint, configuration files, command line."""
+        """Parse with the checkpoint's model as the lowest of the three: checkpoint, configuration files, command line.
+
+        Raises:
+            UserError: No command in front; a checkpoint that is not there, cannot be read, or needs a class that nobody has named.
+        """
         argv = list(sys.argv[1:] if args is None else args)
         if (
             not argv
             or argv[0] not in STAGES
             or any(word in ("-h", "--help") or word.endswith(".help") for word in argv)
         ):
-            self.config = parser.parse_args(argv)  # which exits
-            return
+            parser.parse_args(argv)  # exits after help, or over what is wrong
+            raise UserError(f"the command comes first: give one of {', '.join(STAGES)} in front of its options")
         stage = argv[0]
         files, words = without_files(f"etflight {stage}", argv[1:])
         options = EarlyOptions.of(f"etflight {stage}", files, words)

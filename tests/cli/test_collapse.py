@@ -327,7 +327,7 @@ def test_a_head_of_the_users_own_is_imported_on_demand(etflight_command, tmp_pat
     assert refused.status == 1
     assert len(refused.err.splitlines()) == 1
     assert refused.error_lines[0].endswith(
-        "needs my_collapse_heads.MyHead as its head: import its module (--imports my_collapse_heads)"
+        "no Head called my_collapse_heads.MyHead has been imported: import its module before (--imports my_collapse_heads in "
     )
     done = etflight_command(*arguments, "--imports", "my_collapse_heads", cwd=tmp_path)
     assert done.status == 0, done.err
