@@ -9,8 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from etflight.metrics import Moments, measures
-from etflight.metrics.measures.centring import GlobalMean
-from etflight.metrics.measures.spectra import effective_rank_of_values
+from etflight.metrics.measures import GlobalMean, effective_rank_of_values
 from etflight.plotting.canvas import (
     BLUE,
     DPI,
