@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from etflight.metrics import Moments, measures
-from etflight.metrics.measures.spectra import effective_rank_of_values
+from etflight.metrics.measures import effective_rank_of_values
 from etflight.plotting.canvas import (
     BLUE,
     VERMILION,
