@@ -19,7 +19,7 @@ from etflight.runs.loggers import MetricsCSV, run_folder
 from etflight.utils.checkpoints import damaged
 from etflight.utils.errors import UserError
 from etflight.utils.lightning_private import batches_done, set_back_epoch, set_back_step, set_batches_done, unlike_loops
-from etflight.utils.torchmetrics_private import add_state
+from etflight.utils.torchmetrics_private import add_saved_state
 from etflight.utils.trainer import callbacks_of, data_module, is_trial_run
 from etflight.utils.training_data import same_images
 
@@ -224,7 +224,7 @@ def _load_rank_states(trainer: Trainer, pl_module: LightningModule, states: list
         for name, values in state["metrics"].items():
             metric = modules.get(name)
             if isinstance(metric, Metric) and values.keys() == metric.metric_state.keys():
-                add_state(metric, move_data_to_device(values, metric.device))
+                add_saved_state(metric, move_data_to_device(values, metric.device))
     for callback in _with_rank_state(trainer):
         callback.load_rank_states(
             [s["callbacks"][callback.state_key] for s in states if callback.state_key in s["callbacks"]]
