@@ -1,7 +1,7 @@
 """BatchNorm over the images of all processes, for every layer that timm knows."""
 
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
-from timm.layers import BatchNormAct2d, SyncBatchNormAct, convert_sync_batchnorm
+from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct, convert_sync_batchnorm
 from torch import nn
 
 
