@@ -49,7 +49,7 @@ class Place:
         name = options.value("name") or "/".join(filter(None, default))
         if stage == "fit":
             name = name_in_sweep(name)
-        root = Path(options.value("trainer.default_root_dir") or "runs")
+        root = Path(options.value("trainer.default_root_dir") or "runs").expanduser()
         place = cls(stage, root, name, bool(options.given["name"]), arm or set_name, root / name)
         asked = options.value("ckpt_path")
         last = last_checkpoint(place.folder)

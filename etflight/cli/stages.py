@@ -291,9 +291,7 @@ class EtflightCLI(LightningCLI):
             raise UserError(
                 "--trainer.barebones true turns off the files of a run, which this command is for: leave it out"
             )
-        self.save_config_kwargs = {
-            "folder": place.folder, "name": place.name, "arm": place.arm, "trained_in": place.trained_in
-        }  # fmt: skip
+        self.save_config_kwargs = {"name": place.name, "arm": place.arm, "trained_in": place.trained_in}
         users = _as_list(config["callbacks"])
         saves = self.subcommand == "fit" and config["enable_checkpointing"] is not False
         callbacks = self._callbacks(users, saves=saves)
@@ -329,7 +327,7 @@ class EtflightCLI(LightningCLI):
             if not any(isinstance(callback, NeuralCollapseMonitor) for callback in users):
                 callbacks += _as_list(config["monitor"])
         callbacks += [*_as_list(config["post_hoc"]), *(callback for callback in users if callback not in averaging)]
-        callbacks += [StepNotice(), DoubleCorrection(), TestResults(folder, verbose=self.verbose)]
+        callbacks += [StepNotice(), DoubleCorrection(), TestResults(self.verbose)]
         if self.subcommand == "predict":
             output = Path(config["output"] or folder / "predictions.csv")
             callbacks.append(PredictionTable(output, config["top_k"], config["embeddings"]))
