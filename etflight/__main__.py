@@ -9,7 +9,7 @@ from io import TextIOWrapper
 
 from etflight import __version__
 from etflight.cli import OTHERS, STAGES
-from etflight.utils import failures
+from etflight.utils.errors import print_error
 
 _COMMANDS = STAGES | OTHERS
 
@@ -51,7 +51,7 @@ def run() -> int:
     except Exception as error:
         if os.environ.get("ETFLIGHT_DEBUG") == "1":
             raise
-        failures.say(error)
+        print_error(error)
         return 1
     return 0
 

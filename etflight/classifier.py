@@ -36,16 +36,21 @@ from etflight.metrics.accuracy import (
     TemperatureFit,
 )
 from etflight.optim import PROTOCOL_SGD, keeps_scales, match_layouts, rate_groups, scale_rates
-from etflight.utils.averaging import averaged
 from etflight.utils.checkpoints import read_checkpoint, refuse_others
 from etflight.utils.errors import UserError, warn
 from etflight.utils.limits import refuse_names
 from etflight.utils.precision import at_least_float32
 from etflight.utils.preprocessing import Preprocessing
-from etflight.utils.ranks import take_buffers_of_rank_zero
 from etflight.utils.specs import describe, find, is_plain, objections, resolve
 from etflight.utils.terminal import readable
-from etflight.utils.trained_on import fingerprint_in, other_images, other_names, other_preprocessing, refuse_other_shape
+from etflight.utils.trainer import averaged, take_buffers_of_rank_zero
+from etflight.utils.training_data import (
+    fingerprint_in,
+    other_images,
+    other_names,
+    other_preprocessing,
+    refuse_other_shape,
+)
 
 # the arguments that take a class, and what it must be a subclass of
 PLUGGABLE: dict[str, type] = {"head": Head, "loss": Loss, "optimizer": Optimizer, "lr_scheduler": LRScheduler}

@@ -7,12 +7,17 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from scipy.linalg import helmert
+from scipy.linalg import block_diag, helmert
 from torch import Tensor
 
 from etflight.utils.errors import UserError
 
 _MOST_OPTIMISED = 16_384  # classes; one more would make a step of the descent too slow
+_COSINES_AT_ONCE = 2**23
+_DRAWN_AT_ONCE = 2**20  # numbers, in float64
+_HOTTEST, _COLDEST = 0.3, 0.02  # temperatures, the last one over the square root of the number of steps
+_FASTEST, _SLOWEST = 0.3, 0.2  # angles of a step, the last one over the number of steps
+_MEAN_DECAY, _POWER_DECAY = 0.9, 0.99  # Adam's, with one power for each vector
 _log = logging.getLogger(__name__)
 
 
@@ -49,11 +54,7 @@ def simplex_etf(num_classes: int, feature_dim: int, *, seed: int = 0, dtype: tor
             f"no simplex ETF of K = {num_classes} class vectors exists in d = {feature_dim} dimensions (K <= d + 1 is needed): "
             f'give the head projection_dim={num_classes - 1} or more (a non-linear projection), or code="sphere"'
         )
-    frame = (
-        math.sqrt(num_classes / (num_classes - 1))
-        * helmert(num_classes).T
-        @ _haar(feature_dim, num_classes - 1, seed).T
-    )
+    frame = _regular_simplex(num_classes) @ _haar(feature_dim, num_classes - 1, seed).T
     return torch.from_numpy(frame).to(dtype)
 
 
@@ -129,14 +130,14 @@ def class_code(num_classes: int, feature_dim: int, *, seed: int = 0, dtype: torc
     - `d = 2`: the regular polygon, largest cosine `cos(2π/K)`.
     - other `K <= 16,384`: a softmax code, found by minimising `T log Σ_{i<j} exp(w_i·w_j / T)` while T falls, the best of up to
       64 random starts, fewer and shorter ones the larger the code: about a second for small ones, 5 at K = 1000 and d = 128, 60 to 120 at
-      K = 16,384 and d from 64 to 512, on one core. Where an optimal centred code is known (icosahedron, 24-cell, 600-cell, roots of
-      E8, …) the tests find its largest cosine to 5e-4; elsewhere it is a local optimum.
+      K = 16,384 and d from 64 to 512, on one core. Where an optimal centred code is known (icosahedron, 24-cell, roots
+      of E8, …) the tests find its largest cosine to 5e-4; elsewhere it is a local optimum.
     - above: random directions, whose largest cosine is about `2 sqrt(log(K) / d)`.
 
     Rows always sum to zero. Memory beyond the result: a few times its size and blocks of 2^23 cosines for the descent, 8 MB for random
     directions. The same seed gives bitwise the same code on one machine; on another one rounding, which the descent amplifies, may lead
-    to another code, as good. The largest cosine of the last two kinds is logged at level INFO (for random directions that of 1,024 of
-    them with all others); `largest_cosine` computes it.
+    to another code, as good. The largest cosine of the last two kinds is logged at level INFO, from 1,024 vectors
+    where there are more; `largest_cosine` computes it from all.
 
     Args:
         num_classes: K >= 2.
@@ -166,44 +167,36 @@ def class_code(num_classes: int, feature_dim: int, *, seed: int = 0, dtype: torc
         raise UserError(
             f"K = {num_classes} distinct unit vectors do not exist in d = 1 dimension: give the head projection_dim=2 or more"
         )
-    if feature_dim > 2 and num_classes > 2 * feature_dim:
-        return _numeric_code(num_classes, feature_dim, seed, dtype)
     if feature_dim == 2:
         angles = 2 * math.pi * np.arange(num_classes) / num_classes
-        code = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        exact = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        return torch.from_numpy(exact @ _haar(2, 2, seed)).to(dtype)
+    if num_classes <= 2 * feature_dim:
+        exact = _orthogonal_simplices(num_classes, feature_dim)
+        return torch.from_numpy(exact @ _haar(feature_dim, feature_dim, seed)).to(dtype)
+    _check_seed(seed)
+    if num_classes <= _MOST_OPTIMISED:
+        with _one_thread():
+            code = _softmax_code(num_classes, feature_dim, seed).to(dtype)
     else:
-        code = _orthogonal_simplices(num_classes, feature_dim)
-    return torch.from_numpy(code @ _haar(feature_dim, feature_dim, seed)).to(dtype)
+        code = _centre(_random_directions(num_classes, feature_dim, seed, dtype), rounds=12)
+    if _log.isEnabledFor(logging.INFO):
+        largest = largest_cosine(code, rows=1024)
+        _log.info(f"{num_classes} class vectors in {feature_dim} dimensions: largest cosine {largest:.4f}")
+    return code
 
 
 def _orthogonal_simplices(num_classes: int, feature_dim: int) -> np.ndarray:
     """`K - d` simplices of near-equal size in orthogonal subspaces: a simplex of s vectors fills s - 1 dimensions."""
-    parts = num_classes - feature_dim
-    sizes = [len(part) for part in np.array_split(np.arange(num_classes), parts)]
-    code = np.zeros((num_classes, feature_dim))
-    row = column = 0
-    for size in sizes:
-        code[row : row + size, column : column + size - 1] = math.sqrt(size / (size - 1)) * helmert(size).T
-        row, column = row + size, column + size - 1
+    parts = np.array_split(np.arange(num_classes), num_classes - feature_dim)
+    code: np.ndarray = block_diag(*(_regular_simplex(len(part)) for part in parts))
     return code
 
 
-def _numeric_code(num_classes: int, feature_dim: int, seed: int, dtype: torch.dtype) -> Tensor:
-    _check_seed(seed)
-    optimised = num_classes <= _MOST_OPTIMISED
-    if optimised:
-        code = softmax_code(num_classes, feature_dim, seed).to(dtype)
-    else:
-        code = centre(random_directions(num_classes, feature_dim, seed, dtype), rounds=12)
-    if _log.isEnabledFor(logging.INFO):
-        sizes = f"{num_classes} class vectors in {feature_dim} dimensions"
-        if optimised:
-            _log.info(f"{sizes}: largest cosine {largest_cosine(code):.4f}")
-        else:
-            _log.info(
-                f"{sizes}, random directions: largest cosine of 1,024 of them {largest_cosine(code, rows=1024):.4f}"
-            )
-    return code
+def _regular_simplex(size: int) -> np.ndarray:
+    """`[s, s - 1]`, unit rows with pairwise inner product `-1/(s-1)`."""
+    simplex: np.ndarray = math.sqrt(size / (size - 1)) * helmert(size).T
+    return simplex
 
 
 def _haar(rows: int, columns: int, seed: int) -> np.ndarray:
@@ -227,40 +220,17 @@ def _check_sizes(num_classes: int, feature_dim: int) -> None:
         raise UserError(f"feature_dim must be at least 1, got {feature_dim}")
 
 
-_COSINES_AT_ONCE = 2**23
-_DRAWN_AT_ONCE = 2**20  # numbers, in float64
-_HOTTEST, _COLDEST = 0.3, 0.02  # temperatures, the last one over the square root of the number of steps
-_FASTEST, _SLOWEST = 0.3, 0.2  # angles of a step, the last one over the number of steps
-_MEAN_DECAY, _POWER_DECAY = 0.9, 0.99  # Adam's, with one power for each vector
-
-
-def softmax_code(num_vectors: int, dim: int, seed: int) -> Tensor:
-    """The best of a few descents on `T log Σ_{i<j} exp(w_i·w_j / T)` over centred unit vectors, while T falls to nearly 0.
+def _softmax_code(num_vectors: int, dim: int, seed: int) -> Tensor:
+    """The best of a few descents on `T log Σ_{i<j} exp(w_i·w_j / T)` over centred unit vectors, while T falls to nearly 0; float64.
 
     Slow cooling finds the symmetric codes that a quench misses, so small problems get 2,000 steps and up to 64 starts; the number of
     steps falls with the square root of what one costs.
-
-    Args:
-        num_vectors: K.
-        dim: d >= 2.
-        seed: of the starts.
-
-    Returns:
-        `[K, d]`, float64; bitwise the same on one machine with any number of threads.
-
-    Source:
-        Jiang et al. 2023, arXiv 2310.05351.
     """
-    with _one_thread():
-        return _descend(num_vectors, dim, seed)
-
-
-def _descend(num_vectors: int, dim: int, seed: int) -> Tensor:
     cost = num_vectors**2 * (dim + 20) / 1e7
     steps = max(8, round(2000 / math.sqrt(max(1.0, cost))))
     starts = round(min(64.0, max(1.0, 0.2 / cost)))
-    W = random_directions(starts * num_vectors, dim, seed, torch.float32).view(starts, num_vectors, dim)
-    W = centre(W, rounds=3)
+    W = _random_directions(starts * num_vectors, dim, seed, torch.float32).view(starts, num_vectors, dim)
+    W = _centre(W, rounds=3)
     mean, power = torch.zeros_like(W), W.new_zeros(starts, num_vectors, 1)
     for step in range(steps):
         temperature = _cooled(_HOTTEST, _COLDEST / math.sqrt(steps), step / steps)
@@ -270,13 +240,13 @@ def _descend(num_vectors: int, dim: int, seed: int) -> Tensor:
         mean.lerp_(gradient, 1 - _MEAN_DECAY)
         power.lerp_(gradient.square().sum(dim=-1, keepdim=True), 1 - _POWER_DECAY)
         length = (power / (1 - _POWER_DECAY ** (step + 1))).sqrt() + 1e-12
-        W = centre(W - angle / (1 - _MEAN_DECAY ** (step + 1)) * mean / length, rounds=1)
-    W = centre(W.double(), rounds=50)
+        W = _centre(W - angle / (1 - _MEAN_DECAY ** (step + 1)) * mean / length, rounds=1)
+    W = _centre(W.double(), rounds=50)
     best: Tensor = min(W, key=largest_cosine)
     return best
 
 
-def random_directions(num_vectors: int, dim: int, seed: int, dtype: torch.dtype) -> Tensor:
+def _random_directions(num_vectors: int, dim: int, seed: int, dtype: torch.dtype) -> Tensor:
     """Seeded random directions `[K, d]`, the same in every dtype, drawn in blocks."""
     generator = np.random.Generator(np.random.PCG64(seed))
     W = torch.empty(num_vectors, dim, dtype=dtype, device="cpu")
@@ -285,7 +255,7 @@ def random_directions(num_vectors: int, dim: int, seed: int, dtype: torch.dtype)
     return W
 
 
-def centre(W: Tensor, rounds: int) -> Tensor:
+def _centre(W: Tensor, rounds: int) -> Tensor:
     """Unit vectors that sum to zero, in place: each round shrinks the mean about d times, as scaling to norm 1 hardly moves it."""
     for _ in range(rounds):
         W -= W.mean(dim=-2, keepdim=True)
@@ -308,11 +278,8 @@ def largest_cosine(code: Tensor, *, rows: int | None = None) -> float:
         1.0
     """
     K = len(code)
-    chosen = (
-        torch.linspace(0, K - 1, K if rows is None else min(rows, K), dtype=torch.float64, device=code.device)
-        .round()
-        .long()
-    )
+    spread = torch.linspace(0, K - 1, min(rows or K, K), dtype=torch.float64, device=code.device)
+    chosen = spread.round().long()
     largest = -math.inf
     for part in torch.split(chosen, max(1, _COSINES_AT_ONCE // K)):
         cosines = (code[part] @ code.T).scatter_(1, part[:, None], -math.inf)

@@ -71,19 +71,6 @@ class Head(nn.Module, ABC):
     def forward(self, features: Tensor) -> Tensor:
         """Logits `[B, K]` of features `[B, d]`."""
 
-    def unnormalized_logits(self, features: Tensor) -> Tensor:
-        """Logits that no sample's embedding norm has divided: another factor for each sample, and so the same decisions.
-
-        Where this is linear in the features, one linear layer decides as the head does, which `etflight export` writes.
-
-        Args:
-            features: `[B, d]`, float32 or float64.
-
-        Returns:
-            `[B, K]`, the dtype of the features.
-        """
-        return cast(Tensor, self(features))
-
 
 class ETFHead(Head):
     """A fixed frame of class vectors, never trained.
@@ -177,16 +164,6 @@ class ETFHead(Head):
         """`scale · <w_k, h>` for every class, `[B, K]` in float32, or float64."""
         return _exact_product(self.embed(features), self.weight) * self.scale
 
-    def unnormalized_logits(self, features: Tensor) -> Tensor:
-        """`scale · <w_k, g>` with g the rotated embedding before it is scaled to norm 1, `[B, K]`."""
-        # <w, R g> = <Rᵀ w, g>
-        turned = (
-            self.weight
-            if isinstance(self.rotation, nn.Identity)
-            else self.weight @ self.rotation.matrix().to(self.weight)
-        )
-        return cast(Tensor, self.batch_norm(self.projection(features))) @ turned.T.to(features.dtype) * self.scale
-
     def target_logits(self, features: Tensor, target: Tensor) -> Tensor:
         """The logit of each sample's own class only: O(B·d) time and memory, forward and backward, whatever K.
 
@@ -274,10 +251,8 @@ class LinearHead(Head):
 
     def embed(self, features: Tensor) -> Tensor:
         """`[B, d]`: the features themselves unless an option says otherwise."""
-        embedding = self.batch_norm(features)
-        if not self.feature_normalize:
-            return cast(Tensor, embedding)
-        return F.normalize(at_least_float32(embedding), dim=1)
+        embedding: Tensor = self.batch_norm(features)
+        return F.normalize(at_least_float32(embedding), dim=1) if self.feature_normalize else embedding
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits `[B, K]`."""
@@ -285,10 +260,6 @@ class LinearHead(Head):
         dtype = torch.promote_types(embedding.dtype, self.weight.dtype)  # they differ in a network of half precision
         bias = None if self.bias is None else self.bias.to(dtype)
         return F.linear(embedding.to(dtype), self.weight.to(dtype), bias)
-
-    def unnormalized_logits(self, features: Tensor) -> Tensor:
-        """As in `Head`; with a bias there are none but the logits themselves."""
-        return F.linear(self.batch_norm(features), self.weight) if self.bias is None else self(features)
 
 
 class ScaledLinearHead(Head):
@@ -355,22 +326,20 @@ class CosineHead(Head):
         super().__init__(in_features, num_classes)
         _check_scale("CosineHead: cosine_scale", cosine_scale)
         self.cosine_scale = cosine_scale
+        self.feature_normalize = True
         self.batch_norm = nn.BatchNorm1d(in_features) if feature_batch_norm else nn.Identity()
         self.weight = nn.Linear(in_features, num_classes, bias=False).weight
         self.bias = None
 
     def embed(self, features: Tensor) -> Tensor:
         """Unit embeddings `[B, d]` in float32, or float64."""
-        return F.normalize(at_least_float32(self.batch_norm(features)), dim=1)
+        embedding = at_least_float32(self.batch_norm(features))
+        return F.normalize(embedding, dim=1) if self.feature_normalize else embedding
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits `[B, K]` in float32, or float64."""
         directions = F.normalize(at_least_float32(self.weight), dim=1)
         return _exact_product(self.embed(features), directions) * self.cosine_scale
-
-    def unnormalized_logits(self, features: Tensor) -> Tensor:
-        """`cosine_scale · |h| cos(h, w_k)`, `[B, K]`."""
-        return cast(Tensor, self.batch_norm(features)) @ F.normalize(self.weight, dim=1).T * self.cosine_scale
 
 
 def _class_vectors(code: str, num_classes: int, width: int, seed: int) -> Tensor:

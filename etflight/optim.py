@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -58,14 +59,14 @@ def rate_groups(
 
 def _depths(backbone: nn.Module) -> dict[int, int]:
     """Layers from the head down to each parameter, by its id."""
-    from timm.models._manipulate import group_with_matcher  # timm takes a second, which `--help` need not wait for
+    from timm.models import group_parameters  # timm takes a second, which `--help` need not wait for
 
     matcher: Any = getattr(backbone, "group_matcher", None)
     if matcher is None:
         raise UserError(f"layer_decay: timm does not tell the layers of {type(backbone).__name__}: leave it out")
     parameters = dict(backbone.named_parameters())
-    named = iter([*parameters.items(), ("head.weight", None)])
-    layers: dict[str, int] = group_with_matcher(named, matcher(coarse=False), reverse=True)
+    with_head: Any = SimpleNamespace(named_parameters=lambda: [*parameters.items(), ("head.weight", None)])
+    layers: dict[str, int] = group_parameters(with_head, matcher(coarse=False), reverse=True)
     return {id(parameter): layers["head.weight"] - layers[name] for name, parameter in parameters.items()}
 
 
@@ -73,9 +74,8 @@ def _part(model: nn.Module, name: str) -> list[nn.Parameter]:
     parts = dict(model.named_modules())
     parameters = list(parts[name].parameters()) if name in parts else []
     if not parameters:
-        close = get_close_matches(
-            name, [n for n, part in parts.items() if any(True for _ in part.parameters())], cutoff=0.4
-        )
+        trained = [other for other, part in parts.items() if list(part.parameters())]
+        close = get_close_matches(name, trained, cutoff=0.4)
         hint = f"; near matches: {', '.join(close)}" if close else ", such as backbone or head"
         raise UserError(f"lr_scale: no part of the model with weights is called {name!r}: give one that has some{hint}")
     return parameters

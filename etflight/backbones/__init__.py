@@ -2,16 +2,12 @@
 
 import difflib
 import math
-import re
 from collections.abc import Sequence
-from pickle import UnpicklingError
 from textwrap import shorten
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from timm.models import get_pretrained_cfg
 from torch import nn
 
 # these register their models
@@ -32,8 +28,6 @@ _OURS = {
     "num_classes": "a backbone has no classifier; the head follows it",
     "features_only": "a backbone gives pooled features",
 }
-# What timm, the hub and torch.load raise; a file that is no checkpoint can end in any of the last four.
-_FAILURES = (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError, EOFError, LookupError)
 
 
 def build_backbone(
@@ -61,32 +55,28 @@ def build_backbone(
     for key in kwargs.keys() & _OURS:
         raise UserError(f"model_kwargs cannot set {key!r}: {_OURS[key]}")
     if kwargs.get("global_pool") == "":
-        raise UserError("model_kwargs cannot set global_pool to '': a backbone gives pooled features")
-    elsewhere = any(mark in name for mark in ":/\\")  # timm's sources, and what it takes for a mistaken one
-    if not elsewhere:
-        _check_registered(name)
+        raise UserError("model_kwargs cannot set 'global_pool' to '': a backbone gives pooled features")
     try:
         backbone = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, num_classes=0, **kwargs)
-    except TypeError as error:
-        refused = re.search(r"(?:unexpected|multiple values for) keyword argument '(\w+)'", str(error))
-        if refused is None or refused[1] not in {*kwargs, "in_chans"}:
-            raise
-        mend = "; take it out of model_kwargs" if refused[1] in kwargs else ""
-        raise UserError(f"timm model {name!r} does not take {refused[1]!r}{mend}") from error
-    except _FAILURES as error:
+    except UserError:
+        raise
+    except Exception as error:  # of timm, of the hub, of torch.load, of the network's own code
         file = (kwargs.get("pretrained_cfg_overlay") or {}).get("file") or kwargs.get("checkpoint_path")
         reason = f"{file}: " * bool(file) + (str(error) or type(error).__name__)
-        reason = shorten(reason, 300, placeholder=" …")  # also joins its lines
-        if pretrained and not isinstance(error, ValueError):
-            raise UserError(
-                f"no pretrained weights for {name!r} ({reason}); give `pretrained: false`, and a local file by "
-                "`fine_tuning: {weights: PATH}`"
-            ) from error
-        if elsewhere or "checkpoint_path" in kwargs:
-            raise UserError(f"backbone {name!r} cannot be built: {reason}") from error
-        raise
+        reason = shorten(reason, 300, placeholder=" …").rstrip(".")  # also joins its lines
+        raise UserError(f"backbone {name!r} cannot be built: {reason}; {_mend(name, pretrained)}") from error
     width: Any = getattr(backbone, "head_hidden_size", None) or backbone.num_features
     return backbone, int(width)
+
+
+def _mend(name: str, pretrained: bool) -> str:
+    """What to try instead, as the end of a message."""
+    names = [*timm.list_models(), *timm.list_models(pretrained=True)]  # the latter with their tags
+    if name not in names and (near := difflib.get_close_matches(name, names, n=5)):
+        return f"near matches: {', '.join(near)}"
+    if pretrained:
+        return "give `pretrained: false`, and a local file of weights by `fine_tuning: {weights: PATH}`"
+    return "check the name (`timm.list_models()` has all) and `model_kwargs`"
 
 
 def arguments_for_size(name: str, shape: Sequence[int], model_kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -116,21 +106,3 @@ def arguments_for_size(name: str, shape: Sequence[int], model_kwargs: dict[str, 
         if all(side % part == 0 for part in getattr(getattr(model, "patch_embed", None), "patch_size", ())):
             return arguments
     return None
-
-
-def _check_registered(name: str) -> None:
-    """Raise `UserError` unless `name` is a model of timm's, with a tag that it knows."""
-    if timm.is_model(name):
-        try:
-            get_pretrained_cfg(name)
-        except RuntimeError:
-            what, names = f"timm has no weights called {name!r}", "timm.list_models(pretrained=True)"
-            candidates = timm.list_models(pretrained=True)
-        else:
-            return
-    else:
-        what, names = f"no timm model is called {name!r}", "timm.list_models()"
-        candidates = timm.list_models()
-    near = difflib.get_close_matches(name, candidates, n=5)
-    hint = f"near matches: {', '.join(near)}; " if near else ""
-    raise UserError(f"{what}; {hint}`{names}` has them all")

@@ -6,7 +6,6 @@ from typing import Any, ClassVar, Literal
 import torch.nn.functional as F
 from timm.layers.classifier import create_classifier
 from timm.models import checkpoint_seq
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 _STAGES = ("layer1", "layer2", "layer3")
@@ -88,16 +87,6 @@ class CifarNet(nn.Module):
         self.global_pool, self.fc = pool.train(self.training), fc.to(self.conv1.weight).train(self.training)
         self.head_hidden_size = self.num_features * pool.feat_mult()
 
-    def _stem(self, x: Tensor) -> Tensor:
-        for name in self._stem_names:
-            x = self.get_submodule(name)(x)
-        return x
-
-    def _stage(self, name: str, x: Tensor) -> Tensor:
-        stage = self.get_submodule(name)
-        out: Tensor = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
-        return out
-
     def forward_intermediates(
         self,
         x: Tensor,
@@ -121,43 +110,22 @@ class CifarNet(nn.Module):
             `(features, intermediates)`, or the intermediates, each `[B, C, H', W']` as `feature_info` says.
         """
         assert output_fmt == "NCHW", "Output shape must be NCHW."
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
-        x = self._stem(x)
-        intermediates = [x] if 0 in take_indices else []
-        for index, name in enumerate(_STAGES[:max_index] if stop_early else _STAGES, start=1):
-            x = self._stage(name, x)
-            if index in take_indices:
+        every = range(1 + len(_STAGES))
+        wanted = [every[i] for i in indices] if isinstance(indices, list | tuple) else every[-(indices or len(every)) :]
+        last = max(wanted) if stop_early else len(_STAGES)
+        for name in self._stem_names:
+            x = self.get_submodule(name)(x)
+        intermediates = [x] if 0 in wanted else []
+        for index, name in enumerate(_STAGES[:last], start=1):
+            stage = self.get_submodule(name)
+            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
+            if index in wanted:
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the stages after the last wanted intermediate, and the head that is sized for them.
-
-        Args:
-            indices: As in `forward_intermediates`.
-            prune_norm: Part of timm's signature; what closes the last stage is a part of it.
-            prune_head: Drop pooling and classifier even when no stage goes.
-
-        Returns:
-            The indices that are kept, none of them negative.
-        """
-        take_indices: list[int]
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
-        for name in _STAGES[max_index:]:
-            self.add_module(name, nn.Sequential())  # empty, so that checkpoint_seq can still walk it
-        self.num_features = self.feature_info[max_index]["num_chs"]
-        if prune_head or max_index < len(_STAGES):
-            self.reset_classifier(0, "")
-        return take_indices
-
     def forward_features(self, x: Tensor) -> Tensor:
         """Images `[B, in_chans, H, W]` to features `[B, num_features, ⌈H/4⌉, ⌈W/4⌉]`; DenseNets round down."""
-        x = self._stem(x)
-        for name in _STAGES:
-            x = self._stage(name, x)
-        return x
+        return self.forward_intermediates(x, 1)[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features to logits `[B, num_classes]`, or to the pooled features `[B, head_hidden_size]` before them."""

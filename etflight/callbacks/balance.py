@@ -6,11 +6,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from etflight.callbacks.post_hoc import TauNormalization
-from etflight.callbacks.trainer import callbacks_of, data_module, is_trial_run
 from etflight.classifier import Classifier
 from etflight.data.sampler import ImbalancedSampler, resolve_policy
 from etflight.losses import ClassBalance, LogitAdjustedLoss, Loss, check_class_balance
 from etflight.utils.errors import UserError
+from etflight.utils.trainer import callbacks_of, data_module, is_trial_run
 
 
 class DeferredBalance(Callback):

@@ -16,12 +16,12 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics import Metric
 
-from etflight.callbacks.trainer import callbacks_of, data_module, is_trial_run, run_folder
 from etflight.runs.folder import last_checkpoint
-from etflight.runs.loggers import MetricsCSV
+from etflight.runs.loggers import MetricsCSV, run_folder
 from etflight.utils.checkpoints import damaged
 from etflight.utils.errors import UserError
-from etflight.utils.trained_on import same_images
+from etflight.utils.trainer import callbacks_of, data_module, is_trial_run
+from etflight.utils.training_data import same_images
 
 _SAME = {"seed": (eq, "give the same --seed_everything"), "images": (same_images, "give the same --data options")}
 Place = Literal["steps", "epochs", "end"]

@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -27,11 +28,11 @@ from etflight.callbacks.features import (
     to_device,
     undisturbed,
 )
-from etflight.callbacks.trainer import data_module, is_trial_run, run_folder
 from etflight.metrics import Moments, measures
-from etflight.utils.averaging import averaged, averaging_callbacks
+from etflight.runs.loggers import run_folder
 from etflight.utils.errors import UserError
 from etflight.utils.files import replacing
+from etflight.utils.trainer import averaged, callbacks_of, data_module, is_trial_run
 
 _SMALL = 10**8  # pixels of training images whose sweep is worth its time in each epoch
 _SHARE = 0.1  # of the time of the epochs between two sweeps over more
@@ -469,7 +470,7 @@ class NeuralCollapseMonitor(Callback):
         self.latest_bias = None if source.bias is None else source.bias.cpu().clone()
 
     def _say_which_weights(self, trainer: Trainer) -> None:
-        averaging = averaging_callbacks(trainer)
+        averaging = callbacks_of(trainer, WeightAveraging)
         self.measured_weights = "averaged" if averaging else "current"
         if averaging and "weights" not in self._told:
             self._told.add("weights")

@@ -21,7 +21,8 @@ from etflight.metrics import ClassStatistics, Moments, measures
 from etflight.metrics.statistics import INTEGERS
 from etflight.utils.errors import UserError
 from etflight.utils.precision import at_least_float32
-from etflight.utils.ranks import broadcast_buffers, take_buffers_of_rank_zero
+from etflight.utils.torch_private import broadcast_buffers
+from etflight.utils.trainer import take_buffers_of_rank_zero
 
 Space = Literal["embedding", "backbone"]
 HEAD = ""  # the name of the head's own features beside those of further layers

@@ -12,10 +12,10 @@ from lightning.pytorch.utilities import rank_zero_info
 
 import etflight
 from etflight.callbacks.collapse import NeuralCollapseMonitor
-from etflight.callbacks.trainer import callbacks_of, data_module, is_trial_run, run_folder
-from etflight.runs.loggers import may_fall_silent
+from etflight.runs.loggers import may_fall_silent, run_folder
 from etflight.utils.errors import UserError
 from etflight.utils.files import write_csv
+from etflight.utils.trainer import callbacks_of, data_module, is_trial_run
 
 if TYPE_CHECKING:  # matplotlib, which `--help` need not wait for
     from matplotlib.figure import Figure

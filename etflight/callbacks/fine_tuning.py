@@ -10,12 +10,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from etflight.callbacks.features import find_submodule
-from etflight.callbacks.trainer import data_module
 from etflight.optim import start_momentum
 from etflight.utils.checkpoints import misfit, read_checkpoint
 from etflight.utils.errors import UserError, warn
 from etflight.utils.preprocessing import Preprocessing
-from etflight.utils.trained_on import other_preprocessing
+from etflight.utils.trainer import data_module
+from etflight.utils.training_data import other_preprocessing
 
 
 class FineTuning(Callback):

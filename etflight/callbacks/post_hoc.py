@@ -11,13 +11,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from etflight.callbacks.features import frozen_modes
-from etflight.callbacks.trainer import data_module
 from etflight.classifier import Classifier
 from etflight.heads import Head, LinearHead, ScaledLinearHead
 from etflight.metrics import ClassStatistics
 from etflight.utils.errors import UserError
 from etflight.utils.precision import at_least_float32
-from etflight.utils.trained_on import other_images
+from etflight.utils.trainer import data_module
+from etflight.utils.training_data import other_images
 
 
 class PostHoc(Callback, ABC):

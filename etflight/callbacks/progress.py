@@ -17,10 +17,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from etflight.callbacks.trainer import data_module, is_trial_run, run_folder, shows_after
 from etflight.classifier import Classifier
 from etflight.losses import Loss
-from etflight.runs.loggers import MetricsCSV
+from etflight.runs.loggers import MetricsCSV, run_folder
+from etflight.utils.trainer import data_module, is_trial_run, shows_after
 
 _ALIGNMENT = ("nc/train/alignment", "nc/train_online/alignment", "nc/val/alignment")
 

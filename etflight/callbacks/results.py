@@ -15,12 +15,12 @@ from rich.text import Text
 
 import etflight
 from etflight.callbacks.figures import publish, publish_table
-from etflight.callbacks.trainer import is_trial_run
 from etflight.classifier import PRIOR_SHIFTS, Classifier, Evaluation
 from etflight.metrics.accuracy import FEW_BELOW, MANY_ABOVE, MOST_CLASSES, shot_groups, third_groups
 from etflight.runs.folder import writing_to
 from etflight.utils.files import write_json
 from etflight.utils.terminal import console
+from etflight.utils.trainer import is_trial_run
 
 if TYPE_CHECKING:  # matplotlib, which `--help` need not wait for
     from matplotlib.figure import Figure

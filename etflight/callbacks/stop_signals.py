@@ -20,9 +20,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from etflight.callbacks.checkpoint import LastCheckpoint
-from etflight.callbacks.trainer import run_folder
-from etflight.utils import failures
-from etflight.utils.errors import UserError
+from etflight.runs.loggers import run_folder
+from etflight.utils.errors import UserError, print_error
 
 PATIENCE = 40.0  # seconds
 
@@ -221,7 +220,7 @@ class StopSignals(Callback):
 def _give_up(trainer: Trainer, number: int) -> None:
     """End this process, and those that Lightning has started from it, wherever they are."""
     again = "resume with --ckpt_path last" if trainer.state.fn == "fit" else "give the command again"
-    failures.say(
+    print_error(
         UserError(
             f"{signal.Signals(number).name}: ended at once, without saving: this job does not get on any more, as where one of its "
             f"processes has stopped taking part: find out why, then {again}"

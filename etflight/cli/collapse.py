@@ -32,7 +32,7 @@ from etflight.utils.checkpoints import read_weights
 from etflight.utils.errors import UserError, warn
 from etflight.utils.files import write_json
 from etflight.utils.terminal import console
-from etflight.utils.trained_on import refuse_other_shape
+from etflight.utils.training_data import refuse_other_shape
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 

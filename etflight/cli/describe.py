@@ -22,7 +22,7 @@ from etflight.runs.folder import read_record, run_of
 from etflight.utils.errors import UserError, warn
 from etflight.utils.files import write_json
 from etflight.utils.terminal import as_it_is, console
-from etflight.utils.trained_on import fingerprint_in, other_images
+from etflight.utils.training_data import fingerprint_in, other_images
 
 RECORD = "describe.json"  # marks a folder as one of this command's
 HISTOGRAM, SHEET = "class_histogram.png", "contact_sheet.png"

@@ -18,7 +18,7 @@ from etflight.runs.folder import last_checkpoint, same_folder
 from etflight.utils.errors import UserError, warn
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.terminal import as_it_is, console, readable
-from etflight.utils.trained_on import refuse_other_shape
+from etflight.utils.training_data import refuse_other_shape
 
 FORMATS = ("timm", "onnx", "torch-export")
 

@@ -38,15 +38,15 @@ from etflight.data.base import ImageDataModule
 from etflight.heads import codes_from_state_dict
 from etflight.optim import PROTOCOL_SGD
 from etflight.runs.folder import check_writable, claim, claim_for_results, last_checkpoint, run_of, same_folder
-from etflight.runs.loggers import MetricsCSV, steadfast
+from etflight.runs.loggers import FailSafe, MetricsCSV
 from etflight.runs.record import RunRecord
 from etflight.runs.wandb import choose_names, name_in_sweep
 from etflight.utils.checkpoints import SafeCheckpointIO, read_checkpoint, refuse_others
-from etflight.utils.errors import UserError, user_error_in
-from etflight.utils.failures import speak_for_lost_processes
+from etflight.utils.errors import UserError, print_dead_process, user_error_in
+from etflight.utils.lightning_private import on_dead_process
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.specs import describe, find, is_known
-from etflight.utils.trained_on import refuse_other_shape
+from etflight.utils.training_data import refuse_other_shape
 from etflight.utils.yaml import guard_parser, require_file
 
 _CHECKPOINT_HELP = (
@@ -370,7 +370,7 @@ class EtflightCLI(LightningCLI):
         if logger is not False:
             own = [MetricsCSV(self.folder, self.saved_rows)] if fitting else []
             numbers = self.folder / "metrics.csv" if own else self.folder
-            others = [steadfast(other, numbers) for other in _as_list(None if logger is True else logger)]
+            others = [FailSafe(other, numbers) for other in _as_list(None if logger is True else logger)]
             if any(isinstance(other, CSVLogger) and same_folder(self.folder, Path(other.log_dir)) for other in others):
                 raise UserError(
                     "CSVLogger would delete the run's own metrics.csv: give --trainer.logger.name or leave it out"
@@ -464,7 +464,7 @@ def _quieten() -> None:
     ):
         warnings.filterwarnings("ignore", pattern)
     warnings.formatwarning = _in_one_line
-    speak_for_lost_processes()
+    on_dead_process(print_dead_process)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
 

@@ -4,8 +4,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
-from etflight.callbacks.trainer import callbacks_of
 from etflight.utils.errors import UserError
+from etflight.utils.trainer import callbacks_of
 
 
 def refuse_unsupported(trainer: Trainer, model: LightningModule) -> None:

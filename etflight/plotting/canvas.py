@@ -1,6 +1,6 @@
-"""What the pictures share: colours, axes, names that can be read, and the way to a file."""
+"""What the pictures share: colours, axes, class names that can be read, and the way to a file."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator
@@ -31,7 +32,7 @@ def render(figure: Figure) -> Image.Image:
     """The figure's pixels.
 
     Args:
-        figure: any of matplotlib's; it is drawn at its own `dpi`.
+        figure: Any figure of matplotlib; it is drawn at its own `dpi`.
 
     Returns:
         A PIL image of mode RGB.
@@ -46,16 +47,16 @@ def save(picture: Figure | Image.Image, path: str | Path) -> None:
     """Write a figure, or what `render` made of it, so that a reader sees the old picture or the new one, never half of it.
 
     Args:
-        picture: the figure or its pixels.
-        path: whose suffix says the format.
+        picture: The figure or its pixels.
+        path: The file; its suffix says the format.
     """
     with replacing(path) as partial:
         picture.savefig(partial) if isinstance(picture, Figure) else picture.save(partial)
 
 
-def single_axes() -> tuple[Figure, Axes]:
-    """A figure with one set of axes."""
-    figure = Figure(figsize=(7, 4.8), dpi=DPI, layout="constrained")
+def single_axes(height: float = 4.8) -> tuple[Figure, Axes]:
+    """A figure of this height in inches with one set of axes."""
+    figure = Figure(figsize=(7, height), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     tidy(axes)
     return figure, axes
@@ -69,15 +70,14 @@ def tidy(axes: Axes) -> None:
 
 
 def as_array(values: Numbers) -> Array:
-    """Float64, wherever the values are."""
+    """The values as float64 in host memory."""
     array = values.detach().to("cpu", torch.float64).numpy() if isinstance(values, Tensor) else values
     return np.asarray(array, dtype=np.float64)
 
 
-def as_labels(values: Matrix | Sequence[int]) -> NDArray[np.int64]:
-    """Int64, wherever the values are."""
-    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
-    return np.asarray(array).astype(np.int64)
+def names_or_numbers(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
+    """The class names, or the labels as numbers where there are no names."""
+    return [str(k) for k in range(num_classes)] if class_names is None else list(class_names)
 
 
 def class_sizes(
@@ -86,59 +86,74 @@ def class_sizes(
     """One value for each class and its number of training images, their names, and which of them can be shown.
 
     Raises:
-        ValueError: lengths that differ.
+        ValueError: The lengths differ.
     """
-    y, x = as_array(values).reshape(-1), as_array(counts).reshape(-1)
+    y, x = as_array(values), as_array(counts)
     if len(x) != len(y):
         raise ValueError(f"{len(y)} {what} for {len(x)} class counts")
-    names = [str(k) for k in range(len(x))] if class_names is None else list(class_names)
-    return y, x, names, np.flatnonzero(np.isfinite(y) & (x > 0))
+    return y, x, names_or_numbers(class_names, len(x)), np.flatnonzero(np.isfinite(y) & (x > 0))
 
 
-def size_axis(axes: Axes, counts: Array) -> None:
-    """Make the x axis one of training images per class, logarithmic, wide enough for these counts."""
+def size_axis(axes: Axes) -> None:
+    """Make the x axis one of training images per class, logarithmic."""
     axes.set_xscale("log")
     axes.set_xlabel("training images of the class")
-    if len(counts):
-        low, high = counts.min(), counts.max()
-        margin = max((high / low) ** 0.08, 1.5)
-        axes.set_xlim(low / margin, high * margin)
-        axes.xaxis.set_major_formatter("{x:g}")
-        if high / low < 100:
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.1)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter("{x:g}")
+
+
+def heat_map(
+    cells: Array, names: Sequence[str], text: Callable[[float], str], white_above: float, **options: Any
+) -> tuple[Figure, Axes, Colorbar]:
+    """A heat map with a class on each row and column; NaN is grey. Up to 12 classes the cells hold their values.
+
+    Args:
+        cells: `[K, K]`.
+        names: `[K]`.
+        text: What to write into a cell, of its value; nothing where it is empty.
+        white_above: The text is white on values whose size exceeds this.
+        options: For `Axes.imshow`.
+    """
+    K = len(cells)
+    size = 7.0 if K <= 40 else 8.5
+    figure = Figure(figsize=(size, 0.88 * size), dpi=DPI if K <= 200 else 200, layout="compressed")
+    axes = figure.add_subplot(facecolor="#d0d0d0")
+    image = axes.imshow(cells, interpolation_stage="rgba", **options)
+    name_ticks(axes, names)
+    for (i, j), value in np.ndenumerate(cells) if K <= 12 else ():
+        if written := text(value):
+            colour = "white" if abs(value) > white_above else "black"
+            axes.text(j, i, written, ha="center", va="center", fontsize=9 if K <= 10 else 8, color=colour)
+    return figure, axes, figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02)
 
 
 def name_ticks(axes: Axes, names: Sequence[str]) -> None:
-    """Class names on both axes, thinned until they can be read."""
-    K = len(names)
-    step = 1 if K <= 50 else next(s for s in (5, 10, 20, 50, 100, 200) if K / s <= 20)
-    at = np.arange(0, K, step)
+    """Class names on both axes; of more than 50, about 20."""
+    at = np.arange(0, len(names), 1 if len(names) <= 50 else -(-len(names) // 20))
     labels = [short(names[i]) for i in at.tolist()]
     size = 9 if len(at) <= 20 else 7
-    upright = max(map(len, labels), default=0) <= 2 or (step > 1 and max(map(len, labels)) <= 3)
-    slope = 0 if upright else 45 if len(at) <= 25 else 90
-    axes.set_xticks(at, labels, rotation=slope, ha="right" if slope == 45 else "center", fontsize=size)
     axes.set_yticks(at, labels, fontsize=size)
-    if slope == 45:
-        for label in axes.get_xticklabels():
-            label.set_rotation_mode("anchor")
+    if max(map(len, labels), default=0) <= 2:
+        axes.set_xticks(at, labels, fontsize=size)
+    else:
+        slope = 45 if len(at) <= 25 else 90
+        axes.set_xticks(at, labels, fontsize=size, rotation=slope, rotation_mode="anchor", ha="right", va="center")
 
 
 def short(name: str, most: int = 18) -> str:
-    """A name that leaves room for others, as it is: a dollar would start a formula."""
+    """The name cut to a length, with its dollars escaped: a bare dollar would start a formula."""
     return (name if len(name) <= most else f"{name[: most - 1]}…").replace("$", r"\$")
 
 
-def name_points(figure: Figure, axes: Axes, x: Array, y: Array, names: Sequence[str]) -> None:
+def name_points(axes: Axes, x: Array, y: Array, names: Sequence[str]) -> None:
     """Names to the right of points that come sorted by y, each pushed above the last one it would cover."""
-    if len(x) == 0:
-        return
-    FigureCanvasAgg(figure)
+    axes.autoscale_view()
     at = axes.transAxes.inverted().transform(axes.transData.transform(np.column_stack([x, y])))
     line, letter = 0.038, 0.017  # of the axes, for a line of text and a letter
     taken: list[tuple[float, float, float]] = []
-    for (px, py), name in zip(at, names, strict=True):
+    for (px, py), name in zip(at, map(short, names), strict=True):
         width = letter * len(name) + 0.02
         ty = py
         for left, right, height in sorted(taken, key=lambda box: box[2]):

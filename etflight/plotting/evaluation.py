@@ -16,31 +16,28 @@ from etflight.plotting.canvas import (
     Numbers,
     as_array,
     class_sizes,
+    heat_map,
     name_points,
-    name_ticks,
-    short,
+    names_or_numbers,
     single_axes,
     size_axis,
     tidy,
 )
 
-__all__ = ["accuracy_by_size", "confusion_matrix", "reliability_diagram"]
 
-
-def reliability_diagram(panels: dict[str, ReliabilityBins], *, title: str | None = None) -> Figure:
+def reliability_diagram(panels: dict[str, ReliabilityBins]) -> Figure:
     """Accuracy against confidence, bin by bin, over the share of images in each bin.
 
     Bars on the diagonal are honest; bars below it are too confident. The gap to the mean confidence is hatched.
 
     Args:
-        panels: bins by what they are called, such as `{"raw": …, "temperature 0.31": …}`; one column each.
-        title: over the picture.
+        panels: The bins by what they are called, such as `{"raw": …, "temperature 0.31": …}`; one column each.
 
     Returns:
         A figure with two axes for each panel, in columns; the upper one's first container holds the bars of accuracy.
 
     Raises:
-        ValueError: no panel.
+        ValueError: There is no panel.
     """
     if not panels:
         raise ValueError("a reliability diagram needs bins")
@@ -67,12 +64,10 @@ def reliability_diagram(panels: dict[str, ReliabilityBins], *, title: str | None
     rows[0, 0].set_ylabel("accuracy")
     rows[1, 0].set_ylabel("share of images")
     rows[0, 0].legend(loc="upper left", fontsize=9, framealpha=0.9, edgecolor="none")
-    if title:
-        figure.suptitle(title)
     return figure
 
 
-def confusion_matrix(counts: Matrix, class_names: Sequence[str] | None = None, *, title: str | None = None) -> Figure:
+def confusion_matrix(counts: Matrix, class_names: Sequence[str] | None = None) -> Figure:
     """Heat map of which class is taken for which, in shares of each true class.
 
     The colour goes with the square root, so that rare confusions show. Cells hold their per cents up to K = 12.
@@ -80,64 +75,52 @@ def confusion_matrix(counts: Matrix, class_names: Sequence[str] | None = None, *
     Args:
         counts: `[K, K]`, images, true classes in rows; a class without images has an empty row.
         class_names: `[K]`; the labels as numbers by default.
-        title: over the picture.
 
     Returns:
         A figure with one image; its data are the shares, `[K, K]`.
 
     Raises:
-        ValueError: not a square matrix.
+        ValueError: Not a square matrix.
     """
     cells = as_array(counts)
     if cells.ndim != 2 or cells.shape[0] != cells.shape[1]:
         raise ValueError(f"confusion counts must be [K, K], got {list(cells.shape)}")
-    K = len(cells)
     with np.errstate(invalid="ignore"):
         shares = cells / cells.sum(1, keepdims=True)
-    size = 7.0 if K <= 40 else 8.5
-    figure = Figure(figsize=(size, 0.88 * size), dpi=DPI if K <= 200 else 200, layout="compressed")
-    axes = figure.add_subplot()
-    axes.set_facecolor("#d0d0d0")
-    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation_stage="rgba")
-    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02, ticks=[0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
-    bar.ax.set_yticklabels(["0", "1 %", "5 %", "10 %", "25 %", "50 %", "100 %"])
+    names = names_or_numbers(class_names, len(cells))
+    figure, axes, bar = heat_map(shares, names, _per_cent, white_above=0.3, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
+    axes.set(xlabel="decision", ylabel="true class", title="Which class is taken for which")
+    bar.set_ticks([0, 0.01, 0.05, 0.1, 0.25, 0.5, 1], labels=["0", "1 %", "5 %", "10 %", "25 %", "50 %", "100 %"])
     bar.set_label("share of the true class")
-    axes.set_title(title if title is not None else "Which class is taken for which")
-    axes.set_xlabel("decision")
-    axes.set_ylabel("true class")
-    name_ticks(axes, [str(k) for k in range(K)] if class_names is None else class_names)
-    if K <= 12:
-        for i, j in np.argwhere(cells > 0).tolist():
-            text = f"{100 * shares[i, j]:.0f}" if shares[i, j] >= 0.01 else "<1"
-            axes.text(
-                j, i, text, ha="center", va="center", fontsize=9, color="white" if shares[i, j] > 0.3 else "black"
-            )
     return figure
 
 
-def accuracy_by_size(
-    accuracy: Numbers, counts: Numbers, class_names: Sequence[str] | None = None, *, title: str | None = None
-) -> Figure:
+def _per_cent(share: float) -> str:
+    if not share > 0:
+        return ""
+    return f"{100 * share:.0f}" if share >= 0.01 else "<1"
+
+
+def accuracy_by_size(accuracy: Numbers, counts: Numbers, class_names: Sequence[str] | None = None) -> Figure:
     """Each class's accuracy against its number of training images, on a logarithmic axis with the limits of the shot groups.
 
-    Up to 20 classes are all named, of more the three worst.
+    Up to 20 classes are all named; of more, the three worst.
 
     Args:
         accuracy: `[K]`; NaN is left out.
         counts: `[K]`, training images per class; classes without any are left out.
         class_names: `[K]`; the labels as numbers by default.
-        title: over the picture.
 
     Returns:
         A figure whose first collection holds the points `(count, accuracy)`.
 
     Raises:
-        ValueError: lengths that differ.
+        ValueError: The lengths differ.
     """
     y, x, names, shown = class_sizes(accuracy, counts, class_names, "accuracies")
     figure, axes = single_axes()
     axes.scatter(x[shown], y[shown], s=46 if len(shown) <= 100 else 16, color=BLUE, alpha=0.85, lw=0, zorder=3)
-    size_axis(axes, x[shown])
+    size_axis(axes)
     lowest = max(0.0, np.floor(10 * y[shown].min() - 0.5) / 10) if len(shown) else 0.0
     axes.set_ylim(lowest - 0.04 * (1 - lowest), 1 + 0.08 * (1 - lowest))
     left, right = axes.get_xlim()
@@ -150,7 +133,6 @@ def accuracy_by_size(
             )  # fmt: skip
     worst_first = shown[np.argsort(y[shown], kind="stable")]
     named = worst_first if len(shown) <= 20 else worst_first[:3]
-    name_points(figure, axes, x[named], y[named], [short(names[k]) for k in named])
-    axes.set_ylabel("accuracy of the class")
-    axes.set_title(title if title is not None else "Accuracy of a class against its size")
+    name_points(axes, x[named], y[named], [names[k] for k in named])
+    axes.set(ylabel="accuracy of the class", title="Accuracy of a class against its size")
     return figure

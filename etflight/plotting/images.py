@@ -11,7 +11,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from etflight.metrics.accuracy import FEW_BELOW, MANY_ABOVE, by_frequency, shot_groups
-from etflight.plotting.canvas import BLUE, DPI, GREEN, GREY, VERMILION, Array, Numbers, as_array, short, tidy
+from etflight.plotting.canvas import (
+    BLUE,
+    DPI,
+    GREEN,
+    GREY,
+    VERMILION,
+    Array,
+    Numbers,
+    as_array,
+    names_or_numbers,
+    short,
+    single_axes,
+)
 
 Pixels = NDArray[np.uint8]
 
@@ -34,25 +46,23 @@ def class_histogram(counts: Numbers, class_names: Sequence[str] | None = None, *
     Args:
         counts: `[K]`, training images per class.
         class_names: `[K]`; the labels as numbers by default.
-        title: over the picture.
+        title: Stands over the picture; a general one by default.
 
     Returns:
         A figure whose bars, or pieces of the curve, go from the most frequent class to the rarest.
 
     Raises:
-        ValueError: lengths that differ.
+        ValueError: The lengths differ.
     """
     sizes = as_array(counts)
-    names = [str(k) for k in range(len(sizes))] if class_names is None else list(class_names)
+    names = names_or_numbers(class_names, len(sizes))
     if len(names) != len(sizes):
         raise ValueError(f"{len(names)} class names for {len(sizes)} class counts")
     order = by_frequency(torch.as_tensor(sizes)).numpy()
     sizes, names = sizes[order], [names[k] for k in order.tolist()]
     groups = {group: members.numpy() for group, members in shot_groups(torch.as_tensor(sizes)).items() if members.any()}
     few = len(sizes) <= _MOST_BARS
-    figure = Figure(figsize=(7, max(3.2, 1.2 + 0.21 * len(sizes)) if few else 4.8), dpi=DPI, layout="constrained")
-    axes = figure.add_subplot()
-    tidy(axes)
+    figure, axes = single_axes(height=max(3.2, 1.2 + 0.21 * len(sizes)) if few else 4.8)
     if few:
         _bars(axes, sizes, groups, names)
     else:
@@ -81,8 +91,7 @@ def _curve(axes: Axes, sizes: Array, groups: dict[str, NDArray[np.bool_]]) -> No
     for group, members in groups.items():
         at = np.flatnonzero(members)
         edges = np.append(at, at[-1] + 1) + 0.5  # ranks count from 1
-        heights = np.append(sizes[at], sizes[at[-1]])
-        axes.fill_between(edges, heights, bottom, step="post", color=_GROUPS[group][0], lw=0)
+        axes.stairs(sizes[at], edges, baseline=bottom, fill=True, color=_GROUPS[group][0], lw=0)
     if logarithmic:
         axes.set_yscale("log")
     axes.set_ylim(bottom=bottom)
@@ -101,34 +110,33 @@ def contact_sheet(
     Images of one channel are grey; of two, their mean is shown; of more than three, the first three.
 
     Args:
-        images: uint8 `[N, C, H, W]`.
-        rows: `[N]`, where each image goes, from 0.
+        images: Uint8 `[N, C, H, W]`.
+        rows: `[N]`, the row of each image, from 0.
         names: `[R]`, one per row.
         counts: `[R]`, how many images the class has in all.
-        title: over the picture.
+        title: Stands over the picture; none by default.
 
     Returns:
         A figure with one sheet per block of at most 22 rows.
 
     Raises:
-        ValueError: lengths that differ, or a row without a name.
+        ValueError: The lengths differ, or a row has no name.
     """
     if len(images) != len(rows):
         raise ValueError(f"{len(images)} images for {len(rows)} places")
     if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(names):
         raise ValueError(f"rows {int(rows.min())} to {int(rows.max())} for {len(names)} names")
-    pixels = _thumbnails(images)
     names = [f"{short(name, 30)} ({count:,})" for name, count in zip(names, counts, strict=True)]
-    columns = int(torch.bincount(rows, minlength=1).max())
     blocks = -(-len(names) // _MOST_ROWS)
     per_block = -(-len(names) // blocks)
+    sheet = _sheet(_thumbnails(images), rows, blocks * per_block)
+    columns, height = sheet.shape[1:3]
     width = columns * _CELL + 0.08 * max(map(len, names)) + 0.2
     figure = Figure(figsize=(blocks * width, per_block * _CELL + 0.5), dpi=DPI, layout="compressed")
     for block, axes in enumerate(figure.subplots(1, blocks, squeeze=False)[0]):
-        own = range(len(names))[block * per_block : (block + 1) * per_block]
-        axes.imshow(_tiled([pixels[(rows == row).numpy()] for row in own], per_block, columns, pixels))
-        height = pixels.shape[1] + 1
-        axes.set_yticks([i * height + height / 2 - 1 for i in range(len(own))], [names[row] for row in own])
+        own = slice(block * per_block, (block + 1) * per_block)
+        axes.imshow(sheet[own].swapaxes(1, 2).reshape(per_block * height, -1, 3))
+        axes.set_yticks([i * height + height / 2 - 1 for i in range(len(names[own]))], names[own])
         axes.set_xticks([])
         axes.tick_params(length=0, labelsize=9)
         axes.spines[:].set_visible(False)
@@ -148,10 +156,11 @@ def _thumbnails(images: Tensor) -> Pixels:
     return pixels
 
 
-def _tiled(groups: list[Pixels], rows: int, columns: int, like: Pixels) -> Pixels:
-    """The rows' images side by side on white, with a white line between any two."""
-    height, width = like.shape[1:3]
-    sheet = np.full((rows, columns, height + 1, width + 1, 3), 255, dtype=np.uint8)
-    for row, images in enumerate(groups):
-        sheet[row, : len(images), :height, :width] = images
-    return sheet.transpose(0, 2, 1, 3, 4).reshape(rows * (height + 1), columns * (width + 1), 3)
+def _sheet(pixels: Pixels, rows: Tensor, num_rows: int) -> Pixels:
+    """`[num_rows, columns, h + 1, w + 1, 3]`: each row's images side by side on white, with a white line after each."""
+    height, width = pixels.shape[1:3]
+    sheet = np.full((num_rows, int(torch.bincount(rows, minlength=1).max()), height + 1, width + 1, 3), 255, np.uint8)
+    for row in set(rows.tolist()):
+        own = pixels[(rows == row).numpy()]
+        sheet[row, : len(own), :height, :width] = own
+    return sheet

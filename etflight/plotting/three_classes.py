@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from PIL import Image
 
 from etflight.plotting.canvas import (
@@ -18,14 +16,11 @@ from etflight.plotting.canvas import (
     Array,
     Matrix,
     as_array,
-    as_labels,
     render,
     short,
 )
-from etflight.utils.errors import UserError
+from etflight.utils.arrays import read_arrays
 from etflight.utils.files import replacing
-
-__all__ = ["triangle", "triangle_film"]
 
 
 def triangle(
@@ -37,7 +32,6 @@ def triangle(
     *,
     class_names: Sequence[str] | None = None,
     extent: float | None = None,
-    title: str | None = None,
 ) -> Figure:
     """The embeddings of three classes in the plane through their three class vectors.
 
@@ -49,21 +43,20 @@ def triangle(
         embeddings: `[N, d]`, what meets the class vectors.
         labels: `[N]`; samples of other classes are not drawn.
         weight: `[K, d]`, class vectors.
-        classes: three different labels.
-        epoch: goes into the title.
+        classes: Three different labels.
+        epoch: Stands over the picture.
         class_names: `[K]`; the labels as numbers by default.
-        extent: half the side of the picture, in units of the embedding; by default what holds corners and embeddings.
-        title: over the picture; the epoch by default.
+        extent: Half the side of the picture, in units of the embedding; by default what holds corners and embeddings.
 
     Returns:
         A figure with a collection of points per class, then one with the corners.
 
     Raises:
-        ValueError: not three different classes, or vectors that lie on one line.
+        ValueError: Not three different classes, or vectors that lie on one line.
     """
-    chosen = _three(classes, len(as_array(weight)))
+    chosen = _three(classes, len(weight))
     plane = _Plane(as_array(weight)[chosen])
-    points, y = plane.project(as_array(embeddings)), as_labels(labels)
+    points, y = plane.project(as_array(embeddings)), as_array(labels)
     if len(points) != len(y):
         raise ValueError(f"{len(points)} embeddings for {len(y)} labels")
     figure = Figure(figsize=(5.6, 5.6), dpi=DPI, layout="constrained")
@@ -99,12 +92,8 @@ def triangle(
     axes.set_xlim(-half, half)
     axes.set_ylim(plane.middle - half, plane.middle + half)
     axes.set_aspect("equal")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    heading = title if title is not None else ("" if epoch is None else f"epoch {epoch}")
-    axes.set_title(heading, fontsize=14)
+    axes.set_axis_off()
+    axes.set_title("" if epoch is None else f"epoch {epoch}", fontsize=14)
     return figure
 
 
@@ -113,15 +102,11 @@ class _Plane:
 
     def __init__(self, vectors: Array) -> None:
         self.origin = vectors.mean(0)
-        up = vectors[0] - self.origin
-        across = vectors[2] - vectors[1]
-        up_norm = np.linalg.norm(up)
-        up = up / up_norm if up_norm > 0 else up
-        across = across - (across @ up) * up
-        norm = np.linalg.norm(across)
-        if not norm > 1e-6 * np.linalg.norm(vectors[2] - vectors[1]):
+        sides = np.stack([vectors[0] - self.origin, vectors[2] - vectors[1]])  # up, and across
+        if np.linalg.matrix_rank(sides, tol=1e-6 * np.linalg.norm(sides)) < 2:
             raise ValueError("the three class vectors lie on one line: they span no plane")
-        self.axes: Array = np.stack([across / norm, up])
+        Q, R = np.linalg.qr(sides.T)
+        self.axes: Array = (Q * np.sign(np.diag(R))).T[::-1]
         self.corners = self.project(vectors)
         self.middle = float(self.corners[:, 1].max() + self.corners[:, 1].min()) / 2  # of the picture, above the origin
 
@@ -163,19 +148,19 @@ def triangle_film(
 
     Args:
         snapshot_files: `.npz` files with `embeddings` `[n, d]`, `labels` `[n]`, `epoch` and `weight` `[K, d]`, in the order of the film.
-        classes: three different labels.
-        path: of the GIF.
+        classes: Three different labels.
+        path: The GIF.
         class_names: `[K]`; the labels as numbers by default.
-        frame_ms: how long a frame stays, in milliseconds.
-        last_ms: how long the last one does.
+        frame_ms: Milliseconds that a frame stays.
+        last_ms: Milliseconds that the last frame stays.
 
     Raises:
-        ValueError: no file, or not three different classes.
-        UserError: a file that is no snapshot; names it.
+        ValueError: No file, or not three different classes.
+        UserError: A file is no snapshot; the message names it.
     """
     if not snapshot_files:
         raise ValueError("there are no snapshots to film")
-    shots = [_read_snapshot(file) for file in snapshot_files]
+    shots = [read_arrays(Path(file), "embeddings", "labels", "epoch", "weight") for file in snapshot_files]
     weight = shots[-1]["weight"]
     chosen = _three(classes, len(weight))
     plane = _Plane(as_array(weight)[chosen])
@@ -184,30 +169,10 @@ def triangle_film(
     )
     frames = []
     for shot in shots:
-        figure = triangle(
-            shot["embeddings"],
-            shot["labels"],
-            weight,
-            chosen,
-            int(shot["epoch"]),
-            class_names=class_names,
-            extent=extent,
-        )
+        points, labels, epoch = shot["embeddings"], shot["labels"], int(shot["epoch"])
+        figure = triangle(points, labels, weight, chosen, epoch, class_names=class_names, extent=extent)
         figure.set_dpi(80)
-        frame = render(figure)
-        frames.append(frame.quantize(64, dither=Image.Dither.NONE))
+        frames.append(render(figure).quantize(64, dither=Image.Dither.NONE))
     times = [frame_ms] * (len(frames) - 1) + [last_ms]
     with replacing(path) as partial:
         frames[0].save(partial, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
-
-
-def _read_snapshot(file: str | Path) -> dict[str, NDArray[Any]]:
-    needed = ("embeddings", "labels", "epoch", "weight")
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in needed}
-    except (OSError, ValueError, KeyError, EOFError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{file} is no snapshot of a run ({reason}): give the files of a run's folder snapshots"
-        ) from error

@@ -1,8 +1,7 @@
-"""What a run left of its collapse over epochs, as cosines that a page can draw from: bounded, whatever the run's size."""
+"""The collapse of a run over epochs as cosines that a page can draw: of bounded size, whatever the run's size."""
 
 import base64
 import re
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,37 +9,37 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from etflight.utils.arrays import read_arrays
 from etflight.utils.errors import UserError
-from etflight.utils.limits import refuse_growth
 
 Array = NDArray[Any]
 _MOST_EPOCHS = 30
 _MOST_CLASSES = 30
 _MOST_POINTS = 400  # embeddings an epoch
-_UNIT = 32767  # an int16 that stands for a cosine of 1; _NONE for none
-_NONE = -32768
+_UNIT = 32767  # the int16 for a cosine of 1
+_NONE = -32768  # the int16 for an undefined cosine
 
 
 def frames(folder: Path) -> dict[str, Any] | None:
     """Cosines of class means, class vectors and embeddings at up to 30 epochs, of up to 30 classes.
 
     Args:
-        folder: of a run; its `gram/` has the matrices, its `snapshots/`, if any, the embeddings.
+        folder: The run folder; its `gram/` has the matrices, its `snapshots/`, if any, the embeddings.
 
     Returns:
-        None for a run without `gram/`; else `epochs` `[E]`, `classes` `[n]`, and cosines as base64 of int16, little-endian, 32767 for 1
+        None for a run without `gram/`, else `epochs` `[E]`, `classes` `[n]`, and cosines as base64 of int16, little-endian, 32767 for 1
         and -32768 for what is undefined: `heat` `[E, n, n]` of centred means (rows) and centred class vectors, `means` `[E, n, n]` of means
         (rows) and class vectors, `frame` `[E, n, n]` between class vectors. Where there are embeddings of the same images at all these
         epochs, also `points` `[E, N, n]` of embeddings (rows) and class vectors, and `labels` `[N]`, places in `classes`.
 
     Raises:
-        UserError: a file that is not whole; names it.
+        UserError: A file is not whole; the message names it.
     """
     files = _by_epoch(folder / "gram")
     if not files:
         return None
     epochs = _evenly(sorted(files), _MOST_EPOCHS)
-    grams = [_load(files[epoch], "classes", "gram") for epoch in epochs]
+    grams = [read_arrays(files[epoch], "classes", "gram") for epoch in epochs]
     classes: Array = grams[0]["classes"]
     n = len(classes)
     for epoch, content in zip(epochs, grams, strict=True):
@@ -52,7 +51,7 @@ def frames(folder: Path) -> dict[str, Any] | None:
     found = {
         "epochs": epochs,
         "classes": classes[places].tolist(),
-        "heat": _pack(_centred_cosines(matrices)[:, places[:, None], places]),
+        "heat": _pack(_cosines(_centred(matrices))[:, places[:, None], n + places]),
     }
     cosines = _cosines(matrices[:, shown[:, None], shown])
     m = len(places)
@@ -64,7 +63,7 @@ def _points(folder: Path, epochs: Sequence[int], classes: Array) -> dict[str, An
     files = _by_epoch(folder)
     if not set(epochs) <= files.keys():
         return {}
-    shots = [_load(files[epoch], "embeddings", "labels", "indices", "weight") for epoch in epochs]
+    shots = [read_arrays(files[epoch], "embeddings", "labels", "indices", "weight") for epoch in epochs]
     labels, indices = shots[0]["labels"], shots[0]["indices"]
     if not all(np.array_equal(shot["indices"], indices) for shot in shots):
         return {}
@@ -80,21 +79,19 @@ def _points(folder: Path, epochs: Sequence[int], classes: Array) -> dict[str, An
     return {"points": _pack(np.stack(projected)), "labels": [places[int(k)] for k in labels[rows]]}
 
 
-def _centred_cosines(gram: Array) -> Array:
-    """Cosines `[E, n, n]` of `μ_i - μ_G` and `w_j - w̄`, from inner products; `w̄` over the n classes that there are."""
-    n = (gram.shape[1] - 1) // 2
-    M, W, centre = slice(0, n), slice(n, 2 * n), 2 * n
-    mean_vector = gram[:, :, W].mean(2)  # inner products with w̄
-    cross = gram[:, M, W] - mean_vector[:, M, None] - gram[:, centre, None, W] + mean_vector[:, centre, None, None]
-    own = np.einsum("eii->ei", gram)
-    means = own[:, M] - 2 * gram[:, M, centre] + gram[:, centre, centre][:, None]
-    vectors = own[:, W] - 2 * mean_vector[:, W] + mean_vector[:, W].mean(1, keepdims=True)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(cross / np.sqrt(np.maximum(means, 0)[:, :, None] * np.maximum(vectors, 0)[:, None, :]))
+def _centred(gram: Array) -> Array:
+    """Inner products `[E, 2n, 2n]` of the vectors `μ_i - μ_G`, then `w_j - w̄`, with `w̄` over the n classes that there are."""
+    n = gram.shape[1] // 2
+    centring = np.eye(2 * n, 2 * n + 1)
+    centring[:n, 2 * n] = -1
+    centring[n:, n : 2 * n] -= 1 / n
+    known = np.isfinite(gram)
+    products = centring @ np.where(known, gram, 0) @ centring.T
+    return np.where(known[:, : 2 * n, : 2 * n], products, np.nan)
 
 
 def _cosines(gram: Array) -> Array:
-    lengths = np.sqrt(np.einsum("eii->ei", gram))
+    lengths = np.sqrt(np.maximum(np.einsum("eii->ei", gram), 0))
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(gram / (lengths[:, :, None] * lengths[:, None, :]))
 
@@ -119,16 +116,3 @@ def _evenly(items: Sequence[int], most: int) -> list[int]:
 def _by_epoch(folder: Path) -> dict[int, Path]:
     named = ((re.fullmatch(r"epoch_(\d{3,9})\.npz", path.name), path) for path in folder.glob("epoch_*.npz"))
     return {int(match[1]): path for match, path in named if match}
-
-
-def _load(path: Path, *names: str) -> dict[str, Array]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            refuse_growth(str(path), sum(part.file_size for part in archive.infolist()), path.stat().st_size)
-        with np.load(path, allow_pickle=False) as content:
-            arrays = {name: content[name] for name in names}
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not whole ({' '.join(str(error).split()) or type(error).__name__})") from error
-    if any(array.dtype.kind not in "iuf" for array in arrays.values()):
-        raise UserError(f"{path} is not whole (it holds something else than numbers)")
-    return arrays

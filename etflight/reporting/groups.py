@@ -1,7 +1,7 @@
 """Results grouped by data set, imbalance ratio and arm, over seeds."""
 
 import json
-import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -11,12 +11,12 @@ from etflight.reporting.results import Result
 
 
 class Stat(NamedTuple):
-    """Of one number over the runs of a group.
+    """One number over the runs of a group.
 
     Attributes:
-        mean: over the runs that have it.
-        std: sample standard deviation (n - 1), None for one run.
-        runs: how many have it.
+        mean: Over the runs that have it.
+        std: Sample standard deviation (n - 1), None for one run.
+        runs: How many runs have it.
     """
 
     mean: float
@@ -29,24 +29,20 @@ class Group:
     """The runs of one arm, one per seed.
 
     Attributes:
-        arm: its name.
-        results: of each run.
+        arm: Its name.
+        results: The result of each run.
     """
 
     arm: str
     results: Sequence[Result]
 
     def stat(self, metric: str) -> Stat | None:
-        """Over the runs that have a metric; None if none has."""
-        return statistics([r.metrics[metric] for r in self.results if metric in r.metrics])
+        """Mean and deviation over the runs that have a metric; None if none has."""
+        return _stat(r.metrics.get(metric) for r in self.results)
 
     def seconds(self) -> Stat | None:
-        """Training time over the runs that know it."""
-        return statistics([r.seconds for r in self.results if r.seconds is not None])
-
-    def different(self, name: str) -> list[Any]:
-        """The different values of a fact, in order, without the unknown."""
-        return _different(getattr(r, name) for r in self.results)
+        """Training time over the runs that know it; None if none does."""
+        return _stat(r.seconds for r in self.results)
 
 
 @dataclass(frozen=True)
@@ -54,10 +50,10 @@ class Section:
     """The arms on one data set at one imbalance ratio, beside what was published of it.
 
     Attributes:
-        dataset: its name, with what tells it from another of the same name where there is one; None is unknown.
-        ratio: None is unknown.
-        groups: one per arm, in the order in which they were given.
-        published: entries of `published.json`: `method`, `backbone`, `test/acc`, `read_in`, perhaps `epochs`.
+        dataset: Its name, followed by what tells it from another set of the same name where there is one; None is unknown.
+        ratio: The imbalance ratio; None is unknown.
+        groups: One per arm, in the order in which they were given.
+        published: Entries of `published.json`: `method`, `backbone`, `test/acc`, `read_in`, perhaps `epochs`.
     """
 
     dataset: str | None
@@ -67,65 +63,68 @@ class Section:
 
     @property
     def title(self) -> str:
-        """For people."""
+        """Data set and ratio, for people."""
         ratio = "unknown imbalance ratio" if self.ratio is None else f"imbalance ratio {self.ratio:g}"
         return f"{self.dataset or 'unknown data set'}, {ratio}"
 
-    def different(self, name: str) -> list[Any]:
-        """The different values of a fact over all arms, in order, without the unknown."""
-        return _different(getattr(r, name) for group in self.groups for r in group.results)
+    @property
+    def results(self) -> list[Result]:
+        """The results of all arms."""
+        return [result for group in self.groups for result in group.results]
 
 
-def statistics(values: Sequence[float]) -> Stat | None:
-    """Mean and sample standard deviation; None of nothing."""
-    n = len(values)
-    if n == 0:
+def different(results: Iterable[Result], fact: str) -> list[Any]:
+    """The different values of a fact over results, in order, without the unknown."""
+    values = (getattr(result, fact) for result in results)
+    return list(dict.fromkeys(value for value in values if value is not None))
+
+
+def _stat(values: Iterable[float | None]) -> Stat | None:
+    known = [value for value in values if value is not None]
+    if not known:
         return None
-    mean = math.fsum(value / n for value in values)
-    std = math.hypot(*(value - mean for value in values)) / math.sqrt(n - 1) if n > 1 else None
-    return Stat(mean, std, n)
+    return Stat(statistics.mean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
 
 
 def group(results: Iterable[Result]) -> tuple[list[Section], list[str]]:
     """Sections in the order in which they were given, and what is doubtful about them.
 
-    Two sets of one name have a section each; a run whose record does not tell which is in that of the one there is, else in one of its own.
-    A run whose seed an arm has already is left out, and so is one of another number of classes than the section's first.
+    Two sets of one name have a section each. A run whose record does not say which set it used goes into the section of the only set of
+    that name, or into one of its own if there are several. A run is left out if its arm already has its seed, or if it has another
+    number of classes than the first run of its section.
     """
     remarks: list[str] = []
     published = json.loads((files("etflight.reporting") / "published.json").read_text())
     sections = []
     results = list(results)
-    contents = {
-        name: {r.content for r in members} - {None} for (name,), members in _split(results, lambda r: (r.dataset,))
-    }
+    contents = {name: different(members, "content") for name, members in _split(results, lambda r: r.dataset).items()}
 
     def place(r: Result) -> tuple[str | None, float | None, str | None]:
         return r.dataset, r.ratio, r.content if len(contents[r.dataset]) > 1 else None
 
-    for (dataset, ratio, content), members in _split(results, place):
-        kept = _of_same_classes(members, remarks)
-        groups = [Group(arm, _one_per_seed(same, remarks)) for (arm,), same in _split(kept, lambda r: (r.arm,))]
+    for (dataset, ratio, content), members in _split(results, place).items():
+        arms = _split(_of_same_classes(members, remarks), lambda r: r.arm)
+        groups = [Group(arm, _one_per_seed(same, remarks)) for arm, same in arms.items()]
         beside = [entry for entry in published if (entry["dataset"], entry["ratio"]) == (dataset, ratio)]
         section = Section(f"{dataset} {content}" if content else dataset, ratio, groups, beside)
         sections.append(section)
         for g in groups:
-            if len(g.different("config_sha256")) > 1:
+            if len(different(g.results, "config_sha256")) > 1:
                 remarks.append(
                     f"{section.title}: the runs of {g.arm} have different configurations, not only seeds: "
                     f"{', '.join(r.source for r in g.results)}"
                 )
         for fact, what in (("choice", "trained on different images"), ("epochs", "trained for different epochs")):
-            if len(values := section.different(fact)) > 1:
+            if len(values := different(section.results, fact)) > 1:
                 remarks.append(f"{section.title}: runs were {what} ({', '.join(map(str, values))})")
     return sections, remarks
 
 
-def _split(results: Iterable[Result], key: Callable[[Result], tuple[Any, ...]]) -> list[tuple[Any, list[Result]]]:
-    parts: dict[tuple[Any, ...], list[Result]] = {}
+def _split(results: Iterable[Result], key: Callable[[Result], Any]) -> dict[Any, list[Result]]:
+    parts: dict[Any, list[Result]] = {}
     for result in results:
         parts.setdefault(key(result), []).append(result)
-    return list(parts.items())
+    return parts
 
 
 def _of_same_classes(results: list[Result], remarks: list[str]) -> list[Result]:
@@ -154,7 +153,3 @@ def _one_per_seed(results: list[Result], remarks: list[str]) -> list[Result]:
                 "the same seed is not counted twice"
             )
     return list(kept.values())
-
-
-def _different(values: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(value for value in values if value is not None))

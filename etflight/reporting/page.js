@@ -10,7 +10,6 @@ const PALETTE = {
   dark: ["#5ab4ee", "#ff8f4a", "#2fd1a0", "#eb9bc9", "#e3c43f", "#9bd3f5", "#b5b5b5", "#b39dff"],
 };
 const DASHES = ["solid", "dash", "dot", "dashdot"];
-const CORNERS = { light: ["#0072b2", "#d55e00", "#00805c"], dark: ["#5ab4ee", "#ff8f4a", "#2fd1a0"] };
 const COSINES = {
   light: [[0, "#2166ac"], [0.5, "#f7f7f7"], [1, "#b2182b"]],
   dark: [[0, "#58a6dc"], [0.5, "#17191c"], [1, "#ef6a5a"]],
@@ -72,11 +71,7 @@ function redraw() {
 
 function unpack(text) {
   const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
-  const view = new DataView(bytes.buffer);
-  return Float64Array.from({ length: bytes.length / 2 }, (_, i) => {
-    const value = view.getInt16(2 * i, true);
-    return value === -32768 ? NaN : value / 32767;
-  });
+  return Float64Array.from(new Int16Array(bytes.buffer), (value) => (value === -32768 ? NaN : value / 32767));
 }
 
 function unpacked(frames) {
@@ -258,13 +253,12 @@ function triangle(frames, epoch, three, name) {
   const project = plane(frames, epoch, three);
   const corners = three.map((i) => project(frames.frame(epoch, i)));
   const closed = [...corners, corners[0]];
-  const colours = CORNERS[scheme()];
   const data = [{
     x: closed.map((p) => p[0]), y: closed.map((p) => p[1]), mode: "lines", hoverinfo: "skip", fill: "toself",
     line: { color: css("--soft"), width: 1 }, fillcolor: dark.matches ? "rgba(255,255,255,.05)" : "rgba(0,0,0,.04)",
   }];
   three.forEach((i, corner) => {
-    const marker = { color: colours[corner], symbol: ["circle", "square", "triangle-up"][corner] };
+    const marker = { color: colour(corner), symbol: ["circle", "square", "triangle-up"][corner] };
     const text = plain(name(i));
     if (frames.points) {
       const own = frames.labels.flatMap((k, row) => (k === i ? [project(frames.points(epoch, row))] : []));
@@ -276,7 +270,7 @@ function triangle(frames, epoch, three, name) {
     const mean = project(frames.means(epoch, i));
     data.push({
       x: [mean[0]], y: [mean[1]], mode: "markers", text, hovertemplate: "mean of %{text}<extra></extra>",
-      marker: { size: 14, symbol: "circle-open", color: colours[corner], line: { width: 2.5 } },
+      marker: { size: 14, symbol: "circle-open", color: colour(corner), line: { width: 2.5 } },
     });
   });
   data.push({

@@ -12,7 +12,7 @@ from typing import Any
 from etflight.reporting import tables
 from etflight.reporting.frames import frames
 from etflight.reporting.groups import Section
-from etflight.reporting.reading import finite, read_json, read_table, series
+from etflight.reporting.reading import finite, noting, read_json, read_table, series
 from etflight.reporting.results import RECORD, Result
 from etflight.utils.errors import UserError
 from etflight.utils.files import replacing
@@ -36,17 +36,17 @@ _MOST_POINTS = 1000  # of a curve
 
 
 def write_page(path: Path, sections: Sequence[Section]) -> list[str]:
-    """Write the page; a page of ours that is there already is replaced.
+    """Write the page; an existing page of ours is replaced.
 
     Args:
-        path: of the page.
-        sections: of runs.
+        path: The page's file.
+        sections: The runs, by data set and imbalance ratio.
 
     Returns:
-        What is wrong with files of the runs, of which the page shows the rest.
+        What is wrong with files of the runs; the page shows the rest.
 
     Raises:
-        UserError: plotly is missing, or there is another file, or no way to write one.
+        UserError: Plotly is missing, there is another file, or the file cannot be written.
     """
     try:
         plotly = import_module("plotly.offline")  # untyped where it is installed, unknown where it is not
@@ -96,7 +96,7 @@ def _start_of(path: Path) -> str:
 
 def _section(section: Section, remarks: list[str]) -> dict[str, Any]:
     configurations: dict[str, Mapping[str, Any]] = {}
-    runs = [_run(result, configurations, remarks) for group in section.groups for result in group.results]
+    runs = [_run(result, configurations, remarks) for result in section.results]
     return {
         "title": plain(section.title),
         "header": tables.HEADER,
@@ -121,10 +121,8 @@ def _run(result: Result, configurations: dict[str, Mapping[str, Any]], remarks: 
         readers = {"curves": _curves, "classes": _classes, "frames": frames, "versions": _versions, "config": _config}
     found: dict[str, Any] = {}
     for what, read in readers.items():
-        try:
+        with noting(remarks):
             found[what] = read(folder)
-        except UserError as error:
-            remarks.append(str(error))
     if (config := found.get("config")) is not None:
         configurations[name] = config
     facts = {
@@ -149,7 +147,7 @@ def _run(result: Result, configurations: dict[str, Mapping[str, Any]], remarks: 
 
 
 def _curves(folder: Path) -> dict[str, Any]:
-    """Of each metric the finished epochs and the values."""
+    """For each metric, the numbers of finished epochs and the values."""
     path = folder / "metrics.csv"
     rows = read_table(path) if path.is_file() else []
     losses, steps = series(path, rows, "train/loss"), series(path, rows, "train/loss", "step")
@@ -171,7 +169,7 @@ def _curves(folder: Path) -> dict[str, Any]:
 
 
 def _classes(folder: Path) -> dict[str, Any] | None:
-    """Name, training images and test accuracy of each class."""
+    """The name, number of training images and test accuracy of each class."""
     path = folder / "per_class.csv"
     if not path.is_file():
         return None
@@ -197,7 +195,7 @@ def _config(folder: Path) -> dict[str, Any] | None:
 
 
 def _flat(value: Any, key: str = "") -> Iterable[tuple[str, Any]]:
-    """Dotted names and values of a configuration."""
+    """The dotted names and the values of a configuration."""
     if isinstance(value, Mapping) and value:
         for name, part in value.items():
             yield from _flat(part, f"{key}.{name}" if key else str(name))
@@ -206,7 +204,7 @@ def _flat(value: Any, key: str = "") -> Iterable[tuple[str, Any]]:
 
 
 def _differences(configurations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The options in which runs differ: names of the runs, and rows of a name and a value per run."""
+    """The options in which runs differ: the names of the runs, and rows of an option and its value in each run."""
     keys = dict.fromkeys(key for config in configurations.values() for key in config)
     rows = []
     for key in keys:

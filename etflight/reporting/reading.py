@@ -1,8 +1,10 @@
-"""What a run left on disk, read whole or not at all."""
+"""Files that a run left on disk, read whole or not at all."""
 
 import csv
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,20 @@ from typing import Any
 from etflight.utils.errors import UserError
 
 
+@contextmanager
+def noting(problems: list[str]) -> Iterator[None]:
+    """A block that ends early with a `UserError`: its message becomes one of the problems."""
+    try:
+        yield
+    except UserError as error:
+        problems.append(str(error))
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        UserError: it cannot be read, or is not whole.
+        UserError: It cannot be read, or is not whole.
     """
     try:
         return json.loads(path.read_text())
@@ -26,7 +37,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file, each with every column of the header.
 
     Raises:
-        UserError: it cannot be read, has a row of another length than the header, or does not end with a line's end.
+        UserError: It cannot be read, has a row of another length than the header, or does not end with a line's end.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -46,16 +57,16 @@ def series(path: Path, rows: list[dict[str, str]], name: str, over: str = "epoch
     """A metric over epochs or steps, where it was logged.
 
     Args:
-        path: of the table, for errors.
-        rows: its rows.
-        name: of the metric.
+        path: The table's file, for errors.
+        rows: Its rows.
+        name: The metric.
         over: "epoch" or "step".
 
     Returns:
-        Pairs of it and the value, the value perhaps NaN; empty for a metric that was never logged.
+        Pairs of epoch or step and value, the value perhaps NaN; empty for a metric that was never logged.
 
     Raises:
-        UserError: something else than numbers.
+        UserError: There is something else than numbers.
     """
     try:
         return [(float(row[over]), float(row[name])) for row in rows if row.get(name) and row.get(over)]

@@ -1,20 +1,19 @@
-"""The result of one run as plain data: read from a run folder or a result file, and checked here once."""
+"""The result of one run as plain data: read from a run folder or a result file, and checked once, here."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from etflight.reporting.reading import finite, read_json, read_table, series
+from etflight.reporting.reading import finite, noting, read_json, read_table, series
 from etflight.utils.errors import UserError
-from etflight.utils.trained_on import choice_of, content_of
+from etflight.utils.training_data import choice_of, content_of
 
 RECORD = "run.json"
 ALWAYS = ("dataset", "ratio", "arm", "seed", "epochs", "commit", "config_sha256", "fingerprint", "command")
 _AT_THE_END = re.compile(r"nc\w*/\w+/(nc1|alignment|etf_distance)|val/acc")
-_DEFINED = {f"test/{name}" for name in ("acc", "acc_macro", "acc_many", "acc_medium", "acc_few", "ece")}
+_ALWAYS_DEFINED = {f"test/{name}" for name in ("acc", "acc_macro", "acc_many", "acc_medium", "acc_few", "ece")}
 _SHARE = re.compile(r"(test|val)/(acc|ece)\w*")
 
 
@@ -23,21 +22,21 @@ class Result:
     """What one run reached, and what it takes to repeat it; None is unknown.
 
     Attributes:
-        source: the run folder, or the result file and the place in it.
-        dataset: name of the data set.
-        ratio: largest over smallest class count.
-        arm: stem of the configuration file.
-        seed: of the run.
-        epochs: trained to their end.
-        commit: of the code.
-        config_sha256: the same for all seeds of an arm (`etflight.runs.record.config_sha256`).
-        fingerprint: of the training images: which set, in records that know it, and which choice.
-        command: that trained it.
+        source: The run folder, or the result file and the place in it.
+        dataset: Name of the data set.
+        ratio: Largest over smallest class count.
+        arm: Stem of the configuration file.
+        seed: The run's seed.
+        epochs: The epochs that were trained to their end.
+        commit: The code's commit.
+        config_sha256: The same for all seeds of an arm (`etflight.runs.record.config_sha256`).
+        fingerprint: Of the training images: which set, in records that know it, and which choice.
+        command: The command that trained it.
         num_classes: K.
         validation: "held out", or else that the test set was watched.
-        seconds: that its epochs took, validation and measurement included.
-        hardware: for people.
-        metrics: finite numbers by log name, such as `test/acc` (accuracies from 0 to 1); at the end of training but for
+        seconds: The time of its epochs, validation and measurement included.
+        hardware: The hardware, for people.
+        metrics: Finite numbers by log name, such as `test/acc` (accuracies from 0 to 1), at the end of training; also
             `val/acc_best`, of the best epoch on the validation images, and its number from 1 on, `val/acc_best_epoch`.
     """
 
@@ -59,12 +58,12 @@ class Result:
 
     @property
     def content(self) -> str | None:
-        """What tells the set from others of the same name; None is unknown."""
+        """The part of the fingerprint that tells the set from others of the same name; None is unknown."""
         return content_of(self.fingerprint)
 
     @property
     def choice(self) -> str | None:
-        """Which of the set's images it was trained on."""
+        """The part of the fingerprint that tells which of the set's images were trained on."""
         return choice_of(self.fingerprint)
 
     def record(self) -> dict[str, Any]:
@@ -80,23 +79,21 @@ class Result:
 
 
 def read_results(paths: Iterable[Path]) -> tuple[list[Result], list[str]]:
-    """Those of run folders (one each) and of result files (JSON lists of records).
+    """Read the results of run folders (one each) and of result files (JSON lists of records).
 
     Returns:
         The results, and what is wrong with the folders, files and records that are left out.
     """
-    results, problems = [], []
+    results: list[Result] = []
+    problems: list[str] = []
     for path in paths:
-        try:
-            readers = [partial(_from_run, path)] if path.is_dir() else _from_file(path)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        for read in readers:
-            try:
-                results.append(read())
-            except UserError as error:
-                problems.append(str(error))
+        with noting(problems):
+            if path.is_dir():
+                results.append(_from_run(path))
+                continue
+            for i, record in enumerate(_records(path)):
+                with noting(problems):
+                    results.append(_from_record(f"{path}[{i}]", record))
     return results, problems
 
 
@@ -107,13 +104,13 @@ _NUMBERS = {"ratio": 1.0, "epochs": 0.0, "num_classes": 1.0, "seconds": 0.0}  # 
 _FACTS = {f.name for f in fields(Result)} - {"source", "metrics"}
 
 
-def _from_file(path: Path) -> list[Callable[[], Result]]:
+def _records(path: Path) -> list[object]:
     if not path.exists():
         raise UserError(f"{path} does not exist: give run folders, such as runs/digits/ce, or result files")
     records = read_json(path)
     if not isinstance(records, list):
         raise UserError(f"{path} is no result file: it has to hold a list of records")
-    return [partial(_from_record, f"{path}[{i}]", record) for i, record in enumerate(records)]
+    return records
 
 
 def _from_record(where: str, record: object) -> Result:
@@ -163,8 +160,8 @@ def _from_run(folder: Path) -> Result:
     metrics: dict[str, float] = {}
     if tested.is_file():
         found = {name: value for name, value in _names(tested).items() if name.startswith("test/")}
-        undefined = {name for name, value in found.items() if name not in _DEFINED and finite(value) is None}
-        metrics = _checked(str(tested), {name: value for name, value in found.items() if name not in undefined})
+        defined = {name: v for name, v in found.items() if name in _ALWAYS_DEFINED or finite(v) is not None}
+        metrics = _checked(str(tested), defined)
     epochs, logged = _training(folder / "metrics.csv")
     counts = data.get("class_counts")
     return Result(
@@ -203,7 +200,7 @@ def _text(value: object) -> str | None:
 
 
 def _training(path: Path) -> tuple[int | None, dict[str, float]]:
-    """Epochs that came to their end, and what was logged at the end, and at the best epoch."""
+    """The number of finished epochs, and the metrics at the end and at the best epoch."""
     if not path.is_file():
         return None, {}
     rows = read_table(path)
@@ -224,7 +221,7 @@ def _training(path: Path) -> tuple[int | None, dict[str, float]]:
 
 
 def _seconds(path: Path) -> float | None:
-    """Of all epochs, each as it was trained last; None if any did not tell."""
+    """The time of all epochs, each as it was trained last; None if it is not known of every epoch."""
     rows = read_table(path) if path.is_file() else []
     seconds = dict(series(path, rows, "speed/epoch_s"))
     return sum(seconds.values()) if seconds and len(seconds) == len({row.get("epoch") for row in rows}) else None

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from etflight.reporting.groups import Group, Section, Stat
+from etflight.reporting.groups import Group, Section, Stat, different
 from etflight.utils.terminal import as_it_is, plain
 
 MISSING = "–"
@@ -20,10 +20,10 @@ class Column(NamedTuple):
     """One metric.
 
     Attributes:
-        title: what it is called.
-        short: the same for narrow places.
-        metric: its log name.
-        show: writes a number of it.
+        title: Its name for people.
+        short: The same for narrow places.
+        metric: Its log name.
+        show: Writes a number of it.
     """
 
     title: str
@@ -80,15 +80,14 @@ def published(section: Section) -> list[list[str]]:
 
 
 def _grids(section: Section) -> list[tuple[Sequence[str], list[list[str]]]]:
-    """Header and rows of the arms, and of what was published if anything was: text in the first two columns and the last, else numbers."""
-    below = published(section)
-    return [(HEADER, rows(section)), *([(PUBLISHED_HEADER, below)] if below else [])]
+    """Header and rows of the arms, and of published numbers if there are any; the first two columns and the last are text."""
+    return [(HEADER, rows(section)), *([(PUBLISHED_HEADER, published(section))] if section.published else [])]
 
 
 def notes(section: Section) -> list[str]:
-    """What the numbers of a section are of, in sentences."""
+    """What a reader has to know of a section's numbers, in sentences."""
     found = []
-    for validation in section.different("validation"):
+    for validation in different(section.results, "validation"):
         if validation == "held out":
             found.append("Validation images are held out: the best epoch is that of their accuracy.")
         else:
@@ -99,12 +98,12 @@ def notes(section: Section) -> list[str]:
 
 
 def hardware(section: Section) -> str:
-    """On what the runs were trained, in a sentence."""
-    return f"Hardware: {'; '.join(section.different('hardware')) or MISSING}."
+    """The hardware that the runs were trained on, in a sentence."""
+    return f"Hardware: {'; '.join(different(section.results, 'hardware')) or MISSING}."
 
 
 def _row(group: Group) -> list[str]:
-    epochs = sorted(group.different("epochs"))
+    epochs = sorted(different(group.results, "epochs"))
     seconds = group.seconds()
     return [
         group.arm,
@@ -112,7 +111,7 @@ def _row(group: Group) -> list[str]:
         *(_cell(group.stat(column.metric), column.show, len(group.results)) for column in COLUMNS),
         MISSING if not epochs else "–".join(str(e) for e in dict.fromkeys((epochs[0], epochs[-1]))),
         MISSING if seconds is None else duration(seconds.mean),
-        "; ".join(group.different("hardware")) or MISSING,
+        "; ".join(different(group.results, "hardware")) or MISSING,
     ]
 
 
@@ -124,7 +123,7 @@ def _cell(stat: Stat | None, show: Callable[[float], str], runs: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """For people: 8.2 s, 19 min, 2.4 h."""
+    """A time for people: 8.2 s, 19 min, 2.4 h."""
     if seconds < 60:
         return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -134,12 +133,11 @@ def duration(seconds: float) -> str:
 
 
 def for_terminal(section: Section) -> list[Table]:
-    """Tables of rich, of which each cell may take several lines; the hardware is among the notes."""
+    """Tables of rich, without the hardware; a cell may take several lines."""
     header = ("arm", "seeds", *(column.short for column in COLUMNS), "epochs", "time")
     arms = _table(header, [row[:-1] for row in rows(section)])
     arms.title = as_it_is(section.title)
-    below = published(section)
-    return [arms, *([_table(PUBLISHED_HEADER, below)] if below else [])]
+    return [arms, *([_table(PUBLISHED_HEADER, published(section))] if section.published else [])]
 
 
 def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> Table:
@@ -152,7 +150,7 @@ def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> Table:
 
 
 def markdown(sections: Sequence[Section]) -> str:
-    """A table per section, and one of what was published, in GitHub's Markdown."""
+    """Sections in GitHub's Markdown: a table of arms each, and one of published numbers."""
     parts = []
     for section in sections:
         lines = [f"### {escape_markdown(section.title)}", ""]
@@ -211,9 +209,9 @@ def comma_separated(sections: Sequence[Section]) -> str:
             facts = {
                 "arm": plain(group.arm),
                 "seeds": " ".join("?" if r.seed is None else plain(r.seed) for r in group.results),
-                "epochs": " ".join(map(str, group.different("epochs"))),
+                "epochs": " ".join(map(str, different(group.results, "epochs"))),
                 "seconds": None if seconds is None else seconds.mean,
-                "hardware": plain("; ".join(group.different("hardware"))),
+                "hardware": plain("; ".join(different(group.results, "hardware"))),
             }
             writer.writerow(place | values | facts)
         for entry in section.published:
@@ -226,29 +224,15 @@ def comma_separated(sections: Sequence[Section]) -> str:
 
 _MARKS = re.compile(r"[\\`*_{}\[\]<>#|~&!$@]")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9]+(_[A-Za-z0-9]+)+")  # whose underscores Markdown leaves alone
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "$": r"\$",
-    "&": r"\&",
-    "#": r"\#",
-    "%": r"\%",
-    "_": r"\_",
-    "^": r"\textasciicircum{}",
-    "~": r"\textasciitilde{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
-    "±": r"$\pm$",
-    "×": r"$\times$",
-    "–": "--",
-}
+_LATEX = str.maketrans(
+    {letter: f"\\{letter}" for letter in "{}$&#%_"}
+    | {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", '"': r"\textquotedbl{}"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "×": r"$\times$", "–": "--"}
+)
 
 
 def escape_markdown(text: object) -> str:
-    """Text that Markdown shows as it stands, in a table too: what could be a mark is a numeric character reference."""
+    """Text that Markdown shows unchanged, in a table too: possible marks become numeric character references."""
     one_line = plain(text)
     if _PLAIN_NAME.fullmatch(one_line):
         return one_line
@@ -257,5 +241,5 @@ def escape_markdown(text: object) -> str:
 
 
 def escape_latex(text: object) -> str:
-    """Text that LaTeX typesets as it stands."""
-    return "".join(_LATEX.get(letter, letter) for letter in plain(text))
+    """Text that LaTeX typesets unchanged."""
+    return plain(text).translate(_LATEX)

@@ -5,15 +5,15 @@ import csv
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import wraps
-from inspect import getattr_static
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
-from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
@@ -94,115 +94,84 @@ class MetricsCSV(Logger):
             writer.writerows(rows)
 
 
+def run_folder(trainer: Trainer) -> Path:
+    """Where a run keeps its files: the folder of its `metrics.csv`, or else the trainer's root."""
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsCSV):
+            return Path(logger.save_dir)
+    return Path(trainer.default_root_dir)
+
+
+class FailSafe:
+    """A logger that falls silent, with one warning line, where it would raise.
+
+    It stands in for another, and passes for an instance of its class. Once it is silent, its logging methods do nothing and its
+    `experiment` takes every call. A W&B run whose server cannot be reached at the start is kept on disk instead, for `wandb sync`; what
+    its server has not taken at the end stays there, too.
+
+    Args:
+        logger: The logger it stands in for.
+        numbers: Where everything is written all the same, for the warning.
+    """
+
+    def __init__(self, logger: Logger, numbers: Path) -> None:
+        self._logger, self._numbers = logger, numbers
+        self._is_silent = self._has_started = False
+
+    @property  # type: ignore[misc]  # read-only
+    def __class__(self) -> Any:
+        """The logger's own, for `isinstance`."""
+        return type(self._logger)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the logger has under this name; a method that logs is one that may fall silent."""
+        if name == "experiment" and hasattr(type(self._logger), name):
+            found = self._call(self._start)
+            return DummyLogger().experiment if found is None else found
+        found = getattr(self._logger, name)
+        writes = name.startswith("log_") or name in ("save", "finalize", "after_save_checkpoint")
+        return partial(self._call, found) if writes and callable(found) else found
+
+    def _call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._is_silent:
+            with self.errors_silence():
+                return method(*args, **kwargs)
+        return None
+
+    @contextmanager
+    def errors_silence(self) -> Iterator[None]:
+        """A block of which an error, unless it is the user's, silences the logger."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # servers and their clients raise all kinds
+            if not self._is_silent:
+                self._is_silent = True
+                warn(
+                    f"{type(self._logger).__name__} fell silent ({_short(error)}): this run goes on without it, "
+                    f"all numbers are in {self._numbers}"
+                )
+
+    def _start(self) -> Any:
+        starts = (
+            isinstance(self._logger, WandbLogger) and not self._has_started and getattr(rank_zero_only, "rank", 0) == 0
+        )
+        self._has_started = True
+        return _start_wandb(self._logger, self._numbers) if starts else cast(Any, self._logger).experiment
+
+
+def may_fall_silent(logger: Logger) -> AbstractContextManager[None]:
+    """A block that uses a logger's `experiment`: errors silence it if it is a `FailSafe` one, and are raised if not."""
+    return logger.errors_silence() if isinstance(logger, FailSafe) else nullcontext()
+
+
 # W&B itself would wait 90 seconds for its server at the start, and for ever at the end; what the user has set stays
 _PATIENCE = {"WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "120", "WANDB_FINISH_TIMEOUT_RAISES": "true"}
 
 
-class Steadfast:
-    """What a steadfast logger has beside its own class."""
-
-    __slots__ = ()
-    numbers: Path
-    fell_silent = False
-
-
-def steadfast(logger: Logger, numbers: Path) -> Logger:
-    """Make a logger fall silent, with one warning line, where it would raise.
-
-    Its logging methods do nothing from then on, and its `experiment` takes every call. A W&B run whose server cannot be reached at the
-    start is kept on disk instead, for `wandb sync`; what its server has not taken at the end stays there, too.
-
-    Args:
-        logger: changed in place; it remains an instance of its class.
-        numbers: where everything is written all the same, for the warning.
-
-    Returns:
-        The logger.
-    """
-    cls: Any = type(logger)
-    members: dict[str, Any] = {"__module__": cls.__module__, "numbers": numbers}
-    for name in dir(cls):
-        member = getattr_static(cls, name)
-        if isinstance(member, FunctionType) and _writes(name):
-            members[name] = _guarded(member)
-        elif isinstance(member, property) and name == "experiment":
-            members[name] = property(_guarded_experiment(member))
-    logger.__class__ = type(cls.__name__, (cls, Steadfast), members)
-    return logger
-
-
-@contextmanager
-def may_fall_silent(logger: Logger) -> Iterator[None]:
-    """A block in which a steadfast logger's errors silence it, and those of any other logger are raised.
-
-    Args:
-        logger: whose `experiment` is used in the block.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # servers and their clients raise all kinds
-        if not isinstance(logger, Steadfast):
-            raise
-        if not logger.fell_silent:
-            logger.fell_silent = True
-            warn(
-                f"{type(logger).__name__} fell silent ({_short(error)}): this run goes on without it, "
-                f"all numbers are in {logger.numbers}"
-            )
-
-
-class Silence:
-    """The experiment of a logger that fell silent: whatever is asked of it, it gives itself."""
-
-    def __getattr__(self, name: str) -> "Silence":
-        """Give itself."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __call__(self, *_: Any, **__: Any) -> "Silence":
-        """Do nothing."""
-        return self
-
-    def __getitem__(self, _: Any) -> "Silence":
-        """Give itself."""
-        return self
-
-    def __setitem__(self, _: Any, __: Any) -> None:
-        """Keep nothing."""
-
-
-def _writes(name: str) -> bool:
-    return name.startswith("log_") or name in ("save", "finalize", "after_save_checkpoint")
-
-
-def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(method)
-    def write(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.fell_silent:
-            with may_fall_silent(self):
-                return method(self, *args, **kwargs)
-        return None
-
-    return write
-
-
-def _guarded_experiment(member: property) -> Callable[[Any], Any]:
-    def experiment(self: Any) -> Any:
-        if not self.fell_silent:
-            with may_fall_silent(self):
-                return _wandb_run(self, member) if isinstance(self, WandbLogger) else member.__get__(self)
-        return Silence()
-
-    return experiment
-
-
-def _wandb_run(logger: Any, member: property) -> Any:
-    """The logger's W&B run, kept on disk if the server does not answer when it is started."""
-    if getattr(rank_zero_only, "rank", 0) != 0 or logger._experiment is not None:
-        return member.__get__(logger)
+def _start_wandb(logger: Any, numbers: Path) -> Any:
+    """The logger's W&B run, kept on disk if the server does not answer."""
     import wandb
 
     for name, value in _PATIENCE.items():
@@ -210,15 +179,15 @@ def _wandb_run(logger: Any, member: property) -> Any:
     if logger.save_dir is not None:  # wandb would take a temporary folder instead of one that is missing
         Path(logger.save_dir).mkdir(parents=True, exist_ok=True)
     try:
-        run = member.__get__(logger)
+        run = logger.experiment
     except wandb.errors.UsageError as error:
         raise UserError(f"W&B cannot start ({_short(error)}): run wandb login, or set WANDB_MODE=offline") from error
     except wandb.errors.CommError as error:
         os.environ["WANDB_MODE"] = "offline"
         wandb.teardown()  # it reads the environment when it starts
-        run = member.__get__(logger)
+        run = logger.experiment
         warn(
-            f"W&B's server cannot be reached ({_short(error)}): this run is kept on disk, all numbers are in {logger.numbers}; "
+            f"W&B's server cannot be reached ({_short(error)}): this run is kept on disk, all numbers are in {numbers}; "
             f"upload it later: wandb sync {run.settings.sync_dir}"
         )
     atexit.register(_finish_wandb, run)

@@ -1,6 +1,14 @@
-"""The one error meant for people, and warnings for them."""
+"""Errors and warnings for people: one line each, and one error line for all processes of a job."""
 
+import hashlib
+import os
+import re
+import signal
 import sys
+import tempfile
+import time
+from pathlib import Path
+from textwrap import shorten
 
 from etflight.utils.terminal import plain
 
@@ -22,3 +30,100 @@ def user_error_in(error: BaseException | None) -> UserError | None:
 def warn(text: str) -> None:
     """Print a line that begins as the command line's own warnings do, each time, from whichever process it is called in."""
     print(f"etflight: warning: {plain(text)}", file=sys.stderr, flush=True)
+
+
+# --- the last line of a process that fails -----------------------------------------------------------------------------
+
+_STARTED = time.time()
+_CAUSE_IS_TOLD_WITHIN = 10.0  # seconds; Lightning looks after its child processes every five
+_RESUME = "then resume with --ckpt_path last"
+_OUT_OF_MEMORY = r"can't allocate memory|not enough memory|out of memory"
+_LOST_CONNECTION = r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Timed out|The client socket|Socket"
+# what tells one job from another; SLURM's processes learn their master's address only on the way
+_SLURM_JOB = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+_OTHER_JOB = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+
+
+def print_error(error: BaseException) -> None:
+    """Print an error in one line, unless another process of the job on this machine has printed, or will print, the cause."""
+    if _is_several_processes() and _is_lost_connection(error):
+        end = time.monotonic() + _CAUSE_IS_TOLD_WITHIN
+        while time.monotonic() < end:
+            if _is_of_this_job(_mark_of_job()):
+                return
+            time.sleep(0.1)
+        seen = re.sub(r"^\[\S+\] ", "", _message(error)).partition(". ")[0][:160]
+        _print_once(f"lost another process of this job ({seen}): see what it said last, {_RESUME}")
+    else:
+        _print_once(describe_error(error))
+
+
+def print_dead_process(rank: int, status: int) -> None:
+    """Print that a process of the job has ended, in one line.
+
+    Args:
+        rank: of the process.
+        status: its exit status; -n when signal n has killed it.
+    """
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    _print_once(f"process {rank} of this job {how}, so all of them end: find out why (out of memory?), {_RESUME}")
+
+
+def describe_error(error: BaseException) -> str:
+    """What went wrong, in one line, wherever it was wrapped: by the parser, or with a traceback by a data worker."""
+    wrapped = user_error_in(error)
+    if wrapped is not None:
+        return _message(wrapped)
+    message = _message(error)
+    if isinstance(error, MemoryError) or re.search(_OUT_OF_MEMORY, message):
+        return (
+            f"out of memory ({message[:160]}): halve --data.batch_size and double --trainer.accumulate_grad_batches, "
+            "or give --trainer.precision bf16-mixed"
+        )
+    if "DataLoader worker" in message:
+        return f"a loader process died ({message[:160]}), often for want of memory: give a smaller --data.num_workers"
+    return f"{type(error).__name__}: {message} (ETFLIGHT_DEBUG=1 shows where)"
+
+
+def _message(error: BaseException) -> str:
+    text = str(error).strip()
+    if "Original Traceback" in text:  # a worker's exception carries its traceback as text
+        text = re.sub(r"^[\w.]*(Error|Exception): ", "", text.splitlines()[-1])
+    # what a file says may be part of the message, but commands no terminal
+    return shorten(plain(text), 1500, placeholder=" …")
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    if user_error_in(error) is not None:
+        return False
+    return type(error).__name__.startswith("Dist") or re.search(_LOST_CONNECTION, str(error)) is not None
+
+
+def _is_several_processes() -> bool:
+    """Whether there may be more: Lightning has removed WORLD_SIZE by the time an error arrives here."""
+    return "MASTER_PORT" in os.environ or int(os.environ.get("SLURM_NTASKS") or 1) > 1
+
+
+def _print_once(text: str) -> None:
+    """Print an error if this process is the first of its job on this machine that does: it makes the job's file."""
+    if _is_several_processes():
+        mark = _mark_of_job()
+        if not _is_of_this_job(mark):
+            mark.unlink(missing_ok=True)
+        try:
+            mark.touch(0o600, exist_ok=False)
+        except FileExistsError:
+            return
+    print(f"etflight: error: {text}", file=sys.stderr, flush=True)
+
+
+def _mark_of_job() -> Path:
+    """The file that the first process to print an error makes."""
+    names = _SLURM_JOB if "SLURM_JOB_ID" in os.environ else _OTHER_JOB
+    job = hashlib.sha256("|".join(os.environ.get(name, "") for name in names).encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"etflight-{os.getuid()}-{job}"
+
+
+def _is_of_this_job(mark: Path) -> bool:
+    """Whether the file is there and no earlier job with the same address has made it."""
+    return mark.exists() and mark.stat().st_mtime >= _STARTED

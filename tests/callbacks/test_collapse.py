@@ -15,11 +15,10 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from etflight import Classifier, CrossEntropyLoss, ETFHead, LinearHead
 from etflight.callbacks import CollapseFigures, LastCheckpoint, NeuralCollapseMonitor, collapse, features
 from etflight.callbacks.features import PassStatistics, every_sample_once
-from etflight.callbacks.trainer import run_folder
 from etflight.data import Digits
 from etflight.heads import Head
 from etflight.metrics import ClassStatistics, measures
-from etflight.runs.loggers import MetricsCSV
+from etflight.runs.loggers import MetricsCSV, run_folder
 from etflight.utils.errors import UserError
 
 K = 4

@@ -9,7 +9,7 @@ from PIL import Image
 
 from etflight.data import ArrayImages, Digits, FolderImages, INaturalist2018, ListImages
 from etflight.data.sampler import fingerprint
-from etflight.utils.trained_on import choice_of, content_of, same_images
+from etflight.utils.training_data import choice_of, content_of, same_images
 
 
 def pictures(root: Path, *names: str) -> Path:

@@ -3,7 +3,6 @@ import pytest
 from matplotlib.figure import Figure
 
 from etflight import plotting
-from tests.plotting.pixels import drawn
 
 
 def history(epochs: int) -> dict[str, list[float]]:
@@ -25,27 +24,24 @@ def lines(figure: Figure) -> dict[str, tuple[list[float], list[float]]]:
     }
 
 
-def test_curves_are_the_history_over_its_epochs(tmp_path):
+def test_curves_are_the_history_over_its_epochs():
     recorded, epochs = history(4), [0, 2, 4, 6]
     figure = plotting.collapse_curves(recorded, epochs, num_classes=10)
     expected = {key: (epochs, values) for key, values in recorded.items() if not key.endswith("_std")}
     assert lines(figure) == expected
     assert figure.axes[0].get_yscale() == "log"
     assert [axes.get_yscale() for axes in figure.axes[1:]] == ["linear"] * 3
+    assert [len(axes.collections) for axes in figure.axes] == [0, 1, 0, 3]  # bands of train where there is an _std
     (simplex,) = [line for line in figure.axes[3].lines if "simplex" in line.get_label()]
     assert list(simplex.get_ydata()) == pytest.approx([-1 / 9] * 2)
-    drawn(figure, tmp_path)
+    plotting.render(figure)
 
 
-def test_curves_tell_splits_apart_by_line_style_train_first():
-    figure = plotting.collapse_curves(history(3), [0, 1, 2])
+def test_splits_have_line_styles_train_first_and_a_late_measure_belongs_to_the_last_epochs():
+    figure = plotting.collapse_curves({"nc/val/nc1": [5.0], "nc/train/nc1": [3.0, 2.0, 1.0]}, [0, 1, 2])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["train", "val"]
     styles = {line.get_label(): line.get_linestyle() for line in figure.axes[0].lines}
     assert styles == {"nc/train/nc1": "-", "nc/val/nc1": "--"}
-
-
-def test_curves_align_a_late_measure_with_the_last_epochs():
-    figure = plotting.collapse_curves({"nc/train/nc1": [3.0, 2.0, 1.0], "nc/val/nc1": [5.0]}, [0, 1, 2])
     np.testing.assert_array_equal(lines(figure)["nc/val/nc1"][1], [np.nan, np.nan, 5.0])
 
 
@@ -55,7 +51,7 @@ def test_curves_without_scatter_show_the_ratio_and_say_what_was_not_measured():
     assert [text.get_text() for axes in figure.axes[1:] for text in axes.texts] == ["not measured"] * 3
 
 
-def test_curves_of_another_space_leave_the_first_alone():
+def test_curves_of_another_space_are_those_of_its_prefix():
     recorded = {"nc/train/nc1": [1.0], "nc_raw/train/nc1": [2.0]}
     assert set(lines(plotting.collapse_curves(recorded, [0], prefix="nc_raw"))) == {"nc_raw/train/nc1"}
 

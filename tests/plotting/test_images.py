@@ -20,18 +20,18 @@ def test_bars_go_from_the_most_frequent_class_to_the_rarest_in_the_colours_of_th
     assert top > bottom
 
 
-def test_of_many_classes_there_is_one_curve_through_all_counts():
+def test_of_many_classes_the_counts_are_one_curve():
     counts = np.random.default_rng(0).permutation(np.arange(1, 201))
     axes = plotting.class_histogram(torch.tensor(counts)).axes[0]
     assert axes.get_yscale() == "log"
-    corners = np.concatenate([part.get_paths()[0].vertices for part in axes.collections])
-    height = {x: corners[np.isclose(corners[:, 0], x), 1].max() for x in (0.5, 50.5, 199.5, 200.5)}
-    assert height == {0.5: 200, 50.5: 151, 199.5: 2, 200.5: 1}  # a step belongs to both of its sides
-    assert len(axes.collections) == 3
+    steps = [part.get_data() for part in axes.patches]
+    np.testing.assert_array_equal(np.concatenate([step.values for step in steps]), np.arange(200, 0, -1))
+    assert [(step.edges[0], step.edges[-1]) for step in steps] == [(0.5, 100.5), (100.5, 181.5), (181.5, 200.5)]
+    assert [hexadecimal(part) for part in axes.patches] == [BLUE, GREEN, VERMILION]
     assert plotting.class_histogram([3] * 100).axes[0].get_yscale() == "linear"
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+@pytest.mark.parametrize("channels", [2, 5])
 def test_the_sheet_shows_pixels_as_they_are(channels):
     images = torch.randint(0, 256, (3, channels, 4, 4), dtype=torch.uint8)
     (axes,) = plotting.contact_sheet(images, torch.tensor([1, 0, 1]), ["one", "two"], [1, 2]).axes

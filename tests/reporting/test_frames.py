@@ -1,5 +1,4 @@
 import base64
-import zipfile
 
 import numpy as np
 import pytest
@@ -42,6 +41,7 @@ def cosines(A, B):
 
 
 def test_cosines_are_those_of_means_vectors_and_embeddings(tmp_path):
+    assert frames(tmp_path) is None
     made = leave(tmp_path)
     found = frames(tmp_path)
     assert found["epochs"] == [0, 1, 2]
@@ -80,43 +80,13 @@ def test_the_size_is_bounded_whatever_the_run(tmp_path):
     assert unpack(found["points"], 30, 30 * N, 30).shape
 
 
-def test_a_run_without_measurements_has_no_frames(tmp_path):
-    assert frames(tmp_path) is None
-
-
-def of(values):
-    def spoil(path):
-        np.savez(path, gram=values, classes=np.arange(K), embeddings=values, labels=np.tile(np.arange(K), N),
-                 indices=np.arange(K * N), weight=values)  # fmt: skip
-
-    return spoil
-
-
-DAMAGE = {
-    "cut off": lambda path: path.write_bytes(path.read_bytes()[:100]),
-    "objects": of(np.array([{}])),
-    "texts": of(np.array(["x"])),
-    "another size": of(np.eye(3)),
-    "a bomb": lambda path: growing(path),
-}
-
-
-def growing(path):
-    with (
-        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
-        archive.open("gram.npy", "w", force_zip64=True) as member,
-    ):
-        for _ in range(300):
-            member.write(bytes(2**20))
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("folder", ["gram", "snapshots"])
-def test_a_damaged_file_is_named(folder, damage, tmp_path):
+def test_a_file_whose_arrays_do_not_fit_is_named(folder, tmp_path):
     leave(tmp_path)
     path = tmp_path / folder / "epoch_001.npz"
-    DAMAGE[damage](path)
-    with pytest.raises(UserError) as caught:
+    labels = np.tile(np.arange(K), N)
+    wrong = {"gram": np.eye(3), "embeddings": np.eye(3), "weight": np.eye(3)}
+    np.savez(path, classes=np.arange(K), labels=labels, indices=np.arange(K * N), **wrong)
+    with pytest.raises(UserError, match="is not whole") as caught:
         frames(tmp_path)
     assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)

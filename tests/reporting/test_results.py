@@ -62,17 +62,11 @@ def test_what_was_not_recorded_is_unknown(tmp_path):
     assert all(getattr(result, name) is None for name in ("dataset", "ratio", "seed", "epochs", "seconds", "hardware"))
 
 
-def test_an_undefined_measure_is_missing(tmp_path):
+def test_what_is_undefined_or_overflowed_is_missing(tmp_path):
     run = make_run(tmp_path / "r")
     write_csv(run / "metrics.csv", [{"epoch": 0.0, "train/loss": 1.0, "nc/train/nc1": "nan", "val/acc": 0.5}])
-    assert only(run).metrics.keys() >= {"val/acc"}
-    assert "nc/train/nc1" not in only(run).metrics
-
-
-def test_a_loss_that_overflowed_is_missing(tmp_path):
-    run = make_run(tmp_path / "r")
     write_json(run / "test_metrics.json", {"test/acc": 0.5, "test/loss": float("inf"), "test/acc_worst": float("nan")})
-    assert {name for name in only(run).metrics if name.startswith("test/")} == {"test/acc"}
+    assert only(run).metrics == {"test/acc": 0.5, "val/acc": 0.5, "val/acc_best": 0.5, "val/acc_best_epoch": 1}
 
 
 def cut_off(name, by):
@@ -92,14 +86,11 @@ DAMAGE = {
     "a number cut off": ("metrics.csv", cut_off("metrics.csv", 3)),
     "an empty table": ("metrics.csv", replaced("metrics.csv", b"")),
     "a word for a number": ("metrics.csv", replaced("metrics.csv", b"epoch,train/loss\n0,low\n")),
-    "a table of zeros": ("metrics.csv", replaced("metrics.csv", b"\0" * 50)),
     "an accuracy above 1": ("metrics.csv", replaced("metrics.csv", b"epoch,val/acc\n0,88\n")),
     "a half-written speed table": ("speed.csv", cut_off("speed.csv", 2)),
     "a record cut off": ("run.json", cut_off("run.json", 5)),
     "a record of no names": ("run.json", replaced("run.json", b"[]")),
-    "results cut off": ("test_metrics.json", cut_off("test_metrics.json", 5)),
     "an accuracy that is none": ("test_metrics.json", replaced("test_metrics.json", b'{"test/acc": NaN}')),
-    "an accuracy without bound": ("test_metrics.json", replaced("test_metrics.json", b'{"test/acc": Infinity}')),
     "an accuracy in per cent": ("test_metrics.json", replaced("test_metrics.json", b'{"test/acc": 95.0}')),
     "a yes for a number": ("test_metrics.json", replaced("test_metrics.json", b'{"test/acc": true}')),
     "no record": ("run.json", lambda run: (run / "run.json").unlink()),
@@ -111,24 +102,21 @@ def test_a_damaged_run_is_named_and_the_others_are_read(name, tmp_path):
     file, spoil = DAMAGE[name]
     bad, good = make_run(tmp_path / "bad"), make_run(tmp_path / "good", seed=1)
     spoil(bad)
-    results, problems = read_results([bad, good])
+    results, (problem,) = read_results([bad, good])
     assert [r.source for r in results] == [str(good)]
-    assert len(problems) == 1
-    assert str(bad) in problems[0]
-    assert file in problems[0]
+    assert str(bad) in problem
+    assert file in problem
 
 
 BAD_RECORDS = {
     "no record": 3,
     "no accuracy": {k: v for k, v in RECORD.items() if k != "test/acc"},
-    "per cent": RECORD | {"test/acc": 95.0},
     "not finite": RECORD | {"nc/train/nc1": float("nan")},
     "a huge number": RECORD | {"nc/train/nc1": 10**400},
     "a text for a metric": RECORD | {"test/ece": "0.1"},
     "a text for a seed": RECORD | {"seed": "0"},
     "a ratio below 1": RECORD | {"ratio": 0.01},
     "half an epoch": RECORD | {"epochs": 2.5},
-    "a number for a name": RECORD | {"arm": 3},
     "a list for a command": RECORD | {"command": ["etflight"]},
 }
 
@@ -137,13 +125,12 @@ BAD_RECORDS = {
 def test_a_bad_record_is_named_by_its_place(name, tmp_path):
     path = tmp_path / "results.json"
     write_json(path, [RECORD, BAD_RECORDS[name]])
-    results, problems = read_results([path])
+    results, (problem,) = read_results([path])
     assert [r.record() for r in results] == [RECORD]
-    assert len(problems) == 1
-    assert f"{path}[1]" in problems[0]
+    assert f"{path}[1]" in problem
 
 
-@pytest.mark.parametrize("content", ["{}", "[", "3", "[" * 100_000])
+@pytest.mark.parametrize("content", ["{}", "[" * 100_000])
 def test_a_file_of_something_else_is_named(content, tmp_path):
     path = tmp_path / "results.json"
     path.write_text(content)
@@ -167,7 +154,7 @@ records = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(st.lists(records, max_size=4))
 def test_result_files_are_read_as_they_were_written(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("results") / "results.json"

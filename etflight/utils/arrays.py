@@ -1,0 +1,33 @@
+"""Arrays that a run left on disk, read whole or not at all."""
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from etflight.utils.errors import UserError
+from etflight.utils.limits import refuse_growth
+
+
+def read_arrays(path: Path, *names: str) -> dict[str, NDArray[Any]]:
+    """Arrays of numbers out of an `.npz` file.
+
+    Args:
+        path: The file.
+        names: The arrays to read.
+
+    Raises:
+        UserError: The file is missing or damaged, lacks an array, holds something else than numbers, or would fill the memory.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            refuse_growth(str(path), sum(part.file_size for part in archive.infolist()), path.stat().st_size)
+        with np.load(path, allow_pickle=False) as content:
+            arrays = {name: content[name] for name in names}
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not whole ({' '.join(str(error).split()) or type(error).__name__})") from error
+    if any(array.dtype.kind not in "iuf" for array in arrays.values()):
+        raise UserError(f"{path} is not whole (it holds something else than numbers)")
+    return arrays

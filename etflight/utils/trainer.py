@@ -1,0 +1,61 @@
+"""What callbacks and the model ask of a trainer; most of it Lightning sets outside the class body, where no type checker sees it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import nn
+
+from etflight.utils.torch_private import broadcast_buffers
+
+_Kind = TypeVar("_Kind")
+
+
+def data_module(trainer: Trainer) -> Any:
+    """The data module, or None."""
+    return trainer.datamodule  # type: ignore[attr-defined]
+
+
+def callbacks_of(trainer: Trainer, kind: type[_Kind]) -> list[_Kind]:
+    """The trainer's callbacks of one kind, in their order."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, kind)]
+
+
+def is_trial_run(trainer: Trainer) -> bool:
+    """Whether this is Lightning's `fast_dev_run`, which leaves nothing on disk."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def shows_after(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether the progress bar gets new numbers after this batch: one in `log_every_n_steps` does."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and (batch_idx + 1) % every == 0
+
+
+@contextmanager
+def averaged(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Inside, the module holds the averaged weights (EMA), as it does in a validation; its own where nothing is averaged."""
+    callbacks = callbacks_of(trainer, WeightAveraging)
+    for callback in callbacks:
+        callback.on_validation_epoch_start(trainer, pl_module)
+    try:
+        yield
+    finally:
+        for callback in callbacks:
+            callback.on_validation_epoch_end(trainer, pl_module)
+
+
+def take_buffers_of_rank_zero(module: nn.Module) -> None:
+    """Overwrite the buffers that DDP keeps equal by rank 0's; a collective call, nothing on a single process.
+
+    BatchNorm's running statistics differ from rank to rank, and DDP does not equalise them before each evaluation: not while
+    gradients accumulate, and not when averaged weights have just been swapped in.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    for buffer in broadcast_buffers(module):
+        dist.broadcast(buffer, src=0)
