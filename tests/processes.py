@@ -19,7 +19,15 @@ def start(*words: object, cwd: Path, **env: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 250) -> Result:
+def ended(process: subprocess.Popen[str], timeout: float = 250) -> Result:
     """Wait for its end."""
     out, err = process.communicate(timeout=timeout)
     return Result(process.returncode, out, err)
+
+
+def finish(*processes: subprocess.Popen[str]) -> str:
+    """What they printed, all together; they have to succeed."""
+    results = [ended(process) for process in processes]
+    printed = "".join(result.out + result.err for result in results)
+    assert [result.status for result in results] == [0] * len(results), printed
+    return printed

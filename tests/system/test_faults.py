@@ -26,7 +26,7 @@ from etflight.data import FashionMNIST, sets
 from etflight.runs.folder import check_writable, lock
 from etflight.utils.errors import UserError
 from tests.cli.test_stages import QUICK
-from tests.processes import finish, start
+from tests.processes import ended, start
 from tests.wandb_file import history
 
 ROOT = Path(__file__).parents[2]
@@ -219,7 +219,7 @@ def test_wandb_keeps_what_a_server_that_went_away_has_not_taken(tmp_path):
     server.shutdown()
     server.server_close()
     (tmp_path / "gone").touch()
-    result = finish(process)
+    result = ended(process)
     assert result.status == 0, result.err
     (warning,) = warnings_in(result)
     assert "has not taken everything" in warning
@@ -351,7 +351,7 @@ def test_a_truncated_image_is_named_by_every_stage(images, etflight_command, tmp
 def test_a_truncated_image_is_named_once_by_two_processes(images, tmp_path):
     cut_short(images / "train/dog/3.png")
     two = ["--trainer.strategy", "ddp", "--trainer.devices", 2]
-    result = finish(start("etflight", "fit", *FOLDER, "r", *two, cwd=tmp_path))
+    result = ended(start("etflight", "fit", *FOLDER, "r", *two, cwd=tmp_path))
     assert result.status != 0
     result.status = 1  # or that of the launcher's signal
     assert_refused(result, "images/train/dog/3.png", "replace it or remove it")

@@ -8,7 +8,7 @@ import torch
 
 from tests.cli.test_bad_input import QUICK, folder
 from tests.left_by_runs import assert_same_run, read
-from tests.processes import finish, start
+from tests.processes import ended, start
 
 DIGITS = [
     "--data", "Digits", "--data.imbalance_ratio", 20, "--data.batch_size", 32, "--data.crop_padding", 1,
@@ -82,8 +82,8 @@ def killed_on_two(tmp_path_factory):
     odd = ["--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 7]
     one = ["fit", "-c", "watched.yaml", *DIGITS, "--data.batch_size", 16, *EACH_STEP, *odd]
     two = [*one, "--trainer.strategy", "ddp", "--trainer.devices", 2]
-    ran(finish(start("etflight", *two, "--name", "whole", cwd=cwd)))
-    killed = finish(start("etflight", *two, "--name", "killed", *kill_the_second("killed"), cwd=cwd))
+    ran(ended(start("etflight", *two, "--name", "whole", cwd=cwd)))
+    killed = ended(start("etflight", *two, "--name", "killed", *kill_the_second("killed"), cwd=cwd))
     return cwd, one, two, killed, time.time() - (cwd / "killed.mark").stat().st_mtime
 
 
@@ -114,7 +114,7 @@ def test_torchrun_restarts_a_dead_process_from_the_last_checkpoint_bit_by_bit(ki
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1, "-m", "etflight"]
     argv = [*fit, "--name", "torchrun", *kill_the_second("torchrun"), *LAST]
     # without it, the second try finds the first one's addresses in the store
-    job = ran(finish(start(*torchrun, *argv, cwd=cwd, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")))
+    job = ran(ended(start(*torchrun, *argv, cwd=cwd, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")))
     assert (cwd / "torchrun.mark").exists()
     assert "Restored all states" in job.err
     assert_same_run(cwd / "runs/whole", cwd / "runs/torchrun")

@@ -644,21 +644,23 @@ def test_report_refuses_hostile_results_and_prints_text_as_it_is(cwd, etflight_c
 
 OUTSIDE = b'{"fc.weight": {"dtype": "F32", "shape": [1000000, 1000000], "data_offsets": [0, 4000000000000]}}'
 HOSTILE_WEIGHTS = {
-    "code.pth": lambda path: torch.save({"bomb": Bomb()}, path),
-    "bare.pth": lambda path: path.write_bytes(pickle.dumps(Bomb())),
-    "list.pth": lambda path: torch.save([1, 2], path),
-    "number.pth": lambda path: torch.save({"state_dict": 3}, path),
-    "text.pth": lambda path: path.write_text("hello"),
-    "objects.npz": lambda path: np.savez(path, state_dict=np.array([Bomb()], dtype=object)),
-    "text.safetensors": lambda path: path.write_text("hello, hello"),
-    "long.safetensors": lambda path: path.write_bytes(struct.pack("<Q", 2**60) + b"{}"),
-    "outside.safetensors": lambda path: path.write_bytes(struct.pack("<Q", len(OUTSIDE)) + OUTSIDE + b"x"),
+    "code.pth": lambda: torch.save({"bomb": Bomb()}, "code.pth"),
+    "bare.pth": lambda: Path("bare.pth").write_bytes(pickle.dumps(Bomb())),
+    "list.pth": lambda: torch.save([1, 2], "list.pth"),
+    "number.pth": lambda: torch.save({"state_dict": 3}, "number.pth"),
+    "text.pth": lambda: Path("text.pth").write_text("hello"),
+    "objects.npz": lambda: np.savez("objects.npz", state_dict=np.array([Bomb()], dtype=object)),
+    "text.safetensors": lambda: Path("text.safetensors").write_text("hello, hello"),
+    "long.safetensors": lambda: Path("long.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}"),
+    "outside.safetensors": lambda: Path("outside.safetensors").write_bytes(
+        struct.pack("<Q", len(OUTSIDE)) + OUTSIDE + b"x"
+    ),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE_WEIGHTS)
 def test_hostile_weights_are_refused(name, cwd):
-    HOSTILE_WEIGHTS[name](Path(name))
+    HOSTILE_WEIGHTS[name]()
     with pytest.raises(UserError, match=name):
         read_weights(name)
     assert_no_trace()

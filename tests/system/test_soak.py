@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.left_by_runs import assert_same_run, count_tensors, logged_values, read
-from tests.processes import finish, start
+from tests.processes import ended, start
 
 ROOT = Path(__file__).parents[2]
 FIT = [
@@ -86,7 +86,7 @@ def test_a_run_killed_at_random_moments_is_the_run_that_was_left_alone(processes
     left_alone = train(tmp_path, options, "--name", "left_alone")
     assert wait_for(left_alone, steps.exists)
     training_begins = time.monotonic()
-    result = finish(left_alone, timeout=3600)
+    result = ended(left_alone, timeout=3600)
     assert result.status == 0, result.err
     seconds = time.monotonic() - training_begins
     print(f"left alone: {training_begins - started:.0f} s to the first step, {seconds:.0f} s of training")
@@ -111,7 +111,7 @@ def test_a_run_killed_at_random_moments_is_the_run_that_was_left_alone(processes
         was_killed = is_running(training)
         if was_killed:
             os.killpg(training.pid, signal.SIGKILL)
-        result = finish(training)
+        result = ended(training)
         assert was_killed or result.status == 0, result.err
         if resumed_from is not None:
             assert "Restored all states from the checkpoint" in result.err

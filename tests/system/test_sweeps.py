@@ -9,7 +9,7 @@ import yaml
 from wandb import wandb_agent
 from wandb.sdk.launch.sweeps.utils import load_sweep_config
 
-from tests.processes import finish, start
+from tests.processes import ended, start
 from tests.wandb_file import config_updates, run_record
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +85,7 @@ def test_a_trial_is_recorded_with_its_values_and_goes_on_after_a_stop(here, etfl
     args = trials(sweep)[0]
     words, env = as_the_agent_starts_it(sweep, "again", args, monkeypatch, here)
     env |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    first = finish(start(*words[3:], *STEP, cwd=here, **env))
+    first = ended(start(*words[3:], *STEP, cwd=here, **env))
     second = etflight_command(*words[4:], *STEP, cwd=here, **env)
     for result in (first, second):
         assert result.status == 0, result.err
