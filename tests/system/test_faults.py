@@ -113,7 +113,7 @@ class Telegraph(Logger):
 
 
 # rows are the monitor's before training, those of epoch 0, its pictures, …
-@pytest.mark.parametrize("lines", [0, 1, 4, 1000])
+@pytest.mark.parametrize("lines", [0, 4, 1000])
 def test_training_goes_on_without_a_logger_whose_server_is_gone(lines, alone, etflight_command, tmp_path):
     logger = ["--trainer.logger+", "tests.system.test_faults.Telegraph", "--trainer.logger.lines", lines]
     result = etflight_command("fit", *DIGITS, *PICTURES, *logger, "--name", "r", cwd=tmp_path)
@@ -248,9 +248,8 @@ def test_a_run_folder_that_cannot_be_made_is_refused_before_work(stage, root, al
     (tmp_path / "notes.txt").write_text("mine")
     checkpoint = [] if stage == "fit" else ["--ckpt_path", alone / "checkpoints/last.ckpt"]
     argv = [stage, *DIGITS, *checkpoint, "--trainer.default_root_dir", root, "--name", "r"]
-    assert_refused(
-        etflight_command(*argv, cwd=tmp_path), f"folder {root}/r cannot be written to", "--trainer.default_root_dir"
-    )
+    option = "--output" if stage == "predict" else "--trainer.default_root_dir"
+    assert_refused(etflight_command(*argv, cwd=tmp_path), f"folder {root}/r cannot be written to", option)
     assert contents(tmp_path) == {Path("notes.txt"): b"mine"}
 
 
