@@ -1,49 +1,17 @@
 """Accuracies, confusion, calibration and mean losses: sums over samples, added over processes."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torchmetrics import Metric
-from torchmetrics.utilities.distributed import gather_all_tensors
+from torch import Tensor
 
 from etflight.utils.precision import at_least_float32
+from etflight.utils.torchmetrics_private import ExactMetric
 
 
-class ExactMetric(Metric):
-    """A metric whose states keep their dtypes when the network that it belongs to is put into half precision."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
-        """Move to where `fn` does; torchmetrics itself guards against `module.half()`, but not against `module.to(torch.float16)`."""
-        device = fn(torch.empty(0, device=self.device)).device
-        return super()._apply(lambda state: state.to(device), exclude_state)
-
-
-class SummedMetric(ExactMetric):
-    """A metric that only adds: its states are sums, and processes are summed by all-reduce.
-
-    torchmetrics itself gathers every process's state and stacks them, which for a `[K, K]` state is a copy for each process.
-    """
-
-    full_state_update = False
-
-    def add_sum(self, name: str, *shape: int, dtype: torch.dtype = torch.long) -> None:
-        """Add a state of zeros."""
-        self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
-
-    def _sync_dist(
-        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
-    ) -> None:
-        for name in self._defaults:
-            state: Tensor = getattr(self, name).contiguous()
-            dist.all_reduce(state, group=process_group or self.process_group)
-            setattr(self, name, state)
-
-
-class SampleMean(SummedMetric):
+class SampleMean(ExactMetric):
     """The mean over samples of what batches report as their own mean, whatever their sizes and ranks.
 
     Unlike a tensor given to `LightningModule.log`, it has a state that a checkpoint within an epoch can hold.
@@ -77,7 +45,7 @@ class SampleMean(SummedMetric):
 MOST_CLASSES = 1000  # 8 MB; more cells than that are more than a picture has pixels
 
 
-class Confusion(SummedMetric):
+class Confusion(ExactMetric):
     """Counts of (true, predicted) pairs.
 
     Args:
@@ -206,7 +174,7 @@ class ClassScores(NamedTuple):
     precision: Tensor
 
 
-class ShotAccuracy(SummedMetric):
+class ShotAccuracy(ExactMetric):
     """Top-1 accuracy: overall, and of classes: their mean (balanced accuracy), worst, harmonic mean, and means over groups.
 
     A group's accuracy is the mean of its classes' accuracies; classes without a sample seen are left out of whatever is
@@ -253,7 +221,7 @@ class ShotAccuracy(SummedMetric):
 
     def per_class(self) -> ClassScores:
         """Of what all processes have seen; each must call it."""
-        with self.sync_context(should_sync=self._to_sync):
+        with self.sync_context():
             return self._scores()
 
     def _scores(self) -> ClassScores:
@@ -311,7 +279,7 @@ class ReliabilityBins(NamedTuple):
         return torch.where(self.counts > 0, self.counts * gaps, 0.0).sum() / self.counts.sum()
 
 
-class Reliability(SummedMetric):
+class Reliability(ExactMetric):
     """What a reliability diagram shows, and the expected calibration error that sums it up.
 
     Args:
@@ -357,7 +325,7 @@ class Reliability(SummedMetric):
         return ReliabilityBins(self.counts.clone(), self.confidence / self.counts, self.correct.double() / self.counts)
 
 
-class TemperatureFit(SummedMetric):
+class TemperatureFit(ExactMetric):
     """The temperature T that minimises the negative log-likelihood of `softmax(logits / T)`.
 
     The likelihood is summed on a logarithmic grid of temperatures, so ranks add and no logits are kept; the minimum is refined by

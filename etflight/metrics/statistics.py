@@ -1,17 +1,16 @@
 """One-pass, mergeable class statistics from which every neural-collapse measure follows."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.utilities.distributed import gather_all_tensors
 
-from etflight.metrics.accuracy import ExactMetric
 from etflight.utils.errors import UserError
+from etflight.utils.torchmetrics_private import ExactMetric
 
 
 class Moments(NamedTuple):
@@ -75,7 +74,6 @@ class ClassStatistics(ExactMetric):
     """
 
     is_differentiable = False
-    full_state_update = False
 
     # Row K of every per-class state takes the samples with labels outside [0, K) and is never read, except its count.
     anchor: Tensor  # [K + 1, d] float32: an anchor need not be exact, only close, and differences to it are exact
@@ -106,19 +104,14 @@ class ClassStatistics(ExactMetric):
         self.scatter = scatter
         self.scatter_dtype = scatter_dtype
         rows = num_classes + 1
-        self._add_zeros("anchor", (rows, feature_dim), torch.float32, None)
-        self._add_zeros("anchored", (rows,), torch.bool, None)
-        self._add_zeros("count", (rows,), torch.float64, "sum")
-        self._add_zeros("shift", (rows, feature_dim), scatter_dtype, "sum")
-        self._add_zeros("square", (rows,), torch.float64, "sum")
+        self.add_sum("anchor", rows, feature_dim, dtype=torch.float32, reduction=None)
+        self.add_sum("anchored", rows, dtype=torch.bool, reduction=None)
+        self.add_sum("count", rows, dtype=torch.float64)
+        self.add_sum("shift", rows, feature_dim, dtype=scatter_dtype)
+        self.add_sum("square", rows, dtype=torch.float64)
         if scatter:
-            self._add_zeros("outer", (feature_dim, feature_dim), scatter_dtype, "sum")
+            self.add_sum("outer", feature_dim, feature_dim, dtype=scatter_dtype)
         self.register_buffer("_class_weight", self._weights(class_counts), persistent=False)
-
-    def _add_zeros(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, reduction: str | None) -> None:
-        zero = torch.zeros((), dtype=dtype)
-        self.add_state(name, zero.expand(shape), dist_reduce_fx=reduction)
-        self._defaults[name] = zero.expand(shape)  # reset() clones it: no second copy of [K, d] is kept
 
     def _weights(self, class_counts: Tensor | Sequence[int] | None) -> Tensor | None:
         if class_counts is None:
@@ -243,20 +236,17 @@ class ClassStatistics(ExactMetric):
                 moved["outer"] = state["outer"] + cross + cross.T
         return moved
 
-    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        """Add another state, whatever its anchors; what `forward` and `merge_state` call."""
-        missing = sorted(set(self._defaults) - set(incoming_state))
+    @torch.no_grad()
+    def add_states(self, incoming: dict[str, Any]) -> None:
+        """Add the states of another instance, whatever its anchors."""
+        missing = sorted(set(self.metric_state) - set(incoming))
         if missing:
             raise ValueError(f"the incoming state lacks {', '.join(missing)}")
-        with torch.no_grad():
-            incoming = {name: incoming_state[name].to(self.device) for name in self._defaults}
-            self._move(incoming["anchor"], incoming["anchored"] & ~self.anchored)
-            incoming |= self._moved(incoming, self.anchor)
-            for name in self._defaults:
-                if name not in ("anchor", "anchored"):
-                    setattr(self, name, getattr(self, name) + incoming[name])
-        self._computed = None
-        self._update_count = max(self._update_count, 1)
+        incoming = {name: incoming[name].to(self.device) for name in self.metric_state}
+        self._move(incoming["anchor"], incoming["anchored"] & ~self.anchored)
+        self.count = self.count + incoming["count"]
+        for name, value in self._moved(incoming, self.anchor).items():
+            setattr(self, name, getattr(self, name) + value)
 
     def merge_state(self, incoming_state: "dict[str, Any] | Metric") -> None:
         """Add the samples another instance has seen; see `torchmetrics.Metric.merge_state`.
@@ -272,57 +262,29 @@ class ClassStatistics(ExactMetric):
                 raise ValueError("statistics with different class_counts do not add")
         super().merge_state(incoming_state)
 
-    def _sync_dist(
-        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
-    ) -> None:
-        """Replace the states by their sum over ranks, by all-reduces only."""
-        group = process_group or self.process_group
-        with torch.no_grad():
-            total = self.count.clone()
-            dist.all_reduce(total, group=group)
-            # The common anchors are the class means over all ranks: a sum of every rank's part in them.
-            share = (self.count / total.clamp(min=1)).to(self.scatter_dtype)[:, None]
-            anchors = self.shift / total.clamp(min=1).to(self.scatter_dtype)[:, None]
-            anchors += share * self.anchor
-            dist.all_reduce(anchors, group=group)
-            self._move(anchors.to(torch.float32), total > 0)
-            del anchors
-            self.count = total
-            for name in ("shift", "square", "outer") if self.scatter else ("shift", "square"):
-                state = getattr(self, name).contiguous()
-                dist.all_reduce(state, group=group)
-                setattr(self, name, state)
+    @torch.no_grad()
+    def sum_over_processes(self, group: Any) -> None:
+        """Replace the states by their sum over the processes, by all-reduces only."""
+        total = self.count.clone()
+        dist.all_reduce(total, group=group)
+        # The common anchors are the class means over all ranks: a sum of every rank's part in them.
+        share = (self.count / total.clamp(min=1)).to(self.scatter_dtype)[:, None]
+        anchors = self.shift / total.clamp(min=1).to(self.scatter_dtype)[:, None]
+        anchors += share * self.anchor
+        dist.all_reduce(anchors, group=group)
+        self._move(anchors.to(torch.float32), total > 0)
+        del anchors
+        self.count = total
+        for name in ("shift", "square", "outer") if self.scatter else ("shift", "square"):
+            state = getattr(self, name).contiguous()
+            dist.all_reduce(state, group=group)
+            setattr(self, name, state)
 
     def _own_states(self) -> None:
         """Copy states made under `torch.inference_mode` once we are outside: they refuse in-place updates there."""
         if self.count.is_inference() and not torch.is_inference_mode_enabled():
-            for name in self._defaults:
+            for name in self.metric_state:
                 setattr(self, name, getattr(self, name).clone())
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Copies: torchmetrics would keep the checkpoint's own tensors, on the checkpoint's device, and update them in place.
-        found = {name: state_dict[prefix + name] for name in self._defaults if prefix + name in state_dict}
-        for name, value in found.items():
-            mine = getattr(self, name)
-            if value.shape != mine.shape:
-                error_msgs = args[-1]
-                error_msgs.append(f"{prefix}{name} is {list(value.shape)} in the state and {list(mine.shape)} here")
-                return
-        own = {name: getattr(self, name) for name in found}
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        for name, mine in own.items():
-            setattr(self, name, torch.empty_like(mine).copy_(found[name]))
-        if found:
-            self._computed = None
-            self._update_count = max(self._update_count, 1)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        module: nn.Module = super()._apply(keep_precision, exclude_state)
-        return module
 
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -341,24 +303,13 @@ def _no_autocast(device: torch.device) -> Any:
 @contextmanager
 def _full_float32(operand: Tensor) -> Iterator[None]:
     """Switch TF32 and bfloat16 matrix products of float32 operands off, on GPU and CPU, and back as they were."""
-    if operand.dtype != torch.float32:
-        yield
-        return
-    # torch 2.9 made the setting one per backend; its older spelling fails once a user has touched the new one.
-    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-    if all(hasattr(backend, "fp32_precision") for backend in backends):
-        before = [backend.fp32_precision for backend in backends]
-        try:
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        if operand.dtype == torch.float32:
             for backend in backends:
                 backend.fp32_precision = "ieee"
-            yield
-        finally:
-            for backend, precision in zip(backends, before, strict=True):
-                backend.fp32_precision = precision
-    else:
-        legacy = torch.get_float32_matmul_precision()
-        try:
-            torch.set_float32_matmul_precision("highest")
-            yield
-        finally:
-            torch.set_float32_matmul_precision(legacy)
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

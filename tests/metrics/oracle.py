@@ -3,6 +3,19 @@
 from types import SimpleNamespace
 
 import numpy as np
+import torch
+
+
+def clusters(K, d, *, counts=None, spread=0.5, seed=0, dtype=torch.float32, offset=1.0):
+    """Shuffled features `[N, d]` around random, not centred class means, and their labels `[N]`."""
+    g = torch.Generator().manual_seed(seed)
+    counts = torch.as_tensor(counts if counts is not None else [20 + 3 * (k % 5) for k in range(K)])
+    labels = torch.repeat_interleave(torch.arange(K), counts)
+    labels = labels[torch.randperm(len(labels), generator=g)]
+    centres = torch.randn(K, d, generator=g, dtype=torch.float64) + offset
+    noise = torch.randn(len(labels), d, generator=g, dtype=torch.float64)
+    noise *= torch.linspace(0.2, 1.0, d, dtype=torch.float64)  # anisotropic: NC1 is not the trace quotient
+    return (centres[labels] + spread * noise).to(dtype), labels
 
 
 def two_pass(features, labels, num_classes, *, class_weighted=False):
@@ -54,12 +67,11 @@ def nc1(o, divide_by_classes=True, global_mean="class", correction=0):
     return trace / o.K if divide_by_classes else trace
 
 
-def nc1_ratio(o, weighting="class", divide_by_classes=False, global_mean="class", correction=0):
+def nc1_ratio(o, weighting="class", global_mean="class", correction=0):
     v, kept = variances(o, correction)
     weights = None if weighting == "class" else o.counts[o.present][kept]
     m = centred(o, global_mean)
-    ratio = np.average(v, weights=weights) / np.trace(m.T @ m / o.K)
-    return ratio / o.K if divide_by_classes else ratio
+    return np.average(v, weights=weights) / np.trace(m.T @ m / o.K)
 
 
 def nc1_per_class(o, global_mean="class"):
@@ -79,9 +91,9 @@ def cdnv(o, exponent=2, correction=0):
     return np.mean(values)
 
 
-def equinorm(rows, correction=0):
+def equinorm(rows):
     norms = np.linalg.norm(rows, axis=1)
-    return norms.std(ddof=correction) / norms.mean()
+    return norms.std() / norms.mean()
 
 
 def cosines(left, right):

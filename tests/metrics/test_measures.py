@@ -1,4 +1,3 @@
-import inspect
 import math
 
 import numpy as np
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 from etflight.geometry import nearest_etf, simplex_etf
 from etflight.metrics import ClassStatistics, measures
 from tests.metrics import oracle
-from tests.metrics.data import clusters
+from tests.metrics.oracle import clusters
 
 # K, d, samples per class: K < d, K = d + 1, K - 1 > d, missing classes, single samples, long-tailed, two classes, one dimension
 CASES = {
@@ -25,12 +24,6 @@ CASES = {
 }
 
 
-def case(name):
-    K, d, counts = CASES[name]
-    features, labels = clusters(K, d, counts=counts)
-    return features, labels, K
-
-
 def collect(features, labels, K, **options):
     metric = ClassStatistics(K, features.shape[1], **options)
     metric.update(features, labels)
@@ -39,7 +32,7 @@ def collect(features, labels, K, **options):
 
 def class_vectors(K, d):
     g = torch.Generator().manual_seed(3)
-    return torch.randn(K, d, generator=g) + 0.5, torch.randn(K, generator=g)
+    return torch.randn(K, d, generator=g) + 0.5, 2 * torch.randn(K, generator=g)
 
 
 def close(actual, expected, rtol=1e-8, atol=1e-10):
@@ -47,80 +40,80 @@ def close(actual, expected, rtol=1e-8, atol=1e-10):
     assert actual.dtype == torch.float64
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.fixture(params=CASES)
+def case(request, monkeypatch):
+    """Statistics, the oracle's, class vectors, biases, and the features; pairs of classes are taken three by three."""
+    monkeypatch.setattr(measures, "_TILE", 3)
+    monkeypatch.setattr(measures, "_MOST_DISTANCES", 37)
+    K, d, counts = CASES[request.param]
+    features, labels = clusters(K, d, counts=counts)
+    stats, o = collect(features, labels, K), oracle.two_pass(features, labels, K)
+    return stats, o, *class_vectors(K, d), features, labels
+
+
 @pytest.mark.parametrize("global_mean", ["class", "sample"])
 class TestAgainstTheOracle:
-    def test_nc1(self, name, global_mean):
-        features, labels, K = case(name)
-        stats, o = collect(features, labels, K), oracle.two_pass(features, labels, K)
+    def test_nc1(self, case, global_mean):
+        stats, o, *_ = case
         for divide in (True, False):
             for correction in (0, 1):
                 options = {"divide_by_classes": divide, "global_mean": global_mean, "correction": correction}
                 close(measures.nc1(stats, **options), oracle.nc1(o, **options))
 
-    def test_nc1_class_weighted(self, name, global_mean):
-        features, labels, K = case(name)
+    def test_nc1_class_weighted(self, case, global_mean):
+        features, labels = case[-2:]
+        K = len(case[0].counts)
         stats = collect(features, labels, K, class_counts=torch.bincount(labels, minlength=K))
         o = oracle.two_pass(features, labels, K, class_weighted=True)
         close(measures.nc1(stats, global_mean=global_mean), oracle.nc1(o, global_mean=global_mean))
         with pytest.raises(ValueError, match="class-weighted"):
             measures.nc1(stats, correction=1)
 
-    def test_nc1_ratio_and_per_class(self, name, global_mean):
-        features, labels, K = case(name)
-        stats, o = collect(features, labels, K, scatter=False), oracle.two_pass(features, labels, K)
+    def test_nc1_ratio_and_per_class(self, case, global_mean):
+        stats, o, *_ = case
         close(measures.nc1_per_class(stats, global_mean=global_mean), oracle.nc1_per_class(o, global_mean))
         for weighting in ("class", "sample"):
             for correction in (0, 1):
-                for divide in (True, False):
-                    options = {
-                        "weighting": weighting,
-                        "divide_by_classes": divide,
-                        "global_mean": global_mean,
-                        "correction": correction,
-                    }
-                    close(measures.nc1_ratio(stats, **options), oracle.nc1_ratio(o, **options))
+                options = {"weighting": weighting, "global_mean": global_mean, "correction": correction}
+                close(measures.nc1_ratio(stats, **options), oracle.nc1_ratio(o, **options))
 
-    def test_norms_and_angles(self, name, global_mean):
-        features, labels, K = case(name)
-        stats, o = collect(features, labels, K, scatter=False), oracle.two_pass(features, labels, K)
-        weight, _ = class_vectors(K, features.shape[1])
-        for center_means in (True, False):
-            for center_weight in (True, False):
-                shared = {
-                    "global_mean": global_mean,
-                    "center_means": center_means,
-                    "center_weight": center_weight,
-                }
-                m = oracle.centred(o, global_mean) if center_means else o.means[o.present]
-                w = oracle.vectors(o, weight, center_weight)
-                for correction in (0, 1):
-                    sizes = [oracle.equinorm(m, correction), oracle.equinorm(w, correction)]
-                    for of, expected in (("means", sizes[0]), ("weights", sizes[1]), ("both", np.mean(sizes))):
-                        close(measures.nc2_equinorm(stats, weight, of=of, correction=correction, **shared), expected)
-                for deviation in ("etf", "std"):
-                    angles = [oracle.equiangularity(m, deviation), oracle.equiangularity(w, deviation)]
-                    for of, expected in (("means", angles[0]), ("weights", angles[1]), ("both", np.mean(angles))):
-                        options = {"of": of, "deviation": deviation, "tile": 3, **shared}
-                        close(measures.nc2_equiangularity(stats, weight, **options), expected)
-                of_means = {"global_mean": global_mean, "center_means": center_means}
-                for prefix, args, options, cosines in (
-                    ("cos_means", (stats,), of_means, oracle.cosines(m, m)),
-                    ("cos_weights", (stats, weight), {"center_weight": center_weight}, oracle.cosines(w, w)),
-                    ("cos_cross", (stats, weight), shared, oracle.cosines(m, w)),
-                ):
-                    close(getattr(measures, prefix)(*args, **options), cosines.mean())
-                    close(getattr(measures, f"{prefix}_std")(*args, **options), cosines.std())
-                aligned = oracle.alignments(m, w)
-                close(measures.class_alignment(stats, weight, **shared)[o.present], aligned)
-                assert measures.class_alignment(stats, weight, **shared)[~torch.from_numpy(o.present)].isnan().all()
-                close(measures.alignment(stats, weight, **shared), aligned.mean())
-                close(measures.alignment_std(stats, weight, **shared), aligned.std())
+    @pytest.mark.parametrize("center_means", [True, False])
+    @pytest.mark.parametrize("center_weight", [True, False])
+    def test_norms_and_angles(self, case, global_mean, center_means, center_weight):
+        stats, o, weight, *_ = case
+        m = oracle.centred(o, global_mean) if center_means else o.means[o.present]
+        w = oracle.vectors(o, weight, center_weight)
+        options = {"global_mean": global_mean, "center_means": center_means, "center_weight": center_weight}
 
-    def test_duality(self, name, global_mean):
-        features, labels, K = case(name)
-        stats, o = collect(features, labels, K, scatter=False), oracle.two_pass(features, labels, K)
-        weight, _ = class_vectors(K, features.shape[1])
+        def check(measure, of_means, of_weights, **more):
+            for of, expected in (("means", of_means), ("weights", of_weights), ("both", (of_means + of_weights) / 2)):
+                close(measure(stats, weight, of=of, **options, **more), expected)
+
+        check(measures.nc2_equinorm, oracle.equinorm(m), oracle.equinorm(w))
+        for deviation in ("etf", "std"):
+            angles = oracle.equiangularity(m, deviation), oracle.equiangularity(w, deviation)
+            check(measures.nc2_equiangularity, *angles, deviation=deviation)
+
+    def test_cosines(self, case, global_mean):
+        stats, o, weight, *_ = case
+        m = oracle.centred(o, global_mean)
+        for center_weight in (True, False):
+            w = oracle.vectors(o, weight, center_weight)
+            of_means, of_weights = {"global_mean": global_mean}, {"center_weight": center_weight}
+            for name, args, options, cosines in (
+                ("cos_means", (stats,), of_means, oracle.cosines(m, m)),
+                ("cos_weights", (stats, weight), of_weights, oracle.cosines(w, w)),
+                ("cos_cross", (stats, weight), of_means | of_weights, oracle.cosines(m, w)),
+                ("alignment", (stats, weight), of_means | of_weights, oracle.alignments(m, w)),
+            ):
+                close(getattr(measures, name)(*args, **options), cosines.mean())
+                close(getattr(measures, f"{name}_std")(*args, **options), cosines.std())
+            aligned = measures.class_alignment(stats, weight, **of_means, **of_weights)
+            close(aligned[o.present], oracle.alignments(m, w))
+            assert aligned[~torch.from_numpy(o.present)].isnan().all()
+
+    def test_duality(self, case, global_mean):
+        stats, o, weight, *_ = case
         m = oracle.centred(o, global_mean)
         for center_weight in (True, False):
             w = oracle.vectors(o, weight, center_weight)
@@ -128,13 +121,10 @@ class TestAgainstTheOracle:
             close(measures.nc3(stats, weight, **options), oracle.nc3(m, w))
             close(measures.nc3(stats, weight, squared=False, **options), math.sqrt(oracle.nc3(m, w)), atol=1e-7)
             for of, left, right in (("cross", w, m), ("means", m, m), ("weights", w, w)):
-                expected = oracle.structure_error(left, right)
-                close(measures.structure_error(stats, weight, of=of, **options), expected)
-                close(measures.structure_error(stats, weight, of=of, squared=True, **options), expected**2)
+                close(measures.structure_error(stats, weight, of=of, **options), oracle.structure_error(left, right))
 
-    def test_spectra(self, name, global_mean):
-        features, labels, K = case(name)
-        stats, o = collect(features, labels, K), oracle.two_pass(features, labels, K)
+    def test_spectra(self, case, global_mean):
+        stats, o, *_ = case
         m = oracle.centred(o, global_mean)
         singular = np.linalg.svd(m, compute_uv=False)[: min(o.K - 1, m.shape[1])]
         close(measures.spectrum(stats, global_mean=global_mean), singular)
@@ -143,82 +133,59 @@ class TestAgainstTheOracle:
         close(measures.effective_rank(stats, of="within"), oracle.effective_rank(o.within))
 
 
-@pytest.mark.parametrize("name", CASES)
-class TestAgainstTheOracleWithoutGlobalMean:
-    @pytest.mark.parametrize("tile", [1, 3, 1024])
-    def test_cdnv(self, name, tile):
-        features, labels, K = case(name)
-        stats, o = collect(features, labels, K, scatter=False), oracle.two_pass(features, labels, K)
-        for exponent in (1, 2):
-            for correction in (0, 1):
-                options = {"exponent": exponent, "correction": correction}
-                close(measures.cdnv(stats, tile=tile, **options), oracle.cdnv(o, **options))
-
-    def test_etf_distance(self, name):
-        features, labels, K = case(name)
-        stats, o = collect(features, labels, K, scatter=False), oracle.two_pass(features, labels, K)
-        weight, _ = class_vectors(K, features.shape[1])
-        of_means = oracle.etf_distance(o.means[o.present])
-        of_weights = oracle.etf_distance(oracle.vectors(o, weight))
-        close(measures.etf_distance(stats), of_means)
-        close(measures.etf_distance(stats, weight, of="weights"), of_weights)
-        close(measures.etf_distance(stats, weight, of="both"), (of_means + of_weights) / 2)
-        close(measures.etf_distance(stats, squared=False), math.sqrt(of_means), atol=1e-7)
-        assert math.isnan(of_means) == (o.K > features.shape[1] + 1)
-        if not math.isnan(of_means):
-            close(measures.etf_distance(stats), 2 - 2 * nearest_etf(stats.means[torch.from_numpy(o.present)])[1])
-
-    def test_nearest_centre_and_decisions(self, name):
-        features, labels, K = case(name)
-        stats, o = collect(features, labels, K, scatter=False), oracle.two_pass(features, labels, K)
-        weight, bias = class_vectors(K, features.shape[1])
-        bias = 2 * bias
-        nearest = oracle.nearest_centre(o, features)
-        for entries in (1, 37, 2**24):
-            np.testing.assert_array_equal(measures.nearest_centre(features, stats, max_entries=entries), nearest)
-        without = features.double().numpy() @ weight.double().numpy().T
-        with_bias = without + bias.double().numpy()
-        close(measures.nc4(features, stats, weight), (without.argmax(1) == nearest).mean())
-        close(measures.nc4(features, stats, weight, bias), (with_bias.argmax(1) == nearest).mean())
-        close(measures.nc4(features, stats, weight, bias, use_bias=False), (without.argmax(1) == nearest).mean())
-        close(measures.nc4(features, stats, weight, bias, mismatch=True), (with_bias.argmax(1) != nearest).mean())
-        decided = (o.means[o.present] @ weight.double().numpy().T + bias.double().numpy()).argmax(1)
-        close(measures.nc4_centres(stats, weight, bias), (decided == np.flatnonzero(o.present)).mean())
-
-    def test_summary_holds_each_measure_under_its_name(self, name):
-        features, labels, K = case(name)
-        stats = collect(features, labels, K)
-        weight, bias = class_vectors(K, features.shape[1])
-        for options in ({}, {"global_mean": "sample", "center_weight": False}):
-            result = measures.summary(stats, weight, bias, **options)
-            for key, value in result.items():
-                if key in ("missing_classes", "single_sample_classes"):
-                    continue
-                function = getattr(measures, key.removesuffix("_weights").removesuffix("_within"), None)
-                keywords = {}
-                if key.endswith("_weights") and key.startswith("nc2"):
-                    keywords["of"] = "weights"
-                elif key.endswith("_within"):
-                    keywords["of"] = "within"
-                else:
-                    function = getattr(measures, key)
-                parameters = inspect.signature(function).parameters
-                keywords |= {k: v for k, v in options.items() if k in parameters}
-                given_ = {"stats": stats, "weight": weight, "bias": bias}
-                expected = function(**{k: v for k, v in given_.items() if k in parameters}, **keywords)
-                close(value, expected)
-                assert value.shape == ()
+def test_cdnv_equals_the_oracles(case):
+    stats, o, *_ = case
+    for exponent in (1, 2):
+        for correction in (0, 1):
+            options = {"exponent": exponent, "correction": correction}
+            close(measures.cdnv(stats, **options), oracle.cdnv(o, **options))
 
 
-def test_a_bias_turns_a_decision():
-    features, labels = clusters(2, 3, counts=[20, 20], spread=0.01)
-    stats = collect(features, labels, 2)
-    weight = stats.means - stats.means.mean(0)
-    threshold = -stats.means.square().sum(1) / 2
-    assert measures.nc4(features, stats, weight, threshold) == 1
-    assert measures.nc4(features, stats, weight, threshold + torch.tensor([100.0, 0])) == 0.5
-    assert measures.nc4_centres(stats, weight, threshold) == 1
-    assert measures.nc4_centres(stats, weight, threshold + torch.tensor([100.0, 0])) == 0.5
+def test_the_distance_to_the_nearest_frame_equals_the_oracles(case):
+    stats, o, weight, *_ = case
+    of_means, of_weights = oracle.etf_distance(o.means[o.present]), oracle.etf_distance(oracle.vectors(o, weight))
+    for of, expected in (("means", of_means), ("weights", of_weights), ("both", (of_means + of_weights) / 2)):
+        close(measures.etf_distance(stats, weight, of=of), expected)
+    assert math.isnan(of_means) == (o.K > stats.means.shape[1] + 1)
+    if not math.isnan(of_means):
+        close(measures.etf_distance(stats), 2 - 2 * nearest_etf(stats.means[torch.from_numpy(o.present)])[1])
+
+
+def test_nearest_centres_and_decisions_equal_the_oracles(case):
+    stats, o, weight, bias, features, _ = case
+    nearest = oracle.nearest_centre(o, features)
+    np.testing.assert_array_equal(measures.nearest_centre(features, stats), nearest)
+    without = features.double().numpy() @ weight.double().numpy().T
+    with_bias = without + bias.double().numpy()
+    close(measures.nc4(features, stats, weight), (without.argmax(1) == nearest).mean())
+    close(measures.nc4(features, stats, weight, bias), (with_bias.argmax(1) == nearest).mean())
+    close(measures.nc4(features, stats, weight, bias, mismatch=True), (with_bias.argmax(1) != nearest).mean())
+    decided = (o.means[o.present] @ weight.double().numpy().T + bias.double().numpy()).argmax(1)
+    close(measures.nc4_centres(stats, weight, bias), (decided == np.flatnonzero(o.present)).mean())
+
+
+def test_summary_holds_each_measure_under_its_name(case):
+    stats, o, weight, bias, *_ = case
+    of_weights = {
+        "nc2_equinorm_weights": measures.nc2_equinorm,
+        "nc2_equiangularity_weights": measures.nc2_equiangularity,
+    }
+    alone = ["nc1", "nc1_ratio", "cdnv", "nc2_equinorm", "nc2_equiangularity", "etf_distance", "effective_rank"]
+    paired = ["alignment", "alignment_std", "nc3", "cos_weights", "cos_weights_std", "cos_cross", "cos_cross_std"]
+    expected = {
+        **{name: getattr(measures, name)(stats) for name in [*alone, "cos_means", "cos_means_std"]},
+        **{name: getattr(measures, name)(stats, weight) for name in paired},
+        **{name: measure(stats, weight, of="weights") for name, measure in of_weights.items()},
+        "nc4_centres": measures.nc4_centres(stats, weight, bias),
+        "effective_rank_within": measures.effective_rank(stats, of="within"),
+        "missing_classes": (o.counts == 0).sum(),
+        "single_sample_classes": (o.counts == 1).sum(),
+    }
+    result = measures.summary(stats, weight, bias)
+    assert result.keys() == expected.keys()
+    for name, value in result.items():
+        close(value, expected[name])
+        assert value.shape == ()
 
 
 def perfect(K, d, counts=None):
@@ -227,47 +194,29 @@ def perfect(K, d, counts=None):
     return 3 * frame[labels] + 1.5, labels, frame  # a common offset does not matter
 
 
-@pytest.mark.parametrize(
-    ("K", "d", "counts"), [(5, 4, None), (5, 9, None), (4, 8, [100, 30, 6, 1]), (2, 1, None), (2, 3, None)]
-)
+@pytest.mark.parametrize(("K", "d", "counts"), [(5, 4, None), (4, 8, [100, 30, 6, 1]), (2, 1, None)])
 def test_perfect_collapse_gives_the_theoretical_values(K, d, counts):
     features, labels, frame = perfect(K, d, counts)
     stats = collect(features, labels, K)
-    weight = 0.3 * frame + 0.7
-    result = measures.summary(stats, weight, -1.5 * 0.3 * frame.sum(1))
-    zero = [
-        "nc1", "nc1_ratio", "cdnv", "nc2_equinorm", "nc2_equiangularity", "etf_distance", "nc2_equinorm_weights",
-        "nc2_equiangularity_weights", "alignment_std", "nc3", "cos_means_std", "cos_weights_std", "cos_cross_std",
-        "missing_classes",
-    ]  # fmt: skip
-    for key in zero:
-        assert abs(float(result[key])) < 1e-12, key
-    for key in ("cos_means", "cos_weights", "cos_cross"):
-        close(result[key], -1 / (K - 1))
-    close(result["alignment"], 1)
-    close(result["effective_rank"], K - 1)
-    close(result["nc4_centres"], 1)
+    weight, bias = 0.3 * frame + 0.7, -1.5 * 0.3 * frame.sum(1)
+    theory = {
+        "cos_means": -1 / (K - 1), "cos_weights": -1 / (K - 1), "cos_cross": -1 / (K - 1), "alignment": 1, "nc4_centres": 1,
+        "effective_rank": K - 1, "single_sample_classes": (stats.counts == 1).sum(),
+    }  # fmt: skip
+    for name, value in measures.summary(stats, weight, bias).items():
+        if name != "effective_rank_within":
+            close(value, theory.get(name, 0), atol=1e-12)
     close(measures.spectrum(stats), np.full(K - 1, 3 * math.sqrt(K / (K - 1))))
     close(measures.structure_error(stats, weight), 0)
     close(measures.nc2_equiangularity(stats, deviation="std"), 0)
-    close(measures.nc4(features, stats, frame, -1.5 * frame.sum(1)), 1)
+    close(measures.nc4(features, stats, weight, bias), 1)
 
 
 def test_a_sample_weighted_global_mean_makes_a_perfect_frame_look_imperfect():
     features, labels, frame = perfect(4, 8, [100, 30, 6, 1])
     stats = collect(features, labels, 4)
-    assert measures.nc2_equinorm(stats) < 1e-12
     assert measures.nc2_equinorm(stats, global_mean="sample") > 0.1
     assert measures.alignment(stats, frame, global_mean="sample") < 0.99
-
-
-def test_centring_removes_what_a_softmax_does_not_see():
-    features, labels, frame = perfect(5, 9)
-    stats = collect(features, labels, 5)
-    close(measures.alignment(stats, frame + 7), 1)
-    close(measures.nc3(stats, frame + 7), 0)
-    assert measures.alignment(stats, frame + 7, center_weight=False) < 0.9
-    assert measures.nc3(stats, frame + 7, center_weight=False) > 0.1
 
 
 @settings(max_examples=25, deadline=None)
@@ -293,23 +242,18 @@ def test_coinciding_centres_are_left_out_of_nc1_and_make_cdnv_infinite(d):
     K = 6
     features, labels = clusters(K, d, dtype=torch.float64)
     twin = features[labels == 0]
-    features, labels = (
-        torch.cat([features[labels != 5], twin]),
-        torch.cat([labels[labels != 5], 0 * twin[:, 0].long() + 5]),
-    )
+    features = torch.cat([features[labels != 5], twin])
+    labels = torch.cat([labels[labels != 5], torch.full((len(twin),), 5)])
     stats, o = collect(features, labels, K), oracle.two_pass(features, labels, K)
     assert torch.equal(stats.means[0], stats.means[5])
     close(measures.nc1(stats), oracle.nc1(o))
-    assert measures.cdnv(stats) == math.inf
-    assert measures.cdnv(stats, exponent=1) == math.inf
+    assert measures.cdnv(stats) == measures.cdnv(stats, exponent=1) == math.inf
     if d >= K - 1:
-        assert 0 < measures.etf_distance(stats) < 2
         close(measures.etf_distance(stats), oracle.etf_distance(o.means))
 
 
 def test_centres_that_nearly_coincide_keep_the_digits_of_their_distance():
     features, labels = clusters(5, 12, dtype=torch.float64)
-    features[labels == 1] = features[labels == 0][: (labels == 1).sum()].mean(0) + 1e-7
     o = oracle.two_pass(features, labels, 5)
     o.means[1] = o.means[0] + 1e-9
     stats = collect(features, labels, 5)._replace(means=torch.from_numpy(o.means))
@@ -325,19 +269,12 @@ def test_a_network_collapsed_to_one_point_is_not_measured_by_its_rounding_errors
     assert measures.effective_rank(stats).isnan()
 
 
-def test_missing_and_single_sample_classes_are_counted():
-    features, labels, K = case("missing")
-    result = measures.summary(collect(features, labels, K))
-    assert result["missing_classes"] == 2
-    assert result["single_sample_classes"] == 1
-
-
 @pytest.mark.parametrize("counts", [[0, 0, 0], [0, 5, 0]])
 def test_fewer_than_two_classes_give_nan_and_no_error(counts):
     features, labels = clusters(3, 4, counts=counts)
     weight, bias = class_vectors(3, 4)
     result = measures.summary(collect(features, labels, 3), weight, bias)
-    for key in (
+    for key in [
         "nc1",
         "nc1_ratio",
         "cdnv",
@@ -346,7 +283,7 @@ def test_fewer_than_two_classes_give_nan_and_no_error(counts):
         "cos_means",
         "cos_cross_std",
         "effective_rank",
-    ):
+    ]:
         assert result[key].isnan(), key
     assert result["missing_classes"] == counts.count(0)
 
@@ -360,14 +297,10 @@ def test_features_that_are_not_finite_give_nan_and_no_error():
 
 def test_without_scatter_or_class_vectors_their_measures_are_left_out():
     features, labels = clusters(5, 12)
-    bare = measures.summary(collect(features, labels, 5, scatter=False))
-    assert not {"nc1", "effective_rank_within", "alignment", "cos_weights"} & set(bare)
-    assert {"cdnv", "effective_rank"} <= set(bare)
-    assert "effective_rank" not in measures.summary(collect(features, labels, 5), spectra=False)
-    with pytest.raises(ValueError, match="scatter"):
-        measures.nc1(collect(features, labels, 5, scatter=False))
-    with pytest.raises(ValueError, match="scatter"):
-        measures.spectrum(collect(features, labels, 5, scatter=False), of="within")
+    bare = collect(features, labels, 5, scatter=False)
+    assert not {"nc1", "effective_rank_within", "alignment", "cos_weights"} & set(measures.summary(bare))
+    assert {"cdnv", "effective_rank"} <= set(measures.summary(bare))
+    assert "effective_rank" not in measures.summary(bare, spectra=False)
 
 
 @pytest.mark.parametrize(
@@ -375,6 +308,7 @@ def test_without_scatter_or_class_vectors_their_measures_are_left_out():
     [
         lambda s, w: measures.cdnv(s, exponent=3),
         lambda s, w: measures.nc1(s, global_mean="median"),
+        lambda s, w: measures.nc1(s._replace(within=None)),
         lambda s, w: measures.nc1_ratio(s, weighting="none"),
         lambda s, w: measures.nc2_equinorm(s, of="weights"),
         lambda s, w: measures.nc2_equinorm(s, w, of="neither"),
@@ -382,20 +316,10 @@ def test_without_scatter_or_class_vectors_their_measures_are_left_out():
         lambda s, w: measures.structure_error(s, w, of="both"),
         lambda s, w: measures.spectrum(s, of="weights"),
         lambda s, w: measures.alignment(s, w[:, :3]),
-        lambda s, w: measures.nc3(s, w[:2]),
+        lambda s, w: measures.nearest_centre(w, s._replace(counts=0 * s.counts)),
     ],
 )
-def test_unknown_options_and_wrong_shapes_are_refused(call):
+def test_unknown_options_wrong_shapes_and_what_is_missing_are_refused(call):
     features, labels = clusters(5, 12)
-    with pytest.raises(ValueError, match=r" is | needs | must "):
+    with pytest.raises(ValueError, match=r" is | needs? | must | has "):
         call(collect(features, labels, 5), class_vectors(5, 12)[0])
-
-
-def test_every_public_measure_documents_shapes_and_collapse():
-    for name in measures.__all__:
-        doc = inspect.getdoc(getattr(measures, name))
-        assert "same arguments" in doc or name in ("summary", "agreement") or ("Args:" in doc and "Returns:" in doc), (
-            name
-        )
-        if name not in ("summary", "agreement", "centred_means", "nearest_centre"):
-            assert "collapse" in doc, name

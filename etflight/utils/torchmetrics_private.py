@@ -1,0 +1,79 @@
+"""What stands on names of torchmetrics that are not public."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+
+class ExactMetric(Metric):
+    """A metric made of sums, which processes add by all-reduce, and which keep their dtypes in a network that is cast.
+
+    torchmetrics itself gathers the states of all processes and stacks them: a copy of each state for each process.
+
+    Touches `_sync_dist`, `_reduce_states`, `_apply`, `_load_from_state_dict`, `_defaults`, `_computed` and `_update_count` of `Metric`.
+    """
+
+    full_state_update = False
+
+    def add_sum(self, name: str, *shape: int, dtype: torch.dtype = torch.long, reduction: str | None = "sum") -> None:
+        """Add a state of zeros."""
+        self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx=reduction)
+        self._defaults[name] = torch.zeros((), dtype=dtype).expand(
+            shape
+        )  # which `reset` clones: no second copy is kept
+
+    def sum_over_processes(self, group: Any) -> None:
+        """Replace each state by its sum over the processes of a group."""
+        for name in self.metric_state:
+            state: Tensor = getattr(self, name).contiguous()
+            dist.all_reduce(state, group=group)
+            setattr(self, name, state)
+
+    def add_states(self, incoming: dict[str, Any]) -> None:
+        """Add the states of another instance; what `forward` and `merge_state` do."""
+        super()._reduce_states(incoming)
+
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any | None = None
+    ) -> None:
+        self.sum_over_processes(process_group or self.process_group)
+
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        self.add_states(incoming_state)
+        self._forget_result()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # torchmetrics would keep the checkpoint's own tensors, on the checkpoint's device, and update them in place
+        found = {name: state_dict.pop(prefix + name) for name in self._defaults if prefix + name in state_dict}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        for name, value in found.items():
+            getattr(self, name).copy_(value)
+            self._forget_result()
+
+    def _forget_result(self) -> None:
+        """Let the next `compute` look at the states, which have changed without an update."""
+        self._computed = None
+        self._update_count = max(self._update_count, 1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        # torchmetrics itself guards against `module.half()`, but not against `module.to(torch.float16)`
+        device = fn(torch.empty(0, device=self.device)).device
+        return super()._apply(lambda state: state.to(device), exclude_state)
+
+
+def add_saved_state(metric: Metric, state: dict[str, Any]) -> None:
+    """Add a state to what a metric has counted; bit by bit that state where it has counted nothing yet.
+
+    Touches `Metric._update_count`, which says whether it has.
+    """
+    if metric.update_called:
+        metric.merge_state(state)
+        return
+    for name, value in state.items():
+        setattr(metric, name, value)
+    metric._update_count = 1

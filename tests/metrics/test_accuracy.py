@@ -1,0 +1,212 @@
+"""Accuracies, confusion and calibration, against scikit-learn, NumPy, SciPy and torchmetrics."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import brentq, minimize_scalar
+from sklearn.metrics import accuracy_score, confusion_matrix, precision_score, recall_score
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from etflight.metrics import Confusion, Reliability, ShotAccuracy, TemperatureFit
+from etflight.metrics.accuracy import harmonic_mean, shifted_accuracy, shot_groups, third_groups
+
+# --- shots and confusion -----------------------------------------------------------------------------------------------
+
+
+def decided():
+    """Labels of 6 classes, and decisions for one of 7."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(0, 6, (300,), generator=generator)
+    return torch.where(torch.rand(300, generator=generator) < 0.6, target, (target + 1) % 7), target
+
+
+def accuracies(num_classes, counts, predicted, target, shifts=()):
+    metric = ShotAccuracy(num_classes, shifts)
+    if counts is not None:
+        metric.set_class_counts(torch.tensor(counts))
+    for part in (slice(0, 7), slice(7, None)):
+        metric.update(predicted[part], target[part])
+    return {name: value.item() for name, value in metric.compute().items()}
+
+
+def test_accuracies_equal_those_of_scikit_learn():
+    predicted, target = decided()
+    counts = [19, 500, 101, 100, 1, 20, 40]  # not sorted; class 6 is never seen
+    recall = recall_score(target, predicted, labels=range(6), average=None)
+    assert 0 < recall.min() < recall.max() < 1
+    assert accuracies(7, counts, predicted, target) == pytest.approx(
+        {
+            "acc": np.mean(predicted.numpy() == target.numpy()),
+            "acc_macro": recall.mean(),
+            "acc_worst": recall.min(),
+            "acc_harmonic": 6 / np.sum(1 / recall),
+            "acc_many": recall[[1, 2]].mean(),
+            "acc_medium": recall[[3, 5]].mean(),
+            "acc_few": recall[[0, 4]].mean(),
+            "acc_head": recall[[1, 2]].mean(),
+            "acc_middle": recall[[3, 5]].mean(),  # and class 6, without samples
+            "acc_tail": recall[[0, 4]].mean(),
+        }
+    )
+
+
+def test_scores_and_confusion_of_each_class_equal_those_of_scikit_learn():
+    predicted, target = decided()
+    metric, confusion = ShotAccuracy(8), Confusion(8)
+    for part in (slice(0, 7), slice(7, None)):
+        metric.update(predicted[part], target[part])
+        confusion.update(predicted[part], target[part])
+    scores = metric.per_class()
+    truth = {"average": None, "labels": range(8), "zero_division": np.nan}
+    assert scores.samples.tolist() == torch.bincount(target, minlength=8).tolist()
+    np.testing.assert_allclose(scores.accuracy, recall_score(target, predicted, **truth))
+    np.testing.assert_allclose(scores.precision, precision_score(target, predicted, **truth))
+    assert confusion.compute().tolist() == confusion_matrix(target, predicted, labels=range(8)).tolist()
+
+
+def test_a_matrix_that_would_fill_the_memory_is_refused():
+    with pytest.raises(ValueError, match="8142 classes: at most 1000"):
+        Confusion(8142)
+
+
+def test_without_counts_there_are_no_groups_and_a_class_never_right_makes_worst_and_harmonic_mean_zero():
+    result = accuracies(3, None, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 2]))
+    assert result == {"acc": 0.75, "acc_macro": pytest.approx(2 / 3), "acc_worst": 0, "acc_harmonic": 0}
+
+
+def test_of_nothing_nothing_is_known():
+    assert all(np.isnan(value) for value in accuracies(4, [9, 9, 9, 9], *torch.zeros(2, 0, dtype=torch.long)).values())
+    assert Reliability().compute().ece.isnan()
+    fit = TemperatureFit()
+    assert (fit.compute().item(), fit.doubt) == (1.0, None)
+
+
+@pytest.mark.parametrize(("num_classes", "sizes"), [(10, (3, 4, 3)), (9, (3, 3, 3)), (11, (3, 5, 3)), (2, (0, 2, 0))])
+def test_thirds_are_equal_at_both_ends(num_classes, sizes):
+    groups = third_groups(torch.randperm(num_classes))
+    assert tuple(int(members.sum()) for members in groups.values()) == sizes
+
+
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=40))
+def test_each_class_is_in_one_group_and_none_of_a_rarer_group_has_more_images(counts):
+    counts = torch.tensor(counts)
+    for groups in (shot_groups(counts), third_groups(counts)):
+        assert torch.stack(list(groups.values())).sum(0).tolist() == [1] * len(counts)
+        ordered = [counts[members] for members in groups.values() if members.any()]
+        assert all(left.min() >= right.max() for left, right in pairwise(ordered))
+
+
+def test_accuracy_under_another_prior_is_that_of_a_test_set_repeated_by_it():
+    counts = [3, 300, 30]  # class 1 is the head, class 0 the tail
+    target = torch.arange(3).repeat_interleave(8)
+    predicted = torch.where(torch.arange(24) % 8 < torch.tensor([2, 5, 8])[target], target, (target + 1) % 3)
+    result = accuracies(3, counts, predicted, target, shifts=(4, 100))
+    for name, times in {
+        "acc_forward_4": [1, 4, 2],
+        "acc_backward_4": [4, 1, 2],
+        "acc_forward_100": [1, 100, 10],
+        "acc_backward_100": [100, 1, 10],
+    }.items():
+        expected = accuracy_score(target, predicted, sample_weight=np.take(times, target))
+        assert result[name] == pytest.approx(expected), name
+
+
+@given(st.lists(st.floats(0.01, 1) | st.just(float("nan")), min_size=1, max_size=20), st.data())
+def test_means_of_any_kind_lie_between_those_of_classes(accuracy, data):
+    counts = torch.tensor(data.draw(st.lists(st.integers(1, 99), min_size=len(accuracy), max_size=len(accuracy))))
+    accuracy = torch.tensor(accuracy, dtype=torch.float64)
+    torch.testing.assert_close(shifted_accuracy(accuracy, counts, 1), accuracy.nanmean(), equal_nan=True)
+    if not (seen := accuracy[~accuracy.isnan()]).numel():
+        return
+    for shift in (50, 1 / 50):
+        assert seen.min() - 1e-9 <= shifted_accuracy(accuracy, counts, shift) <= seen.max() + 1e-9
+    assert seen.min() - 1e-9 <= harmonic_mean(accuracy) <= seen.mean() + 1e-9
+
+
+# --- calibration -------------------------------------------------------------------------------------------------------
+
+
+def guesses(sharpness=1.0, n=997):
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn(n, 10, generator=generator) * 2
+    target = torch.multinomial(clean.softmax(1), 1, generator=generator).squeeze(1)
+    return clean * sharpness, target
+
+
+@pytest.mark.parametrize("sharpness", [0.05, 1.0, 6.0])
+def test_bins_equal_numpys_histograms(sharpness):
+    logits, target = guesses(sharpness)
+    metric = Reliability()
+    for part in (slice(0, 100), slice(100, None)):
+        metric.update(logits[part], target[part])
+    bins = metric.compute()
+    confidence = logits.softmax(1).max(1).values.double().numpy()
+    right = (logits.argmax(1) == target).double().numpy()
+    n, sums, hits = (np.histogram(confidence, np.linspace(0, 1, 16), weights=w)[0] for w in (None, confidence, right))
+    assert bins.counts.tolist() == n.tolist()
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_allclose(bins.confidence, sums / n, rtol=1e-6)
+        np.testing.assert_allclose(bins.accuracy, hits / n, rtol=1e-12)
+    reference = multiclass_calibration_error(logits.softmax(1), target, num_classes=10, n_bins=15)
+    assert bins.ece.item() == pytest.approx(reference.item(), rel=1e-5)
+
+
+def test_a_bin_holds_its_upper_edge_and_certainty_is_in_the_last():
+    metric = Reliability(bins=2)
+    metric.update(torch.tensor([[0.0, 0.0], [1e3, 0.0], [0.0, 1e-3]]), torch.tensor([0, 0, 0]))
+    bins = metric.compute()
+    assert bins.counts.tolist() == [1, 2]
+    assert bins.accuracy.tolist() == [1, 0.5]
+
+
+def fitted(logits, target):
+    fit = TemperatureFit()
+    for part in (slice(0, 30), slice(30, None)):
+        fit.update(logits[part], target[part])
+    return fit.compute().item(), fit.doubt
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.05, 30.0])
+def test_temperature_minimises_the_likelihood(scale):
+    logits, target = guesses(scale, 4000)
+    best = minimize_scalar(
+        lambda t: F.cross_entropy(logits.double() / t, target).item(),
+        bounds=(0.004, 90),
+        method="bounded",
+        options={"xatol": 1e-9},
+    ).x
+    assert fitted(logits, target) == (pytest.approx(best, rel=5e-3), None)
+
+
+@pytest.mark.parametrize(("images", "gap"), [(1, 3.0), (40, 30.0), (3000, 3.0)])
+def test_when_every_decision_is_right_the_temperature_claims_no_more_than_as_many_images_show(images, gap):
+    """A total loss of 1 is a mean confidence of about 1 - 1/N."""
+    target = torch.arange(images) % 10
+    logits = gap * F.one_hot(target, 10).float()
+    least = brentq(lambda t: F.cross_entropy(logits.double() / t, target, reduction="sum").item() - 1, 1e-3, 1e3)
+    temperature, doubt = fitted(logits, target)
+    assert least / 1.11 < temperature <= least * 1.0001
+    assert doubt == f"{images} held-out images are right and would have it fall for ever"
+
+
+@pytest.mark.parametrize("value", [7.0, float("nan"), float("inf")])
+def test_equal_logits_and_those_that_are_no_numbers_leave_the_temperature_at_1(value):
+    assert fitted(torch.full((50, 10), value), torch.arange(50) % 10) == (1, "to 50 held-out images all are alike")
+
+
+@pytest.mark.parametrize(("scale", "edge"), [(-3.0, 100.0), (1e-4, 0.002)])
+def test_a_temperature_beyond_the_range_is_doubted_and_taken_from_its_end(scale, edge):
+    logits, target = guesses()
+    temperature, doubt = fitted(scale * logits, target)
+    assert temperature == pytest.approx(edge, rel=0.2)
+    assert "997 held-out images ask for one beyond the range" in doubt
+
+
+def test_huge_logits_have_a_temperature_that_is_a_number():
+    logits, target = guesses()
+    assert 0 < fitted(1e37 * logits, target)[0] <= 100.1
