@@ -548,7 +548,7 @@ def test_an_image_bomb_is_refused_before_it_is_decoded(name, cwd, monkeypatch):
     decoded = []
     monkeypatch.setattr(torchcodec.decoders, "decode_image", lambda source, mode: decoded.append(source))
     with pytest.raises(UserError, match=rf"{name}.*{word}"):
-        FileSource(Paths.pack(".", [name]), torch.tensor([0]), Square(8))[0]
+        FileSource(Paths(".", [name]), torch.tensor([0]), Square(8))[0]
     assert decoded == []
     assert_no_trace()
 
