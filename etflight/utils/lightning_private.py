@@ -3,6 +3,10 @@
 import logging
 import re
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 _LAUNCHER = "lightning.fabric.strategies.launchers.subprocess_script"
 
@@ -20,3 +24,11 @@ def on_dead_process(tell: Callable[[int, int], None]) -> None:
         return found is None
 
     logging.getLogger(_LAUNCHER).addFilter(is_another_message)
+
+
+def before_batch_transfer(module: "LightningModule", batch: Any) -> Any:
+    """What the data module's and the module's `on_before_batch_transfer` make of a batch.
+
+    Touches `LightningModule._on_before_batch_transfer`.
+    """
+    return module._on_before_batch_transfer(batch, dataloader_idx=0)
