@@ -119,7 +119,6 @@ def test_figures_follow_a_monitor_that_measures_less_often(tmp_path, monkeypatch
         CollapseFigures(every_n_epochs=2),
         epochs=7,
         val=False,
-        val=False,
     )
     assert [step for step, _ in recorder.sent] == [18, 36, 42]
 
