@@ -59,7 +59,7 @@ def test_every_scalar_of_metrics_csv_is_there_with_the_same_value(run):
         for row in history(file):
             for key, value in row.items():
                 sent.setdefault(key, []).append(value)
-    assert {"nc/train/nc1", "val/acc_few", "train/loss"} <= rows[0].keys() & sent.keys()
+    assert {"nc/train/nc1", "val/acc_medium", "train/loss"} <= rows[0].keys() & sent.keys()
     for key in rows[0].keys() - {"step", "epoch"}:  # W&B merges the rows of one step
         written = [float(row[key]) for row in rows if row[key] not in ("", "nan")]
         numbers = [float(value) for value in sent.get(key, []) if value not in ("NaN", None)]

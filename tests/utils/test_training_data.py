@@ -232,19 +232,20 @@ def of_channels(tmp_path_factory):
     return root
 
 
+def use(stage, checkpoint, data, place):
+    if stage == "collapse":
+        collapse.main(["--ckpt_path", checkpoint, *data, "--output", str(place / "out")])
+    elif stage == "export":
+        export.main([checkpoint, *data, "--output", str(place / "out")])
+    else:
+        main([stage, "--ckpt_path", checkpoint, *data, *QUIET, "--trainer.default_root_dir", str(place), "--name", "r"])
+
+
 @pytest.mark.parametrize("stage", ["test", "fit", "collapse", "export"])
 def test_images_of_other_channels_are_refused_with_both_numbers_and_the_mend(stage, of_channels, tmp_path):
     path, other = str(of_channels / "1.ckpt"), str(of_channels / "3.npz")
-    data = ["--data", "ArrayImages", "--data.path", other]
     with pytest.raises(UserError) as refused:
-        if stage == "collapse":
-            collapse.main(["--ckpt_path", path, *data, "--output", str(tmp_path / "out")])
-        elif stage == "export":
-            export.main([path, *data, "--output", str(tmp_path / "out")])
-        else:
-            main(
-                [stage, "--ckpt_path", path, *data, *QUIET, "--trainer.default_root_dir", str(tmp_path), "--name", "r"]
-            )
+        use(stage, path, ["--data", "ArrayImages", "--data.path", other], tmp_path)
     assert str(refused.value) == (
         f"checkpoint {path} takes images of 1 channel, but ArrayImages {other} has 3: give the data it was trained on"
     )
