@@ -3,11 +3,15 @@
 import csv
 import os
 import resource
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from etflight.cli.stages import main
 
 
 class Kill(Callback):
@@ -28,6 +32,49 @@ class Kill(Callback):
         if due and not self.mark.exists():
             self.mark.touch()
             os.kill(os.getpid(), self.signal)
+
+
+class InterruptError(Exception):
+    """What `Interrupt` raises."""
+
+
+class Interrupt(Callback):
+    """Ends a training within this process at the end of a batch: what is on disk is what SIGKILL would have left.
+
+    Args:
+        after: the batch, counted from 0 over the whole run.
+    """
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.fit_loop.total_batch_idx == self.after:
+            raise InterruptError
+
+
+def assert_resumes(
+    fit: list[Any], root: Path, kills: Sequence[int], before_resuming: Callable[[], Any] = lambda: None
+) -> None:
+    """Check that runs which were interrupted after these batches resume as the run that was not, which is left in `root/whole`.
+
+    Args:
+        fit: arguments of `etflight`.
+        root: the folder of the runs.
+        kills: batches, counted from 0; every step is saved.
+        before_resuming: what happens between the two halves.
+    """
+    argv = [*map(str, fit), "--trainer.default_root_dir", str(root), "--checkpoint.every_n_steps", "1", "--name"]
+    main([*argv, "whole"])
+    interrupt = ["--trainer.callbacks+=tests.left_by_runs.Interrupt", "--trainer.callbacks.after"]
+    for after in kills:
+        with pytest.raises(InterruptError):
+            main([*argv, f"killed_{after}", *interrupt, str(after)])
+        assert read(root / f"killed_{after}")["global_step"] == after
+    before_resuming()
+    for after in kills:
+        main([*argv, f"killed_{after}", "--ckpt_path", "last"])
+        assert_same_run(root / "whole", root / f"killed_{after}")
 
 
 class LimitFiles(Callback):

@@ -10,7 +10,7 @@ from etflight.classifier import Classifier
 from etflight.data.sampler import ImbalancedSampler, resolve_policy
 from etflight.losses import ClassBalance, LogitAdjustedLoss, Loss, check_class_balance
 from etflight.utils.errors import UserError
-from etflight.utils.trainer import callbacks_of, data_module, is_trial_run
+from etflight.utils.trainer import callbacks_of, data_module, refuse_if_never_reached
 
 
 class DeferredBalance(Callback):
@@ -54,12 +54,7 @@ class DeferredBalance(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what would fail only in that epoch; go on with the new balance if a resumed epoch has it."""
-        first = self._first_epoch(trainer)
-        if not is_trial_run(trainer) and trainer.max_epochs not in (None, -1) and first >= trainer.max_epochs:
-            raise UserError(
-                f"DeferredBalance: epoch {first} is never reached in {trainer.max_epochs} epochs, counted from 0: "
-                "give an earlier one, or more --trainer.max_epochs"
-            )
+        refuse_if_never_reached(trainer, self._first_epoch(trainer), "DeferredBalance: epoch")
         if self.class_balance in ("global", "effective"):
             self._loss(pl_module).training_counts()
         if self.sampler is not None:

@@ -2,8 +2,6 @@
 
 import os
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from operator import eq
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -20,6 +18,8 @@ from etflight.runs.folder import last_checkpoint
 from etflight.runs.loggers import MetricsCSV, run_folder
 from etflight.utils.checkpoints import damaged
 from etflight.utils.errors import UserError
+from etflight.utils.lightning_private import batches_done, set_back_epoch, set_back_step, set_batches_done, unlike_loops
+from etflight.utils.torchmetrics_private import add_saved_state
 from etflight.utils.trainer import callbacks_of, data_module, is_trial_run
 from etflight.utils.training_data import same_images
 
@@ -143,15 +143,9 @@ class LastCheckpoint(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 logger.flush()
-        with self.between(between):
-            trainer.save_checkpoint(last_checkpoint(run_folder(trainer)), weights_only=False)
-
-    @contextmanager
-    def between(self, what: Place) -> Iterator[None]:
-        """Checkpoints that are saved in this block say that the next step or epoch has not begun."""
-        self._between = what
+        self._between = between
         try:
-            yield
+            trainer.save_checkpoint(last_checkpoint(run_folder(trainer)), weights_only=False)
         finally:
             self._between = None
 
@@ -161,14 +155,9 @@ class LastCheckpoint(Callback):
         """Set the counters right, and add what only the single ranks know; a collective call."""
         loops = checkpoint["loops"]["fit_loop"]
         if self._between == "steps":
-            batches = loops["epoch_loop.batch_progress"]
-            batches["total"]["ready"] -= 1
-            batches["current"]["ready"] -= 1
-            for loader in loops["state_dict"].get("combined_loader", []):
-                loader["served"] = batches["current"]["ready"]
+            set_back_step(loops)
         elif self._between == "epochs":
-            loops["epoch_progress"]["total"]["ready"] -= 1
-            loops["epoch_progress"]["current"]["ready"] -= 1
+            set_back_epoch(loops)
         if self._between in ("epochs", "end"):
             checkpoint["epoch"] -= 1  # the last one trained, as within an epoch
         own = _rank_state(trainer, pl_module)
@@ -191,9 +180,7 @@ class LastCheckpoint(Callback):
         """
         if trainer.state.fn != "fit":
             return
-        # the loaders' states are theirs to read
-        own = {"fit_loop": trainer.fit_loop.state_dict() | {"state_dict": {}}}
-        if wrong := _unlike(checkpoint.get("loops"), own, "its loops"):
+        if wrong := unlike_loops(trainer, checkpoint.get("loops")):
             raise damaged(trainer.ckpt_path, wrong)
         added = checkpoint.get(KEY)
         if added is None:
@@ -211,18 +198,6 @@ class LastCheckpoint(Callback):
             _load_rank_states(trainer, pl_module, ranks)
         if added["global_batch"] != _global_batch(trainer):
             _move_in_epoch(trainer, checkpoint["loops"]["fit_loop"], added["global_batch"])
-
-
-def _unlike(saved: Any, own: Any, what: str) -> str | None:
-    """What of saved counters this trainer cannot go on from, whose own are there to compare with; None if nothing."""
-    if not isinstance(own, dict):
-        fine = type(saved) is type(own) and not (isinstance(saved, int) and saved < 0)
-        return None if fine else f"{what} is {saved!r:.60}"
-    if not isinstance(saved, dict):
-        return f"{what} is {saved!r:.60}"
-    if missing := own.keys() - saved.keys():
-        return f"{what} lacks {min(missing)}"
-    return next((wrong for name in own if (wrong := _unlike(saved[name], own[name], f"{what}.{name}"))), None)
 
 
 def _identity(trainer: Trainer) -> dict[str, Any]:
@@ -249,20 +224,11 @@ def _load_rank_states(trainer: Trainer, pl_module: LightningModule, states: list
         for name, values in state["metrics"].items():
             metric = modules.get(name)
             if isinstance(metric, Metric) and values.keys() == metric.metric_state.keys():
-                _add(metric, move_data_to_device(values, metric.device))
+                add_saved_state(metric, move_data_to_device(values, metric.device))
     for callback in _with_rank_state(trainer):
         callback.load_rank_states(
             [s["callbacks"][callback.state_key] for s in states if callback.state_key in s["callbacks"]]
         )
-
-
-def _add(metric: Metric, state: dict[str, Any]) -> None:
-    if metric.update_called:
-        metric.merge_state(state)
-        return
-    for name, value in state.items():
-        setattr(metric, name, value)
-    metric._update_count = 1
 
 
 def _with_rank_state(trainer: Trainer) -> list[Any]:
@@ -277,18 +243,14 @@ def _global_batch(trainer: Trainer) -> int:
 
 def _move_in_epoch(trainer: Trainer, loops: dict[str, Any], saved_global_batch: int) -> None:
     """Count the epoch's batches anew where each now holds another number of images; a few images may come twice, none is left out."""
-    batches, loaders = loops["epoch_loop.batch_progress"], loops["state_dict"].get("combined_loader", [])
-    done, now = batches["current"]["completed"], _global_batch(trainer)
-    if not any(loader["served"] for loader in loaders) or saved_global_batch == 0 or now == 0:
-        return  # between two epochs
+    done, now = batches_done(loops), _global_batch(trainer)
+    if done == 0 or saved_global_batch == 0 or now == 0:
+        return
     trainer.fit_loop.setup_data()  # which counts the batches of an epoch
     steps = trainer.accumulate_grad_batches
     # the last one at the latest: Lightning trains no more once it resumes an epoch that is over
     moved = min(done * saved_global_batch // now, int(trainer.num_training_batches) - 1) // steps * steps
-    batches["current"] = dict.fromkeys(batches["current"], moved)
-    batches["is_last_batch"] = False
-    for loader in loaders:
-        loader["served"] = moved
+    set_batches_done(loops, moved)
     rank_zero_info(
         f"the checkpoint was saved after {done} batches of {saved_global_batch} images in its epoch: "
         f"training goes on after {moved} batches of {now}"

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -13,8 +12,9 @@ from etflight.callbacks.features import find_submodule
 from etflight.optim import start_momentum
 from etflight.utils.checkpoints import misfit, read_checkpoint
 from etflight.utils.errors import UserError, warn
+from etflight.utils.lightning_private import let_parameters_be_unused
 from etflight.utils.preprocessing import Preprocessing
-from etflight.utils.trainer import data_module
+from etflight.utils.trainer import data_module, refuse_if_never_reached
 from etflight.utils.training_data import other_preprocessing
 
 
@@ -96,11 +96,9 @@ class FineTuning(Callback):
             for parameter in self._held:
                 parameter.requires_grad_(False)
         else:
-            self._check_reached(trainer)
+            refuse_if_never_reached(trainer, self.unfreeze_epoch, "--fine_tuning.unfreeze_epoch")
             until = f" until epoch {self.unfreeze_epoch}"
-            if isinstance(trainer.strategy, DDPStrategy):
-                # DDP then knows all parameters from the start, and waits in no step for those without gradients
-                trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
+            let_parameters_be_unused(trainer.strategy)
         rank_zero_info(f"frozen{until}: {', '.join(self.freeze)}; {rest:,} of {total:,} parameters train")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -122,7 +120,8 @@ class FineTuning(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hold the frozen parts; later validations give every module its own mode back."""
-        self._set_frozen(pl_module, not self._is_over(trainer))
+        is_over = self.unfreeze_epoch is not None and trainer.current_epoch >= self.unfreeze_epoch
+        self._set_frozen(pl_module, not is_over)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let them go in their epoch."""
@@ -132,23 +131,11 @@ class FineTuning(Callback):
                 start_momentum(optimizer)
             rank_zero_info(f"from epoch {self.unfreeze_epoch} on {', '.join(self.freeze)} trains, too")
 
-    def _is_over(self, trainer: Trainer) -> bool:
-        return self.unfreeze_epoch is not None and trainer.current_epoch >= self.unfreeze_epoch
-
     def _set_frozen(self, pl_module: LightningModule, frozen: bool) -> None:
         for parameter in self._held:
             parameter.requires_grad_(not frozen)
         for part in self._frozen(pl_module):
             part.train(not (frozen and self.freeze_statistics))
-
-    def _check_reached(self, trainer: Trainer) -> None:
-        trial = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning outside the class body
-        last = trainer.max_epochs
-        if not trial and last not in (None, -1) and self.unfreeze_epoch is not None and self.unfreeze_epoch >= last:
-            raise UserError(
-                f"--fine_tuning.unfreeze_epoch {self.unfreeze_epoch} is never reached in {last} epochs, counted from 0: "
-                "give an earlier one, more --trainer.max_epochs, or leave it out"
-            )
 
     def _frozen(self, pl_module: LightningModule) -> list[nn.Module]:
         return [find_submodule(pl_module, name, "--fine_tuning.freeze:") for name in self.freeze]

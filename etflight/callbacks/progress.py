@@ -7,7 +7,6 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, cast
 
@@ -15,7 +14,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from etflight.classifier import Classifier
 from etflight.losses import Loss
@@ -123,17 +121,17 @@ def _first(metrics: Mapping[str, Any], *names: str) -> float | None:
 class Speed(Callback):
     """Tells images per second, the share of time spent waiting for data, and peak memory.
 
-    In the progress bar every `log_every_n_steps`; of each epoch as `speed/images_per_s`, `speed/data_wait`, `speed/peak_memory_gb` and
-    `speed/epoch_s` in `<run folder>/speed.csv` and every logger but `metrics.csv`, which is the same for every repetition of a run.
-    Validation and what callbacks do with it count in `speed/epoch_s` only, the seconds that the whole epoch took. Images are those of all
-    processes; waiting and memory are the first process's: that of its GPU, or else of the whole process without its loader's workers.
-    Reads clocks only: nothing waits for the device, nothing is in checkpoints.
+    The progress bar has those of the epoch so far every `log_every_n_steps`. Each epoch leaves `speed/images_per_s`, `speed/data_wait`,
+    `speed/peak_memory_gb` and `speed/epoch_s` in `<run folder>/speed.csv` and in every logger but `metrics.csv`, which is the same for
+    every repetition of a run. Validation and what callbacks do with it count in `speed/epoch_s` only, the seconds that the whole epoch
+    took. Images are those of all processes; waiting and memory are the first process's: that of its GPU, or else of the whole process
+    without its loader's workers. Reads clocks only: nothing waits for the device, nothing is in checkpoints.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from here, should this be within an epoch."""
-        self._epoch, self._recent = _Count(_waited(trainer)), _Count(_waited(trainer))
-        self._started_at = time.perf_counter()
+        self._images, self._waited_before = 0, _waited(trainer)
+        self._started_at = self._counts_from = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from here."""
@@ -146,37 +144,35 @@ class Speed(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the clock go on."""
         if not trainer.sanity_checking:
-            pause = time.perf_counter() - self._stopped_at
-            self._epoch.start += pause
-            self._recent.start += pause
+            self._counts_from += time.perf_counter() - self._stopped_at
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the images, and show the speed now and then."""
-        images = len(batch[0]) * trainer.world_size
-        self._epoch.images += images
-        self._recent.images += images
+        """Count the images, and show the epoch's speed so far now and then."""
+        self._images += len(batch[0]) * trainer.world_size
         if shows_after(trainer, batch_idx):
-            self._show(trainer, self._recent)
-            self._recent = _Count(_waited(trainer))
+            self._measure(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch."""
-        self._show(trainer, self._epoch)
-        self._log(trainer)
+        self._log(trainer, *self._measure(trainer))
 
-    def _show(self, trainer: Trainer, count: "_Count") -> None:
-        shown: Any = {"images/s": f"{count.images_per_second:.0f}", "waiting": f"{count.share(_waited(trainer)):.0%}"}
+    def _measure(self, trainer: Trainer) -> tuple[float, float]:
+        """Images per second and the share of waiting in this epoch, which the progress bar shows from now on."""
+        seconds = time.perf_counter() - self._counts_from
+        speed, waiting = self._images / seconds, (_waited(trainer) - self._waited_before) / seconds
+        shown: Any = {"images/s": f"{speed:.0f}", "waiting": f"{waiting:.0%}"}
         trainer.progress_bar_metrics.update(shown)
+        return speed, waiting
 
     @rank_zero_only
-    def _log(self, trainer: Trainer) -> None:
+    def _log(self, trainer: Trainer, speed: float, waiting: float) -> None:
         if is_trial_run(trainer):
             return
         values = {
-            "speed/images_per_s": self._epoch.images_per_second,
-            "speed/data_wait": self._epoch.share(_waited(trainer)),
+            "speed/images_per_s": speed,
+            "speed/data_wait": waiting,
             "speed/peak_memory_gb": peak_memory(trainer.strategy.root_device) / 1e9,
             "speed/epoch_s": time.perf_counter() - self._started_at,
         }
@@ -191,24 +187,6 @@ class Speed(Callback):
         for logger in trainer.loggers:
             if not isinstance(logger, MetricsCSV):
                 logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=trainer.global_step - 1)
-
-
-@dataclass
-class _Count:
-    waited_before: float
-    images: int = 0
-    start: float = field(default_factory=time.perf_counter)
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start
-
-    @property
-    def images_per_second(self) -> float:
-        return self.images / self.seconds
-
-    def share(self, waited: float) -> float:
-        return (waited - self.waited_before) / self.seconds
 
 
 def _waited(trainer: Trainer) -> float:
@@ -279,4 +257,4 @@ def describe_step(*, processes: int, batch_size: int, accumulated: int, lr: floa
 
 def has_unsynced_batch_norm(model: nn.Module) -> bool:
     """Whether a BatchNorm of the model knows its own process's images only."""
-    return any(isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+    return any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for m in model.modules())

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -18,6 +17,7 @@ from etflight.callbacks.figures import publish, publish_table
 from etflight.classifier import PRIOR_SHIFTS, Classifier, Evaluation
 from etflight.metrics.accuracy import FEW_BELOW, MANY_ABOVE, MOST_CLASSES, shot_groups, third_groups
 from etflight.runs.folder import writing_to
+from etflight.runs.loggers import run_folder
 from etflight.utils.files import write_json
 from etflight.utils.terminal import console
 from etflight.utils.trainer import is_trial_run
@@ -29,20 +29,19 @@ if TYPE_CHECKING:  # matplotlib, which `--help` need not wait for
 
 
 class TestResults(Callback):
-    """Prints a test of a `Classifier` group by group; writes `test_metrics.json`, `per_class.csv` and pictures.
+    """Prints a test of a `Classifier` group by group; writes `test_metrics.json`, `per_class.csv` and pictures into the run folder.
 
     The pictures are `test/reliability`, `test/confusion` (up to 1000 classes) and `test/per_class`, in every logger that takes images
     and in `figures/reliability.png` and so on; `per_class.csv` is the table `test/classes` of W&B.
 
     Args:
-        folder: where to write.
-        verbose: whether to print tables.
+        verbose: Whether to print tables.
     """
 
     __test__ = False  # not a test case, whatever its name suggests to a test runner
 
-    def __init__(self, folder: Path, verbose: bool = True) -> None:
-        self.folder, self.verbose = folder, verbose
+    def __init__(self, verbose: bool = True) -> None:
+        self.verbose = verbose
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do it on the first process; all take part in adding up what each has counted."""
@@ -55,19 +54,20 @@ class TestResults(Callback):
             out = console()
             for table in _tables(metrics, model, evaluation):
                 out.print(table)
-        with writing_to(self.folder):
+        folder = run_folder(trainer)
+        with writing_to(folder):
             if not is_trial_run(trainer):
-                write_json(self.folder / "test_metrics.json", metrics)
+                write_json(folder / "test_metrics.json", metrics)
             rows = _rows(model, evaluation)
-            publish_table(trainer, "test/classes", _HEADER, rows, self.folder / "per_class.csv")
+            publish_table(trainer, "test/classes", _HEADER, rows, folder / "per_class.csv")
             for name, figure in _figures(model, evaluation).items():
-                publish(trainer, f"test/{name}", figure, self.folder / "figures" / f"{name}.png")
+                publish(trainer, f"test/{name}", figure, folder / "figures" / f"{name}.png")
         if evaluation.confusion is None:
             rank_zero_info(
                 f"no confusion matrix: {len(model.class_counts)} classes, and at most {MOST_CLASSES} are drawn"
             )
         if not is_trial_run(trainer):
-            rank_zero_info(f"results: {self.folder / 'test_metrics.json'}, per_class.csv and figures/")
+            rank_zero_info(f"results: {folder / 'test_metrics.json'}, per_class.csv and figures/")
 
 
 # Class by class -----------------------------------------------------------------------------------------------------

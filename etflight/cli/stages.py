@@ -149,7 +149,7 @@ class EtflightCLI(LightningCLI):
         self.named = bool(values_of(argv, "name"))
         self.trained_in: Path | None = None
         asked = value_of(argv, "ckpt_path")
-        self.root = Path(value_of(argv, "trainer.default_root_dir") or "runs")
+        self.root = Path(value_of(argv, "trainer.default_root_dir") or "runs").expanduser()
         named_set, named_arm = set_and_arm(config_files(argv))
         self.arm = named_arm or named_set
         named_set = named_set or (value_of(argv, "data") or "run").rpartition(".")[2].lower()
@@ -337,9 +337,7 @@ class EtflightCLI(LightningCLI):
             raise UserError(
                 "--trainer.barebones true turns off the files of a run, which this command is for: leave it out"
             )
-        self.save_config_kwargs = {
-            "folder": self.folder, "name": self.run_name, "arm": self.arm, "trained_in": self.trained_in
-        }  # fmt: skip
+        self.save_config_kwargs = {"name": self.run_name, "arm": self.arm, "trained_in": self.trained_in}
         fitting = self.subcommand == "fit"
         saves = fitting and config.get("enable_checkpointing") is not False
         last = self._get(self.config_init, "checkpoint") if saves else None
@@ -355,7 +353,7 @@ class EtflightCLI(LightningCLI):
             *_as_list(self._get(self.config_init, "post_hoc")),
             *(callback for callback in users if not isinstance(callback, StochasticWeightAveraging)),
         ]
-        results = TestResults(self.folder, verbose=self.verbose)
+        results = TestResults(self.verbose)
         callbacks += [StepNotice(), DoubleCorrection(), results, *self._predicting()]
         # else Lightning would add a checkpoint of its own
         kwargs["enable_checkpointing"] = saves and any(isinstance(callback, Checkpoint) for callback in users)

@@ -80,7 +80,7 @@ def cosine_heatmap(
     if M.shape != W.shape or M.ndim != 2:
         raise ValueError(f"means and class vectors must both be [K, d], got {list(M.shape)} and {list(W.shape)}")
     K = len(M)
-    shown = np.unique(np.linspace(0, K - 1, min(K, _MOST_CLASSES)).round().astype(int))
+    shown = np.linspace(0, K - 1, min(K, _MOST_CLASSES)).round().astype(int)
     names = names_or_numbers(class_names, K)
     figure, axes, bar = heat_map(
         _cosines(M, W)[np.ix_(shown, shown)],

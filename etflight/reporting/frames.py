@@ -109,7 +109,7 @@ def _pack(cosines: Array) -> str:
 
 def _evenly(items: Sequence[int], most: int) -> list[int]:
     """First, last, and an even choice between."""
-    chosen = np.unique(np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int))
+    chosen = np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int)
     return [items[i] for i in chosen.tolist()]
 
 

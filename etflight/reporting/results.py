@@ -1,8 +1,8 @@
 """The result of one run as plain data: read from a run folder or a result file, and checked once, here."""
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +99,17 @@ def read_results(paths: Iterable[Path]) -> tuple[list[Result], list[str]]:
 
 # Result files ---------------------------------------------------------------------------------------------------------
 
-_TEXTS = ("dataset", "arm", "commit", "config_sha256", "fingerprint", "command", "validation", "hardware")
-_NUMBERS = {"ratio": 1.0, "epochs": 0.0, "num_classes": 1.0, "seconds": 0.0}  # the least
-_FACTS = {f.name for f in fields(Result)} - {"source", "metrics"}
+_FACTS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # what belongs there, and whether a value does
+    **dict.fromkeys(
+        ("dataset", "arm", "commit", "config_sha256", "fingerprint", "command", "validation", "hardware"),
+        ("a text", lambda value: isinstance(value, str)),
+    ),
+    "seed": ("an integer", lambda value: type(value) is int),
+    "epochs": ("an integer from 0", lambda value: type(value) is int and value >= 0),
+    "num_classes": ("an integer from 1", lambda value: type(value) is int and value >= 1),
+    "ratio": ("a number from 1", lambda value: (finite(value) or 0) >= 1),
+    "seconds": ("a number from 0", lambda value: finite(value) is not None and value >= 0),
+}
 
 
 def _records(path: Path) -> list[object]:
@@ -120,17 +128,10 @@ def _from_record(where: str, record: object) -> Result:
         if record.get(name) is None:
             raise UserError(f"{where} has no {name}")
     facts = {name: value for name, value in record.items() if name in _FACTS and value is not None}
-    for name in _TEXTS:
-        if not isinstance(facts.get(name, ""), str):
-            raise UserError(f"{where} has {facts[name]!r:.60} for its {name}, where a text belongs")
-    for name, least in _NUMBERS.items():
-        number = finite(facts.get(name, least))
-        if number is None or number < least or (name in ("epochs", "num_classes") and number != int(number)):
-            raise UserError(f"{where} has {facts[name]!r:.60} for its {name}: give a number from {least:g}")
-        if name in facts:
-            facts[name] = number if name in ("ratio", "seconds") else int(number)
-    if type(facts.get("seed", 0)) is not int:
-        raise UserError(f"{where} has {facts['seed']!r:.60} for its seed, where an integer belongs")
+    for name, value in facts.items():
+        belongs, fits = _FACTS[name]
+        if not fits(value):
+            raise UserError(f"{where} has {value!r:.60} for its {name}, where {belongs} belongs")
     metrics = {name: value for name, value in record.items() if "/" in name}
     return Result(source=where, metrics=_checked(where, metrics), **facts)
 

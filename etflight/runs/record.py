@@ -19,7 +19,9 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
 from etflight.runs import wandb
 from etflight.runs.folder import RECORD, lock, read_record, same_folder, writing_to
+from etflight.runs.loggers import run_folder
 from etflight.utils.files import write_json
+from etflight.utils.trainer import data_module
 
 PACKAGES = ("etflight", "torch", "lightning", "torchmetrics", "torchvision", "timm", "numpy")
 
@@ -32,7 +34,6 @@ class RunRecord(SaveConfigCallback):
     Args:
         parser: that parsed the configuration.
         config: the parsed configuration.
-        folder: the run folder.
         name: of the run.
         arm: that its configuration files stand for, or None.
         trained_in: the run folder of the checkpoint that is tested, or None; its seed and its images are those of the test, too.
@@ -42,13 +43,12 @@ class RunRecord(SaveConfigCallback):
         self,
         parser: LightningArgumentParser,
         config: Any,
-        folder: Path,
         name: str,
         arm: str | None,
         trained_in: Path | None = None,
     ) -> None:
         super().__init__(parser, config, overwrite=True)
-        self.folder, self.name, self.arm, self.trained_in = folder, name, arm, trained_in
+        self.name, self.arm, self.trained_in = name, arm, trained_in
         self._lock: IO[str] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -57,44 +57,36 @@ class RunRecord(SaveConfigCallback):
         Raises:
             UserError: the folder cannot be written to, or another process trains in it.
         """
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or stage not in ("fit", "test"):
             return
-        if stage not in ("fit", "test"):
-            return
-        resolved = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
-        told = {**resolved, "arm": self.arm or self.name}  # by which W&B can group runs
+        config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
+        beside = stage == "test" and same_folder(run_folder(trainer), self.trained_in)
         if stage == "fit":
-            self._write(
-                trainer,
-                resolved,
-                training_facts(seed=resolved["seed_everything"], data=getattr(trainer, "datamodule", None)),
-            )
-            wandb.introduce(trainer, self.folder, told)
-        else:
-            beside = same_folder(self.folder, self.trained_in)
-            if not beside:
-                trained = {} if self.trained_in is None else facts_of_training(self.trained_in)
-                self._write(trainer, resolved, {**trained, "checkpoint": resolved["ckpt_path"]})
-            wandb.introduce(trainer, self.folder, told, keeps_config=beside)
+            self._write(trainer, config, training_facts(seed=config["seed_everything"], data=data_module(trainer)))
+        elif not beside:
+            known = {} if self.trained_in is None else read_record(self.trained_in)
+            further: dict[str, Any] = {name: known[name] for name in ("seed", "data") if name in known}
+            self._write(trainer, config, {**further, "checkpoint": config["ckpt_path"]})
+        # W&B can group runs by the arm
+        wandb.introduce(trainer, {**config, "arm": self.arm or self.name}, keeps_config=beside)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let W&B have the last checkpoint, if it was asked to; other callbacks have saved it by now."""
         if trainer.is_global_zero:
-            wandb.log_checkpoint(trainer, self.folder)
+            wandb.log_checkpoint(trainer)
 
     def _write(self, trainer: Trainer, config: dict[str, Any], further: dict[str, Any]) -> None:
+        folder = run_folder(trainer)
         record = {**facts(name=self.name, arm=self.arm, config=config, trainer=trainer), **further}
-        if same_folder(self.folder, self.trained_in):
-            record |= resumed_facts(self.folder, record)
-        if (known := wandb.recorded_id(self.folder)) is not None:
+        if same_folder(folder, self.trained_in):
+            record |= resumed_facts(folder, record)
+        if (known := wandb.recorded_id(folder)) is not None:
             record[wandb.ID] = known
-        with writing_to(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = self._lock or lock(self.folder)
-            write_json(self.folder / RECORD, record)
-            self.parser.save(
-                self.config, self.folder / "config.yaml", skip_unset=False, overwrite=True, multifile=False
-            )
+        with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = self._lock or lock(folder)
+            write_json(folder / RECORD, record)
+            self.parser.save(self.config, folder / "config.yaml", skip_unset=False, overwrite=True, multifile=False)
 
 
 def facts(*, name: str, arm: str | None, config: Mapping[str, Any], trainer: Trainer) -> dict[str, Any]:
@@ -138,12 +130,6 @@ def training_facts(*, seed: Any, data: object) -> dict[str, Any]:
             "validation": "held out" if getattr(data, "val_is_held_out", False) else "the test set, watched only",
         },
     }
-
-
-def facts_of_training(folder: Path) -> dict[str, Any]:
-    """`training_facts` that a training has left in its run folder, as far as they can be read."""
-    record = read_record(folder)
-    return {name: record[name] for name in ("seed", "data") if name in record}
 
 
 def resumed_facts(folder: Path, now: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from etflight.runs.folder import RECORD, last_checkpoint, read_record
-from etflight.runs.loggers import may_fall_silent
+from etflight.runs.loggers import may_fall_silent, run_folder
 from etflight.utils.files import write_json
+from etflight.utils.lightning_private import uploads_checkpoints
 
 ID = "wandb_id"  # in run.json
 
@@ -60,15 +61,15 @@ def recorded_id(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def introduce(trainer: Trainer, folder: Path, config: Mapping[str, Any], *, keeps_config: bool = False) -> None:
+def introduce(trainer: Trainer, config: Mapping[str, Any], *, keeps_config: bool = False) -> None:
     """Tell W&B the configuration, axes and what its summary keeps; note the run's id in `run.json`.
 
     Args:
         trainer: with its loggers.
-        folder: the run folder, with `run.json`.
         config: all arguments as plain data.
         keeps_config: whether a W&B run that was there before keeps the configuration it has.
     """
+    folder = run_folder(trainer)
     known = recorded_id(folder)
     for logger in _loggers(trainer):
         with may_fall_silent(logger):
@@ -83,16 +84,16 @@ def introduce(trainer: Trainer, folder: Path, config: Mapping[str, Any], *, keep
                 write_json(folder / RECORD, {**record, ID: run.id})
 
 
-def log_checkpoint(trainer: Trainer, folder: Path) -> None:
+def log_checkpoint(trainer: Trainer) -> None:
     """Upload `last.ckpt` as an artifact of type "model" to each W&B run whose logger was asked to (`log_model`).
 
     Args:
         trainer: with its loggers, after training.
-        folder: the run folder.
     """
+    folder = run_folder(trainer)
     path = last_checkpoint(folder)
     for logger in _loggers(trainer):
-        if logger._log_model and path.is_file():
+        if uploads_checkpoints(logger) and path.is_file():
             import wandb  # takes a second, which runs that upload nothing need not wait for
 
             with may_fall_silent(logger):

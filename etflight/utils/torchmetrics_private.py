@@ -64,3 +64,16 @@ class ExactMetric(Metric):
         # torchmetrics itself guards against `module.half()`, but not against `module.to(torch.float16)`
         device = fn(torch.empty(0, device=self.device)).device
         return super()._apply(lambda state: state.to(device), exclude_state)
+
+
+def add_saved_state(metric: Metric, state: dict[str, Any]) -> None:
+    """Add a state to what a metric has counted; bit by bit that state where it has counted nothing yet.
+
+    Touches `Metric._update_count`, which says whether it has.
+    """
+    if metric.update_called:
+        metric.merge_state(state)
+        return
+    for name, value in state.items():
+        setattr(metric, name, value)
+    metric._update_count = 1

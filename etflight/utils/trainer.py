@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import nn
 
+from etflight.utils.errors import UserError
 from etflight.utils.torch_private import broadcast_buffers
 
 _Kind = TypeVar("_Kind")
@@ -34,6 +35,24 @@ def shows_after(trainer: Trainer, batch_idx: int) -> bool:
     """Whether the progress bar gets new numbers after this batch: one in `log_every_n_steps` does."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return every > 0 and (batch_idx + 1) % every == 0
+
+
+def refuse_if_never_reached(trainer: Trainer, epoch: int, what: str) -> None:
+    """Refuse an epoch that does not come in this training.
+
+    Args:
+        trainer: About to train; a trial run may end before.
+        epoch: Counted from 0.
+        what: What is to happen in it, for the error.
+
+    Raises:
+        UserError: There are fewer epochs.
+    """
+    last = trainer.max_epochs
+    if not is_trial_run(trainer) and last not in (None, -1) and epoch >= last:
+        raise UserError(
+            f"{what} {epoch} is never reached in {last} epochs, counted from 0: give an earlier one, or more --trainer.max_epochs"
+        )
 
 
 @contextmanager

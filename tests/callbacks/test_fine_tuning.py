@@ -1,55 +1,46 @@
-"""The second of two stages: by hand, resumed, on two processes, refused."""
+"""Training that starts from a checkpoint or from a file of weights: by hand, unfrozen, resumed, on two processes, refused."""
 
 from functools import partial
 
 import pytest
+import safetensors.torch
+import timm
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from etflight import (
-    Classifier,
-    CosineHead,
-    CrossEntropyLoss,
-    ETFHead,
-    LabelAwareSmoothingLoss,
-    LinearHead,
-    ScaledLinearHead,
-)
+import etflight.backbones  # noqa: F401  registers the models
+from etflight import Classifier, CrossEntropyLoss, ETFHead, LabelAwareSmoothingLoss, LinearHead, ScaledLinearHead
 from etflight.callbacks import FineTuning
+from etflight.cli.stages import main
 from etflight.data import Digits
 from etflight.utils.errors import UserError
-from tests.left_by_runs import assert_same_run, read
-from tests.system.test_ddp import (
-    CPU,
-    GLOBAL_BATCH,
-    assert_same_rows,
-    assert_same_weights,
-    finish,
-    rows,
-    shared_by,
-    start,
-    weights,
-)
-from tests.system.test_resume import DIGITS, KILL
+from tests.left_by_runs import assert_resumes, read
 
 CRT = {"load": {"backbone": "backbone"}, "freeze": ["backbone"]}
 LWS = {"load": {"backbone": "backbone", "head": "head.linear"}, "freeze": ["backbone", "head.linear"]}
 MISLAS = {**LWS, "freeze": ["backbone"]}
 VIT = {"backbone": "test_vit", "model_kwargs": {"img_size": 8, "patch_size": 4}}
-RESNET = {"backbone": "resnet20_cifar"}
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
-def new_model(kind=RESNET, head=LinearHead, **options):
+def new_model(backbone="resnet20_cifar", head=LinearHead, **options):
     seed_everything(0, verbose=False)
-    return Classifier(10, in_chans=1, head=head, **{"loss": CrossEntropyLoss, **kind, **options})
+    return Classifier(10, backbone, in_chans=1, head=head, **{"loss": CrossEntropyLoss, **options})
 
 
 def new_trainer(*callbacks, **options):
     return Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=list(callbacks), **{"max_epochs": 3, "num_sanity_val_steps": 0, "limit_val_batches": 0, **options},
-    )  # fmt: skip
+        callbacks=list(callbacks),
+        **QUIET | {"max_epochs": 3, "num_sanity_val_steps": 0, "limit_val_batches": 0} | options,
+    )
 
 
 def full_batch():
@@ -66,9 +57,9 @@ def stage_one(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def features(stage_one):
-    """What the stage-one model makes of all training images, and their labels."""
+    """What the stage-one model makes of all training images, their labels, and the model."""
     data = full_batch()
     images, labels = data.eval_transform(next(iter(data.eval_dataloader("train"))))
     model = Classifier.load_from_checkpoint(stage_one).eval()
@@ -76,10 +67,10 @@ def features(stage_one):
         return model.features(images), labels, model
 
 
-def descend(logits, parameters, labels, steps=3, cost=torch.nn.functional.cross_entropy):
-    """Full-batch SGD as the trainer's own: learning rate 0.1, momentum 0.9, weight decay 2e-4."""
+def descend(logits, parameters, labels, cost=cross_entropy):
+    """Three full-batch steps as the trainer's own: learning rate 0.1, momentum 0.9, weight decay 2e-4."""
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=2e-4)
-    for _ in range(steps):
+    for _ in range(3):
         optimizer.zero_grad()
         cost(logits(), labels).backward()
         optimizer.step()
@@ -100,9 +91,7 @@ def test_lws_learns_a_scale_for_each_class_of_the_stage_one_head(stage_one, feat
     h, labels, trained = features
     model = new_model(head=ScaledLinearHead)
     new_trainer(FineTuning(str(stage_one), **LWS)).fit(model, full_batch())
-    scale = torch.ones(10, requires_grad=True)
-    with torch.no_grad():
-        old_logits = h @ trained.head.weight.T + trained.head.bias
+    scale, old_logits = torch.ones(10, requires_grad=True), trained.head(h).detach()
     descend(lambda: scale * old_logits, [scale], labels)
     assert (scale - 1).abs().max() > 0.1  # it has learnt something
     assert_close(model.head.class_scale, scale, rtol=0, atol=1e-5)
@@ -129,14 +118,12 @@ def test_mislas_learns_the_old_head_at_its_own_rate_and_a_scale_for_each_class(s
     descend(lambda: scale * linear(h), groups, labels, cost=smoothed_cross_entropy)
     assert_close(model.head.class_scale, scale, rtol=0, atol=1e-5)
     assert_close(model.head.linear.weight, linear.weight, rtol=0, atol=1e-5)
-    assert_close(model.head.linear.bias, linear.bias, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("freeze_statistics", [True, False])
-def test_the_statistics_of_a_frozen_part_move_on_only_where_they_are_not_frozen(freeze_statistics, stage_one):
+def test_the_statistics_of_a_frozen_part_move_on_where_they_are_not_frozen(stage_one):
     model, data = new_model(), full_batch()
-    new_trainer(FineTuning(str(stage_one), **CRT, freeze_statistics=freeze_statistics)).fit(model, data)
-    backbone = Classifier.load_from_checkpoint(stage_one).backbone.train(not freeze_statistics)
+    new_trainer(FineTuning(str(stage_one), **CRT, freeze_statistics=False)).fit(model, data)
+    backbone = Classifier.load_from_checkpoint(stage_one).backbone.train()
     images, _ = data.eval_transform(next(iter(data.eval_dataloader("train"))))
     with torch.no_grad():
         for _ in range(3):
@@ -145,110 +132,160 @@ def test_the_statistics_of_a_frozen_part_move_on_only_where_they_are_not_frozen(
         assert_close(model.backbone.state_dict()[name], value, rtol=1e-4, atol=1e-5)
 
 
-class Modes(Callback):
-    """Whether a module of the backbone, or one of the head, was in training mode at each batch."""
+class States(Callback):
+    """The state of the model after each epoch, and in each step whether modules of the backbone were in training mode."""
 
     def __init__(self):
-        self.seen = set()
+        self.states, self.modes = [], []
 
     def on_train_batch_end(self, trainer, pl_module, *_):
-        self.seen.add((any(m.training for m in pl_module.backbone.modules()), pl_module.head.training))
+        self.modes.append((trainer.current_epoch, {m.training for m in pl_module.backbone.modules()}))
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.states.append({name: value.clone() for name, value in pl_module.state_dict().items()})
 
 
-def test_a_frozen_part_stays_in_evaluation_mode_after_every_validation(stage_one):
-    modes = Modes()
+def save_weights(path, name="resnet20_cifar", **kwargs):
+    """Those of a colour network with a classifier; returns it."""
+    torch.manual_seed(5)
+    network = timm.create_model(name, num_classes=7, **kwargs)
+    safetensors.torch.save_file(network.state_dict(), path)
+    return network
+
+
+@pytest.mark.parametrize(("name", "kwargs"), [("resnet20_cifar", {}), ("test_vit", VIT["model_kwargs"])])
+def test_the_backbone_stays_as_it_was_given_until_its_epoch_and_all_of_it_moves_then(name, kwargs, tmp_path):
+    network, states = save_weights(tmp_path / "w.safetensors", name, **kwargs), States()
+    tuning = FineTuning(freeze=["backbone"], weights=str(tmp_path / "w.safetensors"), unfreeze_epoch=2)
+    trainer = new_trainer(tuning, states, limit_train_batches=2, limit_val_batches=1, val_check_interval=1)
+    trainer.fit(new_model(name, model_kwargs=kwargs, layer_decay=0.9), Digits(imbalance_ratio=20, batch_size=100))
+    ends = {n for n, layer in network.named_modules() if layer is network.get_classifier()}
+    given = {f"backbone.{n}": v for n, v in network.state_dict().items() if n.rpartition(".")[0] not in ends}
+    stem = f"backbone.{network.pretrained_cfg['first_conv']}.weight"
+    given[stem] = given[stem].sum(1, keepdim=True)  # of grey images
+    for state in states.states[:2]:
+        for name, value in given.items():
+            assert torch.equal(state[name], value), name  # BatchNorm's statistics, too
+    assert not torch.equal(states.states[0]["head.weight"], states.states[1]["head.weight"])
+    assert not [name for name, value in given.items() if torch.equal(states.states[2][name], value)]
+    # a validation after every step has put each module back into its own mode
+    assert states.modes == [(epoch, {epoch == 2}) for epoch in (0, 0, 1, 1, 2, 2)]
+
+
+def test_weights_and_statistics_are_those_of_plain_descent_by_hand():
+    sgd = partial(torch.optim.SGD, lr=0.005, momentum=0.9, weight_decay=2e-4)  # larger steps amplify rounding
+    data, model, twin = full_batch(), new_model(optimizer=sgd), new_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    new_trainer(FineTuning(freeze=["layer1", "head"], unfreeze_epoch=2)).fit(model, data)  # 3 epochs of a step each
+    images, labels = data.eval_transform(next(iter(data.eval_dataloader("train"))))
+    held = [twin.backbone.layer1, twin.head]
+    optimizer = sgd(twin.parameters())
+    for epoch in range(3):
+        twin.train()
+        for part in held:
+            part.train(epoch == 2)
+        optimizer.zero_grad()
+        cross_entropy(twin(images), labels).backward()
+        if epoch < 2:
+            for part in held:
+                part.zero_grad()
+        optimizer.step()
+    for name, parameter in twin.named_parameters():
+        move = parameter - before[name]
+        assert (model.get_parameter(name) - parameter).norm() < 0.05 * move.norm(), name  # rounding is amplified
+    for name, buffer in twin.backbone.named_buffers():
+        assert_close(model.backbone.get_buffer(name), buffer, rtol=1e-3, atol=1e-4)
+
+
+def test_a_parameter_that_never_trains_is_not_set_free_with_its_part():
+    model = new_model()
+    model.head.bias.requires_grad_(False)
+    tuning = FineTuning(freeze=["head"], unfreeze_epoch=1)
+    new_trainer(tuning, max_epochs=2, limit_train_batches=1).fit(model, Digits(batch_size=50))
+    assert model.head.weight.requires_grad
+    assert not model.head.bias.requires_grad
+
+
+def second_stage(file):
+    load = '{"backbone": "backbone", "head": "head.linear"}'
+    return ["--model.head", "ScaledLinearHead", "--fine_tuning.checkpoint", file, "--fine_tuning.load", load,
+            "--fine_tuning.freeze", "[backbone, head.linear]"]  # fmt: skip
+
+
+def from_weights(file):
+    return ["--model.head", "LinearHead", "--fine_tuning.weights", file, "--fine_tuning.freeze", "[backbone]",
+            "--fine_tuning.unfreeze_epoch", 1, "--model.layer_decay", 0.7]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tuning", "kills", "trained"),
+    [(second_stage, [4], 1), (from_weights, [1, 3, 4], 2)],  # frozen for good; while frozen, where that ends, after it
+)
+def test_a_killed_run_resumes_bit_by_bit_without_the_file_it_started_from(tuning, kills, trained, stage_one, tmp_path):
+    file = tmp_path / "file"
+    if tuning is second_stage:
+        file.write_bytes(stage_one.read_bytes())
+    else:
+        save_weights(file := tmp_path / "w.safetensors")
+    data = ["--data", "Digits", "--data.imbalance_ratio", 20]
+    quiet = [
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.enable_progress_bar",
+        "false",
+        "--trainer.enable_model_summary",
+        "false",
+    ]
+    fit = [
+        "fit", *data, "--model.backbone", "resnet20_cifar", "--model.loss", "CrossEntropyLoss", *quiet, "--monitor", "null",
+        "--trainer.limit_train_batches", 3, "--trainer.max_epochs", 2, *tuning(file),
+    ]  # fmt: skip
+    assert_resumes(fit, tmp_path, kills, before_resuming=file.unlink)
+    states = read(tmp_path / "whole")["optimizer_states"][0]["state"]
+    assert len(states) == trained if tuning is second_stage else len(states) > trained
+    test = ["test", *data, *quiet, "--ckpt_path", str(tmp_path / "whole/checkpoints/last.ckpt"), *tuning(file)]
+    main([*map(str, test), "--trainer.default_root_dir", str(tmp_path)])  # which has no use for the file either
+
+
+def unfreeze(rank, folder, processes):
+    model, states = new_model(**VIT, layer_decay=0.8), States()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     trainer = new_trainer(
-        FineTuning(str(stage_one), **CRT), modes, max_epochs=2, num_sanity_val_steps=2, limit_val_batches=1,
-        val_check_interval=0.5,
+        FineTuning(freeze=["backbone"], unfreeze_epoch=1), states, max_epochs=2, limit_train_batches=4, devices=processes,
+        strategy="auto" if processes == 1 else "ddp", default_root_dir=folder,
     )  # fmt: skip
-    trainer.fit(new_model(), Digits(imbalance_ratio=20, batch_size=100))
-    assert modes.seen == {(False, True)}
+    trainer.fit(model, datamodule=Digits(imbalance_ratio=20, batch_size=60 // processes))
+    return before, *states.states
 
 
-def test_a_part_of_the_backbone_can_be_frozen_without_any_checkpoint():
-    model, before = new_model(), new_model().backbone.state_dict()
-    new_trainer(FineTuning(freeze=["layer1"]), max_epochs=1).fit(model, Digits(imbalance_ratio=20, batch_size=100))
-    changed = {name for name, value in model.backbone.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed
-    assert not any(name.startswith("layer1.") for name in changed)
-    assert any(name.startswith("layer2.") for name in changed)
+def largest_difference(one, other):
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-@pytest.fixture(scope="module")
-def trained_run(etflight_command, tmp_path_factory):
-    cwd = tmp_path_factory.mktemp("trained")
-    fit = ["fit", *DIGITS, "--model.head", "LinearHead", "--model.loss", "CrossEntropyLoss", "--name", "ce"]
-    result = etflight_command(*fit, "--trainer.max_epochs", 1, cwd=cwd)
-    assert result.status == 0, result.err
-    return cwd / "runs/ce/checkpoints/last.ckpt"
+def test_two_processes_unfreeze_as_one_does(two_ready_processes, tmp_path):
+    before, frozen, trained = unfreeze(0, tmp_path, 1)
+    (_, first_frozen, first), (_, _, second) = two_ready_processes(unfreeze, [(tmp_path, 2)] * 2)
+    assert all(torch.equal(first_frozen[name], before[name]) for name in before if name.startswith("backbone."))
+    assert largest_difference(first_frozen, frozen) < 5e-6
+    assert largest_difference(first, frozen) > 1e-3
+    assert largest_difference(first, trained) < 5e-6
+    assert largest_difference(first, second) == 0
 
 
-def options(checkpoint, load, freeze):
-    load = ", ".join(f'"{source}": "{target}"' for source, target in load.items())
-    given = {"checkpoint": checkpoint, "load": f"{{{load}}}", "freeze": f"[{', '.join(freeze)}]"}
-    return [argument for name, value in given.items() for argument in (f"--fine_tuning.{name}", value)]
+# --- refused -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("head", "parts"), [("LinearHead", CRT), ("ScaledLinearHead", LWS)])
-def test_a_killed_second_stage_resumes_bit_by_bit_without_the_first(
-    head, parts, trained_run, etflight_command, tmp_path
-):
-    moved = tmp_path / "stage_one.ckpt"
-    moved.write_bytes(trained_run.read_bytes())
-    fit = [
-        "fit", *DIGITS, "--model.head", head, "--model.loss", "CrossEntropyLoss", "--checkpoint.every_n_steps", 1,
-        "--trainer.val_check_interval", 0.5, *options(moved, **parts),
-    ]  # fmt: skip
-    whole = etflight_command(*fit, "--name", "whole", cwd=tmp_path)
-    assert whole.status == 0, whole.err
-    kill = [*KILL, 18, "--trainer.callbacks.mark", "killed.mark"]
-    assert etflight_command(*fit, "--name", "killed", *kill, cwd=tmp_path).status == -9
-    moved.unlink()
-    resumed = etflight_command(*fit, "--name", "killed", "--ckpt_path", "last", cwd=tmp_path)
-    assert resumed.status == 0, resumed.err
-    assert_same_run(tmp_path / "runs/whole", tmp_path / "runs/killed")
-    states = read(tmp_path / "runs/killed")["optimizer_states"][0]["state"]
-    assert len(states) == (2 if head == "LinearHead" else 1)  # weight and bias; the scales
-    test = ["test", "--data", "Digits", "--name", "killed", "--ckpt_path", "last", *options(moved, **parts)]
-    tested = etflight_command(*test, *CPU, cwd=tmp_path)  # which has no use for the first stage either
-    assert tested.status == 0, tested.err
-
-
-def test_two_processes_learn_what_one_does(etflight_command, tmp_path):
-    recipe = [
-        *CPU, "--data", "Digits", "--data.imbalance_ratio", 20, "--data.batch_size", GLOBAL_BATCH, "--model.backbone", "test_vit",
-        "--model.model_kwargs", '{"img_size": 8, "patch_size": 4}', "--model.loss", "CrossEntropyLoss", "--model.optimizer.lr", 0.05,
-    ]  # fmt: skip
-    first = ["fit", *recipe, "--model.head", "LinearHead", "--trainer.max_epochs", 1, "--name", "ce"]
-    assert etflight_command(*first, cwd=tmp_path).status == 0
-    fit = [
-        "fit", *recipe, "--model.head", "ScaledLinearHead", "--trainer.max_epochs", 2, "--data.sampler", "balanced",
-        *options("runs/ce/checkpoints/last.ckpt", **LWS),
-    ]  # fmt: skip
-    one = etflight_command(*fit, "--name", "one", cwd=tmp_path)
-    assert one.status == 0, one.err
-    printed = finish(start("etflight", *fit, *shared_by(2), "--name", "two", cwd=tmp_path))
-    assert printed.count("weights of backbone, head taken from") == 1
-    assert_same_rows(rows(tmp_path / "runs/two"), rows(tmp_path / "runs/one"))
-    assert_same_weights(weights(tmp_path / "runs/two"), weights(tmp_path / "runs/one"))
-
-
-def refused(model, checkpoint=None, load=None, freeze=()):
+def refused(model, checkpoint=None, load=None, freeze=(), **options):
     with pytest.raises(UserError) as error:
-        new_trainer(FineTuning(checkpoint and str(checkpoint), load, freeze)).fit(model, full_batch())
+        new_trainer(FineTuning(checkpoint and str(checkpoint), load, freeze, **options)).fit(model, full_batch())
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def test_a_checkpoint_of_another_model_is_refused_in_one_line(stage_one, tmp_path):
     assert "gone.ckpt does not exist" in refused(new_model(), tmp_path / "gone.ckpt", **CRT)
-    assert "backbone resnet20_cifar, this model test_vit" in refused(new_model(VIT), stage_one, **CRT)
-    wide = new_model(model_kwargs={"width": 2})
-    assert "backbone of checkpoint" in (message := refused(wide, stage_one, **CRT))
-    assert "not [32, 1, 3, 3]" in message
-    foreign = tmp_path / "foreign.ckpt"
-    torch.save({"state_dict": {}, "hyper_parameters": {"lr": 1}}, foreign)
-    assert "its hyper_parameters have no num_classes" in refused(new_model(), foreign, **CRT)
+    assert "backbone resnet20_cifar, this model test_vit" in refused(new_model(**VIT), stage_one, **CRT)
+    assert "not [32, 1, 3, 3]" in refused(new_model(model_kwargs={"width": 2}), stage_one, **CRT)
     content = torch.load(stage_one, weights_only=True)
     content["hyper_parameters"]["num_classes"] = 7
     content["class_names"] = None
@@ -256,44 +293,50 @@ def test_a_checkpoint_of_another_model_is_refused_in_one_line(stage_one, tmp_pat
     assert "num_classes 7, this model 10" in refused(new_model(), tmp_path / "seven.ckpt", **CRT)
 
 
-@pytest.mark.parametrize(
-    ("head", "reason"),
-    [
+def test_lws_refuses_a_head_that_is_not_linear(tmp_path):
+    for head, reason in (
         (ETFHead, "it has no bias"),
-        (CosineHead, "it has no bias"),
-        (partial(LinearHead, use_bias=False), "it has no bias"),
         (partial(LinearHead, feature_batch_norm=True), "it has a batch_norm"),
-    ],
-)
-def test_lws_refuses_a_head_that_is_not_linear(head, reason, tmp_path):
-    path = tmp_path / "head.ckpt"
-    trainer = new_trainer(limit_train_batches=0)
-    trainer.fit(new_model(head=head), full_batch())
-    trainer.save_checkpoint(path)
-    message = refused(new_model(head=ScaledLinearHead), path, **LWS)
-    assert f"head of checkpoint {path} does not fit head.linear of this model: {reason}" in message
+    ):
+        trainer = new_trainer(limit_train_batches=0)
+        trainer.fit(new_model(head=head), full_batch())
+        trainer.save_checkpoint(tmp_path / "head.ckpt")
+        message = refused(new_model(head=ScaledLinearHead), tmp_path / "head.ckpt", **LWS)
+        assert f"head.ckpt does not fit head.linear of this model: {reason}" in message
 
 
-def test_parts_that_are_not_there_are_refused_in_one_line(stage_one):
+def test_parts_and_epochs_that_are_not_there_are_refused_in_one_line(stage_one):
     assert "has no such part" in refused(new_model(), stage_one, {"backbon": "backbone"})
     assert "did you mean backbone" in refused(new_model(), stage_one, {"backbone": "backbon"})
     assert "did you mean layer1" in refused(new_model(), freeze=["layer11"])
     assert "nothing is left to train" in refused(new_model(), freeze=["backbone", "head"])
+    never = refused(new_model(), freeze=["backbone"], unfreeze_epoch=3)
+    assert "unfreeze_epoch 3 is never reached in 3 epochs, counted from 0" in never
 
 
-def test_a_checkpoint_and_what_to_take_from_it_belong_together(stage_one):
-    with pytest.raises(UserError, match=r"a checkpoint, but no load"):
-        FineTuning("last.ckpt")
-    with pytest.raises(UserError, match=r"a load, but no checkpoint: give --fine_tuning\.checkpoint"):
-        FineTuning(load={"backbone": "backbone"})
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"checkpoint": "c.ckpt"}, "a checkpoint, but no load"),
+        ({"load": {"backbone": "backbone"}}, r"a load, but no checkpoint: give --fine_tuning\.checkpoint"),
+        ({"unfreeze_epoch": 1}, "has nothing to unfreeze: give an epoch of 1 or more and --fine_tuning.freeze"),
+        ({"unfreeze_epoch": 0, "freeze": ["backbone"]}, "unfreeze_epoch is 0: give an epoch of 1 or more"),
+        ({"checkpoint": "c.ckpt", "load": {"a": "b"}, "weights": "w.pth"}, "not from both"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options, reason):
+    with pytest.raises(UserError, match=reason):
+        FineTuning(**options)
 
 
-def test_a_mistake_on_the_command_line_is_one_line(etflight_command, tmp_path):
-    for given, reason in (
-        (options("gone.ckpt", **CRT), "gone.ckpt does not exist"),
-        (["--fine_tuning.checkpoint", "gone.ckpt"], "give --fine_tuning.load"),
-    ):
-        result = etflight_command("fit", *DIGITS, *given, cwd=tmp_path)
-        assert result.status == 1
-        assert len(result.error_lines) == 1
-        assert reason in result.error_lines[0]
+def test_wrong_weights_are_refused_in_one_line(tmp_path):
+    weights = tmp_path / "w.safetensors"
+    for write, reason in (
+        (lambda: None, "w.safetensors does not exist: give the path of FILE.safetensors, or one of torch.save"),
+        (lambda: weights.write_text("<html>404</html>"), "is damaged: fetch the file again, or save model.state_dict() alone"),
+        (lambda: save_weights(weights, "resnet32_cifar"), "do not fit the backbone: it has a layer1.3.bn1.bias (and "),
+    ):  # fmt: skip
+        write()
+        message = refused(new_model(), weights=str(weights))
+        assert message.startswith("weights ")
+        assert reason in message

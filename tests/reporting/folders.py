@@ -5,7 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 COUNTS = [128, 40, 8]
+K, D, N = 5, 7, 3  # classes, features, embeddings a class of what a monitor leaves
+EVIL = "</script><img src=x onerror=pwned=1><b>&\"'`${pwned=1}"
 
 
 def make_run(folder: Path, *, acc: float = 0.5, arm: str = "ce", seed: Any = 0, **facts: Any) -> Path:
@@ -41,3 +45,47 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def make_runs(parent: Path) -> list[Path]:
+    """Two seeds of two arms, with everything that a page shows."""
+    folders = []
+    for arm in ("ce", "etf"):
+        for seed in (0, 1):
+            run = make_run(parent / f"{arm}_{seed}", arm=arm, seed=seed, acc=0.5 + seed / 8)
+            leave(run, seed=seed)
+            write_csv(run / "per_class.csv", classes("abc"))
+            (run / "config.yaml").write_text(f"seed_everything: {seed}\nmodel: {{head: {arm}, lr: 0.1}}\n")
+            folders.append(run)
+    return folders
+
+
+def classes(names):
+    rows = zip(names, COUNTS, (1.0, 0.25, 0.5), strict=True)
+    return [{"class": k, "name": name, "train_images": n, "acc": acc} for k, (name, n, acc) in enumerate(rows)]
+
+
+def leave(folder, epochs=(0, 1, 2), classes=K, snapshots=True, seed=0):
+    """Gram matrices and snapshots as the monitor leaves them, and what they were made of."""
+    random = np.random.default_rng(seed)
+    made = {}
+    for name in ("gram", "snapshots"):
+        (folder / name).mkdir(parents=True)
+    labels = np.tile(np.arange(classes), N)
+    for epoch in epochs:
+        M, W = random.normal(size=(2, classes, D)) + 1
+        H = (M[labels] + random.normal(size=(len(labels), D))).astype(np.float16)
+        rows = np.concatenate([M, W, M.mean(0, keepdims=True)])
+        gram = (rows @ rows.T).astype(np.float32)
+        np.savez_compressed(folder / f"gram/epoch_{epoch:03d}.npz", classes=np.arange(classes), gram=gram, epoch=epoch)
+        if snapshots:
+            np.savez_compressed(
+                folder / f"snapshots/epoch_{epoch:03d}.npz", embeddings=H, labels=labels, indices=np.arange(len(labels)),
+                epoch=epoch, weight=W.astype(np.float32),
+            )  # fmt: skip
+        made[epoch] = M, W, H.astype(float), labels
+    return made
+
+
+def cosines(A, B):
+    return np.array([[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in B] for a in A])

@@ -5,39 +5,12 @@ import pytest
 
 from etflight.reporting.frames import frames
 from etflight.utils.errors import UserError
-
-K, D, N = 5, 7, 3  # classes, features, embeddings a class
-
-
-def leave(folder, epochs=(0, 1, 2), classes=K, snapshots=True, seed=0):
-    """Gram matrices and snapshots as the monitor leaves them, and what they were made of."""
-    random = np.random.default_rng(seed)
-    made = {}
-    for name in ("gram", "snapshots"):
-        (folder / name).mkdir(parents=True)
-    labels = np.tile(np.arange(classes), N)
-    for epoch in epochs:
-        M, W = random.normal(size=(2, classes, D)) + 1
-        H = (M[labels] + random.normal(size=(len(labels), D))).astype(np.float16)
-        rows = np.concatenate([M, W, M.mean(0, keepdims=True)])
-        gram = (rows @ rows.T).astype(np.float32)
-        np.savez_compressed(folder / f"gram/epoch_{epoch:03d}.npz", classes=np.arange(classes), gram=gram, epoch=epoch)
-        if snapshots:
-            np.savez_compressed(
-                folder / f"snapshots/epoch_{epoch:03d}.npz", embeddings=H, labels=labels, indices=np.arange(len(labels)),
-                epoch=epoch, weight=W.astype(np.float32),
-            )  # fmt: skip
-        made[epoch] = M, W, H.astype(float), labels
-    return made
+from tests.reporting.folders import K, N, cosines, leave
 
 
 def unpack(text, *shape):
     values = np.frombuffer(base64.b64decode(text), "<i2").reshape(shape).astype(float)
     return np.where(values == -32768, np.nan, values / 32767)
-
-
-def cosines(A, B):
-    return np.array([[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in B] for a in A])
 
 
 def test_cosines_are_those_of_means_vectors_and_embeddings(tmp_path):

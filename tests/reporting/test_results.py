@@ -87,11 +87,9 @@ DAMAGE = {
     "an empty table": ("metrics.csv", replaced("metrics.csv", b"")),
     "a word for a number": ("metrics.csv", replaced("metrics.csv", b"epoch,train/loss\n0,low\n")),
     "an accuracy above 1": ("metrics.csv", replaced("metrics.csv", b"epoch,val/acc\n0,88\n")),
-    "a half-written speed table": ("speed.csv", cut_off("speed.csv", 2)),
     "a record cut off": ("run.json", cut_off("run.json", 5)),
     "a record of no names": ("run.json", replaced("run.json", b"[]")),
     "an accuracy that is none": ("test_metrics.json", replaced("test_metrics.json", b'{"test/acc": NaN}')),
-    "an accuracy in per cent": ("test_metrics.json", replaced("test_metrics.json", b'{"test/acc": 95.0}')),
     "a yes for a number": ("test_metrics.json", replaced("test_metrics.json", b'{"test/acc": true}')),
     "no record": ("run.json", lambda run: (run / "run.json").unlink()),
 }

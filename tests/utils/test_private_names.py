@@ -1,7 +1,21 @@
 """Names of other libraries that are not public: these tests say which one a release has moved."""
 
+from types import SimpleNamespace
+
 import pytest
+from lightning.fabric.strategies.launchers import subprocess_script
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from torchmetrics import Metric, SumMetric
+
+from etflight.utils.lightning_private import on_dead_process
+from etflight.utils.torch_private import broadcast_buffers
 
 
 @pytest.mark.parametrize("name", ["_sync_dist", "_reduce_states", "_apply", "_load_from_state_dict"])
@@ -12,3 +26,62 @@ def test_torchmetrics_has_the_hooks_that_exact_metric_overrides(name):
 @pytest.mark.parametrize("name", ["_defaults", "_computed", "_update_count"])
 def test_torchmetrics_keeps_the_values_that_exact_metric_changes(name):
     assert name in vars(SumMetric())
+
+
+class StatefulLoader(DataLoader):
+    """One that has a state."""
+
+    def state_dict(self):
+        return {"served": 1}
+
+    def load_state_dict(self, state_dict):
+        pass
+
+
+class SeesLoops(BoringModel):
+    """Looks at the loops' state when its third step has begun."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == 2:
+            self.loops = self.trainer.fit_loop.state_dict()
+
+
+def test_lightning_keeps_the_counters_that_a_checkpoint_sets_back():
+    model = SeesLoops()
+    trainer = Trainer(
+        accelerator="cpu", max_steps=3, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+    )  # fmt: skip
+    trainer.fit(model, StatefulLoader(RandomDataset(32, 4), batch_size=1))
+    batches, epochs = model.loops["epoch_loop.batch_progress"], model.loops["epoch_progress"]
+    assert (batches["total"]["ready"], batches["current"]["ready"], batches["current"]["completed"]) == (3, 3, 2)
+    assert (epochs["total"]["ready"], epochs["current"]["ready"], epochs["current"]["completed"]) == (1, 1, 0)
+    assert batches["is_last_batch"] is False
+    assert model.loops["state_dict"]["combined_loader"] == [{"served": 1}]
+    assert trainer.fit_loop.total_batch_idx == 2
+    assert trainer.fit_loop.restarted_mid_epoch is False
+    assert callable(trainer.fit_loop.setup_data)
+
+
+def test_lightnings_launcher_logs_a_dead_process_as_it_did(monkeypatch):
+    told = []
+    monkeypatch.setattr(subprocess_script._logger, "filters", [])
+    monkeypatch.setattr(subprocess_script._logger, "disabled", False)
+    subprocess_script._logger.setLevel("INFO")
+    on_dead_process(lambda rank, status: told.append((rank, status)))
+    dead = SimpleNamespace(returncode=-9, pid=1, poll=lambda: None)
+    observer = subprocess_script._ChildProcessObserver(1, [dead])
+    monkeypatch.setattr(observer, "_terminate_all", lambda: None)
+    observer._run()
+    assert told == [(1, -9)]
+
+
+def test_lightnings_ddp_strategy_and_wandb_logger_keep_their_options():
+    assert DDPStrategy(find_unused_parameters=False)._ddp_kwargs == {"find_unused_parameters": False}
+    assert WandbLogger(log_model="all")._log_model == "all"
+    assert DummyLogger().experiment.anything("else") is None
+
+
+def test_ddp_ignores_the_buffers_that_a_module_names():
+    module = nn.BatchNorm1d(2)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ["running_mean"])
+    assert len(broadcast_buffers(module)) == len(list(module.buffers())) - 1
