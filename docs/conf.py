@@ -29,13 +29,17 @@ autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_use_ivar = True
 napoleon_custom_sections = ["Source"]
+suppress_warnings = ["misc.highlighting_failure"]  # shell cells of notebooks
 add_module_names = False
 
 nitpicky = True
 # The libraries below have documentation of their own, which is reached with DOCS_INTERSPHINX=1.
 _others = "torch|lightning|numpy|torchmetrics|matplotlib|PIL|collections|pathlib|typing|abc|functools|datetime|np|nn|optional"
-nitpick_ignore_regex = [("py:.*", rf"({_others})(\..*)?")]
+_inner = r"etflight\.(data\.(sources|files|unlabelled)|callbacks\.features|classifier)"  # types that only signatures name
+nitpick_ignore_regex = [("py:.*", rf"({_others}|{_inner})(\..*)?")]
 intersphinx_timeout = 10
 intersphinx_mapping = (
     {
@@ -75,7 +79,20 @@ def _write_math(translator, node, display: str) -> None:
     raise nodes.SkipNode
 
 
+def _keep_together(app: Sphinx, name: str, source: list[str]) -> None:
+    """A number and its deviation stay on one line of a table."""
+    source[0] = source[0].replace(" ± ", "\u00a0±\u00a0")
+
+
+def _whole_first_line(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Napoleon takes a property's words before a colon for a type: put them back."""
+    if what == "property" and lines and lines[-1].startswith(":type: "):
+        lines[0] = f"{lines.pop().removeprefix(':type: ')}: {lines[0]}"
+
+
 def setup(app: Sphinx) -> None:
     """Register MathML as the writer of equations."""
+    app.connect("source-read", _keep_together)
+    app.connect("autodoc-process-docstring", _whole_first_line, priority=900)
     app.add_html_math_renderer("mathml", (_inline_math, None), (_block_math, None))
     app.config.html_math_renderer = "mathml"
