@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from etflight.data.base import ImageDataModule, Split
-from etflight.data.sources import ArraySource
+from etflight.data.sources import ArraySource, number_of_classes
 from etflight.utils.errors import UserError
 from etflight.utils.limits import refuse_growth
 from etflight.utils.terminal import readable
@@ -46,7 +46,7 @@ class ArrayImages(ImageDataModule):
         """The file's `class_names`, else the labels as text.
 
         Raises:
-            UserError: `class_names` is no list, or the training labels are none from 0 on.
+            UserError: `class_names` is no list, or the training labels do not count from 0 on.
         """
         if "class_names" in self.members:
             names = self.array("class_names")
@@ -55,21 +55,7 @@ class ArrayImages(ImageDataModule):
                     f"{self.path}: class_names is of shape {list(names.shape)}: give one name per class, [K]"
                 )
             return [readable(str(name)) for name in names]
-        labels = self._labels("train")
-        if len(labels) == 0 or labels.max() < 0:
-            raise UserError(f"{self.path}: train_labels holds no label from 0 on: give one per image")
-        num_classes = int(labels.max()) + 1
-        if num_classes > len(labels):
-            raise UserError(
-                f"{self.path}: label {num_classes - 1} of train is beyond what {len(labels)} images can fill: "
-                "give labels from 0 without gaps"
-            )
-        return [str(label) for label in range(num_classes)]
-
-    @property
-    def num_classes(self) -> int:
-        """K, from the file's `class_names`, else from its training labels."""
-        return len(self.class_names)
+        return list(map(str, range(number_of_classes(self._labels("train"), f"{self.path}: train_labels"))))
 
     @cached_property
     def num_channels(self) -> int:
@@ -122,14 +108,6 @@ class ArrayImages(ImageDataModule):
         except (zipfile.BadZipFile, OSError, ValueError) as error:
             raise UserError(f"{self.path} is no .npz file ({error}): write it with numpy.savez") from None
 
-    def _array_is_there(self, name: str) -> None:
-        if name not in self.members:
-            needed = [f"{split}_{kind}" for split in ("train", "test") for kind in ("images", "labels")]
-            missing = [member for member in dict.fromkeys([*needed, name]) if member not in self.members]
-            raise UserError(
-                f"{self.path}: missing {', '.join(missing)}; it holds {', '.join(self.members) or 'nothing'}"
-            )
-
     def array(self, name: str) -> NDArray[np.generic]:
         """One array of the file.
 
@@ -143,8 +121,9 @@ class ArrayImages(ImageDataModule):
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[None]:
-        """Inside, whatever a damaged or hostile file does to its reader becomes one line."""
-        self._array_is_there(name)
+        """Turn whatever a damaged or hostile file does to its reader into one line."""
+        if name not in self.members:
+            raise UserError(f"{self.path}: {name} is missing; it holds {', '.join(self.members) or 'nothing'}")
         try:
             yield
         except UserError:

@@ -1,4 +1,4 @@
-"""The loaders: of training, which a resumed run continues within an epoch, and of evaluation."""
+"""What all data modules share, and their loaders."""
 
 import math
 import os
@@ -113,8 +113,8 @@ class ImageDataModule(LightningDataModule, ABC):
     Batches are `(images, labels)`, uint8 `[B, C, H, W]` and int64 `[B]`, until `on_after_batch_transfer` makes them
     float32 and, with mixup or CutMix, probabilities `[B, K]`.
 
-    A new set gives `num_classes`, `num_channels`, `class_names` and `load`, its recipe as the class variables, and
-    `has_val_split` where it has one.
+    A new set gives `num_channels`, `class_names` and `load`, its recipe as the class variables, and `has_val_split` where it
+    has one.
 
     Args:
         imbalance_ratio: Largest over smallest class count, at least 1; 1 is balanced.
@@ -211,11 +211,6 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @property
     @abstractmethod
-    def num_classes(self) -> int:
-        """K, without a download where the set fixes it."""
-
-    @property
-    @abstractmethod
     def num_channels(self) -> int:
         """C of the images."""
 
@@ -223,6 +218,11 @@ class ImageDataModule(LightningDataModule, ABC):
     @abstractmethod
     def class_names(self) -> list[str]:
         """K names, in label order."""
+
+    @property
+    def num_classes(self) -> int:
+        """K, without a download where the set fixes it."""
+        return len(self.class_names)
 
     @abstractmethod
     def load(self, split: Split) -> ImageSource:

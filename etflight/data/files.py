@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -14,70 +15,60 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from etflight.data.base import ImageDataModule, Split
-from etflight.data.decoding import center_square, decode_file, random_square
+from etflight.data.decoding import decode_file, fit_to, random_square
 from etflight.data.sampler import Draw, ImbalancedSampler, NumberedSampler
 from etflight.data.sources import Batch, ImageSource, ImageSplit
+from etflight.data.transforms import step_randomness
 from etflight.utils.errors import UserError, warn
 from etflight.utils.preprocessing import Preprocessing
 
-_THREADS = 8  # wait for a network file system together
-_CHUNK = 1024
+_THREADS = 8  # which wait for a network file system together
 
 
 class Paths:
-    """N paths below a folder, packed into one tensor of bytes.
+    """N paths below a folder, packed into two tensors.
 
-    A list of strings would cost every loader process a copy of its own: who looks at a string writes its reference count,
-    and so the memory page it lies on. Tensors are shared, in processes that are forked and in those that are not.
+    A list of strings would cost every loader process a copy of its own: reading a string changes its reference count,
+    and so the memory page that it lies on. Tensors are shared, also with processes that are not forked.
 
     Args:
         root: The folder.
-        text: uint8 `[bytes]`, the paths and whatever lies between them.
-        starts: int64 `[N]`, where each begins.
-        ends: int64 `[N]`, where each has ended.
+        paths: Relative to `root`.
     """
 
-    def __init__(self, root: str, text: Tensor, starts: Tensor, ends: Tensor) -> None:
-        self.root = root
-        self._text, self._starts, self._ends = text, starts, ends
-
-    @classmethod
-    def pack(cls, root: str, paths: Iterable[str]) -> "Paths":
-        """Pack paths relative to `root`."""
+    def __init__(self, root: str, paths: Iterable[str]) -> None:
         encoded = [os.fsencode(path) for path in paths]
-        ends = torch.from_numpy(np.cumsum([len(path) for path in encoded], dtype=np.int64))
-        starts = torch.cat([ends.new_zeros(1), ends])[:-1]
-        return cls(
-            root, torch.frombuffer(bytearray(b"".join(encoded)) or bytearray(1), dtype=torch.uint8), starts, ends
-        )
+        self.root = root
+        self._text = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
+        self._ends = torch.from_numpy(np.cumsum([0, *map(len, encoded)]))
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> str:
         """The path, with the folder."""
-        return os.path.join(self.root, *self.relative([index]))
+        return os.path.join(self.root, self.relative(index))
 
-    def relative(self, indices: Iterable[int]) -> list[str]:
-        """Paths as they were given."""
-        text, starts, ends = (values.numpy().data for values in (self._text, self._starts, self._ends))
-        return [os.fsdecode(text[starts[i] : ends[i]].tobytes()) for i in indices]
+    def relative(self, index: int) -> str:
+        """The path as it was given."""
+        start, end = self._ends.numpy()[index : index + 2]
+        return os.fsdecode(self._text.numpy()[start:end].tobytes())
+
+    def all_relative(self) -> list[str]:
+        """All paths as they were given."""
+        text = self._text.numpy().tobytes()
+        return [os.fsdecode(text[start:end]) for start, end in pairwise(self._ends.tolist())]
 
     def marks(self) -> Iterator[memoryview]:
-        """The bytes that hold the paths, and where each begins and ends; of the lines of a list also what is written beside the paths."""
-        yield from (values.numpy().data for values in (self._text, self._starts, self._ends))
+        """All bytes of the paths, and where each begins and ends."""
+        return (values.numpy().data for values in (self._text, self._ends[:-1], self._ends[1:]))
 
     def missing(self) -> list[int]:
         """Positions of the files that are not there."""
-        with ThreadPoolExecutor(_THREADS) as threads:
-            chunks = (range(start, min(start + _CHUNK, len(self))) for start in range(0, len(self), _CHUNK))
-            return [index for found in threads.map(self._missing_of, chunks) for index in found]
-
-    def _missing_of(self, indices: range) -> list[int]:
         root = os.path.join(self.root, "")
-        return [
-            i for i, path in zip(indices, self.relative(indices), strict=True) if not os.access(root + path, os.F_OK)
-        ]
+        with ThreadPool(_THREADS) as threads:
+            there = threads.map(os.path.exists, [root + path for path in self.all_relative()], chunksize=1024)
+        return [index for index, exists in enumerate(there) if not exists]
 
 
 def files_below(folder: str, suffixes: Collection[str] | None = None) -> list[str]:
@@ -140,7 +131,7 @@ class FileSource(ImageSource):
         Raises:
             UserError: The file is missing, is no image, or is too large; names its path.
         """
-        return center_square(self._decode(index), self.square.size, self.square.side)
+        return fit_to(self._decode(index), [self.square.size] * 2, [self.square.side] * 2)
 
     def drawn(self, index: int, seed: int, number: int) -> Tensor:
         """Decode one file, for training: uint8 `[3, size, size]`, a part that (seed, number) choose.
@@ -150,8 +141,9 @@ class FileSource(ImageSource):
         """
         if self.square.min_crop_scale == 1:
             return self[index]
-        random = np.random.default_rng([seed, number])
-        return random_square(self._decode(index), self.square.size, self.square.min_crop_scale, random)
+        image = self._decode(index)
+        with step_randomness(seed, number):
+            return random_square(image, self.square.size, self.square.min_crop_scale)
 
     def images(self, indices: Tensor) -> Tensor:
         """Decode files one by one, for evaluation."""
@@ -263,6 +255,7 @@ class FileImages(ImageDataModule):
     result is over all of them.
 
     Args:
+        root: Folder that holds the files.
         image_size: Side of the square, in pixels; None: the set's standard recipe, 224 unless its images are smaller.
         min_crop_scale: In training, show a random part of the picture, at least this of its area (RandomResizedCrop); 1: the middle, as in
             evaluation; None: the set's standard recipe.
@@ -275,7 +268,9 @@ class FileImages(ImageDataModule):
     standard_min_crop_scale: ClassVar[float] = 1.0
     standard_crop_pct: ClassVar[float] = 1.0
     sampler_class: ClassVar[type[ImbalancedSampler]] = NumberedSampler
+    num_channels: ClassVar[int] = 3
 
+    root: str = field(kw_only=False)
     image_size: int | None = None
     min_crop_scale: float | None = None
     crop_pct: float | None = None
@@ -308,10 +303,8 @@ class FileImages(ImageDataModule):
                 f"{type(self).__name__}: image_size / crop_pct is {self._square.side}: give at most {LARGEST_SIDE} pixels"
             )
 
-    @property
-    def num_channels(self) -> int:
-        """3."""
-        return 3
+    def __str__(self) -> str:
+        return f"{type(self).__name__} in {self.root}"
 
     @classmethod
     def options_for(cls, preprocessing: Preprocessing) -> dict[str, Any]:
@@ -333,7 +326,7 @@ class FileImages(ImageDataModule):
         Raises:
             UserError: A file is missing or is no image; names its path.
         """
-        source = self.make_source(Paths.pack("", map(str, files)), torch.zeros(len(files)))
+        source = self.make_source(Paths("", map(str, files)), torch.zeros(len(files)))
         images, _ = self.eval_transform((source.images(torch.arange(len(files))), source.labels))
         return images
 
@@ -359,14 +352,37 @@ class ListedFileImages(FileImages):
             disk, and more on a slow one.
     """
 
+    published_counts: ClassVar[dict[Split, int]] = {}  # images of each split, where others would be another set
+    published_classes: ClassVar[int | None] = None
+
     check_files: bool = True
 
-    def make_listed_source(self, split: Split, paths: Paths, labels: Tensor) -> FileSource:
+    @property
+    def num_classes(self) -> int:
+        """K, fixed by the set, or else the number of its class names."""
+        return super().num_classes if self.published_classes is None else self.published_classes
+
+    def make_listed_source(self, split: Split, named: Sequence[tuple[str, int]]) -> FileSource:
+        """Files, given by their paths below `root`, with their labels.
+
+        Raises:
+            UserError: As `checked_source` has them.
+        """
+        paths, labels = zip(*named, strict=True) if named else ((), ())
+        return self.checked_source(split, Paths(self.root, paths), torch.tensor(labels))
+
+    def checked_source(self, split: Split, paths: Paths, labels: Tensor) -> FileSource:
         """Files with labels `[N]`, cut as the options say.
 
         Raises:
-            UserError: Some are missing; says how many, and the first three.
+            UserError: There are more or fewer than published, or some are missing; says how many, and the first three.
         """
+        expected = self.published_counts.get(split, len(paths))
+        if len(paths) != expected:
+            raise UserError(
+                f"{self.label_file(split)}: {len(paths):,} {split} images, but {expected:,} were published: "
+                "fetch the set again, or read lists of your own with ListImages"
+            )
         missing = paths.missing() if self.check_files else []
         if missing:
             rest = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""

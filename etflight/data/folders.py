@@ -30,20 +30,10 @@ class FolderImages(FileImages):
 
     named_after: ClassVar[str | None] = "root"
 
-    root: str
-
-    def __str__(self) -> str:
-        return f"{type(self).__name__} {self.root}"
-
     @cached_property
     def class_names(self) -> list[str]:
         """Folder names of `train`, sorted."""
         return [readable(folder.name) for folder in self._class_folders("train")]
-
-    @property
-    def num_classes(self) -> int:
-        """K, the folders of `train`."""
-        return len(self.class_names)
 
     @property
     def has_val_split(self) -> bool:
@@ -69,7 +59,7 @@ class FolderImages(FileImages):
                 )
             paths += [f"{split}/{folder.name}/{file}" for file in files]
             labels += [label_of[folder.name]] * len(files)
-        return self.make_source(Paths.pack(self.root, paths), torch.tensor(labels))
+        return self.make_source(Paths(self.root, paths), torch.tensor(labels))
 
     def _class_folders(self, split: Split) -> list[Path]:
         parent = Path(self.root) / split
@@ -92,23 +82,13 @@ class CUB200(PhotoRecipe, ListedFileImages):
     """
 
     published_counts: ClassVar[dict[Split, int]] = {"train": 5_994, "test": 5_794}
-    classes: ClassVar[int] = 200
-
-    root: str
-
-    def __str__(self) -> str:
-        return f"{type(self).__name__} in {self.root}"
-
-    @property
-    def num_classes(self) -> int:
-        """200."""
-        return self.classes
+    published_classes: ClassVar[int | None] = 200
 
     @cached_property
     def class_names(self) -> list[str]:
         """`Black_footed_Albatross`, …: the folders of the images without their numbers."""
         folder_of = {label: path.partition("/")[0] for path, label, _ in self._images}
-        return [folder_of.get(label, str(label)).rpartition(".")[2] for label in range(self.classes)]
+        return [folder_of.get(label, str(label)).rpartition(".")[2] for label in range(self.num_classes)]
 
     def load(self, split: Split) -> FileSource:
         """The files of one split, in the order of `images.txt`.
@@ -117,11 +97,7 @@ class CUB200(PhotoRecipe, ListedFileImages):
             UserError: The lists are missing, do not fit each other or the published counts, or images are missing.
         """
         chosen = [(f"images/{path}", label) for path, label, trains in self._images if trains == (split == "train")]
-        expected = self.published_counts[split]
-        if len(chosen) != expected:
-            raise UserError(f"{self}: {len(chosen):,} {split} images, but the set has {expected:,}: unpack it again")
-        paths, labels = zip(*chosen, strict=True)
-        return self.make_listed_source(split, Paths.pack(self.root, paths), torch.tensor(labels))
+        return self.make_listed_source(split, chosen)
 
     def label_file(self, split: Split) -> str:
         """`image_class_labels.txt`."""
@@ -163,21 +139,11 @@ class TinyImageNet(PhotoRecipe, ListedFileImages):
     """
 
     published_counts: ClassVar[dict[Split, int]] = {"train": 100_000, "test": 10_000}
-    classes: ClassVar[int] = 200
+    published_classes: ClassVar[int | None] = 200
     standard_image_size: ClassVar[int] = 64
     standard_min_crop_scale: ClassVar[float] = 1.0
     standard_crop_pct: ClassVar[float] = 1.0
     standard_crop_padding: ClassVar[int] = 8
-
-    root: str
-
-    def __str__(self) -> str:
-        return f"{type(self).__name__} in {self.root}"
-
-    @property
-    def num_classes(self) -> int:
-        """200."""
-        return self.classes
 
     @cached_property
     def class_names(self) -> list[str]:
@@ -208,20 +174,14 @@ class TinyImageNet(PhotoRecipe, ListedFileImages):
                     f"{self}: val/val_annotations.txt has a line that begins {wrong[:2]}: unpack the set again"
                 )
             named = [(f"val/images/{row[0]}", row[1]) for row in rows]
-        expected = self.published_counts[split]
-        if len(named) != expected:
-            raise UserError(f"{self}: {len(named):,} {split} images, but the set has {expected:,}: unpack it again")
-        paths, numbers = zip(*named, strict=True)
-        return self.make_listed_source(
-            split, Paths.pack(self.root, paths), torch.tensor([label_of[number] for number in numbers])
-        )
+        return self.make_listed_source(split, [(path, label_of[number]) for path, number in named])
 
     @cached_property
     def _numbers(self) -> list[str]:
         """WordNet numbers of the classes, sorted."""
         numbers = sorted(self._lines("wnids.txt"))
-        if len(set(numbers)) != self.classes or not all(number.isalnum() for number in numbers):
-            raise UserError(f"{self}: wnids.txt does not name {self.classes} classes: unpack the set again")
+        if len(set(numbers)) != self.num_classes or not all(number.isalnum() for number in numbers):
+            raise UserError(f"{self}: wnids.txt does not name {self.num_classes} classes: unpack the set again")
         return numbers
 
     def _lines(self, name: str) -> list[str]:

@@ -1,6 +1,5 @@
 """Sets of image files that lists of "path label" lines choose: the large long-tailed ones, and anybody's own."""
 
-import codecs
 import os
 import re
 from collections.abc import Sequence
@@ -12,19 +11,16 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from etflight.data.base import Split
 from etflight.data.files import FileSource, ListedFileImages, Paths, PhotoRecipe
-from etflight.data.sampler import stable_order
+from etflight.data.sources import number_of_classes
 from etflight.utils.errors import UserError
 from etflight.utils.terminal import readable
 
 UNPACK = "unpack the set there, or correct --data.root"  # where a file that it comes with is missing
-_IS_BLANK = np.isin(np.arange(256), [ord(blank) for blank in " \t\r"])
-_MOST_DIGITS = 9
-_MOST_BLANKS = 64  # around a path; each is a pass over all lines
+_MOST_DIGITS = 9  # of a label
 
 
 @dataclass(eq=False)
@@ -41,34 +37,21 @@ class ListImages(ListedFileImages):
     """
 
     list_files: ClassVar[dict[Split, str]] = {"train": "train.txt", "val": "val.txt", "test": "test.txt"}
-    published_counts: ClassVar[dict[Split, int]] = {}  # images of each list, where others would be another set
-    published_classes: ClassVar[int | None] = None
     named_after: ClassVar[str | None] = "root"
 
-    root: str
     lists: str
     names: str | None = None
-
-    def __str__(self) -> str:
-        return f"{type(self).__name__} in {self.root}"
 
     @property
     def num_classes(self) -> int:
         """K, fixed by the set, or else the largest training label plus one.
 
         Raises:
-            UserError: The training list cannot be read, or has a label beyond the number of its lines.
+            UserError: The training list cannot be read, or its labels do not count from 0 on.
         """
         if self.published_classes is not None:
             return self.published_classes
-        labels = self._training_list[1]
-        num_classes = int(labels.max()) + 1
-        if num_classes > len(labels):
-            raise UserError(
-                f"{self._list('train')}: label {num_classes - 1} is beyond what {len(labels)} images can fill: "
-                "give labels from 0 without gaps"
-            )
-        return num_classes
+        return number_of_classes(self._training_list[1].numpy(), str(self._list("train")))
 
     @property
     def has_val_split(self) -> bool:
@@ -103,13 +86,7 @@ class ListImages(ListedFileImages):
             UserError: It cannot be read, has another number of lines than the published one, or images are missing.
         """
         paths, labels = self._read(split)
-        expected = self.published_counts.get(split, len(paths))
-        if len(paths) != expected:
-            raise UserError(
-                f"{self._list(split)} has {len(paths):,} images, but the published list has {expected:,}: fetch it again, "
-                "or read a list of your own with ListImages"
-            )
-        return self.make_listed_source(split, self._where_they_are(paths, labels), labels)
+        return self.checked_source(split, self._where_they_are(paths, labels), labels)
 
     def label_file(self, split: Split) -> str:
         """The list."""
@@ -119,24 +96,23 @@ class ListImages(ListedFileImages):
         return Path(self.lists, self.list_files[split])
 
     def _where_they_are(self, paths: Paths, labels: Tensor) -> Paths:
-        """The same paths; or, if the first image lies there, with class folders that the list leaves out, or without those it adds."""
+        """The paths, with each class's folder put in or taken out where the first image lies there and not where the list says."""
         if os.path.exists(paths[0]) or int(labels.max()) >= len(self._folders):
             return paths
         names = [self.class_name(folder) for folder in self._folders]
 
-        def inserted(path: str, label: int) -> str:
-            folder, slash, file = path.rpartition("/")
-            return f"{folder}{slash}{names[label]}/{file}"
+        def with_folder(path: str, label: int) -> str:
+            folder, file = os.path.split(path)
+            return os.path.join(folder, names[label], file)
 
-        def removed(path: str, label: int) -> str:
-            folder, _, file = path.rpartition("/")
-            parent, slash, last = folder.rpartition("/")
-            return f"{parent}{slash}{file}" if last == names[label] else path
+        def without_folder(path: str, label: int) -> str:
+            folder, file = os.path.split(path)
+            parent, last = os.path.split(folder)
+            return os.path.join(parent, file) if last == names[label] else path
 
-        for moved in (inserted, removed):
-            if os.path.exists(os.path.join(self.root, moved(paths.relative([0])[0], int(labels[0])))):
-                pairs = zip(paths.relative(range(len(paths))), labels.tolist(), strict=True)
-                return Paths.pack(self.root, (moved(path, label) for path, label in pairs))
+        for move in (with_folder, without_folder):
+            if os.path.exists(os.path.join(self.root, move(paths.relative(0), int(labels[0])))):
+                return Paths(self.root, map(move, paths.all_relative(), labels.tolist()))
         return paths
 
     def _read(self, split: Split) -> tuple[Paths, Tensor]:
@@ -157,11 +133,8 @@ class ListImages(ListedFileImages):
         sizes = np.bincount(labels.numpy(), minlength=self.num_classes)
         if not sizes.all():
             return []
-        order, ends = stable_order(labels.numpy()), sizes.cumsum()
-        first, last = (
-            [path.split("/")[:-1] for path in paths.relative(order[places].tolist())]
-            for places in (ends - sizes, ends - 1)
-        )
+        order, ends = np.argsort(labels.numpy(), kind="stable"), sizes.cumsum()
+        first, last = ([paths.relative(i).split("/")[:-1] for i in order[at]] for at in (ends - sizes, ends - 1))
         if first != last:
             depth = min(map(_shared, zip(first, last, strict=True)))
             first = [folder[:depth] for folder in first]
@@ -277,10 +250,8 @@ def lines_of(file: Path, mend: str) -> list[str]:
 def read_list(file: Path, root: str) -> tuple[Paths, Tensor]:
     """Read lines of a path, blanks and a label; empty lines are passed over.
 
-    On the bytes of the whole file: a loop over half a million lines would take longer than to look for the files.
-
     Args:
-        file: The list.
+        file: The list, in UTF-8.
         root: Folder that the paths are relative to, and stay below.
 
     Returns:
@@ -289,73 +260,31 @@ def read_list(file: Path, root: str) -> tuple[Paths, Tensor]:
     Raises:
         UserError: The file cannot be read, or has no image, a line of another form, or a path that leaves the folder.
     """
+    form = "lines of a path below the root, a blank and a label"
     try:
-        content = bytearray(file.read_bytes())
+        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise UserError(
             f"{file} cannot be read ({error.strerror}): give the folder that holds it as --data.lists"
         ) from None
-    if b"\0" in content:
-        raise UserError(f"{file} is no text: give lines of a path below the root, a blank and a label, in UTF-8")
-    if content.startswith(codecs.BOM_UTF8):  # Windows editors begin a file with it
-        del content[: len(codecs.BOM_UTF8)]
-    data = np.frombuffer(content or bytearray(1), np.uint8)
-    ends = np.append(np.flatnonzero(data[: len(content)] == ord("\n")), len(content))
-    starts = np.append(0, ends[:-1] + 1)
-    starts, ends = _trim(data, starts, ends)
-    lines = np.flatnonzero(ends > starts)
-    starts, ends = starts[lines], ends[lines]
-    if len(lines) == 0:
-        raise UserError(f"{file} names no image: give lines of a path and a label")
-
-    def refuse(wrong: NDArray[np.bool_], problem: str) -> None:
-        if wrong.any():
-            where = int(np.flatnonzero(wrong)[0])
-            text = bytes(content[starts[where] : ends[where]]).decode(errors="replace")[:200]
-            raise UserError(f"{file}: line {lines[where] + 1} ({text!r}) {problem}")
-
-    labels, label_starts = _numbers_at(data, starts, ends)
-    blank = _IS_BLANK[data[label_starts - 1]]
-    _, path_ends = _trim(data, starts, label_starts)
-    refuse(
-        (label_starts == ends) | ~blank | (path_ends <= starts) | (ends - label_starts > _MOST_DIGITS),
-        "is no path and label: give a path below the root, a blank and a number from 0 on",
-    )
-    leaves = data[starts] == ord("/")
-    if b".." in content:
-        out = re.compile(rb"(?:^|/)\.\.(?:/|$)")
-        leaves |= [
-            bool(out.search(content[start:end])) for start, end in zip(starts.tolist(), path_ends.tolist(), strict=True)
-        ]
-    refuse(leaves, "leaves the root: give paths below it")
-    backslash = content.find(b"\\")
-    refuse((starts <= backslash) & (backslash < ends), "has a backslash: write folders as a/b.jpg")
-    return Paths(root, *map(torch.from_numpy, (data, starts, path_ends))), torch.from_numpy(labels)
-
-
-def _trim(
-    data: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Leave out the blanks at both ends of pieces of text."""
-    for _ in range(_MOST_BLANKS):
-        leading = _IS_BLANK[data[np.minimum(starts, len(data) - 1)]] & (starts < ends)
-        trailing = _IS_BLANK[data[ends - 1]] & (starts + leading < ends)
-        if not leading.any() and not trailing.any():
-            break
-        starts, ends = starts + leading, ends - trailing
-    return starts, ends
-
-
-def _numbers_at(
-    data: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The numbers that pieces of text end with, and where these begin."""
-    numbers, places = np.zeros(len(ends), np.int64), ends
-    for exponent in range(_MOST_DIGITS + 1):
-        digits = data[places - 1] - np.uint8(ord("0"))  # what is no digit wraps around, beyond 9
-        is_digit = (digits <= 9) & (places > starts)
-        if not is_digit.any():
-            break
-        numbers += np.where(is_digit, digits, 0).astype(np.int64) * 10**exponent
-        places = places - is_digit
-    return numbers, places
+    if "\0" in text:
+        raise UserError(f"{file} is no text: give {form}, in UTF-8")
+    paths, labels = [], []
+    for number, line in enumerate(map(str.strip, text.split("\n")), start=1):
+        if not line:
+            continue
+        path, label = line.rsplit(maxsplit=1) if " " in line or "\t" in line else ("", "")
+        problem = None
+        if not path or not label.isdecimal() or len(label) > _MOST_DIGITS:
+            problem = "is no path and label: give a path below the root, a blank and a number from 0 on"
+        elif path.startswith("/") or (".." in path and ".." in path.split("/")):
+            problem = "leaves the root: give paths below it"
+        elif "\\" in path:
+            problem = "has a backslash: write folders as a/b.jpg"
+        if problem:
+            raise UserError(f"{file}: line {number} ({line[:200]!r}) {problem}")
+        paths.append(path)
+        labels.append(int(label))
+    if not paths:
+        raise UserError(f"{file} names no image: give {form}")
+    return Paths(root, paths), torch.tensor(labels)

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from etflight.data.base import ImageDataModule, Split
-from etflight.data.files import FileSource, ListedFileImages, Paths, files_below
+from etflight.data.files import FileSource, ListedFileImages, files_below
 from etflight.data.sampler import long_tailed_subset
 from etflight.data.sources import ArraySource
 from etflight.utils.errors import UserError
@@ -39,19 +39,10 @@ class Digits(ImageDataModule):
     The 500 test images, 50 per class, are the same for every seed; the other 1,297 train.
     """
 
+    num_channels: ClassVar[int] = 1
     # Of all 1,797 images.
     standard_mean: ClassVar[tuple[float, ...]] = (0.3053,)
     standard_std: ClassVar[tuple[float, ...]] = (0.3760,)
-
-    @property
-    def num_classes(self) -> int:
-        """10."""
-        return 10
-
-    @property
-    def num_channels(self) -> int:
-        """1."""
-        return 1
 
     @property
     def class_names(self) -> list[str]:
@@ -86,20 +77,9 @@ class TorchvisionImages(ImageDataModule):
 
     published_name: ClassVar[str]  # in torchvision.datasets
     names: ClassVar[tuple[str, ...]]
-    channels: ClassVar[int]
 
     def __str__(self) -> str:
         return f"{type(self).__name__} in {self.root}"
-
-    @property
-    def num_classes(self) -> int:
-        """K, fixed by the set."""
-        return len(self.names)
-
-    @property
-    def num_channels(self) -> int:
-        """C, fixed by the set."""
-        return self.channels
 
     @property
     def class_names(self) -> list[str]:
@@ -208,7 +188,7 @@ class FashionMNIST(TorchvisionImages):
     names: ClassVar[tuple[str, ...]] = (
         "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
     )  # fmt: skip
-    channels: ClassVar[int] = 1
+    num_channels: ClassVar[int] = 1
     standard_mean: ClassVar[tuple[float, ...]] = (0.2860,)
     standard_std: ClassVar[tuple[float, ...]] = (0.3530,)
     standard_crop_padding: ClassVar[int] = 2
@@ -293,7 +273,7 @@ class CIFAR10(TorchvisionImages):
     names: ClassVar[tuple[str, ...]] = (
         "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
     )  # fmt: skip
-    channels: ClassVar[int] = 3
+    num_channels: ClassVar[int] = 3
     standard_mean: ClassVar[tuple[float, ...]] = (0.4914, 0.4822, 0.4465)
     standard_std: ClassVar[tuple[float, ...]] = (0.2023, 0.1994, 0.2010)
     standard_crop_padding: ClassVar[int] = 4
@@ -378,7 +358,7 @@ class SVHN(TorchvisionImages):
 
     published_name: ClassVar[str] = "SVHN"
     names: ClassVar[tuple[str, ...]] = tuple("0123456789")
-    channels: ClassVar[int] = 3
+    num_channels: ClassVar[int] = 3
 
     @property
     def is_there(self) -> bool:
@@ -455,7 +435,7 @@ class STL10(TorchvisionImages):
     names: ClassVar[tuple[str, ...]] = (
         "airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck",
     )  # fmt: skip
-    channels: ClassVar[int] = 3
+    num_channels: ClassVar[int] = 3
 
     @property
     def is_there(self) -> bool:
@@ -515,7 +495,7 @@ class GTSRB(TorchvisionImages, ListedFileImages):
         "wild animals", "end of all limits", "turn right ahead", "turn left ahead", "ahead only", "straight on or right",
         "straight on or left", "keep right", "keep left", "roundabout", "end of no passing", "end of no passing of lorries",
     )  # fmt: skip
-    channels: ClassVar[int] = 3
+    num_channels: ClassVar[int] = 3
     standard_mean: ClassVar[tuple[float, ...]] = (0.3406, 0.3128, 0.3229)
     standard_std: ClassVar[tuple[float, ...]] = (0.2773, 0.2673, 0.2744)
     standard_image_size: ClassVar[int] = 32
@@ -540,8 +520,7 @@ class GTSRB(TorchvisionImages, ListedFileImages):
         named = self._training_files() if split == "train" else self._test_files()
         if not named:
             raise self._missing(f"no {split} image is there")
-        paths, labels = zip(*named, strict=True)
-        return self.make_listed_source(split, Paths.pack(self.root, paths), torch.tensor(labels))
+        return self.make_listed_source(split, named)
 
     def _training_files(self) -> list[tuple[str, int]]:
         """Paths and labels; classes are folders called 00000 to 00042."""

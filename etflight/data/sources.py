@@ -10,8 +10,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from etflight.utils.errors import UserError
+
 Batch = tuple[Tensor, Tensor]
 UNREADABLE = -2  # the label of an image that could not be read, and that is black in its batch
+
+
+def number_of_classes(labels: NDArray[np.int64], where: str) -> int:
+    """The largest label plus one.
+
+    Args:
+        labels: `[N]`.
+        where: What the error names.
+
+    Raises:
+        UserError: There are fewer images than classes, or none with a label from 0 on.
+    """
+    largest = int(labels.max(initial=-1))
+    if not 0 <= largest < len(labels):
+        raise UserError(
+            f"{where}: the largest label is {largest}, of {len(labels)} images: give labels from 0 without gaps"
+        )
+    return largest + 1
 
 
 class ImageSource(ABC):

@@ -1,9 +1,7 @@
 """Images from anywhere, of any size and without labels, brought to what a trained model takes."""
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +45,6 @@ class UnlabelledImages(ImageDataModule):
         return ", ".join(self.paths[:3]) + ", …" * (len(self.paths) > 3)
 
     @property
-    def num_classes(self) -> int:
-        """K."""
-        return len(self.names)
-
-    @property
     def num_channels(self) -> int:
         """C of the model."""
         return self.input_size[0]
@@ -69,17 +62,7 @@ class UnlabelledImages(ImageDataModule):
         """
         if split == "train":
             raise UserError(f"--images {self}: images without labels can be predicted, not trained on")
-        sets: list[_Files | _Array] = []
-        for path in self.paths:
-            if path.endswith(".npz"):
-                sets.append(_Array(path, self.input_size[0]))
-            elif Path(path).is_dir():
-                sets.append(_Files([str(Path(path) / file) for file in files_below(path)]))
-            elif Path(path).exists():
-                sets.append(_Files([path]))
-            else:
-                raise UserError(f"--images {path} does not exist: give image files, folders or .npz files")
-        return AnyImages(sets, self.input_size, self.crop_pct)
+        return AnyImages(self.paths, self.input_size, self.crop_pct)
 
     def make_split(self, name: Split, source: ImageSource, indices: NDArray[np.int64]) -> ImageSplit:
         """In order, with what cannot be read."""
@@ -96,16 +79,30 @@ class AnyImages(ImageSource):
     """Images of several files, folders and arrays, one after the other.
 
     Args:
-        sets: where they are.
+        paths: Image files, folders of them, and `.npz` files.
         input_size: C, H and W of what comes out.
-        crop_pct: part of the resized image that is kept.
+        crop_pct: Part of the resized image that is kept.
+
+    Raises:
+        UserError: A path does not exist, or an array holds no images, or such as the model cannot take.
     """
 
-    def __init__(self, sets: "Sequence[_Files | _Array]", input_size: tuple[int, int, int], crop_pct: float) -> None:
-        self._sets, self._size, self.crop_pct = sets, input_size, crop_pct
+    def __init__(self, paths: Sequence[str], input_size: tuple[int, int, int], crop_pct: float) -> None:
+        self._size, self.crop_pct = input_size, crop_pct
         self._covered = [Square(side, crop_pct).side for side in input_size[1:]]
-        self._ends = list(accumulate(map(len, sets)))
-        self.labels = torch.full((self._ends[-1] if sets else 0,), -1)
+        self._arrays: dict[str, NDArray[Any]] = {}
+        self._pictures: list[tuple[str, int | None]] = []  # a file, and the position if it holds an array
+        for path in paths:
+            if path.endswith(".npz"):
+                self._arrays[path] = _read_array(path, input_size[0])
+                self._pictures += [(path, position) for position in range(len(self._arrays[path]))]
+            elif Path(path).is_dir():
+                self._pictures += [(str(Path(path) / file), None) for file in files_below(path)]
+            elif Path(path).exists():
+                self._pictures.append((path, None))
+            else:
+                raise UserError(f"--images {path} does not exist: give image files, folders or .npz files")
+        self.labels = torch.full((len(self._pictures),), -1)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -116,12 +113,18 @@ class AnyImages(ImageSource):
         """uint8 `[C, H, W]`.
 
         Raises:
-            UserError: it cannot be read, or has other channels than a model of this kind can take.
+            UserError: It cannot be read, or has other channels than a model of this kind can take.
         """
         channels, *size = self._size
-        which, position = self._find(index)
-        picture = _with_channels(which.read(position, channels, max(self._covered)), channels, which.name(position))
-        return fit_to(picture, size, self._covered)
+        path, position = self._pictures[index]
+        if position is None:
+            picture = decode_file(path, max(self._covered), "GRAY" if channels == 1 else "RGB")
+        else:
+            pixels = self._arrays[path][position]
+            if pixels.dtype == np.uint16:
+                pixels = np.rint(pixels / 257).astype(np.uint8)
+            picture = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        return fit_to(_with_channels(picture, channels, self.name(index)), size, self._covered)
 
     def images(self, indices: Tensor) -> Tensor:
         """Read one by one.
@@ -145,13 +148,8 @@ class AnyImages(ImageSource):
 
     def name(self, index: int) -> str:
         """The file's path, of an array with the position in it."""
-        which, position = self._find(index)
-        return which.name(position)
-
-    def _find(self, index: int) -> "tuple[_Files | _Array, int]":
-        number = bisect_right(self._ends, index)
-        which = self._sets[number]
-        return which, index - self._ends[number] + len(which)
+        path, position = self._pictures[index]
+        return path if position is None else f"{path}[{position}]"
 
 
 class _Split(ImageSplit):
@@ -161,49 +159,20 @@ class _Split(ImageSplit):
         return self.source.readable(self.indices[positions])
 
 
-class _Files:
-    """Image files."""
-
-    def __init__(self, paths: list[str]) -> None:
-        self._paths = paths
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def name(self, index: int) -> str:
-        return self._paths[index]
-
-    def read(self, index: int, channels: int, side: int) -> Tensor:
-        return decode_file(self._paths[index], side, "GRAY" if channels == 1 else "RGB")
-
-
-class _Array:
-    """Images of one array in an `.npz` file."""
-
-    def __init__(self, path: str, channels: int) -> None:
-        file = ArrayImages(path)
-        known = [name for name in _MEMBERS if name in file.members] or file.members
-        if not known or (known[0] not in _MEMBERS and len(known) > 1):
-            raise UserError(f"{path} has no `images`, but {', '.join(known) or 'nothing'}: call the images `images`")
-        images = file.array(known[0])
-        what = f"{path}: {known[0]} is {images.dtype} of shape {list(images.shape)}"
-        if images.dtype not in (np.uint8, np.uint16) or images.ndim not in (3, 4) or 0 in images.shape[1:]:
-            raise UserError(f"{what}: give uint8 or uint16 [N, H, W] or [N, H, W, C]")
-        refuse_channels_first(images, what)
-        self._path, self._images = path, images if images.ndim == 4 else images[..., None]
-        _with_channels(torch.zeros(self._images.shape[3], 1, 1), channels, f"{what}, [N, H, W, C]")
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def name(self, index: int) -> str:
-        return f"{self._path}[{index}]"
-
-    def read(self, index: int, channels: int, side: int) -> Tensor:
-        pixels: NDArray[Any] = self._images[index]
-        if pixels.dtype == np.uint16:
-            pixels = np.rint(pixels / 257).astype(np.uint8)
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+def _read_array(path: str, channels: int) -> NDArray[Any]:
+    """The images `[N, H, W, C]` of an `.npz` file, uint8 or uint16."""
+    file = ArrayImages(path)
+    known = [name for name in _MEMBERS if name in file.members] or file.members
+    if not known or (known[0] not in _MEMBERS and len(known) > 1):
+        raise UserError(f"{path} has no `images`, but {', '.join(known) or 'nothing'}: call the images `images`")
+    images = file.array(known[0])
+    what = f"{path}: {known[0]} is {images.dtype} of shape {list(images.shape)}"
+    if images.dtype not in (np.uint8, np.uint16) or images.ndim not in (3, 4) or 0 in images.shape[1:]:
+        raise UserError(f"{what}: give uint8 or uint16 [N, H, W] or [N, H, W, C]")
+    refuse_channels_first(images, what)
+    images = images if images.ndim == 4 else images[..., None]
+    _with_channels(torch.zeros(images.shape[3], 1, 1), channels, f"{what}, [N, H, W, C]")
+    return images
 
 
 def _with_channels(image: Tensor, channels: int, what: str) -> Tensor:

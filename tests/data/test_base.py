@@ -39,24 +39,20 @@ def on_rank():
         ({"max_count": 0}, "max_count is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"val_fraction": 1.0}, "val_fraction is 1.0"),
-        ({"val_fraction": -0.1}, "val_fraction is -0.1"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"num_workers": -1}, "num_workers is -1"),
         ({"mixup": -1.0}, "mixup is -1.0"),
         ({"cutmix": -1.0}, "cutmix is -1.0"),
-        *(({"color_jitter": c}, f"color_jitter is {c}") for c in (-0.1, 1.1, nan)),
+        ({"color_jitter": 1.1}, "color_jitter is 1.1"),
+        ({"eval_batch_size": 0}, "eval_batch_size is 0"),
         ({"crop_padding": -1}, "crop_padding is -1"),
-        *(({name: alpha}, f"{name} is {alpha}") for name in ("mixup", "cutmix") for alpha in (1e-300, inf, nan)),
-        *(({"mean": mean}, "mean is .* divided by 255") for mean in ([], [127.5], [-1.0], [nan], [0.5, inf])),
-        *(({"std": std}, "std is .* divided by 255") for std in ([-1.0], [1e-300], [nan], [0.5, inf])),
+        *(({"mixup": alpha}, f"mixup is {alpha}") for alpha in (1e-300, inf, nan)),
+        *(({"mean": mean}, "mean is .* divided by 255") for mean in ([], [127.5], [0.5, nan])),
+        *(({"std": std}, "std is .* divided by 255") for std in ([0.0], [0.5, inf])),
         ({"batch_size": 2**31}, "batch_size is 2147483648"),
         ({"batch_size": None}, "batch_size is null"),
-        ({"imbalance_ratio": None}, "imbalance_ratio is null"),
-        ({"std": [0.0]}, r"std is \[0.0\]"),
-        ({"std": []}, r"std is \[\]"),
         ({"sampler": "balanze"}, "did you mean balanced"),
         ({"profile": [1, 2], "max_count": 3}, "explicit counts: leave out imbalance_ratio and max_count"),
-        ({"profile": [1, 2], "imbalance_ratio": 3.0}, "explicit counts: leave out imbalance_ratio and max_count"),
     ],
 )
 def test_an_option_out_of_range_is_refused_before_any_file_is_read(options, message):
@@ -91,20 +87,13 @@ def test_the_profile_chooses_by_the_fields_rule(arrays, seed):
     assert positions(data.eval_dataloader("train")) == chosen.tolist()
 
 
-def test_setup_again_keeps_the_splits(arrays):
-    data = ArrayImages(arrays(), imbalance_ratio=8)
-    data.setup("fit")
-    first = data.split("train")
-    data.setup("fit")
-    data.setup()
-    assert data.split("train") is first
-
-
 def test_setup_for_fit_says_once_what_is_trained_on(arrays, caplog):
     data = ArrayImages(path := arrays(), imbalance_ratio=8)
     with caplog.at_level(logging.INFO):
         data.setup("fit")
-        data.setup("fit")
+        first = data.split("train")
+        data.setup()
+    assert data.split("train") is first
     lines = [record.message for record in caplog.records if path in record.message]
     assert lines == [f"ArrayImages {path}: 59 training images, 3 classes, imbalance ratio 8, subset {data.fingerprint}"]
 
@@ -160,15 +149,9 @@ def test_eval_dataloader_has_every_sample_once_over_all_ranks(arrays, on_rank, s
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_batches_are_contiguous_uint8_and_int64(arrays):
-    images, labels = next(iter(ArrayImages(arrays(), batch_size=4).train_dataloader()))
-    assert (images.shape, images.dtype, labels.shape, labels.dtype) == ((4, 3, 2, 4), torch.uint8, (4,), torch.int64)
-    assert images.is_contiguous()
-
-
 @pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
 def test_a_batch_is_fetched_whole_and_reaches_the_step_uncopied(loader, arrays, monkeypatch):
-    data = ArrayImages(arrays(), batch_size=8, val_fraction=0.1)
+    data = ArrayImages(arrays(), batch_size=7, val_fraction=0.1)
     fetched, fetch = [], ImageSplit.__getitems__
 
     def count(split, positions):
@@ -179,6 +162,8 @@ def test_a_batch_is_fetched_whole_and_reaches_the_step_uncopied(loader, arrays, 
     monkeypatch.setattr(ImageSplit, "__getitem__", None)  # calling it is an error
     batches = list(getattr(data, loader)())
     assert len(batches) == len(fetched) > 0
+    assert (batches[0][0].shape, batches[0][0].dtype, batches[0][1].dtype) == ((7, 3, 2, 4), torch.uint8, torch.int64)
+    assert batches[0][0].is_contiguous()
     for (images, labels), (pixels, targets) in zip(batches, fetched, strict=True):
         assert images is pixels
         assert labels is targets
@@ -190,12 +175,9 @@ def test_images_keep_their_labels_and_layout(arrays):
     data = ArrayImages(path, imbalance_ratio=4)
     images, labels = data.split("train")[3]
     index = data.subset_indices[3]
+    assert (data.sample_name("train", 3), data.sample_name("test", 3)) == (str(index), "3")
     assert np.array_equal(images.permute(1, 2, 0), stored["train_images"][index])
     assert labels == stored["train_labels"][index]
-
-
-def test_training_takes_every_image_once_by_default(arrays):
-    assert sorted(positions(ArrayImages(arrays(), batch_size=8).train_dataloader())) == list(range(70))
 
 
 def test_the_sampling_policy_reaches_the_loader(arrays):
@@ -203,28 +185,6 @@ def test_the_sampling_policy_reaches_the_loader(arrays):
     assert isinstance(loader.sampler, ImbalancedSampler)
     assert (loader.sampler.policy, loader.sampler.seed) == (0.5, 3)
     assert positions(loader) == list(loader.sampler)
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "world_size", "batches"),
-    [
-        (10, 1, 7),  # 70 = 7 · 10
-        (23, 1, 3),  # a tail of 1 is dropped
-        (17, 1, 5),  # a tail of 2 stays
-        (11, 3, 2),  # a tail of 4: some rank would get one image
-        (16, 3, 2),  # a tail of 22 stays
-        (35, 2, 1),
-        (69, 1, 1),
-        (1000, 3, 1),  # less than a batch: nothing may be dropped
-    ],
-)
-def test_only_a_tail_that_starves_a_rank_is_dropped(arrays, on_rank, batch_size, world_size, batches):
-    path = arrays()
-    for rank in range(world_size):
-        loader = on_rank(ArrayImages(path, batch_size=batch_size), world_size, rank).train_dataloader()
-        sizes = [len(labels) for _, labels in loader]
-        assert len(sizes) == len(loader) == batches
-        assert min(sizes) > 1
 
 
 def test_fewer_training_images_than_ranks_is_refused(arrays, on_rank):
@@ -252,12 +212,6 @@ def test_an_unknown_split_is_refused(arrays):
         ArrayImages(arrays()).eval_dataloader("valid")
 
 
-def test_a_sample_is_named_by_its_place_in_the_published_split(arrays):
-    data = ArrayImages(arrays(), imbalance_ratio=8)
-    assert data.sample_name("train", 7) == str(data.subset_indices[7])
-    assert data.sample_name("test", 7) == "7"
-
-
 def test_statistics_that_fit_no_channel_count_are_refused(arrays):
     data = ArrayImages(arrays(), mean=[0.1, 0.2])
     with pytest.raises(UserError, match="mean has 2 numbers for 3 channels"):
@@ -272,9 +226,13 @@ def test_eval_transform_only_normalises(arrays):
 
 
 def test_options_override_the_standard_recipe():
+    batch = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8), torch.zeros(64).long()
     standard, own = Digits(), Digits(crop_padding=1, flip=True, mean=[0.0], std=[1.0])
-    assert (standard._augment.crop_padding, standard._augment.flip) == (0, False)
-    assert (own._augment.crop_padding, own._augment.flip, own._augment.mean) == (1, True, (0.0,))
+    assert torch.equal(standard.train_transform(batch, 0)[0], standard.eval_transform(batch)[0])
+    augmented = own.train_transform(batch, 0)[0] * 255
+    assert not any(
+        torch.equal(one, other) for one, other in zip(augmented, batch[0], strict=True) if not (one == 0).any()
+    )
 
 
 def test_options_reach_the_module_from_the_command_line(arrays):
@@ -351,8 +309,7 @@ def test_training_batches_are_augmented_by_step_and_validation_only_normalised(a
         assert torch.equal(seen[0], fresh.eval_transform(batch)[0])
 
 
-@pytest.mark.parametrize("limit", [1.0, 2])
-@pytest.mark.parametrize(("num_workers", "stop_at"), [(0, 2), (0, 4), (0, 5), (1, 5)])
+@pytest.mark.parametrize(("num_workers", "stop_at", "limit"), [(0, 2, 1.0), (0, 4, 2), (0, 5, 1.0), (1, 5, 2)])
 def test_a_run_resumed_within_an_epoch_sees_the_batches_it_would_have_seen(
     arrays, tmp_path, num_workers, stop_at, limit
 ):

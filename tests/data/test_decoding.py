@@ -1,74 +1,186 @@
+"""Image files of every kind and mode, against the pixels that were written into them; broken and hostile ones; squares."""
+
+import struct
+from collections.abc import Callable
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torchcodec.decoders import decode_image
-from torchvision.transforms.v2 import RandomResizedCrop
 
 from etflight.data import decoding
-from etflight.data.decoding import center_square, decode_file, draw_part, random_square
+from etflight.data.decoding import decode_file, fit_to, random_square
 from etflight.utils.errors import UserError
 
-
-def draws(height, width, n=2000):
-    return np.array([draw_part(height, width, 0.08, np.random.default_rng([7, i])) for i in range(n)])
-
-
-@pytest.mark.parametrize(("height", "width"), [(375, 500), (64, 64), (300, 100)])
-def test_random_parts_are_distributed_as_torchvisions(height, width):
-    torch.manual_seed(0)
-    theirs = RandomResizedCrop(224).make_params
-    image = torch.empty(3, height, width)
-    reference = np.array(
-        [[p[name] for name in ("top", "left", "height", "width")] for p in (theirs([image]) for _ in range(2000))]
-    )
-    for quantity in (lambda d: d[:, 2] * d[:, 3], lambda d: d[:, 3] / d[:, 2], lambda d: d[:, 0], lambda d: d[:, 1]):
-        ours, expected = (
-            np.quantile(quantity(d), np.linspace(0.05, 0.95, 7)) for d in (draws(height, width), reference)
-        )
-        np.testing.assert_allclose(ours, expected, rtol=0.1, atol=0.04 * max(height, width))
+Pixels = NDArray[np.uint8]
+H, W = 9, 7
+NOISE = np.random.default_rng(0)
+COLOUR: Pixels = NOISE.integers(0, 256, (H, W, 3), np.uint8)
+GREY: Pixels = NOISE.integers(0, 256, (H, W), np.uint8)
+OPACITY: Pixels = NOISE.integers(0, 256, (H, W), np.uint8)
+BITS: Pixels = NOISE.integers(0, 2, (H, W), np.uint8)
+DEEP = NOISE.integers(0, 65536, (H, W), np.uint16)
+INK: Pixels = NOISE.integers(0, 256, (H, W, 4), np.uint8)
+PALETTE: Pixels = NOISE.integers(0, 256, (8, 3), np.uint8)
+INDICES: Pixels = NOISE.integers(0, 8, (H, W), np.uint8)
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 1000), (1000, 1), (3, 4), (375, 500)])
-@pytest.mark.parametrize("min_scale", [0.001, 0.08, 0.9, 1.0])
-def test_a_random_part_lies_inside(height, width, min_scale):
-    for i in range(50):
-        top, left, h, w = draw_part(height, width, min_scale, np.random.default_rng(i))
-        assert 0 <= top <= top + h <= height
-        assert 0 <= left <= left + w <= width
-        assert min(h, w) >= 1
+def grey(pixels: Pixels) -> Pixels:
+    return np.repeat(pixels[..., None], 3, 2)
 
 
-def test_where_no_part_fits_it_is_the_largest_in_the_middle():
-    assert draw_part(100, 1000, 1.0, np.random.default_rng(0)) == (0, 433, 100, 133)
-    assert draw_part(1000, 100, 1.0, np.random.default_rng(0)) == (433, 0, 133, 100)
+def indexed() -> Image.Image:
+    image = Image.fromarray(INDICES, "P")
+    image.putpalette(PALETTE.tobytes())
+    return image
 
 
-def test_a_random_square_shows_its_part():
-    image = torch.arange(40 * 60, dtype=torch.float32).reshape(1, 40, 60).div(10).to(torch.uint8).expand(3, 40, 60)
-    top, left, height, width = draw_part(40, 60, 0.1, np.random.default_rng(3))
-    square = random_square(image, 8, 0.1, np.random.default_rng(3))
-    part = image[:, top : top + height, left : left + width].float()
-    expected = torch.nn.functional.interpolate(part[None], (8, 8), mode="bilinear", antialias=True)[0]
-    assert (square.float() - expected).abs().max() <= 1
+def with_alpha(pixels: Pixels) -> Image.Image:
+    return Image.fromarray(np.dstack([pixels, OPACITY]), "LA" if pixels.ndim == 2 else "RGBA")
 
 
-def test_the_middle_of_a_resized_picture():
-    image = torch.arange(64, dtype=torch.uint8).expand(3, 32, 64)
-    square = center_square(image, 8, 16)  # resized to 16 × 32, of which columns 12 to 19
-    assert square.shape == (3, 8, 8)
-    assert (square[0, 0].float() - torch.arange(24.5, 40, 2)).abs().max() <= 0.5
+def saved(image: Image.Image, kind: str, **options: object) -> Callable[[Path], None]:
+    return lambda path: image.save(path, kind, **options)
 
 
-@pytest.mark.parametrize("suffix", ["png", "webp", "ppm"])
-def test_lossless_files_decode_to_their_pixels(tmp_path, suffix):
-    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
-    decoded = decode_file(str(tmp_path / f"a.{suffix}"), 8)
-    assert (decoded.dtype, decoded.shape) == (torch.uint8, (3, 9, 7))
-    assert np.array_equal(decoded.permute(1, 2, 0), pixels)
+def written(content: bytes) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(content) and None
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown a quarter turn clockwise
+    return exif
+
+
+def tiff_16_bits(order: str) -> bytes:
+    """By hand, since Pillow writes one byte order only."""
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    pixels = DEEP.astype(f"{order}u2").tobytes()
+    tags = [(256, W), (257, H), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, H), (279, len(pixels))]
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags)
+    directory = struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+    return mark + struct.pack(f"{order}I", 8 + len(pixels)) + pixels + directory
+
+
+FEW = Image.fromarray(COLOUR)
+OTHER = Image.fromarray(255 - COLOUR)
+LOSSLESS_ANIMATION = {"save_all": True, "append_images": [OTHER], "lossless": True}
+PRINTED: Pixels = np.rint((255.0 - INK[..., :3]) * (255 - INK[..., 3:]) / 255).astype(np.uint8)
+# name: (writes the file, its pixels as RGB)
+KINDS: dict[str, tuple[Callable[[Path], None], Pixels]] = {
+    "png": (saved(FEW, "PNG"), COLOUR),
+    "webp": (saved(FEW, "WEBP", lossless=True), COLOUR),
+    "ppm": (saved(FEW, "PPM"), COLOUR),
+    "bmp": (saved(FEW, "BMP"), COLOUR),
+    "bmp, palette": (saved(indexed(), "BMP"), PALETTE[INDICES]),
+    "bmp, 1 bit": (saved(Image.fromarray(BITS * 255).convert("1"), "BMP"), grey(BITS * 255)),
+    "gif, palette": (saved(indexed(), "GIF"), PALETTE[INDICES]),
+    "gif, a colour transparent": (saved(indexed(), "GIF", transparency=3), PALETTE[INDICES]),
+    "gif, animated": (saved(indexed(), "GIF", save_all=True, append_images=[OTHER]), PALETTE[INDICES]),
+    "png, palette": (saved(indexed(), "PNG"), PALETTE[INDICES]),
+    "png, a colour transparent": (saved(indexed(), "PNG", transparency=3), PALETTE[INDICES]),
+    "png, 1 bit": (saved(Image.fromarray(BITS * 255).convert("1"), "PNG"), grey(BITS * 255)),
+    "png, 16 bits": (saved(Image.fromarray(DEEP), "PNG"), grey(np.rint(DEEP / 257).astype(np.uint8))),
+    "png, transparent": (saved(with_alpha(COLOUR), "PNG"), COLOUR),
+    "png, grey transparent": (saved(with_alpha(GREY), "PNG"), grey(GREY)),
+    "png, animated": (saved(FEW, "PNG", save_all=True, append_images=[OTHER]), COLOUR),
+    "png, turned": (saved(FEW, "PNG", exif=turned()), np.rot90(COLOUR, -1)),
+    "webp, animated": (saved(FEW, "WEBP", **LOSSLESS_ANIMATION), COLOUR),
+    "webp, transparent": (saved(with_alpha(COLOUR), "WEBP", lossless=True, exact=True), COLOUR),
+    "tiff": (saved(FEW, "TIFF"), COLOUR),
+    "tiff, grey": (saved(Image.fromarray(GREY), "TIFF", compression="tiff_lzw"), grey(GREY)),
+    "tiff, transparent": (saved(with_alpha(COLOUR), "TIFF", compression="tiff_adobe_deflate"), COLOUR),
+    "tiff, grey transparent": (saved(with_alpha(GREY), "TIFF"), grey(GREY)),
+    "tiff, palette": (saved(indexed(), "TIFF"), PALETTE[INDICES]),
+    "tiff, 1 bit": (saved(Image.fromarray(BITS * 255).convert("1"), "TIFF"), grey(BITS * 255)),
+    "tiff, cmyk": (saved(Image.fromarray(INK, "CMYK"), "TIFF"), PRINTED),
+    "tiff, 16 bits, little end first": (written(tiff_16_bits("<")), grey(np.rint(DEEP / 257).astype(np.uint8))),
+    "tiff, 16 bits, big end first": (written(tiff_16_bits(">")), grey(np.rint(DEEP / 257).astype(np.uint8))),
+    "tiff, several pages": (saved(FEW, "TIFF", save_all=True, append_images=[OTHER]), COLOUR),
+    "tiff, turned": (saved(FEW, "TIFF", exif=turned()), np.rot90(COLOUR, -1)),
+    "pgm": (written(b"P5 7 9 255\n" + GREY.tobytes()), grey(GREY)),
+    "pgm, 16 bits": (written(b"P5 7 9 65535\n" + DEEP.astype(">u2").tobytes()), grey(np.rint(DEEP / 257).astype(np.uint8))),
+    "pbm": (written(b"P4 7 9\n" + np.packbits(1 - BITS, axis=1).tobytes()), grey(BITS * 255)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_file_decodes_to_its_pixels(name, tmp_path):
+    """Luma (ITU-R BT.601) of them for grey; of inks and luma decoders round differently."""
+    write, expected = KINDS[name]
+    path = tmp_path / "a"  # the content counts, not the ending
+    write(path)
+    decoded = decode_file(str(path), 8)
+    assert decoded.dtype == torch.uint8
+    found = decoded.permute(1, 2, 0).numpy().astype(int)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= (1 if "cmyk" in name else 0)
+    luma = decode_file(str(path), 8, "GRAY")
+    assert luma.shape == (1, *expected.shape[:2])
+    assert np.abs(luma[0].numpy() - expected @ np.array([0.299, 0.587, 0.114])).max() <= 1.6
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_jpeg_decodes_to_nearly_its_pixels_and_upright(mode, tmp_path):
+    smooth = np.linspace(30, 220, 32 * 40).reshape(32, 40).astype(np.uint8)
+    Image.fromarray(smooth).convert(mode).save(tmp_path / "a.jpg", quality=95, exif=turned())
+    decoded = decode_file(str(tmp_path / "a.jpg"), 8)
+    assert decoded.shape == (3, 40, 32)
+    assert np.abs(decoded.numpy().astype(int) - np.rot90(smooth, -1)).max() <= 6
+
+
+def test_a_jpeg_with_a_second_picture_counts_once(tmp_path, monkeypatch):
+    """As phones write them; the second is for other screens."""
+    FEW.resize((40, 32)).save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[OTHER.resize((40, 32))])
+    monkeypatch.setattr("etflight.data.decoding.MAX_PIXELS", 40 * 32)
+    assert decode_file(str(tmp_path / "a.jpg"), 8).shape == (3, 32, 40)
+
+
+def test_an_animation_that_is_decoded_whole_counts_whole(tmp_path, monkeypatch):
+    FEW.save(tmp_path / "a.webp", **LOSSLESS_ANIMATION)
+    monkeypatch.setattr("etflight.data.decoding.MAX_PIXELS", 2 * H * W - 1)
+    with pytest.raises(UserError, match="2 pictures of 7×9 pixels are more than"):
+        decode_file(str(tmp_path / "a.webp"), 1)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_numbers_without_a_range_are_refused(dtype, tmp_path):
+    Image.fromarray(np.zeros((H, W), dtype)).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match=r"a\.tif cannot be read as an image \(.*without a range\)"):
+        decode_file(str(tmp_path / "a.tif"), 8)
+
+
+def bmp(width: int, height: int) -> bytes:
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54 + 8, 0, 0, 54) + header + bytes(8)
+
+
+def gif(width: int, height: int) -> bytes:
+    frame = b"," + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\x02\x02\x4c\x01\x00;"
+    return b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + bytes(6) + frame
+
+
+def tiff(width: int, height: int) -> bytes:
+    tags = [(256, width), (257, height), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, height), (279, 4)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("make", [bmp, gif, tiff])
+@pytest.mark.parametrize("side", [10_000, 60_000])  # of which Pillow warns, and which it refuses
+def test_a_bomb_is_refused_by_its_header(make, side, tmp_path):
+    """Were it decoded, the missing content would be the complaint."""
+    (tmp_path / "a").write_bytes(make(side, side))
+    with pytest.raises(UserError, match="pixels"):
+        decode_file(str(tmp_path / "a"), 8)
+    (tmp_path / "a").write_bytes(make(100, 100))
+    with pytest.raises(UserError, match=r"cannot be read as an image \((?!.*pixels)"):
+        decode_file(str(tmp_path / "a"), 8)
 
 
 @pytest.mark.parametrize(
@@ -87,16 +199,6 @@ def test_a_file_that_is_no_image_is_named_with_the_reason(tmp_path, content, rea
         decode_file(str(tmp_path / "a.jpg"), 8)
     expected = f"{tmp_path}/a.jpg cannot be read as an image ({reason}): replace it or remove it"
     assert str(caught.value) == expected
-
-
-@pytest.mark.parametrize(
-    "content", [b"P6\n7 9\n255\n", b"P6\n70000 70000\n255\n", b"P6\n0 0\n255\n", b"P6", b"P5\n2 2\n65535\n1"]
-)
-def test_a_broken_ppm_file_is_named(tmp_path, content):
-    (tmp_path / "a.ppm").write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.ppm cannot be read as an image") as caught:
-        decode_file(str(tmp_path / "a.ppm"), 8)
-    assert "\n" not in str(caught.value)
 
 
 def jpeg(mode="RGB", size=(23, 41), **options):
@@ -118,16 +220,11 @@ JPEGS = {
 
 
 @pytest.mark.parametrize("name", JPEGS)
-def test_the_header_of_a_jpeg_file_tells_what_pillow_tells(name):
-    assert decoding._jpeg_header(JPEGS[name]) == ("JPEG", 23, 41, 1)
-    assert decoding._any_header(JPEGS[name])[1:] == (23, 41, 1)
-
-
-@pytest.mark.parametrize("name", JPEGS)
 def test_no_picture_is_larger_than_its_header_said_whatever_was_done_to_it(name):
     """Else a file could have a small size looked at and a large one decoded."""
+    assert decoding._jpeg_header(JPEGS[name]) == ("JPEG", 23, 41, 1)
     random, decoded = np.random.default_rng(1), 0
-    for _ in range(150):
+    for _ in range(60):
         content = bytearray(JPEGS[name])
         for at in random.integers(0, min(len(content), 700), random.integers(1, 4)):
             content[at] = random.choice([0, 2, 0x40, 0xC0, 0xC2, 0xC4, 0xD9, 0xE0, 0xFF])
@@ -138,11 +235,11 @@ def test_no_picture_is_larger_than_its_header_said_whatever_was_done_to_it(name)
             continue
         decoded += 1
         assert header is None or (shape[2], shape[1]) == header[1:3]
-    assert decoded > 5
+    assert decoded > 1
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
-@pytest.mark.parametrize("part", [0.5, 0.95])
+@pytest.mark.parametrize("part", [0.01, 0.95])
 def test_a_file_that_was_cut_short_is_named(tmp_path, kind, part):
     pixels = np.random.default_rng(0).integers(0, 256, (60, 50, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a", kind)
@@ -151,3 +248,26 @@ def test_a_file_that_was_cut_short_is_named(tmp_path, kind, part):
     with pytest.raises(UserError, match=r"/a cannot be read as an image \(.*\): replace it or remove it") as caught:
         decode_file(str(tmp_path / "a"), 8)
     assert "\n" not in str(caught.value)
+
+
+def test_the_middle_of_a_resized_picture():
+    image = torch.arange(64, dtype=torch.uint8).expand(3, 32, 64)
+    square = fit_to(image, [8, 8], [16, 16])  # resized to 16 × 32, of which columns 12 to 19
+    assert square.shape == (3, 8, 8)
+    assert (square[0, 0].float() - torch.arange(24.5, 40, 2)).abs().max() <= 0.5
+
+
+def test_random_squares_show_parts_of_at_least_the_least_area():
+    """A part's extent, in an image whose columns and rows count."""
+    image = torch.stack([torch.arange(200).expand(200, 200), torch.arange(200).view(-1, 1).expand(200, 200)])
+    squares = torch.stack([random_square(image.to(torch.uint8), 64, 0.25) for _ in range(300)]).float()
+    wide = (squares[:, 0, 0, -1] - squares[:, 0, 0, 0]) / 200
+    high = (squares[:, 1, -1, 0] - squares[:, 1, 0, 0]) / 200
+    assert ((wide * high).min() - 0.25).abs() < 0.03
+    assert (wide * high).max() > 0.9
+    assert 0.7 < (wide / high).min() < 0.8 < 1.25 < (wide / high).max() < 1.4
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (500, 1)])
+def test_a_random_square_of_an_extreme_picture_is_one_too(height, width):
+    assert random_square(torch.zeros(3, height, width, dtype=torch.uint8), 8, 1.0).shape == (3, 8, 8)

@@ -1,7 +1,8 @@
 """What all sets of image files do: random squares, corrupt images, loader processes."""
 
-import itertools
-from pathlib import Path
+import multiprocessing
+import os
+import pickle
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 from etflight import Classifier, CrossEntropyLoss, LinearHead
 from etflight.data import FolderImages
-from etflight.data.files import FileSource, FileSplit, Paths, Square
+from etflight.data.files import FileSource, FileSplit, Paths, Square, files_below
 from etflight.data.sampler import Draw
 from etflight.utils.errors import UserError
 
@@ -43,17 +44,18 @@ def epoch(data, number=0):
 
 
 @pytest.mark.parametrize(
-    "options", [{"min_crop_scale": 0.0}, {"min_crop_scale": 1.1}, {"crop_pct": 0.05}, {"crop_pct": float("nan")}]
+    ("options", "message"),
+    [
+        ({"min_crop_scale": 0.0}, "min_crop_scale is 0.0"),
+        ({"crop_pct": float("nan")}, "crop_pct is nan"),
+        ({"image_size": 0}, "image_size is 0"),
+        ({"image_size": 10**30}, "image_size is 1000"),
+        ({"image_size": 10_000, "crop_pct": 0.5}, "image_size / crop_pct is 20000: give at most 16384"),
+    ],
 )
-def test_parts_lie_between_nothing_and_all(options):
-    (name,) = options
-    with pytest.raises(UserError, match=f"FolderImages: {name} is"):
+def test_a_square_that_cannot_be_is_refused(options, message):
+    with pytest.raises(UserError, match=f"FolderImages: {message}"):
         FolderImages("x", **options)
-
-
-def test_a_square_that_no_memory_holds_is_refused():
-    with pytest.raises(UserError, match="image_size / crop_pct is 20000: give at most 16384"):
-        FolderImages("x", image_size=10_000, crop_pct=0.5)
 
 
 def test_training_shows_random_squares_and_evaluation_the_middle(tree):
@@ -80,12 +82,8 @@ def test_random_squares_follow_from_the_seed_and_the_draw(tree):
             assert torch.equal(ours, theirs)
     assert not torch.equal(images, epoch(folder(tree, **options), 1)[0])
     assert not torch.equal(images, epoch(folder(tree, **{**options, "seed": 4}))[0])
-
-
-def test_an_image_that_is_drawn_again_shows_another_part(tree):
-    split = folder(tree, min_crop_scale=0.2).split("train")
-    images, _ = split.__getitems__([Draw(0, 0, number) for number in range(10)])
-    assert not any(torch.equal(one, other) for one, other in itertools.combinations(images, 2))
+    again, _ = folder(tree, **options).split("train").__getitems__([Draw(0, 0, number) for number in range(9)])
+    assert len({image.sum().item() for image in again}) == 9
 
 
 def test_a_resumed_epoch_goes_on_with_the_same_squares(tree):
@@ -121,7 +119,7 @@ def spoil(tree):
     return write
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_corrupt_training_image_is_replaced_by_the_next_of_its_batch_and_told(tree, spoil, capfd, workers):
     expected_images, expected_labels = epoch(folder(tree))
     order = list(folder(tree).train_dataloader().sampler)
@@ -206,8 +204,8 @@ def test_loader_processes_stay_from_epoch_to_epoch(tree):
         processes = []
         for _ in range(2):
             list(loader)
-            processes.append([worker.pid for worker in loader._iterator._workers])
-        assert processes[0] == processes[1]
+            processes.append({process.pid for process in multiprocessing.active_children()})
+        assert processes[0] == processes[1] != set()
 
 
 def test_memory_is_pinned_where_there_is_a_gpu(tree, monkeypatch):
@@ -230,13 +228,6 @@ def told(capfd, tree):
     """Folders of the images that were said to be skipped, line by line."""
     lines = [line for line in capfd.readouterr().err.splitlines() if "could not be read" in line]
     return [line.rpartition("/")[0].rpartition(str(tree))[2] for line in lines]
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_training_goes_on_past_corrupt_images_and_says_so_in_each_epoch(tree, spoil, capfd, workers):
-    spoil("train/cat/1.png", "val/dog/1.png")
-    fit(folder(tree, image_size=32, skip_corrupt=True, num_workers=workers))
-    assert told(capfd, tree) == ["/train/cat", "/val/dog"] * 2
 
 
 def test_a_run_that_stops_within_an_epoch_tells_what_it_skipped_and_validation_what_it_did_not_show(tree, spoil, capfd):
@@ -268,14 +259,31 @@ def test_what_a_loader_process_gets_is_few_objects(tree):
         return 1 + sum(map(objects, inner))
 
     def split(n):
-        source = FileSource(Paths.pack("x", [f"{i}.jpg" for i in range(n)]), torch.zeros(n), Square(8))
+        source = FileSource(Paths("x", [f"{i}.jpg" for i in range(n)]), torch.zeros(n), Square(8))
         return FileSplit(source, np.arange(n), skip_corrupt=True)
 
     assert objects(split(10)) == objects(split(5000)) < 30
 
 
-def test_any_file_is_read_by_text_or_path(tree):
-    data = folder(tree)
-    file = tree / "test" / "cat" / "0.png"
-    assert torch.equal(data.read(file), data.read(str(file)))
-    assert Path(data.sample_name("test", 0)) == file
+def test_paths_come_back_as_they_were_given():
+    names = ["a/one.jpg", "b/two words.jpg", "top.jpg", "b/ä.jpg", os.fsdecode(b"a/\xff.jpg")]
+    paths = pickle.loads(pickle.dumps(Paths("root", names)))
+    assert [paths.relative(i) for i in range(len(paths))] == paths.all_relative() == names
+    assert paths[2] == os.path.join("root", "top.jpg")
+
+
+def test_missing_files_are_those_that_do_not_exist(tmp_path):
+    names = [f"{folder}/{i}.jpg" for folder in ("a", "gone") for i in range(20)] + ["top.jpg", "none.jpg"]
+    (tmp_path / "a").mkdir()
+    for name in ("a/3.jpg", "a/7.jpg", "top.jpg"):
+        (tmp_path / name).touch()
+    there = {3, 7, 40}
+    assert Paths(str(tmp_path), names).missing() == [i for i in range(42) if i not in there]
+
+
+def test_files_below_a_folder_are_sorted_part_by_part(tmp_path):
+    for name in ("b.png", "a/z.PNG", "a-1.png", "a/.hidden.png", "notes.txt", "a/b/c.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+    assert files_below(str(tmp_path), {".png", ".jpg"}) == ["a/b/c.jpg", "a/z.PNG", "a-1.png", "b.png"]
+    assert files_below(str(tmp_path / "none"), {".png"}) == []

@@ -47,20 +47,6 @@ def test_any_file_is_read_as_a_test_image_is(tree, tmp_path):
         data.read(tmp_path / "none.png")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_every_image_comes_with_its_label(tree, workers):
-    loader = FolderImages(str(tree), image_size=4, batch_size=2, num_workers=workers).eval_dataloader("train")
-    seen = [(int(image[0, 0, 0]), int(label)) for batch in loader for image, label in zip(*batch, strict=True)]
-    assert seen == [(0, 0), (10, 0), (20, 0), (30, 0), (0, 1), (10, 1), (20, 1)]
-
-
-def test_grey_sixteen_bit_and_jpeg_files_become_rgb_bytes(tree):
-    Image.fromarray(np.full((8, 8), 130 * 257, np.uint16)).save(tree / "test" / "cat" / "0.png")
-    Image.new("CMYK", (8, 8), (125, 125, 125, 0)).save(tree / "test" / "cat" / "1.JPG", quality=100)
-    images, _ = next(iter(FolderImages(str(tree), image_size=8).test_dataloader()))
-    assert (images[:2].int() - 130).abs().max() <= 1
-
-
 def test_hidden_files_and_folders_and_other_types_are_passed_over(tree):
     (tree / "train" / ".cache").mkdir()
     (tree / "train" / "cat" / "._0.png").write_text("")
@@ -80,21 +66,18 @@ def test_a_folder_val_is_the_validation_split(tree):
         data.setup("test")
 
 
-def test_a_missing_root_names_the_layout(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere/train: no such folder: expected are train/<class>"):
-        FolderImages(str(tmp_path / "nowhere")).setup("fit")
-
-
-def test_a_train_folder_without_classes_is_refused(tmp_path):
-    (tmp_path / "train").mkdir()
-    with pytest.raises(UserError, match="train holds no class folder"):
-        FolderImages(str(tmp_path)).setup("fit")
-
-
-def test_a_class_without_images_is_named(tree):
-    (tree / "train" / "emu").mkdir()
-    with pytest.raises(UserError, match="train/emu holds no image"):
-        FolderImages(str(tree)).setup("fit")
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("elsewhere", r"x/train: no such folder: expected are train/<class>"),
+        ("x/train", "train holds no class folder"),
+        ("x/train/emu", "train/emu holds no image"),
+    ],
+)
+def test_what_the_layout_lacks_is_named(tmp_path, folder, message):
+    (tmp_path / folder).mkdir(parents=True)
+    with pytest.raises(UserError, match=message):
+        FolderImages(str(tmp_path / "x")).setup("fit")
 
 
 def test_a_test_class_unknown_to_train_is_named(tree):
@@ -104,15 +87,7 @@ def test_a_test_class_unknown_to_train_is_named(tree):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n"])
-def test_a_corrupt_image_is_named_even_from_a_worker(tree, content, workers):
-    file = tree / "train" / "cat" / "2.png"
-    file.write_bytes(content)
+def test_a_corrupt_image_is_named_even_from_a_worker(tree, workers):
+    (tree / "train/cat/2.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(UserError, match=r"train/cat/2\.png cannot be read as an image"):
         list(FolderImages(str(tree), image_size=4, num_workers=workers).train_dataloader())
-
-
-@pytest.mark.parametrize("size", [0, -1, 10**30])
-def test_an_image_size_that_no_image_can_have_is_refused(size):
-    with pytest.raises(UserError, match=f"image_size is {size}"):
-        FolderImages("x", image_size=size)

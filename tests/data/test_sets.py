@@ -7,11 +7,34 @@ import numpy as np
 import pytest
 import torch
 from scipy.io import savemat
+from sklearn.datasets import load_digits
 from torchvision import datasets
 
-from etflight.data import CIFAR10, CIFAR100, STL10, SVHN, FashionMNIST
+from etflight.data import CIFAR10, CIFAR100, GTSRB, STL10, SVHN, Digits, FashionMNIST
 from etflight.data.sets import move_into
 from etflight.utils.errors import UserError
+
+
+def test_digits_are_the_1797_of_scikit_learn_fifty_per_class_to_test_whatever_the_seed():
+    data, published = Digits(seed=1, imbalance_ratio=10), load_digits()
+    test, train = data.split("test"), data.split("train").source
+    assert test.labels.bincount().tolist() == [50] * 10
+    assert torch.equal(test.source.pixels, Digits().split("test").source.pixels)
+    pixels, labels = torch.cat([train.pixels, test.source.pixels]).squeeze(1), torch.cat([train.labels, test.labels])
+    assert (pixels.min(), pixels.max(), pixels.shape) == (0, 255, (1797, 8, 8))
+
+    def in_order(images, labels):
+        return sorted((*image.ravel().tolist(), int(y)) for image, y in zip(images, labels, strict=True))
+
+    assert in_order(np.rint(pixels.numpy() / (255 / 16)), labels) == in_order(published.images, published.target)
+    assert data.class_counts.tolist() == [128, 99, 76, 59, 46, 35, 27, 21, 16, 12]
+
+
+def test_normalised_digits_have_zero_mean_and_unit_deviation():
+    data = Digits(batch_size=2000)
+    images, _ = data.eval_transform(next(iter(data.eval_dataloader("train"))))
+    assert abs(images.mean()) < 0.01
+    assert abs(images.std() - 1) < 0.01
 
 
 def idx(array):
@@ -37,9 +60,8 @@ def clothes(tmp_path, monkeypatch):
     return write
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-@pytest.mark.parametrize("layout", ["FashionMNIST/raw", ".", "system"])
-def test_fashion_mnist_is_read_from_every_layout(clothes, tmp_path, layout, suffix, train_a_step):
+@pytest.mark.parametrize(("layout", "suffix"), [("FashionMNIST/raw", ""), (".", ".gz"), ("system", ".gz")])
+def test_fashion_mnist_is_read_from_every_layout(clothes, tmp_path, layout, suffix):
     files = clothes(tmp_path / layout, suffix)
     data = FashionMNIST(str(tmp_path))
     data.setup()
@@ -48,7 +70,6 @@ def test_fashion_mnist_is_read_from_every_layout(clothes, tmp_path, layout, suff
         assert np.array_equal(images[:, 0], files[f"{part}-images-idx3"][[3, 1]])
         assert labels.tolist() == [3, 1]
     assert data.class_counts.tolist() == [3] * 10
-    train_a_step(data)
 
 
 def test_what_fashion_mnist_lacks_is_named_with_the_mend(clothes, tmp_path):
@@ -64,9 +85,7 @@ def test_what_fashion_mnist_lacks_is_named_with_the_mend(clothes, tmp_path):
     ("spoil", "message"),
     [
         (lambda data: data[:-3], "is damaged"),
-        (lambda data: b"no gzip at all", "is damaged"),
         (lambda data: gzip.compress(gzip.decompress(data)[:-1]), "cut short"),
-        (lambda data: gzip.compress(b"\0\0"), "no IDX file"),
         (lambda data: gzip.compress(b"\0\0\x0d" + gzip.decompress(data)[3:]), "no IDX file of bytes"),
         (lambda data: gzip.compress(idx(np.zeros(30, np.uint8))), "in 3 dimensions"),
         (lambda data: gzip.compress(idx(np.zeros((29, 28, 28), np.uint8))), "29 images but 30 labels"),
@@ -103,7 +122,7 @@ def write_cifar(tmp_path):
 
 
 @pytest.mark.parametrize("set_class", CIFARS)
-def test_the_binary_version_of_cifar_is_read_in_file_order(write_cifar, tmp_path, set_class, train_a_step):
+def test_the_binary_version_of_cifar_is_read_in_file_order(write_cifar, tmp_path, set_class):
     records = write_cifar(set_class)
     data = set_class(root=str(tmp_path))
     data.setup()
@@ -114,29 +133,22 @@ def test_the_binary_version_of_cifar_is_read_in_file_order(write_cifar, tmp_path
         assert np.array_equal(pixels.reshape(len(pixels), -1), expected[:, -3072:])
         assert np.array_equal(labels, expected[:, -3073])
         assert pixels.shape[1:] == (3, 32, 32)
-    train_a_step(data)
 
 
-@pytest.mark.parametrize("set_class", CIFARS)
-def test_a_binary_file_of_a_wrong_size_is_refused(write_cifar, tmp_path, set_class):
-    write_cifar(set_class)
-    file = tmp_path / CIFARS[set_class][0] / set_class.binary_files["train"][-1]
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(UserError, match=rf"{file.name} has \d+ bytes, no multiple"):
-        set_class(str(tmp_path)).setup("fit")
-
-
-def test_a_missing_binary_file_is_named(write_cifar, tmp_path):
+def test_what_the_binary_version_lacks_is_named(write_cifar, tmp_path):
     write_cifar(CIFAR10)
-    (tmp_path / "cifar-10-batches-bin/data_batch_4.bin").unlink()
+    file = tmp_path / "cifar-10-batches-bin/data_batch_4.bin"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"data_batch_4\.bin has \d+ bytes, no multiple"):
+        CIFAR10(str(tmp_path)).setup("fit")
+    file.unlink()
     with pytest.raises(UserError, match=r"data_batch_4\.bin is missing"):
         CIFAR10(str(tmp_path)).setup("fit")
 
 
-@pytest.mark.parametrize(("set_class", "folder"), [(CIFAR10, "cifar-10-batches-py"), (CIFAR100, "cifar-100-python")])
-def test_absent_cifar_names_the_folder_and_the_mend(tmp_path, set_class, folder):
-    with pytest.raises(UserError, match=rf"{set_class.__name__} in .*{folder} is missing.*--data.download true"):
-        set_class(str(tmp_path)).setup("fit")
+def test_absent_cifar_names_the_folder_and_the_mend(tmp_path):
+    with pytest.raises(UserError, match=r"CIFAR100 in .*cifar-100-python is missing.*--data.download true"):
+        CIFAR100(str(tmp_path)).setup("fit")
 
 
 class Marker:
@@ -194,7 +206,7 @@ def house_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("compressed", [True, False])
-def test_svhn_is_read_with_label_ten_as_the_digit_zero(house_numbers, tmp_path, compressed, train_a_step):
+def test_svhn_is_read_with_label_ten_as_the_digit_zero(house_numbers, tmp_path, compressed):
     pixels = house_numbers(compressed)
     data = SVHN(str(tmp_path))
     data.setup()
@@ -203,7 +215,6 @@ def test_svhn_is_read_with_label_ten_as_the_digit_zero(house_numbers, tmp_path, 
         images, labels = data.split(split).__getitems__([0, 8, 9, 10])
         assert np.array_equal(images.permute(2, 3, 1, 0), pixels[split][..., [0, 8, 9, 10]])
         assert labels.tolist() == [1, 9, 0, 1]
-    train_a_step(data)
 
 
 def test_svhn_asks_for_no_more_images_than_its_rare_digits_have(house_numbers, tmp_path):
@@ -223,10 +234,8 @@ def test_svhn_asks_for_no_more_images_than_its_rare_digits_have(house_numbers, t
     ("changes", "message"),
     [
         ({"y": np.zeros((40, 1), np.uint8)}, "has label 0, but SVHN's are 1 … 10"),
-        ({"y": np.full((40, 1), 11)}, "has label 11"),
         ({"y": np.ones((39, 1), np.uint8)}, "has no bytes X"),
         ({"X": np.zeros((32, 32, 3, 40))}, "has no bytes X"),
-        ({"X": np.zeros((28, 28, 40), np.uint8)}, "has no bytes X"),
     ],
 )
 def test_other_matlab_files_are_not_svhn(house_numbers, tmp_path, changes, message):
@@ -235,9 +244,7 @@ def test_other_matlab_files_are_not_svhn(house_numbers, tmp_path, changes, messa
         SVHN(str(tmp_path)).setup("fit")
 
 
-@pytest.mark.parametrize(
-    "spoil", [lambda data: data[:-100], lambda data: data[:200], lambda data: b"text", lambda data: b"\0" * 300]
-)
+@pytest.mark.parametrize("spoil", [lambda data: data[:-100], lambda data: data[:200], lambda data: b"\0" * 300])
 def test_a_damaged_matlab_file_is_refused(house_numbers, tmp_path, spoil):
     house_numbers()
     file = tmp_path / "train_32x32.mat"
@@ -269,17 +276,13 @@ def stl(tmp_path):
     return pixels
 
 
-def test_stl_is_read_upright_as_torchvision_reads_it(stl, tmp_path, monkeypatch, train_a_step):
-    monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
+def test_stl_is_read_upright(stl, tmp_path):
     data = STL10(str(tmp_path))
     data.setup()
     assert data.class_counts.tolist() == [2] * 10
     for split in ("train", "test"):
-        theirs, ours = datasets.STL10(str(tmp_path), split), data.split(split)
-        assert np.array_equal(ours.source.pixels, theirs.data)
-        assert ours.labels.tolist() == theirs.labels.tolist()
-    assert np.array_equal(data.split("train")[3][0], stl["train"][3].transpose(0, 2, 1))
-    train_a_step(data)
+        assert np.array_equal(data.split(split).source.pixels, stl[split].transpose(0, 1, 3, 2))
+        assert data.split(split).labels[:11].tolist() == [*range(10), 0]
 
 
 def test_what_stl_lacks_is_named(stl, tmp_path):
@@ -292,7 +295,7 @@ def test_what_stl_lacks_is_named(stl, tmp_path):
         STL10(str(tmp_path)).setup("fit")
 
 
-@pytest.mark.parametrize("set_class", [FashionMNIST, CIFAR10, CIFAR100, SVHN, STL10])
+@pytest.mark.parametrize("set_class", [FashionMNIST, CIFAR10, SVHN, GTSRB])
 def test_only_download_downloads(clothes, tmp_path, monkeypatch, set_class):
     calls = []
     published = staticmethod(lambda root, download, split=None: calls.append((Path(root), download, split)))
@@ -300,7 +303,7 @@ def test_only_download_downloads(clothes, tmp_path, monkeypatch, set_class):
     set_class(str(tmp_path)).prepare_data()
     assert calls == []
     set_class(str(tmp_path), download=True).prepare_data()
-    assert [split for _, _, split in calls] == (["train", "test"] if set_class is SVHN else [None])
+    assert [split for _, _, split in calls] == (["train", "test"] if set_class in (SVHN, GTSRB) else [None])
     for folder, download, _ in calls:
         assert download
         assert tmp_path in (folder, folder.parent)
@@ -335,4 +338,4 @@ def test_what_the_set_fixes_is_known_without_its_files(set_class, num_classes, n
     assert not data.val_is_held_out
     images, _ = data.train_transform((torch.zeros(4, num_channels, 32, 32, dtype=torch.uint8), torch.arange(4)), 0)
     assert images.shape == (4, num_channels, 32, 32)
-    assert (data._augment.crop_padding, data._augment.flip) == (padding, padding > 0)
+    assert (data.standard_crop_padding, data.standard_flip) == (padding, padding > 0)

@@ -32,6 +32,7 @@ def test_confusion_matrix_shows_shares_of_the_true_class():
     (image,) = figure.axes[0].images
     np.testing.assert_allclose(image.get_array().filled(np.nan), [[0.998, 0.002, 0], [0.5, 0.5, 0], [np.nan] * 3])
     assert [text.get_text() for text in figure.axes[0].texts] == ["100", "<1", "50", "50"]
+    assert [text.get_color() for text in figure.axes[0].texts] == ["white", "black", "white", "white"]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["cat", "dog", "emu"]
     plotting.render(figure)
 

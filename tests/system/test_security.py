@@ -700,7 +700,7 @@ def test_an_image_bomb_is_refused_before_it_is_decoded(name, cwd, etflight_comma
     decoded = []
     monkeypatch.setattr(torchcodec.decoders, "decode_image", lambda source, mode: decoded.append(source))
     with pytest.raises(UserError, match=name):
-        FileSource(Paths.pack("images", [f"train/a/{name}"]), torch.tensor([0]), Square(8))[0]
+        FileSource(Paths("images", [f"train/a/{name}"]), torch.tensor([0]), Square(8))[0]
     assert decoded == []
     assert_refused(etflight_command(*argv, cwd=cwd), cwd, name, word)
 
