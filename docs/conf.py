@@ -37,8 +37,12 @@ add_module_names = False
 
 nitpicky = True
 # The libraries below have documentation of their own, which is reached with DOCS_INTERSPHINX=1.
-_others = "torch|lightning|numpy|torchmetrics|matplotlib|PIL|collections|pathlib|typing|abc|functools|datetime|np|nn|optional"
-_inner = r"etflight\.(data\.(sources|files|unlabelled)|callbacks\.features|classifier)"  # types that only signatures name
+_others = (
+    "torch|lightning|numpy|torchmetrics|matplotlib|PIL|collections|pathlib|typing|abc|functools|datetime|np|nn|optional"
+)
+_inner = (
+    r"etflight\.(data\.(sources|files|unlabelled)|callbacks\.features|classifier)"  # types that only signatures name
+)
 nitpick_ignore_regex = [("py:.*", rf"({_others}|{_inner})(\..*)?")]
 intersphinx_timeout = 10
 intersphinx_mapping = (
