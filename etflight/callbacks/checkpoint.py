@@ -7,7 +7,6 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
@@ -20,7 +19,7 @@ from etflight.utils.checkpoints import damaged
 from etflight.utils.errors import UserError
 from etflight.utils.lightning_private import batches_done, set_back_epoch, set_back_step, set_batches_done, unlike_loops
 from etflight.utils.torchmetrics_private import add_saved_state
-from etflight.utils.trainer import callbacks_of, data_module, is_trial_run
+from etflight.utils.trainer import callbacks_of, data_module, gather, is_trial_run
 from etflight.utils.training_data import same_images
 
 _SAME = {"seed": (eq, "give the same --seed_everything"), "images": (same_images, "give the same --data options")}
@@ -160,15 +159,10 @@ class LastCheckpoint(Callback):
             set_back_epoch(loops)
         if self._between in ("epochs", "end"):
             checkpoint["epoch"] -= 1  # the last one trained, as within an epoch
-        own = _rank_state(trainer, pl_module)
-        ranks = [own]
-        if trainer.world_size > 1:
-            ranks = [{} for _ in range(trainer.world_size)]
-            dist.all_gather_object(ranks, own)
         checkpoint[KEY] = {
             **_identity(trainer),
             "global_batch": _global_batch(trainer),
-            "ranks": ranks,
+            "ranks": gather(trainer, _rank_state(trainer, pl_module)),
             "metrics_rows": next((log.rows for log in trainer.loggers if isinstance(log, MetricsCSV)), 0),
         }
 
