@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -26,6 +26,14 @@ def on_dead_process(tell: Callable[[int, int], None]) -> None:
         return found is None
 
     logging.getLogger(_LAUNCHER).addFilter(is_another_message)
+
+
+def before_batch_transfer(module: LightningModule, batch: Any) -> Any:
+    """What the data module's and the module's `on_before_batch_transfer` make of a batch.
+
+    Touches `LightningModule._on_before_batch_transfer`.
+    """
+    return module._on_before_batch_transfer(batch, dataloader_idx=0)
 
 
 def ignore_own_deprecations() -> None:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from lightning.fabric.strategies.launchers import subprocess_script
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -27,6 +27,10 @@ def test_torchmetrics_has_the_hooks_that_exact_metric_overrides(name):
 @pytest.mark.parametrize("name", ["_defaults", "_computed", "_update_count"])
 def test_torchmetrics_keeps_the_values_that_exact_metric_changes(name):
     assert name in vars(SumMetric())
+
+
+def test_lightning_modules_have_the_hooks_before_a_batch_moves():
+    assert callable(vars(LightningModule)["_on_before_batch_transfer"])
 
 
 def test_torch_ddp_leaves_the_named_buffers_of_a_module_alone():
