@@ -62,7 +62,7 @@ class LastCheckpoint(Callback):
         every_n_steps: also save within an epoch, at the first safe place after so many optimizer steps; None: after each epoch only.
 
     Raises:
-        UserError: `every_n_steps` below 1; a disk that is full.
+        UserError: `every_n_steps` is below 1, or the disk is full.
     """
 
     def __init__(self, every_n_steps: int | None = None) -> None:
@@ -170,7 +170,7 @@ class LastCheckpoint(Callback):
         """Give this rank what it had gathered, and find the place in the epoch.
 
         Raises:
-            UserError: the run being resumed has another seed or other training images; its counters are no counters.
+            UserError: The run being resumed has another seed or other training images, or counters that cannot be used.
         """
         if trainer.state.fn != "fit":
             return
@@ -195,7 +195,7 @@ class LastCheckpoint(Callback):
 
 
 def _identity(trainer: Trainer) -> dict[str, Any]:
-    """What makes the order of the images, which a resumed run must share."""
+    """What decides the order of the images, which a resumed run must share."""
     data = data_module(trainer)
     return {"seed": os.environ.get("PL_GLOBAL_SEED"), "images": getattr(data, "fingerprint", None)}
 
