@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SEED ?= 0
 JOBS ?= 2
 
-.PHONY: demo reproduce-fashion notebooks test test-all test-slow soak wheel lint bench clean
+.PHONY: demo reproduce-fashion notebooks test test-all test-slow test-oldest test-newest soak wheel lint bench clean
 
 $(VENV)/.package: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +59,13 @@ test-all: $(VENV)/.test
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
 
+# The core of the suite with the oldest versions that pyproject.toml allows, or with the newest, in an environment of its own (6 GB).
+# torch stays the one that is installed: another is a download of 3 GB, as in
+# make test-oldest TORCH="torch==2.11.0 torchvision==0.26.0 torchcodec==0.16.0"
+test-oldest test-newest: export TORCH := $(TORCH)
+test-oldest test-newest: test-%: $(VENV)/.test
+	PYTHON="$(PYTHON)" JOBS=$(JOBS) .ci/versions $*
+
 # Kills a training at random moments and compares; its tally is in the README.
 soak: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow tests/system/test_soak.py -s
@@ -78,4 +85,4 @@ lint: $(VENV)/.lint
 	.ci/audit $(BIN)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist *.egg-info

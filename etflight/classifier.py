@@ -2,10 +2,8 @@
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
@@ -18,10 +16,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.cli import ReduceLROnPlateau as MonitoredReduceLROnPlateau
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torchmetrics import Metric
 
 from etflight.heads import ETFHead, Head, codes_from_state_dict
 from etflight.losses import DotRegressionLoss, Loss, log_prior
@@ -38,11 +34,13 @@ from etflight.metrics.accuracy import (
 from etflight.optim import PROTOCOL_SGD, keeps_scales, match_layouts, rate_groups, scale_rates
 from etflight.utils.checkpoints import read_checkpoint, refuse_others
 from etflight.utils.errors import UserError, warn
+from etflight.utils.lightning_private import ignore_own_deprecations
 from etflight.utils.limits import refuse_names
 from etflight.utils.precision import at_least_float32
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.specs import describe, find, is_plain, objections, resolve
 from etflight.utils.terminal import readable
+from etflight.utils.torch_private import is_watched, leave_out_of_broadcasts
 from etflight.utils.trainer import averaged, take_buffers_of_rank_zero
 from etflight.utils.training_data import (
     fingerprint_in,
@@ -150,7 +148,11 @@ class Classifier(LightningModule):
         compile: Compile = False,
     ) -> None:
         super().__init__()
-        self._save_plain_hyperparameters()
+        buffers = ["class_counts"]  # the state dict has them
+        self.save_hyperparameters(ignore=buffers)
+        self.hparams.pop("_instantiator", None)  # names a function to import and call when loading
+        parts = {name: self.hparams[name] for name in PLUGGABLE if self.hparams[name] is not None}
+        self.save_hyperparameters({name: describe(part, name) for name, part in parts.items()}, ignore=buffers)
         from etflight.backbones import build_backbone  # timm takes a second, which `--help` need not wait for
 
         self.backbone, feature_dim = build_backbone(
@@ -179,18 +181,18 @@ class Classifier(LightningModule):
             self._set_class_counts(torch.as_tensor(class_counts))
         self._lr = math.nan
         self._total_epochs: int | None = None
-        self.losses = nn.ModuleDict({f"{stage}_loss": SampleMean() for stage in ("train", "val", "test")})
-        self.shots = nn.ModuleDict(
+        self.losses: Any = nn.ModuleDict({f"{stage}_loss": SampleMean() for stage in ("train", "val", "test")})
+        self.shots: Any = nn.ModuleDict(
             {"val_": ShotAccuracy(num_classes), "test_": ShotAccuracy(num_classes, PRIOR_SHIFTS)}
         )
-        self.calibration = nn.ModuleDict(
+        self.calibration: Any = nn.ModuleDict(
             {f"{stage}_{name}": Reliability() for stage in ("val", "test") for name in ("ece", "ece_calibrated")}
         )
         self.confusion = Confusion(num_classes) if num_classes <= MOST_CLASSES else None
         self.temperature_fit = TemperatureFit()
         # broadcast once, when training starts: in every forward it would cost 205 MB at K = 100,000
         own = [name for name, _ in self.named_buffers() if name in ("head.weight", "_bad_step")]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, own)  # type: ignore[no-untyped-call]
+        leave_out_of_broadcasts(self, own)
 
     # --- the model ---------------------------------------------------------------------------------------------------------
 
@@ -212,19 +214,12 @@ class Classifier(LightningModule):
         try:
             return cast(Tensor, self.backbone(images))
         except (AssertionError, RuntimeError, ValueError) as error:
-            self._refuse_size(images)
-            raise error
+            from etflight.backbones import arguments_for_size
 
-    def _refuse_size(self, images: Tensor) -> None:
-        """Raise `UserError` if the backbone takes no single image of this size either, which tells that nothing else is wrong."""
-        from etflight.backbones import arguments_for_size
-
-        try:
-            with torch.no_grad():
-                deepcopy(self.backbone).eval()(torch.zeros_like(images[:1]))
-        except (AssertionError, RuntimeError, ValueError) as error:
             name, shape = self.hparams["backbone"], images.shape[1:]
             found = arguments_for_size(name, shape, self.hparams["model_kwargs"])
+            if found == {}:  # it takes images of this size
+                raise
             text = ", ".join(f"{key}: {value}" for key, value in (found or {}).items())
             mend = f"give --model.model_kwargs '{{{text}}}'" if found else "give larger ones, or another backbone"
             reason = str(error).strip().partition("\n")[0].rstrip(".")
@@ -298,7 +293,7 @@ class Classifier(LightningModule):
         """The loss of one training batch."""
         images, target = batch
         loss = self._training_loss(images, target)
-        self._mean_loss("train").update(loss, len(images))
+        self.losses["train_loss"].update(loss, len(images))
         bad_step = torch.where(torch.isfinite(loss.detach()), _NEVER, self.global_step)
         self._bad_step = torch.minimum(self._bad_step, bad_step)  # stays on the device: no wait each step
         return loss * self._share_of_images(len(images))
@@ -326,7 +321,7 @@ class Classifier(LightningModule):
                 return cast(Tensor, self.loss.from_target_logits(target_logits, target, self.head.num_classes))
             return cast(Tensor, self.loss(self(images), target))
         except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
+            if len(images) > 1 or isinstance(error, UserError):
                 raise
             raise UserError(
                 "batch normalisation cannot train on a step of one image: give --data.batch_size 2 or more"
@@ -336,7 +331,7 @@ class Classifier(LightningModule):
         """Whether a step needs the logits of all classes; at K = 100,000 they cost hundreds of times what those of the targets do."""
         return (
             target.is_floating_point()
-            or any(_is_watched(part) for part in (self, self.head, self.loss))
+            or any(is_watched(part) for part in (self, self.head, self.loss))
             or type(self).forward is not Classifier.forward
             or not _stands_in(self.head, "target_logits", "forward")
             or not _stands_in(self.loss, "from_target_logits", "forward", "sample_losses")
@@ -354,11 +349,11 @@ class Classifier(LightningModule):
     def _evaluate(self, batch: Batch, stage: str) -> Tensor:
         images, target = batch
         logits: Tensor = self(images)
-        self._mean_loss(stage).update(self.loss(logits, target), len(images))
+        self.losses[f"{stage}_loss"].update(self.loss(logits, target), len(images))
         logits = self._adjusted(logits)
-        self._shots(stage).update(logits.argmax(dim=1), target)
-        self._calibration(stage, "ece").update(logits, target)
-        self._calibration(stage, "ece_calibrated").update(logits / self.temperature, target)
+        self.shots[f"{stage}_"].update(logits.argmax(dim=1), target)
+        self.calibration[f"{stage}_ece"].update(logits, target)
+        self.calibration[f"{stage}_ece_calibrated"].update(logits / self.temperature, target)
         return logits
 
     def _adjusted(self, logits: Tensor) -> Tensor:
@@ -380,8 +375,7 @@ class Classifier(LightningModule):
         Raises:
             UserError: it has another number of classes or channels.
         """
-        # what Lightning calls by itself, so that neither we nor the user can mend it
-        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning, r"lightning\.pytorch\.utilities\._pytree")
+        ignore_own_deprecations()
         if stage == "fit" and (compile := self.hparams["compile"]):
             self.backbone.compile(mode="default" if compile is True else compile)
         data = getattr(self.trainer, "datamodule", None)
@@ -428,13 +422,7 @@ class Classifier(LightningModule):
         if self.trainer.state.fn != "fit":
             self._tell_differences()
 
-    def on_test_start(self) -> None:
-        """Tell in what the data are others than those trained on."""
-        self._tell_differences()
-
-    def on_predict_start(self) -> None:
-        """Tell in what the data are others than those trained on."""
-        self._tell_differences()
+    on_test_start = on_predict_start = _tell_differences
 
     def on_fit_start(self) -> None:
         """Give all processes the first one's frame: descent amplifies rounding, which may differ from machine to machine."""
@@ -473,7 +461,7 @@ class Classifier(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Log the loss; never let a checkpoint be written from one that is not a number."""
         self._stop_at_bad_loss()
-        self.log("train/loss", self._mean_loss("train"))
+        self.log("train/loss", self.losses["train_loss"])
         self.log("train/lr", self._lr, sync_dist=True)
         self._check_monitor()
 
@@ -500,42 +488,39 @@ class Classifier(LightningModule):
         self._log_epoch("test")
 
     def _log_epoch(self, stage: str) -> None:
-        self.log(f"{stage}/loss", self._mean_loss(stage))
-        for name, value in self._shots(stage).compute().items():
+        self.log(f"{stage}/loss", self.losses[f"{stage}_loss"])
+        for name, value in self.shots[f"{stage}_"].compute().items():
             self.log(f"{stage}/{name}", value, prog_bar=name == "acc", sync_dist=True)
         for name in ("ece", "ece_calibrated"):
-            bins: ReliabilityBins = self._calibration(stage, name).compute()
-            self.log(f"{stage}/{name}", bins.ece.float(), sync_dist=True)
-
-    def _mean_loss(self, stage: str) -> Metric:
-        return cast(Metric, self.losses[f"{stage}_loss"])
-
-    def _shots(self, stage: str) -> ShotAccuracy:
-        return cast(ShotAccuracy, self.shots[f"{stage}_"])
-
-    def _calibration(self, stage: str, name: str) -> Reliability:
-        return cast(Reliability, self.calibration[f"{stage}_{name}"])
+            self.log(f"{stage}/{name}", self.calibration[f"{stage}_{name}"].compute().ece.float(), sync_dist=True)
 
     def _start(self, stage: str) -> None:
         for name in ("ece", "ece_calibrated"):
-            self._calibration(stage, name).reset()
-        self._shots(stage).reset()
+            self.calibration[f"{stage}_{name}"].reset()
+        self.shots[f"{stage}_"].reset()
         if bool(self.class_counts.any()):
-            self._shots(stage).set_class_counts(self.class_counts)
+            self.shots[f"{stage}_"].set_class_counts(self.class_counts)
 
     def evaluation(self) -> Evaluation:
         """What the last test epoch counted over all processes; each of them must call it."""
         return Evaluation(
-            self._shots("test").per_class(),
+            self.shots["test_"].per_class(),
             None if self.confusion is None else self.confusion.compute(),
-            self._calibration("test", "ece").compute(),
-            self._calibration("test", "ece_calibrated").compute(),
+            self.calibration["test_ece"].compute(),
+            self.calibration["test_ece_calibrated"].compute(),
         )
 
     @property
     def _fits_temperature(self) -> bool:
         held_out = getattr(getattr(self.trainer, "datamodule", None), "val_is_held_out", False)
-        return bool(held_out) and self.trainer.state.fn == "fit"
+        return bool(held_out) and self._is_fitting
+
+    @property
+    def _is_fitting(self) -> bool:
+        try:
+            return self.trainer.state.fn == "fit"
+        except RuntimeError:  # of a module without a trainer
+            return False
 
     def _stop_at_bad_loss(self) -> None:
         step = int(self.trainer.strategy.reduce(self._bad_step, reduce_op="min"))
@@ -586,16 +571,14 @@ class Classifier(LightningModule):
 
     def _adapt_to_lbfgs(self) -> None:
         """LBFGS evaluates the loss several times a step, and takes gradients for flat arrays."""
-        trainer = self.trainer
-        for holds, reason in (
-            (trainer.world_size == 1, "each process would decide for itself when a step is over: train on one device"),
-            (
-                trainer.accumulate_grad_batches == 1,
-                "each evaluation of a step would add to the accumulated gradients: raise --data.batch_size instead of accumulating",
-            ),
-        ):
-            if not holds:
-                raise UserError(f"optimizer: LBFGS evaluates the loss several times a step, and {reason}")
+        several = "optimizer: LBFGS evaluates the loss several times a step, and"
+        if self.trainer.world_size > 1:
+            raise UserError(f"{several} each process would decide for itself when a step is over: train on one device")
+        if self.trainer.accumulate_grad_batches > 1:
+            raise UserError(
+                f"{several} each evaluation of a step would add to the accumulated gradients: "
+                "raise --data.batch_size instead of accumulating"
+            )
         self.backbone.to(memory_format=torch.contiguous_format)
 
     def _check_monitor(self, prefix: str = "") -> None:
@@ -612,8 +595,7 @@ class Classifier(LightningModule):
 
     def _can_fuse(self, make: Any) -> bool:
         """Whether the optimizer has a fused step here and nobody has asked for another; Lightning cannot clip gradients for one."""
-        clips = self._trainer is not None and bool(self.trainer.gradient_clip_val)
-        if clips or "fused" not in inspect.signature(make.func).parameters:
+        if self.trainer.gradient_clip_val or "fused" not in inspect.signature(make.func).parameters:
             return False
         chosen = any(make.keywords.get(name) not in (None, False) for name in ("foreach", "differentiable"))
         return not chosen and make.keywords.get("fused") is None and self.device.type in ("cpu", "cuda")
@@ -634,17 +616,6 @@ class Classifier(LightningModule):
 
     # --- plain data in, plain data out -------------------------------------------------------------------------------------
 
-    def _save_plain_hyperparameters(self) -> None:
-        frame = inspect.currentframe()
-        assert frame is not None
-        self.save_hyperparameters(frame=frame.f_back, ignore=["class_counts"])  # a buffer: the state dict has them
-        self.hparams.pop("_instantiator", None)  # names a function to import and call when loading
-        plain = dict(self.hparams)
-        for name in PLUGGABLE:
-            if plain[name] is not None:
-                plain[name] = describe(plain[name], name)
-        self.save_hyperparameters(plain, ignore=["class_counts"])
-
     def _build(self, name: str) -> Any:
         return resolve(self.hparams[name], PLUGGABLE[name], name)
 
@@ -658,7 +629,7 @@ class Classifier(LightningModule):
         checkpoint["preprocessing"] = self.preprocessing and self.preprocessing._asdict()
         checkpoint["fingerprint"] = self.fingerprint
         checkpoint["state_dict"]["class_counts"] = self.class_counts  # averaging of weights rounds whole numbers down
-        if self._trainer is None or self.trainer.state.fn != "fit":
+        if not self._is_fitting:
             return
         checkpoint["total_epochs"] = self._total_epochs
         self._stop_at_bad_loss()
@@ -671,15 +642,13 @@ class Classifier(LightningModule):
         Raises:
             UserError: images prepared otherwise, other images, or settings of the optimizer or its schedule that are not the saved ones.
         """
-        state = checkpoint["state_dict"]
-        state |= {
-            name: value for name, value in checkpoint.get("current_model_state", {}).items() if name == "class_counts"
-        }
+        if (counts := checkpoint.get("current_model_state", {}).get("class_counts")) is not None:
+            checkpoint["state_dict"]["class_counts"] = counts  # those beside it are of averaged weights, rounded down
         if (names := checkpoint.get("class_names")) is not None:
             self.class_names = list(map(readable, names))
         self.preprocessing = Preprocessing.in_checkpoint(checkpoint) or self.preprocessing
         self.fingerprint = fingerprint_in(checkpoint) or self.fingerprint
-        if self._trainer is None or self.trainer.state.fn != "fit":
+        if not self._is_fitting:
             return
         data = getattr(self.trainer, "datamodule", None)
         counts = checkpoint["state_dict"].get("class_counts", torch.zeros(0)).flatten().tolist()
@@ -755,10 +724,6 @@ def _stands_in(part: nn.Module, shortcut: str, *general: str) -> bool:
         if vars(cls).keys() & {shortcut, *general}:
             return shortcut in vars(cls)
     return False
-
-
-def _is_watched(part: nn.Module) -> bool:
-    return bool(part._forward_pre_hooks or part._forward_hooks or part._backward_pre_hooks or part._backward_hooks)
 
 
 # what in timm's arguments says where other weights lie; the checkpoint has its own

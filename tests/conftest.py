@@ -36,13 +36,6 @@ def two_ready_processes(two_processes: ProcessPool, request: pytest.FixtureReque
 
 
 @pytest.fixture(scope="session")
-def three_processes() -> Iterator[ProcessPool]:
-    pool = ProcessPool(3)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="session")
 def etflight_command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
     command = CommandLine(tmp_path_factory.mktemp("command_line"))
     yield command

@@ -1,41 +1,64 @@
 """`ReduceLROnPlateau` follows the number that it was told to."""
 
-import csv
+from collections import defaultdict
+from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import ReduceLROnPlateau
+from lightning.pytorch.loggers.logger import Logger
 
-from tests.left_by_runs import assert_same_run
+from etflight import Classifier
+from etflight.callbacks import LastCheckpoint
+from etflight.data import Digits
+from etflight.utils.errors import UserError
 
-FIT = [
-    "fit", "--data", "Digits", "--data.max_count", 4, "--model.backbone", "resnet20_cifar", "--trainer.accelerator", "cpu",
-    "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--trainer.limit_val_batches", 1,
-    "--trainer.callbacks+", "tests.test_plateau.Logged", "--name",
-]  # fmt: skip
-PLATEAU = [
-    "--model.lr_scheduler",
-    "ReduceLROnPlateau",
-    "--model.lr_scheduler.patience",
-    0,
-    "--model.lr_scheduler.monitor",
-]
-LOGGED = {"val/own_loss": [5, 4, 3, 2, 1, 0.5], "own/acc": [0.1, 0.5, 0.4, 0.6, 0.6, 0.6]}
+LAST = "checkpoints/last.ckpt"
+LOGGED = [0.1, 0.5, 0.4, 0.6, 0.6, 0.6]
+FOLLOW = partial(ReduceLROnPlateau, patience=0)
+FOLLOW_OWN = partial(FOLLOW, monitor="own/acc", mode="max")
 
 
-class Logged(Callback):
+class Own(Callback):
     def on_validation_epoch_end(self, trainer, pl_module):
-        for name, values in LOGGED.items():
-            pl_module.log(name, values[trainer.current_epoch])
+        pl_module.log("own/acc", LOGGED[trainer.current_epoch])
 
 
-def rates(cwd, name):
-    rows = csv.DictReader((cwd / "runs" / name / "metrics.csv").open())
-    return [float(row["train/lr"]) for row in rows if row["train/lr"]]
+class Numbers(Logger):
+    """Keeps what is logged, by name and epoch."""
+
+    name = version = "numbers"
+
+    def __init__(self):
+        super().__init__()
+        self.seen = defaultdict(list)
+
+    def log_metrics(self, metrics, step=None):
+        for name, value in metrics.items():
+            self.seen[name].append(value)
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        pass
+
+
+def fit(schedule, folder, epochs=6, ckpt_path=None, **options):
+    torch.manual_seed(0)
+    model, numbers = Classifier(10, "resnet20_cifar", in_chans=1, lr_scheduler=schedule), Numbers()
+    options = {"enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 1, **options}
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=epochs, default_root_dir=folder, enable_checkpointing=False,
+        logger=numbers, callbacks=[LastCheckpoint(), Own()], **options,
+    )  # fmt: skip
+    try:
+        trainer.fit(model, Digits(max_count=2), ckpt_path=ckpt_path)
+    except UserError as error:
+        return str(error), trainer.global_step > 0
+    return numbers.seen
 
 
 def rates_of_torch(values, mode, rate=0.1):
-    """Of each epoch, by the schedule alone: it steps after an epoch, or not where that has no value."""
+    """The rate of each epoch, by the schedule alone: it steps after an epoch, unless that has no value."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=rate)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode, patience=0)
     found = []
@@ -46,77 +69,43 @@ def rates_of_torch(values, mode, rate=0.1):
     return pytest.approx(found)
 
 
-@pytest.mark.parametrize(("monitor", "mode", "falls"), [("val/own_loss", "min", 0), ("own/acc", "max", 2)])
-def test_the_rate_falls_exactly_when_the_monitored_number_gets_no_better(
-    monitor, mode, falls, etflight_command, tmp_path
-):
-    schedule = [*PLATEAU, monitor, "--model.lr_scheduler.mode", mode]
-    result = etflight_command(*FIT, "r", *schedule, "--trainer.max_epochs", 6, cwd=tmp_path)
-    assert result.status == 0, result.err
-    assert rates(tmp_path, "r") == rates_of_torch(LOGGED[monitor], mode)
-    assert len(set(rates(tmp_path, "r"))) == falls + 1  # the last epoch's has no epoch after it
+def test_the_rate_falls_exactly_when_the_monitored_number_gets_no_better_in_a_resumed_run_too(tmp_path):
+    whole = fit(FOLLOW_OWN, tmp_path)["train/lr"]
+    assert whole == rates_of_torch(LOGGED, "max")
+    assert len(set(whole)) == 3
+    first = fit(FOLLOW_OWN, tmp_path, epochs=3)["train/lr"]
+    assert first + fit(FOLLOW_OWN, tmp_path, ckpt_path=tmp_path / LAST)["train/lr"] == whole
 
 
-def test_a_resumed_schedule_is_where_it_was(etflight_command, tmp_path):
-    fit = [*PLATEAU, "own/acc", "--model.lr_scheduler.mode", "max", "--trainer.max_epochs"]
-    for name, *argv in (["whole", 6], ["parts", 3], ["parts", 6, "--ckpt_path", "last"]):
-        result = etflight_command(*FIT, name, *fit, *argv, cwd=tmp_path)
-        assert result.status == 0, result.err
-    assert_same_run(tmp_path / "runs/whole", tmp_path / "runs/parts")
-
-
-def test_a_schedule_waits_for_a_validation_that_comes_every_second_epoch(etflight_command, tmp_path):
-    argv = [*PLATEAU, "own/acc", "--model.lr_scheduler.mode", "max", "--trainer.check_val_every_n_epoch", 2]
-    result = etflight_command(*FIT, "r", *argv, "--trainer.max_epochs", 6, cwd=tmp_path)
-    assert result.status == 0, result.err
-    seen = [None if epoch % 2 == 0 else value for epoch, value in enumerate(LOGGED["own/acc"])]
-    assert rates(tmp_path, "r") == rates_of_torch(seen, "max")
-
-
-def test_the_loss_of_training_can_be_followed_without_validation(etflight_command, tmp_path):
-    argv = [*PLATEAU, "train/loss", "--trainer.limit_val_batches", 0, "--trainer.max_epochs", 4]
-    result = etflight_command(*FIT, "r", *argv, cwd=tmp_path)
-    assert result.status == 0, result.err
-    rows = list(csv.DictReader((tmp_path / "runs/r/metrics.csv").open()))
-    assert rates(tmp_path, "r") == rates_of_torch(
-        [float(row["train/loss"]) for row in rows if row["train/loss"]], "min"
-    )
-
-
-def test_torchs_own_class_follows_the_validation_loss(etflight_command, tmp_path):
-    schedule = [
-        "--model.lr_scheduler",
-        "torch.optim.lr_scheduler.ReduceLROnPlateau",
-        "--model.lr_scheduler.patience",
-        0,
-    ]
-    result = etflight_command(*FIT, "r", *schedule, "--trainer.max_epochs", 4, cwd=tmp_path)
-    assert result.status == 0, result.err
-    rows = list(csv.DictReader((tmp_path / "runs/r/metrics.csv").open()))
-    assert rates(tmp_path, "r") == rates_of_torch([float(row["val/loss"]) for row in rows if row["val/loss"]], "min")
+def test_a_schedule_waits_for_a_validation_that_comes_every_second_epoch(tmp_path):
+    seen = fit(FOLLOW_OWN, tmp_path, check_val_every_n_epoch=2)
+    assert seen["train/lr"] == rates_of_torch([None, 0.5, None, 0.6, None, 0.6], "max")
 
 
 @pytest.mark.parametrize(
-    ("argv", "hint", "before"),
+    ("schedule", "followed", "validation"),
     [
-        (["val/los"], "such as val/loss", True),
-        (["val/los", "--trainer.num_sanity_val_steps", 0], "such as val/loss", False),
-        (["val/loss", "--trainer.limit_val_batches", 0, "--trainer.check_val_every_n_epoch", 2], "train/loss", True),
-        (["own/precision"], "such as", False),
+        (partial(FOLLOW, monitor="train/loss"), "train/loss", 0),
+        (partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0), "val/loss", 1),  # which has no monitor
     ],
 )
-def test_a_monitor_that_is_never_logged_is_refused(argv, hint, before, etflight_command, tmp_path):
-    result = etflight_command(*FIT, "r", *PLATEAU, *argv, "--trainer.max_epochs", 3, cwd=tmp_path)
-    assert result.status == 1, result.err
-    (line,) = result.error_lines
-    assert f"cannot follow its monitor '{argv[0]}', which nothing has logged" in line
-    assert hint in line
-    trained = (tmp_path / "runs/r/speed.csv").exists()
-    assert trained != before
-    assert not (tmp_path / "runs/r/checkpoints/last.ckpt").exists()
+def test_a_loss_can_be_followed(schedule, followed, validation, tmp_path):
+    seen = fit(schedule, tmp_path, epochs=4, limit_val_batches=validation)
+    assert seen["train/lr"] == rates_of_torch(seen[followed], "min")
 
 
-def test_without_a_monitor_the_schedule_is_refused(etflight_command, tmp_path):
-    result = etflight_command(*FIT, "r", *PLATEAU[:2], cwd=tmp_path)
-    assert result.status == 2
-    assert "these arguments are required: --model.lr_scheduler.monitor" in result.error_lines[0]
+@pytest.mark.parametrize(
+    ("monitor", "options", "hint", "after_training"),
+    [
+        ("val/los", {}, "such as val/loss", False),
+        ("val/los", {"num_sanity_val_steps": 0}, "such as val/loss", True),
+        ("val/loss", {"limit_val_batches": 0, "check_val_every_n_epoch": 2}, "such as train/loss", False),
+        ("own/precision", {}, "such as", True),
+    ],
+)
+def test_a_monitor_that_is_never_logged_is_refused(monitor, options, hint, after_training, tmp_path):
+    error, trained = fit(partial(FOLLOW, monitor=monitor), tmp_path, epochs=3, **options)
+    assert f"cannot follow its monitor '{monitor}', which nothing has logged" in error
+    assert hint in error
+    assert trained == after_training
+    assert not (tmp_path / LAST).exists()

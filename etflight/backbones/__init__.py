@@ -80,7 +80,7 @@ def _mend(name: str, pretrained: bool) -> str:
 
 
 def arguments_for_size(name: str, shape: Sequence[int], model_kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What else timm has to be given for a model that refuses images of a size to take them, as many vision transformers do.
+    """What timm has to be given, too, for a model to take images of a size, which many vision transformers need.
 
     Args:
         name: The model's.
@@ -88,13 +88,13 @@ def arguments_for_size(name: str, shape: Sequence[int], model_kwargs: dict[str, 
         model_kwargs: What it was built with.
 
     Returns:
-        Arguments that have been tried, or None where none were found.
+        Arguments that have been tried, none for a model that takes them as it is; or None where there are no such arguments.
     """
     channels, height, width = shape
     size = {"img_size": height if height == width else [height, width]}
     side = math.gcd(height, width)
     patch = max((part for part in range(1, side // 4 + 1) if side % part == 0), default=1)
-    for arguments in (size, {**size, "patch_size": patch}):
+    for arguments in ({}, size, {**size, "patch_size": patch}):
         try:
             with torch.device("meta"):
                 model = timm.create_model(

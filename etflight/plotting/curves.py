@@ -69,7 +69,7 @@ def collapse_curves(
     """
     x = np.asarray(epochs, dtype=np.float64)
     series = {
-        key: np.array([*[np.nan] * (len(x) - len(values)), *values][-len(x) :])
+        key: np.array([*[np.nan] * (len(x) - len(values)), *values])
         for key, values in history.items()
         if key.startswith(f"{prefix}/") and key.count("/") >= 2
     }

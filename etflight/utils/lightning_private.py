@@ -2,6 +2,7 @@
 
 import logging
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,11 @@ def on_dead_process(tell: Callable[[int, int], None]) -> None:
         return found is None
 
     logging.getLogger(_LAUNCHER).addFilter(is_another_message)
+
+
+def ignore_own_deprecations() -> None:
+    """Hide a warning about what Lightning itself calls, which no user can mend: torch's of `LeafSpec`, in Lightning's `_pytree`."""
+    warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning, r"lightning\.pytorch\.utilities\._pytree")
 
 
 def let_parameters_be_unused(strategy: object) -> None:

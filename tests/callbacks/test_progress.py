@@ -1,11 +1,26 @@
+"""What somebody sees who watches a training: the bar, a line for each epoch, the speed, what a step is made of."""
+
 import csv
 import re
+import sys
+import time
 
 import pytest
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+
+from etflight import Classifier, CrossEntropyLoss, DotRegressionLoss, ETFHead
+from etflight.callbacks import LastCheckpoint, Speed
+from etflight.callbacks.progress import describe_step, has_unsynced_batch_norm, is_watched
+from etflight.cli.stages import main
+from etflight.data import Digits
+from etflight.runs.loggers import MetricsCSV
+from tests.left_by_runs import differences, read
 
 FIT = [
-    "fit", "--data", "Digits", "--data.max_count", 10, "--data.batch_size", 20, "--model.backbone", "resnet20_cifar",
-    "--trainer.accelerator", "cpu", "--trainer.max_epochs", 2, "--trainer.log_every_n_steps", 2,
+    "fit", "--data", "Digits", "--data.max_count", "10", "--data.batch_size", "20", "--model.backbone", "resnet20_cifar",
+    "--trainer.accelerator", "cpu", "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "2",
     "--trainer.enable_model_summary", "false", "--trainer.callbacks+", "NeuralCollapseMonitor", "--name", "r",
 ]  # fmt: skip
 
@@ -24,15 +39,14 @@ def epoch_lines(text):
 
 
 def test_the_bar_shows_loss_accuracy_alignment_speed_and_the_time_left(terminal):
-    text, _ = terminal
     for shown in (
-        r"loss: [\d.]+",
-        r"val/acc: [\d.]+",
-        r"alignment: -?[\d.]+",
-        r"images/s: \d+",
-        r"left: \d+:\d\d:\d\d",
+        "loss: [\\d.]+",
+        "val/acc: [\\d.]+",
+        "alignment: -?[\\d.]+",
+        "images/s: \\d+",
+        "left: \\d+:\\d\\d:\\d\\d",
     ):
-        assert re.search(shown, text), shown
+        assert re.search(shown, terminal[0]), shown
 
 
 def test_each_epoch_is_told_in_one_line_of_logged_numbers(terminal):
@@ -54,18 +68,112 @@ def test_each_epoch_is_told_in_one_line_of_logged_numbers(terminal):
     assert left == "0:00:00"
 
 
-@pytest.mark.parametrize("env", [{"CI": "true"}, {"CI": "", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "bash"}])
-def test_ci_and_batch_systems_get_the_lines_without_the_bar(env, etflight_command, tmp_path):
-    sent = etflight_command.in_terminal(*FIT, "--trainer.max_epochs", 1, cwd=tmp_path, **env)
-    assert len(epoch_lines(sent)) == 1
-    assert "images/s: " not in sent
+@pytest.mark.parametrize(
+    ("is_terminal", "env", "watched"),
+    [(True, {}, True), (True, {"CI": "true"}, False), (True, {"SLURM_JOB_ID": "7"}, False), (False, {}, False)],
+)
+def test_ci_batch_systems_and_files_are_not_watched(is_terminal, env, watched, monkeypatch):
+    for name in ("CI", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    assert is_watched() == watched
 
 
-def test_a_file_gets_the_lines_without_the_bar_unless_it_is_asked_for(etflight_command, tmp_path):
-    short = [*FIT, "--trainer.max_epochs", 1]
-    plain = etflight_command(*short, cwd=tmp_path, CI="")
-    asked = etflight_command(*short, "--trainer.enable_progress_bar", "true", "--name", "s", cwd=tmp_path, CI="true")
-    for result, bar in ((plain, False), (asked, True)):
-        assert result.status == 0, result.err
-        assert len(epoch_lines(result.out)) == 1
-        assert ("images/s: " in result.out) == bar
+@pytest.mark.parametrize(("asked", "bar"), [([], False), (["--trainer.enable_progress_bar", "true"], True)])
+def test_a_file_gets_the_lines_without_the_bar_unless_it_is_asked_for(asked, bar, tmp_path, capfd):
+    root = ["--trainer.default_root_dir", str(tmp_path), "--trainer.profiler", "simple"]
+    main([*FIT, *root, "--trainer.max_epochs", "1", *asked])
+    printed = capfd.readouterr().out
+    assert len(epoch_lines(printed)) == 1
+    assert ("images/s: " in printed) == bar
+    assert "run_training_batch" in (tmp_path / "r/fit-profile.txt").read_text()
+
+
+# --- speed -------------------------------------------------------------------------------------------------------------
+
+
+class Sleepy(Digits):
+    """Its images come slowly."""
+
+    pause = 0.0
+
+    def train_dataloader(self):
+        loader = super().train_dataloader()
+        fetch, pause = loader.dataset.__getitems__, self.pause
+
+        class Slow(type(loader.dataset)):
+            def __getitems__(self, positions):
+                time.sleep(pause)
+                return fetch(positions)
+
+        loader.dataset.__class__ = Slow
+        return loader
+
+
+class Pause(Callback):
+    """Takes time in validation, which is none of training's."""
+
+    def on_validation_epoch_end(self, *_):
+        time.sleep(1.5)
+
+
+def fit(folder, pause):
+    data = Sleepy(batch_size=16)
+    data.pause = pause
+    runs = Trainer(
+        accelerator="cpu", max_epochs=1, limit_train_batches=5, limit_val_batches=1, default_root_dir=folder,
+        callbacks=[LastCheckpoint(), Speed(), Pause()], logger=[MetricsCSV(folder), CSVLogger(folder, name="other", version="")],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        val_check_interval=3, log_every_n_steps=2,
+    )  # fmt: skip
+    runs.fit(Classifier(10, "resnet20_cifar", in_chans=1), datamodule=data)
+    (row,) = csv.DictReader((folder / "speed.csv").open())
+    return {name: float(value) for name, value in row.items()}
+
+
+def test_the_share_of_waiting_is_the_loaders_and_validation_does_not_count(tmp_path):
+    quick, slow = fit(tmp_path / "quick", 0.0), fit(tmp_path / "slow", 0.3)
+    assert quick["speed/data_wait"] < slow["speed/data_wait"] < 1
+    seconds = 5 * 16 / slow["speed/images_per_s"]
+    assert seconds * slow["speed/data_wait"] >= 5 * 0.3
+    seconds = 5 * 16 / quick["speed/images_per_s"]
+    assert quick["speed/data_wait"] * seconds < 1.5
+    assert quick["speed/epoch_s"] >= seconds + 1.5
+    assert 0.05 < quick["speed/peak_memory_gb"] < 50
+    assert set(quick) - {"step"} <= set((tmp_path / "quick/other/metrics.csv").read_text().splitlines()[0].split(","))
+    assert "speed" not in (tmp_path / "quick/metrics.csv").read_text()
+    # two runs at different speeds: nothing that depends on time is in the checkpoint
+    one, other = read(tmp_path / "quick"), read(tmp_path / "slow")
+    assert [line for line in differences(one, other) if "speed" in line.lower()] == []
+    assert "Speed" not in one["callbacks"]
+
+
+# --- what a step is made of --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "lr", "loss", "line"),
+    [
+        ((2, 64, 2), 0.1, DotRegressionLoss(class_balance="batch"),
+         "global batch 256 = 2 processes x 64 images x 2 accumulated; learning rate 0.1 as given (not scaled with the batch); "
+         "class balance 'batch' (exponent 1): counts over all processes of a step, not over accumulated micro-batches"),
+        ((1, 32, 1), 0.003, CrossEntropyLoss(class_balance="global", exponent=0.5),
+         "global batch 32 = 1 process x 32 images; learning rate 0.003 as given (not scaled with the batch); "
+         "class balance 'global' (exponent 0.5): the training set's counts"),
+        ((1, 32, 1), None, CrossEntropyLoss(class_balance="effective", beta=0.99, renormalize=True),
+         "global batch 32 = 1 process x 32 images; class balance 'effective' (exponent 1, beta 0.99): the training set's counts, "
+         "weights divided by their mean over a step"),
+    ],
+)  # fmt: skip
+def test_the_line_says_what_one_step_is_made_of(shape, lr, loss, line):
+    processes, batch_size, accumulated = shape
+    assert describe_step(processes=processes, batch_size=batch_size, accumulated=accumulated, lr=lr, loss=loss) == line
+
+
+def test_batch_norm_counts_as_unsynced_until_it_is_converted():
+    model = Classifier(10, "test_vit", in_chans=1, model_kwargs={"img_size": 8, "patch_size": 4}, head=ETFHead)
+    assert has_unsynced_batch_norm(model)  # the head's own
+    assert not has_unsynced_batch_norm(nn.SyncBatchNorm.convert_sync_batchnorm(model))
+    assert not has_unsynced_batch_norm(model.backbone)

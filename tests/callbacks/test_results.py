@@ -1,5 +1,9 @@
+"""What a test leaves: against scikit-learn, in every place, on two processes."""
+
 import csv
 import json
+from contextlib import redirect_stdout
+from io import StringIO
 
 import numpy as np
 import pytest
@@ -35,23 +39,32 @@ def untrained(num_classes=10, **options):
     return model
 
 
+def run_test(model, data, folder, logger=False, **options):
+    options = {"fast_dev_run": False, "verbose": True} | options
+    trainer = Trainer(
+        logger=logger, callbacks=[TestResults(options.pop("verbose"))], default_root_dir=folder, accelerator="cpu",
+        enable_progress_bar=False, enable_model_summary=False, **options,
+    )  # fmt: skip
+    trainer.test(model, data, verbose=False)
+
+
 @pytest.fixture(scope="module")
 def tested(tmp_path_factory):
-    """A folder after a test, the model, and the labels and decisions found without a trainer."""
+    """A folder after a test, the model, the labels and decisions found without a trainer, and what was printed."""
     folder = tmp_path_factory.mktemp("tested")
     model, data = untrained(class_counts=COUNTS), Digits()
-    logger = TensorBoardLogger(folder, name="tensorboard", version="")
-    Trainer(logger=logger, callbacks=[TestResults(folder, verbose=False)], **QUIET).test(model, data, verbose=False)
+    with redirect_stdout(StringIO()) as printed:
+        run_test(model, data, folder, TensorBoardLogger(folder, name="tensorboard", version=""))
     batches = list(map(data.eval_transform, data.eval_dataloader("test")))
     labels = torch.cat([labels for _, labels in batches])
     with torch.no_grad():
         logits = torch.cat([model.eval()(images) for images, _ in batches])
     assert len(logits.argmax(1).unique()) > 3
-    return folder, model, labels.numpy(), logits.argmax(1).numpy()
+    return folder, model, labels.numpy(), logits.argmax(1).numpy(), printed.getvalue()
 
 
 def test_per_class_csv_has_scikit_learns_scores_and_the_groups(tested):
-    folder, _, labels, decisions = tested
+    folder, _, labels, decisions, _ = tested
     rows = list(csv.DictReader((folder / "per_class.csv").open()))
     precision, recall, _, support = precision_recall_fscore_support(labels, decisions, zero_division=np.nan)
     for name, expected in {"acc": recall, "precision": precision, "test_images": support}.items():
@@ -62,7 +75,7 @@ def test_per_class_csv_has_scikit_learns_scores_and_the_groups(tested):
 
 
 def test_the_model_keeps_what_was_counted(tested):
-    folder, model, labels, decisions = tested
+    folder, model, labels, decisions, _ = tested
     evaluation = model.evaluation()
     assert evaluation.confusion.tolist() == confusion_matrix(labels, decisions).tolist()
     metrics = json.loads((folder / "test_metrics.json").read_text())
@@ -86,13 +99,10 @@ def test_pictures_lie_in_the_folder_and_in_the_logger(tested):
             assert (sent.width, sent.height) == picture.size
 
 
-def test_tables_tell_the_metrics_within_80_columns(tmp_path, capsys):
-    Trainer(logger=False, callbacks=[TestResults(tmp_path)], **QUIET).test(
-        untrained(class_counts=COUNTS), Digits(), verbose=False
-    )
-    printed = capsys.readouterr().out
+def test_tables_tell_the_metrics_within_80_columns(tested):
+    folder, *_, printed = tested
     assert max(map(len, printed.splitlines())) <= 80
-    metrics = json.loads((tmp_path / "test_metrics.json").read_text())
+    metrics = json.loads((folder / "test_metrics.json").read_text())
     for name in metrics.keys() - {"test/loss"}:
         assert f"{100 * metrics[name]:.2f} " in printed, name
     for text in ("500 images of 10 classes", "many (1)", "few (4)", "middle (4)", "temperature 0.5", "backward"):
@@ -100,10 +110,8 @@ def test_tables_tell_the_metrics_within_80_columns(tmp_path, capsys):
 
 
 def test_without_training_counts_there_are_no_groups_and_without_room_no_confusion_matrix(tmp_path, capsys):
-    loader = DataLoader(TensorDataset(torch.randn(6, 1, 8, 8), torch.arange(6)), batch_size=4)
-    trainer = Trainer(logger=False, callbacks=[TestResults(tmp_path)], **QUIET)
     model = untrained(1001)
-    trainer.test(model, loader, verbose=False)
+    run_test(model, DataLoader(TensorDataset(torch.randn(6, 1, 8, 8), torch.arange(6)), batch_size=4), tmp_path)
     assert model.evaluation().confusion is None
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["reliability.png"]
     assert len(list(csv.DictReader((tmp_path / "per_class.csv").open()))) == 1001
@@ -111,8 +119,7 @@ def test_without_training_counts_there_are_no_groups_and_without_room_no_confusi
 
 
 def test_a_trial_run_leaves_no_file(tmp_path):
-    callback = TestResults(tmp_path, verbose=False)
-    Trainer(logger=False, callbacks=[callback], fast_dev_run=True, **QUIET).test(untrained(), Digits(), verbose=False)
+    run_test(untrained(), Digits(), tmp_path, verbose=False, fast_dev_run=True)
     assert list(tmp_path.iterdir()) == []
 
 

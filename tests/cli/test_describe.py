@@ -11,7 +11,8 @@ from etflight.cli import describe
 from etflight.data import ArrayImages, FolderImages
 from etflight.utils.errors import UserError
 from tests.cli.test_bad_input import folder
-from tests.system.test_configs import ROOT, tiny_cifar, tiny_fashion
+from tests.system.test_configs import ROOT
+from tests.tiny_sets import tiny_cifar, tiny_fashion
 
 FILES = {"describe.json", "class_histogram.png", "contact_sheet.png"}
 COUNTS = {"train": (150, 30, 5), "test": (4, 4, 4)}
@@ -139,7 +140,7 @@ def test_of_many_classes_an_even_choice_is_shown(numbered, etflight_command, tmp
 def test_every_data_module_is_described(etflight_command, tmp_path):
     for name, flags, expected in (
         ("FashionMNIST", tiny_fashion(tmp_path), [4] * 10),
-        ("CIFAR10", tiny_cifar(tmp_path, 10), [5000] * 10),
+        ("CIFAR10", tiny_cifar(tmp_path), [5000] * 10),
         ("FolderImages", folder(tmp_path / "images", {"cat": 3, "dog": 1, "emu": 2})[2:], [3, 1, 2]),
     ):
         _, record, _ = run(etflight_command, tmp_path, "--data", name, *flags)

@@ -14,10 +14,11 @@ from etflight.utils.preprocessing import Preprocessing
 from tests.export.test_network import DECISIONS, EXACT, trained
 
 TINY = Preprocessing((1, 8, 8), (0.5,), (0.5,))
-HEADS = {
-    **{name: (head, {}) for name, head in {**EXACT, **DECISIONS}.items()},
-    "frame, projected to more than d": (partial(ETFHead, projection_dim=80), {}),
-    "frame, adjusted": (ETFHead, {"logit_adjustment": 1.5}),
+HEADS = {  # one of each operator that a head can have
+    "scaled": (EXACT["scaled"], {}),
+    "frame, turned": (DECISIONS["frame, turned"], {}),
+    "frame, projected to more than d": (partial(ETFHead, projection_dim=80, learn_scale=True), {}),
+    "cosine with BatchNorm": (DECISIONS["cosine with BatchNorm"], {}),
     "linear, adjusted": (EXACT["linear"], {"logit_adjustment": 1.5}),
 }
 

@@ -51,13 +51,3 @@ def test_large_images_are_shown_by_their_means():
     sheet = axes.images[0].get_array()[:96, :48].transpose(2, 0, 1)
     blocks = images[0].double().numpy().reshape(3, 96, 2, 48, 2).mean((2, 4))
     np.testing.assert_allclose(sheet, blocks, atol=0.51)
-
-
-def test_names_and_numbers_that_do_not_fit_are_refused():
-    images = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="2 class names for 3 class counts"):
-        plotting.class_histogram([1, 2, 3], ["a", "b"])
-    with pytest.raises(ValueError, match="2 images for 1 places"):
-        plotting.contact_sheet(images, torch.tensor([0]), ["a"], [1])
-    with pytest.raises(ValueError, match="rows 0 to 1 for 1 names"):
-        plotting.contact_sheet(images, torch.tensor([0, 1]), ["a"], [1])

@@ -7,20 +7,22 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from etflight.cli.stages import main
+
 ROOT = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture(scope="module")
-def run(etflight_command, tmp_path_factory):
-    cwd = tmp_path_factory.mktemp("tensorboard")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tensorboard")
+    files = [ROOT / "data/digits.yaml", ROOT / "arms/etf_dr_balanced.yaml", ROOT / "logger/tensorboard.yaml"]
     common = [
-        "-c", ROOT / "data/digits.yaml", "-c", ROOT / "arms/etf_dr_balanced.yaml", "-c", ROOT / "logger/tensorboard.yaml",
-        "--data.max_count", 30, "--trainer.max_epochs", 2, "--trainer.accelerator", "cpu",
+        *(word for file in files for word in ("-c", str(file))), "--data.max_count", "30", "--trainer.max_epochs", "2",
+        "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(root),
     ]  # fmt: skip
-    for argv in (["fit", *common], ["test", *common, "--ckpt_path", "last"]):
-        result = etflight_command(*argv, cwd=cwd)
-        assert result.status == 0, result.err
-    return cwd / "runs/digits/etf_dr_balanced"
+    main(["fit", *common])
+    main(["test", *common, "--ckpt_path", "last"])
+    return root / "digits/etf_dr_balanced"
 
 
 @pytest.fixture(scope="module")

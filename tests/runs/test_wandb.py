@@ -1,3 +1,5 @@
+"""One run folder is one W&B run: what an offline run holds of a training that was stopped, of its rest and of its test."""
+
 import csv
 import json
 from pathlib import Path
@@ -5,144 +7,100 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cli.test_bad_input import arrays
-from tests.system.test_ddp import finish, start
+from etflight.runs.wandb import choose_names
 from tests.wandb_file import artifacts, config_updates, history, run_record, step_metrics, summary
 
 ROOT = Path(__file__).parents[2] / "configs"
+ARGV = [
+    "-c", ROOT / "data/digits.yaml", "-c", ROOT / "arms/etf_dr_balanced.yaml", "-c", ROOT / "logger/wandb.yaml",
+    "--data.max_count", 30, "--data.imbalance_ratio", 1, "--trainer.max_epochs", 2, "--trainer.accelerator", "cpu",
+    "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--name", "watched",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def run(etflight_command, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wandb")
-    result = etflight_command(
-        "fit", "-c", ROOT / "data/digits.yaml", "-c", ROOT / "arms/etf_dr_balanced.yaml", "-c", ROOT / "logger/wandb.yaml",
-        "--trainer.max_epochs", 2, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--name", "watched",
-        cwd=folder, WANDB_MODE="offline", WANDB_SILENT="true",
-    )  # fmt: skip
-    assert result.status == 0, result.err
-    return folder / "runs" / "watched"
-
-
-@pytest.fixture(scope="module")
-def file(run):
-    (found,) = (run / "wandb").glob("offline-run-*/*.wandb")
-    return found
-
-
-def test_its_files_lie_in_the_run_folder_and_nowhere_else(run, file):
-    assert {path.name for path in run.parent.parent.iterdir()} == {"runs"}
-
-
-def test_every_scalar_of_metrics_csv_is_in_the_wandb_run_with_the_same_value(run, file):
-    rows = list(csv.DictReader((run / "metrics.csv").open()))
-    sent = {}
-    for row in history(file):
-        for key, value in row.items():
-            sent.setdefault(key, []).append(value)
-    for key in rows[0].keys() - {"step", "epoch"}:  # W&B merges the rows of one step
-        written = [float(row[key]) for row in rows if row[key] not in ("", "nan")]
-        numbers = [float(value) for value in sent.get(key, []) if value not in ("NaN", None)]
-        assert numbers == pytest.approx(written), key
-    assert "nc/train/nc1" in sent
-    assert "val/acc_few" in sent
-
-
-def test_figures_arrive_as_images(run, file):
-    sent = {key for row in history(file) for key, value in row.items() if isinstance(value, dict)}
-    sent |= {key.rpartition("/")[0] for row in history(file) for key in row if key.endswith("/_type")}
-    assert {"nc/curves", "nc/heat_map", "nc/variability", "nc/spectrum", "nc/triangle"} <= sent
-    assert len(list((file.parent / "files" / "media" / "images").rglob("*.png"))) >= 5
-
-
-def test_the_resolved_configuration_is_there_once(run, file):
-    ours = [update for update in config_updates(file) if "model" in update]
-    assert len(ours) == 1
-    assert ours[0]["model"] == yaml.safe_load((run / "config.yaml").read_text())["model"]
-    assert not [key for update in config_updates(file) for key in update if key.startswith("model/") or key == "head"]
-
-
-def test_epochs_are_the_x_axis(file):
-    axes = step_metrics(file)
-    assert all(axes[name] == "epoch" for name in ("train/*", "val/*", "nc/*", "test/*"))
-
-
-def test_the_group_is_the_experiment_and_the_name_arm_and_seed(run, file):
-    assert run_record(file).run_group == "digits"
-    assert run_record(file).display_name == "watched-seed0"
-
-
-def test_the_summary_holds_the_best_value_and_the_last(run, file):
-    kept = summary(file)
-    rows = list(csv.DictReader((run / "metrics.csv").open()))
-    for name, best in (("val/acc", max), ("val/acc_worst", max), ("val/loss", min), ("nc/train/nc1", min)):
-        values = [float(row[name]) for row in rows if row[name]]
-        assert kept[name] == pytest.approx({best.__name__: best(values), "last": values[-1]}), name
-    assert len(values) == 3  # before training, and of two epochs
-
-
-# --- one run folder, one W&B run -----------------------------------------------------------------------------------------
-
-TINY = [
-    "-c", ROOT / "logger/wandb.yaml", "--data", "Digits", "--data.max_count", 10, "--data.batch_size", 25,
-    "--model.backbone", "resnet20_cifar", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
-    "--trainer.enable_model_summary", "false", "--trainer.max_epochs", 2, "--name", "tiny",
-]  # fmt: skip
-OFFLINE = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-
-
-def offline_files(folder):
-    return sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
-
-
-@pytest.fixture(scope="module")
-def parts(etflight_command, tmp_path_factory):
     """The run folder, and the W&B files of a run that was stopped in its second epoch, of its rest and of its test."""
-    cwd = tmp_path_factory.mktemp("tiny")
+    cwd = tmp_path_factory.mktemp("wandb")
     kill = [
         "--trainer.callbacks+",
         "tests.left_by_runs.Kill",
         "--trainer.callbacks.after",
-        5,
+        12,
         "--trainer.callbacks.signal",
         15,
     ]
     for status, argv in (
-        (143, ["fit", *TINY, *kill]),
-        (0, ["fit", *TINY, "--ckpt_path", "last", "--trainer.logger.log_model", "true"]),
-        (0, ["test", *TINY, "--ckpt_path", "last"]),
+        (143, ["fit", *ARGV, *kill]),
+        (0, ["fit", *ARGV, "--ckpt_path", "last", "--trainer.logger.log_model", "true"]),
+        (0, ["test", *ARGV, "--ckpt_path", "last"]),
     ):
-        result = etflight_command(*argv, cwd=cwd, **OFFLINE)
+        result = etflight_command(*argv, cwd=cwd, WANDB_MODE="offline", WANDB_SILENT="true")
         assert result.status == status, result.err
-    folder = cwd / "runs/tiny"
-    files = offline_files(folder)
+    assert {path.name for path in cwd.iterdir()} == {"runs", "killed.mark"}
+    folder = cwd / "runs/watched"
+    files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 3
     return folder, files
 
 
-def test_a_resumed_run_and_its_test_go_on_in_the_same_wandb_run(parts):
-    folder, files = parts
-    ids = [run_record(file).run_id for file in files]
-    assert ids == [json.loads((folder / "run.json").read_text())["wandb_id"]] * 3
-    losses = [row["train/loss"] for file in files for row in history(file) if "train/loss" in row]
-    rows = csv.DictReader((folder / "metrics.csv").open())
-    assert losses == pytest.approx([float(row["train/loss"]) for row in rows if row["train/loss"]])
-    assert len(losses) == 2
+def test_all_three_go_on_in_one_wandb_run_called_by_experiment_arm_and_seed(run):
+    folder, files = run
+    records = [run_record(file) for file in files]
+    assert {record.run_id for record in records} == {json.loads((folder / "run.json").read_text())["wandb_id"]}
+    assert (records[0].run_group, records[0].display_name) == ("digits", "watched-seed0")
 
 
-def test_a_test_leaves_the_configuration_of_the_training_as_it_is(parts):
-    _, (_, resumed, tested) = parts
-    assert any("model" in update for update in config_updates(resumed))
-    assert not any("model" in update for update in config_updates(tested))
+def test_every_scalar_of_metrics_csv_is_there_with_the_same_value(run):
+    folder, files = run
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    sent = {}
+    for file in files[:2]:
+        for row in history(file):
+            for key, value in row.items():
+                sent.setdefault(key, []).append(value)
+    assert {"nc/train/nc1", "val/acc_medium", "train/loss"} <= rows[0].keys() & sent.keys()
+    for key in rows[0].keys() - {"step", "epoch"}:  # W&B merges the rows of one step
+        written = [float(row[key]) for row in rows if row[key] not in ("", "nan")]
+        numbers = [float(value) for value in sent.get(key, []) if value not in ("NaN", None)]
+        assert numbers == pytest.approx(written), key
 
 
-def test_a_test_tells_its_numbers_and_the_classes_as_a_table(parts):
-    folder, (*_, tested) = parts
+def test_figures_arrive_as_images(run):
+    _, (_, resumed, _) = run
+    sent = {key.rpartition("/")[0] for row in history(resumed) for key in row if key.endswith("/_type")}
+    sent |= {key for row in history(resumed) for key, value in row.items() if isinstance(value, dict)}
+    assert {"nc/curves", "nc/heat_map", "nc/variability", "nc/spectrum", "nc/triangle"} <= sent
+    assert len(list((resumed.parent / "files/media/images").rglob("*.png"))) >= 5
+
+
+def test_the_configuration_of_a_training_is_there_once_and_a_test_leaves_it_as_it_is(run):
+    folder, files = run
+    for file, times in zip(files, (1, 1, 0), strict=True):
+        ours = [update for update in config_updates(file) if "model" in update]
+        assert len(ours) == times
+        assert not [
+            key for update in config_updates(file) for key in update if key.startswith("model/") or key == "head"
+        ]
+    last = next(update for update in config_updates(files[1]) if "model" in update)
+    assert last["model"] == yaml.safe_load((folder / "config.yaml").read_text())["model"]
+
+
+def test_epochs_are_the_x_axis_and_the_summary_holds_the_best_value_and_the_last(run):
+    _, (_, resumed, _) = run
+    axes, kept = step_metrics(resumed), summary(resumed)
+    assert all(axes[name] == "epoch" for name in ("train/*", "val/*", "nc/*", "test/*"))
+    for name, best in (("val/acc", max), ("val/acc_worst", max), ("val/loss", min), ("nc/train/nc1", min)):
+        values = [row[name] for row in history(resumed) if name in row]
+        assert kept[name] == pytest.approx({best.__name__: best(values), "last": values[-1]}), name
+
+
+def test_a_test_tells_its_numbers_and_the_classes_as_a_table(run):
+    folder, (*_, tested) = run
     numbers = json.loads((folder / "test_metrics.json").read_text())
     sent = {key: value for row in history(tested) for key, value in row.items()}
-    assert {key: sent[key] for key in numbers if numbers[key] == numbers[key]} == pytest.approx(
-        {key: value for key, value in numbers.items() if value == value}
-    )
+    numbers = {key: value for key, value in numbers.items() if value == value}
+    assert {key: sent[key] for key in numbers} == pytest.approx(numbers)
     (path,) = (tested.parent / "files/media/table/test").glob("classes*.table.json")
     table = json.loads(path.read_text())
     rows = list(csv.DictReader((folder / "per_class.csv").open()))
@@ -151,42 +109,34 @@ def test_a_test_tells_its_numbers_and_the_classes_as_a_table(parts):
     assert len(rows) == 10
 
 
-def models(file):
-    return [artifact for artifact in artifacts(file) if artifact.type == "model"]
-
-
-def test_the_last_checkpoint_is_an_artifact_when_asked_for(parts):
-    folder, (first, resumed, tested) = parts
-    (artifact,) = models(resumed)
-    (entry,) = artifact.manifest.contents
+def test_the_last_checkpoint_is_an_artifact_when_asked_for(run):
+    folder, files = run
+    first, resumed, tested = ([a for a in artifacts(file) if a.type == "model"] for file in files)
+    (entry,) = resumed[0].manifest.contents
     assert (entry.path, entry.size) == ("last.ckpt", (folder / "checkpoints/last.ckpt").stat().st_size)
-    assert models(first) == models(tested) == []
+    assert first == tested == []
 
 
-def test_what_the_user_names_wins(etflight_command, tmp_path):
-    own = ["--trainer.logger.group", "mine", "--trainer.logger.id", "abc"]
-    result = etflight_command(
-        "fit", *TINY, *own, "--trainer.max_epochs", 1, cwd=tmp_path, **OFFLINE, WANDB_NAME="by the environment"
-    )
-    assert result.status == 0, result.err
-    (file,) = offline_files(tmp_path / "runs/tiny")
-    record = run_record(file)
-    assert (record.run_group, record.run_id, record.display_name) == ("mine", "abc", "by the environment")
+@pytest.mark.parametrize(
+    ("given", "env", "name", "expected"),
+    [
+        ({}, {}, "digits/ce", {"name": "ce-seed3", "group": "digits"}),
+        ({}, {}, "digits/ce/ratio50-seed3", {"name": "ce/ratio50-seed3", "group": "digits"}),
+        ({}, {}, "mine", {"name": "mine-seed3", "group": "signs"}),  # called after the data set
+        ({"group": "own"}, {"WANDB_NAME": "by the environment"}, "digits/ce", {"group": "own"}),
+    ],
+)
+def test_what_the_user_names_wins(given, env, name, expected, tmp_path, monkeypatch):
+    for variable in ("WANDB_NAME", "WANDB_RUN_GROUP", "WANDB_RUN_ID"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in env.items():
+        monkeypatch.setenv(variable, value)
+    choose_names(given, folder=tmp_path, name=name, seed=3, data="Signs")
+    assert given == expected
 
 
-def test_the_group_of_a_run_on_a_set_of_ones_own_is_its_name(etflight_command, tmp_path):
-    data = arrays(tmp_path / "signs.npz", train=100, classes=10)
-    result = etflight_command("fit", *TINY, *data, "--trainer.max_epochs", 1, cwd=tmp_path, **OFFLINE)
-    assert result.status == 0, result.err
-    (file,) = offline_files(tmp_path / "runs/tiny")
-    assert run_record(file).run_group == "signs"
-    assert json.loads((tmp_path / "runs/tiny/run.json").read_text())["data"]["dataset"] == "signs"
-
-
-def test_two_processes_are_one_wandb_run(tmp_path):
-    two = ["-c", ROOT / "trainer/ddp_cpu.yaml", "--trainer.logger.offline", "true", "--trainer.max_epochs", 1]
-    finish(start("etflight", "fit", *TINY, *two, cwd=tmp_path))
-    (file,) = tmp_path.rglob("*.wandb")
-    assert offline_files(tmp_path / "runs/tiny") == [file]
-    assert [row for row in history(file) if "train/loss" in row]
-    assert json.loads((tmp_path / "runs/tiny/run.json").read_text())["hardware"]["processes"] == 2
+def test_the_id_that_a_run_had_is_kept_unless_the_user_gives_one(tmp_path):
+    (tmp_path / "run.json").write_text('{"wandb_id": "before"}')
+    for given, chosen in (({}, "before"), ({"id": "mine"}, "mine")):
+        choose_names(given, folder=tmp_path, name="digits/ce", seed=0, data="Digits")
+        assert given["id"] == chosen

@@ -9,7 +9,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -20,13 +19,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
+from lightning.pytorch import Callback, Trainer
 
 from etflight import Classifier, DotRegressionLoss, ETFHead
-from etflight.data import ArrayImages, Digits
+from etflight.data import Digits
 from etflight.utils.errors import UserError
 from tests.command_line import CommandLine
+from tests.processes import finish, start
 
 ROOT = Path(__file__).parents[2]
 GLOBAL_BATCH = 60  # for one, two and three processes alike
@@ -39,7 +38,6 @@ RECIPE = [
     "--model.model_kwargs", '{"img_size": 8, "patch_size": 4}', "--model.head.batch_norm", "false",
     "--model.loss.class_balance", "batch", "--model.optimizer.lr", 0.05, "--trainer.callbacks+", "NeuralCollapseMonitor",
 ]  # fmt: skip
-OVERLAY = ["-c", ROOT / "configs/trainer/ddp_cpu.yaml", "--data.batch_size", GLOBAL_BATCH // 2]
 
 
 # --- real runs ---------------------------------------------------------------------------------------------------------
@@ -62,7 +60,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fit(data):
-    return ["fit", *data, *RECIPE]
+    return ["fit", *data, *RECIPE, "--trainer.max_epochs", EPOCHS]
 
 
 @pytest.fixture(scope="module")
@@ -77,22 +75,6 @@ def shared_by(processes, *, nodes=1):
     ]  # fmt: skip
 
 
-def start(*argv, cwd):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", *map(str, argv)],
-        cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def finish(*processes):
-    """What they printed, all together."""
-    printed = "".join(process.communicate(timeout=250)[0] for process in processes)
-    assert [process.returncode for process in processes] == [0] * len(processes), printed
-    return printed
-
-
 def free_port():
     """One of those that a SLURM job's number stands for: 15000 plus its last four digits."""
     for port in np.random.default_rng().integers(15000, 25000, size=100).tolist():
@@ -102,7 +84,7 @@ def free_port():
     raise AssertionError("no free port")
 
 
-class Started:
+class Numbered:
     """`etflight …` on processes that somebody else has started and numbered: torchrun or srun, by their environment."""
 
     def __init__(self, commands):
@@ -137,25 +119,23 @@ class Started:
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory):
+def numbered(tmp_path_factory):
     commands = [CommandLine(tmp_path_factory.mktemp("rank"), RANK=str(rank)) for rank in range(3)]
-    yield Started(commands)
+    yield Numbered(commands)
     for command in commands:
         command.close()
 
 
 @pytest.fixture(scope="module")
 def one(etflight_command, fit, cwd):
-    argv = [*fit, "--data.batch_size", GLOBAL_BATCH, "--trainer.max_epochs", EPOCHS, "--name", "one"]
-    result = etflight_command(*argv, cwd=cwd)
+    result = etflight_command(*fit, "--data.batch_size", GLOBAL_BATCH, "--name", "one", cwd=cwd)
     assert result.status == 0, result.err
     return cwd / "runs/one", result.out + result.err
 
 
 @pytest.fixture(scope="module")
 def two(fit, cwd):
-    argv = [*fit, *shared_by(2), "--trainer.max_epochs", EPOCHS, "--name", "two"]
-    printed = finish(start("etflight", *argv, cwd=cwd))
+    printed = finish(start("etflight", *fit, *shared_by(2), "--name", "two", cwd=cwd))
     return cwd / "runs/two", printed
 
 
@@ -184,72 +164,32 @@ def assert_same_weights(actual, expected):
         torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_two_processes_log_and_learn_what_one_does(one, two):
+def assert_same_bits(folder, other):
+    assert (folder / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
+    expected = weights(other)
+    assert not [name for name, value in weights(folder).items() if not torch.equal(value, expected[name])]
+
+
+def test_two_processes_log_and_learn_what_one_does_and_describe_the_step_once(one, two):
+    """The validation images are 143, so that one counted twice would show."""
     columns = set(rows(one[0])[-1])
-    assert columns >= {
-        "train/loss",
-        "val/loss",
-        "val/acc",
-        "val/acc_macro",
-        "val/acc_many",
-        "val/acc_medium",
-        "val/acc_few",
-        "val/acc_tail",
-        "val/acc_worst",
-        "val/acc_harmonic",
-    }
-    assert columns >= {
-        "val/ece",
-        "val/ece_calibrated",
-        "nc/train/nc1",
-        "nc/train/alignment",
-        "nc/val/nc1",
-        "nc/val/nc4",
-    }
+    assert columns >= {"train/loss", "nc/train/nc1", "nc/train/alignment", "nc/val/nc1", "nc/val/nc4"}
+    assert columns >= {f"val/{name}" for name in ("loss", "acc", "acc_macro", "acc_many", "acc_few", "acc_tail", "ece")}
+    assert columns >= {f"val/{name}" for name in ("acc_medium", "acc_worst", "acc_harmonic", "ece_calibrated")}
     assert_same_rows(rows(two[0]), rows(one[0]))
     assert_same_weights(weights(two[0]), weights(one[0]))
     assert float(weights(one[0])["temperature"]) != 1  # fitted, on both
-
-
-def test_the_step_is_described_once(one, two):
     for (_, printed), batch in ((one, "1 process x 60 images"), (two, "2 processes x 30 images")):
         assert printed.count(f"global batch 60 = {batch}; learning rate 0.05 as given (not scaled") == 1
         assert printed.count("class balance 'batch' (exponent 1): counts over all processes of a step") == 1
 
 
-def torchrun(argv, cwd, **_):
-    agent = ["torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]
-    finish(start(*agent, "-m", "etflight", *argv, *OVERLAY, cwd=cwd))
-
-
-def two_nodes(argv, cwd, **_):
-    agent = [
-        "torch.distributed.run",
-        "--nnodes",
-        2,
-        "--nproc-per-node",
-        1,
-        "--master-addr",
-        "127.0.0.1",
-        "--master-port",
-        free_port(),
-    ]
-    command = ["-m", "etflight", *argv, *shared_by(2, nodes=2)]
+def test_two_nodes_do_what_two_processes_of_one_do(two, fit, cwd):
+    rendezvous = ["--nnodes", 2, "--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", free_port()]
+    command = ["-m", "etflight", *fit, *shared_by(2, nodes=2), "--name", "two_nodes"]
+    agent = ["torch.distributed.run", *rendezvous]
     finish(*[start(*agent, "--node-rank", node, *command, cwd=cwd) for node in (0, 1)])
-
-
-def slurm(argv, cwd, started):
-    started(*argv, *OVERLAY, cwd=cwd, processes=2, by="slurm")
-
-
-@pytest.mark.parametrize("launch", [torchrun, two_nodes, slurm])
-def test_however_two_processes_are_started_they_do_the_same(launch, two, fit, started, cwd):
-    argv = [*fit, "--trainer.max_epochs", EPOCHS, "--name", launch.__name__]
-    launch(argv, cwd, started=started)
-    folder = cwd / "runs" / launch.__name__
-    assert (folder / "metrics.csv").read_text() == (two[0] / "metrics.csv").read_text()
-    expected = weights(two[0])
-    assert not [name for name, value in weights(folder).items() if not torch.equal(value, expected[name])]
+    assert_same_bits(cwd / "runs/two_nodes", two[0])
 
 
 SIGNAL_AT_STEP = """
@@ -263,22 +203,21 @@ class SignalAtStep(Callback):
 """
 
 
-def test_a_slurm_job_out_of_time_requeues_itself_and_ends_as_if_it_had_had_more(two, fit, started, cwd):
+def test_a_slurm_job_out_of_time_requeues_itself_and_ends_as_if_it_had_had_more(two, fit, numbered, cwd):
     (cwd / "signal_at_step.py").write_text(SIGNAL_AT_STEP)
     scontrol = cwd / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {cwd}/requeued\n')
     scontrol.chmod(0o755)
     array = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "1", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
-    argv = [*fit, *OVERLAY, "--trainer.max_epochs", EPOCHS, "--name", "requeued", "--ckpt_path", "last"]
-    started(*argv, "--trainer.callbacks+", "signal_at_step.SignalAtStep", cwd=cwd, processes=2, by="slurm", **array)
+    overlay = ["-c", ROOT / "configs/trainer/ddp_cpu.yaml", "--data.batch_size", GLOBAL_BATCH // 2]
+    argv = [*fit, *overlay, "--name", "requeued", "--ckpt_path", "last"]
+    numbered(*argv, "--trainer.callbacks+", "signal_at_step.SignalAtStep", cwd=cwd, processes=2, by="slurm", **array)
     assert (cwd / "requeued").read_text() == "requeue 70_1\n"
     folder = cwd / "runs/requeued"
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] in (10, 11, 12)
-    started(*argv, cwd=cwd, processes=2, by="slurm", **array)
-    assert (folder / "metrics.csv").read_text() == (two[0] / "metrics.csv").read_text()
-    expected = weights(two[0])
-    assert not [name for name, value in weights(folder).items() if not torch.equal(value, expected[name])]
+    numbered(*argv, cwd=cwd, processes=2, by="slurm", **array)
+    assert_same_bits(folder, two[0])
 
 
 def test_the_readmes_job_script_gives_each_task_its_seed_and_its_run(etflight_command, tmp_path):
@@ -288,9 +227,7 @@ def test_the_readmes_job_script_gives_each_task_its_seed_and_its_run(etflight_co
     srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     srun.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "2"}
-    command = subprocess.run(
-        ["bash", "-euc", script], env=environment, stdout=subprocess.PIPE, text=True, check=True
-    ).stdout.splitlines()
+    command = subprocess.check_output(["bash", "-euc", script], env=environment, text=True).splitlines()
     assert command[0] == "etflight"
     result = etflight_command(*command[1:], "--print_config", cwd=ROOT)
     assert result.status == 0, result.err
@@ -303,52 +240,33 @@ def test_the_readmes_job_script_gives_each_task_its_seed_and_its_run(etflight_co
     assert asked["ntasks-per-node"] == asked["gpus-per-node"]  # one process per GPU
 
 
-def printed_table(text):
-    return {name: float(value) for name, value in re.findall(r"(val/\w+)\s*│\s*([-\d.e]+)\s*│", text)}
+def test_a_checkpoint_of_two_processes_tests_and_predicts_the_same_on_one_and_on_three(
+    two, etflight_command, numbered, data, cwd
+):
+    for stage in ("test", "predict"):
+        argv = [stage, *data, *CPU, "--ckpt_path", two[0] / "checkpoints/last.ckpt"]
+        alone = etflight_command(*argv, "--name", "on_1", cwd=cwd)
+        assert alone.status == 0, alone.err
+        numbered(*argv, "--name", "on_3", *shared_by(3), cwd=cwd, processes=3)
+    of_one, of_three = cwd / "runs/on_1", cwd / "runs/on_3"
+    one, three = (json.loads((folder / "test_metrics.json").read_text()) for folder in (of_one, of_three))
+    assert {"test/acc", "test/acc_few", "test/ece", "test/ece_calibrated", "test/loss"} <= one.keys()
+    assert three == pytest.approx(one, rel=1e-5)
+    for name in ("per_class.csv", "predictions.csv"):
+        assert (of_three / name).read_text() == (of_one / name).read_text()
+    assert (of_one / "predictions.csv").read_text().count("\n") == 1 + 501
 
 
-def test_a_checkpoint_of_two_processes_measures_the_same_on_one_and_on_three(two, etflight_command, started, data, cwd):
-    measure = [*data, *CPU, "--ckpt_path", two[0] / "checkpoints/last.ckpt"]
-    results = {}
-    for processes in (1, 3):
-        tables = []
-        for stage in ("test", "validate", "predict"):
-            argv = [stage, *measure, "--name", f"on_{processes}"]
-            if processes == 1:
-                result = etflight_command(*argv, cwd=cwd)
-                assert result.status == 0, result.err
-            else:
-                result = started(*argv, *shared_by(3), cwd=cwd, processes=3)[0]
-            tables.append(printed_table(result.out))
-        folder = cwd / "runs" / f"on_{processes}"
-        tested = json.loads((folder / "test_metrics.json").read_text())
-        files = [(folder / name).read_text() for name in ("per_class.csv", "predictions.csv")]
-        results[processes] = (tested, tables[1], files)
-    (tested, validated, files), (tested_on_three, validated_on_three, files_of_three) = results[1], results[3]
-    assert {"test/acc", "test/acc_few", "test/ece", "test/ece_calibrated", "test/loss"} <= tested.keys()
-    assert {"val/acc", "val/acc_few", "val/ece", "val/ece_calibrated", "val/loss"} <= validated.keys()
-    assert tested_on_three == pytest.approx(tested, rel=1e-5)
-    assert validated_on_three == pytest.approx(validated, rel=1e-5)
-    assert files_of_three == files
-    assert files[1].count("\n") == 1 + 501
-
-
-@pytest.mark.parametrize("processes", [1, 3])
-def test_training_of_two_processes_goes_on_with_another_number(processes, one, etflight_command, started, fit, cwd):
-    halfway = cwd / "runs/halfway/checkpoints/last.ckpt"
-    if not halfway.exists():
-        argv = [*fit, *shared_by(2), "--trainer.max_epochs", EPOCHS - 1, "--name", "halfway"]
-        started(*argv, cwd=cwd, processes=2)
-    argv = [*fit, *shared_by(processes), "--trainer.max_epochs", EPOCHS, "--name", f"continued_{processes}"]
-    argv += ["--ckpt_path", halfway]
-    if processes == 1:
-        result = etflight_command(*argv, cwd=cwd)
-        assert result.status == 0, result.err
-    else:
-        started(*argv, cwd=cwd, processes=3)
-    folder = cwd / "runs" / f"continued_{processes}"
-    assert_same_rows(rows(folder), [row for row in rows(one[0]) if row["epoch"] == f"{EPOCHS - 1:.1f}"])
-    assert_same_weights(weights(folder), weights(one[0]))
+def test_training_of_two_processes_goes_on_with_another_number(one, etflight_command, numbered, fit, cwd):
+    numbered(*fit, *shared_by(2), "--trainer.max_epochs", EPOCHS - 1, "--name", "halfway", cwd=cwd, processes=2)
+    argv = [*fit, "--ckpt_path", cwd / "runs/halfway/checkpoints/last.ckpt"]
+    alone = etflight_command(*argv, *shared_by(1), "--name", "on_with_1", cwd=cwd)
+    assert alone.status == 0, alone.err
+    numbered(*argv, *shared_by(3), "--name", "on_with_3", cwd=cwd, processes=3)
+    expected = [row for row in rows(one[0]) if row["epoch"] == f"{EPOCHS - 1:.1f}"]
+    for folder in (cwd / "runs/on_with_1", cwd / "runs/on_with_3"):
+        assert_same_rows(rows(folder), expected)
+        assert_same_weights(weights(folder), weights(one[0]))
 
 
 # --- in processes that are there already -------------------------------------------------------------------------------
@@ -377,6 +295,14 @@ class MeanOfMeans(Classifier):
         return 1.0
 
 
+class BadOnTheSecondProcess(Classifier):
+    """Its loss is not a number in one step of one process."""
+
+    def forward(self, images):
+        logits = super().forward(images)
+        return logits * torch.nan if self.global_rank == 1 and self.global_step == 3 else logits
+
+
 class StepLosses(Callback):
     def __init__(self):
         self.losses = []
@@ -385,27 +311,28 @@ class StepLosses(Callback):
         self.losses.append(trainer.strategy.reduce(outputs["loss"].detach().clone(), reduce_op="mean").item())
 
 
-def train_twenty_steps(rank, folder, processes, model, loss):
-    torch.manual_seed(0)
-    classifier = model(
-        10, "test_vit", partial(ETFHead, batch_norm=False), partial(loss, class_balance="batch"),
+def trainer(folder, processes=2, **options):
+    return Trainer(
+        accelerator="cpu", devices=processes, strategy="auto" if processes == 1 else "ddp", default_root_dir=folder,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **options,
+    )  # fmt: skip
+
+
+def small_vit(model=Classifier, loss=DotRegressionLoss, seed=0):
+    return model(
+        10, "test_vit", partial(ETFHead, batch_norm=False, seed=seed), partial(loss, class_balance="batch"),
         in_chans=1, model_kwargs={"img_size": 8, "patch_size": 4},
     )  # fmt: skip
+
+
+def train_twenty_steps(rank, folder, processes=2, model=Classifier, loss=DotRegressionLoss):
+    torch.manual_seed(0)
+    classifier, seen = small_vit(model, loss), StepLosses()
     data = Digits(imbalance_ratio=20, sampler="balanced", batch_size=GLOBAL_BATCH // processes)
-    seen = StepLosses()
-    trainer = Trainer(
-        accelerator="cpu", devices=processes, strategy="auto" if processes == 1 else "ddp", max_steps=20, limit_val_batches=0,
-        default_root_dir=folder, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[seen],
-    )  # fmt: skip
-    trainer.fit(classifier, datamodule=data)
-    assert trainer.global_step == 20
+    runs = trainer(folder, processes, max_steps=20, limit_val_batches=0, callbacks=[seen])
+    runs.fit(classifier, datamodule=data)
+    assert runs.global_step == 20
     return seen.losses, classifier.state_dict()
-
-
-@pytest.fixture(scope="module")
-def twenty_steps_alone(tmp_path_factory):
-    return train_twenty_steps(0, tmp_path_factory.mktemp("alone"), 1, Classifier, DotRegressionLoss)
 
 
 def largest_difference(actual, expected):
@@ -415,34 +342,24 @@ def largest_difference(actual, expected):
 TOLERANCE = 2e-6  # of losses about 0.1 to 1 and of weights up to about 1
 
 
-@pytest.mark.parametrize("loss", [DotRegressionLoss, AllLogits])
-def test_twenty_steps_of_two_processes_are_those_of_one(loss, twenty_steps_alone, two_ready_processes, tmp_path):
-    first, second = two_ready_processes(train_twenty_steps, [(tmp_path, 2, Classifier, loss)] * 2)
-    losses, trained = twenty_steps_alone
-    assert first[0] == pytest.approx(losses, abs=TOLERANCE)
-    assert largest_difference(first[1], trained) < TOLERANCE
-    assert largest_difference(first[1], second[1]) == 0
-
-
-@pytest.mark.parametrize(("model", "loss"), [(Classifier, LocalCounts), (MeanOfMeans, DotRegressionLoss)])
-def test_the_comparison_notices_a_process_that_counts_for_itself(
-    model, loss, twenty_steps_alone, two_ready_processes, tmp_path
-):
-    (losses, trained), _ = two_ready_processes(train_twenty_steps, [(tmp_path, 2, model, loss)] * 2)
-    assert losses != pytest.approx(twenty_steps_alone[0], abs=100 * TOLERANCE)
-    assert largest_difference(trained, twenty_steps_alone[1]) > 100 * TOLERANCE
+def test_twenty_steps_of_two_processes_are_those_of_one(two_ready_processes, tmp_path):
+    """And the comparison notices a process that counts for itself."""
+    losses, trained = train_twenty_steps(0, tmp_path, processes=1)
+    for loss in (DotRegressionLoss, AllLogits):
+        first, second = two_ready_processes(train_twenty_steps, [(tmp_path, 2, Classifier, loss)] * 2)
+        assert first[0] == pytest.approx(losses, abs=TOLERANCE)
+        assert largest_difference(first[1], trained) < TOLERANCE
+        assert largest_difference(first[1], second[1]) == 0
+    for model, loss in ((Classifier, LocalCounts), (MeanOfMeans, DotRegressionLoss)):
+        wrong, _ = two_ready_processes(train_twenty_steps, [(tmp_path, 2, model, loss)] * 2)
+        assert wrong[0] != pytest.approx(losses, abs=100 * TOLERANCE)
+        assert largest_difference(wrong[1], trained) > 100 * TOLERANCE
 
 
 def train_a_frame_of_its_own(rank, folder):
-    classifier = Classifier(
-        10, "test_vit", partial(ETFHead, batch_norm=False, seed=rank), in_chans=1, model_kwargs={"img_size": 8, "patch_size": 4},
-    )  # fmt: skip
+    classifier = small_vit(seed=rank)
     before = classifier.head.weight.clone()
-    trainer = Trainer(
-        accelerator="cpu", devices=2, strategy="ddp", max_steps=1, limit_val_batches=0, default_root_dir=folder,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(classifier, datamodule=Digits(batch_size=GLOBAL_BATCH))
+    trainer(folder, max_steps=1, limit_val_batches=0).fit(classifier, datamodule=Digits(batch_size=GLOBAL_BATCH))
     return before, classifier.head.weight
 
 
@@ -455,15 +372,12 @@ def test_processes_that_computed_different_frames_train_on_the_first_ones(two_re
 
 def train_an_epoch(rank, folder, batch_size):
     data = Digits(profile=[3, 3, 3, 2, 2, 2, 2, 2, 2, 2], val_fraction=0.02, batch_size=batch_size, eval_batch_size=7)
-    trainer = Trainer(
-        accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, default_root_dir=folder, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(Classifier(10, "resnet20_cifar", partial(ETFHead, batch_norm=False), in_chans=1), datamodule=data)
-    return trainer.global_step, len(trainer.val_dataloaders), trainer.callback_metrics["val/loss"].item()
+    runs = trainer(folder, max_epochs=1)
+    runs.fit(Classifier(10, "resnet20_cifar", partial(ETFHead, batch_norm=False), in_chans=1), datamodule=data)
+    return runs.global_step, len(runs.val_dataloaders), runs.callback_metrics["val/loss"].item()
 
 
-@pytest.mark.parametrize(("batch_size", "steps"), [(1, 11), (2, 5), (5, 2)])
+@pytest.mark.parametrize(("batch_size", "steps"), [(1, 11), (5, 2)])
 def test_an_epoch_ends_on_both_processes_where_their_shares_are_unequal(
     batch_size, steps, two_ready_processes, tmp_path
 ):
@@ -473,74 +387,12 @@ def test_an_epoch_ends_on_both_processes_where_their_shares_are_unequal(
     assert first[2] == second[2]
 
 
-class BadOnTheSecondProcess(Classifier):
-    """Its loss is not a number in one step of one process."""
-
-    def forward(self, images):
-        logits = super().forward(images)
-        return logits * torch.nan if self.global_rank == 1 and self.global_step == 3 else logits
-
-
 def train_until_refused(rank, folder):
     with pytest.raises(UserError) as refusal:
-        train_twenty_steps(rank, folder, 2, BadOnTheSecondProcess, DotRegressionLoss)
+        train_twenty_steps(rank, folder, model=BadOnTheSecondProcess)
     return str(refusal.value)
 
 
 def test_a_loss_that_is_not_a_number_on_one_process_stops_all_and_names_its_step(two_ready_processes, tmp_path):
     for message in two_ready_processes(train_until_refused, [(tmp_path,)] * 2):
         assert "NaN or infinite at step 3 " in message
-
-
-class Register(LightningModule):
-    """Writes down the number that each image carries in its pixels."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(()))
-        self.seen = {"validation": [], "test": []}
-
-    def training_step(self, batch, batch_idx):
-        return self.weight * 1.0
-
-    def validation_step(self, batch, batch_idx):
-        self._write_down("validation", batch[0])
-
-    def test_step(self, batch, batch_idx):
-        self._write_down("test", batch[0])
-
-    def _write_down(self, stage, images):
-        digits = (images.flatten(1)[:, :2] * 255).round().long()
-        self.seen[stage] += (digits[:, 0] * 256 + digits[:, 1]).tolist()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def register(rank, folder):
-    data = ArrayImages(path=str(folder / "numbered.npz"), batch_size=30, mean=[0.0], std=[1.0])
-    seen = {}
-    for stage in ("fit", "validate", "test"):
-        trainer = Trainer(
-            accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, num_sanity_val_steps=0, logger=False,
-            default_root_dir=folder, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        )  # fmt: skip
-        model = Register()
-        getattr(trainer, stage)(model, datamodule=data)
-        seen[stage] = model.seen["test" if stage == "test" else "validation"]
-    return seen
-
-
-def test_validation_and_test_see_every_image_exactly_once(two_ready_processes, tmp_path):
-    sizes = {"train": 60, "val": 301, "test": 301}
-    content = {}
-    for split, size in sizes.items():
-        numbers = np.arange(size)
-        images = np.zeros((size, 2, 2), np.uint8)
-        images[:, 0] = np.stack([numbers // 256, numbers % 256], axis=1)
-        content |= {f"{split}_images": images, f"{split}_labels": numbers % 10}
-    np.savez(tmp_path / "numbered.npz", **content)
-    parts = two_ready_processes(register, [(tmp_path,)] * 2)
-    for stage in ("fit", "validate", "test"):
-        assert sorted(number for part in parts for number in part[stage]) == list(range(301)), stage
-        assert [len(part[stage]) for part in parts] == [151, 150]

@@ -11,7 +11,6 @@ import yaml
 import etflight.optim
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SETS = ["cifar10_lt", "cifar100_lt"]
 # controls and variants of our own
 OWN = {
     "ce", "ce_balanced", "ce_balanced_sampling", "ce_bn_norm", "ce_bn_norm_balanced", "ce_cosine", "ce_frozen", "etf_ce", "etf_ce_la",
@@ -45,8 +44,6 @@ SHORT = {
 SHARED = "that of the set's protocol, Yang et al.'s, which all arms share"
 STEPS = (steps(0.1, 0.01), SHARED)
 MIXUP = (1.0, SHARED)
-ONE_FILE = "a control has one file for all sets; what this set needs is in its comment"
-WIDTH = {"cifar100_lt": {"width": (2, SHARED)}}
 
 YANG = "NeuralCollapseApplications/ImbalancedLearning at 2ebb309: train.py, config/cifar{10,100}/Res_cifar*_imb001_ETF_DR.yaml"
 CAO = "kaidic/LDAM-DRW at 6feb304: cifar_train.py, losses.py, models/resnet_cifar.py"
@@ -75,68 +72,60 @@ MISLAS = {
     **SGD, **SHORT, "mixup": 0.0, "head": "ScaledLinearHead", "loss": "LabelAwareSmoothingLoss", "loss.shape": "concave", "width": 1,
     "loss.class_balance": "none", "fine_tuning.freeze": ["backbone"], "fine_tuning.load": {"backbone": "backbone", "head": "head.linear"},
 }  # fmt: skip
-MISLAS_BY_SET = {
-    "cifar10_lt": {
-        "loss.head_smoothing": 0.3, "loss.tail_smoothing": 0.0, "lr_scale": {"head.linear": 0.5}, "fine_tuning.freeze_statistics": True,
-    },
-    "cifar100_lt": {
-        "loss.head_smoothing": 0.4, "loss.tail_smoothing": 0.1, "lr_scale": {"head.linear": 0.2}, "fine_tuning.freeze_statistics": False,
-    },
+SMOOTHING = {"loss.head_smoothing": 0.3, "loss.tail_smoothing": 0.0}
+SOURCES = {
+    "etf_dr_balanced": Source(
+        YANG,
+        {**LONG, "mixup": 1.0, "head": "ETFHead", "head.batch_norm": True, "head.normalize": True,
+         "head.scale": 1, "loss": "DotRegressionLoss", "loss.length": 1, "loss.class_balance": "batch", "loss.exponent": 1},
+    ),
+    "ldam_drw_no_mixup": Source(CAO, LDAM_DRW, {"rates": STEPS}),
+    "ldam_drw": Source(CAO, LDAM_DRW, {"rates": STEPS, "mixup": MIXUP}),
+    "cb": Source(
+        CUI,
+        {**LONG, "rates": steps(0.01, 1e-4), "mixup": 0.0, "head": "LinearHead", "loss": "CrossEntropyLoss", "loss.label_smoothing": 0,
+         "loss.class_balance": "effective", "loss.beta": 0.9999, "loss.exponent": 1, "loss.renormalize": False},
+        {"rates": STEPS, "mixup": MIXUP},
+    ),
+    "focal": Source(LIN, {"loss": "FocalLoss", "loss.gamma": 2, "loss.class_balance": "none"}),
+    "balanced_softmax": Source(
+        REN,
+        {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "batch": 512, "mixup": 0.0, "head": "LinearHead",
+         "loss": "LogitAdjustedLoss", "loss.tau": 1, "loss.class_balance": "none", "sampler": None},
+        {"weight_decay": (2e-4, SHARED), "batch": (128, SHARED), "mixup": MIXUP},
+    ),
+    "logit_adjustment": Source(
+        MENON,
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True, "batch": 128, "epochs": 1241, "mixup": 0.0,
+         "head": "LinearHead", "loss": "CrossEntropyLoss", "loss.class_balance": "none", "logit_adjustment": 1},
+        {"nesterov": (False, SHARED), "epochs": (200, SHARED), "mixup": MIXUP},
+    ),
+    "crt": Source(KANG, CRT, OF_THE_SET),
+    "lws": Source(
+        KANG,
+        {**CRT, "epochs": 5, "rates": {1: 1, 6: 0}, "head": "ScaledLinearHead", "fine_tuning.freeze": ["backbone", "head.linear"],
+         "fine_tuning.load": {"backbone": "backbone", "head": "head.linear"}},
+        {**OF_THE_SET, "epochs": (10, "as cRT's"), "rates": ({1: 1, 6: 0.5}, "as cRT's")},
+    ),
+    "tau_norm": Source(
+        KANG, {"post_hoc": "TauNormalization", "post_hoc.tau": None},
+        {"post_hoc.tau": (1, "chosen on held-out images from 0 to 1; an arm needs one, and 1 makes all norms alike")},
+    ),
+    "ncm": Source(KANG, {"post_hoc": "NearestClassMean"}),
+    "mislas": Source(ZHONG, {**MISLAS, **SMOOTHING, "lr_scale": {"head.linear": 0.5}, "fine_tuning.freeze_statistics": True}),
+    "mislas_cifar100": Source(
+        ZHONG,
+        {**MISLAS, "loss.head_smoothing": 0.4, "loss.tail_smoothing": 0.1, "lr_scale": {"head.linear": 0.2},
+         "fine_tuning.freeze_statistics": False},
+    ),
+    "label_aware_smoothing": Source(
+        ZHONG,
+        {name: MISLAS[name] for name in ("epochs", "mixup", "sampler", "head", "loss", "loss.shape")}
+        | SMOOTHING,
+        {name: (value, "a control: the loss of the second stage from the start") for name, value in
+         {"epochs": 200, "mixup": 1.0, "sampler": None, "head": "LinearHead"}.items()},
+    ),
 }  # fmt: skip
-
-
-def sources(dataset):
-    """By arm."""
-    wide, smoothing = WIDTH.get(dataset, {}), MISLAS_BY_SET[dataset]
-    return {
-        "etf_dr_balanced": Source(
-            YANG,
-            {**LONG, "width": 2 if wide else 1, "mixup": 1.0, "head": "ETFHead", "head.batch_norm": True, "head.normalize": True,
-             "head.scale": 1, "loss": "DotRegressionLoss", "loss.length": 1, "loss.class_balance": "batch", "loss.exponent": 1},
-        ),
-        "ldam_drw_no_mixup": Source(CAO, LDAM_DRW, {**wide, "rates": STEPS}),
-        "ldam_drw": Source(CAO, LDAM_DRW, {**wide, "rates": STEPS, "mixup": MIXUP}),
-        "cb": Source(
-            CUI,
-            {**LONG, "rates": steps(0.01, 1e-4), "mixup": 0.0, "head": "LinearHead", "loss": "CrossEntropyLoss", "loss.label_smoothing": 0,
-             "loss.class_balance": "effective", "loss.beta": 0.9999, "loss.exponent": 1, "loss.renormalize": False},
-            {**wide, "rates": STEPS, "mixup": MIXUP},
-        ),
-        "focal": Source(LIN, {"loss": "FocalLoss", "loss.gamma": 2, "loss.class_balance": "none"}),
-        "balanced_softmax": Source(
-            REN,
-            {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "batch": 512, "mixup": 0.0, "head": "LinearHead",
-             "loss": "LogitAdjustedLoss", "loss.tau": 1, "loss.class_balance": "none", "sampler": None},
-            {"weight_decay": (2e-4, SHARED), "batch": (128, SHARED), "mixup": MIXUP},
-        ),
-        "logit_adjustment": Source(
-            MENON,
-            {"lr": 0.1, "momentum": 0.9, "nesterov": True, "batch": 128, "epochs": 1419 if wide else 1241, "mixup": 0.0,
-             "head": "LinearHead", "loss": "CrossEntropyLoss", "loss.class_balance": "none", "logit_adjustment": 1},
-            {"nesterov": (False, SHARED), "epochs": (200, SHARED), "mixup": MIXUP},
-        ),
-        "crt": Source(KANG, CRT, OF_THE_SET),
-        "lws": Source(
-            KANG,
-            {**CRT, "epochs": 5, "rates": {1: 1, 6: 0}, "head": "ScaledLinearHead", "fine_tuning.freeze": ["backbone", "head.linear"],
-             "fine_tuning.load": {"backbone": "backbone", "head": "head.linear"}},
-            {**OF_THE_SET, "epochs": (10, "as cRT's"), "rates": ({1: 1, 6: 0.5}, "as cRT's")},
-        ),
-        "tau_norm": Source(
-            KANG, {"post_hoc": "TauNormalization", "post_hoc.tau": None},
-            {"post_hoc.tau": (1, "chosen on held-out images from 0 to 1; an arm needs one, and 1 makes all norms alike")},
-        ),
-        "ncm": Source(KANG, {"post_hoc": "NearestClassMean"}),
-        "mislas": Source(ZHONG, {**MISLAS, **smoothing}, wide),
-        "label_aware_smoothing": Source(
-            ZHONG,
-            {name: MISLAS[name] for name in ("epochs", "mixup", "sampler", "head", "loss", "loss.shape")}
-            | {name: value for name, value in smoothing.items() if name.startswith("loss.")},
-            {name: (value, "a control: the loss of the second stage from the start") for name, value in
-             {"epochs": 200, "mixup": 1.0, "sampler": None, "head": "LinearHead"}.items()}
-            | ({"loss.head_smoothing": (0.3, ONE_FILE), "loss.tail_smoothing": (0.0, ONE_FILE)} if wide else {}),
-        ),
-    }  # fmt: skip
 
 
 def name_of(spec):
@@ -176,20 +165,16 @@ def rates(model, last):
         schedule.step()
 
 
-def files(dataset, arm):
+def files(arm):
     name, without, _ = arm.partition("_no_mixup")
-    name += "_cifar100" * (arm == "mislas" and dataset == "cifar100_lt")
-    parts = [f"data/{dataset}", f"arms/{name}", *(["protocols/no_mixup"] if without else [])]
+    parts = ["data/cifar10_lt", f"arms/{name}", *(["protocols/no_mixup"] if without else [])]
     return [word for part in parts for word in ("-c", CONFIGS / f"{part}.yaml")]
 
 
-@pytest.mark.parametrize("dataset", SETS)
-@pytest.mark.parametrize("arm", sources(SETS[0]))
-def test_an_arm_is_what_its_source_says_but_for_what_stands_here_with_a_reason(
-    arm, dataset, etflight_command, tmp_path
-):
-    source = sources(dataset)[arm]
-    printed = etflight_command("fit", *files(dataset, arm), "--print_config", cwd=tmp_path)
+@pytest.mark.parametrize("arm", SOURCES)
+def test_an_arm_is_what_its_source_says_but_for_what_stands_here_with_a_reason(arm, etflight_command, tmp_path):
+    source = SOURCES[arm]
+    printed = etflight_command("fit", *files(arm), "--print_config", cwd=tmp_path)
     assert printed.status == 0, printed.err
     expected = source.says | {name: value for name, (value, _) in source.ours.items()}
     found = facts(yaml.safe_load(printed.out), expected.get("rates", {}))
@@ -200,5 +185,5 @@ def test_an_arm_is_what_its_source_says_but_for_what_stands_here_with_a_reason(
 
 
 def test_every_arm_has_its_source_or_is_our_own():
-    published = sources(SETS[0]).keys() - {"ldam_drw_no_mixup"} | {"mislas_cifar100"}
+    published = SOURCES.keys() - {"ldam_drw_no_mixup"}
     assert {path.stem for path in (CONFIGS / "arms").iterdir()} == OWN | published

@@ -1,4 +1,4 @@
-"""Hostile files: refused in one line, nothing imported, run, fetched or deleted.
+"""Hostile files are refused in one line; nothing in them is imported, run, fetched or deleted.
 
 Every payload leaves a file behind if it is imported or run; `test_the_payloads_work` shows that it would.
 """
@@ -6,17 +6,14 @@ Every payload leaves a file behind if it is imported or run; `test_the_payloads_
 import gzip
 import io
 import json
-import os
 import pickle
-import stat
+import socket
 import struct
 import subprocess
 import sys
 import tarfile
-import threading
 import zipfile
 import zlib
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +29,7 @@ from etflight import Classifier, LinearHead
 from etflight.data import ArrayImages, FashionMNIST
 from etflight.data.files import FileSource, Paths, Square
 from etflight.data.sets import read_idx
+from etflight.utils.checkpoints import read_weights
 from etflight.utils.errors import UserError
 from etflight.utils.limits import refuse_names
 from tests.cli.test_stages import QUICK
@@ -41,7 +39,7 @@ SMALL = [
     *QUICK, "--trainer.limit_train_batches", 1, "--trainer.limit_val_batches", 1, "--trainer.limit_test_batches", 1,
     "--trainer.limit_predict_batches", 1,
 ]  # fmt: skip
-TRACES = ("imported", "ran", "fetched")
+TRACES = ("imported", "ran")
 EVIL_MODULE = """
 open("imported", "w").close()
 from etflight import LinearHead
@@ -64,29 +62,28 @@ class Bomb:
 
 @pytest.fixture
 def cwd(tmp_path, monkeypatch):
-    """A current folder with a module that leaves a trace; after the test there must be none."""
+    """The current folder, with a module that leaves a trace."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "evilmod.py").write_text(EVIL_MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("evilmod.py").write_text(EVIL_MODULE)
     return tmp_path
 
 
 @pytest.fixture(scope="module")
 def content():
     model = Classifier(10, "resnet20_cifar", in_chans=1)
+    hyper_parameters = dict(model.hparams)
     return {
-        "state_dict": model.state_dict(),
-        "hyper_parameters": dict(model.hparams),
-        "epoch": 0,
-        "global_step": 0,
+        "state_dict": model.state_dict(), "hyper_parameters": hyper_parameters, "epoch": 0, "global_step": 0,
         "pytorch-lightning_version": "2.6.6",
-    }
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def last(etflight_command, tmp_path_factory):
     """What a real run has saved."""
     folder = tmp_path_factory.mktemp("run")
-    result = etflight_command("fit", *stage("fit")[1:], "--name", "r", "--model.backbone", "resnet20_cifar", cwd=folder)
+    result = etflight_command(*stage("fit"), "--name", "r", "--model.backbone", "resnet20_cifar", cwd=folder)
     assert result.status == 0, result.err
     return torch.load(folder / "runs/r/checkpoints/last.ckpt", weights_only=True)
 
@@ -95,56 +92,44 @@ def stage(name):
     return [name, "--data", "Digits", *(SMALL if name == "fit" else SMALL[2:])]
 
 
-def resume(path="c.ckpt"):
-    return [*stage("fit"), "--trainer.max_epochs", 2, "--ckpt_path", path]
+RESUME = [*stage("fit"), "--trainer.max_epochs", 2, "--ckpt_path", "c.ckpt"]
+TEST = [*stage("test"), "--ckpt_path", "c.ckpt"]
 
 
 def spec(path, **init_args):
     return {"class_path": path, "init_args": init_args}
 
 
-def assert_refused(result, cwd, *words):
+def assert_no_trace():
+    assert not [trace for trace in TRACES if Path(trace).exists()]
+    assert "evilmod" not in sys.modules
+
+
+def assert_refused(result, *words):
     assert result.status in (1, 2), result.err
-    assert len(result.error_lines) == 1, result.err
+    (line,) = result.error_lines
     assert "Traceback" not in result.err + result.out
-    assert len(result.error_lines[0]) < 2000
-    for word in words:
-        assert word in result.error_lines[0]
-    assert not [trace for trace in TRACES if (cwd / trace).exists()]
+    assert len(line) < 2000
+    assert not [word for word in words if word not in line], line
+    assert_no_trace()
 
 
 def test_the_payloads_work(cwd, content, etflight_command):
-    pickle.loads(pickle.dumps(Bomb()))
-    assert (cwd / "ran").exists()
-    (cwd / "ran").unlink()
     torch.save({**content, "bomb": Bomb()}, "c.ckpt")
     torch.load("c.ckpt", weights_only=False)
-    assert (cwd / "ran").exists()
-    (cwd / "ran").unlink()
+    Path("ran").unlink()
     own = etflight_command(*stage("fit"), "--model.backbone", "resnet20_cifar", "--model.head", "evilmod.Evil", cwd=cwd)
     assert own.status == 1  # dot regression cannot train it; the module was the user's own word, so it was imported
-    assert (cwd / "imported").exists()
-    assert (cwd / "ran").exists()
+    assert Path("imported").exists()
+    assert Path("ran").exists()
 
 
-# --- checkpoints with code in them -----------------------------------------------------------------------------------------
+# --- checkpoints -------------------------------------------------------------------------------------------------------
 
 
-def save_zip(content, path):
-    torch.save({**content, "bomb": Bomb()}, path)
-
-
-def save_legacy(content, path):
-    torch.save({**content, "bomb": Bomb()}, path, _use_new_zipfile_serialization=False)
-
-
-def save_bare_pickle(content, path):
-    Path(path).write_bytes(pickle.dumps(Bomb()))
-
-
-def save_tar(content, path):
+def save_tar(content):
     """The format before 2018, in which `torch.load` unpickles a member `pickle`."""
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+    with tarfile.open("c.ckpt", "w", format=tarfile.PAX_FORMAT) as archive:
         for name in ("sys_info", "storages", "tensors", "pickle"):
             data = pickle.dumps(Bomb())
             member = tarfile.TarInfo(name)
@@ -152,150 +137,181 @@ def save_tar(content, path):
             archive.addfile(member, io.BytesIO(data))
 
 
-def save_torchscript(content, path):
-    torch.jit.script(torch.nn.Linear(1, 1)).save(path)
-
-
-def save_numpy(content, path):
-    with Path(path).open("wb") as stream:
+def save_numpy(content):
+    with open("c.ckpt", "wb") as stream:
         np.savez(stream, state_dict=np.array([Bomb()], dtype=object))
 
 
-HOSTILE_FORMATS = [save_zip, save_legacy, save_bare_pickle, save_tar, save_torchscript, save_numpy]
+def save_half(content):
+    torch.save(content, "c.ckpt")
+    whole = Path("c.ckpt").read_bytes()
+    Path("c.ckpt").write_bytes(whole[: len(whole) // 2])
 
 
-@pytest.mark.parametrize("save", HOSTILE_FORMATS, ids=lambda save: save.__name__[5:])
-def test_no_format_of_checkpoint_runs_code(save, cwd, content, etflight_command):
-    save(content, "c.ckpt")
-    assert_refused(etflight_command(*stage("test"), "--ckpt_path", "c.ckpt", cwd=cwd), cwd, "c.ckpt")
-    with pytest.raises(UserError, match=r"c\.ckpt"):
-        Classifier.load_from_checkpoint("c.ckpt")
-    assert not (cwd / "ran").exists()
+def save_what_unpacks_to_more(content):
+    torch.save(content, "plain.ckpt")
+    with zipfile.ZipFile("plain.ckpt") as plain, zipfile.ZipFile("c.ckpt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for member in plain.infolist():
+            packed.writestr(member.filename, plain.read(member))
+        packed.writestr("archive/data/zeros", bytes(2**24))
 
 
-FOREIGN_FILES = {
+def save_a_tensor_larger_than_its_storage(content):
+    torch.save({**content, "state_dict": {"x": torch.zeros(10_000)}}, "plain.ckpt")
+    with zipfile.ZipFile("plain.ckpt") as plain, zipfile.ZipFile("c.ckpt", "w") as cut:
+        for member in plain.infolist():
+            data = plain.read(member)
+            cut.writestr(member.filename, data[:4] if len(data) == 40_000 else data)
+
+
+def holds(**changes):
+    """A writer of a checkpoint with other entries."""
+    return lambda content: torch.save({**content, **changes}, "c.ckpt")
+
+
+def asks_for(**hyper_parameters):
+    """A writer of a checkpoint with other hyper-parameters."""
+    return lambda c: torch.save({**c, "hyper_parameters": c["hyper_parameters"] | hyper_parameters}, "c.ckpt")
+
+
+def weights(change):
+    """A writer of a checkpoint with every tensor of the state dict changed."""
+    return lambda c: torch.save({**c, "state_dict": {k: change(v) for k, v in c["state_dict"].items()}}, "c.ckpt")
+
+
+def nested(levels):
+    value = ["x"]
+    for _ in range(levels):
+        value = [value] * 10
+    return value
+
+
+def endless():
+    value = []
+    value.append(value)
+    return value
+
+
+SCHEDULES = "torch.optim.lr_scheduler"
+CODE = {  # files that run code when they are unpickled
+    "zip": (holds(bomb=Bomb()), "refused"),
+    "torch before 1.6": (
+        lambda c: torch.save({**c, "bomb": Bomb()}, "c.ckpt", _use_new_zipfile_serialization=False), "refused"),
+    "pickle": (lambda c: Path("c.ckpt").write_bytes(pickle.dumps(Bomb(), 4)), "refused"),
+    "tar": (save_tar, ""),
+    "TorchScript": (lambda c: torch.jit.script(torch.nn.Linear(1, 1)).save("c.ckpt"), ""),
+    "NumPy": (save_numpy, ""),
+}  # fmt: skip
+FOREIGN = {  # what is no checkpoint of ours
     "a state dict of torch.save": (lambda c: torch.save(c["state_dict"], "c.ckpt"), "no state_dict with hyper_parameters"),
     "a safetensors file": (lambda c: save_file({k: v.contiguous() for k, v in c["state_dict"].items()}, "c.ckpt"), "refused"),
-    "a LightningModule of somebody else": (
-        lambda c: torch.save({**c, "hyper_parameters": {"lr": 0.1}}, "c.ckpt"), "hyper_parameters have no num_classes"),
-    "one with hyper-parameters like ours": (
-        lambda c: torch.save({**c, "hyper_parameters": {**c["hyper_parameters"], "lr": 0.1}}, "c.ckpt"),
-        "not one of a Classifier: it has the hyper-parameter 'lr'"),
-    "a pickle of another protocol": (lambda c: Path("c.ckpt").write_bytes(pickle.dumps(Bomb(), 4)), "refused"),
+    "the hyper-parameters of another module": (holds(hyper_parameters={"lr": 0.1}), "hyper_parameters have no num_classes"),
+    "another hyper-parameter": (asks_for(lr=0.1), "not one of a Classifier: it has the hyper-parameter 'lr'"),
     "an empty file": (lambda c: Path("c.ckpt").touch(), "truncated or damaged"),
-    "a zip file cut short": (lambda c: save_half(c, "c.ckpt"), "truncated or damaged"),
+    "a zip file cut short": (save_half, "truncated or damaged"),
     "a text": (lambda c: Path("c.ckpt").write_text("epoch,loss\n1,0.5\n"), "or no checkpoint"),
     "a folder": (lambda c: Path("c.ckpt").mkdir(), "is a folder"),
     "nothing": (lambda c: None, "does not exist"),
 }  # fmt: skip
+NAMED = {  # plain data that name code
+    "a function of the system": (asks_for(head=spec("os.system", command="touch ran")), "os.system"),
+    "a module on disk": (asks_for(head=spec("evilmod.fn")), "evilmod.fn"),
+    "a class on disk": (asks_for(head=spec("evilmod.Evil")), "evilmod.Evil"),
+    "torch.hub": (asks_for(loss=spec("torch.hub.load", repo_or_dir=".", model="fn", source="local")), "torch.hub.load"),
+    "an imported class of another kind": (asks_for(head=spec("etflight.DotRegressionLoss")), "DotRegressionLoss"),
+    "an abstract class": (asks_for(head=spec("etflight.Head")), "Head"),
+    "a class path in its arguments": (asks_for(head=spec("etflight.ETFHead", scale=spec("evilmod.fn"))), "evilmod"),
+    "a class path in a list": (
+        asks_for(lr_scheduler=spec(f"{SCHEDULES}.MultiStepLR", milestones=[spec("evilmod.fn")])), "evilmod"),
+    "a function as text": (asks_for(lr_scheduler=spec(f"{SCHEDULES}.LambdaLR", lr_lambda="evilmod.fn")), "evilmod.fn"),
+    "functions as texts": (asks_for(lr_scheduler=spec(f"{SCHEDULES}.LambdaLR", lr_lambda=["evilmod.fn"])), "evilmod.fn"),
+    "a class as text": (asks_for(optimizer=spec("torch.optim.SGD", lr="evilmod.Evil")), ""),
+    "a class in place of a specification": (asks_for(head="evilmod.Evil"), ""),
+    "arguments that are no names": (asks_for(head=spec("etflight.ETFHead") | {"init_args": [1]}), ""),
+    "model_kwargs with a class path": (asks_for(model_kwargs={"act_layer": spec("evilmod.Evil")}), "evilmod"),
+    "model_kwargs with a class path as text": (asks_for(model_kwargs={"act_layer": "{class_path: evilmod.Evil}"}), "evilmod"),
+    "model_kwargs as text": (asks_for(model_kwargs="{act_layer: {class_path: evilmod.Evil}}"), "evilmod"),
+    "an instantiator": (asks_for(_instantiator="evilmod.fn", head=spec("evilmod.fn")), "evilmod.fn"),
+    "a class of its own": (asks_for(_class_path="evilmod.Evil"), "_class_path"),
+    "a backbone from the hub": (asks_for(backbone="hf-hub:evil/model"), "--model.backbone hf-hub:evil/model"),
+    "a backbone from a folder": (asks_for(backbone="local-dir:evil"), "--model.backbone local-dir:evil"),
+    "a backbone that is no text": (asks_for(backbone=["evilmod"]), ""),
+}  # fmt: skip
+MALFORMED = {  # plain data of the wrong shape
+    "state_dict of another model": (holds(state_dict={"x": torch.ones(1)}), "weights"),
+    "state_dict of other shapes": (weights(lambda value: torch.ones(3, 3, 3)), "weights"),
+    "huge tensors without storage": (weights(lambda value: torch.zeros(1).expand(10**12)), "weights"),
+    "state_dict of no tensors": (holds(state_dict={"x": 1}), "state_dict"),
+    "state_dict that is a list": (holds(state_dict=[1]), "state_dict"),
+    "hyper_parameters that multiply": (asks_for(model_kwargs={"a": nested(20)}), "values"),
+    "hyper_parameters without end": (asks_for(model_kwargs={"a": endless()}), "values"),
+    "class_names that are no texts": (holds(class_names=list(range(10))), "class_names"),
+    "too many class_names": (holds(class_names=["x"] * 11), "11 class_names"),
+    "a global_step that is a text": (holds(global_step="1; rm"), "global_step"),
+    "more than its size when unpacked": (save_what_unpacks_to_more, "unpacks to more"),
+    "a tensor larger than its storage": (save_a_tensor_larger_than_its_storage, "c.ckpt is truncated or damaged"),
+}  # fmt: skip
+ATTACKS = CODE | FOREIGN | NAMED | MALFORMED
 
 
-def save_half(content, path):
-    torch.save(content, path)
-    whole = Path(path).read_bytes()
-    Path(path).write_bytes(whole[: len(whole) // 2])
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_hostile_checkpoint_is_refused_by_the_command_line_and_by_python(attack, cwd, content, etflight_command):
+    Path("evil").mkdir()
+    Path("evil/config.json").write_text('{"architecture": "resnet18"}')
+    Path("hubconf.py").write_text(EVIL_MODULE)
+    write, words = ATTACKS[attack]
+    write(content)
+    assert_refused(etflight_command(*TEST, cwd=cwd), words)
+    with pytest.raises(UserError) as caught:
+        Classifier.load_from_checkpoint("c.ckpt")
+    assert "\n" not in str(caught.value)
+    assert_no_trace()
 
 
-@pytest.mark.parametrize("name", FOREIGN_FILES)
-def test_what_is_no_checkpoint_of_ours_is_one_line(name, cwd, content, etflight_command):
-    save, words = FOREIGN_FILES[name]
-    save(content)
-    assert_told_alone(etflight_command("export", "c.ckpt", "--output", "exported", cwd=cwd), cwd, words)
-
-
-COMMANDS = {
-    "fit": resume(),
-    "test": [*stage("test"), "--ckpt_path", "c.ckpt"],
-    "predict": ["predict", "--images", "a.png", "--output", "p.csv", "--ckpt_path", "c.ckpt"],
+READERS = {
+    "fit": RESUME,
+    "validate": [*stage("validate"), "--ckpt_path", "c.ckpt"],
+    "predict": [*stage("predict"), "--ckpt_path", "c.ckpt"],
+    "predict image files": ["predict", "--images", "a.png", "--output", "p.csv", "--ckpt_path", "c.ckpt"],
     "collapse": ["collapse", "--data", "Digits", "--ckpt_path", "c.ckpt"],
+    "export": ["export", "c.ckpt", "--output", "exported"],
+    "the last of a run": [*stage("test"), "--name", "r", "--ckpt_path", "last"],
 }
 
 
-@pytest.mark.parametrize("name", ["one with hyper-parameters like ours", "a pickle of another protocol"])
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_says_so(command, name, cwd, content, etflight_command):
-    save, words = FOREIGN_FILES[name]
-    save(content)
+@pytest.mark.parametrize("reader", READERS)
+def test_whatever_reads_a_checkpoint_refuses_it_and_leaves_nothing(reader, cwd, content, etflight_command):
     Image.new("RGB", (8, 8)).save("a.png")
-    assert_told_alone(etflight_command(*COMMANDS[command], cwd=cwd), cwd, words)
+    saved = Path("runs/r/checkpoints/last.ckpt")
+    saved.parent.mkdir(parents=True)
+    for attack in ("another hyper-parameter", "pickle"):
+        write, words = ATTACKS[attack]
+        write(content)
+        saved.write_bytes(Path("c.ckpt").read_bytes())
+        before = set(cwd.rglob("*"))
+        result = etflight_command(*READERS[reader], cwd=cwd)
+        assert_refused(result, ".ckpt", words)
+        assert result.err.count("\n") == 1, result.err  # no warnings around it
+        assert set(cwd.rglob("*")) == before
+    if reader in ("fit", "collapse"):  # both have a parser of their own
+        NAMED["a function as text"][0](content)
+        assert_refused(etflight_command(*READERS[reader], cwd=cwd), "evilmod.fn")
 
 
-def assert_told_alone(result, cwd, words):
-    assert_refused(result, cwd, "c.ckpt", words)
-    assert result.status == 1
-    assert result.err.count("\n") == 1, result.err  # no warnings around it
-    assert not {"p.csv", "exported", "runs"} & {path.name for path in cwd.iterdir()}
-
-
-@pytest.mark.parametrize("command", ["fit", "validate", "predict", "collapse"])
-def test_no_command_runs_code_of_a_checkpoint(command, cwd, content, etflight_command):
-    save_zip(content, "c.ckpt")
-    argv = resume() if command == "fit" else [*stage(command), "--ckpt_path", "c.ckpt"]
-    argv = ["collapse", "--data", "Digits", "--ckpt_path", "c.ckpt"] if command == "collapse" else argv
-    assert_refused(etflight_command(*argv, cwd=cwd), cwd, "c.ckpt", "refused")
-
-
-@pytest.mark.parametrize("command", ["fit", "test"])
-def test_last_runs_no_code(command, cwd, content, etflight_command):
-    folder = cwd / "runs/r/checkpoints"
-    folder.mkdir(parents=True)
-    save_zip(content, folder / "last.ckpt")
-    argv = [*stage(command), "--name", "r", "--ckpt_path", "last"]
-    assert_refused(etflight_command(*argv, cwd=cwd), cwd, "last.ckpt", "refused")
-
-
-HTTP = "http://127.0.0.1:{port}/c.ckpt"
-OTHER_URLS = [
-    "file://{cwd}/c.ckpt",
-    "s3://bucket/c.ckpt",
-    "hf://a/b/c.ckpt",
-    "simplecache::" + HTTP,
-    "registry:user/model",
-]
-
-
-@pytest.mark.parametrize(
-    ("url", "place"),
-    [
-        (HTTP, "command line"),
-        (HTTP, "configuration"),
-        *((url, "command line") for url in OTHER_URLS),
-    ],
-)
-def test_a_url_is_refused_and_nothing_fetched(url, place, cwd, content, etflight_command):
-    save_zip(content, "c.ckpt")
-    body = Path("c.ckpt").read_bytes()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            (cwd / "fetched").touch()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        url = url.format(port=server.server_port, cwd=cwd)
-        Path("a.yaml").write_text(f"ckpt_path: {url}\n")
-        given = {"command line": ["--ckpt_path", url], "configuration": ["-c", "a.yaml"]}
-        result = etflight_command(*stage("test"), *given[place], cwd=cwd)
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-    assert_refused(result, cwd, "download it first")
-
-
-def test_python_refuses_a_url_too(cwd):
-    for url in ("https://127.0.0.1:9/c.ckpt", "s3://bucket/c.ckpt", "github://a:b@main/c.ckpt"):
-        with pytest.raises(UserError, match="download it first"):
-            Classifier.load_from_checkpoint(url)
+def test_no_checkpoint_is_fetched_from_elsewhere(cwd, content, etflight_command):
+    CODE["zip"][0](content)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        http = f"http://127.0.0.1:{listener.getsockname()[1]}/c.ckpt"
+        Path("a.yaml").write_text(f"ckpt_path: {http}\n")
+        assert_refused(etflight_command(*stage("test"), "-c", "a.yaml", cwd=cwd), "download it first")
+        others = (f"file://{cwd}/c.ckpt", "s3://bucket/c.ckpt", f"simplecache::{http}", "registry:user/model")
+        for url in (http, *others):
+            assert_refused(etflight_command(*stage("test"), "--ckpt_path", url, cwd=cwd), "download it first")
+            with pytest.raises(UserError, match="download it first"):
+                Classifier.load_from_checkpoint(url)
+        listener.settimeout(0)
+        with pytest.raises(BlockingIOError):  # nobody has called
+            listener.accept()
 
 
 def test_lightning_takes_no_file_for_a_url_or_a_name_of_its_own(cwd, content, etflight_command):
@@ -308,77 +324,21 @@ def test_lightning_takes_no_file_for_a_url_or_a_name_of_its_own(cwd, content, et
         assert str(cwd / path) in result.err + result.out
 
 
-def test_options_in_front_of_the_stage_bring_no_checkpoint_past_the_check(cwd, content, etflight_command):
-    save_zip(content, "c.ckpt")
+def test_options_before_the_stage_bring_no_checkpoint_past_the_check(cwd, content, etflight_command):
+    CODE["zip"][0](content)
     Path("c.yaml").write_text("test: {ckpt_path: c.ckpt, data: Digits}\n")
-    assert_refused(etflight_command("--config", "c.yaml", "test", cwd=cwd), cwd)
+    assert_refused(etflight_command("--config", "c.yaml", "test", cwd=cwd))
 
 
-# --- plain checkpoints that name code --------------------------------------------------------------------------------------
-
-FOREIGN = {
-    "a function of the system": {"head": spec("os.system", command="touch ran")},
-    "a module on disk": {"head": spec("evilmod.fn")},
-    "a class on disk": {"head": spec("evilmod.Evil")},
-    "torch.hub": {"loss": spec("torch.hub.load", repo_or_dir=".", model="fn", source="local")},
-    "an imported class of another kind": {"head": spec("etflight.DotRegressionLoss")},
-    "an abstract class": {"head": spec("etflight.Head")},
-    "a class path in its arguments": {"head": spec("etflight.ETFHead", scale=spec("evilmod.fn"))},
-    "a class path in a list": {
-        "lr_scheduler": spec("torch.optim.lr_scheduler.MultiStepLR", milestones=[spec("evilmod.fn")])
-    },
-    "a function as text": {"lr_scheduler": spec("torch.optim.lr_scheduler.LambdaLR", lr_lambda="evilmod.fn")},
-    "functions as texts": {"lr_scheduler": spec("torch.optim.lr_scheduler.LambdaLR", lr_lambda=["evilmod.fn"])},
-    "a class as text": {"optimizer": spec("torch.optim.SGD", lr="evilmod.Evil")},
-    "a class in place of a specification": {"head": "evilmod.Evil"},
-    "arguments that are no names": {"head": spec("etflight.ETFHead") | {"init_args": [1]}},
-    "model_kwargs with a class path": {"model_kwargs": {"act_layer": spec("evilmod.Evil")}},
-    "model_kwargs with a class path as text": {"model_kwargs": {"act_layer": "{class_path: evilmod.Evil}"}},
-    "model_kwargs as text": {"model_kwargs": "{act_layer: {class_path: evilmod.Evil}}"},
-    "an instantiator": {"_instantiator": "evilmod.fn", "head": spec("evilmod.fn")},
-    "a class of its own": {"_class_path": "evilmod.Evil"},
-    "a backbone from the hub": {"backbone": "hf-hub:evil/model"},
-    "a backbone from a folder": {"backbone": "local-dir:evil"},
-    "a backbone that is no text": {"backbone": ["evilmod"]},
-}
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_a_checkpoint_names_no_code(name, cwd, content, etflight_command, monkeypatch):
-    Path("evil").mkdir()
-    Path("evil/config.json").write_text('{"architecture": "resnet18"}')
-    Path("hubconf.py").write_text(EVIL_MODULE)
-    hyper_parameters = content["hyper_parameters"] | FOREIGN[name]
-    torch.save({**content, "hyper_parameters": hyper_parameters}, "c.ckpt")
-    assert_refused(etflight_command(*stage("test"), "--ckpt_path", "c.ckpt", cwd=cwd), cwd)
-    monkeypatch.syspath_prepend(cwd)
-    with pytest.raises(UserError) as caught:
-        Classifier.load_from_checkpoint("c.ckpt")
-    assert "\n" not in str(caught.value)
-    assert "evilmod" not in sys.modules
-    assert not [trace for trace in TRACES if (cwd / trace).exists()]
-
-
-@pytest.mark.parametrize("command", ["fit", "collapse"])
-def test_other_commands_take_no_name_from_a_checkpoint_either(command, cwd, last, etflight_command):
-    schedule = spec("torch.optim.lr_scheduler.LambdaLR", lr_lambda="evilmod.fn")
-    torch.save({**last, "hyper_parameters": last["hyper_parameters"] | {"lr_scheduler": schedule}}, "c.ckpt")
-    argv = resume() if command == "fit" else ["collapse", "--data", "Digits", "--ckpt_path", "c.ckpt"]
-    assert_refused(etflight_command(*argv, cwd=cwd), cwd, "evilmod.fn")
-
-
-def test_texts_are_refused_where_a_parser_could_import_what_they_name(cwd, content, etflight_command):
-    """Also for a class that the user names: its arguments in the checkpoint are still somebody else's."""
+def test_a_checkpoints_arguments_for_a_class_that_the_user_names_are_checked_too(cwd, content, etflight_command):
     Path("my_heads.py").write_text(
         "from etflight import LinearHead\n"
         "class MyHead(LinearHead):\n"
         "    def __init__(self, in_features, num_classes, *, transform=None):\n"
         "        super().__init__(in_features, num_classes)\n"
     )
-    head = spec("my_heads.MyHead", transform="{class_path: evilmod.Evil, init_args: {}}")
-    torch.save({**content, "hyper_parameters": content["hyper_parameters"] | {"head": head}}, "c.ckpt")
-    argv = [*stage("test"), "--ckpt_path", "c.ckpt", "--model.head", "my_heads.MyHead"]
-    assert_refused(etflight_command(*argv, cwd=cwd), cwd, "evilmod.Evil", "transform")
+    asks_for(head=spec("my_heads.MyHead", transform="{class_path: evilmod.Evil, init_args: {}}"))(content)
+    assert_refused(etflight_command(*TEST, "--model.head", "my_heads.MyHead", cwd=cwd), "evilmod.Evil", "transform")
 
 
 def test_texts_that_can_only_be_texts_are_taken():
@@ -396,103 +356,26 @@ def test_texts_that_can_only_be_texts_are_taken():
 def test_a_backbone_from_elsewhere_is_taken_from_the_user(cwd, content, etflight_command):
     Path("mine").mkdir()
     Path("mine/config.json").write_text('{"architecture": "resnet20_cifar"}')
-    hyper_parameters = content["hyper_parameters"] | {"backbone": "local-dir:mine"}
-    torch.save({**content, "hyper_parameters": hyper_parameters}, "c.ckpt")
-    argv = [*stage("test"), "--ckpt_path", "c.ckpt"]
-    assert_refused(etflight_command(*argv, cwd=cwd), cwd, "--model.backbone local-dir:mine")
-    named = etflight_command(*argv, "--model.backbone", "local-dir:mine", cwd=cwd)
+    asks_for(backbone="local-dir:mine")(content)
+    named = etflight_command(*TEST, "--model.backbone", "local-dir:mine", cwd=cwd)
     assert named.status == 0, named.err
     assert Classifier.load_from_checkpoint("c.ckpt", backbone="local-dir:mine").hparams["backbone"] == "local-dir:mine"
 
 
-def test_a_checkpoint_asks_for_no_other_weights(cwd, content, etflight_command):
+def test_other_weights_and_the_settings_of_a_data_module_are_not_taken(cwd, content, etflight_command):
     """Not even where the user's own configuration says `pretrained: true`, as the one that trained it did."""
     torch.save(Bomb(), "weights.pth")
-    model_kwargs = {
-        "checkpoint_path": "weights.pth",
-        "pretrained_cfg_overlay": {"file": "weights.pth", "url": "http://127.0.0.1:9/x"},
-    }
+    overlay = {"file": "weights.pth", "url": "http://127.0.0.1:9/x"}
+    model_kwargs = {"checkpoint_path": "weights.pth", "pretrained_cfg_overlay": overlay}
     hyper_parameters = content["hyper_parameters"] | {"pretrained": True, "model_kwargs": model_kwargs}
-    torch.save({**content, "hyper_parameters": hyper_parameters}, "c.ckpt")
+    data = {"datamodule_hyper_parameters": spec("evilmod.fn"), "datamodule_hparams_name": "evilmod.fn"}
+    holds(hyper_parameters=hyper_parameters, **data)(content)
     model = Classifier.load_from_checkpoint("c.ckpt")
     assert model.hparams["pretrained"] is False
     assert model.hparams["model_kwargs"] == {"pretrained_cfg_overlay": {}}
-    result = etflight_command(*stage("test"), "--ckpt_path", "c.ckpt", cwd=cwd)
+    result = etflight_command(*TEST, cwd=cwd)
     assert result.status == 0, result.err
-    assert not (cwd / "ran").exists()
-
-
-# --- plain checkpoints of the wrong shape ----------------------------------------------------------------------------------
-
-
-def nested(levels):
-    value = ["x"]
-    for _ in range(levels):
-        value = [value] * 10
-    return value
-
-
-def endless():
-    value = []
-    value.append(value)
-    return value
-
-
-MALFORMED = {
-    "state_dict of another model": (lambda c: {"state_dict": {"x": torch.ones(1)}}, "weights"),
-    "state_dict of other shapes": (
-        lambda c: {"state_dict": {k: torch.ones(3, 3, 3) for k in c["state_dict"]}}, "weights"),
-    "state_dict of huge tensors without storage": (
-        lambda c: {"state_dict": {k: torch.zeros(1).expand(10**12) for k in c["state_dict"]}}, "weights"),
-    "state_dict of no tensors": (lambda c: {"state_dict": {"x": 1}}, "state_dict"),
-    "state_dict that is a list": (lambda c: {"state_dict": [1]}, "state_dict"),
-    "hyper_parameters that are a list": (lambda c: {"hyper_parameters": [1]}, "hyper_parameters"),
-    "hyper_parameters that multiply": (
-        lambda c: {"hyper_parameters": c["hyper_parameters"] | {"model_kwargs": {"a": nested(20)}}}, "values"),
-    "hyper_parameters without end": (
-        lambda c: {"hyper_parameters": c["hyper_parameters"] | {"model_kwargs": {"a": endless()}}}, "values"),
-    "class_names that are no texts": (lambda c: {"class_names": list(range(10))}, "class_names"),
-    "too many class_names": (lambda c: {"class_names": ["x"] * 11}, "11 class_names"),
-    "a global_step that is a text": (lambda c: {"global_step": "1; rm"}, "global_step"),
-    "callbacks that are a list": (lambda c: {"callbacks": [1]}, "callbacks"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", MALFORMED)
-def test_a_malformed_checkpoint_is_refused(name, cwd, content, etflight_command):
-    change, word = MALFORMED[name]
-    torch.save({**content, **change(content)}, "c.ckpt")
-    assert_refused(etflight_command(*stage("test"), "--ckpt_path", "c.ckpt", cwd=cwd), cwd, word)
-    with pytest.raises(UserError, match=word):
-        Classifier.load_from_checkpoint("c.ckpt")
-
-
-RESUMED = {
-    "loops": {"fit_loop": 3},
-    "optimizer_states": [{"state": {}, "param_groups": "all"}],
-    "lr_schedulers": "none",
-    "callbacks": {
-        "NeuralCollapseMonitor{'space': 'embedding', 'head': 'head', 'online': False}": {"epochs": 3, "history": [1]}
-    },
-    "pytorch-lightning_version": "evil",
-    "etflight": {"ranks": 3},
-    "epoch": None,
-}
-
-
-@pytest.mark.parametrize("key", RESUMED)
-def test_a_malformed_training_state_is_refused(key, cwd, last, etflight_command):
-    torch.save({**last, key: RESUMED[key]}, "c.ckpt")
-    monitor = ["--trainer.callbacks", "etflight.callbacks.NeuralCollapseMonitor"]
-    assert_refused(etflight_command(*resume(), *monitor, cwd=cwd), cwd)
-
-
-COUNTERS = {
-    "loops of nothing": (lambda loops: {}, "loops lacks fit_loop"),
-    "a counter that is a text": (lambda loops: count(loops, "epoch_progress", "x"), "completed is 'x'"),
-    "a counter below zero": (lambda loops: count(loops, "epoch_loop.batch_progress", -1), "completed is -1"),
-    "no counter": (lambda loops: {"fit_loop": loops["fit_loop"] | {"epoch_progress": {}}}, "epoch_progress lacks current"),
-}  # fmt: skip
+    assert_no_trace()
 
 
 def count(loops, name, value):
@@ -500,21 +383,28 @@ def count(loops, name, value):
     return {"fit_loop": loops["fit_loop"] | {name: loops["fit_loop"][name] | current}}
 
 
-@pytest.mark.parametrize("name", COUNTERS)
-def test_counters_that_are_none_are_named(name, cwd, last, etflight_command):
-    change, words = COUNTERS[name]
-    torch.save({**last, "loops": change(last["loops"])}, "c.ckpt")
-    assert_refused(etflight_command(*resume(), cwd=cwd), cwd, "c.ckpt is not one of etflight's, or is damaged", words)
+def of_the_monitor(state):
+    return {"callbacks": {"NeuralCollapseMonitor{'space': 'embedding', 'head': 'head', 'online': False}": state}}
 
 
-def test_settings_of_a_data_module_in_a_checkpoint_are_not_read(cwd, content, etflight_command):
-    torch.save(
-        {**content, "datamodule_hyper_parameters": spec("evilmod.fn"), "datamodule_hparams_name": "evilmod.fn"},
-        "c.ckpt",
-    )
-    result = etflight_command(*stage("test"), "--ckpt_path", "c.ckpt", cwd=cwd)
-    assert result.status == 0, result.err
-    assert not [trace for trace in TRACES if (cwd / trace).exists()]
+RESUMED = {
+    "a loop that is a number": (lambda last: {"loops": {"fit_loop": 3}}, ""),
+    "loops of nothing": (lambda last: {"loops": {}}, "loops lacks fit_loop"),
+    "a counter that is a text": (lambda last: {"loops": count(last["loops"], "epoch_progress", "x")}, "completed is 'x'"),
+    "a counter below zero": (lambda last: {"loops": count(last["loops"], "epoch_loop.batch_progress", -1)}, "completed is -1"),
+    "optimizer states of nothing": (lambda last: {"optimizer_states": [{"state": {}, "param_groups": "all"}]}, ""),
+    "the monitor's state": (lambda last: of_the_monitor({"epochs": 3, "history": [1]}), ""),
+    "a version that is none": (lambda last: {"pytorch-lightning_version": "evil"}, "evil"),
+    "random states of nothing": (lambda last: {"etflight": {"ranks": 3}}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_malformed_training_state_is_refused(name, cwd, last, etflight_command):
+    change, words = RESUMED[name]
+    torch.save({**last, **change(last)}, "c.ckpt")
+    monitor = ["--trainer.callbacks", "etflight.callbacks.NeuralCollapseMonitor"]
+    assert_refused(etflight_command(*RESUME, *monitor, cwd=cwd), words)
 
 
 @pytest.mark.parametrize("outside", ["runs/n/checkpoints/../../../thesis", "file:///thesis", "simplecache::thesis"])
@@ -528,29 +418,9 @@ def test_the_state_of_callbacks_deletes_nothing(outside, cwd, last, etflight_com
         "best_k_models": {}, "kth_best_model_path": "", "kth_value": torch.tensor(0.0), "last_model_path": "",
     }  # fmt: skip
     torch.save({**last, "callbacks": {ModelCheckpoint(dirpath=folder).state_key: state}}, "c.ckpt")
-    argv = [*resume(), "--name", "n", "--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.dirpath", folder]
-    assert_refused(etflight_command(*argv, cwd=cwd), cwd, outside)
+    argv = [*RESUME, "--name", "n", "--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.dirpath", folder]
+    assert_refused(etflight_command(*argv, cwd=cwd), outside)
     assert Path("thesis/chapter").read_text() == "years of work"
-
-
-def test_a_checkpoint_that_unpacks_to_more_than_its_size_is_refused(cwd, content):
-    torch.save(content, "plain.ckpt")
-    with zipfile.ZipFile("plain.ckpt") as plain, zipfile.ZipFile("c.ckpt", "w", zipfile.ZIP_DEFLATED) as packed:
-        for member in plain.infolist():
-            packed.writestr(member.filename, plain.read(member))
-        packed.writestr("archive/data/zeros", bytes(2**24))
-    with pytest.raises(UserError, match="unpacks to more"):
-        Classifier.load_from_checkpoint("c.ckpt")
-
-
-def test_a_tensor_larger_than_what_is_stored_is_refused(cwd, content):
-    torch.save({**content, "state_dict": {"x": torch.zeros(10_000)}}, "plain.ckpt")
-    with zipfile.ZipFile("plain.ckpt") as plain, zipfile.ZipFile("c.ckpt", "w") as cut:
-        for member in plain.infolist():
-            data = plain.read(member)
-            cut.writestr(member.filename, data[:4] if len(data) == 40_000 else data)
-    with pytest.raises(UserError, match=r"c\.ckpt is truncated or damaged"):
-        Classifier.load_from_checkpoint("c.ckpt")
 
 
 def test_files_in_the_current_folder_take_the_place_of_no_package(cwd):
@@ -561,21 +431,20 @@ def test_files_in_the_current_folder_take_the_place_of_no_package(cwd):
     # -P: without the current folder, as the installed command is started
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, cwd=cwd)
     assert done.stderr.startswith("etflight: error: ")
-    assert not (cwd / "imported").exists()
+    assert not Path("imported").exists()
 
 
-def test_a_files_text_commands_no_terminal(cwd, content, etflight_command):
-    hyper_parameters = content["hyper_parameters"] | {"head": spec("evilmod.\x1b]0;owned\x07\x1b[2J")}
-    torch.save({**content, "hyper_parameters": hyper_parameters}, "c.ckpt")
-    result = etflight_command(*stage("test"), "--ckpt_path", "c.ckpt", cwd=cwd)
-    assert_refused(result, cwd)
+def test_the_text_of_a_file_commands_no_terminal(cwd, content, etflight_command):
+    asks_for(head=spec("evilmod.\x1b]0;owned\x07\x1b[2J"))(content)
+    result = etflight_command(*TEST, cwd=cwd)
+    assert_refused(result)
     assert "\x1b" not in result.err
 
 
-# --- images in one file ----------------------------------------------------------------------------------------------------
+# --- images in one file ------------------------------------------------------------------------------------------------
 
 
-def write_npz(members, path="a.npz", compression=zipfile.ZIP_STORED):
+def write_npz(members):
     images, labels = io.BytesIO(), io.BytesIO()
     np.save(images, np.zeros((20, 4, 4), np.uint8))
     np.save(labels, np.arange(20) % 2)
@@ -584,7 +453,7 @@ def write_npz(members, path="a.npz", compression=zipfile.ZIP_STORED):
         for split in ("train", "test")
         for kind, data in (("images", images), ("labels", labels))
     }
-    with zipfile.ZipFile(path, "w", compression) as archive:
+    with zipfile.ZipFile("a.npz", "w") as archive:
         for name, data in (whole | members).items():
             archive.writestr(name, data)
 
@@ -607,11 +476,12 @@ HOSTILE_ARRAYS = {
 
 
 @pytest.mark.parametrize("name", HOSTILE_ARRAYS)
-def test_a_hostile_array_is_refused_before_memory_is_set_aside(name, cwd, etflight_command):
+def test_a_hostile_array_is_refused_before_memory_is_set_aside(name, cwd):
     members, word = HOSTILE_ARRAYS[name]
     write_npz(members)
-    argv = ["fit", *SMALL, "--model.backbone", "resnet20_cifar", "--data", "ArrayImages", "--data.path", "a.npz"]
-    assert_refused(etflight_command(*argv, cwd=cwd), cwd, "a.npz", word)
+    with pytest.raises(UserError, match=rf"a\.npz.*{word}|{word}.*a\.npz"):
+        ArrayImages("a.npz").setup("fit")
+    assert_no_trace()
 
 
 def test_an_array_that_unpacks_to_a_thousand_times_its_size_is_refused(cwd):
@@ -622,52 +492,34 @@ def test_an_array_that_unpacks_to_a_thousand_times_its_size_is_refused(cwd):
             for _ in range(size // 2**20):
                 member.write(bytes(2**20))
         archive.writestr("train_labels.npy", npy("<i8", (size // 1024,), bytes(8 * (size // 1024))))
-    assert Path("a.npz").stat().st_size < size / 500
     with pytest.raises(UserError, match=r"a\.npz: train_images says it unpacks from .* refused"):
         ArrayImages("a.npz").load("train")
+    header = bytes([0, 0, 8, 3]) + struct.pack(">3I", 2**30, 4, 4)
+    Path("images.gz").write_bytes(gzip.compress(header + bytes(1000)))
+    with pytest.raises(UserError, match=r"images\.gz says it unpacks from"):
+        read_idx(Path("images.gz"), 3)
 
 
 def test_members_that_leave_their_folder_are_not_unpacked(cwd):
-    Path("in").mkdir()
-    write_npz(
-        {"../escaped.npy": npy("|u1", (1,), b"x"), "/tmp/etflight_escaped.npy": npy("|u1", (1,), b"x")}, "in/a.npz"
-    )
-    before = set(cwd.rglob("*"))
-    data = ArrayImages("in/a.npz")
+    one = npy("|u1", (1,), b"x")
+    write_npz({"../escaped.npy": one, "/tmp/etflight_escaped.npy": one})
+    before = set(cwd.parent.glob("*")) | set(cwd.rglob("*"))
+    data = ArrayImages("a.npz")
     data.setup("fit")
     assert len(data.split("train")) == 20
-    assert set(cwd.rglob("*")) == before
+    assert set(cwd.parent.glob("*")) | set(cwd.rglob("*")) == before
     assert not Path("/tmp/etflight_escaped.npy").exists()
 
 
-def test_a_truncated_npz_is_refused(cwd, etflight_command):
-    write_npz({})
-    data = Path("a.npz").read_bytes()
-    Path("a.npz").write_bytes(data[: len(data) // 2])
-    assert_refused(
-        etflight_command(*stage("fit")[:1], *SMALL, "--data", "ArrayImages", "--data.path", "a.npz", cwd=cwd),
-        cwd,
-        "a.npz",
-    )
+# --- image files -------------------------------------------------------------------------------------------------------
 
 
-def test_an_idx_file_that_unpacks_to_a_thousand_times_its_size_is_refused(cwd):
-    header = bytes([0, 0, 8, 3]) + struct.pack(">3I", 2**30, 4, 4)
-    file = Path("images.gz")
-    file.write_bytes(gzip.compress(header + bytes(1000)))
-    with pytest.raises(UserError, match=r"images\.gz says it unpacks from"):
-        read_idx(file, 3)
-
-
-# --- image files -----------------------------------------------------------------------------------------------------------
-
-
-def png(width, height, rows=1):
+def png(width, height):
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    pixels = zlib.compress((b"\0" + bytes(3 * width)) * rows)
+    pixels = zlib.compress(b"\0" + bytes(3 * width))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
@@ -682,7 +534,6 @@ def jpeg(width, height):
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(ran) (w) file closefile\n%%EOF\n"
 BOMBS = {
-    "60000x60000.png": (png(60_000, 60_000), "pixels"),
     "10000x10000.png": (png(10_000, 10_000), "pixels"),  # for which Pillow only warns
     "60000x60000.jpg": (jpeg(60_000, 60_000), "pixels"),
     "line.png": (png(10_000_000, 1), "10000000×1"),  # few pixels, until its shorter side is resized
@@ -691,21 +542,18 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_an_image_bomb_is_refused_before_it_is_decoded(name, cwd, etflight_command, monkeypatch):
+def test_an_image_bomb_is_refused_before_it_is_decoded(name, cwd, monkeypatch):
     data, word = BOMBS[name]
-    for folder in ("train/a", "train/b", "test/a", "test/b"):
-        (cwd / "images" / folder).mkdir(parents=True)
-        (cwd / "images" / folder / name).write_bytes(data)
-    argv = ["fit", *SMALL, "--model.backbone", "resnet20_cifar", "--data", "FolderImages", "--data.root", "images"]
+    Path(name).write_bytes(data)
     decoded = []
     monkeypatch.setattr(torchcodec.decoders, "decode_image", lambda source, mode: decoded.append(source))
-    with pytest.raises(UserError, match=name):
-        FileSource(Paths("images", [f"train/a/{name}"]), torch.tensor([0]), Square(8))[0]
+    with pytest.raises(UserError, match=rf"{name}.*{word}"):
+        FileSource(Paths(".", [name]), torch.tensor([0]), Square(8))[0]
     assert decoded == []
-    assert_refused(etflight_command(*argv, cwd=cwd), cwd, name, word)
+    assert_no_trace()
 
 
-# --- configuration files ---------------------------------------------------------------------------------------------------
+# --- configuration files -----------------------------------------------------------------------------------------------
 
 
 def laughs(start, pattern):
@@ -728,26 +576,16 @@ HOSTILE_YAML = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "place"),
-    [
-        *((name, "--config") for name in HOSTILE_YAML),
-        *((name, "file within") for name in ("a call", "aliases that multiply")),
-    ],
-)
-def test_hostile_yaml_is_refused(name, place, cwd, etflight_command):
+@pytest.mark.parametrize("name", HOSTILE_YAML)
+def test_hostile_yaml_is_refused(name, cwd, etflight_command):
     Path("c.yaml").write_text(HOSTILE_YAML[name])
-    given = {"--config": ["-c", "c.yaml"], "file within": ["--model", "c.yaml"]}
-    assert_refused(etflight_command(*stage("fit"), *given[place], cwd=cwd), cwd)
+    assert_refused(etflight_command(*stage("fit"), "-c", "c.yaml", cwd=cwd))
+    if name in ("a call", "aliases that multiply"):
+        assert_refused(etflight_command(*stage("fit"), "--model", "c.yaml", cwd=cwd))
+        assert_refused(etflight_command("collapse", "--timm", "resnet18", "--data", "c.yaml", cwd=cwd))
 
 
-def test_collapse_reads_no_hostile_yaml(cwd, etflight_command):
-    for name in ("a call", "aliases that multiply"):
-        Path("c.yaml").write_text(HOSTILE_YAML[name])
-        assert_refused(etflight_command("collapse", "--timm", "resnet18", "--data", "c.yaml", cwd=cwd), cwd)
-
-
-# --- archives --------------------------------------------------------------------------------------------------------------
+# --- archives ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("member", ["../escaped", "data/../../escaped", "link"])
@@ -779,7 +617,7 @@ def test_a_downloaded_archive_leaves_its_folder_in_no_way(member, cwd, monkeypat
     assert tarfile.TarFile.extraction_filter is own
 
 
-# --- what the other commands read ------------------------------------------------------------------------------------------
+# --- results and weights -----------------------------------------------------------------------------------------------
 
 HOSTILE_RESULTS = {
     "a list": b"[1]",
@@ -788,60 +626,48 @@ HOSTILE_RESULTS = {
     "nesting": b"[" * 100_000,
     "a text for a number": b'{"test/acc": "[red]evil"}',
     "a number without bound": b'{"test/acc": 1' + b"0" * 400 + b"}",
-    "a list for a number": b'{"test/acc": [1]}',
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE_RESULTS)
-def test_report_refuses_hostile_results(name, cwd, etflight_command):
+def test_report_refuses_hostile_results_and_prints_text_as_it_is(cwd, etflight_command):
     Path("r").mkdir()
-    Path("r/test_metrics.json").write_bytes(HOSTILE_RESULTS[name])
-    Path("r/run.json").write_text("{}")
-    assert_refused(etflight_command("report", "r", cwd=cwd), cwd, "test_metrics.json")
-
-
-def test_report_prints_text_as_it_is(cwd, etflight_command):
-    Path("r").mkdir()
-    Path("r/test_metrics.json").write_text('{"test/acc": 0.5}')
     Path("r/run.json").write_text(json.dumps({"seed": "[/red]\x1b[2J"}))
+    for content in HOSTILE_RESULTS.values():
+        Path("r/test_metrics.json").write_bytes(content)
+        assert_refused(etflight_command("report", "r", cwd=cwd), "test_metrics.json")
+    Path("r/test_metrics.json").write_text('{"test/acc": 0.5}')
     result = etflight_command("report", "r", cwd=cwd)
     assert result.status == 0, result.err
     assert "[/red]" in result.out
     assert "\x1b[2J" not in result.out
 
 
-def safetensors_file(header, data=b""):
-    return struct.pack("<Q", len(header)) + header + data
-
-
+OUTSIDE = b'{"fc.weight": {"dtype": "F32", "shape": [1000000, 1000000], "data_offsets": [0, 4000000000000]}}'
 HOSTILE_WEIGHTS = {
-    "code.pth": lambda: save_zip({}, "code.pth"),
-    "legacy.pth": lambda: save_legacy({}, "legacy.pth"),
-    "bare.pth": lambda: save_bare_pickle({}, "bare.pth"),
+    "code.pth": lambda: torch.save({"bomb": Bomb()}, "code.pth"),
+    "bare.pth": lambda: Path("bare.pth").write_bytes(pickle.dumps(Bomb())),
     "list.pth": lambda: torch.save([1, 2], "list.pth"),
     "number.pth": lambda: torch.save({"state_dict": 3}, "number.pth"),
     "text.pth": lambda: Path("text.pth").write_text("hello"),
-    "objects.npz": lambda: save_numpy({}, "objects.npz"),
+    "objects.npz": lambda: np.savez("objects.npz", state_dict=np.array([Bomb()], dtype=object)),
     "text.safetensors": lambda: Path("text.safetensors").write_text("hello, hello"),
     "long.safetensors": lambda: Path("long.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}"),
     "outside.safetensors": lambda: Path("outside.safetensors").write_bytes(
-        safetensors_file(
-            b'{"fc.weight": {"dtype": "F32", "shape": [1000000, 1000000], "data_offsets": [0, 4000000000000]}}', b"x"
-        )
+        struct.pack("<Q", len(OUTSIDE)) + OUTSIDE + b"x"
     ),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE_WEIGHTS)
-def test_collapse_refuses_hostile_weights(name, cwd, etflight_command):
+def test_hostile_weights_are_refused(name, cwd):
     HOSTILE_WEIGHTS[name]()
-    argv = ["collapse", "--timm", "resnet18", "--weights", name, "--data", "Digits"]
-    assert_refused(etflight_command(*argv, cwd=cwd), cwd, name)
+    with pytest.raises(UserError, match=name):
+        read_weights(name)
+    assert_no_trace()
 
 
-# --- known vulnerabilities -------------------------------------------------------------------------------------------------
+# --- known vulnerabilities ---------------------------------------------------------------------------------------------
 
-REPORT = '{"dependencies": [%s], "fixes": []}'
 SOUND = '{"name": "a", "version": "1", "vulns": []}'
 FLAWED = '{"name": "b", "version": "2", "vulns": [{"id": "CVE-1", "fix_versions": ["2.1"]}]}'
 UNKNOWN = '{"name": "c", "skip_reason": "not found"}'
@@ -852,31 +678,19 @@ UNKNOWN = '{"name": "c", "skip_reason": "not found"}'
     [
         (f"{SOUND}, {UNKNOWN}", "", 0, 0, "no known vulnerability in 1 packages; 1 are unknown"),
         (f"{SOUND}, {FLAWED}", "Found 1 known vulnerability", 1, 1, "b 2: CVE-1, mended in 2.1"),
-        (FLAWED, "", 0, 1, "CVE-1"),
         (SOUND, "", 3, 3, ""),
         (UNKNOWN, "", 0, 0, "notice: the vulnerability service knows none"),
-        (
-            None,
-            "requests.exceptions.ConnectionError: Max retries exceeded",
-            1,
-            0,
-            "notice: the vulnerability service cannot be reached",
-        ),
-        (None, "requests.exceptions.ReadTimeout: read timed out", 1, 0, "cannot be reached"),
-        (None, "TypeError: a bug", 1, 1, "TypeError: a bug"),
-        (None, "", 0, 1, "without a report"),
+        ("", "requests.exceptions.ReadTimeout: read timed out", 1, 0, "notice: the vulnerability service cannot be reached"),
+        ("", "TypeError: a bug", 1, 1, "TypeError: a bug"),
     ],
-)
+)  # fmt: skip
 def test_the_audit_tells_a_vulnerability_from_a_silent_network(report, log, status, expected, said, tmp_path):
     tool = tmp_path / "pip-audit"
-    written = (
-        ""
-        if report is None
-        else f"while [ $# -gt 0 ]; do [ $1 = --output ] && echo '{REPORT % report}' > $2; shift; done\n"
-    )
-    tool.write_text(f"#!/bin/bash\n{written}echo '{log}' >&2\nexit {status}\n")
-    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
-    os.symlink(sys.executable, tmp_path / "python")
+    content = f'{{"dependencies": [{report}], "fixes": []}}' if report else ""
+    write = f"while [ $# -gt 0 ]; do [ $1 = --output ] && printf '%s' '{content}' > $2; shift; done"
+    tool.write_text(f"#!/bin/bash\n{write}\necho '{log}' >&2\nexit {status}\n")
+    tool.chmod(0o755)
+    (tmp_path / "python").symlink_to(sys.executable)
     done = subprocess.run([ROOT / ".ci/audit", tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == expected, done.stdout + done.stderr
     assert said in done.stdout

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.left_by_runs import assert_same_run, count_tensors, logged_values, read
+from tests.processes import ended, start
 
 ROOT = Path(__file__).parents[2]
 FIT = [
@@ -55,30 +55,17 @@ class Tally:
     values_compared: int = 0
 
 
-class Training:
-    """`etflight fit` in a session of its own, so that all its processes are killed at once."""
-
-    def __init__(self, cwd: Path, options: list[str], *more: str) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-        self.log = cwd / "log.txt"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "etflight", *FIT, *options, *more],
-                cwd=cwd, env=environment, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
-
-    def is_running(self) -> bool:
-        return self.process.poll() is None
-
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+def train(cwd: Path, options: list[str], *more: str) -> subprocess.Popen[str]:
+    return start("etflight", *FIT, *options, *more, cwd=cwd)
 
 
-def wait_for(training: Training, condition) -> bool:
+def is_running(training: subprocess.Popen[str]) -> bool:
+    return training.poll() is None
+
+
+def wait_for(training: subprocess.Popen[str], condition) -> bool:
     """Whether the condition came true before the training ended."""
-    while training.is_running():
+    while is_running(training):
         if condition():
             return True
         time.sleep(0.0005)
@@ -96,10 +83,11 @@ def test_a_run_killed_at_random_moments_is_the_run_that_was_left_alone(processes
     partial = last.with_name(".last.partial.ckpt")
 
     started = time.monotonic()
-    left_alone = Training(tmp_path, options, "--name", "left_alone")
+    left_alone = train(tmp_path, options, "--name", "left_alone")
     assert wait_for(left_alone, steps.exists)
     training_begins = time.monotonic()
-    assert left_alone.process.wait() == 0, left_alone.log.read_text()
+    result = ended(left_alone, timeout=3600)
+    assert result.status == 0, result.err
     seconds = time.monotonic() - training_begins
     print(f"left alone: {training_begins - started:.0f} s to the first step, {seconds:.0f} s of training")
 
@@ -108,7 +96,7 @@ def test_a_run_killed_at_random_moments_is_the_run_that_was_left_alone(processes
     while tally.kills < kills or resumed_from is not None:
         steps.unlink(missing_ok=True)
         resume = [] if resumed_from is None else ["--ckpt_path", "last"]
-        training = Training(tmp_path, options, "--name", "killed", *resume)
+        training = train(tmp_path, options, "--name", "killed", *resume)
         stamp = last.stat().st_mtime_ns if last.exists() else 0
         reached = wait_for(training, steps.exists)
         if tally.kills < kills and reached:
@@ -118,19 +106,18 @@ def test_a_run_killed_at_random_moments_is_the_run_that_was_left_alone(processes
             wait_for(training, lambda end=end: time.monotonic() > end)
             if aims_at_writing:
                 wait_for(training, lambda: partial.exists() and partial.stat().st_size > 0)
-        elif training.is_running():
-            training.process.wait()
-        was_killed = training.is_running()
+        elif is_running(training):
+            training.wait()
+        was_killed = is_running(training)
         if was_killed:
-            training.kill()
-        else:
-            assert training.process.returncode == 0, training.log.read_text()
+            os.killpg(training.pid, signal.SIGKILL)
+        result = ended(training)
+        assert was_killed or result.status == 0, result.err
         if resumed_from is not None:
-            assert "Restored all states from the checkpoint" in training.log.read_text()
+            assert "Restored all states from the checkpoint" in result.err
             if steps.exists():
-                assert int(steps.read_text().split()[0]) == resumed_from, (
-                    "the first batch is not the one after the checkpoint"
-                )
+                first = int(steps.read_text().split()[0])
+                assert first == resumed_from, "the first batch is not the one after the checkpoint"
                 tally.true_resumes += 1
             else:
                 assert resumed_from == all_batches, "a resumed run that trains nothing"

@@ -1,5 +1,6 @@
 """Names of other libraries that are not public: these tests say which one a release has moved."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -9,13 +10,13 @@ from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import _pytree
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchmetrics import Metric, SumMetric
 
-from etflight.utils.lightning_private import on_dead_process
-from etflight.utils.torch_private import broadcast_buffers
+from etflight.utils.lightning_private import ignore_own_deprecations, on_dead_process
+from etflight.utils.torch_private import broadcast_buffers, is_watched, leave_out_of_broadcasts
 
 
 @pytest.mark.parametrize("name", ["_sync_dist", "_reduce_states", "_apply", "_load_from_state_dict"])
@@ -26,6 +27,38 @@ def test_torchmetrics_has_the_hooks_that_exact_metric_overrides(name):
 @pytest.mark.parametrize("name", ["_defaults", "_computed", "_update_count"])
 def test_torchmetrics_keeps_the_values_that_exact_metric_changes(name):
     assert name in vars(SumMetric())
+
+
+def test_torch_ddp_leaves_the_named_buffers_of_a_module_alone():
+    model = nn.BatchNorm1d(3)
+    leave_out_of_broadcasts(model, ["running_mean", "num_batches_tracked"])
+    assert [id(buffer) for buffer in broadcast_buffers(model)] == [id(model.running_var)]
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_forward_pre_hook",
+        "register_forward_hook",
+        "register_full_backward_pre_hook",
+        "register_full_backward_hook",
+    ],
+)
+def test_torch_keeps_the_hooks_of_a_module_where_is_watched_looks(register):
+    model = nn.Linear(1, 1)
+    assert not is_watched(model)
+    getattr(model, register)(lambda *_: None)
+    assert is_watched(model)
+
+
+def test_lightning_calls_what_torch_has_deprecated_from_its_pytree():
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        _pytree._tree_flatten(0)
+        assert len(told) == 1
+        ignore_own_deprecations()
+        _pytree._tree_flatten(0)
+        assert len(told) == 1
 
 
 class StatefulLoader(DataLoader):
@@ -79,9 +112,3 @@ def test_lightnings_ddp_strategy_and_wandb_logger_keep_their_options():
     assert DDPStrategy(find_unused_parameters=False)._ddp_kwargs == {"find_unused_parameters": False}
     assert WandbLogger(log_model="all")._log_model == "all"
     assert DummyLogger().experiment.anything("else") is None
-
-
-def test_ddp_ignores_the_buffers_that_a_module_names():
-    module = nn.BatchNorm1d(2)
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ["running_mean"])
-    assert len(broadcast_buffers(module)) == len(list(module.buffers())) - 1
