@@ -86,25 +86,17 @@ def test_random_squares_follow_from_the_seed_and_the_draw(tree):
     assert len({image.sum().item() for image in again}) == 9
 
 
-def test_a_resumed_epoch_goes_on_with_the_same_squares(tree):
-    whole = list(folder(tree, min_crop_scale=0.2).train_dataloader())
-    loader = folder(tree, min_crop_scale=0.2).train_dataloader()
-    loader.load_state_dict({"served": 1})
-    rest = list(loader)
-    assert len(rest) == len(whole) - 1
-    for (images, labels), (others, other_labels) in zip(whole[1:], rest, strict=True):
-        assert torch.equal(images, others)
-        assert torch.equal(labels, other_labels)
-
-
-def test_ranks_together_draw_the_squares_of_one_process(tree):
+def test_ranks_together_draw_the_squares_of_one_process_also_in_a_resumed_epoch(tree):
     alone = epoch(folder(tree, min_crop_scale=0.2))[0]
-    parts = []
-    for rank in range(2):
-        data = folder(tree, min_crop_scale=0.2, batch_size=3)
-        data._world = lambda rank=rank: (2, rank)
-        parts.append(epoch(data)[0])
-    assert torch.equal(torch.stack(parts, 1).flatten(0, 1), alone)
+    for served in (0, 1):
+        parts = []
+        for rank in range(2):
+            data = folder(tree, min_crop_scale=0.2, batch_size=3)
+            data._world = lambda rank=rank: (2, rank)
+            loader = data.train_dataloader()
+            loader.load_state_dict({"served": served})
+            parts.append(torch.cat([images for images, _ in loader]))
+        assert torch.equal(torch.stack(parts, 1).flatten(0, 1), alone[6 * served :])
 
 
 # --- corrupt images -----------------------------------------------------------------------------------------------------------
