@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -25,8 +24,7 @@ from etflight.callbacks.features import (
     class_indices,
     every_sample_once,
     plain_tensors,
-    to_device,
-    undisturbed,
+    trainer_sweep,
 )
 from etflight.metrics import Moments, measures
 from etflight.runs.loggers import run_folder
@@ -76,8 +74,8 @@ class NeuralCollapseMonitor(Callback):
         train_dataloader: whose data set the sweep reads, in order, in batches of the same size; None takes
             `eval_dataloader("train")` of the data module. Its batches are `(inputs, labels, …)`; `model(inputs)` runs the head.
         online: measure the training forwards instead of a sweep.
-        layers: further submodules, of the model or of its backbone ("layer1"), or indices of timm's `forward_intermediates` (one more
-            forward, in the sweep only), averaged over places and logged as `nc_<layer>/…`, without class vectors.
+        layers: further submodules, of the model or of its backbone ("layer1"), averaged over places and logged as `nc_<layer>/…`,
+            without class vectors.
         snapshots: embeddings kept per class and sweep, the first of each class in the data's order, float16, in
             `<run folder>/snapshots/epoch_XXX.npz` (`snapshots_raw/` of the backbone) with `labels`, `indices`, `epoch` and `weight`;
             XXX counts finished epochs.
@@ -88,7 +86,6 @@ class NeuralCollapseMonitor(Callback):
         epochs: finished epochs at each measurement, 0 before training; a fraction within an epoch.
         history: log name to the values at `epochs`, NaN where it was not measured. In checkpoints, as are the anchors.
         latest: split ("train", "val", "train_online") to its last class statistics, on the CPU.
-        latest_layers: layer to the same.
         latest_weight: class vectors `[K, d]` of the last measurement, on the CPU.
         latest_bias: `[K]`, or None.
         measured_weights: "averaged" or "current".
@@ -125,20 +122,12 @@ class NeuralCollapseMonitor(Callback):
         head: str = "head",
         train_dataloader: DataLoader | None = None,  # type: ignore[type-arg]  # the command line's parser takes no generics here
         online: bool = False,
-        layers: Sequence[str | int] = (),
+        layers: Sequence[str] = (),
         snapshots: int = 0,
         before_training: bool = True,
         spectra: bool = True,
     ) -> None:
         super().__init__()
-        for name, holds, rule in (
-            ("every_n_epochs", every_n_epochs == "auto" or every_n_epochs >= 1, 'give 1 or more, or "auto"'),
-            ("splits", len(splits) > 0 and set(splits) <= {"train", "val"}, 'give "train", "val", or both'),
-            ("space", space in ("embedding", "backbone"), 'give "embedding" or "backbone"'),
-            ("snapshots", snapshots >= 0, "give 0 (none) or more per class"),
-        ):
-            if not holds:
-                raise UserError(f"NeuralCollapseMonitor: {name} is {locals()[name]!r}: {rule}")
         self.every_n_epochs = every_n_epochs
         self.splits = tuple(splits)
         self.space = space
@@ -149,11 +138,18 @@ class NeuralCollapseMonitor(Callback):
         self.snapshots = snapshots
         self.before_training = before_training
         self.spectra = spectra
+        for name, holds, rule in (
+            ("every_n_epochs", every_n_epochs == "auto" or every_n_epochs >= 1, 'give 1 or more, or "auto"'),
+            ("splits", len(splits) > 0 and set(splits) <= {"train", "val"}, 'give "train", "val", or both'),
+            ("space", space in ("embedding", "backbone"), 'give "embedding" or "backbone"'),
+            ("snapshots", snapshots >= 0, "give 0 (none) or more per class"),
+        ):
+            if not holds:
+                raise UserError(f"NeuralCollapseMonitor: {name} is {getattr(self, name)!r}: {rule}")
 
         self.epochs: list[float] = []
         self.history: dict[str, list[float]] = {}
         self.latest: dict[str, Moments] = {}
-        self.latest_layers: dict[str, dict[str, Moments]] = {str(layer): {} for layer in layers}
         self.latest_weight: Tensor | None = None
         self.latest_bias: Tensor | None = None
         self.measured_weights: Literal["averaged", "current"] = "current"
@@ -290,9 +286,8 @@ class NeuralCollapseMonitor(Callback):
         if self._online is not None:
             passed, self._online = self._online, None
             if passed.statistics:
-                self.measured_weights = "current"
+                self._remember_weights()
                 with plain_tensors():
-                    self._remember_weight()
                     self._finish(passed, "train_online")
         elif self._sweeps and self._is_due(trainer) and self._swept_at <= trainer.current_epoch:
             with averaged(trainer, pl_module):
@@ -371,30 +366,17 @@ class NeuralCollapseMonitor(Callback):
         if self._sweeps and self._is_due(trainer):
             self._centres = self._sweep(trainer, pl_module, trainer.current_epoch + _part_of_epoch(trainer))
         else:
-            self._say_which_weights(trainer)
-            with plain_tensors():
-                self._remember_weight()
+            self._remember_weights(trainer)
 
     def _sweep(self, trainer: Trainer, pl_module: LightningModule, epoch: float) -> Moments:
         """One pass over the training images; returns the statistics of the embedding, on the device."""
         self._swept_at = epoch
-        self._say_which_weights(trainer)
-        source = self._found()
-        loader = self._training_images(trainer)
+        source, passed = self._found(), self._new_pass(trainer, "train")
         limit = int(trainer.num_training_batches) if is_trial_run(trainer) else None
-        with plain_tensors(), undisturbed(trainer, pl_module), source.attached():
-            self._remember_weight()
-            passed = self._new_pass(trainer, "train")
-            kept = KeptEmbeddings(trainer.global_rank, trainer.world_size, self.snapshots)
-            for raw in islice(iter(loader), limit):
-                batch = to_device(trainer, pl_module, raw)
-                labels = class_indices(batch, "training")
-                with trainer.precision_plugin.forward_context():
-                    pl_module(batch[0])
-                    further = source.intermediates(batch[0])
-                caught = source.take(len(labels))
-                passed.add(caught.features | further, labels)
-                kept.add(caught, labels)
+        kept = KeptEmbeddings(trainer.global_rank, trainer.world_size, self.snapshots)
+        self._remember_weights(trainer)
+        trainer_sweep(trainer, pl_module, self._training_images(trainer), source, passed, kept.add, limit)
+        with plain_tensors():
             moments = self._finish(passed, "train")
             agrees = kept.agrees(moments)
             missing = float(_total(trainer, torch.tensor(float(agrees is None))))
@@ -433,8 +415,8 @@ class NeuralCollapseMonitor(Callback):
                 f"{self._group(name)}/{split}/{key}": value for key, value in zip(scalars, numbers, strict=True)
             }
             self._anchors[f"{split}/{name}"] = moments.means.to("cpu", torch.float32)
-            latest = self.latest if name == HEAD else self.latest_layers.setdefault(name, {})
-            latest[split] = Moments(*(part.cpu() if isinstance(part, Tensor) else part for part in moments))  # type: ignore[arg-type]
+            if name == HEAD:
+                self.latest[split] = moments.to("cpu")
         return computed[HEAD]
 
     def _group(self, name: str) -> str:
@@ -464,13 +446,12 @@ class NeuralCollapseMonitor(Callback):
             self.history.setdefault(name, [math.nan] * len(self.epochs))[-1] = value
         return values
 
-    def _remember_weight(self) -> None:
-        source = self._found()
-        self.latest_weight = source.weight.cpu().clone()
-        self.latest_bias = None if source.bias is None else source.bias.cpu().clone()
-
-    def _say_which_weights(self, trainer: Trainer) -> None:
-        averaging = callbacks_of(trainer, WeightAveraging)
+    def _remember_weights(self, trainer: Trainer | None = None) -> None:
+        """Keep the class vectors that are measured, the averaged ones where a trainer is given that averages."""
+        source, averaging = self._found(), [] if trainer is None else callbacks_of(trainer, WeightAveraging)
+        with plain_tensors():
+            self.latest_weight = source.weight.cpu().clone()
+            self.latest_bias = None if source.bias is None else source.bias.cpu().clone()
         self.measured_weights = "averaged" if averaging else "current"
         if averaging and "weights" not in self._told:
             self._told.add("weights")
@@ -514,7 +495,8 @@ class NeuralCollapseMonitor(Callback):
     @property
     def state_key(self) -> str:
         """Tells several monitors of one run apart."""
-        return self._generate_state_key(space=self.space, head=self.head, online=self.online)
+        options = {"space": self.space, "head": self.head, "online": self.online}
+        return f"{type(self).__qualname__}{options!r}"
 
     def state_dict(self) -> dict[str, Any]:
         """History and anchors, as plain data and tensors."""
@@ -530,9 +512,7 @@ class NeuralCollapseMonitor(Callback):
         self.epochs = list(state_dict["epochs"])
         self.history = {name: list(series) for name, series in state_dict["history"].items()}
         self._anchors = dict(state_dict["anchors"])
-        self._swept_at = state_dict.get(
-            "swept_at", max(self.epochs, default=-1.0)
-        )  # earlier versions measured all splits at once
+        self._swept_at = state_dict["swept_at"]
 
     def rank_state(self) -> dict[str, Any]:
         """The statistics of the training forwards of this epoch so far, of this process."""
@@ -563,8 +543,5 @@ def _write(trainer: Trainer, folder: str, epoch: int, **content: Any) -> None:
 
 def _part_of_epoch(trainer: Trainer) -> float:
     """How much of the current epoch has been trained, or of the last one at the end of training."""
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    batches = trainer.num_training_batches
-    if progress.is_last_batch or progress.current.ready >= batches:
-        return 1.0
-    return progress.current.ready / batches
+    done, batches = trainer.fit_loop.batch_idx + 1, trainer.num_training_batches
+    return 1.0 if trainer.is_last_batch or done >= batches else done / batches

@@ -1,15 +1,15 @@
 """Features of a model while it runs, and of all images of a split: caught, swept, and added up."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from difflib import get_close_matches
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -20,6 +20,7 @@ from etflight.heads import Head
 from etflight.metrics import ClassStatistics, Moments, measures
 from etflight.metrics.statistics import INTEGERS
 from etflight.utils.errors import UserError
+from etflight.utils.lightning_private import before_batch_transfer
 from etflight.utils.precision import at_least_float32
 from etflight.utils.torch_private import broadcast_buffers
 from etflight.utils.trainer import take_buffers_of_rank_zero
@@ -44,29 +45,26 @@ class EmbeddingSource:
     """Catches features by hooks that are there only between `attach` and `detach`.
 
     For an `etflight` head the embedding is what its `embed` returns within the forward itself; for any other module it is its first input.
+    A convolution of 1 x 1 counts as the linear layer that it is.
 
     Args:
-        model: that runs.
-        head: name of the submodule with the class vectors, `weight` `[K, d]` and perhaps `bias` `[K]`.
+        model: The model that runs.
+        head: Name of the submodule with the class vectors, `weight` `[K, d]` and perhaps `bias` `[K]`.
         space: "embedding", or "backbone" for the head's input.
-        layers: further submodules (of the model or of its `backbone`), or indices for timm's `forward_intermediates`.
+        layers: Names of further submodules, of the model or of its `backbone`.
 
     Raises:
-        UserError: a name that the model does not have, or a head without class vectors.
+        UserError: A name that the model does not have, or a head without class vectors.
     """
 
-    def __init__(self, model: nn.Module, head: str, space: Space, layers: Sequence[str | int]) -> None:
+    def __init__(self, model: nn.Module, head: str, space: Space = "embedding", layers: Sequence[str] = ()) -> None:
+        self.model = model
         self.head = find_submodule(model, head, "head")
         self.name = head
         self.space = space
-        self._modules = {name: find_submodule(model, name, "layers") for name in layers if isinstance(name, str)}
-        self._indices = [index for index in layers if isinstance(index, int)]
-        self._backbone: Any = getattr(model, "backbone", model)
-        if self._indices and not hasattr(self._backbone, "forward_intermediates"):
-            raise UserError(
-                f"layers {self._indices}: {type(self._backbone).__name__} has no forward_intermediates: name modules instead"
-            )
-        if not isinstance(getattr(self.head, "weight", None), Tensor) or self.head.weight.ndim != 2:
+        self._modules = {name: find_submodule(model, name, "layers") for name in layers}
+        weight = getattr(self.head, "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim < 2 or weight.numel() != weight.shape[0] * weight.shape[1]:
             raise UserError(f"head={head!r} is a {type(self.head).__name__} without class vectors weight [K, d]")
         self._handles: list[RemovableHandle] = []
         self._features: dict[str, Tensor] = {}
@@ -83,7 +81,7 @@ class EmbeddingSource:
     def weight(self) -> Tensor:
         """Class vectors `[K, d]`."""
         weight: Tensor = self.head.weight  # type: ignore[assignment]
-        return weight.detach()
+        return weight.detach().flatten(1)
 
     @property
     def bias(self) -> Tensor | None:
@@ -145,22 +143,13 @@ class EmbeddingSource:
                 raise UserError(f"{where} {what} in a forward of {batch_size} labels: name a module that sees [B, d]")
         return caught
 
-    def intermediates(self, images: Tensor) -> dict[str, Tensor]:
-        """Pooled features `[B, d]` of the layers given as indices: one more forward, if there are any."""
-        if not self._indices:
-            return {}
-        outputs = self._backbone.forward_intermediates(images, indices=self._indices, intermediates_only=True)
-        # timm answers in the order of depth
-        order = sorted(self._indices, key=lambda i: i % len(self._backbone.feature_info))
-        return {str(index): pool(output) for index, output in zip(order, outputs, strict=True)}
-
     def _forget(self) -> None:
         self._features = {}
         self._input = self._embedding = self._decision = None
 
     def _before_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = args[0] if args else next(iter(kwargs.values()))
-        self._input, self._embedding = first.detach(), None
+        self._input, self._embedding = _without_places(first.detach()), None
 
     def _after_head(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         features = self._input
@@ -169,8 +158,9 @@ class EmbeddingSource:
             features = self._embedding if self._embedding is not None else _embed_aside(module, self._input)
         if features is not None:
             self._features[HEAD] = features
-        if isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] == self.num_classes:
-            self._decision = output.detach().argmax(1)
+        logits = _without_places(output.detach()) if isinstance(output, Tensor) else None
+        if logits is not None and logits.ndim == 2 and logits.shape[1] == self.num_classes:
+            self._decision = logits.argmax(1)
 
     def _after_layer(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -185,6 +175,11 @@ class EmbeddingSource:
             return embedding
 
         return watched
+
+
+def _without_places(values: Tensor) -> Tensor:
+    """`[B, C, 1, 1]` as `[B, C]`, anything else as it is."""
+    return values.flatten(1) if values.shape[2:] == (1, 1) else values
 
 
 @torch.no_grad()
@@ -279,8 +274,9 @@ def plain_tensors() -> Iterator[None]:
 @contextmanager
 def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     """Evaluate within the block and leave no trace: modes, buffers, random numbers and the trainer's stage come back."""
-    stage = trainer.state.stage
-    trainer.state.stage = RunningStage.VALIDATING  # batch transforms of a data module ask whether it is training
+    was_training = trainer.training
+    if was_training:  # batch transforms of a data module ask
+        trainer.validating = True
     try:
         with (
             isolate_rng(include_cuda=trainer.strategy.root_device.type == "cuda"),
@@ -289,7 +285,8 @@ def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
         ):
             yield
     finally:
-        trainer.state.stage = stage
+        if was_training:
+            trainer.training = True
 
 
 @contextmanager
@@ -309,7 +306,7 @@ def _buffers_of_rank_zero(trainer: Trainer, pl_module: LightningModule) -> Itera
 def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
     """What Lightning's loops do with a batch, the data module's and the module's hooks included."""
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    batch = before_batch_transfer(pl_module, batch)
     batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
     return trainer.precision_plugin.convert_input(batch)
 
@@ -346,10 +343,14 @@ class PassStatistics:
         num_classes: K.
         device: where the features are.
         anchors: `[K, d]` of some of the features, by name: class means of an earlier pass, which keep the sums small.
+        scatter: Whether to collect what NC1 needs beyond the class means and variances.
     """
 
-    def __init__(self, num_classes: int, device: torch.device, anchors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, num_classes: int, device: torch.device, anchors: Mapping[str, Tensor] = {}, *, scatter: bool = True
+    ) -> None:
         self.num_classes = num_classes
+        self.scatter = scatter
         self.device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
         self.anchors = anchors
         self.statistics: dict[str, ClassStatistics] = {}
@@ -371,7 +372,7 @@ class PassStatistics:
                 self.statistics[name].merge_state(values)
 
     def _new(self, name: str, width: int) -> ClassStatistics:
-        statistics = ClassStatistics(self.num_classes, width).to(self.device)
+        statistics = ClassStatistics(self.num_classes, width, scatter=self.scatter).to(self.device)
         anchors = self.anchors.get(name)
         if anchors is not None and anchors.shape == (self.num_classes, width):
             statistics.set_anchors(anchors)
@@ -380,6 +381,52 @@ class PassStatistics:
     def compute(self) -> dict[str, Moments]:
         """Over all ranks, in the same order on each."""
         return {name: self.statistics[name].compute() for name in sorted(self.statistics)}
+
+
+Each = Callable[[Caught, Tensor], None]
+
+
+def sweep(
+    batches: Iterable[Any],
+    source: EmbeddingSource,
+    passed: PassStatistics,
+    each: Each | None = None,
+    forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """Run the source's model over batches, and add what its head and layers see to the statistics.
+
+    Args:
+        batches: `(inputs, labels, …)`, on the model's device and transformed.
+        source: Of a model in evaluation mode.
+        passed: What to add to.
+        each: Called with what each forward showed and the labels of its batch.
+        forward_context: In which the model runs, such as a trainer's precision.
+    """
+    with plain_tensors(), source.attached():
+        for batch in batches:
+            labels = class_indices(batch, "training")
+            with forward_context():
+                source.model(batch[0])
+            caught = source.take(len(labels))
+            passed.add(caught.features, labels)
+            if each is not None:
+                each(caught, labels)
+
+
+def trainer_sweep(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    loader: Iterable[Any],
+    source: EmbeddingSource,
+    passed: PassStatistics,
+    each: Each | None = None,
+    limit: int | None = None,
+) -> None:
+    """`sweep` over `limit` batches, with a trainer's device, precision and batch transforms; leaves no trace in trainer and model."""
+    with plain_tensors(), undisturbed(trainer, pl_module):
+        # the loader's iterator draws a random number, so it is made here
+        batches = (to_device(trainer, pl_module, raw) for raw in islice(loader, limit))
+        sweep(batches, source, passed, each, trainer.precision_plugin.forward_context)
 
 
 class KeptEmbeddings:

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from etflight.callbacks.features import frozen_modes
+from etflight.callbacks.features import HEAD, EmbeddingSource, PassStatistics, frozen_modes, trainer_sweep
 from etflight.classifier import Classifier
 from etflight.heads import Head, LinearHead, ScaledLinearHead
-from etflight.metrics import ClassStatistics
 from etflight.utils.errors import UserError
 from etflight.utils.precision import at_least_float32
 from etflight.utils.trainer import data_module
@@ -148,32 +147,11 @@ class NearestClassMean(PostHoc):
             raise UserError(
                 f"NearestClassMean: {differ}: give the data options of its training (--data.imbalance_ratio and the like)"
             )
-        means = class_means(trainer, model, data)
+        passed = PassStatistics(model.head.num_classes, model.device, scatter=False)
+        source = EmbeddingSource(model, "head")
+        trainer_sweep(trainer, model, data.eval_dataloader("train"), source, passed)
+        means = passed.compute()[HEAD].means.to(model.device)
         return _Replacement(model.head, F.normalize(means, dim=1), cosine=True)
-
-
-@torch.no_grad()
-def class_means(trainer: Trainer, model: Classifier, data: Any) -> Tensor:
-    """Mean embeddings of the training images, each image once over all processes; a collective call.
-
-    Args:
-        trainer: whose precision and processes are used.
-        model: in evaluation mode.
-        data: a data module with `eval_dataloader("train")` and `eval_transform`.
-
-    Returns:
-        `[K, d']` float64, NaN for a class without images.
-    """
-    K, d = model.head.weight.shape
-    device, precision = model.device, trainer.precision_plugin
-    # MPS has no float64
-    statistics = ClassStatistics(K, d, scatter=False).to("cpu" if device.type == "mps" else device)
-    for images, labels in data.eval_dataloader("train"):
-        images, labels = data.eval_transform((images.to(device), labels.to(device)))
-        with precision.forward_context():
-            embedding = model.embed(precision.convert_input(images))
-        statistics.update(embedding.to(statistics.device), labels.to(statistics.device))
-    return statistics.compute().means.to(device)
 
 
 class _Replacement(Head):

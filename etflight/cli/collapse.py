@@ -3,7 +3,8 @@
 import math
 import pickle
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,17 +17,18 @@ from rich.progress import track
 from rich.table import Table
 from safetensors import SafetensorError
 from timm.data.config import resolve_data_config
-from torch import Tensor, nn
+from torch import Tensor
 
 from etflight import plotting
 from etflight.backbones import resnet_cifar
+from etflight.callbacks.features import HEAD, Caught, EmbeddingSource, PassStatistics, sweep
 from etflight.classifier import Classifier
-from etflight.cli.checkpoint_option import add_imports, brief, import_modules, load_classifier, prepare_as_trained
+from etflight.cli.checkpoint_option import add_imports, brief, import_modules, prepare_as_trained
 from etflight.cli.data_option import data_parser, parse_over_run
 from etflight.cli.parser import OneLineParser
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
-from etflight.metrics import ClassStatistics, Moments, measures
+from etflight.metrics import Moments, measures
 from etflight.runs.folder import last_checkpoint, run_of
 from etflight.utils.checkpoints import read_weights
 from etflight.utils.errors import UserError, warn
@@ -70,20 +72,16 @@ class Model(NamedTuple):
     """What is measured.
 
     Attributes:
-        name: for people.
-        module: the network.
-        look: images `[B, C, H, W]` to embeddings `[B, d]` and logits `[B, K]`.
-        weight: class vectors `[K, d]`.
-        bias: `[K]`, or None.
-        class_names: those it was trained on, or None.
+        name: For people.
+        source: The network, and where its embeddings and class vectors are.
+        class_names: Those it was trained on, or None.
+        forward_context: In which the network runs.
     """
 
     name: str
-    module: nn.Module
-    look: Callable[[Tensor], tuple[Tensor, Tensor]]
-    weight: Tensor
-    bias: Tensor | None
+    source: EmbeddingSource
     class_names: list[str] | None
+    forward_context: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def main(argv: Sequence[str]) -> None:
@@ -106,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
     checkpoint = config.ckpt_path
     if config.run is not None:
         checkpoint = str(last_checkpoint(Path(config.run)) if Path(config.run).is_dir() else config.run)
-    classifier = None if checkpoint is None else load_classifier(checkpoint)
+    classifier = None if checkpoint is None else Classifier.load_from_checkpoint(checkpoint)
     if classifier is not None:
         prepare_as_trained(config.data, classifier.preprocessing)
     data: ImageDataModule = parser.instantiate(config).data
@@ -115,7 +113,7 @@ def main(argv: Sequence[str]) -> None:
     output = Path(config.output or _default_output(config.timm, checkpoint))
     out = console()
 
-    model.module.eval().requires_grad_(False).to(device)
+    model.source.model.eval().requires_grad_(False).to(device)
     results: dict[str, dict[str, float]] = {}
     figures: dict[str, Figure] = {}
     centres: Moments | None = None
@@ -123,7 +121,7 @@ def main(argv: Sequence[str]) -> None:
         moments, results[split] = measure(model, data, split, device, centres, quiet=not out.is_terminal)
         centres = centres or moments
         names = model.class_names or data.class_names
-        portrait = plotting.portrait(moments, model.weight.cpu(), counts=data.class_counts, class_names=names)
+        portrait = plotting.portrait(moments, model.source.weight.cpu(), counts=data.class_counts, class_names=names)
         figures |= {f"{split}_{name}": figure for name, figure in portrait.items()}
 
     write_json(output / "collapse.json", _record(model, data, results))
@@ -133,7 +131,6 @@ def main(argv: Sequence[str]) -> None:
     out.print(f"{output}: collapse.json and {len(figures)} figures", style="dim", highlight=False, soft_wrap=True)
 
 
-@torch.no_grad()
 def measure(
     model: Model,
     data: ImageDataModule,
@@ -146,85 +143,81 @@ def measure(
     """One pass over a split, each image once and not augmented.
 
     Args:
-        model: in evaluation mode, on the device.
-        data: its images.
-        split: which of them.
-        device: of the model; statistics are kept there.
-        centres: class statistics whose means `nc4` takes as the nearest centres; without them it is left out.
-        quiet: whether to show no progress bar.
+        model: In evaluation mode, on the device.
+        data: Its images.
+        split: Which of them.
+        device: Of the model.
+        centres: Class statistics whose means `nc4` takes as the nearest centres; without them it is left out.
+        quiet: Whether to show no progress bar.
 
     Returns:
         The class statistics, on the CPU, and the scalars of `measures.summary` with `acc` and perhaps `nc4`.
     """
-    K, d = model.weight.shape
-    statistics = ClassStatistics(K, d).to(device)
-    centres = None if centres is None else _to(centres, device)
-    loader = data.eval_dataloader(split)
-    hits = torch.zeros(3, dtype=torch.float64, device=device)  # right, agreeing with the nearest centre, all
-    for batch in track(loader, description=f"measuring {split}", disable=quiet, transient=True):
-        images, labels = data.eval_transform((batch[0].to(device), batch[1].to(device)))
-        features, logits = model.look(images)
-        decision = logits.argmax(1)
-        statistics.update(features, labels)
-        nearest = decision if centres is None else measures.nearest_centre(features, centres)
-        hits += torch.stack([(decision == labels).sum(), (decision == nearest).sum(), (labels >= 0).sum()])
-    moments = statistics.compute()
-    bias = None if model.bias is None else model.bias.to(device)
-    scalars = measures.summary(moments, model.weight.to(device), bias)
+    source = model.source
+    passed = PassStatistics(source.num_classes, device)
+    centres = None if centres is None else centres.to(passed.device)
+    hits = torch.zeros(3, dtype=torch.float64, device=passed.device)  # right, agreeing with the nearest centre, all
+
+    def count(caught: Caught, labels: Tensor) -> None:
+        if caught.decision is None:
+            raise UserError(f"{model.name} does not give one logit per class and image, so there is nothing to measure")
+        decision = caught.decision.to(hits.device)
+        nearest = decision if centres is None else measures.nearest_centre(caught.features[HEAD], centres)
+        hits.add_(torch.stack([(decision == labels).sum(), (decision == nearest).sum(), (labels >= 0).sum()]))
+
+    loader = track(data.eval_dataloader(split), description=f"measuring {split}", disable=quiet, transient=True)
+    batches = (data.eval_transform((images.to(device), labels.to(device))) for images, labels in loader)
+    sweep(batches, source, passed, count, model.forward_context)
+    moments = passed.compute()[HEAD]
+    scalars = measures.summary(moments, source.weight, source.bias)
     right, agreeing, total = hits.tolist()
     values = {"acc": right / total, **{name: float(value) for name, value in scalars.items()}}
     if centres is not None:
         values["nc4"] = agreeing / total
-    return _to(moments, torch.device("cpu")), values
-
-
-def _to(moments: Moments, device: torch.device) -> Moments:
-    return Moments(*(part.to(device) if isinstance(part, Tensor) else part for part in moments))  # type: ignore[arg-type]
+    return moments.to("cpu"), values
 
 
 # Models -----------------------------------------------------------------------------------------------------------
 
 
 def _from_checkpoint(path: str, classifier: Classifier, data: ImageDataModule) -> Model:
-    head = classifier.head
-    refuse_other_shape(f"checkpoint {path}", head.num_classes, classifier.hparams["in_chans"], data)
+    refuse_other_shape(f"checkpoint {path}", classifier.head.num_classes, classifier.hparams["in_chans"], data)
     for line in classifier.differences(data, images=True):
         warn(line)
 
-    def look(images: Tensor) -> tuple[Tensor, Tensor]:
-        features = classifier.features(images)
-        return head.embed(features), head(features)
-
-    return Model(f"checkpoint {path}", classifier, look, head.weight.detach(), head.bias, classifier.class_names)
+    return Model(f"checkpoint {path}", EmbeddingSource(classifier, "head"), classifier.class_names)
 
 
 def _from_timm(config: Namespace, data: ImageDataModule) -> Model:
     network = _create(config.timm, config.weights, data)
     name = f"timm model {config.timm}" + (f" with {config.weights}" if config.weights else "")
-    layer: Any = network.get_classifier()
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor) or weight.numel() != weight.shape[0] * weight.shape[1]:
-        raise UserError(f"{name} has no linear classifier to measure (its get_classifier() is {type(layer).__name__})")
-    weight = weight.detach().flatten(1)
-    refuse_other_shape(name, len(weight), data.num_channels, data, _OWN_WEIGHTS)
+    layer = _classifier_name(network)
+    try:
+        source = EmbeddingSource(network, layer)
+    except UserError as error:
+        raise UserError(
+            f"{name} has no linear classifier to measure (its get_classifier() is {type(network.get_classifier()).__name__})"
+        ) from error
+    refuse_other_shape(name, source.num_classes, data.num_channels, data, _OWN_WEIGHTS)
     _adopt_normalisation(network, data)
-    seen: list[Tensor] = []
-    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(1)))
 
-    def look(images: Tensor) -> tuple[Tensor, Tensor]:
-        seen.clear()
+    @contextmanager
+    def telling_the_size() -> Iterator[None]:
         try:
-            logits = network(images)
+            yield
         except (RuntimeError, AssertionError, ValueError) as error:
             raise UserError(
-                f"{name} does not take images {list(images.shape[1:])} ({brief(error)}): "
+                f"{name} does not take images of {data} ({brief(error)}): "
                 "give data of the size it was made for (--data.image_size N for FolderImages)"
             ) from error
-        if len(seen) != 1 or seen[0].shape != (len(images), weight.shape[1]):
-            raise UserError(f"{name}: its classifier does not see one vector per image, so there is nothing to measure")
-        return seen[0], logits.flatten(1)
 
-    return Model(name, network, look, weight, getattr(layer, "bias", None), None)
+    return Model(name, source, None, telling_the_size)
+
+
+def _classifier_name(network: Any) -> str:
+    """The name of what timm calls the classifier of a model; empty where it is not one module."""
+    layer = network.get_classifier()
+    return next((name for name, module in network.named_modules() if module is layer), "")
 
 
 def _create(name: str, weights: str | None, data: ImageDataModule) -> Any:
@@ -263,9 +256,7 @@ def _classes_in(state: dict[str, Tensor], name: str) -> int | None:
         small: Any = timm.create_model(name, pretrained=False)
     except _UNREADABLE:
         return None
-    layer = small.get_classifier()
-    found = next((key for key, module in small.named_modules() if module is layer), None)
-    weight = state.get(f"{found}.weight")
+    weight = state.get(f"{_classifier_name(small)}.weight")
     return None if weight is None else len(weight)
 
 

@@ -32,6 +32,11 @@ class Moments(NamedTuple):
     within: Tensor | None
     class_weighted: bool
 
+    def to(self, device: torch.device | str) -> "Moments":
+        """The same on another device."""
+        counts, means, variances = (part.to(device) for part in self[:3])
+        return Moments(counts, means, variances, None if self.within is None else self.within.to(device), self[4])
+
 
 class ClassStatistics(ExactMetric):
     r"""Counts, means, variances and within-class scatter of labelled features, in one pass and without cancellation.

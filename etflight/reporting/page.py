@@ -100,17 +100,13 @@ def _section(section: Section, remarks: list[str]) -> dict[str, Any]:
     return {
         "title": plain(section.title),
         "header": tables.HEADER,
-        "rows": _plain(tables.rows(section)),
-        "published": {"header": tables.PUBLISHED_HEADER, "rows": _plain(tables.published(section))},
+        "rows": tables.rows(section),
+        "published": {"header": tables.PUBLISHED_HEADER, "rows": tables.published(section)},
         "arms": [plain(group.arm) for group in section.groups],
         "notes": tables.notes(section),
         "runs": runs,
         "differences": _differences(configurations),
     }
-
-
-def _plain(rows: list[list[str]]) -> list[list[str]]:
-    return [[plain(cell) for cell in row] for row in rows]
 
 
 def _run(result: Result, configurations: dict[str, Mapping[str, Any]], remarks: list[str]) -> dict[str, Any]:

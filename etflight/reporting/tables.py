@@ -62,7 +62,7 @@ CAPTION = (
 
 def rows(section: Section) -> list[list[str]]:
     """A cell per column of `HEADER`, a row per arm; plain text."""
-    return [_row(group) for group in section.groups]
+    return [[plain(cell) for cell in _row(group)] for group in section.groups]
 
 
 def published(section: Section) -> list[list[str]]:
@@ -145,7 +145,7 @@ def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> Table:
     for i, title in enumerate(header):
         table.add_column(title, justify="left" if i < 2 or title == PUBLISHED_HEADER[-1] else "right", overflow="fold")
     for row in body:
-        table.add_row(*(Text(plain(cell).replace("± ", "±")) for cell in row))
+        table.add_row(*(Text(cell.replace("± ", "±")) for cell in row))
     return table
 
 

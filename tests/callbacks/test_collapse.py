@@ -5,80 +5,19 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from etflight import Classifier, CrossEntropyLoss, ETFHead, LinearHead
 from etflight.callbacks import CollapseFigures, LastCheckpoint, NeuralCollapseMonitor, collapse, features
-from etflight.callbacks.features import PassStatistics, every_sample_once
+from etflight.callbacks.features import every_sample_once
 from etflight.data import Digits
 from etflight.heads import Head
-from etflight.metrics import ClassStatistics, measures
 from etflight.runs.loggers import MetricsCSV, run_folder
 from etflight.utils.errors import UserError
-
-K = 4
-
-
-class Plain(LightningModule):
-    """Somebody else's module: knows nothing of etflight."""
-
-    def __init__(self, dropout=0.0):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(dropout))
-        self.fc = nn.Linear(5, K)
-        self.forwards = 0
-
-    def forward(self, x):
-        self.forwards += 1
-        return self.fc(self.body(x))
-
-    def training_step(self, batch, batch_idx):
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val/loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
-
-
-def points(n, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(n) % K
-    return TensorDataset(torch.randn(n, 6, generator=generator) + labels[:, None], labels)
-
-
-TRAIN, VAL = points(43), points(21, seed=1)
-
-
-def trainer(tmp_path, *callbacks, epochs=2, **kwargs):
-    defaults = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return Trainer(max_epochs=epochs, callbacks=list(callbacks), default_root_dir=tmp_path, **{**defaults, **kwargs})
-
-
-def plain_monitor(**kwargs):
-    return NeuralCollapseMonitor(head="fc", train_dataloader=DataLoader(TRAIN, batch_size=8, shuffle=True), **kwargs)
-
-
-def fit(tmp_path, *callbacks, model=None, val=True, ckpt_path=None, **kwargs):
-    torch.manual_seed(0)
-    model = Plain() if model is None else model
-    runs = trainer(tmp_path, *callbacks, **kwargs)
-    loaders = (DataLoader(TRAIN, batch_size=8), DataLoader(VAL, batch_size=8) if val else None)
-    runs.fit(model, *loaders, ckpt_path=ckpt_path, weights_only=True)
-    return model, runs
+from tests.callbacks.plain import TRAIN, VAL, K, Plain, fit, plain_monitor, trainer
 
 
 def classifier(**kwargs):
@@ -118,12 +57,22 @@ def plain_values(model, data, centres=None):
     x, y = data.tensors
     with torch.no_grad():
         h = model.body(x)
-        logits = model.fc(h)
-    values, mu = from_scratch(h, y, model.fc.weight.detach())
-    mu = mu if centres is None else centres
-    nearest = ((h.double().numpy()[:, None] - mu) ** 2).sum(2).argmin(1)
-    values["nc4"] = (nearest == logits.argmax(1).numpy()).mean()
-    return values, mu
+        decision = model.fc(h).argmax(1)
+    return measured(h, y, decision, model.fc.weight.detach(), centres)
+
+
+def measured(h, y, decision, weight, centres=None):
+    """The values from scratch with `nc4`, and the class means."""
+    values, mu = from_scratch(h, y, weight)
+    nearest = ((h.double().numpy()[:, None] - (mu if centres is None else centres)) ** 2).sum(2).argmin(1)
+    return {**values, "nc4": (nearest == decision.numpy()).mean()}, mu
+
+
+@torch.no_grad()
+def seen(data, split, *functions):
+    """What functions of the images give over a split, and the labels."""
+    batches = [data.eval_transform(batch) for batch in data.eval_dataloader(split)]
+    return *(torch.cat([f(x) for x, _ in batches]) for f in functions), torch.cat([y for _, y in batches])
 
 
 # --- the numbers -------------------------------------------------------------------------------------------------------
@@ -141,18 +90,11 @@ def test_monitored_numbers_are_those_of_the_saved_checkpoint_computed_from_scrat
     model.load_state_dict(state["state_dict"])
     model.eval()
     fresh = digits(imbalance_ratio=4)
-    passes = {}
+    centres = None
     for split in ("train", "val"):
-        batches = [fresh.eval_transform(batch) for batch in fresh.eval_dataloader(split)]
-        with torch.no_grad():
-            h = torch.cat([model.embed(x) for x, _ in batches])
-            decision = torch.cat([model(x) for x, _ in batches]).argmax(1).numpy()
-        passes[split] = h, torch.cat([y for _, y in batches]), decision
-    centres = from_scratch(*passes["train"][:2])[1]
-    for split, (h, y, decision) in passes.items():
-        values, _ = from_scratch(h, y, model.head.weight)
-        nearest = ((h.double().numpy()[:, None] - centres) ** 2).sum(2).argmin(1)
-        values["nc4"] = (nearest == decision).mean()
+        h, logits, y = seen(fresh, split, model.embed, model)
+        values, mu = measured(h, y, logits.argmax(1), model.head.weight, centres)
+        centres = mu if centres is None else centres
         assert_equal_values(watch.history, f"nc/{split}", values)
         assert runs.callback_metrics[f"nc/{split}/nc1"].item() == pytest.approx(values["nc1"], rel=1e-6)
         assert watch.latest[split].counts.sum() == len(y)
@@ -181,50 +123,26 @@ def test_three_lines_in_somebody_elses_module(tmp_path, val):
     assert torch.equal(watch.latest_bias, model.fc.bias.detach())
 
 
-def test_a_plain_pytorch_loop_uses_the_statistics_directly():
-    model = Plain().eval()
-    statistics = ClassStatistics(num_classes=K, feature_dim=5)
-    with torch.no_grad():
-        for x, y in DataLoader(TRAIN, batch_size=8):
-            statistics.update(model.body(x), y)
-    values = measures.summary(statistics.compute(), model.fc.weight, model.fc.bias)
-    expected, _ = plain_values(model, TRAIN)
-    assert all(float(values[name]) == pytest.approx(expected[name], rel=1e-6) for name in ("nc1", "alignment", "nc3"))
-
-
-def test_raw_features_have_their_own_keys_and_no_class_vectors_of_an_etf_head(tmp_path):
-    raw, embedding = NeuralCollapseMonitor(space="backbone", snapshots=1), NeuralCollapseMonitor(snapshots=1)
+def test_raw_features_and_layers_have_their_own_keys_and_no_class_vectors(tmp_path):
+    raw = NeuralCollapseMonitor(space="backbone", snapshots=1)
+    embedding = NeuralCollapseMonitor(snapshots=1, layers=("layer2", "backbone.layer3"))
     data, model = digits(), classifier()
     trainer(tmp_path, raw, embedding, epochs=1).fit(model, datamodule=data)
     model.eval()
-    with torch.no_grad():
-        batches = [data.eval_transform(batch) for batch in data.eval_dataloader("train")]
-        features = torch.cat([model.features(x) for x, _ in batches])
-    values, _ = from_scratch(features, torch.cat([y for _, y in batches]))
-    assert_equal_values(raw.history, "nc_raw/train", values)
-    assert "nc_raw/train/alignment" not in raw.history
+    features, deep, y = seen(
+        data,
+        "train",
+        model.features,
+        lambda x: model.backbone.forward_intermediates(x, indices=[2], intermediates_only=True)[0].mean((2, 3)),
+    )
+    assert_equal_values(raw.history, "nc_raw/train", from_scratch(features, y)[0])
+    assert_equal_values(embedding.history, "nc_layer2/train", from_scratch(deep, y)[0], rel=1e-4)
+    assert {"nc_backbone.layer3/val/cdnv", "nc_layer2/val/cdnv", "nc/val/alignment"} <= set(embedding.history)
+    assert not {"nc_raw/train/alignment", "nc_layer2/train/alignment"} & {*raw.history, *embedding.history}
     assert 0 <= raw.history["nc_raw/val/nc4"][-1] <= 1
-    assert embedding.history["nc/train/nc1"] != raw.history["nc_raw/train/nc1"]
-    assert raw.state_key != embedding.state_key
+    assert raw.state_key == "NeuralCollapseMonitor{'space': 'backbone', 'head': 'head', 'online': False}"
     one, other = (np.load(tmp_path / name / "epoch_001.npz")["embeddings"] for name in ("snapshots_raw", "snapshots"))
     assert not np.array_equal(one, other)
-
-
-def test_layers_are_measured_by_name_and_by_index(tmp_path):
-    watch = NeuralCollapseMonitor(layers=("layer2", "backbone.layer3", 3))
-    data, model = digits(), classifier()
-    trainer(tmp_path, watch, epochs=1).fit(model, datamodule=data)
-    model.eval()
-    with torch.no_grad():
-        batches = [data.eval_transform(batch) for batch in data.eval_dataloader("train")]
-        deep = [model.backbone.forward_intermediates(x, indices=[2], intermediates_only=True)[0] for x, _ in batches]
-    values, _ = from_scratch(torch.cat(deep).mean((2, 3)), torch.cat([y for _, y in batches]))
-    assert_equal_values(watch.history, "nc_layer2/train", values, rel=1e-4)
-    named, indexed = (watch.history[f"nc_{layer}/train/nc1"][-1] for layer in ("backbone.layer3", "3"))
-    assert named == pytest.approx(indexed, rel=1e-6)
-    assert "nc_layer2/val/cdnv" in watch.history
-    assert "nc_layer2/train/alignment" not in watch.history
-    assert watch.latest_layers["layer2"]["train"].means.shape == (10, 32)
 
 
 def test_missing_classes_are_counted_and_what_is_undefined_is_nan(tmp_path):
@@ -267,38 +185,25 @@ def test_a_head_that_does_not_call_embed_is_measured_and_its_batch_norm_left_alo
 # --- when --------------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_measured_while_sanity_checking(tmp_path):
-    watch = plain_monitor(before_training=False)
-
-    class Look(Callback):
-        def on_sanity_check_end(self, trainer, pl_module):
-            assert watch.history == {}
-            self.looked = True
-
-    look = Look()
-    fit(tmp_path, watch, look, num_sanity_val_steps=2)
-    assert look.looked
-    assert watch.epochs == [1, 2]
-
-
 def test_the_untrained_model_is_measured_before_the_first_step_unless_told_not_to(tmp_path):
     class Look(Callback):
+        def on_sanity_check_end(self, trainer, pl_module):
+            self.checked = dict(trainer.callback_metrics)
+
         def on_train_epoch_start(self, trainer, pl_module):
             if trainer.current_epoch == 0:
                 self.metrics = dict(trainer.callback_metrics)
 
     watch, look = plain_monitor(), Look()
-    fit(tmp_path, watch, look)
+    fit(tmp_path, watch, look, num_sanity_val_steps=2)
     torch.manual_seed(0)
-    assert_equal_values({"nc/train/nc1": watch.history["nc/train/nc1"][:1]}, "nc/train", nc1_of(Plain()))
-    assert look.metrics["nc/train/nc1"].item() == pytest.approx(watch.history["nc/train/nc1"][0], rel=1e-6)
+    untrained = plain_values(Plain(), TRAIN)[0]["nc1"]
+    assert watch.history["nc/train/nc1"][0] == pytest.approx(untrained, rel=1e-6)
+    assert look.metrics["nc/train/nc1"].item() == pytest.approx(untrained, rel=1e-6)
+    assert "nc/val/nc1" not in look.checked
     fit(tmp_path, watch := plain_monitor(before_training=False), look)
-    assert look.metrics == {}
+    assert not any(name.startswith("nc") for name in look.metrics)
     assert watch.epochs == [1, 2]
-
-
-def nc1_of(model):
-    return {"nc1": plain_values(model, TRAIN)[0]["nc1"]}
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
@@ -333,25 +238,12 @@ def test_a_trial_run_of_one_batch_sweeps_one_batch_and_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_every_n_epochs_and_always_the_last(tmp_path):
-    watch = plain_monitor(every_n_epochs=2)
-    fit(tmp_path, watch, epochs=5)
-    assert watch.epochs == [0, 2, 4, 5]
-    assert {len(series) for series in watch.history.values()} == {4}
-
-
 def test_epochs_without_validation_are_measured_at_their_end(tmp_path):
     watch = plain_monitor()
     fit(tmp_path, watch, epochs=4, check_val_every_n_epoch=2)
     assert watch.epochs == [0, 1, 2, 3, 4]
     measured = [not math.isnan(value) for value in watch.history["nc/val/nc1"]]
     assert measured == [False, False, True, False, True]
-
-
-def test_validation_within_an_epoch_is_measured_too(tmp_path):
-    watch = plain_monitor()
-    fit(tmp_path, watch, epochs=1, val_check_interval=3)
-    assert watch.epochs == [0, 0.5, 1]
 
 
 class StopAfter(Callback):
@@ -370,23 +262,20 @@ class StopAfter(Callback):
 @pytest.mark.parametrize(
     ("options", "measured"),
     [
-        ({"max_steps": 9}, [0, 1, 1.5]),
         ({"max_steps": 9, "val": False}, [0, 1, 1.5]),
         ({"max_steps": 9, "val_check_interval": 2}, [0, 1 / 3, 2 / 3, 1, 4 / 3, 1.5]),
-        ({"max_steps": 12}, [0, 1, 2]),
+        ({"epochs": 5, "every": 2}, [0, 2, 4, 5]),
         ({"stop": 18, "every": 2}, [0, 2, 3]),
-        ({"stop": 18, "every": 2, "val": False}, [0, 2, 3]),
-        ({"stop": 18, "every": 3}, [0, 3]),
-        ({"stop": 9, "every": 5}, [0, 1.5]),
-        ({"stop": 10, "every": 1, "val_check_interval": 4}, [0, 4 / 6, 1 + 4 / 6]),
+        ({"stop": 18, "every": 3, "val": False}, [0, 3]),
+        ({"stop": 10, "val_check_interval": 4}, [0, 4 / 6, 1 + 4 / 6]),
     ],
 )
 def test_the_final_weights_are_measured_wherever_training_ends_and_the_checkpoint_knows(tmp_path, options, measured):
-    options = dict(options)
+    options = {"epochs": 9, **options}
     watch = plain_monitor(every_n_epochs=options.pop("every", 1))
     stop = [StopAfter(options.pop("stop"))] if "stop" in options else []
     rows = MetricsCSV(tmp_path)
-    model, runs = fit(tmp_path, LastCheckpoint(), watch, *stop, epochs=9, logger=rows, **options)
+    model, runs = fit(tmp_path, LastCheckpoint(), watch, *stop, logger=rows, **options)
     assert watch.epochs == pytest.approx(measured)
     assert_equal_values(watch.history, "nc/train", plain_values(model, TRAIN)[0])
     state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
@@ -400,14 +289,11 @@ def test_the_final_weights_are_measured_wherever_training_ends_and_the_checkpoin
     assert int(final["step"]) == runs.global_step - 1
 
 
-@pytest.mark.parametrize("averaging", [True, False])
-def test_figures_before_the_monitor_show_the_final_weights_too(tmp_path, averaging):
-    ema = [EMAWeightAveraging(decay=0.8)] if averaging else []
-    watch = plain_monitor(every_n_epochs=5)
-    figures = CollapseFigures(every_n_epochs=9)
-    fit(tmp_path, figures, *ema, watch, epochs=2, max_steps=9)
+def test_figures_before_the_monitor_show_the_final_averaged_weights_too(tmp_path):
+    watch, figures = plain_monitor(every_n_epochs=5), CollapseFigures(every_n_epochs=9)
+    fit(tmp_path, figures, EMAWeightAveraging(decay=0.8), watch, epochs=2, max_steps=9)
     assert watch.epochs == [0, 1.5]
-    assert figures._drawn == {"nc": 1.5}
+    assert (tmp_path / "figures" / "nc_curves.png").is_file()
 
 
 def test_auto_measures_large_sets_seldom_their_validation_images_always_and_says_so(tmp_path, monkeypatch, caplog):
@@ -448,7 +334,7 @@ def test_the_sweep_sees_all_training_images_whatever_training_is_limited_to(tmp_
     assert watch.latest["val"].counts.sum() == 8
 
 
-def test_splits_choose(tmp_path):
+def test_splits_choose_and_validation_costs_no_extra_forward(tmp_path):
     only_val, only_train = plain_monitor(splits=["val"]), plain_monitor(splits=["train"])
     model, _ = fit(tmp_path, only_val)
     assert {name.split("/")[1] for name in only_val.history} == {"val"}
@@ -456,13 +342,9 @@ def test_splits_choose(tmp_path):
     assert "nc/val/alignment" in only_val.history
     steps = 2 * (6 + 3) + 2  # training, validation, and one sanity check of two batches
     assert model.forwards == steps
-    fit(tmp_path, only_train)
+    model, _ = fit(tmp_path, only_train)
     assert {name.split("/")[1] for name in only_train.history} == {"train"}
-
-
-def test_validation_costs_no_extra_forward(tmp_path):
-    model, _ = fit(tmp_path, plain_monitor(before_training=False), epochs=1, num_sanity_val_steps=0)
-    assert model.forwards == 6 + 3 + 6
+    assert model.forwards == steps + 3 * 6  # a sweep before training and in each epoch
 
 
 # --- leaves no trace ---------------------------------------------------------------------------------------------------
@@ -498,13 +380,6 @@ def test_each_submodules_own_mode_comes_back(tmp_path):
     assert [i for i, training in enumerate(model.modes) if not training] == [frozen]
 
 
-def test_no_hook_stays(tmp_path):
-    model = classifier()
-    trainer(tmp_path, NeuralCollapseMonitor(online=True, layers=("layer1",)), epochs=1).fit(model, datamodule=digits())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert "embed" not in model.head.__dict__
-
-
 # --- online ------------------------------------------------------------------------------------------------------------
 
 
@@ -534,9 +409,11 @@ def test_online_embeds_within_the_forward_of_our_heads(tmp_path):
         # small steps: large ones amplify a rounding to whole digits
         model = classifier(head=ETFHead, optimizer=partial(torch.optim.SGD, lr=1e-3))
         trainer(tmp_path, *callbacks, epochs=1).fit(model, datamodule=digits())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), "no hook stays"
+        assert "embed" not in model.head.__dict__
         return model.state_dict()
 
-    watch = NeuralCollapseMonitor(online=True)
+    watch = NeuralCollapseMonitor(online=True, layers=("layer1",))
     with_monitor, without = run(watch), run()
     # to rounding: a head that is watched gives the logits of all classes, where the loss needs only the targets'
     for name, value in without.items():
@@ -555,8 +432,7 @@ def test_mixup_leaves_the_sweep_its_labels_and_online_nothing(tmp_path):
 # --- averaged weights, checkpoints -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("monitor_first", [True, False])
-@pytest.mark.parametrize("val", [True, False])
+@pytest.mark.parametrize(("monitor_first", "val"), [(True, True), (False, False)])
 def test_averaged_weights_are_measured_wherever_their_callback_stands(tmp_path, monitor_first, val):
     watch, ema = plain_monitor(), EMAWeightAveraging(decay=0.8)
     order = (watch, ema) if monitor_first else (ema, watch)
@@ -585,64 +461,44 @@ def test_a_resumed_run_continues_the_history(tmp_path):
         assert series == pytest.approx(second.history[name], rel=1e-12, abs=1e-15, nan_ok=True), name
 
 
-@pytest.mark.parametrize("val", [True, False])
-def test_a_second_fit_starts_a_new_history(tmp_path, val):
+def test_a_second_fit_starts_a_new_history(tmp_path):
     watch = plain_monitor()
-    fit(tmp_path, watch, epochs=3, val=val)
-    fit(tmp_path, watch, epochs=1, val=val)
+    fit(tmp_path, watch, epochs=3)
+    fit(tmp_path, watch, epochs=1)
     assert watch.epochs == [0, 1]
     assert {len(series) for series in watch.history.values()} == {2}
-
-
-def test_anchors_of_the_last_epoch_serve_the_next(tmp_path):
-    watch = plain_monitor()
-    fit(tmp_path, watch)
-    state = watch.state_dict()
-    assert torch.equal(state["anchors"]["train/"], watch.latest["train"].means.float())
-    passed = watch_pass(watch)
-    assert torch.equal(passed.anchor[:K], state["anchors"]["train/"])
-
-
-def watch_pass(watch):
-    passed = PassStatistics(K, torch.device("cpu"), {"": watch.state_dict()["anchors"]["train/"]})
-    passed.add({"": torch.zeros(1, 5)}, torch.tensor([0]))
-    return passed.statistics[""]
+    assert torch.equal(watch.state_dict()["anchors"]["train/"], watch.latest["train"].means.float())
 
 
 # --- what is kept ------------------------------------------------------------------------------------------------------
 
 
-def test_snapshots_keep_the_first_embeddings_of_each_class(tmp_path):
+def test_snapshots_and_gram_matrices_lie_in_the_run_folder(tmp_path):
     watch = plain_monitor(snapshots=3)
-    model, runs = fit(tmp_path, watch, epochs=2)
-    files = sorted((run_folder(runs) / "snapshots").iterdir())
-    assert [file.name for file in files] == ["epoch_000.npz", "epoch_001.npz", "epoch_002.npz"]
-    content = np.load(files[-1])
-    assert content["embeddings"].dtype == np.float16
-    assert content["labels"].tolist() == [0, 1, 2, 3] * 3
-    assert content["indices"].tolist() == list(range(12))
-    assert int(content["epoch"]) == 2
-    np.testing.assert_array_equal(content["weight"], model.fc.weight.detach().numpy())
+    model, runs = fit(tmp_path, watch, epochs=2, logger=MetricsCSV(tmp_path / "run"))
+    assert run_folder(runs) == tmp_path / "run"
+    for folder in ("snapshots", "gram"):
+        files = sorted((tmp_path / "run" / folder).iterdir())
+        assert [file.name for file in files] == ["epoch_000.npz", "epoch_001.npz", "epoch_002.npz"]
     model.eval()
+    weight = model.fc.weight.detach().numpy()
     with torch.no_grad():
-        expected = model.body(TRAIN.tensors[0][:12])
-    np.testing.assert_allclose(content["embeddings"], expected, rtol=2e-3, atol=1e-3)
+        features = model.body(TRAIN.tensors[0]).numpy()
 
+    shot = np.load(tmp_path / "run" / "snapshots" / "epoch_002.npz")
+    assert shot["embeddings"].dtype == np.float16
+    assert shot["labels"].tolist() == [0, 1, 2, 3] * 3
+    assert shot["indices"].tolist() == list(range(12))
+    assert int(shot["epoch"]) == 2
+    np.testing.assert_array_equal(shot["weight"], weight)
+    np.testing.assert_allclose(shot["embeddings"], features[:12], rtol=2e-3, atol=1e-3)
 
-def test_gram_matrices_of_means_and_class_vectors_lie_in_the_run_folder(tmp_path):
-    watch = plain_monitor()
-    model, runs = fit(tmp_path, watch, epochs=2)
-    files = sorted((run_folder(runs) / "gram").iterdir())
-    assert [file.name for file in files] == ["epoch_000.npz", "epoch_001.npz", "epoch_002.npz"]
-    content = np.load(files[-1])
+    content = np.load(tmp_path / "run" / "gram" / "epoch_002.npz")
     assert content["classes"].tolist() == [0, 1, 2, 3]
-    model.eval()
-    with torch.no_grad():
-        features = model.body(TRAIN.tensors[0]).double().numpy()
-    means = np.stack([features[TRAIN.tensors[1].numpy() == k].mean(0) for k in range(4)])
-    rows = np.concatenate([means, model.fc.weight.detach().double().numpy(), means.mean(0, keepdims=True)])
-    np.testing.assert_allclose(content["gram"], rows @ rows.T, rtol=1e-5, atol=1e-6)
     assert content["gram"].dtype == np.float32
+    means = np.stack([features[TRAIN.tensors[1].numpy() == k].mean(0) for k in range(4)])
+    rows = np.concatenate([means, weight, means.mean(0, keepdims=True)])
+    np.testing.assert_allclose(content["gram"], rows @ rows.T, rtol=1e-5, atol=1e-5)
 
 
 def test_the_gram_matrix_does_not_grow_with_the_number_of_classes(tmp_path):
@@ -657,12 +513,6 @@ def test_the_gram_matrix_does_not_grow_with_the_number_of_classes(tmp_path):
     assert len(set(content["classes"].tolist())) == 50
 
 
-def test_snapshots_lie_in_the_run_folder(tmp_path):
-    _, runs = fit(tmp_path, plain_monitor(snapshots=1), epochs=1, logger=MetricsCSV(tmp_path / "run"))
-    assert run_folder(runs) == tmp_path / "run"
-    assert (tmp_path / "run" / "snapshots" / "epoch_001.npz").is_file()
-
-
 def test_train_nc4_is_left_out_with_a_notice_when_embeddings_take_too_much_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "KEEP_BYTES", 100)
     watch = plain_monitor()
@@ -675,92 +525,49 @@ def test_train_nc4_is_left_out_with_a_notice_when_embeddings_take_too_much_memor
 # --- several processes -------------------------------------------------------------------------------------------------
 
 
-class Pool(ClusterEnvironment):
-    """Processes that are there already, with their process group."""
-
-    def __init__(self, rank):
-        self.rank = rank
-
-    creates_processes_externally = True
-    main_address, main_port = "localhost", 0
-
-    @staticmethod
-    def detect():
-        return False
-
-    def world_size(self):
-        return 2
-
-    def set_world_size(self, size):
-        pass
-
-    def global_rank(self):
-        return self.rank
-
-    def set_global_rank(self, rank):
-        pass
-
-    def local_rank(self):
-        return self.rank
-
-    def node_rank(self):
-        return 0
-
-
-def train_on_this_rank(rank, folder, online, validate=True):
-    watch = NeuralCollapseMonitor(snapshots=2, layers=("layer1",), online=online)
+def train_on_this_rank(rank, folder, **options):
+    watch, online = NeuralCollapseMonitor(snapshots=2, layers=("layer1",)), NeuralCollapseMonitor(online=True)
     model = classifier(head=LinearHead, loss=CrossEntropyLoss)
     # every rank keeps its own BatchNorm statistics, as they are during training
-    strategy = DDPStrategy(cluster_environment=Pool(rank), process_group_backend="gloo", broadcast_buffers=False)
-    more = {} if validate else {"limit_val_batches": 0}
-    runs = trainer(folder, watch, epochs=2, devices=2, strategy=strategy, num_sanity_val_steps=0, **more)
+    strategy = DDPStrategy(process_group_backend="gloo", broadcast_buffers=False)
+    runs = trainer(folder, watch, online, devices=2, strategy=strategy, num_sanity_val_steps=0, **options)
     data = Digits(max_count=11, imbalance_ratio=2, batch_size=9)
     runs.fit(model, datamodule=data)
-    metrics = {name: float(value) for name, value in runs.callback_metrics.items()}
     sizes = [len(labels) for _, labels in data.eval_dataloader("train")]
-    return watch.history, metrics, model.state_dict(), sizes
+    return watch.history | online.history, model.state_dict(), sizes
 
 
 def test_two_processes_with_an_uneven_last_batch_measure_what_one_does(two_ready_processes, tmp_path):
-    first, second = two_ready_processes(train_on_this_rank, [(tmp_path, False)] * 2)
-    sizes = first[3], second[3]
-    assert sum(sizes[0]) != sum(sizes[1])
-    for name, series in first[0].items():
-        assert series == pytest.approx(second[0][name], rel=1e-12, nan_ok=True), name
-    nc = {name: value for name, value in first[1].items() if name.startswith("nc")}
-    assert nc == pytest.approx({name: second[1][name] for name in nc}, nan_ok=True)
+    (history, state, sizes), (others, _, other_sizes) = two_ready_processes(train_on_this_rank, [(tmp_path,)] * 2)
+    assert sum(sizes) != sum(other_sizes)
+    for name, series in history.items():
+        assert series == pytest.approx(others[name], rel=1e-12, nan_ok=True), name
+    assert {"nc/val/nc4", "nc/train_online/nc1", "nc_layer1/val/cdnv"} <= set(history)
 
     model = classifier(head=LinearHead, loss=CrossEntropyLoss)
-    model.load_state_dict(first[2])
+    model.load_state_dict(state)
     model.eval()
-    data = Digits(max_count=11, imbalance_ratio=2, batch_size=9)
-    batches = [data.eval_transform(batch) for batch in data.eval_dataloader("train")]
-    with torch.no_grad():
-        h, logits = (torch.cat([f(x) for x, _ in batches]) for f in (model.embed, model))
-    labels = torch.cat([y for _, y in batches])
-    assert len(labels) == sum(map(sum, sizes))
-    values, centres = from_scratch(h, labels, model.head.weight.detach())
-    nearest = ((h.double().numpy()[:, None] - centres) ** 2).sum(2).argmin(1)
-    values["nc4"] = (nearest == logits.argmax(1).numpy()).mean()
-    assert_equal_values(first[0], "nc/train", values, rel=1e-5)
+    h, logits, y = seen(Digits(max_count=11, imbalance_ratio=2, batch_size=9), "train", model.embed, model)
+    assert len(y) == sum(sizes) + sum(other_sizes)
+    values, _ = measured(h, y, logits.argmax(1), model.head.weight.detach())
+    assert_equal_values(history, "nc/train", values, rel=1e-5)
 
     content = np.load(tmp_path / "snapshots" / "epoch_002.npz")
-    expected = sorted(int(i) for k in range(10) for i in (labels == k).nonzero()[:2, 0])
+    expected = sorted(int(i) for k in range(10) for i in (y == k).nonzero()[:2, 0])
     assert content["indices"].tolist() == expected
     np.testing.assert_allclose(content["embeddings"], h[expected], rtol=2e-3, atol=1e-3)
 
 
+def one_epoch_without_validation(rank, folder):
+    return train_on_this_rank(rank, folder, epochs=1, limit_val_batches=0)
+
+
 def test_a_sweep_gives_each_process_its_own_statistics_back(two_ready_processes, tmp_path):
-    first, second = two_ready_processes(train_on_this_rank, [(tmp_path, False, False)] * 2)
-    assert first[0]["nc/train/nc1"] == pytest.approx(second[0]["nc/train/nc1"], rel=1e-12)
-    buffers = [name for name in first[2] if name.endswith("running_mean")]
+    (history, state, _), (others, other, _) = two_ready_processes(one_epoch_without_validation, [(tmp_path,)] * 2)
+    assert history["nc/train/nc1"] == pytest.approx(others["nc/train/nc1"], rel=1e-12)
+    buffers = [name for name in state if name.endswith("running_mean")]
     assert buffers
-    assert not any(torch.equal(first[2][name], second[2][name]) for name in buffers)
-
-
-def test_two_processes_measure_online(two_ready_processes, tmp_path):
-    first, second = two_ready_processes(train_on_this_rank, [(tmp_path, True)] * 2)
-    assert first[0]["nc/train_online/nc1"] == pytest.approx(second[0]["nc/train_online/nc1"], rel=1e-12)
+    assert not any(torch.equal(state[name], other[name]) for name in buffers)
 
 
 # --- loaders and errors ------------------------------------------------------------------------------------------------
@@ -809,7 +616,6 @@ def test_what_is_missing_is_said_before_training(tmp_path):
         (NeuralCollapseMonitor(head="body"), "class vectors"),
         (NeuralCollapseMonitor(head="fc"), "train_dataloader="),
         (plain_monitor(layers=("body.9",)), "layers 'body.9'"),
-        (plain_monitor(layers=(1,)), "forward_intermediates"),
     ):
         with pytest.raises(UserError, match=message):
             fit(tmp_path, watch)
@@ -825,24 +631,19 @@ def test_probabilities_as_labels_of_the_sweep_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "measured"),
     [
-        ([], [0, 0, 1, 2]),
-        (["--monitor.every_n_epochs", "2"], [0, 1, 2]),
-        (["--monitor.before_training", "false"], [0, 1, 2]),
-        (["--monitor", "null"], None),
-        (["--trainer.callbacks", "NeuralCollapseMonitor", "--trainer.callbacks.every_n_epochs", "3"], [0, 2]),
+        (["--monitor.every_n_epochs", "1"], [0, 0, 1]),
+        (["--monitor", "null"], []),
+        (["--trainer.callbacks", "NeuralCollapseMonitor", "--trainer.callbacks.before_training=false"], [0, 1]),
     ],
-    ids=["by default", "every second epoch", "not before training", "null", "the user's own in its place"],
+    ids=["by default", "null", "the user's own in its place"],
 )
 def test_a_fit_from_flags_alone_leaves_the_collapse_of_each_epoch(tmp_path, options, measured):
     from etflight.cli.stages import main  # here, since the processes above import this file
 
-    args = ["fit", "--data", "Digits", "--data.max_count=12", "--model.backbone=resnet20_cifar", "--name=demo"]
-    args += [f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=3", "--trainer.accelerator=cpu"]
+    args = ["fit", "--data=Digits", "--data.max_count=5", "--model.backbone=resnet20_cifar", "--name=demo"]
+    args += [f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
     main([*args, *options])
     with (tmp_path / "demo" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    if measured is None:
-        assert not any(name.startswith("nc") for name in rows[0])
-        return
     for name in ("nc/train/nc1", "nc/train/alignment"):
-        assert [float(row["epoch"]) for row in rows if row[name]] == measured
+        assert [float(row["epoch"]) for row in rows if row.get(name)] == measured

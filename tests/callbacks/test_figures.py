@@ -3,12 +3,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.data import DataLoader, TensorDataset
 
 from etflight import Classifier, plotting
 from etflight.callbacks import NeuralCollapseMonitor
@@ -16,55 +13,9 @@ from etflight.callbacks.figures import CollapseFigures
 from etflight.data import Digits
 from etflight.runs.loggers import MetricsCSV
 from etflight.utils.errors import UserError
+from tests.callbacks.plain import TRAIN, fit, plain_monitor, trainer
 
 PICTURES = ["nc_curves", "nc_heat_map", "nc_spectrum", "nc_variability"]
-
-
-class Small(LightningModule):
-    """Somebody else's module: three classes of points in the plane."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.ReLU())
-        self.fc = torch.nn.Linear(8, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(self.body(x))
-
-    def training_step(self, batch, batch_idx):
-        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def points() -> DataLoader:
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(3).repeat_interleave(torch.tensor([8, 4, 2]))
-    return DataLoader(
-        TensorDataset(torch.randn(14, 2, generator=generator) + 3 * labels[:, None], labels), batch_size=7
-    )
-
-
-def small_fit(folder: Path, *callbacks, epochs: int = 4, logger=False, **kwargs) -> Trainer:
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        default_root_dir=folder,
-        logger=logger,
-        callbacks=list(callbacks),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **kwargs,
-    )
-    trainer.fit(Small(), points())
-    return trainer
-
-
-def monitor(**kwargs) -> NeuralCollapseMonitor:
-    return NeuralCollapseMonitor(head="fc", train_dataloader=points(), **kwargs)
 
 
 class Recorder:
@@ -89,17 +40,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             TensorBoardLogger(folder, name="tensorboard", version=""),
             WandbLogger(save_dir=folder, project="test"),
         ]
-        trainer = Trainer(
-            accelerator="cpu",
-            max_epochs=2,
-            default_root_dir=folder / "unused",
-            logger=loggers,
-            callbacks=[CollapseFigures(every_n_epochs=1, triangle=(0, 1, 8)), NeuralCollapseMonitor(snapshots=5)],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(Classifier(10, backbone="resnet20_cifar", in_chans=1), datamodule=Digits(max_count=10))
+        callbacks = [CollapseFigures(every_n_epochs=1, triangle=(0, 1, 8)), NeuralCollapseMonitor(snapshots=5)]
+        runs = trainer(folder / "unused", *callbacks, logger=loggers)
+        model = Classifier(10, backbone="resnet20_cifar", in_chans=1, model_kwargs={"width": 1})
+        runs.fit(model, datamodule=Digits(max_count=5))
         loggers[2].experiment.finish()
     return folder
 
@@ -143,8 +87,8 @@ def test_figures_are_in_the_wandb_run(run):
 
 
 def test_figures_show_what_the_monitor_measured(tmp_path, monkeypatch):
-    recorder, watch = Recorder(monkeypatch), monitor()
-    small_fit(tmp_path, watch, CollapseFigures(every_n_epochs=4))
+    recorder, watch = Recorder(monkeypatch), plain_monitor()
+    fit(tmp_path, watch, CollapseFigures(every_n_epochs=4), epochs=4, val=False)
     ((_, figures),) = recorder.sent
     curve = next(line for line in figures["nc/curves"].axes[0].lines if line.get_label() == "nc/train/nc1")
     assert list(curve.get_xdata()) == watch.epochs == [0, 1, 2, 3, 4]
@@ -154,35 +98,41 @@ def test_figures_show_what_the_monitor_measured(tmp_path, monkeypatch):
     np.testing.assert_array_equal(heat, expected)
     np.testing.assert_allclose(np.diag(heat).mean(), watch.history["nc/train/alignment"][-1], atol=1e-6)
     dots = figures["nc/variability"].axes[0].collections[0].get_offsets()
-    np.testing.assert_allclose(dots[:, 0], [8, 4, 2])
+    np.testing.assert_allclose(dots[:, 0], TRAIN.tensors[1].bincount())
     np.testing.assert_allclose(dots[:, 1], watch.latest["train"].variances)
 
 
 @pytest.mark.parametrize("first", ["monitor", "figures"])
 def test_figures_come_every_n_epochs_and_at_the_end_wherever_the_callback_stands(tmp_path, monkeypatch, first):
-    recorder, watch, draw = Recorder(monkeypatch), monitor(), CollapseFigures(every_n_epochs=2)
-    small_fit(tmp_path, *((watch, draw) if first == "monitor" else (draw, watch)), epochs=5)
-    assert [step for step, _ in recorder.sent] == [4, 8, 10]  # two steps an epoch
+    recorder, watch, draw = Recorder(monkeypatch), plain_monitor(), CollapseFigures(every_n_epochs=2)
+    fit(tmp_path, *((watch, draw) if first == "monitor" else (draw, watch)), epochs=5, val=False)
+    assert [step for step, _ in recorder.sent] == [12, 24, 30]  # six steps an epoch
     for (_, figures), epochs in zip(recorder.sent, (2, 4, 5), strict=True):
         assert max(figures["nc/curves"].axes[0].lines[0].get_xdata()) == epochs
 
 
 def test_figures_follow_a_monitor_that_measures_less_often(tmp_path, monkeypatch):
     recorder = Recorder(monkeypatch)
-    small_fit(tmp_path, monitor(every_n_epochs=3), CollapseFigures(every_n_epochs=2), epochs=7)
-    assert [step for step, _ in recorder.sent] == [6, 12, 14]
+    fit(
+        tmp_path,
+        plain_monitor(every_n_epochs=3),
+        CollapseFigures(every_n_epochs=2),
+        epochs=7,
+        val=False,
+    )
+    assert [step for step, _ in recorder.sent] == [18, 36, 42]
 
 
 def test_a_second_fit_with_the_same_callbacks_draws_again(tmp_path, monkeypatch):
-    recorder, watch, draw = Recorder(monkeypatch), monitor(), CollapseFigures(every_n_epochs=2)
+    recorder, watch, draw = Recorder(monkeypatch), plain_monitor(), CollapseFigures(every_n_epochs=2)
     for _ in range(2):
-        small_fit(tmp_path, draw, watch, epochs=3)
-    assert [step for step, _ in recorder.sent] == [4, 6, 4, 6]
+        fit(tmp_path, draw, watch, epochs=3, val=False)
+    assert [step for step, _ in recorder.sent] == [12, 18, 12, 18]
 
 
 def test_figures_of_two_spaces_have_prefixes_of_their_own(tmp_path, monkeypatch):
     recorder = Recorder(monkeypatch)
-    small_fit(tmp_path, monitor(), monitor(space="backbone"), CollapseFigures(), epochs=1)
+    fit(tmp_path, plain_monitor(), plain_monitor(space="backbone"), CollapseFigures(), epochs=1, val=False)
     keys = [key for _, figures in recorder.sent for key in figures]
     names = ["curves", "heat_map", "variability", "spectrum"]
     assert keys == [f"{prefix}/{name}" for prefix in ("nc", "nc_raw") for name in names]
@@ -190,7 +140,7 @@ def test_figures_of_two_spaces_have_prefixes_of_their_own(tmp_path, monkeypatch)
 
 def test_figures_need_no_sweep_online(tmp_path, monkeypatch):
     recorder = Recorder(monkeypatch)
-    small_fit(tmp_path, monitor(online=True), CollapseFigures(), epochs=2)
+    fit(tmp_path, plain_monitor(online=True), CollapseFigures(), epochs=2, val=False)
     ((_, figures),) = recorder.sent
     labels = [line.get_label() for line in figures["nc/curves"].axes[0].lines]
     assert labels == ["nc/train_online/nc1"]
@@ -198,7 +148,7 @@ def test_figures_need_no_sweep_online(tmp_path, monkeypatch):
 
 
 def test_fast_dev_run_draws_but_leaves_no_file(tmp_path):
-    small_fit(tmp_path, monitor(), CollapseFigures(), fast_dev_run=True)
+    fit(tmp_path, plain_monitor(), CollapseFigures(), fast_dev_run=True)
     assert not (tmp_path / "figures").exists()
 
 
@@ -206,7 +156,7 @@ def test_snapshots_of_an_earlier_run_do_not_get_into_the_film(tmp_path):
     stale = tmp_path / "snapshots" / "epoch_007.npz"
     stale.parent.mkdir()
     stale.write_text(json.dumps("not even a snapshot"))
-    small_fit(tmp_path, monitor(snapshots=2), CollapseFigures(triangle=(0, 1, 2)), epochs=2)
+    fit(tmp_path, plain_monitor(snapshots=2), CollapseFigures(triangle=(0, 1, 2)), epochs=2, val=False)
     with Image.open(tmp_path / "figures" / "nc_triangle.gif") as film:
         assert film.n_frames == 3
 
@@ -214,11 +164,11 @@ def test_snapshots_of_an_earlier_run_do_not_get_into_the_film(tmp_path):
 def test_missing_monitor_and_impossible_triangles_are_said_in_one_line(tmp_path):
     for callbacks, message in (
         ([CollapseFigures()], "add NeuralCollapseMonitor to trainer.callbacks"),
-        ([monitor(), CollapseFigures(triangle=(0, 1, 2))], "snapshots=50"),
-        ([monitor(snapshots=2), CollapseFigures(triangle=(0, 1, 3))], "labels from 0 to 2"),
+        ([plain_monitor(), CollapseFigures(triangle=(0, 1, 2))], "snapshots=50"),
+        ([plain_monitor(snapshots=2), CollapseFigures(triangle=(0, 1, 4))], "labels from 0 to 3"),
     ):
         with pytest.raises(UserError, match=message) as error:
-            small_fit(tmp_path, *callbacks)
+            fit(tmp_path, *callbacks)
         assert "\n" not in str(error.value)
     for wrong in ({"every_n_epochs": 0}, {"triangle": (0, 1)}, {"triangle": (0, 1, 1)}, {"triangle": (-1, 0, 1)}):
         with pytest.raises(UserError, match="CollapseFigures: "):

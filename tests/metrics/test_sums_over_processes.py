@@ -8,7 +8,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from etflight.metrics import ClassStatistics, Confusion, Reliability, ShotAccuracy, TemperatureFit, measures
 from etflight.metrics.accuracy import SampleMean
-from tests.distributed import WorkerError
 from tests.metrics.oracle import clusters
 
 K, D = 7, 12
@@ -97,12 +96,15 @@ def test_tight_classes_keep_their_digits_over_processes_with_different_anchors(t
     assert abs(float(measures.nc1(both)) / expected - 1) < 1e-7
 
 
+def refused_on_this_rank(rank, features, labels):
+    with pytest.raises(ValueError, match=rf"1 labels lie outside \[0, {K}\)"):
+        on_this_rank(rank, features, labels, {})
+
+
 def test_labels_out_of_range_on_one_process_are_an_error_on_all(two_ready_processes):
     features, labels = clusters(K, D)
-    labels[5] = K
-    with pytest.raises(WorkerError) as error:
-        on_two(two_ready_processes, features, labels, [slice(0, 70), slice(70, None)], {})
-    assert str(error.value).count(f"1 labels lie outside [0, {K})") == 2
+    labels[-1] = K
+    two_ready_processes(refused_on_this_rank, [(features[:70], labels[:70]), (features[70:], labels[70:])])
 
 
 def measure(rank, logits, target):

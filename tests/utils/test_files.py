@@ -1,6 +1,5 @@
 import pytest
 
-from etflight.utils.errors import UserError, user_error_in
 from etflight.utils.files import replacing
 
 
@@ -20,13 +19,3 @@ def test_a_file_is_replaced_only_when_its_writing_ends_well(tmp_path):
         _write_half(path)
     assert path.read_text() == "old"
     assert list(path.parent.iterdir()) == [path]
-
-
-def test_the_users_error_is_found_below_whatever_wrapped_it():
-    inner = UserError("what, where, the mend")
-    outer = TypeError("wrapped")
-    outer.__cause__ = RuntimeError("wrapped once")
-    outer.__cause__.__context__ = inner
-    assert user_error_in(outer) is inner
-    assert user_error_in(TypeError("alone")) is None
-    assert user_error_in(None) is None

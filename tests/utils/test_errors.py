@@ -1,0 +1,63 @@
+import os
+
+import pytest
+
+from etflight.utils import errors
+from etflight.utils.errors import UserError, print_dead_process, print_error, user_error_in
+
+
+def test_the_users_error_is_found_below_whatever_wrapped_it():
+    inner = UserError("what, where, the mend")
+    outer = TypeError("wrapped")
+    outer.__cause__ = RuntimeError("wrapped once")
+    outer.__cause__.__context__ = inner
+    assert user_error_in(outer) is inner
+    assert user_error_in(TypeError("alone")) is None
+    assert user_error_in(None) is None
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """This process is one of several of a job, whose first error is told by a file in an empty folder."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(errors, "_CAUSE_IS_TOLD_WITHIN", 0.2)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    return tmp_path
+
+
+LOST = RuntimeError("[/pytorch/gloo.cc:1] Connection closed by peer. More")
+
+
+def test_a_job_prints_its_cause_once_and_no_lost_connection_after_it(job, capsys):
+    print_error(UserError("the cause"))
+    for error in (UserError("the cause"), LOST):
+        print_error(error)
+    print_dead_process(1, -9)
+    assert capsys.readouterr().err == "etflight: error: the cause\n"
+
+
+def test_a_job_tells_a_lost_connection_where_nobody_tells_the_cause(job, capsys):
+    print_error(LOST)
+    print_dead_process(1, -9)
+    assert capsys.readouterr().err == (
+        "etflight: error: lost another process of this job (Connection closed by peer): see what it said last, "
+        "then resume with --ckpt_path last\n"
+    )
+
+
+def test_the_file_of_an_earlier_job_with_the_same_address_silences_nobody(job, capsys):
+    print_error(UserError("of the earlier job"))
+    (mark,) = job.iterdir()
+    os.utime(mark, (0, 0))
+    print_dead_process(1, -9)
+    assert "process 1 of this job was killed by SIGKILL" in capsys.readouterr().err.splitlines()[1]
+
+
+def test_a_process_alone_prints_every_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    monkeypatch.delenv("SLURM_NTASKS", raising=False)
+    print_error(UserError("one\nline"))
+    print_error(MemoryError("of what"))
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "etflight: error: one line"
+    assert "halve --data.batch_size" in second
