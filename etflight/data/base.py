@@ -198,14 +198,22 @@ class ImageDataModule(LightningDataModule, ABC):
             ("mean", _all_within(self.mean, 0, 1), "give numbers from 0 to 1, of pixels divided by 255"),
             ("std", _all_within(self.std, 1e-3, 1e3), "give numbers from 0.001 to 1000, of pixels divided by 255"),
         ):
-            if not holds:
-                raise UserError(f"{type(self).__name__}: {name} is {getattr(self, name)!r}: {rule}")
+            self._refuse_unless(holds, name, rule)
         if explicit and (self.imbalance_ratio != 1 or self.max_count is not None):
             raise UserError(
                 f"{type(self).__name__}: profile gives explicit counts: leave out imbalance_ratio and max_count"
             )
         if self.sampler is not None:
             resolve_policy(self.sampler)
+
+    def _refuse_unless(self, holds: bool, name: str, rule: str) -> None:
+        if not holds:
+            raise UserError(f"{type(self).__name__}: {name} is {getattr(self, name)!r}: {rule}")
+
+    def _or_standard(self, name: str) -> Any:
+        """An option, or the set's standard recipe where it is left out."""
+        own = getattr(self, name)
+        return getattr(self, f"standard_{name}") if own is None else own
 
     # What a set gives.
 
@@ -278,12 +286,12 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @property
     def dataset_name(self) -> str:
-        """What tables call the set: its class, and a set of one's own by its file or folder."""
+        """The name of the set in tables: its class, or the file or folder of a set of one's own."""
         return self.name_with(vars(self))
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """Shape and normalisation of the images, which a checkpoint keeps; of another split where `train` has not been read."""
+        """Shape and normalisation of the images, which a checkpoint keeps; taken from another split while `train` has not been read."""
         first = next(iter(self._splits.values()), None)
         source = (self._splits.get("train") or first or self.split("train")).source
         shape = source.image_shape
@@ -355,11 +363,11 @@ class ImageDataModule(LightningDataModule, ABC):
         return {**splits, "train": self.make_split("train", source, pool)}
 
     def label_file(self, split: Split) -> str:
-        """What messages about wrong labels name: the file that they are written in, or else the set."""
+        """The file that a split's labels are written in, or else the set; messages about wrong labels name it."""
         return str(self)
 
     def sample_name(self, split: Split, index: int) -> str:
-        """What people call image `index` of `eval_dataloader(split)`: its file, or its position in the published split."""
+        """The name of image `index` of `eval_dataloader(split)`: its file, or its position in the published split."""
         return self.split(split).name(index)
 
     def __str__(self) -> str:
@@ -460,13 +468,11 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @cached_property
     def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        chosen = []
-        for name, own, standard in (("mean", self.mean, self.standard_mean), ("std", self.std, self.standard_std)):
-            values = tuple(standard if own is None else own)
+        mean, std = tuple(self._or_standard("mean")), tuple(self._or_standard("std"))
+        for name, values in (("mean", mean), ("std", std)):
             if len(values) not in (1, self.num_channels):
                 raise UserError(f"{self}: {name} has {len(values)} numbers for {self.num_channels} channels")
-            chosen.append(values)
-        return chosen[0], chosen[1]
+        return mean, std
 
     @cached_property
     def _augment(self) -> TrainTransform:
@@ -475,8 +481,8 @@ class ImageDataModule(LightningDataModule, ABC):
             num_classes=self.num_classes,
             mean=mean,
             std=std,
-            crop_padding=self.standard_crop_padding if self.crop_padding is None else self.crop_padding,
-            flip=self.standard_flip if self.flip is None else self.flip,
+            crop_padding=self._or_standard("crop_padding"),
+            flip=self._or_standard("flip"),
             color_jitter=self.color_jitter,
             mixup=self.mixup,
             cutmix=self.cutmix,
