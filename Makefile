@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SEED ?= 0
 JOBS ?= 2
 
-.PHONY: demo reproduce-fashion notebooks test test-all test-slow test-oldest test-newest soak wheel lint bench clean
+.PHONY: demo reproduce-fashion notebooks test test-all test-slow test-oldest test-newest soak wheel lint bench docs clean
 
 $(VENV)/.package: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -17,6 +17,10 @@ $(VENV)/.package: pyproject.toml
 
 $(VENV)/.test: $(VENV)/.package
 	$(PIP) install -e '.[test]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.package
+	$(PIP) install -e '.[docs]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.package
@@ -83,6 +87,10 @@ lint: $(VENV)/.lint
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	.ci/audit $(BIN)
+
+# The documentation, with warnings as errors, in docs/build/html/index.html.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/build/html
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist *.egg-info

@@ -197,7 +197,7 @@ class Classifier(LightningModule):
     # --- the model ---------------------------------------------------------------------------------------------------------
 
     def features(self, images: Tensor) -> Tensor:
-        """What the head is given.
+        """The pooled features that the head is given.
 
         Args:
             images: `[B, C, H, W]`, float32, normalised as in training (`preprocessing`).
@@ -228,10 +228,7 @@ class Classifier(LightningModule):
             ) from error
 
     def embed(self, images: Tensor) -> Tensor:
-        """What meets the class vectors.
-
-        Args:
-            images: see `features`.
+        """What meets the class vectors, for images as `features` takes them.
 
         Returns:
             `[B, d']`, float32 or float64; of norm 1 where the head normalises.
@@ -239,21 +236,11 @@ class Classifier(LightningModule):
         return cast(Tensor, self.head.embed(self.features(images)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits as the head gives them, neither adjusted nor calibrated.
-
-        Args:
-            images: see `features`.
-
-        Returns:
-            `[B, K]`.
-        """
+        """Logits `[B, K]` as the head gives them, neither adjusted nor calibrated, for images as `features` takes them."""
         return cast(Tensor, self.head(self.features(images)))
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """Calibrated probabilities, of adjusted logits where there is a `logit_adjustment`.
-
-        Args:
-            images: see `features`.
+        """Calibrated probabilities of the classes, for images as `features` takes them.
 
         Returns:
             `[B, K]`, float32 or float64, rows in [0, 1] of sum 1.
@@ -264,7 +251,7 @@ class Classifier(LightningModule):
         return self.calibrated(self(images)).softmax(dim=1)
 
     def calibrated(self, logits: Tensor) -> Tensor:
-        """What decides: logits less the `logit_adjustment`, over the temperature; its softmax are the probabilities.
+        """The logits that decide, less the `logit_adjustment` and over the temperature; their softmax are the probabilities.
 
         Args:
             logits: `[B, K]`, of `forward`.

@@ -56,6 +56,9 @@ def test_logits_are_those_of_numpy_and_cosines_exact_in_half_precision_too(kind,
     exact = ("linear" not in kind and kind != "scaled") or "normalised" in kind
     assert logits.dtype == (torch.promote_types(dtype, torch.float32) if exact else dtype)
     expected = oracle(array(features), array(head.weight), array(head.bias))
+    if isinstance(head, ETFHead | CosineHead) and dtype == torch.float32:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert_close(head(features), logits, rtol=0, atol=1e-6)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-5 if exact else 0.05)
     np.testing.assert_allclose(array(logits), expected, rtol=0, atol=tolerance)
 
@@ -96,18 +99,6 @@ def test_target_logits_make_nothing_larger_than_the_features_backward_included()
     for no_class in (-1, 60):
         with pytest.raises(IndexError):
             head.target_logits(features, torch.full((8,), no_class))
-
-
-def test_cosines_near_one_keep_their_gradient_under_bfloat16_autocast():
-    head = ETFHead(16, 10, batch_norm=False)
-    w = head.weight[0]
-    other = head.weight[1] - (head.weight[1] @ w) * w
-    h = (0.9985 * w + (1 - 0.9985**2) ** 0.5 * other / other.norm())[None].requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        z = head(h)[0, 0]
-        ((z - 1) ** 2 / 2).backward()
-    assert z.item() == pytest.approx(0.9985, abs=1e-5)
-    assert h.grad.norm() > 1e-5
 
 
 def test_baselines_can_take_the_embedding_of_the_etf_head_which_reaches_negative_cosines():
@@ -213,12 +204,6 @@ def test_any_rotation_can_be_reached_by_the_inverse_of_cayleys_transform():
     with torch.no_grad():
         rotation.generator.copy_((Q - one) @ torch.linalg.inv(Q + one))
     assert_close(rotation.matrix(), Q, rtol=0, atol=1e-10)
-
-
-def test_the_gradient_of_a_rotation_is_that_of_finite_differences():
-    rotation, h = Rotation(5).double(), FEATURES[:3, :5].double()
-    A = torch.randn(5, 5, generator=GENERATOR, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda A: torch.func.functional_call(rotation, {"generator": A}, (h,)).sin(), (A,))
 
 
 def test_a_learned_scale_is_a_parameter_that_stays_positive_and_is_loaded_as_it_was_saved():

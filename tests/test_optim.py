@@ -53,22 +53,3 @@ def test_warm_ups_that_are_longer_than_training_or_none():
 def test_schedules_that_cannot_be_are_refused(make, reason):
     with pytest.raises(UserError, match=reason):
         make(SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))
-
-
-@pytest.mark.parametrize("make", [WarmupMultiStep, lambda o: WarmupCosine(o, total_epochs=20)])
-def test_state_is_plain_data_and_continues_where_it_was(make, tmp_path):
-    optimizer = SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
-    schedule = make(optimizer)
-    for _ in range(7):
-        optimizer.step()
-        schedule.step()
-    torch.save({"o": optimizer.state_dict(), "s": schedule.state_dict()}, tmp_path / "s.pt")
-    saved = torch.load(tmp_path / "s.pt", weights_only=True)
-    other = SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
-    resumed = make(other)
-    resumed.load_state_dict(saved["s"])
-    other.load_state_dict(saved["o"])
-    for o, s in ((optimizer, schedule), (other, resumed)):
-        o.step()
-        s.step()
-    assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]

@@ -32,8 +32,9 @@ def load_weights(backbone: nn.Module, path: str | Path) -> list[str]:
     classifiers = tuple(f"{_whole(name, own)}." for name in _names(config.get("classifier")))
     left_out = sorted(name for name in state if name.startswith(classifiers))
     fitting = {name: value for name, value in state.items() if name not in left_out}
-    for name in _names(config.get("first_conv")):
-        _adapt_channels(fitting, own, f"{name}.weight")
+    for name in (f"{part}.weight" for part in _names(config.get("first_conv"))):
+        if name in own and name in fitting and fitting[name].ndim == 4 and fitting[name].shape[1] == 3:
+            fitting[name] = adapt_input_conv(own[name].shape[1], fitting[name])
     for name, value in own.items():
         if name.endswith(".num_batches_tracked"):  # not a weight: converters leave it out
             fitting.setdefault(name, value)
@@ -60,11 +61,3 @@ def _whole(classifier: str, own: Mapping[str, Tensor]) -> str:
     while parent and not any(name.startswith(f"{parent}.") for name in own):
         classifier, parent = parent, parent.rpartition(".")[0]
     return classifier
-
-
-def _adapt_channels(state: dict[str, Tensor], own: dict[str, Tensor], name: str) -> None:
-    if name not in state or name not in own:
-        return
-    given, wanted = state[name].shape, own[name].shape
-    if len(given) == 4 and given[1] == 3 != wanted[1] and (given[0], *given[2:]) == (wanted[0], *wanted[2:]):
-        state[name] = adapt_input_conv(wanted[1], state[name])

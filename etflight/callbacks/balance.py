@@ -14,19 +14,19 @@ from etflight.utils.trainer import callbacks_of, data_module, refuse_if_never_re
 
 
 class DeferredBalance(Callback):
-    """From an epoch on, weighs classes otherwise in the loss (deferred re-weighting, DRW), draws them otherwise (re-sampling), or both.
+    """Changes the class balance of the loss from an epoch on (deferred re-weighting, DRW), the sampler (re-sampling), or both.
 
     What is in force depends on the epoch alone, so a resumed run goes on as it would have. The new balance takes its `exponent`,
     `beta` and `renormalize` from the loss.
 
     Args:
-        epoch: the first epoch, counted from 0, of the new balance; below 1, a part of `max_epochs`: 0.8 is epoch 160 of 200.
-        class_balance: of the loss, from then on; None leaves it.
-        sampler: the data module's class-sampling policy or exponent, from then on; None leaves it.
+        epoch: The first epoch, counted from 0, of the new balance; below 1, a part of `max_epochs`: 0.8 is epoch 160 of 200.
+        class_balance: The loss's class balance from then on; None leaves it as it is.
+        sampler: The data module's class-sampling policy or exponent from then on; None leaves it as it is.
 
     Raises:
-        UserError: neither a class balance nor a sampler, one that does not exist, or an epoch that is none; when training starts, an
-            epoch that is never reached, or a loss or data that cannot do what is asked.
+        UserError: Neither a class balance nor a sampler is given, one does not exist, or the epoch is not one; when training starts, the
+            epoch is never reached, or the loss or the data cannot do what is asked.
 
     Source:
         Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019, arXiv 1906.07413, section 3.3:
@@ -109,7 +109,7 @@ class DoubleCorrection(Callback):
 
     Re-sampling, weights in the loss and logit adjustment each make a model decide as if classes were balanced; two of them favour rare
     classes beyond that. Only class balance `"batch"` weighs what was drawn, so it goes with any sampler. An evaluation warns where it
-    corrects anew what, to its knowledge, training has corrected.
+    corrects anew what, as far as it knows, training has corrected.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -129,7 +129,7 @@ class DoubleCorrection(Callback):
 
 
 def training_corrections(loss: Loss, sampler: str | float | None, callbacks: list[Callback]) -> list[str]:
-    """What in a training makes up for class frequencies, in words; of those that work together, one.
+    """The corrections for class frequencies in a training, in words; only one of those that work together.
 
     Example:
         >>> training_corrections(LogitAdjustedLoss(class_balance="global"), "balanced", [])
@@ -147,7 +147,7 @@ def training_corrections(loss: Loss, sampler: str | float | None, callbacks: lis
 
 
 def post_hoc_corrections(model: Classifier, callbacks: list[Callback]) -> list[str]:
-    """What in an evaluation makes up for class frequencies, in words."""
+    """The corrections for class frequencies in an evaluation, in words."""
     tau: float = model.hparams["logit_adjustment"]
     found = [f"post-hoc logit_adjustment {tau:g}"] if tau != 0 else []
     taus = [callback.tau for callback in callbacks if isinstance(callback, TauNormalization)]

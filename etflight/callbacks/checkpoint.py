@@ -7,7 +7,6 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
@@ -20,7 +19,7 @@ from etflight.utils.checkpoints import damaged
 from etflight.utils.errors import UserError
 from etflight.utils.lightning_private import batches_done, set_back_epoch, set_back_step, set_batches_done, unlike_loops
 from etflight.utils.torchmetrics_private import add_saved_state
-from etflight.utils.trainer import callbacks_of, data_module, is_trial_run
+from etflight.utils.trainer import callbacks_of, data_module, gather, is_trial_run
 from etflight.utils.training_data import same_images
 
 _SAME = {"seed": (eq, "give the same --seed_everything"), "images": (same_images, "give the same --data options")}
@@ -63,7 +62,7 @@ class LastCheckpoint(Callback):
         every_n_steps: also save within an epoch, at the first safe place after so many optimizer steps; None: after each epoch only.
 
     Raises:
-        UserError: `every_n_steps` below 1; a disk that is full.
+        UserError: `every_n_steps` is below 1, or the disk is full.
     """
 
     def __init__(self, every_n_steps: int | None = None) -> None:
@@ -160,15 +159,10 @@ class LastCheckpoint(Callback):
             set_back_epoch(loops)
         if self._between in ("epochs", "end"):
             checkpoint["epoch"] -= 1  # the last one trained, as within an epoch
-        own = _rank_state(trainer, pl_module)
-        ranks = [own]
-        if trainer.world_size > 1:
-            ranks = [{} for _ in range(trainer.world_size)]
-            dist.all_gather_object(ranks, own)
         checkpoint[KEY] = {
             **_identity(trainer),
             "global_batch": _global_batch(trainer),
-            "ranks": ranks,
+            "ranks": gather(trainer, _rank_state(trainer, pl_module)),
             "metrics_rows": next((log.rows for log in trainer.loggers if isinstance(log, MetricsCSV)), 0),
         }
 
@@ -176,7 +170,7 @@ class LastCheckpoint(Callback):
         """Give this rank what it had gathered, and find the place in the epoch.
 
         Raises:
-            UserError: the run being resumed has another seed or other training images; its counters are no counters.
+            UserError: The run being resumed has another seed or other training images, or counters that cannot be used.
         """
         if trainer.state.fn != "fit":
             return
@@ -201,7 +195,7 @@ class LastCheckpoint(Callback):
 
 
 def _identity(trainer: Trainer) -> dict[str, Any]:
-    """What makes the order of the images, which a resumed run must share."""
+    """What decides the order of the images, which a resumed run must share."""
     data = data_module(trainer)
     return {"seed": os.environ.get("PL_GLOBAL_SEED"), "images": getattr(data, "fingerprint", None)}
 

@@ -33,13 +33,13 @@ class FineTuning(Callback):
     for these again. What is frozen depends on the epoch alone, so a resumed run goes on as it would have.
 
     Args:
-        checkpoint: that an `etflight` training wrote; with averaged weights (EMA) it is those that are taken.
-        load: its parts, and the part of this model that each is for.
-        freeze: parts of this model that do not train; names inside the backbone, such as "layer1", are understood, too.
-        weights: file for the backbone, `.safetensors` or one of `torch.save`, with the names that timm gives the backbone's weights;
+        checkpoint: A checkpoint of an `etflight` training; its averaged weights (EMA) are taken if it has some.
+        load: Parts of the checkpoint, each with the part of this model that takes it.
+        freeze: Parts of this model that do not train; names inside the backbone, such as "layer1", are understood, too.
+        weights: File for the backbone, `.safetensors` or one of `torch.save`, with the names that timm gives the backbone's weights;
             its classifier is left out. Images must be normalised (`mean`, `std` of the data) as those it was trained on.
-        unfreeze_epoch: the first epoch, counted from 0, in which the frozen parts train, too; None: they never do.
-        freeze_statistics: whether frozen parts are in evaluation mode; if not, they are in training mode without gradients, so BatchNorm
+        unfreeze_epoch: The first epoch, counted from 0, in which the frozen parts train, too; None: they never do.
+        freeze_statistics: Whether frozen parts are in evaluation mode; if not, they are in training mode without gradients, so BatchNorm
             normalises by the batch and its statistics move on (MiSLAS' `shift_bn`).
 
     Raises:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
@@ -22,6 +21,7 @@ from etflight.runs.folder import writing_to
 from etflight.utils.errors import UserError, warn
 from etflight.utils.files import replacing, write_csv
 from etflight.utils.terminal import readable
+from etflight.utils.trainer import data_module, gather
 
 SUFFIXES = (".csv", ".parquet", ".npz")
 
@@ -165,14 +165,10 @@ class PredictionTable(Callback):
         """Gather the rows on the first process and write them."""
         if self._hook is not None:
             self._hook.remove()
-        data, places = _data(trainer), range(trainer.global_rank, 2**62, trainer.world_size)
+        data, places = data_module(trainer), range(trainer.global_rank, 2**62, trainer.world_size)
         skipped = {i: _reason(data, i) for i, fine in zip(places, self._readable, strict=False) if not fine}
         indices = [i for i, fine in zip(places, self._readable, strict=False) if fine]
-        own = (indices, [torch.cat(parts) for parts in zip(*self._batches, strict=True)], skipped)
-        ranks = [own]
-        if trainer.world_size > 1:
-            ranks = [own] * trainer.world_size
-            dist.all_gather_object(ranks, own)
+        ranks = gather(trainer, (indices, [torch.cat(parts) for parts in zip(*self._batches, strict=True)], skipped))
         skipped = {i: reason for _, _, part in ranks for i, reason in part.items()}
         if not any(indices for indices, _, _ in ranks):
             raise UserError(f"none of the {len(skipped)} images can be read: {skipped[min(skipped)]}")
@@ -213,7 +209,3 @@ def _reason(data: Any, index: int) -> str:
     except UserError as error:
         return str(error)
     return f"{data.sample_name('test', index)} could not be read, but can be now"
-
-
-def _data(trainer: Trainer) -> Any:
-    return trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning outside the class body

@@ -206,7 +206,7 @@ class StepNotice(Callback):
     """One line when training starts: global batch, learning rate, class balance; and a warning about BatchNorm on several GPUs."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print it on the first process: optimizers exist by now."""
+        """Print the line on the first process; optimizers exist by now."""
         data = data_module(trainer)
         rank_zero_info(
             describe_step(

@@ -1,8 +1,9 @@
-"""Command lines without torch: the parser of commands that build nothing; what an option is given, before it is parsed."""
+"""Command lines without torch: a parser for commands that build nothing, and what is read of a command line before it is parsed."""
 
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,26 +19,66 @@ class CommandParser(ArgumentParser):
         raise SystemExit(2)
 
 
-def values_of(argv: Sequence[str], key: str, *short: str) -> list[str]:
-    """What follows each `--key`, or one of its short forms, on the command line."""
-    found = []
-    for flag, following in zip(argv, [*argv[1:], ""], strict=False):
-        if flag in (f"--{key}", *short):
-            found.append(following)
-        elif flag.startswith(f"--{key}="):
-            found.append(flag.partition("=")[2])
-    return found
+def without_files(prog: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The configuration files that a command line names (`-c`, `--config`), in their order, and the rest of it."""
+    parser = CommandParser(prog=prog, add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    known, rest = parser.parse_known_args(argv)
+    return known.config, rest
 
 
-def positional(argv: Sequence[str]) -> str | None:
-    """The first word that is no option and no option's value, where every option takes one value."""
-    words = zip(["", *argv], argv, strict=False)
-    return next((w for before, w in words if w[:1] != "-" and (before[:1] != "-" or "=" in before)), None)
+# what decides over a run before its command line can be parsed: where it is, and which checkpoint's model it starts from
+_EARLY = (
+    "name", "ckpt_path", "trainer.default_root_dir", "data", "data.input_size",
+    "model.backbone", "model.head", "model.loss", "model.optimizer", "model.lr_scheduler",
+)  # fmt: skip
 
 
-def config_files(argv: Sequence[str]) -> list[Path]:
-    """The configuration files, in their order."""
-    return [Path(value) for value in values_of(argv, "config", "-c")]
+@dataclass(frozen=True)
+class EarlyOptions:
+    """Options that have to be known before a command line can be parsed with the checkpoint's model as its defaults.
+
+    Attributes:
+        given: what the command line itself gives for them, None where it says nothing.
+        files: the configuration files, in their order.
+        contents: what these hold.
+    """
+
+    given: dict[str, Any]
+    files: list[Path]
+    contents: list[Any]
+
+    @classmethod
+    def of(cls, prog: str, files: Sequence[str], rest: Sequence[str]) -> "EarlyOptions":
+        """Read them.
+
+        Args:
+            prog: The command, for errors.
+            files: its configuration files; one that starts with a brace is the content of a file, and says nothing here.
+            rest: the command line without them.
+
+        Raises:
+            UserError: a file that is not there, or is no YAML.
+            SystemExit: status 2 for an option without a value.
+        """
+        parser = CommandParser(prog=prog, add_help=False, allow_abbrev=False)
+        for key in _EARLY:
+            parser.add_argument(f"--{key}", *[f"--{key}.class_path"] * key.startswith("model."), dest=key)
+        parser.add_argument("--images", nargs="+")
+        given, _ = parser.parse_known_args(rest)
+        paths = [Path(file) for file in files if not file.lstrip().startswith("{")]
+        return cls(vars(given), paths, [read_yaml(path) for path in paths])
+
+    def value(self, key: str, kind: type = str) -> Any:
+        """What the command line, or else the last configuration file with a value of this type, gives for an option."""
+        if self.given[key] is not None:
+            return self.given[key]
+        for value in reversed(self.contents):
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, dict) else None
+            if value is not None and isinstance(value, kind):
+                return value
+        return None
 
 
 _ARMS, _ADDITIONS = "arms", ("trainer", "logger")  # folders of configuration files
@@ -61,29 +102,3 @@ def set_and_arm(files: Sequence[Path]) -> tuple[str | None, str | None]:
     start = next((i for i, file in enumerate(counted) if file.parent.name == _ARMS), len(counted))
     before, after = ("_".join(file.stem for file in part) or None for part in (counted[:start], counted[start:]))
     return before, after
-
-
-def configured(argv: Sequence[str], key: str, kind: type) -> Any:
-    """The value of this type that the last configuration file which has one gives for a key, or None."""
-    for path in reversed(config_files(argv)):
-        if not path.is_file():
-            continue  # the parser says so, in its own words
-        value: Any = read_yaml(path)
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None and isinstance(value, kind):
-            return value
-    return None
-
-
-def value_of(argv: Sequence[str], key: str) -> str | None:
-    """The text that the command line, or else the last configuration file that has one, gives for a key."""
-    given = values_of(argv, key)
-    text: str | None = given[-1] if given else configured(argv, key, str)
-    return text
-
-
-def after_configs(argv: Sequence[str]) -> int:
-    """Where, on the command line, the last configuration file has been named; 1, behind the stage, without any."""
-    ends = [i + 2 for i, arg in enumerate(argv) if arg in ("-c", "--config")]
-    return max([1, *ends, *(i + 1 for i, arg in enumerate(argv) if arg.startswith("--config="))])

@@ -7,12 +7,10 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
 from etflight.data import ImageDataModule
-from etflight.utils.checkpoints import read_checkpoint, refuse_others
 from etflight.utils.errors import UserError
 from etflight.utils.preprocessing import Preprocessing
-from etflight.utils.specs import describe, find, is_known
+from etflight.utils.specs import find
 
 
 def add_imports(parser: ArgumentParser) -> None:
@@ -37,23 +35,6 @@ def import_modules(names: Sequence[str]) -> None:
             import_module(name)
         except ImportError as error:
             raise UserError(f"--imports {name}: {brief(error)}: give a module that Python finds from here") from error
-
-
-def load_classifier(path: str) -> Classifier:
-    """A classifier from its checkpoint, on the CPU.
-
-    Raises:
-        UserError: a file that cannot be read, or that names a class which is not imported.
-    """
-    checkpoint = read_checkpoint(path)
-    refuse_others(path, checkpoint, Classifier)
-    for argument, value in plain_hyperparameters(checkpoint).items():
-        if argument in PLUGGABLE and value is not None and not is_known(describe(value, argument), PLUGGABLE[argument]):
-            module = value["class_path"].rpartition(".")[0]
-            raise UserError(
-                f"checkpoint {path} needs {value['class_path']} as its {argument}: import its module (--imports {module})"
-            )
-    return Classifier.load_from_checkpoint(path)
 
 
 def prepare_as_trained(data: Namespace, known: Preprocessing | None) -> None:

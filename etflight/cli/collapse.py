@@ -23,7 +23,7 @@ from etflight import plotting
 from etflight.backbones import resnet_cifar
 from etflight.callbacks.features import HEAD, Caught, EmbeddingSource, PassStatistics, sweep
 from etflight.classifier import Classifier
-from etflight.cli.checkpoint_option import add_imports, brief, import_modules, load_classifier, prepare_as_trained
+from etflight.cli.checkpoint_option import add_imports, brief, import_modules, prepare_as_trained
 from etflight.cli.data_option import data_parser, parse_over_run
 from etflight.cli.parser import OneLineParser
 from etflight.data import ImageDataModule
@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
     checkpoint = config.ckpt_path
     if config.run is not None:
         checkpoint = str(last_checkpoint(Path(config.run)) if Path(config.run).is_dir() else config.run)
-    classifier = None if checkpoint is None else load_classifier(checkpoint)
+    classifier = None if checkpoint is None else Classifier.load_from_checkpoint(checkpoint)
     if classifier is not None:
         prepare_as_trained(config.data, classifier.preprocessing)
     data: ImageDataModule = parser.instantiate(config).data

@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 
 import etflight.data
-from etflight.cli.argv import config_files, positional, values_of
+from etflight.cli.argv import without_files
 from etflight.cli.parser import OneLineParser
 from etflight.data import ImageDataModule
 from etflight.runs.folder import run_of
@@ -35,49 +35,38 @@ def data_parser(command: str, description: str, *, required: bool = True) -> One
     return parser
 
 
-def parse(parser: OneLineParser, argv: Sequence[str]) -> Namespace:
+def parse(parser: OneLineParser, argv: Sequence[str], run: str | None = None) -> Namespace:
     """Parse a command line.
 
+    Args:
+        parser: Of `data_parser`.
+        argv: The command line.
+        run: A run folder or a checkpoint in one, whose data are the default.
+
     Raises:
-        UserError: a data set or a file that does not exist.
-        SystemExit: status 2 for a usage error, 0 after help.
+        UserError: A data set or a file that does not exist; a run that tells no data where none are given.
+        SystemExit: Status 2 for a usage error, 0 after help.
     """
-    OneLineParser.given = [*parser.prog.split()[1:], *argv]
-    return parser.parse_args(_with_data_sections(argv))
+    files, words = without_files(parser.prog, argv)
+    if run is not None:
+        folder = run_of(Path(run))
+        config = folder / "config.yaml" if folder is not None else None
+        if config is not None and config.is_file():
+            files = [str(config), *files]
+        elif not Path(run).exists():
+            raise UserError(f"{run} does not exist: give a run folder, such as runs/digits/ce, or a checkpoint in one")
+        elif not files and not any(word.partition("=")[0] == "--data" for word in words):
+            raise UserError(f"{run} is no run folder with a config.yaml that says its data, nor in one: give --data")
+    # the parser knows nothing else of what a configuration file says
+    return parser.parse_args([*(f"--config={_data_section(Path(file))}" for file in files), *words])
 
 
 def parse_over_run(parser: OneLineParser, argv: Sequence[str]) -> Namespace:
-    """Parse a command line whose positional argument, if there is one, is a run or a checkpoint of one: its data are the default.
-
-    Raises:
-        UserError: as `parse`; nothing has that path, or it tells no data and none are given.
-        SystemExit: as `parse`.
-    """
-    given = positional(argv)
-    if given is None:
-        return parse(parser, argv)
-    run = run_of(Path(given))
-    config = run / "config.yaml" if run is not None else None
-    if config is not None and config.is_file():
-        return parse(parser, ["-c", str(config), *argv])
-    if not Path(given).exists():
-        raise UserError(f"{given} does not exist: give a run folder, such as runs/digits/ce, or a checkpoint in one")
-    if not values_of(argv, "data") and not config_files(argv):
-        raise UserError(f"{given} is no run folder with a config.yaml that says its data, nor in one: give --data")
-    return parse(parser, argv)
-
-
-def _with_data_sections(argv: Sequence[str]) -> list[str]:
-    """Put in the place of each configuration file what it says of the data: the parser knows nothing else."""
-    changed: list[str] = []
-    for before, arg in zip(["", *argv], argv, strict=False):
-        if before in ("-c", "--config"):
-            changed[-1] = f"--config={_data_section(Path(arg))}"
-        elif arg.startswith("--config="):
-            changed.append(f"--config={_data_section(Path(arg.partition('=')[2]))}")
-        else:
-            changed.append(arg)
-    return changed
+    """Parse a command line whose first word that is no option and no option's value is a run, if there is one: see `parse`."""
+    words = zip(["", *argv], argv, strict=False)  # every option takes one value
+    return parse(
+        parser, argv, next((w for before, w in words if w[:1] != "-" and (before[:1] != "-" or "=" in before)), None)
+    )
 
 
 def _data_section(path: Path) -> str:

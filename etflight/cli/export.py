@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from etflight.classifier import Classifier
-from etflight.cli.checkpoint_option import add_imports, brief, import_modules, load_classifier, prepare_as_trained
+from etflight.cli.checkpoint_option import add_imports, brief, import_modules, prepare_as_trained
 from etflight.cli.data_option import data_parser, parse
 from etflight.cli.parser import OneLineParser
 from etflight.data import ImageDataModule
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     _check_free(output)
     _check_name(config.push_to_hub)
     import_modules(config.imports)
-    classifier = load_classifier(config.checkpoint).eval().requires_grad_(False)
+    classifier = Classifier.load_from_checkpoint(config.checkpoint).eval().requires_grad_(False)
     preprocessing = classifier.preprocessing
     if config.get("data") is not None:
         prepare_as_trained(config.data, preprocessing)

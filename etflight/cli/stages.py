@@ -2,12 +2,12 @@
 
 import logging
 import os
-import re
 import sys
 import warnings
 from argparse import SUPPRESS
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,36 +18,37 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
-from lightning.pytorch.utilities import rank_zero_info
 
 import etflight.data
 from etflight.callbacks import FineTuning, LastCheckpoint, NeuralCollapseMonitor, PostHoc, Speed, StepSeed, StopSignals
 from etflight.callbacks.balance import DoubleCorrection
 from etflight.callbacks.checkpoint import KEY as CHECKPOINT_KEY
-from etflight.callbacks.predictions import PredictionTable, check_output
+from etflight.callbacks.predictions import PredictionTable
 from etflight.callbacks.progress import Progress, StepNotice, is_watched
 from etflight.callbacks.results import TestResults
 from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
 from etflight.cli import STAGES
-from etflight.cli.argv import config_files, set_and_arm, value_of, values_of
+from etflight.cli.argv import EarlyOptions, without_files
 from etflight.cli.checkpoint_option import prepare_as_trained
 from etflight.cli.parser import OneLineParser
-from etflight.cli.predict import add_prediction_arguments, over_images
+from etflight.cli.place import Place
+from etflight.cli.predict import add_prediction_arguments, as_data, images_of
 from etflight.cli.unsupported import refuse_unsupported
 from etflight.data.base import ImageDataModule
 from etflight.heads import codes_from_state_dict
 from etflight.optim import PROTOCOL_SGD
-from etflight.runs.folder import check_writable, claim, claim_for_results, last_checkpoint, run_of, same_folder
+from etflight.runs.folder import same_folder
 from etflight.runs.loggers import FailSafe, MetricsCSV
 from etflight.runs.record import RunRecord
-from etflight.runs.wandb import choose_names, name_in_sweep
+from etflight.runs.wandb import choose_names
 from etflight.utils.checkpoints import SafeCheckpointIO, read_checkpoint, refuse_others
 from etflight.utils.errors import UserError, print_dead_process, user_error_in
+from etflight.utils.jsonargparse_private import why_not_made
 from etflight.utils.lightning_private import on_dead_process
 from etflight.utils.preprocessing import Preprocessing
-from etflight.utils.specs import describe, find, is_known
+from etflight.utils.specs import describe, find
 from etflight.utils.training_data import refuse_other_shape
-from etflight.utils.yaml import guard_parser, require_file
+from etflight.utils.yaml import guard_parser
 
 _CHECKPOINT_HELP = (
     "The command line beats the configuration files, which beat what the checkpoint says: of the model, and, but for fit, of how its "
@@ -56,28 +57,49 @@ _CHECKPOINT_HELP = (
 
 
 class Parser(OneLineParser, LightningArgumentParser):
-    """LightningCLI's parser, with usage errors of one line."""
+    """LightningCLI's parser, with usage errors of one line.
+
+    Args:
+        args: As for LightningCLI's.
+        stage: The command whose options it parses; empty for all of them.
+        kwargs: As for LightningCLI's.
+    """
 
     bases: ClassVar[Mapping[str, type]] = {
         **OneLineParser.bases,
         **{f"model.{name}": base for name, base in PLUGGABLE.items()},
+        "post_hoc": PostHoc,
     }
+
+    def __init__(self, *args: Any, stage: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stage = stage
 
     def add_class_arguments(self, class_type: type, *args: Any, **kwargs: Any) -> list[str]:
         """As always, but a logger that asks for a folder is given the run's, which "." stands for."""
         added: list[str] = super().add_class_arguments(class_type, *args, **kwargs)
-        if issubclass(class_type, Logger) and "save_dir" in added:
-            action = next(action for action in self._actions if action.dest == "save_dir")
-            if action.required:
-                action.required = False
-                self.set_defaults(save_dir=".")
+        if issubclass(class_type, Logger) and "save_dir" in added and self.get_default("save_dir") is None:
+            self.set_defaults(save_dir=".")
         return added
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint brings.
+
+    Attributes:
+        model: the arguments of the model, as plain data; empty without a checkpoint.
+        rows: of `metrics.csv` when it was saved.
+    """
+
+    model: dict[str, Any] = field(default_factory=dict)
+    rows: int = 0
 
 
 class EtflightCLI(LightningCLI):
     """Adds to LightningCLI: run folders, checkpoints as defaults of the model, and the linked sizes of the data."""
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+    def add_arguments_to_parser(self, parser: "Parser") -> None:  # type: ignore[override]
         """Our arguments, links and defaults, for every stage."""
         parser.add_argument(
             "--name",
@@ -110,6 +132,8 @@ class EtflightCLI(LightningCLI):
             default=None,
             help="What decides in place of the trained head, in an evaluation: TauNormalization, NearestClassMean.",
         )
+        if parser.stage == "predict":
+            add_prediction_arguments(parser)
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("data.num_channels", "model.in_chans", apply_on="instantiate")
         parser.set_defaults(
@@ -121,206 +145,136 @@ class EtflightCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse with the checkpoint's model as the lowest of the three: checkpoint, configuration files, command line."""
-        Parser.given = argv = list(sys.argv[1:] if args is None else args)
-        for file in config_files(argv):
-            if not str(file).lstrip().startswith("{"):  # what a file would hold
-                require_file(file)
-        self.arm: str | None = None
-        self.ckpt_path: Path | None = None
-        self.saved_rows = 0
-        self.images: list[str] = []  # without labels, to be predicted
-        self.saved_shape: tuple[int, int] | None = None  # classes and channels
-        self.verbose = True
-        self.saved_logit_adjustment = 0.0
-        stage = argv[0] if argv and argv[0] in self._subcommand_parsers else None
-        if stage == "predict":
-            add_prediction_arguments(self._subcommand_parsers[stage])
-        if stage is not None and not any(arg in ("-h", "--help") or arg.endswith(".help") for arg in argv):
-            self.ckpt_path = self._locate_run(argv, stage)
-        if stage is None or self.ckpt_path is None:
-            self.config = parser.parse_args(argv)
+        """Parse with the checkpoint's model as the lowest of the three: checkpoint, configuration files, command line.
+
+        Raises:
+            UserError: No command in front; a checkpoint that is not there, cannot be read, or needs a class that nobody has named.
+        """
+        argv = list(sys.argv[1:] if args is None else args)
+        if (
+            not argv
+            or argv[0] not in STAGES
+            or any(word in ("-h", "--help") or word.endswith(".help") for word in argv)
+        ):
+            parser.parse_args(argv)  # exits after help, or over what is wrong
+            raise UserError(f"the command comes first: give one of {', '.join(STAGES)} in front of its options")
+        stage = argv[0]
+        files, words = without_files(f"etflight {stage}", argv[1:])
+        options = EarlyOptions.of(f"etflight {stage}", files, words)
+        self.place = Place.of(stage, options)
+        self.saved, self.verbose = Saved(), True
+        self.images = images_of(options) if stage == "predict" else []
+        argv = [stage, *(f"--config={file}" for file in files)]
+        if self.place.checkpoint is not None:
+            self._parse_over_checkpoint(parser, argv, words, options, self.place.checkpoint)
+        elif stage == "fit" or "--print_config" in words:
+            self.config = parser.parse_args([*argv, *words])
         else:
-            self._parse_over_checkpoint(parser, argv, stage, self.ckpt_path)
-        _check_seed(self.config[self.config["subcommand"]]["seed_everything"])
+            raise UserError(
+                f"{stage} needs a trained model: give --ckpt_path FILE, or --ckpt_path last with the name of its run"
+            )
+        self.config[stage]["ckpt_path"] = None  # from which Lightning would let the model of the checkpoint win
+        _check_seed(self.config[stage]["seed_everything"])
 
-    def _locate_run(self, argv: list[str], stage: str) -> Path | None:
-        """Find the run folder, and the checkpoint asked for; `last` is the one of the run's own folder."""
-        self.named = bool(values_of(argv, "name"))
-        self.trained_in: Path | None = None
-        asked = value_of(argv, "ckpt_path")
-        self.root = Path(value_of(argv, "trainer.default_root_dir") or "runs").expanduser()
-        named_set, named_arm = set_and_arm(config_files(argv))
-        self.arm = named_arm or named_set
-        named_set = named_set or (value_of(argv, "data") or "run").rpartition(".")[2].lower()
-        name = value_of(argv, "name") or "/".join(filter(None, (named_set, named_arm)))
-        self.run_name = name_in_sweep(name) if stage == "fit" else name
-        self.folder = self.root / self.run_name
-        if asked is None:
-            if stage != "fit" and "--print_config" not in argv:
-                raise UserError(
-                    f"{stage} needs a trained model: give --ckpt_path FILE, or --ckpt_path last with the name of its run"
-                )
-            return None
-        if asked != "last":
-            self.trained_in = run_of(Path(asked))
-            return Path(asked)
-        last = last_checkpoint(self.folder)
-        if last.is_file():
-            self.trained_in = self.folder
-            return last
-        if stage != "fit":
-            raise UserError(f"there is no {last}: train first, or give --ckpt_path FILE")
-        rank_zero_info(f"there is no {last}: training starts from scratch")
-        return None
-
-    def _parse_over_checkpoint(self, parser: LightningArgumentParser, argv: list[str], stage: str, path: Path) -> None:
+    def _parse_over_checkpoint(
+        self, parser: LightningArgumentParser, files: list[str], words: list[str], options: EarlyOptions, path: Path
+    ) -> None:
         """Parse with the checkpoint's hyper-parameters as the model's defaults; no class is imported because it names it."""
+        stage = files[0]
         content = read_checkpoint(path)
         refuse_others(path, content, Classifier)
-        if stage == "predict":
-            argv, self.images = over_images(argv, path, content)
-        self.saved_rows = int(content.get(CHECKPOINT_KEY, {}).get("metrics_rows", 0))
-        backbone = value_of(argv, "model.backbone")
+        if self.images:
+            files = [*files, *as_data(options, path, content)]
+        backbone = options.value("model.backbone")
         given = {} if backbone is None else {"backbone": backbone}
-        saved = plain_hyperparameters(content, given)
-        self.saved_shape = saved.pop("num_classes"), saved.pop("in_chans", 3)
-        self.saved_logit_adjustment = saved.get("logit_adjustment", 0.0)
-        saved.pop("class_counts", None)  # the state dict holds them
-        unknown = {
-            name: describe(saved.pop(name), name)
-            for name, base in PLUGGABLE.items()
-            if saved.get(name) is not None and not is_known(describe(saved[name], name), base)
-        }
-        self._default_model(stage, saved)
-        self.config = parser.parse_args(argv)
-        if unknown:
-            plain_hyperparameters(content, given)  # again: parsing imported what the user named, and only that
-            for name, spec in unknown.items():
-                if getattr(self.config[stage].get(f"model.{name}"), "class_path", None) == spec["class_path"]:
-                    self._default_model(stage, {name: spec})
-                elif value_of(argv, f"model.{name}") is None and value_of(argv, f"model.{name}.class_path") is None:
-                    raise UserError(
-                        f"checkpoint {path} needs {spec['class_path']} as its {name}: "
-                        f"name it, so that it is imported (--model.{name} {spec['class_path']})"
-                    )
-            self.config = parser.parse_args(argv)
+        model = plain_hyperparameters(content, given)
+        self.saved = Saved(model, int(content.get(CHECKPOINT_KEY, {}).get("metrics_rows", 0)))
+
+        def parse_over(names: Iterable[str]) -> None:
+            parser.set_defaults({f"{stage}.model.{name}": model[name] for name in names})
+            self.config = parser.parse_args([*files, *words])
+
+        unknown = [name for name in PLUGGABLE if not _is_imported(name, model)]
+        for name in unknown:
+            if options.value(f"model.{name}", object) is None:
+                raise UserError(
+                    f"checkpoint {path} needs {model[name]['class_path']} as its {name}: "
+                    f"name it, so that it is imported (--model.{name} {model[name]['class_path']})"
+                )
+        # the data decide the sizes, and the state dict holds the counts
+        parse_over(model.keys() - {"num_classes", "in_chans", "class_counts", *unknown})
+        if unknown:  # parsing has imported what the user named, and only that
+            plain_hyperparameters(content, given)
+            chosen = self.config[stage]["model"]
+            parse_over(
+                name for name in unknown if getattr(chosen[name], "class_path", None) == model[name]["class_path"]
+            )
         if stage != "fit":
             prepare_as_trained(self.config[stage]["data"], Preprocessing.in_checkpoint(content))
-
-    def _parse_ckpt_path(self) -> None:
-        """Nothing: `parse_arguments` has done it, in the order that lets the command line win."""
-
-    def _default_model(self, stage: str, values: dict[str, Any]) -> None:
-        self._subcommand_parsers[stage].set_defaults({f"model.{name}": value for name, value in values.items()})
 
     def before_instantiate_classes(self) -> None:
         """Put the found checkpoint into the configuration, and claim the run folder.
 
         Raises:
-            UserError: the folder is another's, or cannot be written to; no first stage; `overlays` of earlier versions.
+            UserError: The folder is another's, or cannot be written to; no first stage; `overlays` of earlier versions.
         """
-        config = self.config[self.subcommand]
+        config, place = self.config[self.subcommand], self.place
         # absolute: Lightning takes "best", "registry:…" or "http…" at the start for something else than a file
-        config["ckpt_path"] = None if self.ckpt_path is None else str(self.ckpt_path.absolute())
+        config["ckpt_path"] = None if place.checkpoint is None else str(place.checkpoint.absolute())
         config["weights_only"] = True
+        config["name"] = place.name
         if self.subcommand == "test":  # `TestResults` prints; Lightning's table has all numbers in one column
             self.verbose, config["verbose"] = config["verbose"], False
         if config.pop("overlays"):
             raise UserError(
                 "overlays is no option any more: give the files one after another, -c data/SET.yaml -c arms/ARM.yaml"
             )
-        config["name"] = self.run_name
-        if self.subcommand == "fit":
-            self._find_first_stage(config)
-        else:
-            self._choose_place_of_results(config)
+        if self.subcommand != "fit":
+            adjusted = config["model"]["logit_adjustment"] != self.saved.model.get("logit_adjustment", 0.0)
+            place.move_to_training(decides_otherwise=adjusted or config["post_hoc"] is not None)
+        elif config["first_stage"] and config["fine_tuning"]["checkpoint"] is None and place.checkpoint is None:
+            config["fine_tuning"]["checkpoint"] = place.first_stage(config["first_stage"])
         for logger in _as_list(config["trainer"]["logger"]):
             self._put_into_run_folder(logger, config)
-        if config.get("output") is not None:
-            output = Path(config["output"])
-            check_output(output)
-            check_writable(output.parent, "--output")
-        elif self.subcommand != "validate" and not config["trainer"]["fast_dev_run"]:
-            check_writable(self.folder)
-            if self.subcommand == "fit":
-                claim(self.folder, self.ckpt_path)
-            else:
-                claim_for_results(self.folder, self.trained_in)
-
-    def _find_first_stage(self, config: Any) -> None:
-        """Where the run of the arm that comes before this one has its checkpoint: in the same place, but for the name of the arm."""
-        first, tuning = config["first_stage"], config["fine_tuning"]
-        if first is None or tuning["checkpoint"] is not None or self.ckpt_path is not None:
-            return
-        parts = self.run_name.split("/")
-        if self.arm not in parts:
-            raise UserError(
-                f"--first_stage {first}: the run {self.run_name} is not called by its arm {self.arm}, so nobody knows where the other is: "
-                "give --fine_tuning.checkpoint FILE"
-            )
-        run = "/".join(first if part == self.arm else part for part in parts)
-        checkpoint = last_checkpoint(self.root / run)
-        if not checkpoint.is_file():
-            raise UserError(
-                f"{self.arm} starts from the run of {first}, but there is no {checkpoint}: train that first, or give "
-                "--fine_tuning.checkpoint FILE"
-            )
-        tuning["checkpoint"] = str(checkpoint)
-
-    def _choose_place_of_results(self, config: Any) -> None:
-        """Beside the checkpoint, whatever the configuration is called, unless another name is given or something else decides."""
-        post_hoc = config["post_hoc"] is not None
-        if post_hoc or config["model"]["logit_adjustment"] != self.saved_logit_adjustment:
-            if same_folder(self.folder, self.trained_in):
-                raise UserError(
-                    f"run folder {self.folder} is that of the trained model, whose own results stay as they are: "
-                    "give the checkpoint by its path, and another --name"
-                )
-        elif self.trained_in is not None and not self.named:
-            self.folder = self.trained_in
+        place.claim(config)
 
     def _put_into_run_folder(self, logger: Any, config: Any) -> None:
         """Let a logger without a place of its own write into the run folder, and W&B call the run by its name."""
         arguments = getattr(logger, "init_args", None)
         if arguments is None:
             return
+        folder = self.place.folder
         if arguments.get("save_dir", "elsewhere") in (None, "."):
-            arguments["save_dir"] = str(self.folder)
+            arguments["save_dir"] = str(folder)
         if logger.class_path.endswith("WandbLogger"):
-            choose_names(
-                arguments,
-                folder=self.folder,
-                name=self.run_name,
-                seed=config["seed_everything"],
-                data=_dataset_name(config["data"]),
-            )
+            data = _dataset_name(config["data"])
+            choose_names(arguments, folder=folder, name=self.place.name, seed=config["seed_everything"], data=data)
 
     def instantiate_classes(self) -> None:
         """As LightningCLI does, but what the checkpoint brings for an evaluation is not computed before.
 
         Raises:
-            UserError: a class that cannot be made.
+            UserError: A class that cannot be made.
         """
         with nullcontext() if self.subcommand == "fit" else codes_from_state_dict():
             try:
                 super().instantiate_classes()
-            except ValueError as error:  # of the parser, with all that the option would take
-                found = re.search(r"Problem with given class_path '[\w.]*?(\w+)':\s+(.+)", str(error))
-                if found is None or user_error_in(error):
+            except ValueError as error:
+                if user_error_in(error) or (reason := why_not_made(str(error))) is None:
                     raise
-                raise UserError(f"{found[1]} cannot be made: {found[2]}") from error
+                raise UserError(reason) from error
 
     def after_instantiate_classes(self) -> None:
         """Tell the data of images without labels; refuse a checkpoint of other shapes before Lightning finds tensors of others.
 
         Raises:
-            UserError: it has another number of classes or channels.
+            UserError: It has another number of classes or channels.
         """
         if self.images:
             self.datamodule.paths = self.images
-        if self.saved_shape is not None:
-            refuse_other_shape(f"checkpoint {self.ckpt_path}", *self.saved_shape, self.datamodule)
+        if model := self.saved.model:
+            name = f"checkpoint {self.place.checkpoint}"
+            refuse_other_shape(name, model["num_classes"], model.get("in_chans", 3), self.datamodule)
 
     def before_fit(self) -> None:
         """Refuse what cannot be trained as it is written down."""
@@ -330,69 +284,65 @@ class EtflightCLI(LightningCLI):
         """The trainer, with what writes the run folder in front of the user's own loggers and callbacks.
 
         Raises:
-            UserError: a logger that would delete `metrics.csv`; a trainer that is to write nothing at all.
+            UserError: A logger that would delete `metrics.csv`; a trainer that is to write nothing at all.
         """
-        config = self._get(self.config_init, "trainer")
-        if config.get("barebones"):
+        config, place = self.config_init[self.subcommand]["trainer"], self.place
+        if config["barebones"]:
             raise UserError(
                 "--trainer.barebones true turns off the files of a run, which this command is for: leave it out"
             )
-        self.save_config_kwargs = {"name": self.run_name, "arm": self.arm, "trained_in": self.trained_in}
-        fitting = self.subcommand == "fit"
-        saves = fitting and config.get("enable_checkpointing") is not False
-        last = self._get(self.config_init, "checkpoint") if saves else None
-        fine_tuning = self._get(self.config_init, "fine_tuning")
-        users = _as_list(config.get("callbacks"))
-        # what saves comes first, before anything of the next step has happened, but after what makes the final weights
-        callbacks = [
-            StopSignals(last),
-            *(callback for callback in users if isinstance(callback, StochasticWeightAveraging)),
-            *_as_list(last),
-            *([StepSeed(), Speed(), Progress(), fine_tuning] if fitting else []),
-            *self._monitor(fitting, users),
-            *_as_list(self._get(self.config_init, "post_hoc")),
-            *(callback for callback in users if not isinstance(callback, StochasticWeightAveraging)),
-        ]
-        results = TestResults(self.verbose)
-        callbacks += [StepNotice(), DoubleCorrection(), results, *self._predicting()]
+        self.save_config_kwargs = {"name": place.name, "arm": place.arm, "trained_in": place.trained_in}
+        users = _as_list(config["callbacks"])
+        saves = self.subcommand == "fit" and config["enable_checkpointing"] is not False
+        callbacks = self._callbacks(users, saves=saves)
         # else Lightning would add a checkpoint of its own
         kwargs["enable_checkpointing"] = saves and any(isinstance(callback, Checkpoint) for callback in users)
-        if not any(isinstance(c, ProgressBar) for c in users):
-            asked = config.get("enable_progress_bar")
+        if not any(isinstance(callback, ProgressBar) for callback in users):
+            asked = config["enable_progress_bar"]
             kwargs["enable_progress_bar"] = shown = is_watched() if asked is None else asked
             # Lightning's own redraws 100 times a second
             callbacks += [RichProgressBar(refresh_rate=4)] if shown else []
-        if config.get("profiler") in _PROFILERS:
-            kwargs["profiler"] = _PROFILERS[config["profiler"]](dirpath=self.folder, filename="profile")
-        logger = config.get("logger")
-        if logger is not False:
-            own = [MetricsCSV(self.folder, self.saved_rows)] if fitting else []
-            numbers = self.folder / "metrics.csv" if own else self.folder
-            others = [FailSafe(other, numbers) for other in _as_list(None if logger is True else logger)]
-            if any(isinstance(other, CSVLogger) and same_folder(self.folder, Path(other.log_dir)) for other in others):
-                raise UserError(
-                    "CSVLogger would delete the run's own metrics.csv: give --trainer.logger.name or leave it out"
-                )
-            kwargs["logger"] = [*own, *others] or False
-        kwargs["plugins"] = [*_as_list(config.get("plugins")), SafeCheckpointIO()]
-        if config.get("sync_batchnorm"):
+        if config["profiler"] in _PROFILERS:
+            kwargs["profiler"] = _PROFILERS[config["profiler"]](dirpath=place.folder, filename="profile")
+        if config["logger"] is not False:
+            kwargs["logger"] = self._loggers([] if config["logger"] is True else _as_list(config["logger"])) or False
+        kwargs["plugins"] = [*_as_list(config["plugins"]), SafeCheckpointIO()]
+        if config["sync_batchnorm"]:
             from etflight.backbones import SyncBatchNorm  # timm takes a second, which `--help` need not wait for
 
             kwargs["plugins"].append(SyncBatchNorm())
         # whatever Lightning itself writes belongs to the run, too
-        kwargs["default_root_dir"] = str(self.folder)
+        kwargs["default_root_dir"] = str(place.folder)
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
-    def _monitor(self, fitting: bool, users: Sequence[Any]) -> list[Any]:
-        if not fitting or any(isinstance(callback, NeuralCollapseMonitor) for callback in users):
-            return []
-        return _as_list(self._get(self.config_init, "monitor"))
+    def _callbacks(self, users: list[Any], *, saves: bool) -> list[Any]:
+        """Those of the run and the user's, in an order that matters."""
+        config, folder = self.config_init[self.subcommand], self.place.folder
+        last = config["checkpoint"] if saves else None
+        averaging = [callback for callback in users if isinstance(callback, StochasticWeightAveraging)]
+        # what saves comes first, before anything of the next step has happened, but after what makes the final weights
+        callbacks = [StopSignals(last), *averaging, *_as_list(last)]
+        if self.subcommand == "fit":
+            callbacks += [StepSeed(), Speed(), Progress(), config["fine_tuning"]]
+            if not any(isinstance(callback, NeuralCollapseMonitor) for callback in users):
+                callbacks += _as_list(config["monitor"])
+        callbacks += [*_as_list(config["post_hoc"]), *(callback for callback in users if callback not in averaging)]
+        callbacks += [StepNotice(), DoubleCorrection(), TestResults(self.verbose)]
+        if self.subcommand == "predict":
+            output = Path(config["output"] or folder / "predictions.csv")
+            callbacks.append(PredictionTable(output, config["top_k"], config["embeddings"]))
+        return callbacks
 
-    def _predicting(self) -> list[PredictionTable]:
-        if self.subcommand != "predict":
-            return []
-        output, top_k, embeddings = (self._get(self.config_init, name) for name in ("output", "top_k", "embeddings"))
-        return [PredictionTable(Path(output or self.folder / "predictions.csv"), top_k, embeddings)]
+    def _loggers(self, users: list[Any]) -> list[Any]:
+        """The run's `metrics.csv` while it trains, and the user's loggers, which fall silent where they would raise."""
+        folder = self.place.folder
+        if any(isinstance(user, CSVLogger) and same_folder(folder, Path(user.log_dir)) for user in users):
+            raise UserError(
+                "CSVLogger would delete the run's own metrics.csv: give --trainer.logger.name or leave it out"
+            )
+        if self.subcommand != "fit":
+            return [FailSafe(user, folder) for user in users]
+        return [MetricsCSV(folder, self.saved.rows), *(FailSafe(user, folder / "metrics.csv") for user in users)]
 
 
 def main(args: Sequence[str] | None = None) -> EtflightCLI:
@@ -421,7 +371,7 @@ def main(args: Sequence[str] | None = None) -> EtflightCLI:
         args=None if args is None else list(args),
         parser_kwargs={
             "prog": "etflight",
-            **{stage: {"description": f"{text} {_CHECKPOINT_HELP}"} for stage, text in STAGES.items()},
+            **{stage: {"stage": stage, "description": f"{text} {_CHECKPOINT_HELP}"} for stage, text in STAGES.items()},
         },
     )
 
@@ -433,6 +383,12 @@ def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _is_imported(name: str, model: Mapping[str, Any]) -> bool:
+    """Whether the class that a checkpoint names for an argument of the model, if it names one, is there without an import."""
+    value = model.get(name)
+    return value is None or find(describe(value, name), PLUGGABLE[name]) is not None
 
 
 def _dataset_name(data: Any) -> str:
@@ -461,22 +417,9 @@ def _quieten() -> None:
         r".*callbacks used to create the checkpoint need to be provided.*",
     ):
         warnings.filterwarnings("ignore", pattern)
-    warnings.formatwarning = _in_one_line
     on_dead_process(print_dead_process)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
-
-
-_format_warning = warnings.formatwarning
-
-
-def _in_one_line(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """Our own warnings as `etflight.utils.errors.warn` has them; others keep the place they come from."""
-    if Path(filename).is_relative_to(Path(__file__).parents[1]):
-        return f"etflight: warning: {message}\n"
-    return _format_warning(message, category, filename, lineno, line)
 
 
 # the data sets are found by name because they are imported here

@@ -2,9 +2,9 @@
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from etflight.utils.errors import UserError
+from etflight.utils.lightning_private import forks_processes
 from etflight.utils.trainer import callbacks_of
 
 
@@ -14,8 +14,8 @@ def refuse_unsupported(trainer: Trainer, model: LightningModule) -> None:
     Raises:
         UserError: they would train something else than the run's files say, or not answer signals and errors as they say.
     """
-    strategy, clip = trainer.strategy, trainer.gradient_clip_val or 0
-    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+    clip = trainer.gradient_clip_val or 0
+    if forks_processes(trainer.strategy):
         raise UserError(
             "this --trainer.strategy starts its processes in the way of notebooks, in which no signal and no error reaches the others: "
             "give --trainer.strategy ddp, which trains the same"

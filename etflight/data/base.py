@@ -198,14 +198,22 @@ class ImageDataModule(LightningDataModule, ABC):
             ("mean", _all_within(self.mean, 0, 1), "give numbers from 0 to 1, of pixels divided by 255"),
             ("std", _all_within(self.std, 1e-3, 1e3), "give numbers from 0.001 to 1000, of pixels divided by 255"),
         ):
-            if not holds:
-                raise UserError(f"{type(self).__name__}: {name} is {getattr(self, name)!r}: {rule}")
+            self._refuse_unless(holds, name, rule)
         if explicit and (self.imbalance_ratio != 1 or self.max_count is not None):
             raise UserError(
                 f"{type(self).__name__}: profile gives explicit counts: leave out imbalance_ratio and max_count"
             )
         if self.sampler is not None:
             resolve_policy(self.sampler)
+
+    def _refuse_unless(self, holds: bool, name: str, rule: str) -> None:
+        if not holds:
+            raise UserError(f"{type(self).__name__}: {name} is {getattr(self, name)!r}: {rule}")
+
+    def _or_standard(self, name: str) -> Any:
+        """An option, or the set's standard recipe where it is left out."""
+        own = getattr(self, name)
+        return getattr(self, f"standard_{name}") if own is None else own
 
     # What a set gives.
 
@@ -460,13 +468,11 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @cached_property
     def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        chosen = []
-        for name, own, standard in (("mean", self.mean, self.standard_mean), ("std", self.std, self.standard_std)):
-            values = tuple(standard if own is None else own)
+        mean, std = tuple(self._or_standard("mean")), tuple(self._or_standard("std"))
+        for name, values in (("mean", mean), ("std", std)):
             if len(values) not in (1, self.num_channels):
                 raise UserError(f"{self}: {name} has {len(values)} numbers for {self.num_channels} channels")
-            chosen.append(values)
-        return chosen[0], chosen[1]
+        return mean, std
 
     @cached_property
     def _augment(self) -> TrainTransform:
@@ -475,8 +481,8 @@ class ImageDataModule(LightningDataModule, ABC):
             num_classes=self.num_classes,
             mean=mean,
             std=std,
-            crop_padding=self.standard_crop_padding if self.crop_padding is None else self.crop_padding,
-            flip=self.standard_flip if self.flip is None else self.flip,
+            crop_padding=self._or_standard("crop_padding"),
+            flip=self._or_standard("flip"),
             color_jitter=self.color_jitter,
             mixup=self.mixup,
             cutmix=self.cutmix,

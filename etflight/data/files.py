@@ -89,20 +89,20 @@ class Square(NamedTuple):
     """How a picture becomes a square.
 
     Attributes:
-        size: Its side, in pixels.
+        image_size: Its side, in pixels.
         crop_pct: Part of the resized shorter side that the square in the middle keeps, in (0, 1]; timm's name.
         min_crop_scale: Least part of the picture's area that a random square of training shows, in (0, 1]; 1: always the
             middle.
     """
 
-    size: int
+    image_size: int
     crop_pct: float = 1.0
     min_crop_scale: float = 1.0
 
     @property
     def side(self) -> int:
         """Pixels to which the shorter side is resized."""
-        return max(self.size, int(self.size / self.crop_pct))
+        return max(self.image_size, int(self.image_size / self.crop_pct))
 
 
 class FileSource(ImageSource):
@@ -123,7 +123,7 @@ class FileSource(ImageSource):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """C, H and W, known before any file is read."""
-        return 3, self.square.size, self.square.size
+        return 3, self.square.image_size, self.square.image_size
 
     def __getitem__(self, index: int) -> Tensor:
         """Decode one file, for evaluation: uint8 `[3, size, size]`, the middle.
@@ -131,7 +131,7 @@ class FileSource(ImageSource):
         Raises:
             UserError: The file is missing, is no image, or is too large; names its path.
         """
-        return fit_to(self._decode(index), [self.square.size] * 2, [self.square.side] * 2)
+        return fit_to(self._decode(index), [self.square.image_size] * 2, [self.square.side] * 2)
 
     def drawn(self, index: int, seed: int, number: int) -> Tensor:
         """Decode one file, for training: uint8 `[3, size, size]`, a part that (seed, number) choose.
@@ -143,7 +143,7 @@ class FileSource(ImageSource):
             return self[index]
         image = self._decode(index)
         with step_randomness(seed, number):
-            return random_square(image, self.square.size, self.square.min_crop_scale)
+            return random_square(image, self.square.image_size, self.square.min_crop_scale)
 
     def images(self, indices: Tensor) -> Tensor:
         """Decode files one by one, for evaluation."""
@@ -179,7 +179,7 @@ class FileSplit(ImageSplit):
             self._unreadable.share_memory_()  # type: ignore[no-untyped-call]
 
     def __getitems__(self, positions: Sequence[int | Draw]) -> Batch:
-        """Images uint8 `[B, 3, size, size]` and labels int64 `[B]`, as evaluation sees them, or as training does where a `Draw` is given.
+        """Images uint8 `[B, 3, size, size]` and labels int64 `[B]`, as training sees them where a `Draw` is given, else as evaluation does.
 
         A draw that cannot be read is replaced by the next of the batch that can, so that a batch of training keeps its size; in
         evaluation the batch is shorter, or empty.
@@ -187,32 +187,30 @@ class FileSplit(ImageSplit):
         Raises:
             UserError: A file cannot be read and is not to be passed over, or none of a batch of training can.
         """
-        drawn = isinstance(positions[0], Draw)
         where = [position.position if isinstance(position, Draw) else position for position in positions]
         pictures = [self._read(position) for position in positions]
         readable = np.flatnonzero([picture is not None for picture in pictures])
-        if drawn:
+        if isinstance(positions[0], Draw):
             if len(readable) == 0:
                 raise UserError(
                     f"no image of a batch of {len(positions)} can be read, the first is {self.name(where[0])}"
                 )
             readable = readable[np.searchsorted(readable, np.arange(len(positions))) % len(readable)]
-        kept = readable.tolist()
-        if not kept:
+        elif len(readable) == 0:
             return torch.empty(0, *self.source.image_shape, dtype=torch.uint8), self.labels[:0]
+        kept = readable.tolist()
         return stack([cast(Tensor, pictures[slot]) for slot in kept]), self.labels[[where[slot] for slot in kept]]
 
     def _read(self, position: int | Draw) -> Tensor | None:
-        where = position.position if isinstance(position, Draw) else position
         try:
-            index = int(self.indices[where])
             if isinstance(position, Draw):
-                return self.source.drawn(index, position.seed, position.number)
-            return self.source[index]
+                return self.source.drawn(int(self.indices[position.position]), position.seed, position.number)
+            return self.source[int(self.indices[position])]
         except UserError:
             if self._unreadable is None:
                 raise
-            self._unreadable[where] = True  # shared: what a loader process writes the main process reads
+            # shared: what a loader process writes the main process reads
+            self._unreadable[position.position if isinstance(position, Draw) else position] = True
             return None
 
     def end_pass(self) -> None:
@@ -279,28 +277,17 @@ class FileImages(ImageDataModule):
     def __post_init__(self) -> None:
         """Check the options that need no file."""
         super().__post_init__()
-        for name, holds, rule in (
-            (
-                "image_size",
-                self.image_size is None or 1 <= self.image_size <= LARGEST_SIDE,
-                f"give from 1 to {LARGEST_SIDE} pixels",
-            ),
-            (
-                "min_crop_scale",
-                self.min_crop_scale is None or 0 < self.min_crop_scale <= 1,
-                "give a part of the picture's area, above 0 and at most 1",
-            ),
-            (
-                "crop_pct",
-                self.crop_pct is None or 0.1 <= self.crop_pct <= 1,
-                "give a part of the resized side, from 0.1 to 1",
-            ),
-        ):
-            if not holds:
-                raise UserError(f"{type(self).__name__}: {name} is {getattr(self, name)!r}: {rule}")
-        if self._square.side > LARGEST_SIDE:
+        square = self._square
+        self._refuse_unless(
+            1 <= square.image_size <= LARGEST_SIDE, "image_size", f"give from 1 to {LARGEST_SIDE} pixels"
+        )
+        self._refuse_unless(
+            0 < square.min_crop_scale <= 1, "min_crop_scale", "give a part of the picture's area, above 0 and at most 1"
+        )
+        self._refuse_unless(0.1 <= square.crop_pct <= 1, "crop_pct", "give a part of the resized side, from 0.1 to 1")
+        if square.side > LARGEST_SIDE:
             raise UserError(
-                f"{type(self).__name__}: image_size / crop_pct is {self._square.side}: give at most {LARGEST_SIDE} pixels"
+                f"{type(self).__name__}: image_size / crop_pct is {square.side}: give at most {LARGEST_SIDE} pixels"
             )
 
     def __str__(self) -> str:
@@ -336,11 +323,7 @@ class FileImages(ImageDataModule):
 
     @property
     def _square(self) -> Square:
-        return Square(
-            self.standard_image_size if self.image_size is None else self.image_size,
-            self.standard_crop_pct if self.crop_pct is None else self.crop_pct,
-            self.standard_min_crop_scale if self.min_crop_scale is None else self.min_crop_scale,
-        )
+        return Square(*map(self._or_standard, Square._fields))
 
 
 @dataclass(eq=False, kw_only=True)

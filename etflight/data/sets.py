@@ -8,7 +8,6 @@ import socket
 import struct
 import tarfile
 import zlib
-from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,6 +75,8 @@ class TorchvisionImages(ImageDataModule):
     download: bool = False
 
     published_name: ClassVar[str]  # in torchvision.datasets
+    files: ClassVar[tuple[str, ...]]  # below `root`, which can be read without torchvision
+    downloads: ClassVar[tuple[dict[str, str], ...]] = ({},)  # options of torchvision's class, which downloads with each
     names: ClassVar[tuple[str, ...]]
 
     def __str__(self) -> str:
@@ -94,9 +95,9 @@ class TorchvisionImages(ImageDataModule):
         return getattr(datasets, self.published_name)
 
     @property
-    @abstractmethod
     def is_there(self) -> bool:
         """Whether the files can be read without torchvision."""
+        return all(Path(self.root, name).exists() for name in self.files)
 
     def prepare_data(self) -> None:
         """Download what is missing, if asked to; Lightning calls this on one process per node.
@@ -121,12 +122,20 @@ class TorchvisionImages(ImageDataModule):
         """Download into a folder of its own, and let only what is whole into `root`: torchvision takes half a file for the file."""
         Path(self.root).mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=self.root, prefix=".download-") as partial:
-            self.download_to(partial)
+            for options in self.downloads:
+                self.published(partial, download=True, **options)
             move_into(Path(partial), Path(self.root))
 
-    def download_to(self, folder: str) -> None:
-        """Let torchvision download the published files."""
-        self.published(folder, download=True)
+    def path(self, name: str) -> Path:
+        """A file below `root`.
+
+        Raises:
+            UserError: It is missing.
+        """
+        file = Path(self.root, name)
+        if not file.is_file():
+            raise self._missing(f"{name} is missing")
+        return file
 
     def _missing(self, what: str) -> UserError:
         return UserError(f"{self}: {what}: put the files there, or give --data.download true")
@@ -264,7 +273,7 @@ class CIFAR10(TorchvisionImages):
     """
 
     published_name: ClassVar[str] = "CIFAR10"
-    binary_folder: ClassVar[str] = "cifar-10-batches-bin"
+    files: ClassVar[tuple[str, ...]] = ("cifar-10-batches-bin",)
     binary_files: ClassVar[dict[str, tuple[str, ...]]] = {
         "train": tuple(f"data_batch_{part}.bin" for part in range(1, 6)),
         "test": ("test_batch.bin",),
@@ -278,11 +287,6 @@ class CIFAR10(TorchvisionImages):
     standard_std: ClassVar[tuple[float, ...]] = (0.2023, 0.1994, 0.2010)
     standard_crop_padding: ClassVar[int] = 4
     standard_flip: ClassVar[bool] = True
-
-    @property
-    def is_there(self) -> bool:
-        """Whether `root` has the binary version."""
-        return Path(self.root, self.binary_folder).is_dir()
 
     def fetch(self) -> None:
         """Download what is missing or damaged: torchvision knows each file's checksum."""
@@ -306,10 +310,8 @@ class CIFAR10(TorchvisionImages):
         return ArraySource(torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets))
 
     def _records(self, name: str) -> NDArray[np.uint8]:
-        file = Path(self.root, self.binary_folder, name)
+        file = self.path(f"{self.files[0]}/{name}")
         size = self.label_bytes + 3 * 32 * 32
-        if not file.is_file():
-            raise UserError(f"{file} is missing: fetch the binary version of the set again")
         data = np.fromfile(file, dtype=np.uint8)
         if data.size == 0 or data.size % size:
             raise UserError(f"{file} has {data.size} bytes, no multiple of {size}: fetch it again")
@@ -326,7 +328,7 @@ class CIFAR100(CIFAR10):
     """
 
     published_name: ClassVar[str] = "CIFAR100"
-    binary_folder: ClassVar[str] = "cifar-100-binary"
+    files: ClassVar[tuple[str, ...]] = ("cifar-100-binary",)
     binary_files: ClassVar[dict[str, tuple[str, ...]]] = {"train": ("train.bin",), "test": ("test.bin",)}
     label_bytes: ClassVar[int] = 2
     names: ClassVar[tuple[str, ...]] = (
@@ -357,18 +359,10 @@ class SVHN(TorchvisionImages):
     """
 
     published_name: ClassVar[str] = "SVHN"
+    files: ClassVar[tuple[str, ...]] = ("train_32x32.mat", "test_32x32.mat")
+    downloads: ClassVar[tuple[dict[str, str], ...]] = ({"split": "train"}, {"split": "test"})
     names: ClassVar[tuple[str, ...]] = tuple("0123456789")
     num_channels: ClassVar[int] = 3
-
-    @property
-    def is_there(self) -> bool:
-        """Whether `root` has both files."""
-        return all(self._file(split).is_file() for split in ("train", "test"))
-
-    def download_to(self, folder: str) -> None:
-        """Let torchvision download both files."""
-        for split in ("train", "test"):
-            self.published(folder, split=split, download=True)
 
     def load(self, split: Split) -> ArraySource:
         """Read one split's MATLAB file.
@@ -376,9 +370,7 @@ class SVHN(TorchvisionImages):
         Raises:
             UserError: It is missing, damaged, or holds something else.
         """
-        file = self._file(split)
-        if not file.is_file():
-            raise self._missing(f"{file.name} is missing")
+        file = self.path(f"{split}_32x32.mat")
         arrays = read_matlab(file)
         images, labels = (np.asarray(arrays.get(name)) for name in ("X", "y"))
         wrong = images.dtype != np.uint8 or images.ndim != 4 or images.shape[:3] != (32, 32, 3)
@@ -388,9 +380,6 @@ class SVHN(TorchvisionImages):
         if strange.size:
             raise UserError(f"{file} has label {strange[0]}, but SVHN's are 1 … 10 (the digit 0): fetch it again")
         return ArraySource(torch.from_numpy(images).permute(3, 2, 0, 1), torch.from_numpy(labels.reshape(-1) % 10))
-
-    def _file(self, split: str) -> Path:
-        return Path(self.root, f"{split}_32x32.mat")
 
 
 def read_matlab(file: Path) -> dict[str, Any]:
@@ -432,15 +421,13 @@ class STL10(TorchvisionImages):
     """
 
     published_name: ClassVar[str] = "STL10"
+    files: ClassVar[tuple[str, ...]] = tuple(
+        f"stl10_binary/{name}.bin" for name in ("train_X", "train_y", "test_X", "test_y")
+    )
     names: ClassVar[tuple[str, ...]] = (
         "airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck",
     )  # fmt: skip
     num_channels: ClassVar[int] = 3
-
-    @property
-    def is_there(self) -> bool:
-        """Whether `root` has the four files."""
-        return all(self._file(f"{split}_{kind}.bin").is_file() for split in ("train", "test") for kind in "Xy")
 
     def load(self, split: Split) -> ArraySource:
         """Read one split's two files.
@@ -448,7 +435,7 @@ class STL10(TorchvisionImages):
         Raises:
             UserError: They are missing, or of different lengths.
         """
-        pixels, labels = self._read(f"{split}_X.bin"), self._read(f"{split}_y.bin")
+        pixels, labels = (np.fromfile(self.path(f"stl10_binary/{split}_{kind}.bin"), np.uint8) for kind in "Xy")
         size = 3 * 96 * 96
         if pixels.size != size * labels.size:
             raise UserError(
@@ -457,15 +444,6 @@ class STL10(TorchvisionImages):
             )
         images = pixels.reshape(-1, 3, 96, 96).transpose(0, 1, 3, 2)  # the files go down a column first
         return ArraySource(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64) - 1))
-
-    def _file(self, name: str) -> Path:
-        return Path(self.root, "stl10_binary", name)
-
-    def _read(self, name: str) -> NDArray[np.uint8]:
-        file = self._file(name)
-        if not file.is_file():
-            raise self._missing(f"stl10_binary/{name} is missing")
-        return np.fromfile(file, dtype=np.uint8)
 
 
 _TRAINING = "gtsrb/GTSRB/Training"
@@ -486,6 +464,8 @@ class GTSRB(TorchvisionImages, ListedFileImages):
     """
 
     published_name: ClassVar[str] = "GTSRB"
+    files: ClassVar[tuple[str, ...]] = (_TRAINING, _TEST, _TEST_LABELS)
+    downloads: ClassVar[tuple[dict[str, str], ...]] = SVHN.downloads
     names: ClassVar[tuple[str, ...]] = (
         "speed limit 20", "speed limit 30", "speed limit 50", "speed limit 60", "speed limit 70", "speed limit 80",
         "end of speed limit 80", "speed limit 100", "speed limit 120", "no passing", "no passing of lorries",
@@ -501,16 +481,6 @@ class GTSRB(TorchvisionImages, ListedFileImages):
     standard_image_size: ClassVar[int] = 32
     standard_crop_padding: ClassVar[int] = 3
 
-    @property
-    def is_there(self) -> bool:
-        """Whether `root` has both folders of images and the test labels."""
-        return all(Path(self.root, name).exists() for name in (_TRAINING, _TEST, _TEST_LABELS))
-
-    def download_to(self, folder: str) -> None:
-        """Let torchvision download both splits."""
-        for split in ("train", "test"):
-            self.published(folder, split=split, download=True)
-
     def load(self, split: Split) -> FileSource:
         """List one split's files.
 
@@ -524,18 +494,15 @@ class GTSRB(TorchvisionImages, ListedFileImages):
 
     def _training_files(self) -> list[tuple[str, int]]:
         """Paths and labels; classes are folders called 00000 to 00042."""
-        folders = [(f"{_TRAINING}/{label:05}", label) for label in range(self.num_classes)]
         return [
-            (f"{folder}/{file}", label)
-            for folder, label in folders
-            for file in files_below(str(Path(self.root, folder)), {".ppm"})
+            (f"{_TRAINING}/{label:05}/{file}", label)
+            for label in range(self.num_classes)
+            for file in files_below(f"{self.root}/{_TRAINING}/{label:05}", {".ppm"})
         ]
 
     def _test_files(self) -> list[tuple[str, int]]:
         """Paths and labels, in the order of the table."""
-        file = Path(self.root, _TEST_LABELS)
-        if not file.is_file():
-            raise self._missing(f"{file.name} is missing")
+        file = self.path(_TEST_LABELS)
         with file.open(newline="", encoding="utf-8", errors="replace") as stream:
             rows = list(csv.DictReader(stream, delimiter=";", skipinitialspace=True))
         for row in rows:

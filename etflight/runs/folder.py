@@ -20,7 +20,7 @@ def last_checkpoint(folder: Path) -> Path:
 
 
 def run_of(path: Path) -> Path | None:
-    """The run folder that a path leads to: itself, or that of a checkpoint; None outside of any."""
+    """The run folder that a path belongs to: a folder itself, or the folder of a checkpoint; None if it belongs to none."""
     if path.is_dir():
         return path
     return path.parent.parent if path.parent.name == "checkpoints" else None
@@ -36,7 +36,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def same_folder(one: Path, other: Path | None) -> bool:
-    """Whether two paths lead to one folder, which need not exist; None leads to none."""
+    """Whether two paths name the same folder, which need not exist; None names no folder."""
     return other is not None and one.resolve() == other.resolve()
 
 
@@ -64,8 +64,8 @@ def claim_for_results(folder: Path, trained_in: Path | None) -> None:
     """Refuse a folder where results would replace those of another training, or be taken for them.
 
     Args:
-        folder: where they are to go.
-        trained_in: the one run folder they belong to, too; None if they belong to none.
+        folder: Where the results are to go.
+        trained_in: The run folder of the model they belong to; None if there is none.
 
     Raises:
         UserError: another training has the folder.
@@ -80,11 +80,11 @@ def check_writable(folder: Path, options: str = _PLACE_OF_RUN) -> None:
     """Refuse a folder that cannot be made or written to, as far as that can be seen without touching anything.
 
     Args:
-        folder: that of a run, or another.
-        options: what puts it elsewhere, for the error.
+        folder: The folder of a run, or another.
+        options: The options that choose it, for the error.
 
     Raises:
-        UserError: it, or the nearest folder above it that exists, is none or may not be written to.
+        UserError: It, or the nearest path above it that exists, is not a folder or may not be written to.
     """
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     with writing_to(folder, options):
@@ -99,8 +99,8 @@ def writing_to(folder: Path, options: str = _PLACE_OF_RUN) -> Iterator[None]:
     """A block that writes into a folder.
 
     Args:
-        folder: that of a run, or another.
-        options: what puts it elsewhere, for the error.
+        folder: The folder of a run, or another.
+        options: The options that choose it, for the error.
 
     Raises:
         UserError: the block raised an `OSError`.

@@ -32,11 +32,11 @@ class RunRecord(SaveConfigCallback):
     W&B runs are told the same.
 
     Args:
-        parser: that parsed the configuration.
-        config: the parsed configuration.
-        name: of the run.
-        arm: that its configuration files stand for, or None.
-        trained_in: the run folder of the checkpoint that is tested, or None; its seed and its images are those of the test, too.
+        parser: The parser of the configuration.
+        config: The parsed configuration.
+        name: The name of the run.
+        arm: The arm that its configuration files stand for, or None.
+        trained_in: The run folder of the checkpoint that is tested, or None; the test has its seed and its images.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ def facts(*, name: str, arm: str | None, config: Mapping[str, Any], trainer: Tra
     """What it takes to repeat a run, whatever it does: command, configuration, commit, versions, hardware.
 
     Args:
-        name: of the run.
-        arm: that its configuration files stand for, or None.
+        name: The name of the run.
+        arm: The arm that its configuration files stand for, or None.
         config: all arguments as plain data.
         trainer: about to run.
     """

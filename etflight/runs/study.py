@@ -169,37 +169,33 @@ def read_study(path: Path) -> Study:
     )
 
 
+# of each name in a study's file: a list of such values, a dict of such values or a value, and how an error calls it
+_SHAPES: dict[str, tuple[Any, str]] = {
+    "seeds": ([int], "integers"),
+    "arms": ([str], "names of configuration files, without .yaml"),
+    "ratios": ([int | float], "numbers"),
+    "configs": (str, "the folder of the configuration files"),
+    "second_stage": ({str: str}, "arm: the arm it starts from"),
+    "post_hoc": ({str: str}, "arm: the arm whose checkpoint it tests"),
+}
+
+
 def _check(path: Path, content: Mapping[str, Any]) -> None:
-    def all_are(name: str, kind: type | tuple[type, ...], container: type) -> bool:
-        values = content.get(name, container())
-        parts = [*values, *values.values()] if isinstance(values, dict) else values
-        return isinstance(values, container) and all(isinstance(v, kind) and not isinstance(v, bool) for v in parts)
-
-    for name, holds, rule in (
-        (
-            "sets",
-            _are_sets(content["sets"]),
-            "names of files in data, or names of letters, digits and _, each with a list of files",
-        ),
-        ("seeds", all_are("seeds", int, list) and content["seeds"], "integers"),
-        ("arms", all_are("arms", str, list) and content["arms"], "names of configuration files, without .yaml"),
-        ("ratios", all_are("ratios", (int, float), list), "numbers"),
-        ("configs", isinstance(content.get("configs", ""), str), "the folder of the configuration files"),
-        ("second_stage", all_are("second_stage", str, dict), "arm: the arm it starts from"),
-        ("post_hoc", all_are("post_hoc", str, dict), "arm: the arm whose checkpoint it tests"),
-    ):
-        if not holds:
-            raise UserError(f"{path}: {name} is {content.get(name)!r:.80}: give {rule}")
+    sets = content["sets"]
+    named = _fits(sets, {str: [str]}) and all(name.isidentifier() and files for name, files in sets.items())
+    shapes = {name: (_fits(content[name], shape), rule) for name, (shape, rule) in _SHAPES.items() if name in content}
+    rule = "names of files in data, or names of letters, digits and _, each with a list of files"
+    shapes["sets"] = (bool(sets) and (named or _fits(sets, [str])), rule)
+    shapes["seeds"] = (shapes["seeds"][0] and bool(content["seeds"]), shapes["seeds"][1])
+    for name, (fits, rule) in shapes.items():
+        if not fits:
+            raise UserError(f"{path}: {name} is {content[name]!r:.80}: give {rule}")
 
 
-def _are_sets(value: Any) -> bool:
-    if isinstance(value, list):
-        return bool(value) and all(isinstance(name, str) for name in value)
-    return (
-        isinstance(value, dict)
-        and bool(value)
-        and all(
-            str(name).isidentifier() and isinstance(files, list) and files and all(isinstance(f, str) for f in files)
-            for name, files in value.items()
-        )
-    )
+def _fits(value: Any, shape: Any) -> bool:
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_fits(part, shape[0]) for part in value)
+    if isinstance(shape, dict):
+        ((of_names, of_values),) = shape.items()
+        return isinstance(value, dict) and _fits([*value], [of_names]) and _fits([*value.values()], [of_values])
+    return isinstance(value, shape) and not isinstance(value, bool)

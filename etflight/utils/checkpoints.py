@@ -68,11 +68,11 @@ def _is_dense(value: object) -> bool:
 
 
 def misfit(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
-    """What keeps a state dict from being loaded, if anything does: names that are missing, that have no place, other shapes.
+    """Why a state dict cannot be loaded: names that are missing, names without a place, other shapes.
 
     Args:
-        given: what is to be loaded.
-        own: that of the module.
+        given: The state dict to load.
+        own: The module's own state dict.
 
     Returns:
         A part of a sentence about the given one; None if it fits.
@@ -132,7 +132,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
 
 
 def refuse_others(path: str | Path, checkpoint: Mapping[str, Any], cls: type) -> None:
-    """Refuse the checkpoint of another program's model, by hyper-parameters that this one does not have.
+    """Refuse the checkpoint of another program's model, which has hyper-parameters that this model does not know.
 
     Args:
         path: of the file, for the error.

@@ -8,7 +8,8 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 _LAUNCHER = "lightning.fabric.strategies.launchers.subprocess_script"
 
@@ -26,6 +27,11 @@ def on_dead_process(tell: Callable[[int, int], None]) -> None:
         return found is None
 
     logging.getLogger(_LAUNCHER).addFilter(is_another_message)
+
+
+def forks_processes(strategy: Strategy) -> bool:
+    """Whether a strategy starts its processes by Python's `multiprocessing`, as in notebooks; touches its launcher's private class."""
+    return isinstance(strategy.launcher, _MultiProcessingLauncher)
 
 
 def before_batch_transfer(module: LightningModule, batch: Any) -> Any:

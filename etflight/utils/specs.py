@@ -88,8 +88,8 @@ def resolve(spec: Spec, base: type, argument: str) -> Maker:
     cls = find(spec, base)
     if cls is None:
         raise UserError(
-            f"{argument}: no {base.__name__} called {path!r} has been imported: import its module before, "
-            f"or name it on the command line (--model.{argument} {path})"
+            f"{argument}: no {base.__name__} called {path} has been imported: import its module before "
+            f"(--imports {path.rpartition('.')[0]} in etflight collapse and export, --model.{argument} {path} elsewhere)"
         )
     _check_arguments(cls, init_args, argument)
     maker = Maker(cls, **init_args)
@@ -99,12 +99,7 @@ def resolve(spec: Spec, base: type, argument: str) -> Maker:
 
 def find(spec: Spec, base: type) -> type | None:
     """The class of a spec, or None if no such subclass of `base` has been imported."""
-    return next((cls for cls in _subclasses(base) if _is_named(cls, spec["class_path"])), None)
-
-
-def is_known(spec: Spec, base: type) -> bool:
-    """Whether `resolve` would find the class."""
-    return find(spec, base) is not None
+    return next((cls for cls in family(base) if _is_named(cls, spec["class_path"])), None)
 
 
 def is_plain(value: object) -> bool:
@@ -116,11 +111,12 @@ def is_plain(value: object) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _subclasses(base: type) -> Iterator[type]:
+def family(base: type) -> Iterator[type]:
+    """A class and all its subclasses that have been imported."""
     yield base
     subclasses: list[type] = base.__subclasses__()
     for cls in subclasses:
-        yield from _subclasses(cls)
+        yield from family(cls)
 
 
 def _is_named(cls: type, path: str) -> bool:

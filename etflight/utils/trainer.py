@@ -55,6 +55,14 @@ def refuse_if_never_reached(trainer: Trainer, epoch: int, what: str) -> None:
         )
 
 
+def gather(trainer: Trainer, own: _Kind) -> list[_Kind]:
+    """What each process has, in the order of ranks; a collective call."""
+    ranks = [own] * trainer.world_size
+    if trainer.world_size > 1:
+        dist.all_gather_object(ranks, own)
+    return ranks
+
+
 @contextmanager
 def averaged(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     """Inside, the module holds the averaged weights (EMA), as it does in a validation; its own where nothing is averaged."""

@@ -1,4 +1,4 @@
-"""What a model, a checkpoint or a record knows of the data of a training, compared with the data that it is used with."""
+"""The data that a model was trained on, as far as a checkpoint or a record knows them, compared with the data it is used with."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,14 @@ from etflight.utils.preprocessing import Preprocessing
 def refuse_other_shape(
     model: str, num_classes: int, channels: int, data: Any, mend: str = "give the data it was trained on"
 ) -> None:
-    """Refuse data of which a model can make nothing.
+    """Refuse data with another number of classes or channels than the model has.
 
     Args:
-        model: for the error.
-        num_classes: that it decides between.
-        channels: of its images.
-        data: a data module; one that does not tell its `num_classes` or `num_channels` is not refused for them.
-        mend: for the error.
+        model: What the error calls the model.
+        num_classes: Its number of classes.
+        channels: The number of channels of its images.
+        data: A data module; what it does not tell is not compared.
+        mend: The mend that the error names.
 
     Raises:
         UserError: other numbers.
@@ -33,7 +33,7 @@ def refuse_other_shape(
 
 
 def other_names(known: Sequence[str] | None, data: Any) -> str | None:
-    """Where class names of a training are others than those of the data, unless either are mere numbers; None if nowhere."""
+    """The first class that the training named otherwise than the data do, unless either are mere numbers; None if there is none."""
     own = getattr(data, "class_names", None)
     if known is None or own is None or [str(k) for k in range(len(known))] in (list(known), list(own)):
         return None
@@ -42,14 +42,14 @@ def other_names(known: Sequence[str] | None, data: Any) -> str | None:
 
 
 def other_preprocessing(known: Preprocessing | None, data: Any) -> str | None:
-    """In what the data's images are sized and normalised otherwise than those of a training, as far as both are known."""
+    """How the data size and normalise images differently from the training, as far as both are known; None if they do not."""
     own = None if known is None else getattr(data, "preprocessing", None)
     differ = None if known is None or own is None else own.unlike(known)
     return differ and f"{data}: images are prepared otherwise than in training: {differ}"
 
 
 def other_images(counts: Sequence[int], fingerprint: str | None, data: Any) -> str | None:
-    """In what the data's training images are others than those of a training, as far as both are known.
+    """How the data's training images differ from those of the training, as far as both are known.
 
     Args:
         counts: `[K]`, images of each class that were trained on; all 0 if unknown.
@@ -69,7 +69,7 @@ def other_images(counts: Sequence[int], fingerprint: str | None, data: Any) -> s
 
 
 def fingerprint_in(known: object) -> str | None:
-    """Of the images that a model was trained on, as a checkpoint or the record of a run's data has it; None if it does not know."""
+    """The fingerprint of the training images in a checkpoint or in the record of a run's data; None if it does not know."""
     facts = known if isinstance(known, Mapping) else {}
     of_run = facts.get("etflight")  # the only place before checkpoints of all kinds had it
     found = facts.get("fingerprint") or (of_run.get("images") if isinstance(of_run, Mapping) else None)

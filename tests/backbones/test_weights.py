@@ -112,6 +112,11 @@ def test_weights_of_another_network_are_told_in_one_line(name, given, reason, tm
     assert "give the --model.backbone they were made for" in message
 
 
+def test_a_first_convolution_that_is_none_is_told_in_one_line(trained, tmp_path):
+    state = trained.state_dict() | {"conv1.0.weight": torch.ones(3), "conv1.weight": torch.ones(3)}
+    assert "conv1" in refused("test_resnet", save(state, tmp_path / "w.pth"), in_chans=1)
+
+
 def test_a_checkpoint_of_this_package_is_sent_where_it_belongs(trained, tmp_path):
     state = {f"backbone.{name}": value for name, value in trained.state_dict().items() if "fc." not in name}
     path = save({"state_dict": state, "hyper_parameters": {}}, tmp_path / "last.ckpt")

@@ -23,16 +23,20 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 BATCH, IMAGES = 128, 1280
 
 
+def save_images(folder, train, test):
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, n in (("train", train), ("test", test)):
+        arrays[f"{split}_images"] = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+        arrays[f"{split}_labels"] = np.arange(n) % 10
+    np.savez(folder / "images.npz", **arrays)
+    return arrays["train_images"], torch.from_numpy(arrays["train_labels"])
+
+
 @pytest.fixture
 def images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for split, n in (("train", IMAGES), ("test", 128)):
-        arrays[f"{split}_images"] = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
-        arrays[f"{split}_labels"] = np.arange(n) % 10
-    np.savez(tmp_path / "images.npz", **arrays)
-    return arrays["train_images"], torch.from_numpy(arrays["train_labels"])
+    return save_images(tmp_path, IMAGES, 128)
 
 
 @pytest.fixture
@@ -184,12 +188,7 @@ def test_a_whole_training_takes_no_longer_than_two_minutes_on_an_h100(
     if "H100" not in torch.cuda.get_device_name():
         pytest.skip("the limit is for an H100")
     monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for split, n in (("train", 50_000), ("test", 10_000)):
-        arrays[f"{split}_images"] = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
-        arrays[f"{split}_labels"] = np.arange(n) % 10
-    np.savez(tmp_path / "images.npz", **arrays)
+    save_images(tmp_path, 50_000, 10_000)
     start = time.perf_counter()
     fit(
         "--data.imbalance_ratio", "100", "--trainer.limit_val_batches", "1.0", "--trainer.accelerator", "gpu", "--trainer.devices", "1",

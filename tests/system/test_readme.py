@@ -37,20 +37,18 @@ def test_the_map_of_the_house_has_every_room():
     assert named == there - {"__init__.py", "_version.py", "py.typed", "__pycache__/"}
 
 
-def commands() -> list[str]:
-    """Every `etflight …` of the README's shell blocks and text; not what has parts left open, nor the job script, tested elsewhere."""
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)).replace("\\\n", " ")
-    spans = re.findall(r"`(etflight [a-z]+ [^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+def commands(document: str = README) -> list[str]:
+    """Every `etflight …` of the shell blocks and the text; not what has parts left open, nor the job script, tested elsewhere."""
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", document, flags=re.DOTALL)).replace("\\\n", " ")
+    spans = re.findall(r"`(etflight [a-z]+ [^`]+)`", re.sub(r"```.*?```", "", document, flags=re.DOTALL))
     lines = [part for text in (*blocks.splitlines(), *spans) for part in " ".join(text.split()).split(" && ")]
     found = (re.search(r"(?:^|-m |srun )(etflight [a-z]+ .*)", line) for line in lines)
     whole = [line[1] for line in found if line and not re.search(r"[<…|$]", line[1].partition(" #")[0])]
     return [line for line in dict.fromkeys(whole) if line != "etflight predict --images"]
 
 
-@pytest.fixture(scope="module")
-def trained(etflight_command, tmp_path_factory):
+def train_for(text, folder, etflight_command):
     """A folder with the configurations, one short run under every name that a command asks for, and a module of one's own."""
-    folder = tmp_path_factory.mktemp("readme")
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "notebooks").symlink_to(ROOT / "notebooks")
     short = ["--trainer.max_epochs", 1, "--trainer.limit_train_batches", 1, "--trainer.callbacks", "null"]
@@ -60,29 +58,38 @@ def trained(etflight_command, tmp_path_factory):
         assert result.status == 0, result.err
     run = folder / "runs/digits/etf_dr_balanced"
     for name in {
-        *re.findall(r"(runs/[\w/]+)/checkpoints/last.ckpt", README),
-        *re.findall(r"collapse (runs/[\w/]+)", README),
+        *re.findall(r"(runs/[\w/]+)/checkpoints/last.ckpt", text),
+        *re.findall(r"collapse (runs/[\w/]+)", text),
     }:
         if not (folder / name).exists():
             shutil.copytree(run, folder / name)
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     own = [block for block in blocks if re.search(r"class \w+\((?:Head|Loss|ImageDataModule)\)", block)]
     (folder / "mine.py").write_text("\n".join(["import torch", *own]))
     return folder
 
 
-@pytest.mark.parametrize("command", commands())
-def test_every_command_is_understood(command, trained, etflight_command):
+def assert_understood(command, folder, etflight_command):
     """As written, and to its end where that is quick; else up to the point where it would begin to work."""
     argv = shlex.split(re.sub(r" >.*", "", command), comments=True)[1:]
-    argv = [path for arg in argv for path in (sorted(map(str, trained.glob(arg))) if "*" in arg else [arg])]
+    argv = [path for arg in argv for path in (sorted(map(str, folder.glob(arg))) if "*" in arg else [arg])]
     if argv[0] in ("study", "dashboard"):
         argv = [*argv, "--dry-run"]
     elif argv[0] != "report" and not any("help" in arg for arg in argv):
         argv = [*argv, "--print_config"]
-    result = etflight_command(*argv, cwd=trained)
+    result = etflight_command(*argv, cwd=folder)
     assert result.status == 0, result.err
     assert result.out
+
+
+@pytest.fixture(scope="module")
+def trained(etflight_command, tmp_path_factory):
+    return train_for(README, tmp_path_factory.mktemp("readme"), etflight_command)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_is_understood(command, trained, etflight_command):
+    assert_understood(command, trained, etflight_command)
 
 
 def test_the_commands_are_found():

@@ -1,9 +1,12 @@
 """Names of other libraries that are not public: these tests say which one a release has moved."""
 
 import warnings
+from argparse import ArgumentError
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
+from jsonargparse import ArgumentParser
 from lightning.fabric.strategies.launchers import subprocess_script
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
@@ -15,7 +18,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric, SumMetric
 
-from etflight.utils.lightning_private import ignore_own_deprecations, on_dead_process
+from etflight.utils.jsonargparse_private import in_one_line
+from etflight.utils.lightning_private import forks_processes, ignore_own_deprecations, on_dead_process
 from etflight.utils.torch_private import broadcast_buffers, is_watched, leave_out_of_broadcasts
 
 
@@ -116,3 +120,34 @@ def test_lightnings_ddp_strategy_and_wandb_logger_keep_their_options():
     assert DDPStrategy(find_unused_parameters=False)._ddp_kwargs == {"find_unused_parameters": False}
     assert WandbLogger(log_model="all")._log_model == "all"
     assert DummyLogger().experiment.anything("else") is None
+
+
+@pytest.mark.parametrize(("strategy", "forks"), [("ddp", False), ("ddp_spawn", True)])
+def test_lightning_tells_by_the_class_of_the_launcher_how_processes_start(strategy, forks):
+    trainer = Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False, enable_progress_bar=False)
+    assert forks_processes(trainer.strategy) == forks
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--net", "Nope"], "--net: nothing is called 'Nope'"),
+        (["--net", "Linear"], "--net: Multiple subclasses with name Linear"),
+        (
+            ["--net", "Bilinear"],
+            "these arguments are required: --net.in1_features, --net.in2_features, --net.out_features",
+        ),
+        (["--net", "Identity", "--net.bogus", "1"], "--net.bogus: the chosen class takes no argument 'bogus'"),
+        (["--size", "x"], "--size: Expected an int or null, got x"),
+        (["--size", "0.5"], "--size: Expected an int or null, got 0.5"),
+        (["--mode", "z"], "--mode: Expected one of 'a', 'b', got z"),
+    ],
+)
+def test_jsonargparse_words_its_errors_so_that_they_can_be_put_into_one_line(argv, line):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(nn.Module, "net", required=False)
+    parser.add_argument("--size", type=int | None)
+    parser.add_argument("--mode", type=Literal["a", "b"])
+    with pytest.raises(ArgumentError) as raised:
+        parser.parse_args(argv)
+    assert in_one_line(str(raised.value), {"net": nn.Module}).startswith(line)

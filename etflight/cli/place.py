@@ -1,0 +1,120 @@
+"""Where a run is, and the checkpoint that it starts from, as a command line and its configuration files tell."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from etflight.callbacks.predictions import check_output
+from etflight.cli.argv import EarlyOptions, set_and_arm
+from etflight.runs.folder import check_writable, claim, claim_for_results, last_checkpoint, run_of, same_folder
+from etflight.runs.wandb import name_in_sweep
+from etflight.utils.errors import UserError
+
+
+@dataclass
+class Place:
+    """Where a run is.
+
+    Attributes:
+        stage: fit, validate, test or predict.
+        root: the folder of all runs.
+        name: of the run.
+        is_named: whether the command line gives the name.
+        arm: that the configuration files stand for, or None.
+        folder: where the run's files go.
+        checkpoint: that it starts from, or None.
+        trained_in: the run folder of the checkpoint, or None.
+    """
+
+    stage: str
+    root: Path
+    name: str
+    is_named: bool
+    arm: str | None
+    folder: Path
+    checkpoint: Path | None = None
+    trained_in: Path | None = None
+
+    @classmethod
+    def of(cls, stage: str, options: EarlyOptions) -> "Place":
+        """Find the run folder, and the checkpoint asked for; `last` is the one of the run's own folder.
+
+        Raises:
+            UserError: a stage without a checkpoint that needs one.
+        """
+        set_name, arm = set_and_arm(options.files)
+        default = (set_name or (options.value("data") or "run").rpartition(".")[2].lower(), arm)
+        name = options.value("name") or "/".join(filter(None, default))
+        if stage == "fit":
+            name = name_in_sweep(name)
+        root = Path(options.value("trainer.default_root_dir") or "runs").expanduser()
+        place = cls(stage, root, name, bool(options.given["name"]), arm or set_name, root / name)
+        asked = options.value("ckpt_path")
+        last = last_checkpoint(place.folder)
+        if asked not in (None, "last"):
+            place.checkpoint, place.trained_in = Path(asked), run_of(Path(asked))
+        elif asked == "last" and last.is_file():
+            place.checkpoint, place.trained_in = last, place.folder
+        elif asked == "last":
+            if stage != "fit":
+                raise UserError(f"there is no {last}: train first, or give --ckpt_path FILE")
+            rank_zero_info(f"there is no {last}: training starts from scratch")
+        return place
+
+    def first_stage(self, arm: str) -> str:
+        """The last checkpoint of another arm's run, whose name is this one's but for the arm.
+
+        Raises:
+            UserError: this run is not called by its arm, or there is no such checkpoint.
+        """
+        parts = self.name.split("/")
+        if self.arm not in parts:
+            raise UserError(
+                f"--first_stage {arm}: the run {self.name} is not called by its arm {self.arm}, so nobody knows where the other is: "
+                "give --fine_tuning.checkpoint FILE"
+            )
+        run = "/".join(arm if part == self.arm else part for part in parts)
+        checkpoint = last_checkpoint(self.root / run)
+        if not checkpoint.is_file():
+            raise UserError(
+                f"{self.arm} starts from the run of {arm}, but there is no {checkpoint}: train that first, or give "
+                "--fine_tuning.checkpoint FILE"
+            )
+        return str(checkpoint)
+
+    def move_to_training(self, *, decides_otherwise: bool) -> None:
+        """Let results stand beside the checkpoint, whatever the configuration is called, unless the run is named or decides otherwise.
+
+        Args:
+            decides_otherwise: whether something decides in place of the trained head.
+
+        Raises:
+            UserError: results of something else would stand beside the checkpoint.
+        """
+        if decides_otherwise:
+            if same_folder(self.folder, self.trained_in):
+                raise UserError(
+                    f"run folder {self.folder} is that of the trained model, whose own results stay as they are: "
+                    "give the checkpoint by its path, and another --name"
+                )
+        elif self.trained_in is not None and not self.is_named:
+            self.folder = self.trained_in
+
+    def claim(self, config: Any) -> None:
+        """Refuse places that cannot be written to, or whose files are another run's.
+
+        Raises:
+            UserError: the run folder, or the file of --output.
+        """
+        if config.get("output") is not None:
+            output = Path(config["output"])
+            check_output(output)
+            check_writable(output.parent, "--output")
+        elif self.stage != "validate" and not config["trainer"]["fast_dev_run"]:
+            check_writable(self.folder)
+            if self.stage == "fit":
+                claim(self.folder, self.checkpoint)
+            else:
+                claim_for_results(self.folder, self.trained_in)

@@ -1,0 +1,85 @@
+"""What jsonargparse's messages say, put into one line; it promises none of their wording."""
+
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from itertools import takewhile
+
+from etflight.utils.specs import family
+
+_FEW = 24  # names that one line can hold
+
+
+def in_one_line(message: str, bases: Mapping[str, type]) -> str:
+    r"""The option, the reason and the value; near matches for a class that does not exist.
+
+    Args:
+        message: The text of an error of the parser, often of many lines.
+        bases: Options that take a class by its name, and what it must be a subclass of.
+
+    Example:
+        >>> in_one_line('Parser key "data":\n  Parser key "batch_size":\n    Expected a <class \'int\'>. Got value: x', {})
+        '--data.batch_size: Expected an int, got x'
+    """
+    key = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message)))
+    if linked := re.search(r'Linked "([^"]+)" must be given via "([^".]+)', message):
+        return f"--{linked[1]} is taken from --{linked[2]}: leave it out"
+    if key in bases and "is abstract" in message:
+        return f"--{key}: say which: {', '.join(_names(bases[key]))}"
+    reason = _innermost(message)
+    if alien := re.search(r"Option '([^']+)' is not accepted", reason):
+        return f"--{key}.{alien[1]}: the chosen class takes no argument {alien[1]!r}"
+    if missing := re.search(r"the following arguments are required: (.+?)(\. Got value.*)?$", reason, re.MULTILINE):
+        names = [name.rpartition(".")[2] for name in missing[1].split(", ")]
+        options = [f"--{key}.{name}" if key else f"--{name}" if name in bases else name for name in names]
+        return f"these arguments are required: {', '.join(options)}"
+    if ambiguous := re.search(r"Multiple subclasses with name .*", reason):
+        return f"--{key}: {ambiguous[0]}"
+    takes_number = re.search(r"Expected a <class '(float|int)'>", reason)  # or a tensor, by its class
+    unknown = re.search(r"Expected a path but (\S+) either|Expected a dot import path string: (\S+)", reason)
+    if unknown and not takes_number:
+        name = unknown[1] or unknown[2]
+        why = re.search(r"No module named '[^']+'|module '[^']+' has no attribute '[^']+'", reason)
+        return f"--{key}: nothing is called {name!r}{f' ({why[0]})' if why else ''}{_hint(name, bases.get(key))}"
+    given, got = (rf"{said} value: (.*?)(\. Got value: .*)?$" for said in ("Given", r"\. Got"))
+    value = re.search(given, reason, re.MULTILINE) or re.search(got, reason, re.MULTILINE)
+    lines = [line.partition(". Got value: ")[0].strip(" -") for line in reason.splitlines()]
+    expected = [line.removeprefix("Expected ") for line in lines if re.match(r"Expected (?!a path|a dot import)", line)]
+    text = f"Expected {' or '.join(dict.fromkeys(expected))}" if expected else lines[0]
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", text).replace("a NoneType", "null").replace("a int", "an int")
+    text = re.sub(r"a typing\.Literal\[([^\]]*)\]", r"one of \1", text)
+    return f"{f'--{key}: ' if key else ''}{text[:400]}{f', got {_as_typed(value[1])}' if value else ''}"
+
+
+def why_not_made(message: str) -> str | None:
+    """Which class the parser could not make an object of, and why; None for errors of another kind."""
+    found = re.search(r"Problem with given class_path '[\w.]*?(\w+)':\s+(.+)", message)
+    return found and f"{found[1]} cannot be made: {found[2]}"
+
+
+def _innermost(message: str) -> str:
+    """The lines about the innermost key, without those about other types that one of the outer keys could have."""
+    lines = [line for line in re.split(r'Parser key "[^"]+":', message)[-1].splitlines() if line.strip()]
+    depth = len(lines[0]) - len(lines[0].lstrip())
+    return "\n".join(takewhile(lambda line: line.startswith(" " * depth), lines))
+
+
+def _as_typed(value: str) -> str:
+    """A value in the parser's words as a user would write it."""
+    nested = re.fullmatch(r"NestedArg\(key='(.+)', val='(.*)'\)", value)
+    return f"{nested[1]} {nested[2]}" if nested else "null" if value == "None" else value or "nothing"
+
+
+def _hint(name: str, base: type | None) -> str:
+    """`; near matches: …` among the names that an option takes, or all of them if they are few."""
+    known = [] if base is None else _names(base)
+    close = get_close_matches(name.rpartition(".")[2], known, n=3, cutoff=0.4)
+    if close:
+        return f"; near matches: {', '.join(close)}"
+    return f"; there are {', '.join(known)}" if 0 < len(known) <= _FEW else ""
+
+
+def _names(base: type) -> list[str]:
+    """The names of the subclasses that can be instantiated."""
+    usable = (cls for cls in family(base) if not getattr(cls, "__abstractmethods__", None))
+    return sorted({cls.__name__ for cls in usable if not cls.__name__.startswith("_")})

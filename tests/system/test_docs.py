@@ -1,0 +1,106 @@
+"""What the pages of docs/ say exists: commands, Python, names, measures, arms, published numbers. Sphinx finds no fault in them."""
+
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import etflight
+from etflight.metrics import ClassStatistics, measures
+from tests.system.test_readme import assert_understood, commands, train_for
+
+ROOT = Path(__file__).parents[2]
+PAGES = {
+    str(path.relative_to(ROOT / "docs")): path.read_text()
+    for path in sorted((ROOT / "docs").rglob("*.md"))
+    if "build" not in path.parts
+}
+METHODS = "".join(text for page, text in PAGES.items() if page.startswith("methods/"))
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+SHELL = "\n".join(f"```bash\n{block}```" for text in PAGES.values() for block in blocks(text, "bash"))
+
+
+@pytest.fixture(scope="module")
+def trained(etflight_command, tmp_path_factory):
+    return train_for(SHELL, tmp_path_factory.mktemp("docs"), etflight_command)
+
+
+@pytest.mark.parametrize("command", commands(SHELL))
+def test_every_command_is_understood(command, trained, etflight_command):
+    assert_understood(command, trained, etflight_command)
+
+
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if blocks(text, "python")])
+def test_python_runs_as_written(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "pretrained=True" in PAGES[page]:
+        monkeypatch.setattr(timm, "create_model", lambda name, pretrained: torch.nn.Linear(2, 2))  # no download
+    names = {"__name__": page}
+    for block in blocks(PAGES[page], "python"):
+        exec(compile(block, page, "exec"), names)
+
+
+def documented() -> set[str]:
+    """The names that autodoc is asked for."""
+    found = set()
+    for page, text in PAGES.items():
+        if page.startswith("api/"):
+            found |= set(re.findall(r"^\.\. auto(?!module)\w+:: (\S+)", text, flags=re.MULTILINE))
+            for module, members in re.findall(r"^\.\. automodule:: (\S+)\n   :members:(.*)", text, flags=re.MULTILINE):
+                names = members.split(",") if members.strip() else importlib.import_module(module).__all__
+                found |= {f"{module}.{name.strip()}" for name in names}
+    return found
+
+
+def test_every_public_name_has_an_entry():
+    packages = [module.name for module in pkgutil.walk_packages(etflight.__path__, "etflight.") if module.ispkg]
+    modules = [importlib.import_module(name) for name in ("etflight", "etflight.metrics.measures", *packages)]
+    public = {f"{module.__name__}.{name}" for module in modules for name in getattr(module, "__all__", [])}
+    assert len(public) > 80
+    assert public - {"etflight.__version__"} | {"etflight.geometry.simplex_equiangular_tight_frame"} <= documented()
+
+
+def test_every_logged_measure_has_its_equation():
+    statistics = ClassStatistics(num_classes=3, feature_dim=4)
+    statistics.update(torch.randn(9, 4), torch.arange(9) % 3)
+    logged = measures.summary(statistics.compute(), torch.randn(3, 4))
+    assert not [name for name in logged if f"`{name.removesuffix('_std')}`" not in PAGES["measures.md"]]
+
+
+def test_every_arm_is_one_of_the_methods():
+    arms = {path.stem for path in (ROOT / "configs/arms").glob("*.yaml")}
+    assert arms <= set(re.findall(r"`(\w+)`", METHODS))
+
+
+def test_configurations_are_listed():
+    listed = PAGES["command_line.md"]
+    for folder in ("data", "protocols", "trainer", "logger"):
+        row = next(line for line in listed.splitlines() if line.startswith(f"| `{folder}/`"))
+        assert set(re.findall(r"`(\w+)`", row)) == {path.stem for path in (ROOT / "configs" / folder).glob("*.yaml")}
+
+
+def test_published_numbers_are_those_of_the_package():
+    rows = [line for line in PAGES["methods/published.md"].splitlines() if line.startswith("|")]
+    for record in json.loads((ROOT / "etflight/reporting/published.json").read_text()):
+        row = next(row for row in rows if row.startswith(f"| {record['method']} | {record['backbone']} |"))
+        assert round(100 * record["test/acc"], 2) in [float(cell) for cell in re.findall(r"[\d.]+", row)]
+
+
+def test_sphinx_builds_without_a_warning(tmp_path):
+    """Every link between pages leads somewhere, every name that is referred to exists."""
+    for module in ("sphinx", "myst_nb", "furo", "sphinx_copybutton", "latex2mathml"):
+        pytest.importorskip(module, reason="the extra docs is not installed")
+    argv = ["-W", "--keep-going", "-q", "-d", str(tmp_path / "trees"), str(ROOT / "docs"), str(tmp_path / "html")]
+    subprocess.run([sys.executable, "-m", "sphinx", *argv], check=True, cwd=ROOT)

@@ -1,0 +1,49 @@
+"""A study as its processes run it."""
+
+import json
+
+import pytest
+import yaml
+
+SET = {
+    "seed_everything": 0,
+    "data": {"class_path": "Digits", "init_args": {"imbalance_ratio": 2}},
+    "model": {"backbone": "resnet20_cifar"},
+    "trainer": {"max_epochs": 1, "limit_train_batches": 1, "limit_test_batches": 1, "enable_progress_bar": False},
+}
+ARMS = {
+    "ce": {"head": "LinearHead", "loss": "CrossEntropyLoss"},
+    "la": {"head": "LinearHead", "loss": "CrossEntropyLoss", "logit_adjustment": 1.0},
+    "broken": {"surprise": 1},
+}
+
+
+@pytest.mark.timeout(900)  # a dozen processes
+def test_what_can_be_trained_and_tested_is_once_and_what_fails_is_named(etflight_command, tmp_path):
+    for file, content in {"data/tiny": SET, **{f"arms/{arm}": {"model": model} for arm, model in ARMS.items()}}.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{file}.yaml").write_text(yaml.safe_dump(content))
+    study = {"configs": ".", "sets": ["tiny"], "seeds": [0], "arms": ["broken", "ce"], "post_hoc": {"la": "ce"}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+
+    first = etflight_command("study", "study.yaml", "--jobs", "2", cwd=tmp_path)
+    assert first.status == 1
+    (line,) = first.error_lines
+    assert all(words in line for words in ("1 of 3 runs failed", "surprise", "fit.log"))
+    trained, adjusted = (tmp_path / "runs/tiny" / arm / "seed0" for arm in ("ce", "la"))
+    results = [run / "test_metrics.json" for run in (trained, adjusted)]
+    assert all("test/acc" in json.loads(file.read_text()) for file in results)
+    assert not (adjusted / "checkpoints").exists()  # it tests the other's
+    assert [arm for arm in ARMS if f" {arm} " in first.out] == ["ce", "la"]
+
+    written = {file: file.stat().st_mtime_ns for file in (*results, trained / "metrics.csv")}
+    again = etflight_command("study", "study.yaml", "--arms", "ce", "la", cwd=tmp_path)
+    assert again.status == 0, again.err
+    assert "…" not in again.out.splitlines()[0]
+    assert {file: file.stat().st_mtime_ns for file in written} == written
+
+    results[0].unlink()  # trained, but not tested
+    tested = etflight_command("study", "study.yaml", "--arms", "ce", cwd=tmp_path)
+    assert tested.status == 0, tested.err
+    assert results[0].is_file()
+    assert (trained / "metrics.csv").stat().st_mtime_ns == written[trained / "metrics.csv"]
