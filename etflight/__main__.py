@@ -65,7 +65,7 @@ def _overview() -> str:
 
 
 def _instead_of(command: str) -> str:
-    """What is wrong with a first word that is no command."""
+    """Say what is wrong with a first word that is not a command."""
     if not command or command.startswith("-"):
         return f"the command comes first{', before ' * bool(command)}{command}: give one of these"
     close = " or ".join(get_close_matches(command.lower(), _COMMANDS, n=2))

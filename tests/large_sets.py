@@ -10,7 +10,6 @@ from PIL import Image
 
 # published: most and fewest training images of a class, and training, validation and test images in all
 IMAGENET_LT = {"num_classes": 1000, "most": 1280, "fewest": 5, "train": 115_846, "val": 20_000, "test": 50_000}
-CUB200 = {"num_classes": 200, "train": 5_994, "test": 5_794}
 INATURALIST = {"num_classes": 8142, "most": 1000, "fewest": 2, "train": 437_513, "val": 24_426}
 _LINKS = 60_000  # of a file; ext4 has room for 65,000
 
@@ -48,7 +47,7 @@ def lay_out(root: Path, pattern: str, file: str, splits: Mapping[str, NDArray[np
         lines = []
         for label, count in enumerate(counts.tolist()):
             paths = [file.format(split=split, label=label, number=number) for number in range(count)]
-            (root / paths[0]).parent.mkdir(parents=True, exist_ok=True) if paths else None
+            (root / paths[0]).parent.mkdir(parents=True, exist_ok=True)
             for path in paths:
                 if links % _LINKS == 0:
                     picture = root / f"picture{links // _LINKS}.jpg"
@@ -60,15 +59,16 @@ def lay_out(root: Path, pattern: str, file: str, splits: Mapping[str, NDArray[np
         (root / pattern.format(split)).write_text("".join(lines[i] for i in order))
 
 
-def inaturalist(root: Path, classes: int = INATURALIST["num_classes"], train: int = INATURALIST["train"]) -> None:
-    """iNaturalist 2018's folders and lists; fewer training images where asked, of fewer classes."""
-    published = INATURALIST
-    most = published["most"] if train == published["train"] else max(2, 2 * train // classes)
-    fewest = min(published["fewest"], train // classes)
-    val = np.full(classes, published["val"] // published["num_classes"])
-    file = "train_val2018/Plantae/{label}/{split}{number:027}.jpg"  # names as long as the published ones, of 32 digits
-    splits = {"train": long_tail(classes, most, fewest, train), "val": val}
-    lay_out(root, "iNaturalist18_{}.txt", file, splits)
+def inaturalist(root: Path) -> None:
+    """iNaturalist 2018's folders and lists."""
+    sizes = dict(INATURALIST)
+    classes = sizes["num_classes"]
+    splits = {
+        "train": long_tail(classes, sizes["most"], sizes["fewest"], sizes["train"]),
+        "val": np.full(classes, sizes["val"] // classes),
+    }
+    # names as long as the published ones, of 32 digits
+    lay_out(root, "iNaturalist18_{}.txt", "train_val2018/Plantae/{label}/{split}{number:027}.jpg", splits)
 
 
 def imagenet_lt(root: Path) -> None:
@@ -80,25 +80,3 @@ def imagenet_lt(root: Path) -> None:
         **{split: np.full(classes, sizes[split] // classes) for split in ("val", "test")},
     }
     lay_out(root, "ImageNet_LT_{}.txt", "{split}/n{label:08}/n{label:08}_{number}.JPEG", splits)
-
-
-def cub200(root: Path) -> None:
-    """CUB-200-2011's folders and lists: 29 or 30 training images and 28 or 29 test images of each species."""
-    root.mkdir(parents=True)
-    picture = root / "picture.jpg"
-    Image.effect_noise((16, 16), 64).convert("RGB").save(picture)
-    columns: dict[str, list[str]] = {"images": [], "image_class_labels": [], "train_test_split": []}
-    number = 0
-    for label in range(CUB200["num_classes"]):
-        name = f"{label + 1:03}.Bird_{label}"
-        (root / "images" / name).mkdir(parents=True)
-        for split, trains in (("train", 1), ("test", 0)):
-            each, more = divmod(CUB200[split], CUB200["num_classes"])
-            for _ in range(each + (label < more)):
-                number += 1
-                os.link(picture, root / f"images/{name}/Bird_{number:04}.jpg")
-                columns["images"].append(f"{number} {name}/Bird_{number:04}.jpg\n")
-                columns["image_class_labels"].append(f"{number} {label + 1}\n")
-                columns["train_test_split"].append(f"{number} {trains}\n")
-    for column, lines in columns.items():
-        (root / f"{column}.txt").write_text("".join(lines))

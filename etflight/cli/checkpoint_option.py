@@ -53,5 +53,5 @@ def prepare_as_trained(data: Namespace, known: Preprocessing | None) -> None:
 
 
 def brief(error: BaseException) -> str:
-    """What an error says, in 200 letters."""
+    """The message of an error, cut to 200 letters."""
     return shorten(str(error) or type(error).__name__, 200, placeholder=" …")

@@ -152,6 +152,9 @@ def measure(
 
     Returns:
         The class statistics, on the CPU, and the scalars of `measures.summary` with `acc` and perhaps `nc4`.
+
+    Raises:
+        UserError: The model does not give logits.
     """
     source = model.source
     passed = PassStatistics(source.num_classes, device)

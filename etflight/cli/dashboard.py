@@ -8,6 +8,7 @@ from typing import Any
 
 from etflight.cli.argv import CommandParser
 from etflight.utils.errors import UserError
+from etflight.utils.wandb_private import as_sent
 
 _EPOCH = "epoch"
 
@@ -77,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
     workspace = _workspace(reports, workspaces, arguments.entity, arguments.project)
     report = _report(reports, arguments.entity, arguments.project, arguments.group)
     if arguments.dry_run:
-        made = {"workspace": _as_json(workspace), "report": _as_json(report)}
+        made = {"workspace": as_sent(workspace), "report": as_sent(report)}
         print(json.dumps(made, indent=2))
         return
     for url in _save(workspace, report):
@@ -132,11 +133,6 @@ def _report(reports: Any, entity: str, project: str, group: str | None) -> Any:
 
 def _curve(reports: Any, title: str, keys: list[str], **options: str) -> Any:
     return reports.LinePlot(title=title, x=_EPOCH, y=keys, log_y=title in _LOGARITHMIC or None, **options)
-
-
-def _as_json(made: Any) -> Any:
-    """As it would be sent."""
-    return made._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 def _save(workspace: Any, report: Any) -> list[str]:

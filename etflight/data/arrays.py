@@ -112,7 +112,7 @@ class ArrayImages(ImageDataModule):
         """One array of the file.
 
         Raises:
-            UserError: it is not there, or cannot be read.
+            UserError: It is not there, or cannot be read.
         """
         with self._reading(name), np.load(self.path, allow_pickle=False) as archive:
             self._checked_shape(name)
@@ -170,10 +170,10 @@ def refuse_channels_first(images: NDArray[np.generic], what: str) -> None:
 
     Args:
         images: `[N, H, W]` or `[N, H, W, C]`.
-        what: the array, for the error.
+        what: The array, for the error.
 
     Raises:
-        UserError: they look like `[N, C, H, W]`.
+        UserError: They look like `[N, C, H, W]`.
     """
     if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] > 4:
         raise UserError(f"{what}, which looks like [N, C, H, W]: give [N, H, W, C]")

@@ -286,12 +286,12 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @property
     def dataset_name(self) -> str:
-        """What tables call the set: its class, and a set of one's own by its file or folder."""
+        """The name of the set in tables: its class, or the file or folder of a set of one's own."""
         return self.name_with(vars(self))
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """Shape and normalisation of the images, which a checkpoint keeps; of another split where `train` has not been read."""
+        """Shape and normalisation of the images, which a checkpoint keeps; taken from another split while `train` has not been read."""
         first = next(iter(self._splits.values()), None)
         source = (self._splits.get("train") or first or self.split("train")).source
         shape = source.image_shape
@@ -363,11 +363,11 @@ class ImageDataModule(LightningDataModule, ABC):
         return {**splits, "train": self.make_split("train", source, pool)}
 
     def label_file(self, split: Split) -> str:
-        """What messages about wrong labels name: the file that they are written in, or else the set."""
+        """The file that a split's labels are written in, or else the set; messages about wrong labels name it."""
         return str(self)
 
     def sample_name(self, split: Split, index: int) -> str:
-        """What people call image `index` of `eval_dataloader(split)`: its file, or its position in the published split."""
+        """The name of image `index` of `eval_dataloader(split)`: its file, or its position in the published split."""
         return self.split(split).name(index)
 
     def __str__(self) -> str:

@@ -154,7 +154,7 @@ class FileSource(ImageSource):
         return self.paths[index]
 
     def marks(self) -> Iterable[memoryview]:
-        """Their paths below the folder, wherever that is; no file is read."""
+        """The paths below the folder, wherever it lies; no file is read."""
         return self.paths.marks()
 
     def _decode(self, index: int) -> Tensor:
@@ -214,7 +214,7 @@ class FileSplit(ImageSplit):
             return None
 
     def end_pass(self) -> None:
-        """Tell what was passed over since the last time."""
+        """Warn of the images that were passed over since the last pass ended."""
         if self._unreadable is None or not self._unreadable.any():
             return
         positions = self._unreadable.nonzero().flatten().tolist()
@@ -295,13 +295,13 @@ class FileImages(ImageDataModule):
 
     @classmethod
     def options_for(cls, preprocessing: Preprocessing) -> dict[str, Any]:
-        """Also the size of the square and its part of the picture."""
+        """Also the size of the square, and the part of the picture that it shows."""
         _, height, width = preprocessing.input_size
         square = {"image_size": width, "crop_pct": preprocessing.crop_pct} if height == width else {}
         return {**super().options_for(preprocessing), **square}
 
     def make_split(self, name: Split, source: ImageSource, indices: NDArray[np.int64]) -> ImageSplit:
-        """The chosen files, corrupt ones passed over if that was asked for and they are no test images."""
+        """The chosen files; corrupt ones are passed over where `skip_corrupt` asks for it, but never in the test images."""
         return FileSplit(cast(FileSource, source), indices, skip_corrupt=self.skip_corrupt and name != "test")
 
     def read(self, *files: str | Path) -> Tensor:

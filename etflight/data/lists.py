@@ -76,7 +76,7 @@ class ListImages(ListedFileImages):
 
     @cached_property
     def content(self) -> str:
-        """Of the training list, byte by byte, wherever its images lie."""
+        """Twelve hexadecimal digits of the paths and labels in the training list, wherever its images lie."""
         return self.make_source(*self._training_list).content
 
     def load(self, split: Split) -> FileSource:
@@ -89,7 +89,7 @@ class ListImages(ListedFileImages):
         return self.checked_source(split, self._where_they_are(paths, labels), labels)
 
     def label_file(self, split: Split) -> str:
-        """The list."""
+        """The list of the split."""
         return str(self._list(split))
 
     def _list(self, split: Split) -> Path:

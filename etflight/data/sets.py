@@ -103,7 +103,7 @@ class TorchvisionImages(ImageDataModule):
         """Download what is missing, if asked to; Lightning calls this on one process per node.
 
         Raises:
-            UserError: the files cannot be fetched, are not those that were published, or cannot be written.
+            UserError: The files cannot be fetched, are not those that were published, or cannot be written.
         """
         if not self.download or self.is_there:
             return
@@ -143,7 +143,7 @@ class TorchvisionImages(ImageDataModule):
 
 @contextmanager
 def silence_ends() -> Iterator[None]:
-    """Inside, a server that says nothing for `PATIENCE` seconds has failed; by default Python waits for ever."""
+    """Let a server that says nothing for `PATIENCE` seconds fail; by default Python waits for ever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE)
     try:
@@ -154,12 +154,12 @@ def silence_ends() -> Iterator[None]:
 
 @contextmanager
 def members_stay_inside() -> Iterator[None]:
-    """Inside, tar archives are unpacked without members that leave their folder, links out of it, devices and set-uid bits.
+    """Unpack tar archives without members that leave their folder, links out of it, devices and set-uid bits.
 
     Python itself does so from 3.14 on. (torchvision verifies an archive's checksum first; its zip files cannot leave their folder.)
 
     Raises:
-        UserError: an archive with such a member, of which nothing more is unpacked.
+        UserError: An archive has such a member; nothing more of it is unpacked.
     """
     before = tarfile.TarFile.extraction_filter
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)

@@ -56,7 +56,7 @@ class ImageSource(ABC):
         return channels, height, width
 
     def name(self, index: int) -> str:
-        """What people call image `index`."""
+        """The name of image `index`, for people."""
         return str(index)
 
     @property
@@ -68,7 +68,7 @@ class ImageSource(ABC):
         return digest.hexdigest()[:12]
 
     def marks(self) -> Iterable[bytes | memoryview]:
-        """What, beside the labels, tells these images from others: here what they are called."""
+        """What tells these images from others, beside the labels; here their names."""
         return (self.name(i).encode(errors="surrogateescape") + b"\0" for i in range(len(self.labels)))
 
 
@@ -120,7 +120,7 @@ class ImageSplit(Dataset[Batch]):
         return images[0], labels[0]
 
     def name(self, position: int) -> str:
-        """What people call the image at `position`."""
+        """The name of the image at `position`, for people."""
         return self.source.name(int(self.indices[position]))
 
     def end_pass(self) -> None:

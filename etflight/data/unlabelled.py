@@ -29,11 +29,11 @@ class UnlabelledImages(ImageDataModule):
     dropped). What cannot be read is no error: its label is `UNREADABLE`, the others' -1.
 
     Args:
-        paths: image files (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM), folders of them, and `.npz` files with images `[N, H, W]` or
+        paths: Image files (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM), folders of them, and `.npz` files with images `[N, H, W]` or
             `[N, H, W, C]`, uint8 or uint16, as `images`, as `test_images` or alone.
         input_size: C, H and W of the model.
-        crop_pct: part of the resized image that is kept.
-        names: of the classes.
+        crop_pct: Part of the resized image that is kept.
+        names: Of the classes.
     """
 
     paths: list[str]
@@ -51,21 +51,21 @@ class UnlabelledImages(ImageDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """Those given."""
+        """The class names of the model."""
         return self.names
 
     def load(self, split: Split) -> "AnyImages":
-        """All of them.
+        """Find all images.
 
         Raises:
-            UserError: nothing is there, an array that is none of images, or training images are asked for.
+            UserError: A path does not exist, an array does not hold images, or training images are asked for.
         """
         if split == "train":
             raise UserError(f"--images {self}: images without labels can be predicted, not trained on")
         return AnyImages(self.paths, self.input_size, self.crop_pct)
 
     def make_split(self, name: Split, source: ImageSource, indices: NDArray[np.int64]) -> ImageSplit:
-        """In order, with what cannot be read."""
+        """All images in their order; one that cannot be read is black."""
         return _Split(source, indices)
 
     def _checked(self, name: Split) -> ImageSource:
@@ -127,10 +127,10 @@ class AnyImages(ImageSource):
         return fit_to(_with_channels(picture, channels, self.name(index)), size, self._covered)
 
     def images(self, indices: Tensor) -> Tensor:
-        """Read one by one.
+        """Read images one by one.
 
         Raises:
-            UserError: one of them cannot be read.
+            UserError: One of them cannot be read.
         """
         return stack([self[i] for i in indices.tolist()])
 

@@ -1,7 +1,5 @@
 """Deferred re-weighting and re-sampling, and the warning about classes that are balanced twice."""
 
-from functools import partial
-
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -64,17 +62,6 @@ def test_an_epoch_below_1_is_a_part_of_all(given, first):
     watch = Watch()
     train(DeferredBalance(epoch=given, class_balance="batch"), watch, epochs=5, limit_train_batches=1)
     assert [balance for _, balance in watch.balances] == ["none"] * first + ["batch"] * (5 - first)
-
-
-def test_from_epoch_0_it_is_the_balance_given_from_the_start():
-    deferred = train(DeferredBalance(epoch=0, **BOTH), epochs=1)
-    balanced = train(
-        epochs=1,
-        loss=partial(CrossEntropyLoss, class_balance="effective"),
-        data=Digits(imbalance_ratio=20, batch_size=100, sampler="balanced"),
-    )
-    for name, value in balanced.state_dict().items():
-        assert torch.equal(deferred.state_dict()[name], value), name
 
 
 def test_a_run_killed_before_at_and_after_the_change_resumes_bit_by_bit(tmp_path):

@@ -11,9 +11,8 @@ from etflight.cli import describe
 from etflight.data import ArrayImages, FolderImages
 from etflight.utils.errors import UserError
 from tests.cli.test_bad_input import folder
-from tests.system.test_configs import ROOT
-from tests.tiny_sets import tiny_cifar, tiny_fashion
 
+ROOT = Path(__file__).parents[2] / "configs"
 FILES = {"describe.json", "class_histogram.png", "contact_sheet.png"}
 COUNTS = {"train": (150, 30, 5), "test": (4, 4, 4)}
 
@@ -137,16 +136,6 @@ def test_of_many_classes_an_even_choice_is_shown(numbered, etflight_command, tmp
     assert [int(bars[0][1]), int(bars[-1][2])] == [210, 1]
 
 
-def test_every_data_module_is_described(etflight_command, tmp_path):
-    for name, flags, expected in (
-        ("FashionMNIST", tiny_fashion(tmp_path), [4] * 10),
-        ("CIFAR10", tiny_cifar(tmp_path), [5000] * 10),
-        ("FolderImages", folder(tmp_path / "images", {"cat": 3, "dog": 1, "emu": 2})[2:], [3, 1, 2]),
-    ):
-        _, record, _ = run(etflight_command, tmp_path, "--data", name, *flags)
-        assert record["class_counts"]["train"] == expected
-
-
 def test_a_configuration_describes_the_images_that_fit_trains_on(etflight_command, tmp_path):
     # with a trainer, a model, stages and a sampler
     files = ["-c", ROOT / "data" / "digits.yaml", "-c", ROOT / "arms" / "crt.yaml"]
@@ -209,9 +198,3 @@ def test_bad_input_ends_in_one_line_that_says_the_mend(numbered, etflight_comman
         assert len(refused.err.splitlines()) == 1, refused.err
         assert re.search(message, refused.error_lines[0]), (message, refused.err)
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_set_is_described_by_a_function_too(numbered):
-    with pytest.raises(UserError, match="no such file"):
-        describe.describe(ArrayImages("gone.npz"))
-    assert describe.describe(ArrayImages(str(numbered())))["class_counts"]["train"] == [150, 30, 5]

@@ -18,13 +18,12 @@ import timm
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from PIL import Image
 from safetensors.torch import load_file
 
 from etflight import Classifier, ETFHead
 from etflight.callbacks import LastCheckpoint
 from etflight.cli import export
-from etflight.data import Digits, FashionMNIST
+from etflight.data import Digits
 from etflight.utils.errors import UserError
 
 WITHOUT_ETFLIGHT = """
@@ -178,43 +177,6 @@ def test_half_written_files_of_the_run_are_named_and_left_out(run, tmp_path, cap
     assert "## Results" not in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.slow
-def test_fashion_mnist_is_decided_alike_by_all_three_on_all_test_images(tmp_path):
-    data = FashionMNIST(max_count=500, batch_size=64)
-    if not data.is_there:
-        pytest.skip("needs the files of Fashion-MNIST, as in Debian's dataset-fashion-mnist")
-    torch.manual_seed(0)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
-    trainer = Trainer(accelerator="cpu", max_epochs=1, **quiet)
-    trainer.fit(Classifier(10, "resnet20_cifar", in_chans=1), datamodule=data)
-    trainer.save_checkpoint(tmp_path / "m.ckpt")
-    export.main([str(tmp_path / "m.ckpt"), "--output", str(tmp_path / "m"), "--format", "timm", "onnx", "torch-export"])
-    own, others = decisions_on_fashion_mnist(tmp_path / "m.ckpt", tmp_path / "m")
-    assert len(own) == 10_000
-    assert {name: int((labels != own).sum()) for name, labels in others.items()} == dict.fromkeys(others, 0)
-
-
-@torch.no_grad()
-def decisions_on_fashion_mnist(path: Path, folder: Path) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """What the checkpoint decides, and what the three exported files do, each as a stranger would use it."""
-    pictures = torch.cat([images for images, _ in FashionMNIST().eval_dataloader("test")])
-    mean, std = FashionMNIST.standard_mean[0], FashionMNIST.standard_std[0]
-    parts = ((pictures / 255 - mean) / std).split(500)
-    model = Classifier.load_from_checkpoint(path).eval()
-    network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
-    through_pillow = torch.stack([transform(Image.fromarray(picture[0].numpy())) for picture in pictures]).split(500)
-    session = onnxruntime.InferenceSession(folder / "model.onnx")
-    graph = torch.export.load(folder / "model.pt2").module()
-    found = {
-        "timm": [network(part) for part in through_pillow],
-        "onnx": [torch.from_numpy(session.run(None, {"images": part.numpy()})[0]) for part in parts],
-        "torch-export": [graph(part) for part in parts],
-    }
-    own = torch.cat([model.probabilities(part) for part in parts]).argmax(1)
-    return own, {name: torch.cat(logits).argmax(1) for name, logits in found.items()}
-
-
 # Bad input ----------------------------------------------------------------------------------------------------------
 
 
@@ -340,7 +302,7 @@ def test_a_wrong_token_is_one_line_and_the_folder_stays(hub, run, tmp_path, monk
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", ["", "me/my digits", "me/digits/more", "https://huggingface.co/me/digits"])
+@pytest.mark.parametrize("name", ["", "https://huggingface.co/me/digits"])
 def test_a_name_that_the_hub_cannot_have_is_told_before_any_work(name, tmp_path):
     argv = ["gone.ckpt", "--output", str(tmp_path / "out"), "--push_to_hub", name]
     with pytest.raises(UserError, match=f"--push_to_hub '{name}': .*Give USER/NAME") as raised:

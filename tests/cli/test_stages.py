@@ -152,10 +152,13 @@ def test_results_go_to_the_run_of_the_checkpoint_whatever_the_configuration_is_c
     assert result.status == 0, result.err
     assert (run[1] / "test_metrics.json").is_file()
     assert list(tmp_path.iterdir()) == []
-    named = etflight_command(*argv, "--name", "elsewhere", "--verbose", "false", cwd=tmp_path)
+    adjusted = ["--model.logit_adjustment", 1, "--name", "elsewhere", "--verbose", "false"]
+    named = etflight_command(*argv, *adjusted, cwd=tmp_path)
     assert named.status == 0, named.err
     assert "Test: 500 images" not in named.out
     assert (tmp_path / "runs/elsewhere/test_metrics.json").is_file()
+    config = yaml.safe_load((tmp_path / "runs/elsewhere/config.yaml").read_text())
+    assert config["model"]["logit_adjustment"] == 1  # the checkpoint says 0
 
 
 def test_predict_writes_one_row_per_image_in_order(run, etflight_command, tmp_path):

@@ -84,7 +84,7 @@ def test_every_set_trains_a_step_in_its_protocol_or_makes_its_network_and_misses
     result = etflight_command(*argv, *experiment("arms/ce"), *small, "--data.root", "nowhere", cwd=tmp_path)
     if result.status != 0:  # else a package of this machine has them
         (line,) = result.error_lines
-        assert "nowhere" in line
+        assert "nowhere" in line or "_train.txt cannot be read (No such file" in line
 
 
 @pytest.mark.parametrize(

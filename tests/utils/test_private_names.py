@@ -21,6 +21,7 @@ from torchmetrics import Metric, SumMetric
 from etflight.utils.jsonargparse_private import in_one_line
 from etflight.utils.lightning_private import forks_processes, ignore_own_deprecations, on_dead_process
 from etflight.utils.torch_private import broadcast_buffers, is_watched, leave_out_of_broadcasts
+from etflight.utils.wandb_private import as_sent
 
 
 @pytest.mark.parametrize("name", ["_sync_dist", "_reduce_states", "_apply", "_load_from_state_dict"])
@@ -151,3 +152,8 @@ def test_jsonargparse_words_its_errors_so_that_they_can_be_put_into_one_line(arg
     with pytest.raises(ArgumentError) as raised:
         parser.parse_args(argv)
     assert in_one_line(str(raised.value), {"net": nn.Module}).startswith(line)
+
+
+def test_wandb_workspaces_turn_into_plain_data():
+    workspaces = pytest.importorskip("wandb_workspaces.workspaces")
+    assert as_sent(workspaces.Workspace(entity="e", project="p", name="mine"))["displayName"] == "mine"
