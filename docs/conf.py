@@ -5,6 +5,8 @@ from xml.sax.saxutils import escape
 
 from docutils import nodes
 from latex2mathml.converter import convert
+from lightning.pytorch import Callback
+from lightning.pytorch.core.hooks import DataHooks
 from sphinx.application import Sphinx
 
 import etflight
@@ -94,8 +96,14 @@ def _whole_first_line(app: Sphinx, what: str, name: str, obj: object, options: o
         lines[0] = f"{lines.pop().removeprefix(':type: ')}: {lines[0]}"
 
 
+def _leave_out_hooks(app: Sphinx, what: str, name: str, obj: object, skip: bool, options: object) -> bool | None:
+    """What the trainer calls, and nobody else, is not listed."""
+    return True if hasattr(Callback, name) or hasattr(DataHooks, name) else None
+
+
 def setup(app: Sphinx) -> None:
     """Register MathML as the writer of equations."""
+    app.connect("autodoc-skip-member", _leave_out_hooks)
     app.connect("source-read", _keep_together)
     app.connect("autodoc-process-docstring", _whole_first_line, priority=900)
     app.add_html_math_renderer("mathml", (_inline_math, None), (_block_math, None))

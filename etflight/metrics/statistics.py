@@ -308,12 +308,14 @@ def _no_autocast(device: torch.device) -> Any:
 @contextmanager
 def _full_float32(operand: Tensor) -> Iterator[None]:
     """Switch TF32 and bfloat16 matrix products of float32 operands off, on GPU and CPU, and back as they were."""
+    if operand.dtype != torch.float32:
+        yield
+        return
     backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
-        if operand.dtype == torch.float32:
-            for backend in backends:
-                backend.fp32_precision = "ieee"
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         yield
     finally:
         for backend, precision in zip(backends, before, strict=True):

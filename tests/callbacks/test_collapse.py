@@ -18,6 +18,7 @@ from etflight.heads import Head
 from etflight.runs.loggers import MetricsCSV, run_folder
 from etflight.utils.errors import UserError
 from tests.callbacks.plain import TRAIN, VAL, K, Plain, fit, plain_monitor, trainer
+from tests.metrics import oracle
 
 
 def classifier(**kwargs):
@@ -30,21 +31,14 @@ def digits(**kwargs):
 
 
 def from_scratch(embeddings, labels, weight=None):
-    """The measures by their definitions, in float64, with a pseudo-inverse and the full distance table."""
-    h, w = embeddings.double().numpy(), None if weight is None else weight.double().numpy()
-    y = labels.numpy()
-    classes = np.unique(y)
-    mu = np.stack([h[y == k].mean(0) for k in classes])
-    within = sum((h[y == k] - m).T @ (h[y == k] - m) for k, m in zip(classes, mu, strict=True)) / len(h)
-    M = mu - mu.mean(0)
-    values = {"nc1": np.trace(within @ np.linalg.pinv(M.T @ M / len(M))) / len(M)}
-    values["nc1_ratio"] = np.mean([h[y == k].var(0).sum() for k in classes]) / (M**2).sum(1).mean()
-    if w is not None:
-        W = w - w.mean(0)
-        cosines = (M * W).sum(1) / np.linalg.norm(M, axis=1) / np.linalg.norm(W, axis=1)
-        values["alignment"], values["alignment_std"] = cosines.mean(), cosines.std()
-        values["nc3"] = ((M / np.linalg.norm(M) - W / np.linalg.norm(W)) ** 2).sum()
-    return values, mu
+    """The measures by the slow way, and the class means."""
+    o = oracle.two_pass(embeddings.double(), labels, int(labels.max()) + 1)
+    values = {"nc1": oracle.nc1(o), "nc1_ratio": oracle.nc1_ratio(o), "cdnv": oracle.cdnv(o)}
+    if weight is not None:
+        means, vectors = oracle.centred(o), oracle.vectors(o, weight)
+        aligned = oracle.alignments(means, vectors)
+        values |= {"alignment": aligned.mean(), "alignment_std": aligned.std(), "nc3": oracle.nc3(means, vectors)}
+    return values, o
 
 
 def assert_equal_values(history, prefix, values, rel=1e-6):
@@ -62,10 +56,10 @@ def plain_values(model, data, centres=None):
 
 
 def measured(h, y, decision, weight, centres=None):
-    """The values from scratch with `nc4`, and the class means."""
-    values, mu = from_scratch(h, y, weight)
-    nearest = ((h.double().numpy()[:, None] - (mu if centres is None else centres)) ** 2).sum(2).argmin(1)
-    return {**values, "nc4": (nearest == decision.numpy()).mean()}, mu
+    """The values from scratch with `nc4`, and the class statistics."""
+    values, o = from_scratch(h, y, weight)
+    nearest = oracle.nearest_centre(centres or o, h.double())
+    return {**values, "nc4": (nearest == decision.numpy()).mean()}, o
 
 
 @torch.no_grad()
@@ -93,8 +87,8 @@ def test_monitored_numbers_are_those_of_the_saved_checkpoint_computed_from_scrat
     centres = None
     for split in ("train", "val"):
         h, logits, y = seen(fresh, split, model.embed, model)
-        values, mu = measured(h, y, logits.argmax(1), model.head.weight, centres)
-        centres = mu if centres is None else centres
+        values, o = measured(h, y, logits.argmax(1), model.head.weight, centres)
+        centres = centres or o
         assert_equal_values(watch.history, f"nc/{split}", values)
         assert runs.callback_metrics[f"nc/{split}/nc1"].item() == pytest.approx(values["nc1"], rel=1e-6)
         assert watch.latest[split].counts.sum() == len(y)
@@ -571,6 +565,17 @@ def test_a_sweep_gives_each_process_its_own_statistics_back(two_ready_processes,
 
 
 # --- loaders and errors ------------------------------------------------------------------------------------------------
+
+
+def test_a_convolution_of_1_x_1_is_a_head():
+    model = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (6, 1, 1)), nn.Conv2d(6, K, 1))
+    source = features.EmbeddingSource(model, "2")
+    with source.attached():
+        logits = model(TRAIN.tensors[0])
+        caught = source.take(len(TRAIN))
+    assert torch.equal(caught.features[features.HEAD], TRAIN.tensors[0])
+    assert torch.equal(caught.decision, logits.flatten(1).argmax(1))
+    assert source.weight.shape == (K, 6)
 
 
 def test_a_loader_is_made_to_give_every_sample_once():

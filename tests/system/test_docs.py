@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
 
 import pytest
 import timm
@@ -96,6 +98,54 @@ def test_published_numbers_are_those_of_the_package():
     for record in json.loads((ROOT / "etflight/reporting/published.json").read_text()):
         row = next(row for row in rows if row.startswith(f"| {record['method']} | {record['backbone']} |"))
         assert round(100 * record["test/acc"], 2) in [float(cell) for cell in re.findall(r"[\d.]+", row)]
+
+
+RECORDED = {"Digits": "digits", "Fashion-MNIST": "fashion_mnist_lt", "CIFAR-10": "cifar10_lt_short"} | {
+    "Traffic signs from ImageNet weights": "gtsrb_lite0",
+    "More classes than a simplex has room for": "omniglot",
+}
+COLUMNS = {"accuracy": "acc", "mean of classes": "acc_macro", "worst class": "acc_worst", "ECE": "ece"} | {
+    group: f"acc_{group}" for group in ("many", "medium", "few", "head", "middle", "tail")
+}
+
+
+def records(name: str) -> list[dict[str, Any]]:
+    return json.loads((ROOT / f"notebooks/results/{name}.json").read_text())
+
+
+def table_under(heading: str, page: str) -> list[list[str]]:
+    """Cells of the first table under a heading, the header's first, without the line below it."""
+    lines = PAGES[page].split(f"# {heading}\n", 1)[1].split("\n\n|", 1)[1].split("\n\n", 1)[0].splitlines()
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [header, *rows]
+
+
+@pytest.mark.parametrize("heading", RECORDED)
+def test_results_are_those_of_the_records(heading):
+    header, *rows = table_under(heading, "results.md")
+    checked = 0
+    for row in rows:
+        arm = re.match(r"`(\w+)`", row[0])
+        runs = [run for run in records(RECORDED[heading]) if arm and run["arm"] == arm[1]]
+        if "seeds" in header and row[header.index("seeds")].count(",") + 1 != len(runs):
+            continue  # a variant without a record of its own
+        for name, cell in zip(header, row, strict=True):
+            if (key := COLUMNS.get(name.partition(" (")[0])) and runs:
+                values = [100 * run[f"test/{key}"] for run in runs]
+                deviation = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+                assert cell == f"{fmean(values):.1f}{deviation}", (row[0], name)
+                checked += 1
+    assert checked >= 10
+
+
+def test_expected_measures_are_those_of_the_records():
+    sets = {"digits": "digits", "Fashion-MNIST": "fashion_mnist_lt", "CIFAR-10": "cifar10_lt_short"}
+    _, *rows = table_under("What to expect at the end", "concepts/reading.md")
+    for what, *cells in rows:
+        arm = re.search(r"`(\w+)`", what)[1]
+        runs = [run for run in records(sets[re.match(r"[\w-]+", what)[0]]) if run["arm"] == arm]
+        for key, cell in zip(("train/nc1", "val/nc1", "train/alignment", "train/etf_distance"), cells, strict=True):
+            assert float(cell) == float(f"{fmean(run[f'nc/{key}'] for run in runs):.2g}"), (what, key)
 
 
 def test_sphinx_builds_without_a_warning(tmp_path):
