@@ -138,7 +138,7 @@ def test_lightning_tells_by_the_class_of_the_launcher_how_processes_start(strate
             ["--net", "Bilinear"],
             "these arguments are required: --net.in1_features, --net.in2_features, --net.out_features",
         ),
-        (["--net", "Identity", "--net.bogus", "1"], "--net.bogus: the chosen class takes no argument 'bogus'"),
+        (["--net", "torch.nn.Identity", "--net.bogus", "1"], "--net.bogus: the chosen class takes no argument 'bogus'"),
         (["--size", "x"], "--size: Expected an int or null, got x"),
         (["--size", "0.5"], "--size: Expected an int or null, got 0.5"),
         (["--mode", "z"], "--mode: Expected one of 'a', 'b', got z"),
