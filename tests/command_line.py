@@ -90,6 +90,12 @@ class CommandLine:
         status = json.loads(self._server.stdout.readline())
         return Result(status, "" if terminal else out.read_text(), err.read_text())
 
+    def succeed(self, *argv: object, cwd: Path, **env: str) -> Result:
+        """Run a command that has to succeed."""
+        result = self(*argv, cwd=cwd, **env)
+        assert result.status == 0, result.err
+        return result
+
     def in_terminal(self, *argv: object, cwd: Path, **env: str) -> str:
         """What a terminal of 300 columns is sent, control characters included; the command has to succeed."""
         ours, theirs = pty.openpty()

@@ -1,11 +1,12 @@
 """Somebody else's module, which knows nothing of etflight, on four classes of points; and a monitor of it."""
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from etflight.callbacks import NeuralCollapseMonitor
+from tests.training import new_trainer
 
 K = 4
 
@@ -40,16 +41,8 @@ def points(n, seed=0):
 TRAIN, VAL = points(43), points(21, seed=1)
 
 
-def trainer(tmp_path, *callbacks, epochs=2, **kwargs):
-    defaults = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return Trainer(max_epochs=epochs, callbacks=list(callbacks), default_root_dir=tmp_path, **{**defaults, **kwargs})
+def trainer(tmp_path, *callbacks, epochs=2, **options):
+    return new_trainer(*callbacks, max_epochs=epochs, default_root_dir=tmp_path, **options)
 
 
 def plain_monitor(**kwargs):

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from scipy.optimize import minimize_scalar
 
@@ -23,6 +22,7 @@ from etflight.callbacks.progress import Progress
 from etflight.data import Digits
 from etflight.runs.loggers import MetricsCSV
 from tests.metrics import oracle
+from tests.training import new_trainer, seen
 
 
 def fitted(tmp_path, use_buffers, ema_first):
@@ -34,33 +34,24 @@ def fitted(tmp_path, use_buffers, ema_first):
         StopSignals(last), last, StepSeed(), Speed(), Progress(), FineTuning(freeze=["layer1"], unfreeze_epoch=1),
         watch, raw, CollapseFigures(every_n_epochs=2), DeferredBalance(epoch=1, class_balance="batch"),
     ]  # fmt: skip
-    trainer = Trainer(
-        accelerator="cpu", max_epochs=2, callbacks=[ema, *ours] if ema_first else [*ours, ema], logger=MetricsCSV(tmp_path),
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
-    )  # fmt: skip
+    callbacks = [ema, *ours] if ema_first else [*ours, ema]
+    trainer = new_trainer(*callbacks, max_epochs=2, logger=MetricsCSV(tmp_path), default_root_dir=tmp_path)
     model = Classifier(10, "resnet20_cifar", in_chans=1, model_kwargs={"width": 1})
     trainer.fit(model, datamodule=data)
     return data, trainer, model, watch, raw
 
 
-@torch.no_grad()
-def outputs(model, data, split):
-    data.trainer = None
-    batches = [data.eval_transform(batch) for batch in data.eval_dataloader(split)]
-    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    features = model.eval().features(images)
-    return features.double().numpy(), model.head.embed(features).double().numpy(), model.head(features).double(), labels
-
-
 def nc1(h, y):
-    return oracle.nc1(oracle.two_pass(h, y, 10))
+    return oracle.nc1(oracle.two_pass(h.double(), y, 10))
 
 
 @pytest.mark.parametrize(("use_buffers", "ema_first"), [(True, True), (False, False)])
 def test_the_checkpoint_has_the_temperature_and_the_numbers_of_its_own_weights(tmp_path, use_buffers, ema_first):
     data, trainer, trained, watch, raw = fitted(tmp_path, use_buffers, ema_first)
     model = Classifier.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
-    features, embeddings, logits, labels = outputs(model, data, "val")
+    model.eval()
+    data.trainer = None
+    features, embeddings, logits, labels = seen(data, "val", model.features, model.embed, model)
 
     def loss(log_t):
         return torch.nn.functional.cross_entropy(logits / math.exp(log_t), labels).item()
@@ -68,12 +59,13 @@ def test_the_checkpoint_has_the_temperature_and_the_numbers_of_its_own_weights(t
     best = math.exp(minimize_scalar(loss, bounds=(math.log(0.002), math.log(100)), method="bounded").x)
     assert float(model.temperature) == pytest.approx(best, rel=0.02)
     assert float(trained.temperature) == float(model.temperature)  # the model that training leaves in memory
+    assert watch.measured_weights == "averaged"
     logged = trainer.callback_metrics
     assert float(logged["val/acc"]) == pytest.approx((logits.argmax(1) == labels).double().mean().item())
     assert float(logged["val/loss"]) == pytest.approx(
         0.5 * ((logits.gather(1, labels[:, None]) - 1) ** 2).mean().item(), rel=1e-4
     )
-    assert watch.history["nc/val/nc1"][-1] == pytest.approx(nc1(embeddings, labels.numpy()), rel=1e-4)
-    assert raw.history["nc_raw/val/nc1"][-1] == pytest.approx(nc1(features, labels.numpy()), rel=1e-3)
-    _, embeddings, _, labels = outputs(model, data, "train")
-    assert watch.history["nc/train/nc1"][-1] == pytest.approx(nc1(embeddings, labels.numpy()), rel=1e-4)
+    assert watch.history["nc/val/nc1"][-1] == pytest.approx(nc1(embeddings, labels), rel=1e-4)
+    assert raw.history["nc_raw/val/nc1"][-1] == pytest.approx(nc1(features, labels), rel=1e-3)
+    embeddings, labels = seen(data, "train", model.embed)
+    assert watch.history["nc/train/nc1"][-1] == pytest.approx(nc1(embeddings, labels), rel=1e-4)

@@ -18,7 +18,9 @@ from etflight.heads import Head
 from etflight.runs.loggers import MetricsCSV, run_folder
 from etflight.utils.errors import UserError
 from tests.callbacks.plain import TRAIN, VAL, K, Plain, fit, plain_monitor, trainer
+from tests.from_scratch import assert_measures, measure
 from tests.metrics import oracle
+from tests.training import fit_digits, seen
 
 
 def classifier(**kwargs):
@@ -30,20 +32,15 @@ def digits(**kwargs):
     return Digits(max_count=12, batch_size=32, **kwargs)
 
 
-def from_scratch(embeddings, labels, weight=None):
-    """The measures by the slow way, and the class means."""
-    o = oracle.two_pass(embeddings.double(), labels, int(labels.max()) + 1)
-    values = {"nc1": oracle.nc1(o), "nc1_ratio": oracle.nc1_ratio(o), "cdnv": oracle.cdnv(o)}
-    if weight is not None:
-        means, vectors = oracle.centred(o), oracle.vectors(o, weight)
-        aligned = oracle.alignments(means, vectors)
-        values |= {"alignment": aligned.mean(), "alignment_std": aligned.std(), "nc3": oracle.nc3(means, vectors)}
-    return values, o
-
-
 def assert_equal_values(history, prefix, values, rel=1e-6):
-    for name, value in values.items():
-        assert history[f"{prefix}/{name}"][-1] == pytest.approx(value, rel=rel, abs=1e-9), name
+    assert_measures({name: history[f"{prefix}/{name}"][-1] for name in values}, values, rel)
+
+
+def measured(h, y, decision, weight, centres=None):
+    """The values from scratch with `nc4`, and the class statistics."""
+    values, o = measure(h, y, weight)
+    nearest = oracle.nearest_centre(centres or o, h.double())
+    return {**values, "nc4": (nearest == decision.numpy()).mean()}, o
 
 
 def plain_values(model, data, centres=None):
@@ -55,24 +52,10 @@ def plain_values(model, data, centres=None):
     return measured(h, y, decision, model.fc.weight.detach(), centres)
 
 
-def measured(h, y, decision, weight, centres=None):
-    """The values from scratch with `nc4`, and the class statistics."""
-    values, o = from_scratch(h, y, weight)
-    nearest = oracle.nearest_centre(centres or o, h.double())
-    return {**values, "nc4": (nearest == decision.numpy()).mean()}, o
-
-
-@torch.no_grad()
-def seen(data, split, *functions):
-    """What functions of the images give over a split, and the labels."""
-    batches = [data.eval_transform(batch) for batch in data.eval_dataloader(split)]
-    return *(torch.cat([f(x) for x, _ in batches]) for f in functions), torch.cat([y for _, y in batches])
-
-
 # --- the numbers -------------------------------------------------------------------------------------------------------
 
 
-def test_monitored_numbers_are_those_of_the_saved_checkpoint_computed_from_scratch(tmp_path):
+def test_monitored_numbers_are_those_of_the_saved_checkpoint_computed_measure(tmp_path):
     watch = NeuralCollapseMonitor()
     data = digits(imbalance_ratio=4)
     keep = ModelCheckpoint(dirpath=tmp_path, filename="last", save_on_train_epoch_end=True)
@@ -102,17 +85,13 @@ def test_monitored_numbers_are_those_of_the_saved_checkpoint_computed_from_scrat
     assert float(rows[2]["nc/val/nc4"]) == pytest.approx(watch.history["nc/val/nc4"][-1])
 
 
-@pytest.mark.parametrize("val", [True, False])
-def test_three_lines_in_somebody_elses_module(tmp_path, val):
+def test_three_lines_in_somebody_elses_module(tmp_path):
     watch = plain_monitor()
-    model, runs = fit(tmp_path, watch, val=val)
+    model, runs = fit(tmp_path, watch)
     values, centres = plain_values(model, TRAIN)
     assert_equal_values(watch.history, "nc/train", values)
     assert "nc/train/nc1" in runs.callback_metrics
-    if val:
-        assert_equal_values(watch.history, "nc/val", plain_values(model, VAL, centres)[0])
-    else:
-        assert "nc/val/nc1" not in watch.history
+    assert_equal_values(watch.history, "nc/val", plain_values(model, VAL, centres)[0])
     assert watch.epochs == [0, 1, 2]
     assert torch.equal(watch.latest_bias, model.fc.bias.detach())
 
@@ -129,8 +108,8 @@ def test_raw_features_and_layers_have_their_own_keys_and_no_class_vectors(tmp_pa
         model.features,
         lambda x: model.backbone.forward_intermediates(x, indices=[2], intermediates_only=True)[0].mean((2, 3)),
     )
-    assert_equal_values(raw.history, "nc_raw/train", from_scratch(features, y)[0])
-    assert_equal_values(embedding.history, "nc_layer2/train", from_scratch(deep, y)[0], rel=1e-4)
+    assert_equal_values(raw.history, "nc_raw/train", measure(features, y)[0])
+    assert_equal_values(embedding.history, "nc_layer2/train", measure(deep, y)[0], rel=1e-4)
     assert {"nc_backbone.layer3/val/cdnv", "nc_layer2/val/cdnv", "nc/val/alignment"} <= set(embedding.history)
     assert not {"nc_raw/train/alignment", "nc_layer2/train/alignment"} & {*raw.history, *embedding.history}
     assert 0 <= raw.history["nc_raw/val/nc4"][-1] <= 1
@@ -208,7 +187,7 @@ def test_the_sweep_runs_in_the_trainers_precision(tmp_path, precision):
     x, y = TRAIN.tensors
     with torch.no_grad(), runs.precision_plugin.forward_context():
         h = torch.cat([model.body(part.to(model.fc.weight.dtype)) for part in x.split(8)])
-    values, _ = from_scratch(h, y, model.fc.weight.detach())
+    values, _ = measure(h, y, model.fc.weight.detach())
     assert_equal_values(watch.history, "nc/train", values)
     assert "nc/val/nc1" in watch.history
 
@@ -227,7 +206,7 @@ def test_only_the_first_validation_loader_is_measured(tmp_path):
 
 def test_a_trial_run_of_one_batch_sweeps_one_batch_and_writes_nothing(tmp_path):
     watch = plain_monitor(snapshots=1)
-    fit(tmp_path, watch, fast_dev_run=True)
+    fit(tmp_path, watch, CollapseFigures(), fast_dev_run=True)
     assert watch.latest["train"].counts.sum() == 8
     assert not list(tmp_path.iterdir())
 
@@ -262,14 +241,17 @@ class StopAfter(Callback):
         ({"stop": 18, "every": 2}, [0, 2, 3]),
         ({"stop": 18, "every": 3, "val": False}, [0, 3]),
         ({"stop": 10, "val_check_interval": 4}, [0, 4 / 6, 1 + 4 / 6]),
+        ({"max_steps": 9, "every": 5, "average": True}, [0, 1.5]),
+        ({"epochs": 2, "val": False, "average": True}, [0, 1, 2]),
     ],
 )
 def test_the_final_weights_are_measured_wherever_training_ends_and_the_checkpoint_knows(tmp_path, options, measured):
     options = {"epochs": 9, **options}
     watch = plain_monitor(every_n_epochs=options.pop("every", 1))
-    stop = [StopAfter(options.pop("stop"))] if "stop" in options else []
+    others = [StopAfter(options.pop("stop"))] if "stop" in options else []
+    others += [EMAWeightAveraging(decay=0.8)] if options.pop("average", False) else []
     rows = MetricsCSV(tmp_path)
-    model, runs = fit(tmp_path, LastCheckpoint(), watch, *stop, logger=rows, **options)
+    model, runs = fit(tmp_path, LastCheckpoint(), watch, *others, logger=rows, **options)
     assert watch.epochs == pytest.approx(measured)
     assert_equal_values(watch.history, "nc/train", plain_values(model, TRAIN)[0])
     state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
@@ -283,13 +265,6 @@ def test_the_final_weights_are_measured_wherever_training_ends_and_the_checkpoin
     assert int(final["step"]) == runs.global_step - 1
 
 
-def test_figures_before_the_monitor_show_the_final_averaged_weights_too(tmp_path):
-    watch, figures = plain_monitor(every_n_epochs=5), CollapseFigures(every_n_epochs=9)
-    fit(tmp_path, figures, EMAWeightAveraging(decay=0.8), watch, epochs=2, max_steps=9)
-    assert watch.epochs == [0, 1.5]
-    assert (tmp_path / "figures" / "nc_curves.png").is_file()
-
-
 def test_auto_measures_large_sets_seldom_their_validation_images_always_and_says_so(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(collapse, "_SMALL", 1000)
@@ -301,14 +276,6 @@ def test_auto_measures_large_sets_seldom_their_validation_images_always_and_says
     for name in ("nc1", "alignment"):
         assert not any(math.isnan(value) for value in watch.history[f"nc/val/{name}"][1:])
     assert "120 training images is measured every 4 epochs and at the end" in caplog.text
-
-
-def test_auto_measures_a_small_set_each_epoch_without_a_word(tmp_path, caplog):
-    caplog.set_level("INFO")
-    watch = NeuralCollapseMonitor(every_n_epochs="auto")
-    trainer(tmp_path, watch).fit(classifier(), datamodule=digits())
-    assert not any(math.isnan(value) for value in watch.history["nc/train/nc1"])
-    assert "collapse" not in caplog.text
 
 
 def test_auto_leaves_out_a_sweep_that_outlasts_the_training(tmp_path, monkeypatch, caplog):
@@ -390,7 +357,7 @@ def test_online_takes_the_training_forwards_and_sweeps_never(tmp_path):
     watch = NeuralCollapseMonitor(head="fc", online=True)
     model, runs = fit(tmp_path, watch, model=Watched(), epochs=1, num_sanity_val_steps=0)
     assert model.forwards == 6 + 3
-    values, _ = from_scratch(torch.cat(seen), TRAIN.tensors[1], model.fc.weight.detach())
+    values, _ = measure(torch.cat(seen), TRAIN.tensors[1], model.fc.weight.detach())
     assert_equal_values(watch.history, "nc/train_online", values)
     assert "nc/train_online/nc1" in runs.callback_metrics
     assert "nc/val/nc1" in watch.history
@@ -423,36 +390,7 @@ def test_mixup_leaves_the_sweep_its_labels_and_online_nothing(tmp_path):
     assert "nc/train_online/nc1" not in online.history
 
 
-# --- averaged weights, checkpoints -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("monitor_first", "val"), [(True, True), (False, False)])
-def test_averaged_weights_are_measured_wherever_their_callback_stands(tmp_path, monitor_first, val):
-    watch, ema = plain_monitor(), EMAWeightAveraging(decay=0.8)
-    order = (watch, ema) if monitor_first else (ema, watch)
-    keep = ModelCheckpoint(dirpath=tmp_path, filename="last", save_on_train_epoch_end=True)
-    fit(tmp_path, *order, keep, val=val, enable_checkpointing=True)
-    model = Plain()
-    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    model.load_state_dict(state["state_dict"])
-    assert not torch.equal(state["state_dict"]["fc.weight"], state["current_model_state"]["fc.weight"])
-    values, centres = plain_values(model, TRAIN)
-    assert_equal_values(watch.history, "nc/train", values)
-    if val:
-        assert_equal_values(watch.history, "nc/val", plain_values(model, VAL, centres)[0])
-    assert watch.measured_weights == "averaged"
-
-
-def test_a_resumed_run_continues_the_history(tmp_path):
-    whole, first, second = plain_monitor(), plain_monitor(), plain_monitor()
-    fit(tmp_path, whole, epochs=4)
-    keep = ModelCheckpoint(dirpath=tmp_path, filename="last", save_on_train_epoch_end=True)
-    fit(tmp_path, first, keep, epochs=2, enable_checkpointing=True)
-    assert first.epochs == [0, 1, 2]
-    fit(tmp_path, second, epochs=4, ckpt_path=tmp_path / "last.ckpt")
-    assert second.epochs == whole.epochs == [0, 1, 2, 3, 4]
-    for name, series in whole.history.items():
-        assert series == pytest.approx(second.history[name], rel=1e-12, abs=1e-15, nan_ok=True), name
+# --- another fit -------------------------------------------------------------------------------------
 
 
 def test_a_second_fit_starts_a_new_history(tmp_path):
@@ -600,21 +538,6 @@ def test_an_iterable_data_set_is_refused_on_several_processes():
         every_sample_once(loader, 2, 0)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"every_n_epochs": 0}, "every_n_epochs"),
-        ({"splits": ["test"]}, "splits"),
-        ({"splits": []}, "splits"),
-        ({"space": "pixels"}, "space"),
-        ({"snapshots": -1}, "snapshots"),
-    ],
-)
-def test_options_that_cannot_be_are_refused_at_once(options, message):
-    with pytest.raises(UserError, match=message):
-        NeuralCollapseMonitor(**options)
-
-
 def test_what_is_missing_is_said_before_training(tmp_path):
     for watch, message in (
         (NeuralCollapseMonitor(head="fcc"), "did you mean fc"),
@@ -633,22 +556,23 @@ def test_probabilities_as_labels_of_the_sweep_are_refused(tmp_path):
         fit(tmp_path, NeuralCollapseMonitor(head="fc", train_dataloader=soft))
 
 
+def test_options_that_cannot_be_are_refused_at_once():
+    for wrong in ({"every_n_epochs": 0}, {"splits": ["test"]}, {"splits": []}, {"space": "pixels"}, {"snapshots": -1}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            NeuralCollapseMonitor(**wrong)
+
+
 @pytest.mark.parametrize(
     ("options", "measured"),
     [
-        (["--monitor.every_n_epochs", "1"], [0, 0, 1]),
+        ([], [0, 0, 1]),
         (["--monitor", "null"], []),
         (["--trainer.callbacks", "NeuralCollapseMonitor", "--trainer.callbacks.before_training=false"], [0, 1]),
     ],
     ids=["by default", "null", "the user's own in its place"],
 )
 def test_a_fit_from_flags_alone_leaves_the_collapse_of_each_epoch(tmp_path, options, measured):
-    from etflight.cli.stages import main  # here, since the processes above import this file
-
-    args = ["fit", "--data=Digits", "--data.max_count=5", "--model.backbone=resnet20_cifar", "--name=demo"]
-    args += [f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
-    main([*args, *options])
-    with (tmp_path / "demo" / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    run = fit_digits(tmp_path, "--data.max_count", 5, "--trainer.max_epochs", 2, *options)
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
     for name in ("nc/train/nc1", "nc/train/alignment"):
         assert [float(row["epoch"]) for row in rows if row.get(name)] == measured

@@ -1,12 +1,10 @@
 """Training that starts from a checkpoint or from a file of weights: by hand, unfrozen, resumed, on two processes, refused."""
 
-from functools import partial
-
 import pytest
 import safetensors.torch
 import timm
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
@@ -16,18 +14,13 @@ from etflight.callbacks import FineTuning
 from etflight.cli.stages import main
 from etflight.data import Digits
 from etflight.utils.errors import UserError
+from tests import training
 from tests.left_by_runs import assert_resumes, read
+from tests.training import QUIET
 
 CRT = {"load": {"backbone": "backbone"}, "freeze": ["backbone"]}
 LWS = {"load": {"backbone": "backbone", "head": "head.linear"}, "freeze": ["backbone", "head.linear"]}
 VIT = {"backbone": "test_vit", "model_kwargs": {"img_size": 8, "patch_size": 4}}
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 def new_model(backbone="resnet20_cifar", head=LinearHead, **options):
@@ -36,10 +29,8 @@ def new_model(backbone="resnet20_cifar", head=LinearHead, **options):
 
 
 def new_trainer(*callbacks, **options):
-    return Trainer(
-        callbacks=list(callbacks),
-        **QUIET | {"max_epochs": 3, "num_sanity_val_steps": 0, "limit_val_batches": 0} | options,
-    )
+    options = {"max_epochs": 3, "num_sanity_val_steps": 0, "limit_val_batches": 0, **options}
+    return training.new_trainer(*callbacks, **options)
 
 
 def full_batch():
@@ -59,11 +50,8 @@ def stage_one(tmp_path_factory):
 @pytest.fixture
 def features(stage_one):
     """What the stage-one model makes of all training images, their labels, and the model."""
-    data = full_batch()
-    images, labels = data.eval_transform(next(iter(data.eval_dataloader("train"))))
     model = Classifier.load_from_checkpoint(stage_one).eval()
-    with torch.no_grad():
-        return model.features(images), labels, model
+    return *training.seen(full_batch(), "train", model.features), model
 
 
 def descend(logits, parameters, labels):
@@ -150,38 +138,15 @@ def test_the_backbone_stays_as_it_was_given_until_its_epoch_and_all_of_it_moves_
     assert states.modes == [(epoch, {epoch == 2}) for epoch in (0, 0, 1, 1, 2, 2)]
 
 
-def test_weights_and_statistics_are_those_of_plain_descent_by_hand():
-    sgd = partial(torch.optim.SGD, lr=0.005, momentum=0.9, weight_decay=2e-4)  # larger steps amplify rounding
-    data, model, twin = full_batch(), new_model(optimizer=sgd), new_model()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    new_trainer(FineTuning(freeze=["layer1", "head"], unfreeze_epoch=2)).fit(model, data)  # 3 epochs of a step each
-    images, labels = data.eval_transform(next(iter(data.eval_dataloader("train"))))
-    held = [twin.backbone.layer1, twin.head]
-    optimizer = sgd(twin.parameters())
-    for epoch in range(3):
-        twin.train()
-        for part in held:
-            part.train(epoch == 2)
-        optimizer.zero_grad()
-        cross_entropy(twin(images), labels).backward()
-        if epoch < 2:
-            for part in held:
-                part.zero_grad()
-        optimizer.step()
-    for name, parameter in twin.named_parameters():
-        move = parameter - before[name]
-        assert (model.get_parameter(name) - parameter).norm() < 0.05 * move.norm(), name  # rounding is amplified
-    for name, buffer in twin.backbone.named_buffers():
-        assert_close(model.backbone.get_buffer(name), buffer, rtol=1e-3, atol=1e-4)
-
-
-def test_a_parameter_that_never_trains_is_not_set_free_with_its_part():
-    model = new_model()
+def test_parts_alone_stay_and_a_parameter_that_never_trains_is_not_set_free_with_its_part():
+    model, states = new_model(), States()
     model.head.bias.requires_grad_(False)
-    tuning = FineTuning(freeze=["head"], unfreeze_epoch=1)
-    new_trainer(tuning, max_epochs=2, limit_train_batches=1).fit(model, Digits(batch_size=50))
-    assert model.head.weight.requires_grad
-    assert not model.head.bias.requires_grad
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tuning = FineTuning(freeze=["head", "layer1"], unfreeze_epoch=1)
+    new_trainer(tuning, states, max_epochs=2, limit_train_batches=1).fit(model, Digits(batch_size=50))
+    for after, stays in zip(states.states, (("head.", "backbone.layer1."), ("head.bias",)), strict=True):
+        moved = {name for name in before if not torch.equal(after[name], before[name])}
+        assert moved == {name for name in before if not name.startswith((*stays, "temperature"))}
 
 
 def second_stage(file):
@@ -206,22 +171,14 @@ def test_a_killed_run_resumes_bit_by_bit_without_the_file_it_started_from(tuning
     else:
         save_weights(file := tmp_path / "w.safetensors")
     data = ["--data", "Digits", "--data.imbalance_ratio", 20]
-    quiet = [
-        "--trainer.accelerator",
-        "cpu",
-        "--trainer.enable_progress_bar",
-        "false",
-        "--trainer.enable_model_summary",
-        "false",
-    ]
     fit = [
-        "fit", *data, "--model.backbone", "resnet20_cifar", "--model.loss", "CrossEntropyLoss", *quiet, "--monitor", "null",
+        "fit", *data, "--model.backbone", "resnet20_cifar", "--model.loss", "CrossEntropyLoss", *QUIET, "--monitor", "null",
         "--trainer.limit_train_batches", 3, "--trainer.max_epochs", 2, *tuning(file),
     ]  # fmt: skip
     assert_resumes(fit, tmp_path, kills, before_resuming=file.unlink)
     states = read(tmp_path / "whole")["optimizer_states"][0]["state"]
     assert len(states) == trained if tuning is second_stage else len(states) > trained
-    test = ["test", *data, *quiet, "--ckpt_path", str(tmp_path / "whole/checkpoints/last.ckpt"), *tuning(file)]
+    test = ["test", *data, *QUIET, "--ckpt_path", str(tmp_path / "whole/checkpoints/last.ckpt"), *tuning(file)]
     main([*map(str, test), "--trainer.default_root_dir", str(tmp_path)])  # which has no use for the file either
 
 
@@ -236,18 +193,14 @@ def unfreeze(rank, folder, processes):
     return before, *states.states
 
 
-def largest_difference(one, other):
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
-
-
 def test_two_processes_unfreeze_as_one_does(two_ready_processes, tmp_path):
     before, frozen, trained = unfreeze(0, tmp_path, 1)
     (_, first_frozen, first), (_, _, second) = two_ready_processes(unfreeze, [(tmp_path, 2)] * 2)
     assert all(torch.equal(first_frozen[name], before[name]) for name in before if name.startswith("backbone."))
-    assert largest_difference(first_frozen, frozen) < 5e-6
-    assert largest_difference(first, frozen) > 1e-3
-    assert largest_difference(first, trained) < 5e-6
-    assert largest_difference(first, second) == 0
+    assert_close(first_frozen, frozen, rtol=0, atol=5e-6)
+    assert_close(first, trained, rtol=0, atol=5e-6)
+    assert_close(first, second, rtol=0, atol=0)
+    assert max((trained[name] - frozen[name]).abs().max() for name in frozen) > 1e-3
 
 
 # --- refused -----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -15,6 +15,7 @@ from etflight import Classifier, CosineHead, CrossEntropyLoss, ETFHead, LinearHe
 from etflight.callbacks import NearestClassMean, PostHoc, TauNormalization
 from etflight.data import Digits
 from etflight.utils.errors import UserError
+from tests import training
 
 
 def long_tailed(**options):
@@ -22,10 +23,8 @@ def long_tailed(**options):
 
 
 def new_trainer(*callbacks, **options):
-    return Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=list(callbacks), **{"max_epochs": 1, "num_sanity_val_steps": 0, "limit_val_batches": 0, **options},
-    )  # fmt: skip
+    options = {"max_epochs": 1, "num_sanity_val_steps": 0, "limit_val_batches": 0, **options}
+    return training.new_trainer(*callbacks, **options)
 
 
 def new_model(head):
@@ -46,12 +45,10 @@ def linear():
     return trained()
 
 
-def seen(model, split):
-    """Embeddings and labels, in float64."""
-    data = long_tailed()
-    batches = [data.eval_transform(batch) for batch in data.eval_dataloader(split)]
-    with torch.no_grad():
-        return torch.cat([model.embed(x) for x, _ in batches]).double(), torch.cat([y for _, y in batches])
+def embeddings(model, split):
+    """In float64, and their labels."""
+    found, labels = training.seen(long_tailed(), split, model.embed)
+    return found.double(), labels
 
 
 def assert_decides_by(logits, labels, model, method):
@@ -63,26 +60,25 @@ def assert_decides_by(logits, labels, model, method):
     assert results["test/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("tau", [0.0, 0.7])
-def test_tau_normalisation_divides_class_vectors_by_a_power_of_their_norms_and_drops_the_biases(tau, linear):
-    h, labels = seen(linear, "test")
+def test_tau_normalisation_divides_class_vectors_by_a_power_of_their_norms_and_drops_the_biases(linear):
+    h, labels = embeddings(linear, "test")
     model = copy.deepcopy(linear)
     with torch.no_grad():
         model.head.weight[9] *= 3  # norms that differ more than an epoch makes them
     W = model.head.weight.detach().double()
-    logits = torch.stack([h @ w / w.square().sum().sqrt() ** tau for w in W], dim=1)
-    assert_decides_by(logits, labels, model, TauNormalization(tau))
+    logits = torch.stack([h @ w / w.square().sum().sqrt() ** 0.7 for w in W], dim=1)
+    assert_decides_by(logits, labels, model, TauNormalization(0.7))
 
 
 def test_tau_normalisation_takes_the_scaled_class_vectors_of_lws():
     model = trained(ScaledLinearHead)
-    h, labels = seen(model, "test")
+    h, labels = embeddings(model, "test")
     W = (model.head.class_scale[:, None] * model.head.linear.weight).detach().double()
     assert_decides_by(F.linear(h, F.normalize(W)), labels, model, TauNormalization())
 
 
 def cosines_with_class_means(model):
-    (train, train_labels), (h, labels) = seen(model, "train"), seen(model, "test")
+    (train, train_labels), (h, labels) = embeddings(model, "train"), embeddings(model, "test")
     means = torch.stack([train[train_labels == k].mean(0) for k in range(10)])
     return torch.stack([F.cosine_similarity(h, mean[None]) for mean in means], dim=1), labels
 
@@ -170,8 +166,7 @@ def run(etflight_command, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("run")
     few = ["--monitor=null", "--trainer.max_epochs=1", "--seed_everything=3"]
     assert etflight_command(*FIT, *few, "--name=ce", cwd=cwd).status == 0
-    tested = etflight_command("test", *DATA, "--ckpt_path", "runs/ce/checkpoints/last.ckpt", cwd=cwd)
-    assert tested.status == 0, tested.err
+    etflight_command.succeed("test", *DATA, "--ckpt_path", "runs/ce/checkpoints/last.ckpt", cwd=cwd)
     return cwd, [*DATA, "--ckpt_path", cwd / "runs/ce/checkpoints/last.ckpt"]
 
 
@@ -184,16 +179,14 @@ def test_results_of_another_decision_never_go_to_the_run_of_the_checkpoint(metho
     cwd, of_checkpoint = run
     before = contents(cwd / "runs/ce")
     name = f"by_{method[0].rpartition('=')[2]}"
-    result = etflight_command("test", *of_checkpoint, *method, "--name", name, cwd=cwd)
-    assert result.status == 0, result.err
+    etflight_command.succeed("test", *of_checkpoint, *method, "--name", name, cwd=cwd)
     own = cwd / "runs" / name
     assert {path.name for path in own.iterdir()} >= {"config.yaml", "run.json", "test_metrics.json", "per_class.csv"}
     record = json.loads((own / "run.json").read_text())
     assert record["seed"] == 3  # of the training
     assert record["data"] == json.loads((cwd / "runs/ce/run.json").read_text())["data"]
     assert record["checkpoint"] == str(of_checkpoint[-1])
-    report = etflight_command("report", "runs/ce", f"runs/{name}", cwd=cwd)
-    assert report.status == 0, report.err
+    etflight_command.succeed("report", "runs/ce", f"runs/{name}", cwd=cwd)
     for given in (["--name", "ce"], ["--name", "ce", "--ckpt_path", "last"]):
         refused = etflight_command("test", *of_checkpoint, *method, *given, cwd=cwd)
         assert refused.status == 1
@@ -215,8 +208,7 @@ def test_a_training_of_its_own_is_no_place_for_the_results_of_another_checkpoint
 def test_a_user_method_decides_predictions_too(run, etflight_command):
     cwd, of_checkpoint = run
     contrary = ["--post_hoc", "tests.callbacks.test_post_hoc.Contrary", "--name", "contrary"]
-    result = etflight_command("predict", *of_checkpoint, *contrary, cwd=cwd)
-    assert result.status == 0, result.err
+    result = etflight_command.succeed("predict", *of_checkpoint, *contrary, cwd=cwd)
     assert (cwd / "runs/contrary/predictions.csv").is_file()
     assert "Contrary decides in place of the trained LinearHead" in result.out + result.err
 

@@ -1,4 +1,4 @@
-"""What a test leaves: against scikit-learn, in every place, on two processes."""
+"""What a test leaves: against scikit-learn, and on two processes."""
 
 import csv
 import json
@@ -8,20 +8,16 @@ from io import StringIO
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image
+from lightning.pytorch import seed_everything
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, TensorDataset
 
 from etflight import Classifier, CrossEntropyLoss, LinearHead
 from etflight.callbacks.results import TestResults
 from etflight.data import ArrayImages, Digits
+from tests.training import new_trainer, save_arrays, seen
 
-QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
 COUNTS = [128, 91, 65, 47, 33, 24, 17, 12, 8, 6]
-FIGURES = ["confusion", "per_class", "reliability"]
 
 
 def untrained(num_classes=10, **options):
@@ -39,13 +35,8 @@ def untrained(num_classes=10, **options):
     return model
 
 
-def run_test(model, data, folder, logger=False, **options):
-    options = {"fast_dev_run": False, "verbose": True} | options
-    trainer = Trainer(
-        logger=logger, callbacks=[TestResults(options.pop("verbose"))], default_root_dir=folder, accelerator="cpu",
-        enable_progress_bar=False, enable_model_summary=False, **options,
-    )  # fmt: skip
-    trainer.test(model, data, verbose=False)
+def run_test(model, data, folder, verbose=True, **options):
+    new_trainer(TestResults(verbose), default_root_dir=folder, **options).test(model, data, verbose=False)
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +45,16 @@ def tested(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tested")
     model, data = untrained(class_counts=COUNTS), Digits()
     with redirect_stdout(StringIO()) as printed:
-        run_test(model, data, folder, TensorBoardLogger(folder, name="tensorboard", version=""))
-    batches = list(map(data.eval_transform, data.eval_dataloader("test")))
-    labels = torch.cat([labels for _, labels in batches])
-    with torch.no_grad():
-        logits = torch.cat([model.eval()(images) for images, _ in batches])
+        run_test(model, data, folder)
+    logits, labels = seen(data, "test", model.eval())
     assert len(logits.argmax(1).unique()) > 3
     return folder, model, labels.numpy(), logits.argmax(1).numpy(), printed.getvalue()
 
 
-def test_per_class_csv_has_scikit_learns_scores_and_the_groups(tested):
+def test_the_folder_has_figures_and_a_table_of_scikit_learns_scores_and_the_groups(tested):
     folder, _, labels, decisions, _ = tested
+    figures = {path.name for path in (folder / "figures").iterdir()}
+    assert figures == {"confusion.png", "per_class.png", "reliability.png"}
     rows = list(csv.DictReader((folder / "per_class.csv").open()))
     precision, recall, _, support = precision_recall_fscore_support(labels, decisions, zero_division=np.nan)
     for name, expected in {"acc": recall, "precision": precision, "test_images": support}.items():
@@ -85,18 +75,6 @@ def test_the_model_keeps_what_was_counted(tested):
     assert {
         f"test/acc_{way}_{ratio}" for way in ("forward", "backward") for ratio in (2, 5, 10, 25, 50)
     } < metrics.keys()
-
-
-def test_pictures_lie_in_the_folder_and_in_the_logger(tested):
-    folder = tested[0]
-    assert sorted(path.stem for path in (folder / "figures").iterdir()) == FIGURES
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
-    events.Reload()
-    assert sorted(events.Tags()["images"]) == [f"test/{name}" for name in FIGURES]
-    for name in FIGURES:
-        with Image.open(folder / "figures" / f"{name}.png") as picture:
-            (sent,) = events.Images(f"test/{name}")
-            assert (sent.width, sent.height) == picture.size
 
 
 def test_tables_tell_the_metrics_within_80_columns(tested):
@@ -127,19 +105,14 @@ def count(rank, path, devices):
     data = ArrayImages(path=str(path), batch_size=30, mean=[0.5], std=[0.5])
     model = untrained(class_counts=COUNTS)
     strategy = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
-    trainer = Trainer(logger=False, enable_checkpointing=False, default_root_dir=path.parent, **strategy, **QUIET)
+    trainer = new_trainer(default_root_dir=path.parent, **strategy)
     metrics = trainer.test(model, data, verbose=False)[0]
     return metrics, model.evaluation()
 
 
 def test_two_processes_with_an_uneven_last_batch_count_each_image_once_as_one_does(two_ready_processes, tmp_path):
-    noise = np.random.default_rng(0)
-    content = {}
-    for split, size in {"train": 60, "test": 301}.items():  # 151 and 150: six batches of at most 30, and five
-        content[f"{split}_images"] = noise.integers(0, 256, (size, 8, 8), dtype=np.uint8)
-        content[f"{split}_labels"] = np.arange(size) % 10
     path = tmp_path / "noise.npz"
-    np.savez(path, **content)
+    save_arrays(path, test=301)  # 151 and 150: six batches of at most 30, and five
     metrics, evaluation = count(0, path, 1)
     assert int(evaluation.classes.samples.sum()) == int(evaluation.confusion.sum()) == 301
     for their_metrics, theirs in two_ready_processes(count, [(path, 2)] * 2):

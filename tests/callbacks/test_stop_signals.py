@@ -9,8 +9,8 @@ from lightning.pytorch import Callback
 
 from etflight.callbacks import stop_signals
 from etflight.callbacks.stop_signals import Watchdog
-from etflight.cli.stages import main
 from tests.left_by_runs import read
+from tests.training import fit_digits
 
 
 @pytest.fixture
@@ -75,17 +75,11 @@ class TermInSanityCheck(Callback):
 
 
 def test_sigterm_before_the_first_step_is_answered_after_it(tmp_path):
+    callback = ["--trainer.callbacks+", f"{__name__}.TermInSanityCheck"]
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as stopped:
-            main(
-                [
-                    "fit", "--data", "Digits", "--data.max_count", "10", "--data.batch_size", "8", "--model.backbone", "resnet20_cifar",
-                    "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
-                    "--trainer.default_root_dir", str(tmp_path), "--name", "r", "--monitor", "null",
-                    "--trainer.callbacks+", f"{__name__}.TermInSanityCheck",
-                ]
-            )  # fmt: skip
+            fit_digits(tmp_path, "--data.max_count", 10, "--monitor", "null", *callback)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert stopped.value.code == 143

@@ -12,6 +12,7 @@ from PIL import Image
 import etflight.cli
 from etflight import Classifier
 from tests.cli.test_stages import QUICK
+from tests.training import save_arrays
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FIT = ["fit", *QUICK, "--model.backbone", "resnet20_cifar"]
@@ -24,14 +25,8 @@ class NoLogger(CSVLogger):
 """
 
 
-def arrays(path, *, train=40, classes=4, **changes):
-    generator = np.random.default_rng(0)
-    content = {}
-    for split, size in (("train", train), ("test", 16)):
-        content[f"{split}_images"] = generator.integers(0, 256, (size, 8, 8), dtype=np.uint8)
-        content[f"{split}_labels"] = np.arange(size) % classes
-    content |= changes
-    np.savez(path, **{k: v for k, v in content.items() if v is not None})
+def arrays(path, train=40, classes=4, **more):
+    save_arrays(path, train=train, classes=classes, **more)
     return ["--data", "ArrayImages", "--data.path", path.name]
 
 
@@ -42,12 +37,6 @@ def folder(root, sizes):
             for i in range(size):
                 Image.fromarray(np.full((8, 8, 3), 20 * i, np.uint8)).save(root / split / name / f"{i}.png")
     return ["--data", "FolderImages", "--data.root", root.name, "--data.image_size", 8]
-
-
-def corrupt_folder(tmp_path):
-    flags = folder(tmp_path / "images", {"cat": 4, "dog": 4})
-    (tmp_path / "images/train/dog/2.png").write_bytes(b"no image")
-    return [*flags, "--data.num_workers", 1, "--data.batch_size", 4]
 
 
 def untrained(tmp_path, num_classes, **more):
@@ -74,28 +63,21 @@ CASES = {
         1, ["K = 70", "d = 64", "projection_dim", "sphere"], lambda t: [*FIT, *arrays(t / "a.npz", train=140, classes=70)]),
     "a negative label": (
         1, ["label -1", "a.npz"], lambda t: [*FIT, *arrays(t / "a.npz", train_labels=np.arange(40) % 4 - 1)]),
-    "labels beyond the integers": (
-        1, ["a.npz", "train_labels", str(2**63)], lambda t: [*FIT, *arrays(t / "a.npz", train_labels=np.full(40, 2**63, np.uint64))]),
     "images without pixels": (
         1, ["a.npz", "train_images", "[40, 8, 0]"], lambda t: [*FIT, *arrays(t / "a.npz", train_images=np.zeros((40, 8, 0), np.uint8))]),
-    "channels before rows": (
-        1, ["a.npz", "[40, 3, 8, 8]", "[N, H, W, C]"],
-        lambda t: [*FIT, *arrays(t / "a.npz", train_images=np.zeros((40, 3, 8, 8), np.uint8))]),
-    "test images in colour, training images grey": (
-        1, ["test_images", "[16, 8, 8, 3]", "1 channels"],
-        lambda t: [*FIT, *arrays(t / "a.npz", test_images=np.zeros((16, 8, 8, 3), np.uint8))]),
+    "labels beyond the integers": (
+        1, ["a.npz", "train_labels", str(2**63)], lambda t: [*FIT, *arrays(t / "a.npz", train_labels=np.full(40, 2**63, np.uint64))]),
     "LDAM with a class without images": (
         1, ["a.npz", "class 1", "no training image"],
         lambda t: [*FIT, *arrays(t / "a.npz", train_labels=np.arange(40) // 20 * 2), "--model.loss", "LDAMLoss",
                    "--model.head", "CosineHead", "--model.head.cosine_scale", 30]),
-    "an unknown sampling policy": (
-        1, ["balnced", "did you mean balanced"], lambda t: [*DIGITS, "--data.sampler", "balnced"]),
     "a missing data folder": (1, ["nowhere"], lambda t: [*FIT, "--data", "FolderImages", "--data.root", "nowhere"]),
-    "a corrupt image in a data worker": (1, ["images/train/dog/2.png"], lambda t: [*FIT, *corrupt_folder(t)]),
-    "an unknown backbone": (1, ["resnet32_cifr", "resnet32_cifar"], lambda t: [*DIGITS, "--model.backbone", "resnet32_cifr"]),
     "a logger whose package is not installed": (
         1, ["NoLogger cannot be made: No module named 'no_such_package'"],
         lambda t: (t / "loggers.py").write_text(NO_LOGGER) and [*DIGITS, "--trainer.logger", "loggers.NoLogger"]),
+    "a logger that would delete the run's own numbers": (
+        1, ["CSVLogger would delete the run's own metrics.csv: give --trainer.logger.name or leave it out"],
+        lambda t: [*DIGITS, "--trainer.logger", "CSVLogger", "--trainer.logger.name", "", "--trainer.logger.version", ""]),
     "images smaller than a vision transformer's": (
         1, ["vit_tiny_patch16_224 does not take images of 1 x 8 x 8", "--model.model_kwargs '{img_size: 8, patch_size: 2}'"],
         lambda t: [*DIGITS, "--model.backbone", "vit_tiny_patch16_224"]),
@@ -112,12 +94,9 @@ CASES = {
     "a loss that becomes infinite": (
         1, ["NaN or infinite at step", "epoch 0"],
         lambda t: [*DIGITS, "--model.loss", "CrossEntropyLoss", "--model.head", "LinearHead", "--model.optimizer.lr", "1e30"]),
-    "dot regression with a head it cannot train": (
-        1, ["DotRegressionLoss", "LinearHead"], lambda t: [*DIGITS, "--model.head", "LinearHead"]),
     "no words at all": (2, ["the command comes first: give one of these"], lambda t: []),
     "a command that does not exist": (2, ["no command 'tset'", "did you mean test"], lambda t: ["tset", "-c", "c.yaml"]),
     "an option before the command": (2, ["the command comes first, before -c"], lambda t: ["-c", "c.yaml", "fit"]),
-    "a missing checkpoint": (1, ["gone.ckpt"], lambda t: ["test", "--data", "Digits", "--ckpt_path", "gone.ckpt"]),
     "no checkpoint at all": (1, ["test needs a trained model: give --ckpt_path"], lambda t: ["test", "--data", "Digits"]),
     "no last checkpoint": (1, ["there is no runs/digits/checkpoints/last.ckpt"],
                            lambda t: ["test", "--data", "Digits", "--ckpt_path", "last"]),
@@ -128,8 +107,6 @@ CASES = {
     "a configuration file of another ending": (
         1, ["no configuration file configs/arms/etf_dr.yml: near matches: ", f"{CONFIGS}/arms/etf_dr.yaml"],
         lambda t: ["fit", "--config=configs/arms/etf_dr.yml"]),
-    "a configuration file from another folder": (
-        1, [f"near matches: {CONFIGS}/arms/etf_dr_sqrt_balanced.yaml"], lambda t: ["describe", "-c", "etf_dr_sqrt_balanced.yaml"]),
     "a configuration file beside the one that is there": (
         1, ["near matches: mine.yaml"], lambda t: (t / "mine.yaml").write_text("{}") and ["fit", "-c", "mine.yml"]),
     "a folder in the place of a configuration file": (1, ["arms is a folder"], lambda t: ["fit", "-c", CONFIGS / "arms"]),
@@ -157,8 +134,7 @@ def test_classes_of_other_names_are_told_in_one_line_and_tested(names, told, etf
     """Numbers are what a set gives that knows no names."""
     untrained(tmp_path, 4, class_names=list("abcd"), **{"pytorch-lightning_version": "2.6.6"})
     flags = arrays(tmp_path / "a.npz", class_names=np.array(list(names)))
-    result = etflight_command("test", *flags, "--ckpt_path", "c.ckpt", "--name", "t", *QUICK[2:], cwd=tmp_path)
-    assert result.status == 0, result.err
+    result = etflight_command.succeed("test", *flags, "--ckpt_path", "c.ckpt", "--name", "t", *QUICK[2:], cwd=tmp_path)
     lines = [line for line in result.err.splitlines() if "in the checkpoint" in line]
     assert [line.startswith("etflight: warning: ") and told in line for line in lines] == [True] * bool(told)
     with (tmp_path / "runs/t/per_class.csv").open() as file:
@@ -171,9 +147,8 @@ def test_a_seed_of_the_environment_that_is_none_is_told(etflight_command, tmp_pa
     assert result.error_lines == ["etflight: error: PL_GLOBAL_SEED is abc: give a whole number from 0 to 4294967295"]
 
 
-@pytest.mark.parametrize("option", ["--help", "-h"])
-def test_every_command_has_a_line_in_one_table(option, etflight_command, tmp_path):
-    result = etflight_command(option, cwd=tmp_path)
+def test_every_command_has_a_line_in_one_table(etflight_command, tmp_path):
+    result = etflight_command("-h", cwd=tmp_path)
     assert (result.status, result.err) == (0, "")
     rows = dict(line.split(maxsplit=1) for line in result.out.splitlines() if line.startswith("  "))
     modules = [path.stem for path in Path(etflight.cli.__file__).parent.glob("[a-z]*.py")]

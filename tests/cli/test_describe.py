@@ -39,8 +39,7 @@ def numbered(tmp_path):
 
 def run(etflight_command, cwd, *argv):
     """The output folder, the record in it and what was printed."""
-    done = etflight_command("describe", *argv, cwd=cwd)
-    assert done.status == 0, done.err
+    done = etflight_command.succeed("describe", *argv, cwd=cwd)
     found = Path(cwd, done.out.strip().splitlines()[-1].split(":")[0])
     assert {file.name for file in found.iterdir()} == FILES
     for name in FILES - {"describe.json"}:
@@ -82,10 +81,15 @@ def test_numbers_are_those_of_the_arrays(numbered, etflight_command, tmp_path):
         assert words in [line.split() for line in printed.splitlines()]
 
 
-def test_a_long_tailed_profile_and_held_out_images_are_counted(numbered, etflight_command, tmp_path):
-    options = ["--data.val_fraction", 0.2, "--data.imbalance_ratio", 4]
-    argv = ["--data", "ArrayImages", "--data.path", numbered((100, 100, 100)), *options]
-    _, record, _ = run(etflight_command, tmp_path, *argv)
+def test_held_out_images_are_counted_and_later_files_win_and_the_command_line_over_all(
+    numbered, etflight_command, tmp_path
+):
+    numbered((100, 100, 100))
+    data = "{class_path: ArrayImages, init_args: {path: numbered.npz, imbalance_ratio: 10, val_fraction: 0.5}}"
+    (tmp_path / "base.yaml").write_text(f"model: {{head: Nonsense}}\ndata: {data}")
+    (tmp_path / "top.yaml").write_text("data: {init_args: {imbalance_ratio: 4}}")
+    files = ["-c", "base.yaml", "--config=top.yaml"]
+    _, record, _ = run(etflight_command, tmp_path, *files, "--data.val_fraction", 0.2)
     expected = {"train": [int(80 * 4 ** (-k / 2)) for k in range(3)], "val": [20] * 3, "test": [4] * 3}
     assert (record["class_counts"], record["validation"]) == (expected, "held out")
     assert record["imbalance_ratio"] == 4
@@ -139,25 +143,14 @@ def test_of_many_classes_an_even_choice_is_shown(numbered, etflight_command, tmp
 def test_a_configuration_describes_the_images_that_fit_trains_on(etflight_command, tmp_path):
     # with a trainer, a model, stages and a sampler
     files = ["-c", ROOT / "data" / "digits.yaml", "-c", ROOT / "arms" / "crt.yaml"]
-    run_of = etflight_command(
+    etflight_command.succeed(
         "fit", *files, "--first_stage", "null", "--fine_tuning.load", "null", "--trainer.max_epochs", 1,
         "--trainer.limit_train_batches", 1, "--trainer.limit_val_batches", 0, "--trainer.accelerator", "cpu", "--name", "one", cwd=tmp_path,
     )  # fmt: skip
-    assert run_of.status == 0, run_of.err
     trained = json.loads((tmp_path / "runs/one/run.json").read_text())["data"]
     _, record, _ = run(etflight_command, tmp_path, *files)
     assert record["fingerprint"] == trained["fingerprint"]
     assert record["class_counts"]["train"] == trained["class_counts"]
-
-
-def test_later_files_win_and_the_command_line_over_all(numbered, etflight_command, tmp_path):
-    numbered((100, 100, 100))
-    (tmp_path / "base.yaml").write_text(
-        "model: {head: Nonsense}\ndata: {class_path: ArrayImages, init_args: {path: numbered.npz, imbalance_ratio: 10, max_count: 50}}"
-    )
-    (tmp_path / "top.yaml").write_text("data: {init_args: {imbalance_ratio: 5}}")
-    _, record, _ = run(etflight_command, tmp_path, "-c", "base.yaml", "--config=top.yaml", "--data.max_count", 40)
-    assert record["class_counts"]["train"] == [int(40 * 5 ** (-k / 2)) for k in range(3)]
 
 
 def test_own_files_are_replaced_and_a_users_stay(numbered, etflight_command, tmp_path):
@@ -178,19 +171,14 @@ def test_own_files_are_replaced_and_a_users_stay(numbered, etflight_command, tmp
 def test_bad_input_ends_in_one_line_that_says_the_mend(numbered, etflight_command, tmp_path):
     numbered((5, 0, 5))
     (tmp_path / "model.yaml").write_text("model: {head: ETFHead}")
-    (tmp_path / "wrong.yaml").write_text("data: {class_path: Digits, init_args: {imbalance: 3}}")
     (tmp_path / "taken").write_text("a file")
     digits, arrays = ["--data", "Digits"], ["--data", "ArrayImages", "--data.path", "numbered.npz"]
     for argv, status, message in (
         ([], 2, "data"),
         (["-c", "model.yaml"], 2, "data"),
         (["-c", "gone.yaml"], 1, "no configuration file gone.yaml"),
-        (["-c", "wrong.yaml"], 2, "imbalance"),
-        (["--data", "Digitz"], 2, "near matches: Digits"),
-        ([*digits, "--data.imbalance_ratio", 0.5], 1, "imbalance_ratio is 0.5"),
         ([*digits, "--images_per_class", 0], 1, "give at least 1"),
         ([*digits, "--output", "taken"], 1, "give another --output"),
-        ([*digits, "--unknown", 1], 2, "--unknown"),
         (arrays, 1, "class 1 .* has no training image"),
     ):
         refused = etflight_command("describe", *argv, cwd=tmp_path)

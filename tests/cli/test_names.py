@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import re
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,11 @@ from PIL import Image
 from pyarrow import parquet
 
 from etflight import Classifier
-from etflight.cli import collapse, describe, export, report
+from etflight.cli import collapse, describe, export
 from etflight.cli.stages import main
 from etflight.utils.terminal import readable
 from etflight.utils.yaml import load_yaml, to_yaml
+from tests.training import QUIET
 
 NO_TEXT = os.fsdecode(b"caf\xe9")  # the bytes of Latin-1
 NAMES = sorted(
@@ -28,10 +28,6 @@ NAMES = sorted(
     ]
 )  # fmt: skip
 CLASSES = [name if name != NO_TEXT else r"caf\udce9" for name in NAMES]
-QUIET = [
-    "--trainer.accelerator", "cpu", "--trainer.enable_model_summary", "false", "--trainer.enable_progress_bar", "false",
-    "--trainer.max_epochs", "1",
-]  # fmt: skip
 MODEL = ["--model.backbone", "resnet20_cifar", "--model.head", "LinearHead", "--model.loss", "CrossEntropyLoss"]
 
 
@@ -50,7 +46,7 @@ def run(tmp_path_factory):
             picture(folder / "the set 😀" / split / name / f"{split}.png")
     data = ["--data", "FolderImages", "--data.root", str(folder / "the set 😀"), "--data.image_size", "8"]
     place = ["--trainer.default_root_dir", str(folder / "runs")]
-    main(["fit", *data, *MODEL, *QUIET, *place, "--name", "r 😀: #'\""])
+    main(["fit", *data, *MODEL, *QUIET, "--trainer.max_epochs=1", *place, "--name", "r 😀: #'\""])
     (found,) = (folder / "runs").iterdir()
     main(["test", *data, *QUIET, "--ckpt_path", str(found / "checkpoints/last.ckpt")])
     return found
@@ -75,13 +71,11 @@ def decided(run, images):
         return [CLASSES[k] for k in model(torch.tensor((pixels - 0.5) / 0.5, dtype=torch.float32)).argmax(1)]
 
 
-@pytest.mark.parametrize("how", ["one by one", "their folder"])
-def test_images_of_any_name_are_predicted_and_named(how, run, photos, tmp_path):
+def test_images_of_any_name_are_predicted_and_named(run, photos, tmp_path):
     paths = sorted(map(str, photos.iterdir()))
-    for suffix in ("csv", "npz", "parquet"):
-        images = paths if how == "one by one" else [str(photos)]
+    for suffix, images in (("csv", paths), ("npz", [str(photos)]), ("parquet", [str(photos)])):
         output = ["--output", str(tmp_path / f"out.{suffix}")]
-        main(["predict", "--images", *images, "--ckpt_path", checkpoint(run), *output, *QUIET[:-2]])
+        main(["predict", "--images", *images, "--ckpt_path", checkpoint(run), *output, *QUIET])
     expected = decided(run, paths)
     with (tmp_path / "out.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
@@ -90,19 +84,6 @@ def test_images_of_any_name_are_predicted_and_named(how, run, photos, tmp_path):
     arrays, table = np.load(tmp_path / "out.npz"), parquet.read_table(tmp_path / "out.parquet").to_pydict()
     assert (arrays["image"].tolist(), arrays["class"][:, 0].tolist()) == (paths, expected)
     assert (table["image"], table["class"]) == (list(map(readable, paths)), expected)
-
-
-def test_what_cannot_be_read_is_listed_by_its_name(run, photos, tmp_path, capsys):
-    broken = tmp_path / f"{NO_TEXT}\n😀.png"
-    broken.write_bytes(b"no image")
-    argv = ["predict", "--images", str(photos / "😀.png"), str(broken), "--output", str(tmp_path / "out.csv")]
-    main([*argv, "--ckpt_path", checkpoint(run), *QUIET[:-2]])
-    with (tmp_path / "out_skipped.csv").open(newline="", encoding="utf-8") as file:
-        (row,) = csv.DictReader(file)
-    assert row["image"] == readable(str(broken))
-    told = [line for line in capsys.readouterr().err.splitlines() if "could not be read" in line]
-    assert len(told) == 1
-    assert told[0].isprintable()
 
 
 def test_classes_of_any_name_are_in_the_checkpoint_and_the_table_of_a_test(run):
@@ -127,25 +108,6 @@ def test_exported_models_have_such_names(run, tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "out 😀/model.onnx")
     assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == CLASSES
     assert "the set 😀" in (tmp_path / "out 😀/README.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("form", ["md", "csv", "tex", "json"])
-def test_reports_have_such_names(form, run, capsys):
-    report.main([str(run), "--format", form])
-    printed = capsys.readouterr()
-    assert "the set 😀" in (printed.out if form != "json" else json.loads(printed.out)[0]["dataset"])
-    assert printed.err == ""
-
-
-def test_the_page_of_a_report_has_every_class_and_may_have_any_name_too(run, etflight_command, tmp_path):
-    result = etflight_command("report", run, "-o", f"{NO_TEXT}.html", cwd=tmp_path)
-    assert result.status == 0, result.err
-    assert result.out.strip() == r"caf\udce9.html"
-    assert result.err == ""
-    page = (tmp_path / f"{NO_TEXT}.html").read_text(encoding="utf-8")
-    data = json.loads(re.search(r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)[1])
-    names = data["sections"][0]["runs"][0]["classes"]["names"]
-    assert names == ["".join(c if c.isprintable() else " " for c in name) for name in CLASSES]
 
 
 def test_a_checkpoint_from_before_names_were_text_is_read(run, tmp_path):

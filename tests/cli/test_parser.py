@@ -55,12 +55,3 @@ def test_what_is_missing_is_told_as_the_option_that_gives_it(command, argv, line
     with pytest.raises(SystemExit):
         command(argv)
     assert capsys.readouterr().err.startswith(f"etflight: error: {line}")
-
-
-def test_the_command_line_beats_configuration_files_wherever_they_are_named(tmp_path, capsys):
-    (tmp_path / "c.yaml").write_text("trainer: {max_epochs: 3}\nmodel: {logit_adjustment: 2.0}")
-    with pytest.raises(SystemExit):
-        main([*FIT, "--trainer.max_epochs", "5", "-c", str(tmp_path / "c.yaml"), "--print_config"])
-    printed = capsys.readouterr().out
-    assert "max_epochs: 5\n" in printed
-    assert "logit_adjustment: 2.0\n" in printed

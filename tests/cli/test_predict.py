@@ -1,13 +1,13 @@
-"""`etflight predict --images`: decisions on images from anywhere."""
+"""`etflight predict`: decisions on images from anywhere, the same by two processes."""
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from PIL import Image
 from pyarrow import parquet
 
@@ -15,8 +15,10 @@ from etflight import Classifier
 from etflight.cli.stages import main
 from etflight.data import ArrayImages
 from etflight.utils.errors import UserError
+from tests import training
+from tests.training import new_trainer, save_arrays
 
-QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_model_summary", "false", "--trainer.logger", "false"]
+QUIET = [*training.QUIET, "--trainer.logger", "false"]
 NAMES = ["cat", "dog", "owl"]
 
 
@@ -27,19 +29,12 @@ def picture() -> Image.Image:
 
 
 def trained(folder: Path, channels: int) -> Path:
-    noise = np.random.default_rng(0)
-    images = noise.integers(0, 255, (30, 16, 20, channels), dtype=np.uint8)
-    arrays = {
-        f"{split}_{kind}": value
-        for split in ("train", "test")
-        for kind, value in (("images", images), ("labels", np.arange(30) % 3))
-    }
-    np.savez(folder / "train.npz", class_names=np.array(NAMES), **arrays)
+    path = folder / "train.npz"
+    save_arrays(path, train=30, shape=(16, 20, channels), classes=3, class_names=np.array(NAMES))
     torch.manual_seed(0)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
-    trainer = Trainer(accelerator="cpu", max_epochs=1, **quiet)
+    trainer = new_trainer(max_epochs=1, limit_val_batches=0)
     model = Classifier(3, "resnet20_cifar", in_chans=channels)
-    trainer.fit(model, datamodule=ArrayImages(str(folder / "train.npz"), mean=[0.3], std=[0.4], batch_size=15))
+    trainer.fit(model, datamodule=ArrayImages(str(path), mean=[0.3], std=[0.4], batch_size=15))
     model.temperature.fill_(0.2)
     trainer.save_checkpoint(folder / "m.ckpt")
     return folder / "m.ckpt"
@@ -260,11 +255,84 @@ def test_it_says_whether_the_probabilities_are_calibrated(rgb, tmp_path, caplog)
     saved = torch.load(rgb, weights_only=True)
     saved["state_dict"]["temperature"].fill_(1.0)
     torch.save(saved, tmp_path / "unfitted.ckpt")
-    for path, told in (
-        (rgb, "probabilities calibrated with temperature 0.2"),
-        (tmp_path / "unfitted.ckpt", "not calibrated"),
-    ):
+    for path, told in ((rgb, "calibrated with temperature 0.2"), (tmp_path / "unfitted.ckpt", "not calibrated")):
         caplog.clear()
         predict(path, tmp_path / f"{path.stem}.csv", "--images", tmp_path / "one.png")
         (line,) = [message for message in caplog.messages if message.startswith("predictions:")]
         assert told in line
+
+
+# --- two processes -----------------------------------------------------------------------------------------------------
+
+TWO = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
+UNREADABLE = (0, 3, 4, 10)  # both ranks' images, the first and the last among them
+
+
+def predict_together(rank: int, folder: Path, argv: list[str]) -> None:
+    os.chdir(folder)
+    try:
+        main([*argv, *QUIET, *TWO])
+    finally:
+        os.environ.pop("PL_GLOBAL_SEED", None)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Eleven files, an odd number also of readable ones, each another picture."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(11):
+        picture().rotate(31 * i).save(folder / f"{i:02}.png")
+        if i in UNREADABLE:
+            (folder / f"{i:02}.png").write_bytes(b"no image")
+    return folder
+
+
+def columns_of(path: Path) -> dict[str, np.ndarray]:
+    """Columns of a file of predictions."""
+    rows = table(path)
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def assert_same(path: Path, expected: Path) -> None:
+    found, wanted = columns_of(path), columns_of(expected)
+    assert found.keys() == wanted.keys()
+    for name, column in wanted.items():
+        if name.startswith(("probability", "embedding")):
+            np.testing.assert_allclose(found[name].astype(float), column.astype(float), atol=2e-6)
+        else:
+            assert found[name].tolist() == column.tolist(), name
+
+
+def test_two_processes_write_every_image_once_and_in_order(rgb, pictures, two_ready_processes, tmp_path):
+    argv = [
+        "predict", "--ckpt_path", str(rgb), "--images", str(pictures), "--top_k", "2", "--embeddings", "true",
+        "--data.batch_size", "3", "--output",
+    ]  # fmt: skip
+    main([*argv, str(tmp_path / "one.csv"), *QUIET])
+    two_ready_processes(predict_together, [(tmp_path, [*argv, str(tmp_path / "two.csv")])] * 2)
+    names = [str(pictures / f"{i:02}.png") for i in range(11)]
+    assert columns_of(tmp_path / "two.csv")["image"].tolist() == [
+        name for i, name in enumerate(names) if i not in UNREADABLE
+    ]
+    assert_same(tmp_path / "two.csv", tmp_path / "one.csv")
+    skipped = table(tmp_path / "two_skipped.csv")
+    assert [row["image"] for row in skipped] == [names[i] for i in UNREADABLE]
+    assert skipped == table(tmp_path / "one_skipped.csv")
+
+
+def refusal_of_both(rank: int, folder: Path, argv: list[str]) -> str:
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        predict_together(rank, folder, argv)
+    return str(raised.value)
+
+
+def test_images_of_which_none_can_be_read_end_both_processes_alike(rgb, two_ready_processes, tmp_path):
+    (tmp_path / "bad").mkdir()
+    for i in range(3):
+        (tmp_path / "bad" / f"{i}.png").write_bytes(b"no image")
+    argv = ["predict", "--ckpt_path", str(rgb), "--images", "bad", "--output", "out.csv"]
+    first, second = two_ready_processes(refusal_of_both, [(tmp_path, argv)] * 2)
+    assert first == second
+    assert first.startswith("none of the 3 images can be read")
+    assert not (tmp_path / "out.csv").exists()

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from lightning.pytorch import Trainer
 from PIL import Image
 
 from etflight import Classifier
@@ -16,6 +15,7 @@ from etflight.cli import export
 from etflight.data import ArrayImages
 from etflight.export.card import model_card
 from etflight.utils.preprocessing import Preprocessing
+from tests.training import new_trainer, save_arrays
 
 COLOUR = Preprocessing((3, 16, 16), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 
@@ -72,17 +72,13 @@ def test_it_says_whether_probabilities_are_calibrated():
 def test_what_it_says_to_do_works(channels, formats, tmp_path, monkeypatch, capsys):
     """Its Python, block by block, with a picture of another size and mode."""
     torch.manual_seed(0)
-    pixels = np.random.default_rng(0).integers(0, 255, (20, 16, 16, channels), dtype=np.uint8)
-    arrays = {f"{split}_images": pixels for split in ("train", "test")}
-    labels = {f"{split}_labels": np.arange(20) % 2 for split in ("train", "test")}
-    np.savez(tmp_path / "a.npz", class_names=np.array(["cat", "dog"]), **arrays, **labels)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
-    trainer = Trainer(accelerator="cpu", max_epochs=1, **quiet)
+    save_arrays(tmp_path / "a.npz", shape=(16, 16, channels), classes=2, class_names=np.array(["cat", "dog"]))
+    trainer = new_trainer(max_epochs=1, limit_val_batches=0)
     model = Classifier(2, "test_resnet", in_chans=channels)
-    trainer.fit(model, datamodule=ArrayImages(str(tmp_path / "a.npz"), mean=[0.3], std=[0.4], batch_size=10))
+    trainer.fit(model, datamodule=ArrayImages(str(tmp_path / "a.npz"), mean=[0.3], std=[0.4], batch_size=20))
     trainer.save_checkpoint(tmp_path / "m.ckpt")
     export.main([str(tmp_path / "m.ckpt"), "--output", str(tmp_path / "m"), "--format", *formats])
-    Image.fromarray(pixels[0].squeeze()).convert("RGBA").resize((21, 16)).save(tmp_path / "m" / "one.png")
+    Image.new("RGBA", (21, 16), "red").save(tmp_path / "m" / "one.png")
     monkeypatch.chdir(tmp_path / "m")
     text = Path("README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

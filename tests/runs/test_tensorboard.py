@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from etflight.cli.stages import main
@@ -54,4 +55,11 @@ def test_what_a_test_measures_and_the_speed_are_there_too(run, events):
 def test_every_picture_of_the_run_folder_is_there(run, events):
     pictures = {path.stem for path in (run / "figures").glob("*.png")}
     assert {"nc_curves", "nc_heat_map", "nc_triangle", "reliability", "confusion", "per_class"} <= pictures
-    assert {tag.removeprefix("test/").replace("/", "_") for tag in events.Tags()["images"]} == pictures
+    tags = {tag.removeprefix("test/").replace("/", "_"): tag for tag in events.Tags()["images"]}
+    assert tags.keys() == pictures
+    for name, tag in tags.items():
+        last = events.Images(tag)[-1]
+        with Image.open(run / "figures" / f"{name}.png") as picture:
+            assert (last.width, last.height) == picture.size
+    steps = int(list(csv.DictReader((run / "metrics.csv").open()))[-1]["step"]) + 1
+    assert events.Images("nc/curves")[-1].step == steps

@@ -5,11 +5,9 @@ import json
 from contextlib import redirect_stderr
 from io import StringIO
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
 
 from etflight import Classifier, CrossEntropyLoss, LinearHead
 from etflight.cli import collapse, export
@@ -17,34 +15,25 @@ from etflight.cli.stages import main
 from etflight.data import ArrayImages, Digits, FolderImages
 from etflight.utils.errors import UserError
 from etflight.utils.preprocessing import Preprocessing
+from tests import training
 from tests.cli.test_bad_input import folder
+from tests.training import new_trainer, save_arrays
 
 MEAN, STD = 0.1, 2.0
-QUIET = [
-    "--trainer.accelerator", "cpu", "--trainer.enable_model_summary", "false", "--trainer.enable_progress_bar", "false",
-    "--trainer.logger", "false",
-]  # fmt: skip
+QUIET = [*training.QUIET, "--trainer.logger", "false"]
 OPTIONS = ["--data", "Digits", "--data.max_count", "40"]
 OWN = ["--data.mean=[0.1]", "--data.std=[2.0]"]
-
-
-def new_trainer(**options):
-    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return Trainer(accelerator="cpu", logger=False, **{"max_epochs": 3, **quiet, **options})
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run folder with a checkpoint that has seen digits as `(x/255 - 0.1)/2`, which makes a difference to its decisions."""
-    root = tmp_path_factory.mktemp("run")
-    fit = ["fit", *OPTIONS, *OWN, "--model.backbone", "resnet20_cifar", "--monitor", "null", "--data.batch_size", "50"]
-    main([*fit, *QUIET, "--trainer.max_epochs", "3", "--trainer.default_root_dir", str(root), "--name", "r"])
-    checkpoint = str(root / "r/checkpoints/last.ckpt")
-    assert (
-        abs(accuracy(checkpoint) - accuracy(checkpoint, mean=Digits.standard_mean[0], std=Digits.standard_std[0]))
-        > 0.01
-    )
-    return root / "r"
+    short = ["--monitor", "null", "--data.batch_size", 50, "--trainer.max_epochs", 3, "--trainer.logger", "false"]
+    run = training.fit_digits(tmp_path_factory.mktemp("run"), *OPTIONS[2:], *OWN, *short)
+    checkpoint = str(run / "checkpoints/last.ckpt")
+    usual = accuracy(checkpoint, mean=Digits.standard_mean[0], std=Digits.standard_std[0])
+    assert abs(accuracy(checkpoint) - usual) > 0.01
+    return run
 
 
 @pytest.fixture
@@ -128,14 +117,7 @@ def test_held_out_images_of_another_choice_may_have_been_trained_on_which_is_tol
 
 
 def test_weights_taken_from_a_checkpoint_are_told_of_another_normalisation(checkpoint, tmp_path, capsys):
-    part = [
-        "--fine_tuning.checkpoint",
-        checkpoint,
-        "--fine_tuning.load",
-        '{"backbone": "backbone"}',
-        "--monitor",
-        "null",
-    ]
+    part = ["--fine_tuning.checkpoint", checkpoint, "--fine_tuning.load", "{backbone: backbone}", "--monitor", "null"]
     fit = ["fit", *OPTIONS, "--model.backbone", "resnet20_cifar", *QUIET, "--trainer.default_root_dir", str(tmp_path)]
     for name, given, lines in (("same", OWN, 0), ("other", [], 1)):
         main([*fit, *part, *given, "--name", name, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1"])
@@ -209,15 +191,7 @@ def test_of_several_processes_the_first_one_tells_it(checkpoint, two_ready_proce
     assert two_ready_processes(tell_of_other_data, [(checkpoint,)] * 2) == [1, 0]
 
 
-# --- shapes and names -----------------------------------------------------------------------------------------------
-
-
-def arrays(path, *, channels, names=None):
-    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, channels), dtype=np.uint8)
-    content = {f"{split}_images": images for split in ("train", "test")}
-    content |= {f"{split}_labels": np.arange(40) % 10 for split in ("train", "test")}
-    np.savez(path, **content, **({} if names is None else {"class_names": np.array(names)}))
-    return str(path)
+# --- shapes --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +199,8 @@ def of_channels(tmp_path_factory):
     """Checkpoints of models of grey and of RGB images."""
     root = tmp_path_factory.mktemp("channels")
     for channels in (1, 3):
-        data = ArrayImages(arrays(root / f"{channels}.npz", channels=channels))
+        save_arrays(root / f"{channels}.npz", shape=(8, 8, channels))
+        data = ArrayImages(str(root / f"{channels}.npz"))
         trainer = new_trainer(max_epochs=1, limit_train_batches=0)
         trainer.fit(Classifier(10, "resnet20_cifar", in_chans=channels), datamodule=data)
         trainer.save_checkpoint(root / f"{channels}.ckpt")
@@ -268,15 +243,3 @@ def test_a_checkpoint_whose_images_have_other_channels_than_its_model_is_refused
     torch.save(saved, tmp_path / "mixed.ckpt")
     with pytest.raises(UserError, match="its preprocessing has 3 channels, its model 1"):
         Classifier.load_from_checkpoint(tmp_path / "mixed.ckpt")
-
-
-def test_the_names_of_a_loaded_model_stay_its_own_and_others_are_told(tmp_path, capsys):
-    cats, owls = ([f"{first}{k}" for k in range(10)] for first in ("cat", "owl"))
-    model = Classifier(10, "resnet20_cifar", in_chans=1)
-    training = ArrayImages(arrays(tmp_path / "cats.npz", channels=1, names=cats), batch_size=6)
-    new_trainer(fast_dev_run=True).fit(model, datamodule=training)
-    capsys.readouterr()
-    other = ArrayImages(arrays(tmp_path / "owls.npz", channels=1, names=owls))
-    new_trainer().test(model, datamodule=other, verbose=False)
-    assert model.class_names == cats
-    assert "class 0 is 'cat0' in the checkpoint, but 'owl0' in the data" in capsys.readouterr().err
