@@ -284,7 +284,7 @@ class Classifier(LightningModule):
         loss = self._training_loss(images, target)
         self.losses["train_loss"].update(loss, len(images))
         bad_step = torch.where(torch.isfinite(loss.detach()), _NEVER, self.global_step)
-        self._bad_step = torch.minimum(self._bad_step, bad_step)  # stays on the device: no wait each step
+        self._bad_step = torch.minimum(self._bad_step, bad_step)  # it stays on the device, so that a step need not wait
         return loss * self._share_of_images(len(images))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -642,7 +642,7 @@ class Classifier(LightningModule):
                 the saved ones.
         """
         if (counts := checkpoint.get("current_model_state", {}).get("class_counts")) is not None:
-            checkpoint["state_dict"]["class_counts"] = counts  # the averaged weights have them rounded down
+            checkpoint["state_dict"]["class_counts"] = counts  # in the averaged weights they are rounded down
         if (names := checkpoint.get("class_names")) is not None:
             self.class_names = list(map(readable, names))
         self.preprocessing = Preprocessing.in_checkpoint(checkpoint) or self.preprocessing

@@ -30,7 +30,7 @@ from etflight.utils.training_data import same_images
 
 _SAME = {"seed": (eq, "give the same --seed_everything"), "images": (same_images, "give the same --data options")}
 Place = Literal["steps", "epochs", "end"]
-KEY = "etflight"  # what this callback adds to a checkpoint
+KEY = "etflight"  # the entry of a checkpoint that this callback adds
 
 
 @runtime_checkable
@@ -168,7 +168,7 @@ class LastCheckpoint(Callback):
         elif self._between == "epochs":
             set_back_epoch(loops)
         if self._between in ("epochs", "end"):
-            checkpoint["epoch"] -= 1  # the last one trained, as within an epoch
+            checkpoint["epoch"] -= 1  # the last epoch that was trained, as in a checkpoint within an epoch
         checkpoint[KEY] = {
             **_identity(trainer),
             "global_batch": _global_batch(trainer),

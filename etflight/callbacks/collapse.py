@@ -156,7 +156,7 @@ class NeuralCollapseMonitor(Callback):
         self.measured_weights: Literal["averaged", "current"] = "current"
 
         self._anchors: dict[str, Tensor] = {}
-        self._sweeps_every: int | None = None  # epochs; None: never
+        self._sweeps_every: int | None = None  # in epochs; None for never
         self._swept_at = -1.0
         self._source: EmbeddingSource | None = None
         self._loader: DataLoader[Any] | None = None
@@ -165,7 +165,7 @@ class NeuralCollapseMonitor(Callback):
         self._val: PassStatistics | None = None
         self._val_agrees: Tensor | None = None
         self._centres: Moments | None = None
-        self._is_ready = True  # for the next validation batch
+        self._is_ready = True  # whether the next validation batch needs no preparation
         self._values: dict[str, float] = {}
         self._told: set[str] = set()
 

@@ -42,7 +42,7 @@ class SampleMean(ExactMetric):
         return (self.total / self.samples).float()
 
 
-MOST_CLASSES = 1000  # 8 MB; with more classes, a picture would have fewer pixels than cells
+MOST_CLASSES = 1000  # 8 MB; with more, the cells would outnumber the pixels of a picture
 
 
 class Confusion(ExactMetric):

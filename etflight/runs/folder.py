@@ -124,7 +124,7 @@ def lock(folder: Path) -> IO[str] | None:
     """
     file = (folder / ".lock").open("w")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader processes would inherit a lock of flock
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader processes would inherit flock's lock
     except (BlockingIOError, PermissionError):
         file.close()
         raise UserError(

@@ -35,7 +35,8 @@ def in_one_line(message: str, bases: Mapping[str, type]) -> str:
         return f"these arguments are required: {', '.join(options)}"
     if ambiguous := re.search(r"Multiple subclasses with name .*", reason):
         return f"--{key}: {ambiguous[0]}"
-    takes_number = re.search(r"Expected a <class '(float|int)'>", reason)  # a tensor is also accepted by its class
+    # an option of numbers may also take a tensor, by the path of its class
+    takes_number = re.search(r"Expected a <class '(float|int)'>", reason)
     unknown = re.search(r"Expected a path but (\S+) either|Expected a dot import path string: (\S+)", reason)
     if unknown and not takes_number:
         name = unknown[1] or unknown[2]
