@@ -61,9 +61,3 @@ def test_three_stages_quarter_the_resolution(size, in_chans, width):
     model = make("resnet20_cifar", in_chans=in_chans, width=width)
     assert model.forward_features(images(size, in_chans)).shape == (2, 64 * width, size // 4, size // 4)
     assert model.num_features == model.head_hidden_size == 64 * width
-
-
-@pytest.mark.parametrize(("pool", "width"), [("max", 64), ("catavgmax", 128)])
-def test_global_pool_sets_the_pooled_width(pool, width):
-    model = make("resnet20_cifar", global_pool=pool)
-    assert model.head_hidden_size == model(images(8)).shape[1] == width

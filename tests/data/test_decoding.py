@@ -1,6 +1,7 @@
 """Image files of every kind and mode, against the pixels that were written into them; broken and hostile ones; squares."""
 
 import struct
+import zlib
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -171,14 +172,25 @@ def tiff(width: int, height: int) -> bytes:
     return b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
-@pytest.mark.parametrize("make", [bmp, gif, tiff])
-@pytest.mark.parametrize("side", [10_000, 60_000])  # of which Pillow warns, and which it refuses
-def test_a_bomb_is_refused_by_its_header(make, side, tmp_path):
-    """Were it decoded, the missing content would be the complaint."""
-    (tmp_path / "a").write_bytes(make(side, side))
+def png(width: int, height: int) -> bytes:
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+
+
+def jpeg_header(width: int, height: int) -> bytes:
+    content = jpeg()
+    start = content.index(b"\xff\xc0") + 5
+    return content[:start] + struct.pack(">HH", height, width) + content[start + 4 : start + 14]
+
+
+@pytest.mark.parametrize("make", [bmp, gif, tiff, png, jpeg_header])
+# the last has few pixels, until its shorter side is resized
+@pytest.mark.parametrize("size", [(10_000, 10_000), (60_000, 60_000), (65_000, 1)])
+def test_a_bomb_is_refused_by_its_header(make, size, tmp_path):
+    (tmp_path / "a").write_bytes(make(*size))
     with pytest.raises(UserError, match="pixels"):
-        decode_file(str(tmp_path / "a"), 8)
-    (tmp_path / "a").write_bytes(make(100, 100))
+        decode_file(str(tmp_path / "a"), 64)
+    (tmp_path / "a").write_bytes(make(100, 100))  # were it decoded, the missing content would be the complaint
     with pytest.raises(UserError, match=r"cannot be read as an image \((?!.*pixels)"):
         decode_file(str(tmp_path / "a"), 8)
 
@@ -187,7 +199,7 @@ def test_a_bomb_is_refused_by_its_header(make, side, tmp_path):
     ("content", "reason"),
     [
         (b"", "it is empty"),
-        (b"8BPS", "its content is none of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0", "its content is none of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM"),
         (b"<!DOCTYPE html><title>404</title>", "its content is none of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM"),
         (None, "No such file or directory"),
     ],

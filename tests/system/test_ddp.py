@@ -17,15 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 
-from etflight import Classifier, DotRegressionLoss, ETFHead
+from etflight import Classifier, ETFHead
 from etflight.data import Digits
 from etflight.utils.errors import UserError
-from tests.command_line import CommandLine
-from tests.processes import finish, start
+from tests.command_line import CommandLine, finish, start
 
 ROOT = Path(__file__).parents[2]
 GLOBAL_BATCH = 60  # for one, two and three processes alike
@@ -272,29 +270,6 @@ def test_training_of_two_processes_goes_on_with_another_number(one, etflight_com
 # --- in processes that are there already -------------------------------------------------------------------------------
 
 
-class LocalCounts(DotRegressionLoss):
-    """Wrong: balances over the images of this process alone."""
-
-    def _class_weights(self, batch_counts):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dist, "is_initialized", lambda: False)
-            return super()._class_weights(batch_counts)
-
-
-class AllLogits(DotRegressionLoss):
-    """The same, from the logits of all classes: its own `forward` has the last word."""
-
-    def forward(self, logits, target):
-        return super().forward(logits, target)
-
-
-class MeanOfMeans(Classifier):
-    """Wrong: processes count the same whatever number of images each had."""
-
-    def _share_of_images(self, images):
-        return 1.0
-
-
 class BadOnTheSecondProcess(Classifier):
     """Its loss is not a number in one step of one process."""
 
@@ -303,57 +278,18 @@ class BadOnTheSecondProcess(Classifier):
         return logits * torch.nan if self.global_rank == 1 and self.global_step == 3 else logits
 
 
-class StepLosses(Callback):
-    def __init__(self):
-        self.losses = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.losses.append(trainer.strategy.reduce(outputs["loss"].detach().clone(), reduce_op="mean").item())
-
-
-def trainer(folder, processes=2, **options):
+def trainer(folder, **options):
     return Trainer(
-        accelerator="cpu", devices=processes, strategy="auto" if processes == 1 else "ddp", default_root_dir=folder,
+        accelerator="cpu", devices=2, strategy="ddp", default_root_dir=folder,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **options,
     )  # fmt: skip
 
 
-def small_vit(model=Classifier, loss=DotRegressionLoss, seed=0):
+def small_vit(model=Classifier, seed=0):
     return model(
-        10, "test_vit", partial(ETFHead, batch_norm=False, seed=seed), partial(loss, class_balance="batch"),
-        in_chans=1, model_kwargs={"img_size": 8, "patch_size": 4},
+        10, "test_vit", partial(ETFHead, batch_norm=False, seed=seed), in_chans=1,
+        model_kwargs={"img_size": 8, "patch_size": 4},
     )  # fmt: skip
-
-
-def train_twenty_steps(rank, folder, processes=2, model=Classifier, loss=DotRegressionLoss):
-    torch.manual_seed(0)
-    classifier, seen = small_vit(model, loss), StepLosses()
-    data = Digits(imbalance_ratio=20, sampler="balanced", batch_size=GLOBAL_BATCH // processes)
-    runs = trainer(folder, processes, max_steps=20, limit_val_batches=0, callbacks=[seen])
-    runs.fit(classifier, datamodule=data)
-    assert runs.global_step == 20
-    return seen.losses, classifier.state_dict()
-
-
-def largest_difference(actual, expected):
-    return max((actual[name].double() - expected[name].double()).abs().max().item() for name in expected)
-
-
-TOLERANCE = 2e-6  # of losses about 0.1 to 1 and of weights up to about 1
-
-
-def test_twenty_steps_of_two_processes_are_those_of_one(two_ready_processes, tmp_path):
-    """And the comparison notices a process that counts for itself."""
-    losses, trained = train_twenty_steps(0, tmp_path, processes=1)
-    for loss in (DotRegressionLoss, AllLogits):
-        first, second = two_ready_processes(train_twenty_steps, [(tmp_path, 2, Classifier, loss)] * 2)
-        assert first[0] == pytest.approx(losses, abs=TOLERANCE)
-        assert largest_difference(first[1], trained) < TOLERANCE
-        assert largest_difference(first[1], second[1]) == 0
-    for model, loss in ((Classifier, LocalCounts), (MeanOfMeans, DotRegressionLoss)):
-        wrong, _ = two_ready_processes(train_twenty_steps, [(tmp_path, 2, model, loss)] * 2)
-        assert wrong[0] != pytest.approx(losses, abs=100 * TOLERANCE)
-        assert largest_difference(wrong[1], trained) > 100 * TOLERANCE
 
 
 def train_a_frame_of_its_own(rank, folder):
@@ -389,7 +325,7 @@ def test_an_epoch_ends_on_both_processes_where_their_shares_are_unequal(
 
 def train_until_refused(rank, folder):
     with pytest.raises(UserError) as refusal:
-        train_twenty_steps(rank, folder, model=BadOnTheSecondProcess)
+        trainer(folder, max_steps=5, limit_val_batches=0).fit(small_vit(BadOnTheSecondProcess), Digits(batch_size=30))
     return str(refusal.value)
 
 

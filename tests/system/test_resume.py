@@ -1,14 +1,16 @@
 """A run that was killed and resumed is the run that was never interrupted."""
 
 import csv
+import os
+import signal
 import time
 
 import pytest
-import torch
+from lightning.pytorch import Callback
 
 from tests.cli.test_bad_input import QUICK, folder
+from tests.command_line import ended, start
 from tests.left_by_runs import assert_same_run, read
-from tests.processes import ended, start
 
 DIGITS = [
     "--data", "Digits", "--data.imbalance_ratio", 20, "--data.batch_size", 32, "--data.crop_padding", 1,
@@ -46,12 +48,6 @@ KINDS = {
 def ran(result):
     assert result.status == 0, result.err
     return result
-
-
-def assert_refused(result, *words):
-    assert result.status == 1, result.err
-    (line,) = result.error_lines
-    assert not [word for word in words if word not in line], line
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,7 +146,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(whole, etflight_command):
     full = ["--trainer.callbacks+=tests.left_by_runs.LimitFiles", "--trainer.callbacks.after", 16]
     fit = ["fit", *DIGITS, *EACH_STEP, "--name", "full"]
     result = etflight_command(*fit, *full, "--trainer.callbacks.size", 100_000, cwd=whole)
-    assert_refused(result, "could not be written", "the checkpoint before it is intact")
+    result.assert_refused("could not be written", "the checkpoint before it is intact")
     assert read(whole / "runs/full")["global_step"] == 16
     assert [path.name for path in (whole / "runs/full/checkpoints").iterdir()] == ["last.ckpt"]
     ran(etflight_command(*fit, *LAST, cwd=whole))
@@ -160,7 +156,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(whole, etflight_command):
 def test_weights_that_are_not_finite_never_reach_the_checkpoint(etflight_command, tmp_path):
     spoil = ["--trainer.callbacks+=tests.left_by_runs.Spoil", "--trainer.callbacks.after", 16]
     result = etflight_command("fit", *DIGITS, "--name", "r", *spoil, *EACH_STEP, cwd=tmp_path)
-    assert_refused(result, "NaN or infinite", "step 17")
+    result.assert_refused("NaN or infinite", "step 17")
     saved = read(tmp_path / "runs/r")
     assert saved["global_step"] == 16
     assert all(bool(value.isfinite().all()) for value in saved["state_dict"].values())
@@ -180,22 +176,16 @@ def test_too_little_memory_is_told_with_the_mend(etflight_command, tmp_path):
     (tmp_path / "greedy.py").write_text(GREEDY)
     head = ["--model.head", "greedy.GreedyHead", "--model.loss", "CrossEntropyLoss"]
     result = etflight_command("fit", *DIGITS, "--name", "r", *head, cwd=tmp_path)
-    assert_refused(result, "out of memory", "--data.batch_size")
+    result.assert_refused("out of memory", "--data.batch_size")
 
-
-STOP = """
-import os, signal
-from lightning.pytorch import Callback
 
 class Stop(Callback):
-    def on_test_batch_start(self, *args):
+    def on_test_batch_start(self, *_):
         os.kill(os.getpid(), signal.SIGTERM)
-"""
 
 
 def test_sigterm_ends_a_test_at_once(whole, etflight_command):
-    (whole / "stop.py").write_text(STOP)
-    argv = ["test", "--data", "Digits", "--name", "whole", *LAST, "--trainer.callbacks+=stop.Stop"]
+    argv = ["test", "--data", "Digits", "--name", "whole", *LAST, "--trainer.callbacks+=tests.system.test_resume.Stop"]
     assert etflight_command(*argv, cwd=whole).status == 143
     assert not (whole / "runs/whole/test_metrics.json").exists()
 
@@ -212,7 +202,7 @@ def test_sigterm_ends_a_test_at_once(whole, etflight_command):
     ],
 )
 def test_another_training_is_refused_on_resume(other, words, whole, etflight_command):
-    assert_refused(etflight_command("fit", *DIGITS, *other, "--name", "whole", *LAST, cwd=whole), words)
+    etflight_command("fit", *DIGITS, *other, "--name", "whole", *LAST, cwd=whole).assert_refused(words)
 
 
 @pytest.mark.parametrize("done", [4, 5])  # of 6; more of 16 images than there are in an epoch
@@ -236,18 +226,5 @@ def test_another_folder_is_refused_on_resume_and_the_same_one_elsewhere_goes_on(
         return etflight_command("fit", *data, *quiet, cwd=tmp_path)
 
     ran(fit("pets", 1))
-    assert_refused(fit("birds", 2), "give the same --data options")
+    fit("birds", 2).assert_refused("give the same --data options")
     ran(fit("moved/pets", 2))
-
-
-def test_a_checkpoint_that_knows_its_choice_of_images_but_not_their_set_goes_on(etflight_command, tmp_path):
-    fit = ["fit", *DIGITS, "--model.lr_scheduler", "null", "--name", "r"]
-    ran(etflight_command(*fit, cwd=tmp_path))
-    saved = read(tmp_path / "runs/r")
-    content, _, choice = saved.pop("fingerprint").partition("-")
-    saved["etflight"] |= {"images": choice}
-    torch.save(saved, tmp_path / "runs/r/checkpoints/last.ckpt")
-    assert_refused(etflight_command(*fit, "--data.imbalance_ratio", 10, *LAST, cwd=tmp_path), "--data options")
-    ran(etflight_command(*fit, "--trainer.max_epochs", 3, *LAST, cwd=tmp_path))
-    saved = read(tmp_path / "runs/r")
-    assert saved["fingerprint"] == saved["etflight"]["images"] == f"{content}-{choice}"

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.command_line import ended, start
 from tests.left_by_runs import assert_same_run, count_tensors, logged_values, read
-from tests.processes import ended, start
 
 ROOT = Path(__file__).parents[2]
 FIT = [

@@ -127,25 +127,6 @@ def test_no_step_between_logging_points_waits_for_a_gpu(tmp_path):
 # --- evaluation ----------------------------------------------------------------------------------------------------------------
 
 
-class InferenceModes(Callback):
-    def __init__(self):
-        self.seen = set()
-
-    def setup(self, trainer, pl_module, stage):
-        pl_module.backbone.register_forward_hook(
-            lambda *_: self.seen.add((trainer.state.stage.value, torch.is_inference_mode_enabled()))
-        )
-
-
-def test_evaluation_runs_in_inference_mode():
-    """Validation within fit is Lightning's own `torch.no_grad`: tensors made there may be used by the next step."""
-    modes, model = InferenceModes(), small()
-    runs = trainer(callbacks=[modes], limit_val_batches=1, limit_test_batches=1, limit_predict_batches=1)
-    for run in (runs.validate, runs.test, runs.predict):
-        run(model, datamodule=Digits())
-    assert modes.seen == {("validate", True), ("test", True), ("predict", True)}
-
-
 def test_results_do_not_depend_on_the_size_of_evaluation_batches():
     model = small().eval()
     expected, *others = (

@@ -9,7 +9,7 @@ import yaml
 from wandb import wandb_agent
 from wandb.sdk.launch.sweeps.utils import load_sweep_config
 
-from tests.processes import ended, start
+from tests.command_line import ended, start
 from tests.wandb_file import config_updates, run_record
 
 ROOT = Path(__file__).parents[2]
