@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from etflight import Classifier, ETFHead
 from etflight.data import Digits
 from etflight.utils.errors import UserError
 from tests.command_line import CommandLine, finish, start
+from tests.wandb_file import history
 
 ROOT = Path(__file__).parents[2]
 GLOBAL_BATCH = 60  # for one, two and three processes alike
@@ -133,7 +135,9 @@ def one(etflight_command, fit, cwd):
 
 @pytest.fixture(scope="module")
 def two(fit, cwd):
-    printed = finish(start("etflight", *fit, *shared_by(2), "--name", "two", cwd=cwd))
+    """With W&B."""
+    wandb = ["-c", ROOT / "configs/logger/wandb.yaml"]
+    printed = finish(start("etflight", *fit, *wandb, *shared_by(2), "--name", "two", cwd=cwd, WANDB_MODE="offline"))
     return cwd / "runs/two", printed
 
 
@@ -182,6 +186,12 @@ def test_two_processes_log_and_learn_what_one_does_and_describe_the_step_once(on
         assert printed.count("class balance 'batch' (exponent 1): counts over all processes of a step") == 1
 
 
+def test_two_processes_are_one_wandb_run(two):
+    (file,) = two[0].rglob("*.wandb")
+    assert [row for row in history(file) if "train/loss" in row]
+    assert json.loads((two[0] / "run.json").read_text())["hardware"]["processes"] == 2
+
+
 def test_two_nodes_do_what_two_processes_of_one_do(two, fit, cwd):
     rendezvous = ["--nnodes", 2, "--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", free_port()]
     command = ["-m", "etflight", *fit, *shared_by(2, nodes=2), "--name", "two_nodes"]
@@ -190,19 +200,10 @@ def test_two_nodes_do_what_two_processes_of_one_do(two, fit, cwd):
     assert_same_bits(cwd / "runs/two_nodes", two[0])
 
 
-SIGNAL_AT_STEP = """
-import os, signal
-from lightning.pytorch import Callback
-
-class SignalAtStep(Callback):
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == 10 and trainer.global_rank == 1:
-            os.kill(os.getpid(), signal.SIGUSR1)
-"""
+KILL = ["--trainer.callbacks+=tests.left_by_runs.Kill", "--trainer.callbacks.after", 9, "--trainer.callbacks.rank", 1]
 
 
 def test_a_slurm_job_out_of_time_requeues_itself_and_ends_as_if_it_had_had_more(two, fit, numbered, cwd):
-    (cwd / "signal_at_step.py").write_text(SIGNAL_AT_STEP)
     scontrol = cwd / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {cwd}/requeued\n')
@@ -210,7 +211,8 @@ def test_a_slurm_job_out_of_time_requeues_itself_and_ends_as_if_it_had_had_more(
     array = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "1", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
     overlay = ["-c", ROOT / "configs/trainer/ddp_cpu.yaml", "--data.batch_size", GLOBAL_BATCH // 2]
     argv = [*fit, *overlay, "--name", "requeued", "--ckpt_path", "last"]
-    numbered(*argv, "--trainer.callbacks+", "signal_at_step.SignalAtStep", cwd=cwd, processes=2, by="slurm", **array)
+    out_of_time = [*KILL, "--trainer.callbacks.signal", signal.SIGUSR1.value]
+    numbered(*argv, *out_of_time, cwd=cwd, processes=2, by="slurm", **array)
     assert (cwd / "requeued").read_text() == "requeue 70_1\n"
     folder = cwd / "runs/requeued"
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] in (10, 11, 12)

@@ -6,8 +6,10 @@ import signal
 import time
 
 import pytest
+import torch
 from lightning.pytorch import Callback
 
+from etflight import LinearHead
 from tests.cli.test_bad_input import QUICK, folder
 from tests.command_line import ended, start
 from tests.left_by_runs import assert_same_run, read
@@ -162,19 +164,13 @@ def test_weights_that_are_not_finite_never_reach_the_checkpoint(etflight_command
     assert all(bool(value.isfinite().all()) for value in saved["state_dict"].values())
 
 
-GREEDY = """
-import torch
-from etflight import LinearHead
-
 class GreedyHead(LinearHead):
     def forward(self, features):
         return super().forward(features) + torch.empty(10**15)[0]
-"""
 
 
 def test_too_little_memory_is_told_with_the_mend(etflight_command, tmp_path):
-    (tmp_path / "greedy.py").write_text(GREEDY)
-    head = ["--model.head", "greedy.GreedyHead", "--model.loss", "CrossEntropyLoss"]
+    head = ["--model.head", "tests.system.test_resume.GreedyHead", "--model.loss", "CrossEntropyLoss"]
     result = etflight_command("fit", *DIGITS, "--name", "r", *head, cwd=tmp_path)
     result.assert_refused("out of memory", "--data.batch_size")
 
