@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from etflight.metrics import ClassStatistics, Confusion, Reliability, ShotAccuracy, TemperatureFit, measures
 from etflight.metrics.accuracy import SampleMean
 from tests.metrics.oracle import clusters
+from tests.tensors import LargestTensor
 
 K, D = 7, 12
 COUNTS = [60, 1, 0, 40, 33, 2, 90]
@@ -26,16 +26,6 @@ def on_this_rank(rank, features, labels, options, far=False):
     def count(tensor, *args, **kwargs):
         moved.append(tensor.numel())
         return all_reduce(tensor, *args, **kwargs)
-
-    class LargestTensor(TorchDispatchMode):
-        nbytes = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for value in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(value, torch.Tensor):
-                    self.nbytes = max(self.nbytes, value.untyped_storage().nbytes())
-            return out
 
     with pytest.MonkeyPatch.context() as patch:
         for name in GATHERS:

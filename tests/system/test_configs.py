@@ -158,15 +158,15 @@ def test_a_second_stage_finds_its_first_or_says_what_is_missing(first_stage, etf
     assert result.status == 0, result.err
     config = yaml.safe_load((first_stage / "runs/digits/crt/config.yaml").read_text())
     assert config["fine_tuning"]["checkpoint"] == checkpoint
-    (line,) = etflight_command(*crt, cwd=tmp_path).error_lines
-    assert f"crt starts from the run of ce, but there is no {checkpoint}: train that first" in line
-    (line,) = etflight_command(*crt, "--name", "mine", cwd=first_stage).error_lines
-    assert "the run mine is not called by its arm crt" in line
+    missing = f"crt starts from the run of ce, but there is no {checkpoint}: train that first"
+    etflight_command(*crt, cwd=tmp_path).assert_refused(missing)
+    mine = etflight_command(*crt, "--name", "mine", cwd=first_stage)
+    mine.assert_refused("the run mine is not called by its arm crt")
     there = ["--fine_tuning.checkpoint", first_stage / checkpoint]
     assert etflight_command(*crt, "--name", "mine", *there, cwd=tmp_path).status == 0
 
 
 def test_files_that_build_on_others_are_told_to_stand_one_after_another(etflight_command, tmp_path):
     (tmp_path / "mine.yaml").write_text("overlays: [other.yaml]")
-    (line,) = etflight_command("fit", "-c", "mine.yaml", "--data", "Digits", cwd=tmp_path).error_lines
-    assert "overlays is no option any more: give the files one after another" in line
+    result = etflight_command("fit", "-c", "mine.yaml", "--data", "Digits", cwd=tmp_path)
+    result.assert_refused("overlays is no option any more: give the files one after another")

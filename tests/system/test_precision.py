@@ -11,13 +11,8 @@ from etflight import ETFHead
 
 DIGITS = ["--data", "Digits", "--data.max_count", 20, "--data.val_fraction", 0.2]
 QUIET = [
-    "--trainer.accelerator",
-    "cpu",
-    "--trainer.enable_progress_bar",
-    "false",
-    "--trainer.enable_model_summary",
-    "false",
-]
+    "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
+]  # fmt: skip
 FIT = ["fit", *DIGITS, *QUIET, "--model.backbone", "resnet20_cifar", "--name", "r"]
 LAST = "runs/r/checkpoints/last.ckpt"
 
