@@ -9,6 +9,7 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 ROOT = Path(__file__).parent.parent
 SERVER = """
@@ -52,6 +53,11 @@ class Result:
     @property
     def error_lines(self) -> list[str]:
         return [line for line in self.err.splitlines() if line.startswith("etflight: error:")]
+
+    def ran(self) -> Self:
+        """Check that it succeeded."""
+        assert self.status == 0, self.err
+        return self
 
     def assert_refused(self, *words: str) -> None:
         """Check that it failed with one line of error, which has these words, and without a traceback."""

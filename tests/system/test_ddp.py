@@ -19,22 +19,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
 
 from etflight import Classifier, ETFHead
 from etflight.data import Digits
 from etflight.utils.errors import UserError
 from tests.command_line import CommandLine, finish, start
+from tests.quiet import FLAGS, trainer
 from tests.wandb_file import history
 
 ROOT = Path(__file__).parents[2]
 GLOBAL_BATCH = 60  # for one, two and three processes alike
 EPOCHS = 3
-CPU = [
-    "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
-]  # fmt: skip
 RECIPE = [
-    *CPU, "--data.sampler", "balanced", "--model.backbone", "test_vit",
+    *FLAGS, "--data.sampler", "balanced", "--data.eval_batch_size", 71, "--model.backbone", "test_vit",
     "--model.model_kwargs", '{"img_size": 8, "patch_size": 4}', "--model.head.batch_norm", "false",
     "--model.loss.class_balance", "batch", "--model.optimizer.lr", 0.05, "--trainer.callbacks+", "NeuralCollapseMonitor",
 ]  # fmt: skip
@@ -128,8 +125,7 @@ def numbered(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(etflight_command, fit, cwd):
-    result = etflight_command(*fit, "--data.batch_size", GLOBAL_BATCH, "--name", "one", cwd=cwd)
-    assert result.status == 0, result.err
+    result = etflight_command(*fit, "--data.batch_size", GLOBAL_BATCH, "--name", "one", cwd=cwd).ran()
     return cwd / "runs/one", result.out + result.err
 
 
@@ -173,7 +169,7 @@ def assert_same_bits(folder, other):
 
 
 def test_two_processes_log_and_learn_what_one_does_and_describe_the_step_once(one, two):
-    """The validation images are 143, so that one counted twice would show."""
+    """The validation images are 143: one counted twice would show, and one process has two batches of them, the other one."""
     columns = set(rows(one[0])[-1])
     assert columns >= {"train/loss", "nc/train/nc1", "nc/train/alignment", "nc/val/nc1", "nc/val/nc4"}
     assert columns >= {f"val/{name}" for name in ("loss", "acc", "acc_macro", "acc_many", "acc_few", "acc_tail", "ece")}
@@ -229,8 +225,7 @@ def test_the_readmes_job_script_gives_each_task_its_seed_and_its_run(etflight_co
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "2"}
     command = subprocess.check_output(["bash", "-euc", script], env=environment, text=True).splitlines()
     assert command[0] == "etflight"
-    result = etflight_command(*command[1:], "--print_config", cwd=ROOT)
-    assert result.status == 0, result.err
+    result = etflight_command(*command[1:], "--print_config", cwd=ROOT).ran()
     config = yaml.safe_load(result.out)
     assert config["seed_everything"] == 2
     assert config["name"].endswith("_2")
@@ -244,9 +239,8 @@ def test_a_checkpoint_of_two_processes_tests_and_predicts_the_same_on_one_and_on
     two, etflight_command, numbered, data, cwd
 ):
     for stage in ("test", "predict"):
-        argv = [stage, *data, *CPU, "--ckpt_path", two[0] / "checkpoints/last.ckpt"]
-        alone = etflight_command(*argv, "--name", "on_1", cwd=cwd)
-        assert alone.status == 0, alone.err
+        argv = [stage, *data, *FLAGS, "--ckpt_path", two[0] / "checkpoints/last.ckpt"]
+        etflight_command(*argv, "--name", "on_1", cwd=cwd).ran()
         numbered(*argv, "--name", "on_3", *shared_by(3), cwd=cwd, processes=3)
     of_one, of_three = cwd / "runs/on_1", cwd / "runs/on_3"
     one, three = (json.loads((folder / "test_metrics.json").read_text()) for folder in (of_one, of_three))
@@ -260,8 +254,7 @@ def test_a_checkpoint_of_two_processes_tests_and_predicts_the_same_on_one_and_on
 def test_training_of_two_processes_goes_on_with_another_number(one, etflight_command, numbered, fit, cwd):
     numbered(*fit, *shared_by(2), "--trainer.max_epochs", EPOCHS - 1, "--name", "halfway", cwd=cwd, processes=2)
     argv = [*fit, "--ckpt_path", cwd / "runs/halfway/checkpoints/last.ckpt"]
-    alone = etflight_command(*argv, *shared_by(1), "--name", "on_with_1", cwd=cwd)
-    assert alone.status == 0, alone.err
+    etflight_command(*argv, *shared_by(1), "--name", "on_with_1", cwd=cwd).ran()
     numbered(*argv, *shared_by(3), "--name", "on_with_3", cwd=cwd, processes=3)
     expected = [row for row in rows(one[0]) if row["epoch"] == f"{EPOCHS - 1:.1f}"]
     for folder in (cwd / "runs/on_with_1", cwd / "runs/on_with_3"):
@@ -272,19 +265,15 @@ def test_training_of_two_processes_goes_on_with_another_number(one, etflight_com
 # --- in processes that are there already -------------------------------------------------------------------------------
 
 
+TWO = {"devices": 2, "strategy": "ddp", "limit_val_batches": 0}
+
+
 class BadOnTheSecondProcess(Classifier):
     """Its loss is not a number in one step of one process."""
 
     def forward(self, images):
         logits = super().forward(images)
         return logits * torch.nan if self.global_rank == 1 and self.global_step == 3 else logits
-
-
-def trainer(folder, **options):
-    return Trainer(
-        accelerator="cpu", devices=2, strategy="ddp", default_root_dir=folder,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **options,
-    )  # fmt: skip
 
 
 def small_vit(model=Classifier, seed=0):
@@ -294,43 +283,26 @@ def small_vit(model=Classifier, seed=0):
     )  # fmt: skip
 
 
-def train_a_frame_of_its_own(rank, folder):
+def train_a_frame_of_its_own(rank):
     classifier = small_vit(seed=rank)
     before = classifier.head.weight.clone()
-    trainer(folder, max_steps=1, limit_val_batches=0).fit(classifier, datamodule=Digits(batch_size=GLOBAL_BATCH))
+    trainer(**TWO, max_steps=1).fit(classifier, datamodule=Digits(batch_size=GLOBAL_BATCH))
     return before, classifier.head.weight
 
 
-def test_processes_that_computed_different_frames_train_on_the_first_ones(two_ready_processes, tmp_path):
-    (first, trained), (second, other) = two_ready_processes(train_a_frame_of_its_own, [(tmp_path,)] * 2)
+def test_processes_that_computed_different_frames_train_on_the_first_ones(two_ready_processes):
+    (first, trained), (second, other) = two_ready_processes(train_a_frame_of_its_own, [()] * 2)
     assert not torch.equal(first, second)
     assert torch.equal(trained, first)
     assert torch.equal(other, first)
 
 
-def train_an_epoch(rank, folder, batch_size):
-    data = Digits(profile=[3, 3, 3, 2, 2, 2, 2, 2, 2, 2], val_fraction=0.02, batch_size=batch_size, eval_batch_size=7)
-    runs = trainer(folder, max_epochs=1)
-    runs.fit(Classifier(10, "resnet20_cifar", partial(ETFHead, batch_norm=False), in_chans=1), datamodule=data)
-    return runs.global_step, len(runs.val_dataloaders), runs.callback_metrics["val/loss"].item()
-
-
-@pytest.mark.parametrize(("batch_size", "steps"), [(1, 11), (5, 2)])
-def test_an_epoch_ends_on_both_processes_where_their_shares_are_unequal(
-    batch_size, steps, two_ready_processes, tmp_path
-):
-    first, second = two_ready_processes(train_an_epoch, [(tmp_path, batch_size)] * 2)
-    assert (first[0], second[0]) == (steps, steps)  # of 23 images
-    assert (first[1], second[1]) == (3, 2)  # 29 validation images
-    assert first[2] == second[2]
-
-
-def train_until_refused(rank, folder):
+def train_until_refused(rank):
     with pytest.raises(UserError) as refusal:
-        trainer(folder, max_steps=5, limit_val_batches=0).fit(small_vit(BadOnTheSecondProcess), Digits(batch_size=30))
+        trainer(**TWO, max_steps=5).fit(small_vit(BadOnTheSecondProcess), Digits(batch_size=30))
     return str(refusal.value)
 
 
-def test_a_loss_that_is_not_a_number_on_one_process_stops_all_and_names_its_step(two_ready_processes, tmp_path):
-    for message in two_ready_processes(train_until_refused, [(tmp_path,)] * 2):
+def test_a_loss_that_is_not_a_number_on_one_process_stops_all_and_names_its_step(two_ready_processes):
+    for message in two_ready_processes(train_until_refused, [()] * 2):
         assert "NaN or infinite at step 3 " in message

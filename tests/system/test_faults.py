@@ -47,8 +47,7 @@ def rows_of(folder):
 
 def test_training_goes_on_without_a_logger_whose_server_is_gone(etflight_command, tmp_path):
     logger = ["--trainer.logger+", "tests.runs.test_loggers.Fragile"]
-    result = etflight_command("fit", *DIGITS, *logger, "--name", "r", cwd=tmp_path)
-    assert result.status == 0, result.err
+    result = etflight_command("fit", *DIGITS, *logger, "--name", "r", cwd=tmp_path).ran()
     (warning,) = warnings_in(result)
     assert "Fragile fell silent (OSError: no route)" in warning
     assert [row["epoch"] for row in rows_of(tmp_path / "runs/r") if row["val/acc"]] == ["0.0", "1.0", "2.0"]
@@ -133,8 +132,7 @@ def test_wandb_keeps_what_a_server_that_went_away_has_not_taken(tmp_path):
     server.shutdown()
     server.server_close()
     (tmp_path / "gone").touch()
-    result = ended(process)
-    assert result.status == 0, result.err
+    result = ended(process).ran()
     (warning,) = warnings_in(result)
     assert "has not taken everything" in warning
     assert_all_is_to_be_synced(warning, tmp_path)
@@ -157,8 +155,7 @@ def contents(folder):
 @pytest.fixture(scope="module")
 def checkpoint(etflight_command, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("trained")
-    result = etflight_command("fit", *DIGITS, "--name", "r", cwd=cwd)
-    assert result.status == 0, result.err
+    etflight_command("fit", *DIGITS, "--name", "r", cwd=cwd).ran()
     return cwd / "runs/r/checkpoints/last.ckpt"
 
 
@@ -199,8 +196,7 @@ def test_a_run_killed_before_its_first_checkpoint_may_start_again(etflight_comma
     left = {path.name for path in (tmp_path / "runs/r").iterdir()}
     assert {"config.yaml", "run.json"} <= left
     assert "checkpoints" not in left
-    again = etflight_command("fit", *DIGITS, "--name", "r", cwd=tmp_path)
-    assert again.status == 0, again.err
+    etflight_command("fit", *DIGITS, "--name", "r", cwd=tmp_path).ran()
 
 
 def test_two_processes_do_not_train_in_one_folder(etflight_command, tmp_path):
@@ -215,8 +211,7 @@ def test_two_processes_do_not_train_in_one_folder(etflight_command, tmp_path):
     assert contents(tmp_path) == before
     first.kill()  # its loader process lives for some seconds more
     first.wait()
-    after = etflight_command(*fit, "--ckpt_path", "last", cwd=tmp_path)
-    assert after.status == 0, after.err
+    etflight_command(*fit, "--ckpt_path", "last", cwd=tmp_path).ran()
     assert [row["epoch"] for row in rows_of(folder) if row["val/acc"]] == ["0.0", "1.0", "2.0"]
 
 

@@ -173,8 +173,9 @@ def files(arm):
 
 def resolved(etflight_command, files, cwd):
     """What the command line makes of configuration files."""
-    printed = etflight_command("fit", *(word for file in files for word in ("-c", file)), "--print_config", cwd=cwd)
-    assert printed.status == 0, printed.err
+    printed = etflight_command(
+        "fit", *(word for file in files for word in ("-c", file)), "--print_config", cwd=cwd
+    ).ran()
     return yaml.safe_load(printed.out)
 
 

@@ -54,8 +54,7 @@ def train_for(text, folder, etflight_command):
     short = ["--trainer.max_epochs", 1, "--trainer.limit_train_batches", 1, "--trainer.callbacks", "null"]
     config = ["-c", "configs/data/digits.yaml", "-c", "configs/arms/etf_dr_balanced.yaml"]
     for argv in (["fit", *config, *short], ["test", *config, "--ckpt_path", "last"]):
-        result = etflight_command(*argv, cwd=folder)
-        assert result.status == 0, result.err
+        etflight_command(*argv, cwd=folder).ran()
     run = folder / "runs/digits/etf_dr_balanced"
     for name in {
         *re.findall(r"(runs/[\w/]+)/checkpoints/last.ckpt", text),
@@ -77,8 +76,7 @@ def assert_understood(command, folder, etflight_command):
         argv = [*argv, "--dry-run"]
     elif argv[0] != "report" and not any("help" in arg for arg in argv):
         argv = [*argv, "--print_config"]
-    result = etflight_command(*argv, cwd=folder)
-    assert result.status == 0, result.err
+    result = etflight_command(*argv, cwd=folder).ran()
     assert result.out
 
 

@@ -13,12 +13,12 @@ from etflight import LinearHead
 from tests.cli.test_bad_input import QUICK, folder
 from tests.command_line import ended, start
 from tests.left_by_runs import assert_same_run, read
+from tests.quiet import FLAGS
 
 DIGITS = [
     "--data", "Digits", "--data.imbalance_ratio", 20, "--data.batch_size", 32, "--data.crop_padding", 1,
     "--model.backbone", "resnet20_cifar", "--model.loss.class_balance", "batch", "--model.lr_scheduler", "WarmupCosine",
-    "--model.lr_scheduler.warmup_epochs", 2, "--trainer.max_epochs", 2, "--trainer.accelerator", "cpu",
-    "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--trainer.log_every_n_steps", 1,
+    "--model.lr_scheduler.warmup_epochs", 2, "--trainer.max_epochs", 2, "--trainer.log_every_n_steps", 1, *FLAGS,
 ]  # fmt: skip
 EACH_STEP = ["--checkpoint.every_n_steps", 1]
 LAST = ["--ckpt_path", "last"]
@@ -47,24 +47,19 @@ KINDS = {
 }  # fmt: skip
 
 
-def ran(result):
-    assert result.status == 0, result.err
-    return result
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_resumes_bit_by_bit(kind, etflight_command, tmp_path):
     options, kills = KINDS[kind]
     (tmp_path / "watched.yaml").write_text(WATCHED)
     fit = ["fit", "-c", "watched.yaml", *DIGITS, *options, *EACH_STEP]
-    ran(etflight_command(*fit, "--name", "whole", cwd=tmp_path))
+    etflight_command(*fit, "--name", "whole", cwd=tmp_path).ran()
     for after in kills:
         name = f"killed_{after}"
         kill = [*KILL, after, "--trainer.callbacks.mark", f"{name}.mark"]
         assert etflight_command(*fit, "--name", name, *kill, cwd=tmp_path).status == -9
         saved = read(tmp_path / "runs" / name)
         assert 0 < saved["global_step"] < read(tmp_path / "runs/whole")["global_step"]
-        assert "Restored all states" in ran(etflight_command(*fit, "--name", name, *LAST, cwd=tmp_path)).err
+        assert "Restored all states" in etflight_command(*fit, "--name", name, *LAST, cwd=tmp_path).ran().err
         assert_same_run(tmp_path / "runs/whole", tmp_path / "runs" / name)
 
 
@@ -80,7 +75,7 @@ def killed_on_two(tmp_path_factory):
     odd = ["--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 7]
     one = ["fit", "-c", "watched.yaml", *DIGITS, "--data.batch_size", 16, *EACH_STEP, *odd]
     two = [*one, "--trainer.strategy", "ddp", "--trainer.devices", 2]
-    ran(ended(start("etflight", *two, "--name", "whole", cwd=cwd)))
+    ended(start("etflight", *two, "--name", "whole", cwd=cwd)).ran()
     killed = ended(start("etflight", *two, "--name", "killed", *kill_the_second("killed"), cwd=cwd))
     return cwd, one, two, killed, time.time() - (cwd / "killed.mark").stat().st_mtime
 
@@ -102,7 +97,7 @@ def test_a_job_whose_process_dies_ends_with_one_message(killed_on_two):
 
 def test_one_process_goes_on_within_the_epoch_of_two(killed_on_two, etflight_command):
     cwd, fit, *_ = killed_on_two
-    result = ran(etflight_command(*fit, "--name", "killed", *LAST, cwd=cwd))
+    result = etflight_command(*fit, "--name", "killed", *LAST, cwd=cwd).ran()
     assert "goes on after 12 batches of 16" in result.err + result.out  # 6 batches of 2 x 16 images
     assert read(cwd / "runs/killed")["global_step"] == 10 + 8  # 431 images make 27 batches of 16, of which 15 are left
 
@@ -112,7 +107,7 @@ def test_torchrun_restarts_a_dead_process_from_the_last_checkpoint_bit_by_bit(ki
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1, "-m", "etflight"]
     argv = [*fit, "--name", "torchrun", *kill_the_second("torchrun"), *LAST]
     # without it, the second try finds the first one's addresses in the store
-    job = ran(ended(start(*torchrun, *argv, cwd=cwd, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")))
+    job = ended(start(*torchrun, *argv, cwd=cwd, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")).ran()
     assert (cwd / "torchrun.mark").exists()
     assert "Restored all states" in job.err
     assert_same_run(cwd / "runs/whole", cwd / "runs/torchrun")
@@ -125,7 +120,7 @@ def test_torchrun_restarts_a_dead_process_from_the_last_checkpoint_bit_by_bit(ki
 def whole(etflight_command, tmp_path_factory):
     """The current folder of a run that was never interrupted, whose number of steps no multiple of its rhythm is."""
     cwd = tmp_path_factory.mktemp("whole")
-    ran(etflight_command("fit", *DIGITS, "--name", "whole", "--checkpoint.every_n_steps", 9, cwd=cwd))
+    etflight_command("fit", *DIGITS, "--name", "whole", "--checkpoint.every_n_steps", 9, cwd=cwd).ran()
     return cwd
 
 
@@ -140,7 +135,7 @@ def test_sigterm_saves_at_the_next_batch_and_exits_143(whole, etflight_command):
     assert "SIGTERM: saved step 17" in stopped.err + stopped.out
     assert "Traceback" not in stopped.err
     assert read(whole / "runs/stopped")["global_step"] == 17
-    ran(etflight_command(*fit, *LAST, cwd=whole))
+    etflight_command(*fit, *LAST, cwd=whole).ran()
     assert_same_run(whole / "runs/whole", whole / "runs/stopped")
 
 
@@ -151,7 +146,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(whole, etflight_command):
     result.assert_refused("could not be written", "the checkpoint before it is intact")
     assert read(whole / "runs/full")["global_step"] == 16
     assert [path.name for path in (whole / "runs/full/checkpoints").iterdir()] == ["last.ckpt"]
-    ran(etflight_command(*fit, *LAST, cwd=whole))
+    etflight_command(*fit, *LAST, cwd=whole).ran()
     assert_same_run(whole / "runs/whole", whole / "runs/full")
 
 
@@ -205,7 +200,7 @@ def test_another_training_is_refused_on_resume(other, words, whole, etflight_com
 def test_an_epoch_goes_on_where_the_new_batches_leave_no_whole_one(done, etflight_command, tmp_path):
     fit = ["fit", *DIGITS, "--trainer.limit_train_batches", 6, *EACH_STEP, "--name", "r"]
     assert etflight_command(*fit, *KILL, done, cwd=tmp_path).status == -9
-    result = ran(etflight_command(*fit, "--data.batch_size", 16, *LAST, cwd=tmp_path))
+    result = etflight_command(*fit, "--data.batch_size", 16, *LAST, cwd=tmp_path).ran()
     assert "goes on after 5 batches of 16" in result.err + result.out
     assert read(tmp_path / "runs/r")["global_step"] == done + 1 + 6
     rows = list(csv.DictReader((tmp_path / "runs/r/metrics.csv").open()))
@@ -221,6 +216,6 @@ def test_another_folder_is_refused_on_resume_and_the_same_one_elsewhere_goes_on(
         quiet = [*QUICK, "--model.backbone", "resnet20_cifar", "--name", "r", *LAST, "--trainer.max_epochs", epochs]
         return etflight_command("fit", *data, *quiet, cwd=tmp_path)
 
-    ran(fit("pets", 1))
+    fit("pets", 1).ran()
     fit("birds", 2).assert_refused("give the same --data options")
-    ran(fit("moved/pets", 2))
+    fit("moved/pets", 2).ran()

@@ -79,8 +79,7 @@ def content():
 def last(etflight_command, tmp_path_factory):
     """What a real run has saved."""
     folder = tmp_path_factory.mktemp("run")
-    result = etflight_command(*stage("fit"), "--name", "r", "--model.backbone", "resnet20_cifar", cwd=folder)
-    assert result.status == 0, result.err
+    etflight_command(*stage("fit"), "--name", "r", "--model.backbone", "resnet20_cifar", cwd=folder).ran()
     return torch.load(folder / "runs/r/checkpoints/last.ckpt", weights_only=True)
 
 
@@ -312,8 +311,7 @@ def test_lightning_takes_no_file_for_a_url_or_a_name_of_its_own(cwd, content, et
     Path("http").mkdir()
     torch.save(content, "http/c.ckpt")  # Lightning fetches whatever starts with http
     for path in ("best", "http/c.ckpt"):
-        result = etflight_command(*stage("test"), "--ckpt_path", path, cwd=cwd)
-        assert result.status == 0, result.err
+        result = etflight_command(*stage("test"), "--ckpt_path", path, cwd=cwd).ran()
         assert str(cwd / path) in result.err + result.out
 
 
@@ -350,8 +348,7 @@ def test_a_backbone_from_elsewhere_is_taken_from_the_user(cwd, content, etflight
     Path("mine").mkdir()
     Path("mine/config.json").write_text('{"architecture": "resnet20_cifar"}')
     asks_for(backbone="local-dir:mine")(content)
-    named = etflight_command(*TEST, "--model.backbone", "local-dir:mine", cwd=cwd)
-    assert named.status == 0, named.err
+    etflight_command(*TEST, "--model.backbone", "local-dir:mine", cwd=cwd).ran()
     assert Classifier.load_from_checkpoint("c.ckpt", backbone="local-dir:mine").hparams["backbone"] == "local-dir:mine"
 
 
@@ -366,8 +363,7 @@ def test_other_weights_and_the_settings_of_a_data_module_are_not_taken(cwd, cont
     model = Classifier.load_from_checkpoint("c.ckpt")
     assert model.hparams["pretrained"] is False
     assert model.hparams["model_kwargs"] == {"pretrained_cfg_overlay": {}}
-    result = etflight_command(*TEST, cwd=cwd)
-    assert result.status == 0, result.err
+    etflight_command(*TEST, cwd=cwd).ran()
     assert_no_trace()
 
 
@@ -573,8 +569,7 @@ def test_report_refuses_hostile_results_and_prints_text_as_it_is(cwd, etflight_c
         Path("r/test_metrics.json").write_bytes(content)
         assert_refused(etflight_command("report", "r", cwd=cwd), "test_metrics.json")
     Path("r/test_metrics.json").write_text('{"test/acc": 0.5}')
-    result = etflight_command("report", "r", cwd=cwd)
-    assert result.status == 0, result.err
+    result = etflight_command("report", "r", cwd=cwd).ran()
     assert "[/red]" in result.out
     assert "\x1b[2J" not in result.out
 

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.optim import SGD, Adagrad, AdamW, RMSprop
@@ -17,12 +17,7 @@ from etflight.callbacks import LastCheckpoint, NeuralCollapseMonitor, Speed, Ste
 from etflight.data import Digits
 from etflight.optim import match_layouts
 from etflight.runs.folder import last_checkpoint
-
-QUIET = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-
-
-def trainer(**options):
-    return Trainer(accelerator="cpu", **{"logger": False, **QUIET, **options})
+from tests.quiet import trainer
 
 
 def small(**options):
@@ -115,9 +110,9 @@ def test_no_step_between_logging_points_waits_for_a_gpu(tmp_path):
             torch.cuda.set_sync_debug_mode("error" if batch_idx % 10 > 1 else "default")
 
     try:
-        runs = Trainer(
+        runs = trainer(
             callbacks=[Forbid(), StepSeed(), Speed()], max_epochs=1, limit_train_batches=10, limit_val_batches=0,
-            log_every_n_steps=10, default_root_dir=tmp_path, logger=False, precision="bf16-mixed", **QUIET,
+            log_every_n_steps=10, default_root_dir=tmp_path, precision="bf16-mixed", accelerator="gpu",
         )  # fmt: skip
         runs.fit(small(), datamodule=Digits(batch_size=16, crop_padding=1, mixup=0.5))
     finally:

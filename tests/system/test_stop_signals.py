@@ -9,11 +9,11 @@ from lightning.pytorch import Callback
 
 from etflight.callbacks import stop_signals
 from tests.command_line import ended, start
+from tests.quiet import FLAGS
 
 FIT = [
-    "fit", "--data", "Digits", "--data.max_count", "10", "--data.batch_size", "8", "--model.backbone", "resnet20_cifar",
-    "--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.enable_progress_bar", "false",
-    "--trainer.enable_model_summary", "false", "--name", "r",
+    "fit", "--data", "Digits", "--data.max_count", 10, "--data.batch_size", 8, "--model.backbone", "resnet20_cifar", *FLAGS,
+    "--trainer.strategy", "ddp", "--trainer.devices", 2, "--name", "r",
     "--trainer.callbacks+", "tests.system.test_stop_signals.StopsTakingPart",
 ]  # fmt: skip
 
