@@ -128,31 +128,28 @@ def read(folder: Path) -> dict[str, Any]:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-def differences(one: Any, other: Any, place: str = "") -> list[str]:
-    """Where two nests of plain data and tensors are not the same bit by bit (NaN equals NaN)."""
-    if type(one) is not type(other):
-        return [f"{place}: {type(one).__name__}, {type(other).__name__}"]
-    if isinstance(one, torch.Tensor):
-        same = one.shape == other.shape and one.dtype == other.dtype and _bytes(one) == _bytes(other)
-        return [] if same else [place]
-    if isinstance(one, dict):
-        found = [f"{place}: keys {sorted(map(str, one.keys() ^ other.keys()))}"] if one.keys() != other.keys() else []
-        return found + [
-            line for key in one if key in other for line in differences(one[key], other[key], f"{place}/{key}")
-        ]
-    if isinstance(one, list | tuple):
-        found = [f"{place}: length {len(one)}, {len(other)}"] if len(one) != len(other) else []
-        pairs = enumerate(zip(one, other, strict=False))
-        return found + [line for i, (a, b) in pairs for line in differences(a, b, f"{place}/{i}")]
-    return [] if repr(one) == repr(other) else [f"{place}: {one!r}, {other!r}"]
+def leaves(value: Any, place: str = "") -> dict[str, Any]:
+    """What a nest of plain data and tensors holds, by its place; comparable bit by bit (NaN equals NaN)."""
+    if isinstance(value, torch.Tensor):
+        data = value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
+        return {place: (value.dtype, value.shape, data)}
+    if isinstance(value, dict | list | tuple):
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        found: dict[str, Any] = {place: type(value)}
+        for key, part in parts:
+            found |= leaves(part, f"{place}/{key}")
+        return found
+    return {place: repr(value)}
+
+
+def differences(one: Any, other: Any) -> list[str]:
+    """The places at which two nests differ."""
+    ours, theirs = leaves(one), leaves(other)
+    return sorted(place for place in ours | theirs if ours.get(place) != theirs.get(place))
 
 
 def count_tensors(content: Any) -> int:
-    if isinstance(content, dict):
-        content = list(content.values())
-    if isinstance(content, list | tuple):
-        return sum(count_tensors(part) for part in content)
-    return int(isinstance(content, torch.Tensor))
+    return sum(isinstance(leaf, tuple) for leaf in leaves(content).values())
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -164,7 +161,3 @@ def assert_same_run(one: Path, other: Path) -> None:
 def logged_values(folder: Path) -> int:
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     return sum(bool(value) for row in rows for value in row.values())
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
