@@ -34,12 +34,8 @@ class Kill(Callback):
             os.kill(os.getpid(), self.signal)
 
 
-class InterruptError(Exception):
-    """What `Interrupt` raises."""
-
-
-class Interrupt(Callback):
-    """Ends a training within this process at the end of a batch: what is on disk is what SIGKILL would have left.
+class AtBatch(Callback):
+    """Does something at the end of a batch.
 
     Args:
         after: the batch, counted from 0 over the whole run.
@@ -48,9 +44,37 @@ class Interrupt(Callback):
     def __init__(self, after: int) -> None:
         self.after = after
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.fit_loop.total_batch_idx == self.after:
-            raise InterruptError
+            self.act(pl_module)
+
+    def act(self, model: LightningModule) -> None:
+        raise NotImplementedError
+
+
+class InterruptError(Exception):
+    """What `Interrupt` raises."""
+
+
+class Interrupt(AtBatch):
+    """Ends a training within this process: what is on disk is what SIGKILL would have left."""
+
+    def act(self, model: LightningModule) -> None:
+        raise InterruptError
+
+
+class LimitFiles(AtBatch):
+    """Lets no file grow beyond 100 kB from then on: what is written then fails as on a full disk."""
+
+    def act(self, model: LightningModule) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+
+class Spoil(AtBatch):
+    """Makes a weight infinite, as a step that is far too long would."""
+
+    def act(self, model: LightningModule) -> None:
+        next(model.parameters()).data[0] = float("inf")
 
 
 def assert_resumes(
@@ -75,37 +99,6 @@ def assert_resumes(
     for after in kills:
         main([*argv, f"killed_{after}", "--ckpt_path", "last"])
         assert_same_run(root / "whole", root / f"killed_{after}")
-
-
-class LimitFiles(Callback):
-    """Lets no file grow beyond a size from a batch on: what is written then fails as on a full disk.
-
-    Args:
-        after: the batch, from 0.
-        size: bytes.
-    """
-
-    def __init__(self, after: int, size: int) -> None:
-        self.after, self.size = after, size
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.fit_loop.total_batch_idx == self.after:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
-
-
-class Spoil(Callback):
-    """Makes a weight infinite after a batch, as a step that is far too long would.
-
-    Args:
-        after: the batch, from 0.
-    """
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.fit_loop.total_batch_idx == self.after:
-            next(pl_module.parameters()).data[0] = float("inf")
 
 
 class Footprints(Callback):
