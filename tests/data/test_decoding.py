@@ -58,14 +58,16 @@ def turned() -> Image.Exif:
     return exif
 
 
-def tiff_16_bits(order: str) -> bytes:
+def tiff(width: int, height: int, bits: int = 8, pixels: bytes = b"", order: str = "<") -> bytes:
     """By hand, since Pillow writes one byte order only."""
-    mark = b"II*\0" if order == "<" else b"MM\0*"
-    pixels = DEEP.astype(f"{order}u2").tobytes()
-    tags = [(256, W), (257, H), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, H), (279, len(pixels))]
-    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags)
-    directory = struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
-    return mark + struct.pack(f"{order}I", 8 + len(pixels)) + pixels + directory
+    values = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: max(len(pixels), 4)}
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in values.items())
+    directory = struct.pack(f"{order}H", len(values)) + entries + bytes(4)
+    return {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", 8 + len(pixels)) + pixels + directory
+
+
+def tiff_16_bits(order: str) -> bytes:
+    return tiff(W, H, 16, DEEP.astype(f"{order}u2").tobytes(), order)
 
 
 FEW = Image.fromarray(COLOUR)
@@ -164,12 +166,6 @@ def bmp(width: int, height: int) -> bytes:
 def gif(width: int, height: int) -> bytes:
     frame = b"," + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\x02\x02\x4c\x01\x00;"
     return b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + bytes(6) + frame
-
-
-def tiff(width: int, height: int) -> bytes:
-    tags = [(256, width), (257, height), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, height), (279, 4)]
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-    return b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
 def png(width: int, height: int) -> bytes:
