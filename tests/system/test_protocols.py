@@ -32,7 +32,7 @@ NOTHING = (0, False, (0.5,), (0.5,))
     ("name", "data", "augmentation"),
     [("cifar10_lt", "CIFAR10", CIFAR), ("cifar100_lt", "CIFAR100", CIFAR), ("svhn_lt", "SVHN", NOTHING), ("stl10_lt", "STL10", NOTHING)],
 )  # fmt: skip
-def test_the_grid_of_small_images_is_the_published_one(name, data, augmentation, backbone, etflight_command, tmp_path):
+def test_the_grid_of_small_images_is_the_published_one(name, data, augmentation, backbone, etflight_command):
     """Yang et al. 2022, as their released code has it."""
     study = read_study(CONFIGS / "studies/yang2022.yaml")
     assert sorted(study.ratios) == [50, 100, 200]
@@ -47,7 +47,7 @@ def test_the_grid_of_small_images_is_the_published_one(name, data, augmentation,
         "width": 2 if data == "CIFAR100" and not backbone else 1,
     }
     files = [*study.sets[name + backbone], *study.arms["etf_dr_balanced"]]
-    found, _ = protocol_of(resolved(etflight_command, files, tmp_path), expected["rates"])
+    found, _ = protocol_of(resolved(etflight_command, files, CONFIGS.parent), expected["rates"])
     assert {key: found[key] for key in expected} == expected
 
 
@@ -61,14 +61,14 @@ def test_the_grid_of_small_images_is_the_published_one(name, data, augmentation,
     ],
 )
 def test_sets_of_photographs_are_trained_by_the_protocol_of_imagenet_lt_on_eight_gpus(
-    name, data, batch, statistics, etflight_command, tmp_path
+    name, data, batch, statistics, etflight_command
 ):
     expected = {
         "data": data, "ratio": 1, "backbone": "resnet50_wide4", "d": 4096, "epochs": 90, "batch": batch // 8, "lr": 0.1,
         "momentum": 0.9, "weight_decay": 5e-4, "rates": {1: 1, 46: 0.5}, "mixup": 0.2, "augmentation": (0, True, *statistics),
     }  # fmt: skip
     files = [CONFIGS / f"data/{name}.yaml", CONFIGS / "trainer/ddp.yaml"]
-    config = resolved(etflight_command, files, tmp_path)
+    config = resolved(etflight_command, files, CONFIGS.parent)
     found, module = protocol_of(config, expected["rates"])
     assert {key: found[key] for key in expected} == expected
     assert module._square == (224, 0.875, 0.08)  # RandomResizedCrop

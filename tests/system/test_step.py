@@ -9,7 +9,6 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.optim import SGD, Adagrad, AdamW, RMSprop
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from etflight import Classifier, CrossEntropyLoss, LinearHead
@@ -18,6 +17,7 @@ from etflight.data import Digits
 from etflight.optim import match_layouts
 from etflight.runs.folder import last_checkpoint
 from tests.quiet import trainer
+from tests.tensors import HostReads
 
 
 def small(**options):
@@ -31,7 +31,6 @@ PYTHON_READS = {
     "item", "tolist", "cpu", "numpy", "nonzero", "unique", "masked_select", "equal", "allclose", "synchronize",
     "__bool__", "__float__", "__int__", "__index__", "__contains__",
 }  # fmt: skip
-READS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal, torch.ops.aten.masked_select}
 
 
 class ReadsOfPython(TorchFunctionMode):
@@ -42,17 +41,6 @@ class ReadsOfPython(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__name__", "") in PYTHON_READS:
             self.seen.append(func.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-class ReadsOfTorch(TorchDispatchMode):
-    def __init__(self, seen):
-        super().__init__()
-        self.seen = seen
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in READS:
-            self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
@@ -69,7 +57,7 @@ class CountReads(Callback):
     def on_train_batch_start(self, *_):
         self.close()
         self.reads.append([])
-        self.modes = [ReadsOfPython(self.reads[-1]), ReadsOfTorch(self.reads[-1])]
+        self.modes = [ReadsOfPython(self.reads[-1]), HostReads(self.reads[-1])]
         for mode in self.modes:
             mode.__enter__()
 
