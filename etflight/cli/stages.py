@@ -178,7 +178,7 @@ class EtflightCLI(LightningCLI):
     def _parse_over_checkpoint(
         self, parser: LightningArgumentParser, files: list[str], words: list[str], options: EarlyOptions, path: Path
     ) -> None:
-        """Parse with the checkpoint's hyper-parameters as the model's defaults; that it names a class imports none."""
+        """Parse with the checkpoint's hyper-parameters as the model's defaults; import no class because it names it."""
         stage = files[0]
         content = read_checkpoint(path)
         refuse_others(path, content, Classifier)

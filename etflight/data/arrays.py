@@ -27,8 +27,8 @@ class ArrayImages(ImageDataModule):
     `train_images` and `test_images`, uint8 `[N, H, W]` or `[N, H, W, C]`; `train_labels` and `test_labels`, integers
     `[N]` or `[N, 1]`; optionally `val_images`, `val_labels` and `class_names` `[K]`. Without `class_names`, K is the
     largest training label plus one. Nothing in the file is unpickled, and an array that unpacks to more than 256 MiB and a hundred times
-    its size is not read. MedMNIST's own 2D files, of any size, are read as they are; its multi-label sets (ChestMNIST) and its volumes are
-    refused.
+    its size in the file is not read. MedMNIST's own 2D files, of any size, are read as they are; its
+    multi-label sets (ChestMNIST) and its volumes are refused.
 
     Args:
         path: The file.

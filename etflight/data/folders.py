@@ -75,7 +75,7 @@ class FolderImages(FileImages):
 class CUB200(PhotoRecipe, ListedFileImages):
     """CUB-200-2011 (Wah et al., 2011): photographs of 200 species of birds, 5,994 training images, 29 or 30 a class, and 5,794 test images.
 
-    Unpack `images/`, `images.txt`, `image_class_labels.txt` and `train_test_split.txt` there. `imbalance_ratio` makes it long-tailed.
+    The folder holds `images/`, `images.txt`, `image_class_labels.txt` and `train_test_split.txt`. `imbalance_ratio` makes it long-tailed.
 
     Args:
         root: The folder `CUB_200_2011`.
@@ -130,7 +130,7 @@ class CUB200(PhotoRecipe, ListedFileImages):
 class TinyImageNet(PhotoRecipe, ListedFileImages):
     """Tiny ImageNet (Stanford CS231n, 2015): 64×64, 200 of ImageNet's classes, 500 training and 50 validation images each.
 
-    It is read as unpacked: `wnids.txt`, `words.txt`, `train/<class>/images/*.JPEG`, and `val/images/*.JPEG` with `val/val_annotations.txt`.
+    The folder holds `wnids.txt`, `words.txt`, `train/<class>/images/*.JPEG`, and `val/images/*.JPEG` with `val/val_annotations.txt`.
     The labels of its test images are secret; as in the literature, the validation images are the test set, watched in training. Classes are
     in the order of their WordNet numbers; `imbalance_ratio` makes Tiny-ImageNet-LT of it. In training, images are padded and cropped.
 

@@ -217,7 +217,7 @@ def read_names(file: Path, folders: list[str]) -> list[str]:
     """Read K class names, one per line.
 
     Args:
-        file: The file. A line has a class's folder, a blank and a name, lines in any order; or only a name, in the order of the labels.
+        file: The file. Lines have a class's folder, a blank and a name, in any order; or only a name, in the order of the labels.
         folders: `[K]`, the names of the classes' folders.
 
     Raises:

@@ -14,8 +14,8 @@ class Stat(NamedTuple):
     """One number over the runs of a group.
 
     Attributes:
-        mean: Over the runs that have it.
-        std: Sample standard deviation (n - 1), None for one run.
+        mean: The mean over the runs that have it.
+        std: The sample standard deviation (n - 1); None for one run.
         runs: The number of runs that have it.
     """
 
@@ -29,7 +29,7 @@ class Group:
     """The runs of one arm, one per seed.
 
     Attributes:
-        arm: Its name.
+        arm: The arm's name.
         results: The result of each run.
     """
 
