@@ -55,7 +55,9 @@ def parse(parser: OneLineParser, argv: Sequence[str], run: str | None = None) ->
         elif not Path(run).exists():
             raise UserError(f"{run} does not exist: give a run folder, such as runs/digits/ce, or a checkpoint in one")
         elif not files and not any(word.partition("=")[0] == "--data" for word in words):
-            raise UserError(f"{run} is neither a run folder whose config.yaml tells its data nor in one: give --data")
+            raise UserError(
+                f"{run} is no run folder with a config.yaml that tells its data, and lies in none: give --data"
+            )
     # the parser knows no other section of a configuration file
     return parser.parse_args([*(f"--config={_data_section(Path(file))}" for file in files), *words])
 
