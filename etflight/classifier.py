@@ -40,7 +40,7 @@ from etflight.utils.precision import at_least_float32
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.specs import describe, find, is_plain, objections, resolve
 from etflight.utils.terminal import readable
-from etflight.utils.torch_private import is_watched, leave_out_of_broadcasts
+from etflight.utils.torch_private import has_hooks, leave_out_of_broadcasts
 from etflight.utils.trainer import averaged, take_buffers_of_rank_zero
 from etflight.utils.training_data import (
     fingerprint_in,
@@ -50,7 +50,7 @@ from etflight.utils.training_data import (
     refuse_other_shape,
 )
 
-# the arguments that take a class, and what it must be a subclass of
+# the arguments that take a class, and the base of that class
 PLUGGABLE: dict[str, type] = {"head": Head, "loss": Loss, "optimizer": Optimizer, "lr_scheduler": LRScheduler}
 
 Batch = tuple[Tensor, Tensor]
@@ -58,21 +58,21 @@ _MEND_OF_DIVERGENCE = (
     "lower the learning rate (--model.optimizer.lr), lengthen the warm-up, or clip gradients (--trainer.gradient_clip_val 1); "
     "the last checkpoint is from before"
 )
-PRIOR_SHIFTS = (2, 5, 10, 25, 50)  # ratios of the long-tailed test sets that an accuracy is told for
+PRIOR_SHIFTS = (2, 5, 10, 25, 50)  # the ratios of the long-tailed test sets for which an accuracy is logged
 _NEVER = 2**62  # a step that no training reaches
 Compile = bool | Literal["reduce-overhead", "max-autotune"]
-# the first is found by its short name, which torch has for another
+# the first type makes the parser find Lightning's ReduceLROnPlateau by this name instead of torch's
 ScheduleCallable = Callable[[Optimizer], MonitoredReduceLROnPlateau] | Callable[[Optimizer], LRScheduler]
 
 
 class Evaluation(NamedTuple):
-    """What a test counted.
+    """The counts of a test.
 
     Attributes:
-        classes: of each class.
-        confusion: int64 `[K, K]`, true classes in rows; None above `etflight.metrics.accuracy.MOST_CLASSES` classes.
-        raw: bins of the probabilities as the logits give them.
-        calibrated: bins of those with the model's temperature.
+        classes: The scores of each class.
+        confusion: The counts int64 `[K, K]`, true classes in rows; None above `etflight.metrics.accuracy.MOST_CLASSES` classes.
+        raw: The bins of the probabilities without a temperature.
+        calibrated: The bins of the probabilities with the model's temperature.
     """
 
     classes: ClassScores
@@ -82,48 +82,48 @@ class Evaluation(NamedTuple):
 
 
 class Classifier(LightningModule):
-    """An image classifier of a timm backbone, a head and a loss.
+    """An image classifier made of a timm backbone, a head and a loss.
 
     `head`, `loss`, `optimizer` and `lr_scheduler` are classes, or `functools.partial` of classes with keyword arguments; they are
     saved as plain data, so a checkpoint loads with `weights_only=True`.
 
-    Logged: `train/loss`, `train/lr` (of the epoch's last step), and for `val/` and `test/`: `loss`, `acc`, `acc_macro` (balanced
+    It logs `train/loss`, `train/lr` (of the epoch's last step), and for `val/` and `test/`: `loss`, `acc`, `acc_macro` (balanced
     accuracy), `acc_worst`, `acc_harmonic`, `acc_many`, `acc_medium`, `acc_few`, `acc_head`, `acc_middle`, `acc_tail` (see `ShotAccuracy`),
     `ece`, `ece_calibrated`; for `test/` also `acc_forward_R` and `acc_backward_R` for test sets that are long-tailed with ratio R.
     Accuracies lie in [0, 1].
 
     Args:
-        num_classes: K >= 2.
-        backbone: any name timm knows, ours included (`resnet32_cifar`).
-        head: makes a `Head` from (in_features, num_classes).
-        loss: makes a `Loss`.
-        optimizer: makes an optimizer from parameters.
-        lr_scheduler: makes a schedule, stepped each epoch, from an optimizer; None keeps the rate. `ReduceLROnPlateau` is Lightning's,
-            which follows its `monitor`, any number that is logged; torch's follows `val/loss`.
-        class_counts: `[K]`, training images of each class, for shot groups and "global" class balance; the data module's by default.
-        in_chans: channels of the images.
-        pretrained: whether the backbone starts from timm's weights.
-        model_kwargs: further arguments of timm's model, such as `{"width": 2}` for the CIFAR ResNets.
-        logit_adjustment: τ of post-hoc logit adjustment (Menon et al. 2021): validation, test and predict decide by `z - τ log π`, with
-            the training frequencies π that the checkpoint holds. Training, and the logged losses, know nothing of it.
-        layer_decay: factor of the learning rate from a layer of the backbone to the one before it, from above 0 to 1; the head has the
-            optimizer's own rate. 1: all have it. For fine-tuning.
-        lr_scale: factors of the learning rate for parts of the model, by name, such as `{"head.linear": 0.5}`; the rest has 1.
-        compile: whether to train through `torch.compile`, or its mode; "reduce-overhead" is the one with CUDA graphs.
+        num_classes: The number of classes K >= 2.
+        backbone: Any name that timm knows, ours included (`resnet32_cifar`).
+        head: A class that makes a `Head` from (in_features, num_classes).
+        loss: A class that makes a `Loss`.
+        optimizer: A class that makes an optimizer from parameters.
+        lr_scheduler: A class that makes a schedule, stepped each epoch, from an optimizer; None keeps the rate. `ReduceLROnPlateau` is
+            Lightning's, which follows its `monitor`, any number that is logged; torch's follows `val/loss`.
+        class_counts: The number of training images of each class, `[K]`, for shot groups and "global" class balance; by default the data
+            module's.
+        in_chans: The number of channels of the images.
+        pretrained: Whether the backbone starts from timm's weights.
+        model_kwargs: Further arguments of timm's model, such as `{"width": 2}` for the CIFAR ResNets.
+        logit_adjustment: The τ of post-hoc logit adjustment (Menon et al. 2021): validation, test and predict decide by `z - τ log π`, with
+            the training frequencies π that the checkpoint holds. Training and the logged losses do not use it.
+        layer_decay: The factor of the learning rate from a layer of the backbone to the one before it, above 0 and up to 1; the head has
+            the optimizer's own rate. With 1 all layers have that rate. It is meant for fine-tuning.
+        lr_scale: Factors of the learning rate for parts of the model, by name, such as `{"head.linear": 0.5}`; the rest has 1.
+        compile: Whether to train through `torch.compile`, or its mode; "reduce-overhead" is the one with CUDA graphs.
 
     Attributes:
-        temperature: scalar buffer that divides the logits, adjusted ones where there is a `logit_adjustment`, of `predict` and of
-            `ece_calibrated`, so it never changes a decision; fitted on held-out validation images with the adjustment of that training,
-            1 until then.
-        class_names: names of the classes, from the data module or the checkpoint; None if unknown.
-        preprocessing: shape and normalisation of the images, from the data module trained on or the checkpoint; None if unknown.
-        fingerprint: of the training images, likewise.
+        temperature: A scalar buffer that divides the logits of `predict` and of `ece_calibrated`, after any `logit_adjustment`, so it
+            never changes a decision. It is fitted on held-out validation images with the adjustment of that training, and 1 until then.
+        class_names: The names of the classes, from the data module or the checkpoint; None if unknown.
+        preprocessing: Shape and normalisation of the images, from the data module trained on or the checkpoint; None if unknown.
+        fingerprint: The fingerprint of the training images, from the data module trained on or the checkpoint; None if unknown.
 
     Raises:
-        UserError: parts that cannot work together.
+        UserError: The parts cannot work together.
 
     Source:
-        Yang et al. 2022, arXiv 2203.09081, is what the defaults train: a fixed frame and dot regression.
+        The defaults train the method of Yang et al. 2022, arXiv 2203.09081: a fixed frame and dot regression.
     """
 
     temperature: Tensor
@@ -148,9 +148,9 @@ class Classifier(LightningModule):
         compile: Compile = False,
     ) -> None:
         super().__init__()
-        buffers = ["class_counts"]  # the state dict has them
+        buffers = ["class_counts"]  # these are in the state dict
         self.save_hyperparameters(ignore=buffers)
-        self.hparams.pop("_instantiator", None)  # names a function to import and call when loading
+        self.hparams.pop("_instantiator", None)  # it names a function that loading would import and call
         parts = {name: self.hparams[name] for name in PLUGGABLE if self.hparams[name] is not None}
         self.save_hyperparameters({name: describe(part, name) for name, part in parts.items()}, ignore=buffers)
         from etflight.backbones import build_backbone  # timm takes a second, which `--help` need not wait for
@@ -190,25 +190,25 @@ class Classifier(LightningModule):
         )
         self.confusion = Confusion(num_classes) if num_classes <= MOST_CLASSES else None
         self.temperature_fit = TemperatureFit()
-        # broadcast once, when training starts: in every forward it would cost 205 MB at K = 100,000
+        # these are broadcast once, when training starts: in every forward it would cost 205 MB at K = 100,000
         own = [name for name, _ in self.named_buffers() if name in ("head.weight", "_bad_step")]
         leave_out_of_broadcasts(self, own)
 
     # --- the model ---------------------------------------------------------------------------------------------------------
 
     def features(self, images: Tensor) -> Tensor:
-        """The pooled features that the head is given.
+        """Compute the pooled features that the head receives.
 
         Args:
-            images: `[B, C, H, W]`, float32, normalised as in training (`preprocessing`).
+            images: Images `[B, C, H, W]`, float32, normalised as in training (`preprocessing`).
 
         Returns:
             Pooled features `[B, d]`, of the network's dtype.
 
         Raises:
-            UserError: images of a size that the backbone does not take.
+            UserError: The backbone does not take images of this size.
         """
-        images = images.to(self.dtype)  # the data module knows nothing of a network in half or double precision
+        images = images.to(self.dtype)  # the data module does not know of a network in half or double precision
         if images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         try:
@@ -228,61 +228,63 @@ class Classifier(LightningModule):
             ) from error
 
     def embed(self, images: Tensor) -> Tensor:
-        """What meets the class vectors, for images as `features` takes them.
+        """Compute the embedding that is compared with the class vectors, for images as in `features`.
 
         Returns:
-            `[B, d']`, float32 or float64; of norm 1 where the head normalises.
+            `[B, d']`, float32 or float64; of norm 1 if the head normalises.
         """
         return cast(Tensor, self.head.embed(self.features(images)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `[B, K]` as the head gives them, neither adjusted nor calibrated, for images as `features` takes them."""
+        """Compute the head's logits `[B, K]`, neither adjusted nor calibrated, for images as in `features`."""
         return cast(Tensor, self.head(self.features(images)))
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """Calibrated probabilities of the classes, for images as `features` takes them.
+        """Compute the calibrated probabilities of the classes, for images as in `features`.
 
         Returns:
-            `[B, K]`, float32 or float64, rows in [0, 1] of sum 1.
+            `[B, K]`, float32 or float64, in [0, 1], with rows of sum 1.
 
         Raises:
-            UserError: a `logit_adjustment` without the training counts.
+            UserError: There is a `logit_adjustment`, but no training counts.
         """
         return self.calibrated(self(images)).softmax(dim=1)
 
     def calibrated(self, logits: Tensor) -> Tensor:
-        """The logits that decide, less the `logit_adjustment` and over the temperature; their softmax are the probabilities.
+        """Compute the logits that decide; their softmax is the calibrated probabilities.
+
+        The `logit_adjustment` is subtracted, and the result divided by the temperature.
 
         Args:
-            logits: `[B, K]`, of `forward`.
+            logits: The logits `[B, K]` of `forward`.
 
         Returns:
             `[B, K]`, float32 or float64.
 
         Raises:
-            UserError: a `logit_adjustment` without the training counts.
+            UserError: There is a `logit_adjustment`, but no training counts.
         """
         return self._adjusted(logits) / self.temperature
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether a temperature has been fitted; the probabilities are else the softmax of the logits as they are."""
+        """Whether a temperature has been fitted; if not, the probabilities are the softmax of the unscaled logits."""
         return float(self.temperature) != 1
 
     # --- steps -------------------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Remember the head's learning rate: at the end of an epoch the schedule has made it the next one's."""
+        """Remember the head's learning rate, because at the end of the epoch the schedule has already set the next one."""
         group = self.trainer.optimizers[0].param_groups[0]
         self._lr = float(group["lr"]) / group.get("lr_scale", 1.0)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of one training batch."""
+        """Compute the loss of one training batch."""
         images, target = batch
         loss = self._training_loss(images, target)
         self.losses["train_loss"].update(loss, len(images))
         bad_step = torch.where(torch.isfinite(loss.detach()), _NEVER, self.global_step)
-        self._bad_step = torch.minimum(self._bad_step, bad_step)  # stays on the device: no wait each step
+        self._bad_step = torch.minimum(self._bad_step, bad_step)  # it stays on the device, so that a step need not wait
         return loss * self._share_of_images(len(images))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -298,7 +300,7 @@ class Classifier(LightningModule):
             self.confusion.update(logits.argmax(dim=1), batch[1])
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Calibrated probabilities `[B, K]`."""
+        """Compute the calibrated probabilities `[B, K]`."""
         return self.probabilities(batch[0])
 
     def _training_loss(self, images: Tensor, target: Tensor) -> Tensor:
@@ -315,17 +317,20 @@ class Classifier(LightningModule):
             ) from error
 
     def _needs_logits(self, target: Tensor) -> bool:
-        """Whether a step needs the logits of all classes; at K = 100,000 they cost hundreds of times what those of the targets do."""
+        """Whether a step needs the logits of all classes; at K = 100,000 they cost hundreds of times as much as those of the targets."""
         return (
             target.is_floating_point()
-            or any(is_watched(part) for part in (self, self.head, self.loss))
+            or any(has_hooks(part) for part in (self, self.head, self.loss))
             or type(self).forward is not Classifier.forward
-            or not _stands_in(self.head, "target_logits", "forward")
-            or not _stands_in(self.loss, "from_target_logits", "forward", "sample_losses")
+            or not _may_replace(self.head, "target_logits", "forward")
+            or not _may_replace(self.loss, "from_target_logits", "forward", "sample_losses")
         )
 
     def _share_of_images(self, images: int) -> Tensor | float:
-        """Images of this process over the processes' mean: gradients are averaged over processes, whatever each had in its batch."""
+        """The number of images of this process, divided by its mean over processes.
+
+        It corrects the averaging of gradients over processes, which counts each process the same whatever the size of its batch.
+        """
         if not (dist.is_available() and dist.is_initialized()):
             return 1.0
         dtype = torch.promote_types(self.temperature.dtype, torch.float32)
@@ -344,7 +349,7 @@ class Classifier(LightningModule):
         return logits
 
     def _adjusted(self, logits: Tensor) -> Tensor:
-        """What decides, float32 or float64 `[B, K]`."""
+        """Subtract the `logit_adjustment`: float32 or float64 `[B, K]`."""
         logits, tau = at_least_float32(logits), float(self.hparams["logit_adjustment"])
         if tau == 0:
             return logits
@@ -357,10 +362,10 @@ class Classifier(LightningModule):
     # --- epochs ------------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Compile the backbone for training; take from the data module, if there is one, what is known of classes and images.
+        """Compile the backbone for training, and take the facts about classes and images from the data module, if there is one.
 
         Raises:
-            UserError: it has another number of classes or channels.
+            UserError: The data module has another number of classes or channels.
         """
         ignore_own_deprecations()
         if stage == "fit" and (compile := self.hparams["compile"]):
@@ -382,14 +387,14 @@ class Classifier(LightningModule):
         self.fingerprint = getattr(data, "fingerprint", None)
 
     def differences(self, data: Any, *, images: bool = False) -> list[str]:
-        """In what data are others than those the model was trained on, as far as both are known.
+        """Describe how data differ from those the model was trained on, as far as both are known.
 
         Args:
-            data: a data module.
-            images: whether to compare the training images, too, which have to be read for it.
+            data: A data module.
+            images: Whether to compare the training images too, which means reading them.
 
         Returns:
-            Lines for people: of the class names, of size and normalisation, of the training images.
+            Lines for people, about the class names, about size and normalisation, and about the training images.
         """
         names = other_names(self.class_names, data)
         found = [names and f"{names}: the names in the results are the checkpoint's"]
@@ -405,27 +410,30 @@ class Classifier(LightningModule):
                 warn(line)
 
     def on_validation_start(self) -> None:
-        """Tell in what the data are others than those trained on; images held out now may have been trained on."""
+        """Say how the data differ from those trained on; images that are held out now may have been trained on."""
         if self.trainer.state.fn != "fit":
             self._tell_differences()
 
     on_test_start = on_predict_start = _tell_differences
 
     def on_fit_start(self) -> None:
-        """Give all processes the first one's frame: descent amplifies rounding, which may differ from machine to machine."""
+        """Say how the data differ from those trained on, and give all processes the frame of the first one.
+
+        The descent behind a code amplifies rounding, which may differ between machines.
+        """
         self._tell_differences()
         if dist.is_available() and dist.is_initialized() and not self.head.weight.requires_grad:
             dist.broadcast(self.head.weight, 0)
 
     def on_train_start(self) -> None:
-        """Lay restored optimizer states out as the parameters are; refuse a schedule that follows a validation which never comes."""
+        """Give restored optimizer states the memory layout of their parameters; refuse a schedule that follows a missing validation."""
         if not self.trainer.enable_validation:
             self._check_monitor("val/")
         for optimizer in self.trainer.optimizers:
             match_layouts(optimizer)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Look at the recorded loss now and then: each look waits for the device."""
+        """Check the recorded loss from time to time, because each check waits for the device."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning outside the class body
         if every > 0 and batch_idx % every == 0:
             self._stop_at_bad_loss()
@@ -433,45 +441,45 @@ class Classifier(LightningModule):
             self.trainer.progress_bar_metrics["loss"] = float(loss)
 
     def on_validation_epoch_start(self) -> None:
-        """Start from nothing, with the groups of the training counts."""
+        """Reset the metrics, and set the shot groups of the training counts."""
         if self.trainer.state.fn == "fit":
             self._stop_at_bad_loss()
-            take_buffers_of_rank_zero(self)  # callbacks have swapped averaged weights in by now
+            take_buffers_of_rank_zero(self)  # by now callbacks have put averaged weights into the model
         self._start("val")
 
     def on_test_epoch_start(self) -> None:
-        """Start from nothing, with the groups of the training counts; what was counted stays, for `evaluation`."""
+        """Reset the metrics, and set the shot groups of the training counts; the new counts are kept for `evaluation`."""
         self._start("test")
         if self.confusion is not None:
             self.confusion.reset()
 
     def on_train_epoch_end(self) -> None:
-        """Log the loss; never let a checkpoint be written from one that is not a number."""
+        """Log the loss; never let a checkpoint be written after a loss that is not finite."""
         self._stop_at_bad_loss()
         self.log("train/loss", self.losses["train_loss"])
         self.log("train/lr", self._lr, sync_dist=True)
         self._check_monitor()
 
     def on_train_end(self) -> None:
-        """Say if the temperature is not to be trusted."""
+        """Warn if the temperature cannot be trusted."""
         if self.global_rank == 0 and (doubt := self.temperature_fit.doubt) is not None:
             warn(f"do not trust the temperature {self.temperature:.3g}: {doubt}; hold out more (--data.val_fraction)")
 
     def on_validation_epoch_end(self) -> None:
-        """Log, and fit the temperature if the validation images are held out."""
+        """Log the metrics, and fit the temperature if the validation images are held out."""
         self._log_epoch("val")
         if self.trainer.sanity_checking:
             self._check_monitor("val/")
         if self._fits_temperature and not self.trainer.sanity_checking:
             temperature = self.temperature_fit.compute()
-            with averaged(self.trainer, self):  # by now callbacks have swapped the weights out that were validated
+            with averaged(self.trainer, self):  # by now callbacks have removed the validated weights from the model
                 self.temperature.copy_(temperature)
             self.temperature.copy_(temperature)
         self.temperature_fit.reset()
         self._start("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log."""
+        """Log the metrics."""
         self._log_epoch("test")
 
     def _log_epoch(self, stage: str) -> None:
@@ -489,7 +497,7 @@ class Classifier(LightningModule):
             self.shots[f"{stage}_"].set_class_counts(self.class_counts)
 
     def evaluation(self) -> Evaluation:
-        """What the last test epoch counted over all processes; each of them must call it."""
+        """Return the counts of the last test epoch over all processes; every process must call it."""
         return Evaluation(
             self.shots["test_"].per_class(),
             None if self.confusion is None else self.confusion.compute(),
@@ -506,7 +514,7 @@ class Classifier(LightningModule):
     def _is_fitting(self) -> bool:
         try:
             return self.trainer.state.fn == "fit"
-        except RuntimeError:  # of a module without a trainer
+        except RuntimeError:  # a module without a trainer raises it
             return False
 
     def _stop_at_bad_loss(self) -> None:
@@ -527,8 +535,8 @@ class Classifier(LightningModule):
     # --- optimizer ---------------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer over everything trainable, and the schedule, stepped each epoch."""
-        self._total_epochs = self.trainer.max_epochs  # callbacks may add some of their own later
+        """Make the optimizer over everything trainable, and the schedule, stepped each epoch."""
+        self._total_epochs = self.trainer.max_epochs  # callbacks may add epochs of their own later
         make = self._build("optimizer")
         fused = {"fused": True} if self._can_fuse(make) else {}
         decay, scales = self.hparams["layer_decay"], self.hparams["lr_scale"]
@@ -546,18 +554,18 @@ class Classifier(LightningModule):
         if "lr_scale" in optimizer.param_groups[0] and not keeps_scales(optimizer):
             option = "layer_decay" if decay != 1 else "lr_scale"
             raise UserError(
-                f"{type(schedule).__name__} gives all layers one learning rate, so {option} would do nothing: "
+                f"{type(schedule).__name__} gives all layers one learning rate, so {option} would have no effect: "
                 f"choose a schedule that multiplies rates, such as WarmupCosine, or leave {option} out"
             )
         config: dict[str, Any] = {"scheduler": schedule}
         if isinstance(schedule, ReduceLROnPlateau):
             config["monitor"] = monitor = getattr(schedule, "monitor", "val/loss")
-            if not monitor.startswith("train/"):  # there is a new value after each validation only
+            if not monitor.startswith("train/"):  # there is a new value only after each validation
                 config["frequency"] = self.trainer.check_val_every_n_epoch or 1
         return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": config})
 
     def _adapt_to_lbfgs(self) -> None:
-        """LBFGS evaluates the loss several times a step, and takes gradients for flat arrays."""
+        """Adapt to LBFGS, which evaluates the loss several times a step and flattens gradients; refuse what cannot work with it."""
         several = "optimizer: LBFGS evaluates the loss several times a step, and"
         if self.trainer.world_size > 1:
             raise UserError(f"{several} each process would decide for itself when a step is over: train on one device")
@@ -569,7 +577,7 @@ class Classifier(LightningModule):
         self.backbone.to(memory_format=torch.contiguous_format)
 
     def _check_monitor(self, prefix: str = "") -> None:
-        """Refuse a schedule that is about to follow a number, or is to follow one called `prefix`…, which nothing has logged."""
+        """Refuse a schedule that follows a number which nothing has logged, if it needs it now or its name starts with `prefix`."""
         for config in self.trainer.lr_scheduler_configs:
             monitor, logged = config.monitor or "", list(self.trainer.callback_metrics)
             due = monitor.startswith(prefix) if prefix else (self.current_epoch + 1) % config.frequency == 0
@@ -581,14 +589,17 @@ class Classifier(LightningModule):
                 )
 
     def _can_fuse(self, make: Any) -> bool:
-        """Whether the optimizer has a fused step here and nobody has asked for another; Lightning cannot clip gradients for one."""
+        """Whether to use the optimizer's fused step: it exists here, no other was asked for, and no gradients are clipped.
+
+        Lightning cannot clip gradients for a fused step.
+        """
         if self.trainer.gradient_clip_val or "fused" not in inspect.signature(make.func).parameters:
             return False
         chosen = any(make.keywords.get(name) not in (None, False) for name in ("foreach", "differentiable"))
         return not chosen and make.keywords.get("fused") is None and self.device.type in ("cpu", "cuda")
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Step the schedule; only here does one of torch's meet a period of 0."""
+        """Step the schedule; only here does a schedule of torch fail on a period of 0."""
         make = None if self.hparams["lr_scheduler"] is None else self._build("lr_scheduler")
         # a callback such as StochasticWeightAveraging may have put its own schedule there
         with make.objections() if make and isinstance(scheduler, make.func) else nullcontext():
@@ -610,7 +621,7 @@ class Classifier(LightningModule):
         """Add what the weights alone do not tell; refuse to save a model that has become useless.
 
         Raises:
-            UserError: a loss or a weight is not finite.
+            UserError: A loss or a weight is not finite.
         """
         checkpoint["class_names"] = self.class_names
         checkpoint["preprocessing"] = self.preprocessing and self.preprocessing._asdict()
@@ -624,13 +635,14 @@ class Classifier(LightningModule):
             raise UserError(f"weights became NaN or infinite by step {self.global_step}: {_MEND_OF_DIVERGENCE}")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take back what is known of classes and images; refuse to go on training with what the run did not have.
+        """Take back what the checkpoint knows of classes and images; refuse to continue a training with other settings.
 
         Raises:
-            UserError: images prepared otherwise, other images, or settings of the optimizer or its schedule that are not the saved ones.
+            UserError: The images are prepared differently or are other images, or settings of the optimizer or its schedule differ from
+                the saved ones.
         """
         if (counts := checkpoint.get("current_model_state", {}).get("class_counts")) is not None:
-            checkpoint["state_dict"]["class_counts"] = counts  # those beside it are of averaged weights, rounded down
+            checkpoint["state_dict"]["class_counts"] = counts  # in the averaged weights they are rounded down
         if (names := checkpoint.get("class_names")) is not None:
             self.class_names = list(map(readable, names))
         self.preprocessing = Preprocessing.in_checkpoint(checkpoint) or self.preprocessing
@@ -642,7 +654,9 @@ class Classifier(LightningModule):
         differ = other_preprocessing(self.preprocessing, data) or other_images(counts, self.fingerprint, data)
         if differ:
             raise UserError(f"{differ}: give the same --data options to resume the run, or start a new one")
-        self.fingerprint = getattr(data, "fingerprint", None) or self.fingerprint  # an older one does not know the set
+        self.fingerprint = (
+            getattr(data, "fingerprint", None) or self.fingerprint
+        )  # an older one does not identify the set
         saved = checkpoint.get("hyper_parameters", {})
         for name in ("optimizer", "lr_scheduler", "layer_decay", "lr_scale"):
             if name in saved and saved[name] != self.hparams[name]:
@@ -658,10 +672,10 @@ class Classifier(LightningModule):
             )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As any module's.
+        """Load weights as any module does.
 
         Raises:
-            UserError: weights of another model.
+            UserError: They are those of another model.
         """
         try:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -680,18 +694,18 @@ class Classifier(LightningModule):
         weights_only: bool | None = True,
         **kwargs: Any,
     ) -> Self:
-        """A model from a checkpoint; nothing in the file can import or run code.
+        """Load a model from a checkpoint; nothing in the file can import or run code.
 
         Args:
-            checkpoint_path: the file.
-            map_location: where the tensors go.
-            hparams_file: not used; hyper-parameters are in the checkpoint.
-            strict: whether all weights must match, True by default.
-            weights_only: not used; only plain data is ever read.
-            kwargs: hyper-parameters that replace the saved ones.
+            checkpoint_path: The file.
+            map_location: The device for the tensors.
+            hparams_file: Not used; hyper-parameters are in the checkpoint.
+            strict: Whether all weights must match, True by default.
+            weights_only: Not used; only plain data is ever read.
+            kwargs: Hyper-parameters that replace the saved ones.
 
         Raises:
-            UserError: a file that cannot be read, or that names a class which is not imported.
+            UserError: The file cannot be read, or names a class which is not imported.
         """
         checkpoint = read_checkpoint(cast(str, checkpoint_path), map_location)
         refuse_others(cast(str, checkpoint_path), checkpoint, cls)
@@ -705,29 +719,32 @@ class Classifier(LightningModule):
         return model
 
 
-def _stands_in(part: nn.Module, shortcut: str, *general: str) -> bool:
-    """Whether a method may be called instead of the general ones: a subclass that overrides only those means them."""
+def _may_replace(part: nn.Module, shortcut: str, *general: str) -> bool:
+    """Whether the `shortcut` method may be called instead of the general ones.
+
+    It may not if a subclass overrides only the general ones, because the shortcut would ignore that.
+    """
     for cls in type(part).__mro__:
         if vars(cls).keys() & {shortcut, *general}:
             return shortcut in vars(cls)
     return False
 
 
-# what in timm's arguments says where other weights lie; the checkpoint has its own
+# timm's arguments with a source of other weights; the checkpoint has its own
 _WEIGHT_SOURCES = {
     "checkpoint_path", "cache_dir", "url", "file", "state_dict", "source", "hf_hub_id", "hf_hub_filename", "custom_load",
 }  # fmt: skip
 
 
 def plain_hyperparameters(checkpoint: dict[str, Any], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The constructor arguments that a checkpoint holds, checked to be plain data that names no code and asks for no other weights.
+    """Return a checkpoint's constructor arguments, checked to be plain data that names no code and asks for no other weights.
 
     Args:
-        checkpoint: what `read_checkpoint` returns.
-        given: arguments of the caller's own, which take the place of the saved ones.
+        checkpoint: The content, as `read_checkpoint` returns it.
+        given: Arguments of the caller, which replace the saved ones.
 
     Raises:
-        UserError: anything else; a backbone that is described outside of timm, unless it is `given`.
+        UserError: There is anything else, or a backbone that is described outside of timm and not `given`.
     """
     given = given or {}
     saved = {k: v for k, v in checkpoint["hyper_parameters"].items() if k != "_instantiator" and k not in given}

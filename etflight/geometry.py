@@ -12,33 +12,33 @@ from torch import Tensor
 
 from etflight.utils.errors import UserError
 
-_MOST_OPTIMISED = 16_384  # classes; one more would make a step of the descent too slow
+_MOST_OPTIMISED = 16_384  # classes; with more, a step of the descent would be too slow
 _COSINES_AT_ONCE = 2**23
 _DRAWN_AT_ONCE = 2**20  # numbers, in float64
-_HOTTEST, _COLDEST = 0.3, 0.02  # temperatures, the last one over the square root of the number of steps
-_FASTEST, _SLOWEST = 0.3, 0.2  # angles of a step, the last one over the number of steps
-_MEAN_DECAY, _POWER_DECAY = 0.9, 0.99  # Adam's, with one power for each vector
+_HOTTEST, _COLDEST = 0.3, 0.02  # temperatures; the last one is divided by the square root of the number of steps
+_FASTEST, _SLOWEST = 0.3, 0.2  # angles of a step; the last one is divided by the number of steps
+_MEAN_DECAY, _POWER_DECAY = 0.9, 0.99  # those of Adam, with one power for each vector
 _log = logging.getLogger(__name__)
 
 
 def simplex_etf(num_classes: int, feature_dim: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    r"""The simplex equiangular tight frame: unit rows with pairwise inner product `-1/(K-1)`.
+    r"""Make the simplex equiangular tight frame: unit rows with pairwise inner product `-1/(K-1)`.
 
     `W = sqrt(K/(K-1)) Vᵀ Qᵀ` with `V` the Helmert matrix `[K-1, K]` (orthonormal rows, orthogonal to the ones vector) and `Q` a
     Haar-random `[d, K-1]` with orthonormal columns. Unlike the polar form `sqrt(K/(K-1)) (I - 11ᵀ/K) U` this is a
-    simplex for every `K <= d + 1`, `K = d + 1` included. Computed in float64, then cast.
+    simplex for every `K <= d + 1`, `K = d + 1` included. It is computed in float64, then cast.
 
     Args:
-        num_classes: K >= 2.
-        feature_dim: d >= K - 1.
-        seed: picks the rotation Q; the same seed gives bitwise the same frame on one machine.
-        dtype: of the result; inner products are exact to 1e-12 in float64 and 1e-6 in float32.
+        num_classes: The number of classes K >= 2.
+        feature_dim: The dimension d >= K - 1.
+        seed: The seed of the rotation Q; the same seed gives bitwise the same frame on one machine.
+        dtype: The dtype of the result; inner products are exact to 1e-12 in float64 and 1e-6 in float32.
 
     Returns:
         `[K, d]`, rows of norm 1 that sum to zero.
 
     Raises:
-        UserError: fewer than two classes, or more than d + 1; a negative seed.
+        UserError: There are fewer than two classes or more than d + 1, or the seed is negative.
 
     Source:
         Papyan, Han & Donoho 2020, Definition 1 (the frame); Yang et al. 2022, arXiv 2203.09081, equation 1 (as classifier).
@@ -59,18 +59,18 @@ def simplex_etf(num_classes: int, feature_dim: int, *, seed: int = 0, dtype: tor
 
 
 def simplex_equiangular_tight_frame(k: int, d: int, seed: int = 0) -> np.ndarray:
-    """The simplex ETF as a NumPy array: `M[i] @ M[j]` is 1 for `i == j` and `-1/(k-1)` otherwise.
+    """Make the simplex ETF as a NumPy array: `M[i] @ M[j]` is 1 for `i == j` and `-1/(k-1)` otherwise.
 
     Args:
-        k: number of vectors, at least 2 and at most `d + 1`.
-        d: their dimension.
-        seed: picks the rotation.
+        k: The number of vectors, at least 2 and at most `d + 1`.
+        d: The dimension of the vectors.
+        seed: The seed of the rotation.
 
     Returns:
         `[k, d]`, float64.
 
     Raises:
-        UserError: fewer than two vectors, or more than d + 1.
+        UserError: There are fewer than two vectors or more than d + 1, or the seed is negative.
 
     Example:
         >>> M = simplex_equiangular_tight_frame(5, 8)
@@ -84,21 +84,21 @@ def simplex_equiangular_tight_frame(k: int, d: int, seed: int = 0) -> np.ndarray
 
 
 def nearest_etf(M: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The simplex ETF closest to the rows of `M`, in closed form.
+    r"""Compute the simplex ETF closest to the rows of `M`, in closed form.
 
     With `V` the Helmert matrix and the polar decomposition `V M = U S Zᵀ`, the frame `sqrt(K/(K-1)) Vᵀ U Zᵀ` maximises the inner
     product with the centred rows `M_c` over all simplex ETFs (orthogonal Procrustes), and
     `score = ‖M_c‖_* / (sqrt(K-1) ‖M_c‖_F)`.
 
     Args:
-        M: `[K, d]`, any float dtype, class means or class vectors; adding one vector to every row changes nothing.
+        M: Class means or class vectors `[K, d]`, any float dtype; adding one vector to every row does not change the result.
 
     Returns:
-        The frame `[K, d]` of unit rows and the score, a scalar in [0, 1] that is 1 exactly when the centred rows are a multiple of
+        The frame `[K, d]` of unit rows and the score, a scalar in [0, 1] that is 1 exactly if the centred rows are a multiple of
         a simplex ETF. The squared Frobenius distance between the two, each scaled to norm 1, is `2 - 2 score`.
 
     Raises:
-        UserError: K > d + 1, or centred rows of rank below K - 1 (the closest frame is not unique then).
+        UserError: K > d + 1, or the centred rows have a rank below K - 1, so that the closest frame is not unique.
 
     Source:
         Schönemann 1966, "A generalized solution of the orthogonal Procrustes problem".
@@ -122,34 +122,34 @@ def nearest_etf(M: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def class_code(num_classes: int, feature_dim: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The best known code of unit class vectors: the largest pairwise cosine is as small as it can be made.
+    """Make the best known code of unit class vectors, whose largest pairwise cosine is as small as possible.
 
     - `K <= d + 1`: the simplex, all cosines `-1/(K-1)`.
     - `d + 1 < K <= 2d`: `m = K - d` mutually orthogonal simplices of near-equal size; the largest cosine is 0, which no
       code of so many vectors can undercut (Rankin 1955). `K = 2d` is the orthoplex.
     - `d = 2`: the regular polygon, largest cosine `cos(2π/K)`.
     - other `K <= 16,384`: a softmax code, found by minimising `T log Σ_{i<j} exp(w_i·w_j / T)` while T falls, the best of up to
-      64 random starts, fewer and shorter ones the larger the code: about a second for small ones, 5 at K = 1000 and d = 128, 60 to 120 at
-      K = 16,384 and d from 64 to 512, on one core. Where an optimal centred code is known (icosahedron, 24-cell, roots
-      of E8, …) the tests find its largest cosine to 5e-4; elsewhere it is a local optimum.
-    - above: random directions, whose largest cosine is about `2 sqrt(log(K) / d)`.
+      64 random starts; larger codes get fewer and shorter starts. On one core it takes about a second for small codes, 5 at K = 1000 and
+      d = 128, and 60 to 120 at K = 16,384 and d from 64 to 512. If an optimal centred code is known (icosahedron, 24-cell, roots
+      of E8, …), the tests find its largest cosine to 5e-4; otherwise it is a local optimum.
+    - larger K: random directions, whose largest cosine is about `2 sqrt(log(K) / d)`.
 
-    Rows always sum to zero. Memory beyond the result: a few times its size and blocks of 2^23 cosines for the descent, 8 MB for random
-    directions. The same seed gives bitwise the same code on one machine; on another one rounding, which the descent amplifies, may lead
-    to another code, as good. The largest cosine of the last two kinds is logged at level INFO, from 1,024 vectors
-    where there are more; `largest_cosine` computes it from all.
+    Rows always sum to zero. Beyond the result, the descent needs a few times its memory and blocks of 2^23 cosines, and random directions
+    need 8 MB. The same seed gives bitwise the same code on one machine; on another machine rounding, which the descent amplifies, may lead
+    to another code that is as good. The largest cosine of the last two kinds is logged at level INFO, from 1,024 vectors
+    if there are more; `largest_cosine` computes it from all.
 
     Args:
-        num_classes: K >= 2.
-        feature_dim: d >= 1.
-        seed: picks the rotation (Haar), or the random starts.
-        dtype: of the result.
+        num_classes: The number of classes K >= 2.
+        feature_dim: The dimension d >= 1.
+        seed: The seed of the rotation (Haar), or of the random starts.
+        dtype: The dtype of the result.
 
     Returns:
         `[K, d]`, unit rows.
 
     Raises:
-        UserError: fewer than two classes; d = 1 with K > 2; a negative seed.
+        UserError: There are fewer than two classes, d = 1 with K > 2, or the seed is negative.
 
     Source:
         Jiang et al. 2023, arXiv 2310.05351 (softmax codes).
@@ -187,20 +187,20 @@ def class_code(num_classes: int, feature_dim: int, *, seed: int = 0, dtype: torc
 
 
 def _orthogonal_simplices(num_classes: int, feature_dim: int) -> np.ndarray:
-    """`K - d` simplices of near-equal size in orthogonal subspaces: a simplex of s vectors fills s - 1 dimensions."""
+    """Make `K - d` simplices of near-equal size in orthogonal subspaces; a simplex of s vectors fills s - 1 dimensions."""
     parts = np.array_split(np.arange(num_classes), num_classes - feature_dim)
     code: np.ndarray = block_diag(*(_regular_simplex(len(part)) for part in parts))
     return code
 
 
 def _regular_simplex(size: int) -> np.ndarray:
-    """`[s, s - 1]`, unit rows with pairwise inner product `-1/(s-1)`."""
+    """Make `[s, s - 1]`, unit rows with pairwise inner product `-1/(s-1)`."""
     simplex: np.ndarray = math.sqrt(size / (size - 1)) * helmert(size).T
     return simplex
 
 
 def _haar(rows: int, columns: int, seed: int) -> np.ndarray:
-    """A Haar-random matrix with orthonormal columns; without the signs of R, QR's convention would bias it."""
+    """Draw a Haar-random matrix with orthonormal columns; without the signs of R, QR's convention would bias it."""
     _check_seed(seed)
     gaussian = np.random.Generator(np.random.PCG64(seed)).standard_normal((rows, columns))
     Q, R = np.linalg.qr(gaussian)
@@ -221,10 +221,10 @@ def _check_sizes(num_classes: int, feature_dim: int) -> None:
 
 
 def _softmax_code(num_vectors: int, dim: int, seed: int) -> Tensor:
-    """The best of a few descents on `T log Σ_{i<j} exp(w_i·w_j / T)` over centred unit vectors, while T falls to nearly 0; float64.
+    """Find the best of a few descents on `T log Σ_{i<j} exp(w_i·w_j / T)` over centred unit vectors, as T falls to nearly 0; float64.
 
-    Slow cooling finds the symmetric codes that a quench misses, so small problems get 2,000 steps and up to 64 starts; the number of
-    steps falls with the square root of what one costs.
+    Slow cooling finds the symmetric codes that fast cooling misses, so small problems get 2,000 steps and up to 64 starts; the number of
+    steps falls with the square root of the cost of a step.
     """
     cost = num_vectors**2 * (dim + 20) / 1e7
     steps = max(8, round(2000 / math.sqrt(max(1.0, cost))))
@@ -247,7 +247,7 @@ def _softmax_code(num_vectors: int, dim: int, seed: int) -> Tensor:
 
 
 def _random_directions(num_vectors: int, dim: int, seed: int, dtype: torch.dtype) -> Tensor:
-    """Seeded random directions `[K, d]`, the same in every dtype, drawn in blocks."""
+    """Draw seeded random directions `[K, d]` in blocks, the same in every dtype."""
     generator = np.random.Generator(np.random.PCG64(seed))
     W = torch.empty(num_vectors, dim, dtype=dtype, device="cpu")
     for block in torch.split(W, max(1, _DRAWN_AT_ONCE // dim)):
@@ -256,7 +256,10 @@ def _random_directions(num_vectors: int, dim: int, seed: int, dtype: torch.dtype
 
 
 def _centre(W: Tensor, rounds: int) -> Tensor:
-    """Unit vectors that sum to zero, in place: each round shrinks the mean about d times, as scaling to norm 1 hardly moves it."""
+    """Make unit vectors sum to zero, in place.
+
+    Each round shrinks the mean about d times, because scaling to norm 1 hardly moves it.
+    """
     for _ in range(rounds):
         W -= W.mean(dim=-2, keepdim=True)
         W /= W.norm(dim=-1, keepdim=True)
@@ -264,14 +267,15 @@ def _centre(W: Tensor, rounds: int) -> Tensor:
 
 
 def largest_cosine(code: Tensor, *, rows: int | None = None) -> float:
-    """The largest cosine between two rows of a code, in blocks of bounded memory.
+    """Compute the largest cosine between two rows of a code, in blocks of bounded memory.
 
     Args:
-        code: `[K, d]`, unit rows.
-        rows: compare only so many rows, evenly spread, with all others, which gives a lower bound in less time; all by default.
+        code: The code `[K, d]`, unit rows.
+        rows: The number of rows, evenly spread, that are compared with all others; fewer than K give a lower bound in less time. All by
+            default.
 
     Returns:
-        In [-1, 1], to rounding.
+        The cosine, in [-1, 1] up to rounding.
 
     Example:
         >>> round(largest_cosine(torch.eye(3)[[0, 1, 1]]), 6)
@@ -289,7 +293,10 @@ def largest_cosine(code: Tensor, *, rows: int | None = None) -> float:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Several would round differently, which the descent amplifies, and on a busy machine wait for each other most of the time."""
+    """Use one thread within the block.
+
+    Several threads would round differently, which the descent amplifies, and on a busy machine mostly wait for each other.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -299,9 +306,9 @@ def _one_thread() -> Iterator[None]:
 
 
 def _gradient(W: Tensor, temperature: float) -> Tensor:
-    """Of `T log Σ_{i<j} exp(w_i·w_j / T)` in each W `[…, K, d]`, from one triangle of cosines, a block of rows at a time.
+    """The gradient of `T log Σ_{i<j} exp(w_i·w_j / T)` in each W `[…, K, d]`, from one triangle of cosines, a block of rows at a time.
 
-    The exponentials are relative to the largest cosine so far; when a larger one comes, what was summed before shrinks.
+    The exponentials are relative to the largest cosine so far; if a larger one comes, the earlier sums are scaled down.
     """
     starts, K, _ = W.shape
     gradient = torch.zeros_like(W)

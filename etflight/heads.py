@@ -1,4 +1,4 @@
-"""Classifier heads: what maps a backbone's pooled features to logits, and the class vectors it does it with."""
+"""Classifier heads: they map a backbone's pooled features to logits, with class vectors."""
 
 import math
 from abc import ABC, abstractmethod
@@ -15,13 +15,16 @@ from etflight.geometry import class_code, simplex_etf
 from etflight.utils.errors import UserError
 from etflight.utils.precision import at_least_float32
 
-_WIDEST = 2**17  # of a projection: a frame and a layer of this width still fit some machine's memory
+_WIDEST = 2**17  # the largest width of a projection; a frame and a layer of this width still fit some machine's memory
 _codes_follow = ContextVar("codes_follow", default=False)
 
 
 @contextmanager
 def codes_from_state_dict() -> Iterator[None]:
-    """Within it, sphere codes are not computed, which can take minutes, but left NaN: for models whose state dict is loaded next."""
+    """Leave sphere codes NaN within the block, for models whose state dict is loaded next.
+
+    Computing them can take minutes.
+    """
     token = _codes_follow.set(True)
     try:
         yield
@@ -30,20 +33,20 @@ def codes_from_state_dict() -> Iterator[None]:
 
 
 class Head(nn.Module, ABC):
-    """What every head has; whatever obeys it can be trained by `Classifier` and measured by the callbacks.
+    """The base class of heads; any subclass can be trained by `Classifier` and measured by the callbacks.
 
     Args:
-        in_features: width d of the features it takes.
-        num_classes: K >= 2.
+        in_features: The width d of the features it takes.
+        num_classes: The number of classes K >= 2.
 
     Attributes:
-        in_features: d.
-        num_classes: K.
-        weight: class vectors `[K, d']`, a parameter or a buffer.
-        bias: `[K]`, or None.
+        in_features: The width d.
+        num_classes: The number of classes K.
+        weight: The class vectors `[K, d']`, a parameter or a buffer.
+        bias: The biases `[K]`, or None.
 
     Raises:
-        UserError: fewer than two classes.
+        UserError: There are fewer than two classes.
     """
 
     weight: Tensor
@@ -58,10 +61,10 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, features: Tensor) -> Tensor:
-        """The embedding that meets the class vectors.
+        """Compute the embedding that is compared with the class vectors.
 
         Args:
-            features: `[B, d]`, any float dtype.
+            features: The features `[B, d]`, any float dtype.
 
         Returns:
             `[B, d']`.
@@ -69,7 +72,7 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:
-        """Logits `[B, K]` of features `[B, d]`."""
+        """Compute the logits `[B, K]` of features `[B, d]`."""
 
 
 class ETFHead(Head):
@@ -78,31 +81,31 @@ class ETFHead(Head):
     `embed` is an optional projection, an optional `BatchNorm1d`, L2 normalisation, then an optional rotation; the logits are
     `scale · cos(h, w_k)`.
 
-    The frame is a buffer: it is in the state dict, so a checkpoint always meets its own frame, but no optimizer sees it.
+    The frame is a buffer: it is in the state dict, so a checkpoint always brings its own frame, but no optimizer sees it.
 
     BatchNorm is on by default: features pooled after a ReLU are non-negative and cannot reach the negative cosines of a simplex.
-    Normalisation and the product with the class vectors stay in float32 under autocast, and in a network of half precision, whose
-    frame stays in float32, too: bfloat16 rounds a cosine of 0.9985 to 1, where dot regression has no gradient. In float64 they are in
+    Normalisation and the product with the class vectors stay in float32 under autocast and in a network of half precision, whose frame
+    stays in float32 too: bfloat16 rounds a cosine of 0.9985 to 1, where dot regression has no gradient. In a network of float64 they are in
     float64.
 
     Args:
-        in_features: d, width of the backbone's pooled features.
-        num_classes: K.
-        projection_dim: width d' of a projection before the frame, or None for none: linear up to `in_features`, above it
-            Linear-BatchNorm-ReLU-Linear (a linear map keeps the rank d, so it could not make room for more classes).
+        in_features: The width d of the backbone's pooled features.
+        num_classes: The number of classes K.
+        projection_dim: The width d' of a projection before the frame, or None for no projection. It is linear up to `in_features`, and
+            above that Linear-BatchNorm-ReLU-Linear (a linear map keeps the rank d, so it could not make room for more classes).
         code: "simplex", which needs K <= d' + 1, or "sphere", `etflight.class_code`, which for K > 2d' takes seconds to minutes
-            to compute; a checkpoint brings it along.
-        batch_norm: whether to apply an affine `BatchNorm1d` to the embedding.
-        normalize: whether to scale the embedding to norm 1.
-        scale: multiplies the cosine, > 0; 1 for dot regression, larger for cross-entropy, whose softmax of
-            unit cosines can never be confident.
-        learn_scale: whether the scale is a parameter.
-        learn_rotation: whether a learnable `Rotation`, at first the identity, comes last in the embedding. With `<w_k, R h> = <Rᵀ w_k, h>`
-            this is the frame turning as a rigid body, but no class vector has to move: see `Rotation`.
-        seed: picks the frame's rotation, which `learn_rotation` starts from.
+            to compute; a checkpoint already holds it.
+        batch_norm: Whether to apply an affine `BatchNorm1d` to the embedding.
+        normalize: Whether to scale the embedding to norm 1.
+        scale: The factor of the cosine, > 0; 1 for dot regression, larger for cross-entropy, whose softmax of unit cosines can never be
+            confident.
+        learn_scale: Whether the scale is a parameter.
+        learn_rotation: Whether a learnable `Rotation`, at first the identity, comes last in the embedding. Because of
+            `<w_k, R h> = <Rᵀ w_k, h>`, this turns the frame as a rigid body without moving a class vector: see `Rotation`.
+        seed: The seed of the frame's rotation, from which `learn_rotation` starts.
 
     Raises:
-        UserError: K and d' admit no such code, or an argument is out of range.
+        UserError: No such code exists for K and d', or an argument is out of range.
 
     Source:
         Yang et al. 2022, arXiv 2203.09081, section 3.
@@ -143,11 +146,11 @@ class ETFHead(Head):
 
     @property
     def scale(self) -> float | Tensor:
-        """What multiplies the cosine: a number, or when learned a scalar tensor (its logarithm is the parameter, so it stays positive)."""
+        """The factor of the cosine: a number, or if learned a scalar tensor (the parameter is its logarithm, so it stays positive)."""
         return self._scale if self._log_scale is None else self._log_scale.exp()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or convert as any module; but a frame of half precision would be none."""
+        """Move or convert like any module, but keep the frame's dtype in half precision, which would be too coarse for it."""
         frame = self.weight
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.weight.dtype in (torch.bfloat16, torch.float16):
@@ -155,24 +158,24 @@ class ETFHead(Head):
         return self
 
     def embed(self, features: Tensor) -> Tensor:
-        """Unit embeddings `[B, d']` in float32, or float64 (not scaled to norm 1 with `normalize=False`)."""
+        """Compute embeddings `[B, d']` in float32, or float64; they have norm 1 unless `normalize` is False."""
         embedding = at_least_float32(self.batch_norm(self.projection(features)))
         embedding = F.normalize(embedding, dim=1) if self.normalize else embedding
         return cast(Tensor, self.rotation(embedding))
 
     def forward(self, features: Tensor) -> Tensor:
-        """`scale · <w_k, h>` for every class, `[B, K]` in float32, or float64."""
+        """Compute `scale · <w_k, h>` for every class, `[B, K]` in float32, or float64."""
         return _exact_product(self.embed(features), self.weight) * self.scale
 
     def target_logits(self, features: Tensor, target: Tensor) -> Tensor:
-        """The logit of each sample's own class only: O(B·d) time and memory, forward and backward, whatever K.
+        """Compute the logit of each sample's own class only: O(B·d) time and memory, forward and backward, whatever K.
 
-        `Classifier` trains dot regression with it, so a subclass that computes other logits overrides both methods. (One that overrides
-        only `forward` is trained with that.)
+        `Classifier` trains dot regression with it, so a subclass that computes other logits overrides both methods. (If it overrides only
+        `forward`, `Classifier` uses that.)
 
         Args:
-            features: `[B, d]`, any float dtype.
-            target: class indices `[B]`, int64.
+            features: The features `[B, d]`, any float dtype.
+            target: The class indices `[B]`, int64.
 
         Returns:
             `[B]`, float32 or float64, equal to `forward(features)[arange(B), target]`.
@@ -181,24 +184,24 @@ class ETFHead(Head):
         return (self.embed(features) * own).sum(dim=1) * self.scale
 
     def extra_repr(self) -> str:
-        """Sizes, for `print(head)`."""
+        """Return the sizes, for `print(head)`."""
         return f"num_classes={self.num_classes}, dim={self.weight.shape[1]}, normalize={self.normalize}"
 
 
 class Rotation(nn.Module):
-    """A learnable rotation, `R h` with `R = (I - S)⁻¹ (I + S)` and `S = (A - Aᵀ)/2`: orthogonal to rounding whatever A becomes.
+    """A learnable rotation, `R h` with `R = (I - S)⁻¹ (I + S)` and `S = (A - Aᵀ)/2`: orthogonal up to rounding, whatever A becomes.
 
-    Lengths and angles stay as they are, so a frame that is met through it keeps its Gram matrix. It is the identity at first.
+    Lengths and angles are preserved, so a frame that is seen through it keeps its Gram matrix. At first it is the identity.
 
     Args:
-        dim: d.
+        dim: The dimension d.
 
     Attributes:
-        generator: A `[d, d]`, of which only the skew-symmetric part counts.
+        generator: The matrix A `[d, d]`, of which only the skew-symmetric part counts.
 
     Source:
-        Cayley's transform, which reaches every rotation but those with an eigenvalue -1. It needs one d x d solve a batch, where a matrix
-        exponential is many times as slow.
+        Cayley's transform reaches every rotation except those with an eigenvalue -1. It takes one d x d solve per batch; a matrix
+        exponential is many times slower.
     """
 
     def __init__(self, dim: int) -> None:
@@ -206,14 +209,14 @@ class Rotation(nn.Module):
         self.generator = nn.Parameter(torch.zeros(dim, dim))
 
     def matrix(self) -> Tensor:
-        """R `[d, d]`, float32 or float64, with determinant 1."""
+        """Compute R `[d, d]`, float32 or float64, with determinant 1."""
         A = at_least_float32(self.generator)
         S = (A - A.T) / 2
         one = torch.eye(len(A), dtype=A.dtype, device=A.device)
         return cast(Tensor, torch.linalg.solve(one - S, one + S))
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """Rotated rows `[B, d]`, in float32 under autocast, too, or in float64."""
+        """Rotate rows `[B, d]` in float32, even under autocast, or in float64."""
         return _exact_product(at_least_float32(embedding), self.matrix())
 
 
@@ -223,12 +226,12 @@ class LinearHead(Head):
     The two `feature_` options give it the embedding of `ETFHead`, so that an experiment can change one thing at a time.
 
     Args:
-        in_features: d.
-        num_classes: K.
-        use_bias: whether there is a bias.
-        feature_batch_norm: whether an affine `BatchNorm1d` comes before the product.
-        feature_normalize: whether the embedding is scaled to norm 1.
-        frozen: whether weight and bias keep their random values: a control that separates "fixed" from "fixed to a frame".
+        in_features: The width d of the features.
+        num_classes: The number of classes K.
+        use_bias: Whether there is a bias.
+        feature_batch_norm: Whether an affine `BatchNorm1d` comes before the product.
+        feature_normalize: Whether the embedding is scaled to norm 1.
+        frozen: Whether weight and bias keep their random values: a control that separates "fixed" from "fixed to a frame".
     """
 
     def __init__(
@@ -244,18 +247,18 @@ class LinearHead(Head):
         super().__init__(in_features, num_classes)
         self.feature_normalize = feature_normalize
         self.batch_norm = nn.BatchNorm1d(in_features) if feature_batch_norm else nn.Identity()
-        # for torch's own initialisation
+        # nn.Linear gives torch's own initialisation
         linear = nn.Linear(in_features, num_classes, bias=use_bias).requires_grad_(not frozen)
         self.weight = linear.weight
         self.bias = linear.bias
 
     def embed(self, features: Tensor) -> Tensor:
-        """`[B, d]`: the features themselves unless an option says otherwise."""
+        """Return the features `[B, d]` themselves, unless an option changes them."""
         embedding: Tensor = self.batch_norm(features)
         return F.normalize(at_least_float32(embedding), dim=1) if self.feature_normalize else embedding
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits `[B, K]`."""
+        """Compute the logits `[B, K]`."""
         embedding = self.embed(features)
         dtype = torch.promote_types(embedding.dtype, self.weight.dtype)  # they differ in a network of half precision
         bias = None if self.bias is None else self.bias.to(dtype)
@@ -265,19 +268,19 @@ class LinearHead(Head):
 class ScaledLinearHead(Head):
     """A linear head with a learnable scale for each class, `s_k (w_k h + b_k)`: learnable weight scaling (LWS).
 
-    For a second stage, in which `linear` comes from a trained `LinearHead` and stays as it is; see `etflight.callbacks.FineTuning`.
+    It is for a second stage, in which `linear` comes from a trained `LinearHead` and does not change; see `etflight.callbacks.FineTuning`.
 
     Args:
-        in_features: d.
-        num_classes: K.
+        in_features: The width d of the features.
+        num_classes: The number of classes K.
 
     Attributes:
-        linear: the `nn.Linear` that is scaled.
-        class_scale: `[K]`, 1 at first.
+        linear: The `nn.Linear` that is scaled.
+        class_scale: The scale of each class, `[K]`, 1 at first.
 
     Source:
         Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, arXiv 1910.09217, section 4.2;
-        the bias is scaled, too, as in its released code.
+        the bias is scaled too, as in its released code.
     """
 
     def __init__(self, in_features: int, num_classes: int) -> None:
@@ -287,20 +290,20 @@ class ScaledLinearHead(Head):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """Scaled class vectors `[K, d]`."""
+        """The scaled class vectors `[K, d]`."""
         return self.class_scale[:, None] * self.linear.weight
 
     @property
     def bias(self) -> Tensor:  # type: ignore[override]
-        """Scaled biases `[K]`."""
+        """The scaled biases `[K]`."""
         return self.class_scale * self.linear.bias
 
     def embed(self, features: Tensor) -> Tensor:
-        """`[B, d]`: the features themselves."""
+        """Return the features `[B, d]` themselves."""
         return features
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits `[B, K]`."""
+        """Compute the logits `[B, K]`."""
         return self.class_scale * cast(Tensor, self.linear(features))
 
 
@@ -308,13 +311,13 @@ class CosineHead(Head):
     """A learnable head on the sphere: `cosine_scale · cos(h, w_k)`, no bias.
 
     Args:
-        in_features: d.
-        num_classes: K.
-        cosine_scale: multiplies the cosine, > 0.
-        feature_batch_norm: whether an affine `BatchNorm1d` comes before the normalisation, as in `ETFHead`.
+        in_features: The width d of the features.
+        num_classes: The number of classes K.
+        cosine_scale: The factor of the cosine, > 0.
+        feature_batch_norm: Whether an affine `BatchNorm1d` comes before the normalisation, as in `ETFHead`.
 
     Raises:
-        UserError: a scale that is not positive.
+        UserError: The scale is not positive.
 
     Source:
         Gidaris & Komodakis, "Dynamic Few-Shot Visual Learning without Forgetting", CVPR 2018, arXiv 1804.09458, section 3.
@@ -332,12 +335,12 @@ class CosineHead(Head):
         self.bias = None
 
     def embed(self, features: Tensor) -> Tensor:
-        """Unit embeddings `[B, d]` in float32, or float64."""
+        """Compute unit embeddings `[B, d]` in float32, or float64."""
         embedding = at_least_float32(self.batch_norm(features))
         return F.normalize(embedding, dim=1) if self.feature_normalize else embedding
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits `[B, K]` in float32, or float64."""
+        """Compute the logits `[B, K]` in float32, or float64."""
         directions = F.normalize(at_least_float32(self.weight), dim=1)
         return _exact_product(self.embed(features), directions) * self.cosine_scale
 

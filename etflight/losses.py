@@ -1,4 +1,4 @@
-"""Losses on logits, with class balance as a named option of all of them."""
+"""Losses on logits; each has class balance as a named option."""
 
 import math
 from abc import ABC, abstractmethod
@@ -19,33 +19,33 @@ SmoothingShape = Literal["concave", "linear", "convex"]
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class Loss(nn.Module, ABC):
-    """A mean over the batch of per-sample losses, weighted by class in training if asked.
+    """The base class of losses: the batch's mean of per-sample losses, in training weighted by class if asked.
 
     - `"none"`: every sample counts the same.
-    - `"batch"`: class y weighs `((B/U)/n_y)^exponent`, with the size B of the batch, the counts `n` (sums of probabilities when
+    - `"batch"`: class y weighs `((B/U)/n_y)^exponent`, with the size B of the batch, the counts `n` (sums of probabilities if
       targets are mixed) and the number U of classes present, all taken over every rank of the step.
     - `"global"`: class y weighs `(N/(K n_y))^exponent` from the training counts given to `set_class_counts`.
     - `"effective"`: class y weighs `(c (1-β)/(1-β^n_y))^exponent` from the training counts, the inverse of its *effective number* of
       images, with c such that these inverses sum to K (Cui et al., CVPR 2019). β = 0 is "none", β -> 1 inverse frequency.
 
-    Exponent 1 with "batch" is what the released code of Yang et al. 2022 does; 1/2 is what scaling by √E_W gives.
+    The released code of Yang et al. 2022 uses "batch" with exponent 1; scaling by √E_W gives exponent 1/2.
 
-    A mean over the batch is of B samples, whatever their weights: frequent classes of small weight then make small gradients. With
-    `renormalize` it is over the sum of their weights, as in `torch.nn.functional.cross_entropy(…, weight=…)` and the code that passes
-    its weights there, that of LDAM-DRW for one. Both B and the sum are of every rank of the step; where targets are mixed, the sum is of
-    the weights times the probabilities.
+    The mean over the batch divides by B, whatever the weights: frequent classes with small weights then make small gradients. With
+    `renormalize` it divides by the sum of the weights, as `torch.nn.functional.cross_entropy(…, weight=…)` does, and with it the code of
+    LDAM-DRW. B and the sum are taken over every rank of the step; if targets are mixed, the sum is that of the weights times the
+    probabilities.
 
-    Whatever comes from class counts, the weights here and the margins, shifts and smoothings of subclasses, acts in training mode
+    Everything that depends on class counts (these weights, and the margins, shifts and smoothings of subclasses) acts in training mode
     only: in eval mode nothing is communicated, no counts are needed, and the loss is the plain one of the same logits.
 
     Args:
         class_balance: "none", "batch", "global" or "effective".
-        exponent: of the weights, >= 0.
-        beta: β of "effective", in [0, 1).
-        renormalize: whether the weights of a step are divided by their mean over its samples.
+        exponent: The exponent of the weights, >= 0.
+        beta: The β of "effective", in [0, 1).
+        renormalize: Whether the weights of a step are divided by their mean over its samples.
 
     Raises:
-        UserError: an unknown class balance, or a number out of range.
+        UserError: The class balance is unknown, or a number is out of range.
     """
 
     class_balance: ClassBalance = "none"
@@ -54,7 +54,7 @@ class Loss(nn.Module, ABC):
     renormalize: bool = False
 
     def __post_init__(self) -> None:
-        """Check the options; a subclass that checks its own calls this, too."""
+        """Check the options; a subclass that checks options of its own must also call this."""
         nn.Module.__init__(self)
         check_class_balance(type(self).__name__, self.class_balance)
         self._check("exponent", 0 <= self.exponent < math.inf, "must be finite and not negative")
@@ -66,19 +66,19 @@ class Loss(nn.Module, ABC):
             raise UserError(f"{type(self).__name__}: {name} {rule}, got {getattr(self, name)!r}")
 
     def set_class_balance(self, class_balance: ClassBalance) -> None:
-        """Balance otherwise from now on.
+        """Use another class balance from now on.
 
         Raises:
-            UserError: no such class balance.
+            UserError: There is no such class balance.
         """
         check_class_balance(type(self).__name__, class_balance)
         self.class_balance = class_balance
 
     def set_class_counts(self, class_counts: Tensor) -> None:
-        """Give the training counts `[K]`, which some losses and balances need; the tensor is kept, not copied.
+        """Set the training counts `[K]`, which some losses and balances need; the tensor is kept, not copied.
 
         Raises:
-            UserError: they are no counts, or no class has an image.
+            UserError: They are not counts, or no class has an image.
         """
         if class_counts.dim() != 1 or not bool(((class_counts >= 0) & class_counts.isfinite()).all()):
             raise UserError(f"{type(self).__name__}: class_counts must be [K] numbers of images, none below 0")
@@ -87,10 +87,10 @@ class Loss(nn.Module, ABC):
         self._class_counts = class_counts
 
     def training_counts(self) -> Tensor:
-        """The training counts `[K]`.
+        """Return the training counts `[K]`.
 
         Raises:
-            UserError: nobody has given them.
+            UserError: They have not been set.
         """
         if self._class_counts is None:
             raise UserError(
@@ -100,32 +100,34 @@ class Loss(nn.Module, ABC):
         return self._class_counts
 
     def check_head(self, head: nn.Module) -> None:
-        """Raise `UserError` when this loss cannot train that head; most losses take any."""
+        """Raise `UserError` if this loss cannot train that head; most losses can train any head."""
 
     @abstractmethod
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Unweighted losses; for probabilities linear in `target`, which is what lets the base weight classes.
+        """Compute the unweighted losses of the samples.
+
+        For probabilities they must be linear in `target`, so that the base class can weigh classes.
 
         Args:
-            logits: `[B, K]`, float32 or float64.
-            target: class indices `[B]`, int64, or probabilities `[B, K]`.
+            logits: The logits `[B, K]`, float32 or float64.
+            target: The class indices `[B]`, int64, or probabilities `[B, K]`.
 
         Returns:
             `[B]`.
         """
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The weighted mean over the batch, computed in float32 under autocast, too, and in float64 of such logits.
+        """Compute the weighted mean over the batch, in float32 even under autocast, or in float64 for float64 logits.
 
         Args:
-            logits: `[B, K]`, any float dtype.
-            target: class indices `[B]`, int64, or probabilities `[B, K]` whose rows sum to 1.
+            logits: The logits `[B, K]`, any float dtype.
+            target: The class indices `[B]`, int64, or probabilities `[B, K]` whose rows sum to 1.
 
         Returns:
-            Scalar.
+            The scalar loss.
 
         Raises:
-            UserError: the training counts are needed, and nobody has given them.
+            UserError: The training counts are needed, but have not been set.
         """
         logits = at_least_float32(logits)
         if not self._is_balancing():
@@ -139,7 +141,7 @@ class Loss(nn.Module, ABC):
         return self.training and self.class_balance != "none"
 
     def _class_weights(self, batch_counts: Tensor) -> Tensor:
-        """Weights `[K]` in the dtype of the counts; 0 for a class without samples, which no sample can then ask for."""
+        """Compute the weights `[K]` in the dtype of the counts; 0 for a class without samples, whose weight no sample uses."""
         step_counts = batch_counts
         if (self.class_balance == "batch" or self.renormalize) and dist.is_available() and dist.is_initialized():
             dist.all_reduce(step_counts)
@@ -159,7 +161,7 @@ class Loss(nn.Module, ABC):
         return weights
 
     def extra_repr(self) -> str:
-        """The options, for `print(loss)`."""
+        """Return the options, for `print(loss)`."""
         return ", ".join(f"{option.name}={getattr(self, option.name)!r}" for option in fields(self))
 
 
@@ -167,11 +169,11 @@ class Loss(nn.Module, ABC):
 class CrossEntropyLoss(Loss):
     """Softmax cross-entropy, with label smoothing.
 
-    `-Σ_k t_k [(1-ε) log p_k + ε/K Σ_j log p_j]`, as `torch.nn.functional.cross_entropy`; class weights belong to the target's
-    class and also scale its smoothing term.
+    It is `-Σ_k t_k [(1-ε) log p_k + ε/K Σ_j log p_j]`, as in `torch.nn.functional.cross_entropy`; the weight of the target's class also
+    scales its smoothing term.
 
     Args:
-        label_smoothing: ε in [0, 1).
+        label_smoothing: The smoothing ε in [0, 1).
     """
 
     label_smoothing: float = 0.0
@@ -182,7 +184,7 @@ class CrossEntropyLoss(Loss):
         self._check("label_smoothing", 0 <= self.label_smoothing < 1, "must lie in [0, 1)")
 
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropies `[B]`."""
+        """Compute the cross-entropies `[B]`."""
         if not target.is_floating_point():
             return F.cross_entropy(logits, target, reduction="none", label_smoothing=self.label_smoothing)
         log_p = logits.log_softmax(dim=1)
@@ -198,7 +200,7 @@ class DotRegressionLoss(Loss):
     `λ L(y_a) + (1-λ) L(y_b)`. Its gradient in h is `-(1 - cos) w_y` at matching lengths.
 
     Args:
-        length: `√(E_W E_H)`, the value that z_y is pulled to: the head's scale. > 0.
+        length: The value `√(E_W E_H)` > 0 to which z_y is pulled; it must equal the head's scale.
 
     Source:
         Yang et al. 2022, arXiv 2203.09081, section 4.
@@ -215,7 +217,7 @@ class DotRegressionLoss(Loss):
         """Refuse a head whose target logit cannot be `length`.
 
         Raises:
-            UserError: the head's scale is learned or differs from `length`, or its embeddings are not normalised.
+            UserError: The head's scale is learned or differs from `length`, or its embeddings are not normalised.
         """
         name, mend = type(head).__name__, "or use CrossEntropyLoss"
         if getattr(head, "learn_scale", False):
@@ -232,7 +234,7 @@ class DotRegressionLoss(Loss):
             )
 
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Squared errors `[B]`."""
+        """Compute the squared errors `[B]`."""
         if target.is_floating_point():
             return (target * self._squared_error(logits)).sum(dim=1)
         return self._squared_error(logits.gather(1, target[:, None]).squeeze(1))
@@ -240,18 +242,18 @@ class DotRegressionLoss(Loss):
     def from_target_logits(
         self, target_logits: Tensor, target: Tensor | None = None, num_classes: int | None = None
     ) -> Tensor:
-        """The same loss from `ETFHead.target_logits`, for class indices; `Classifier` trains with it where it can.
+        """Compute the same loss from `ETFHead.target_logits`, for class indices; `Classifier` trains with it if it can.
 
         Args:
-            target_logits: `[B]`, any float dtype.
-            target: class indices `[B]`, int64, needed only when classes are balanced.
-            num_classes: K, needed only to count a batch over several processes, unless `set_class_counts` was called.
+            target_logits: The logits `[B]` of the targets, any float dtype.
+            target: The class indices `[B]`, int64; needed only if classes are balanced.
+            num_classes: The number of classes K; needed only to count a batch over several processes, unless `set_class_counts` was called.
 
         Returns:
             The scalar loss.
 
         Raises:
-            UserError: what is needed to balance is missing: targets, K, or the training counts.
+            UserError: Targets, K or the training counts are needed to balance classes, but missing.
         """
         losses = self._squared_error(at_least_float32(target_logits))
         if not self._is_balancing():
@@ -278,13 +280,13 @@ class DotRegressionLoss(Loss):
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class FocalLoss(Loss):
-    """Focal loss: cross-entropy with the samples that are right already turned down.
+    """Focal loss: cross-entropy that gives less weight to samples that are already right.
 
     `L = -(1 - p_y)^γ log p_y` with the softmax p; for probabilities `Σ_k t_k L_k`. γ = 0 is cross-entropy. With the class balance
     "effective" it is the class-balanced focal loss of Cui et al. 2019.
 
     Args:
-        gamma: γ >= 0.
+        gamma: The exponent γ >= 0.
 
     Source:
         Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, arXiv 1708.02002, equation 4, with a softmax.
@@ -298,28 +300,28 @@ class FocalLoss(Loss):
         self._check("gamma", 0 <= self.gamma < math.inf, "must be finite and not negative")
 
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Focal losses `[B]`."""
+        """Compute the focal losses `[B]`."""
         log_p = logits.log_softmax(dim=1)
-        # not 0, where the power's gradient is infinite for γ < 1
+        # not 0, because the power's gradient is infinite there for γ < 1
         one_minus_p = (-log_p.expm1()).clamp(min=torch.finfo(log_p.dtype).eps)
         return -_at_target(one_minus_p**self.gamma * log_p, target)
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class LDAMLoss(Loss):
-    """Label-distribution-aware margin: cross-entropy after the target's cosine has lost a margin, larger for rarer classes.
+    """Label-distribution-aware margin: cross-entropy after a margin, larger for rarer classes, is subtracted from the target's cosine.
 
     With logits `z_k = s cos_k` and margins `Δ_k = max_margin (n_min / n_k)^(1/4)`: `L_y = log(1 + Σ_{k≠y} exp(z_k - (z_y - s Δ_y)))`; for
     probabilities `Σ_k t_k L_k`, a mixup pair's `λ L(y_a) + (1-λ) L(y_b)`. `max_margin = 0` is cross-entropy. A class without training
     images counts as the rarest that has some. With `renormalize` and `DeferredBalance` this is LDAM-DRW.
 
     Args:
-        max_margin: the rarest class's Δ, of cosines, in [0, 2].
-        scale: s, which must equal the head's scale: the logits come multiplied by it already. > 0.
+        max_margin: The margin Δ of the rarest class, a difference of cosines, in [0, 2].
+        scale: The scale s > 0 of the head, by which the logits are already multiplied.
 
     Source:
         Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019, arXiv 1906.07413,
-        equations 11 to 13. (Its released code has the loss multiply bare cosines by s.)
+        equations 11 to 13. (In its released code the loss multiplies bare cosines by s.)
     """
 
     max_margin: float = 0.5
@@ -335,7 +337,7 @@ class LDAMLoss(Loss):
         """Refuse a head whose logits are not `scale` times a cosine.
 
         Raises:
-            UserError: the head does not give cosines, learns its scale, or has another one.
+            UserError: The head does not give cosines, learns its scale, or has another one.
         """
         name = type(head).__name__
         scale = getattr(head, "cosine_scale", None)
@@ -350,7 +352,7 @@ class LDAMLoss(Loss):
             raise UserError(f"LDAMLoss has scale {self.scale}, but {name} has {scale}: set one to the other")
 
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Margin losses `[B]`."""
+        """Compute the margin losses `[B]`."""
         excess = _log_sum_exp_of_others(logits) - logits
         if self.training:
             excess = excess + self.scale * self._margins(logits)
@@ -363,14 +365,14 @@ class LDAMLoss(Loss):
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class LogitAdjustedLoss(Loss):
-    """Cross-entropy of logits shifted by class frequencies in training, so that the bare ones decide as if classes were balanced.
+    """Cross-entropy of logits that are shifted by class frequencies, so that the bare logits decide as if classes were balanced.
 
     `L = CE(z + τ log π, t)` with `π_k = n_k / N`. τ = 1 is *balanced softmax* (Ren et al., NeurIPS 2020, arXiv 2007.10740), τ = 0
     cross-entropy. The shift is the same for every target, so probabilities need no rule of their own. A class without training images
-    counts as the rarest that has some. To adjust a model trained with any loss afterwards instead: `Classifier(logit_adjustment=τ)`.
+    counts as the rarest that has some. `Classifier(logit_adjustment=τ)` adjusts a model afterwards instead, whatever its loss.
 
     Args:
-        tau: τ >= 0.
+        tau: The strength τ >= 0 of the adjustment.
 
     Source:
         Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, arXiv 2007.07314, equation 10.
@@ -384,7 +386,7 @@ class LogitAdjustedLoss(Loss):
         self._check("tau", 0 <= self.tau < math.inf, "must be finite and not negative")
 
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropies `[B]` of adjusted logits."""
+        """Compute the cross-entropies `[B]` of adjusted logits."""
         if self.training:
             logits = logits + self.tau * log_prior(self.training_counts().to(logits))
         return F.cross_entropy(logits, target, reduction="none")
@@ -395,17 +397,18 @@ class LabelAwareSmoothingLoss(Loss):
     """Cross-entropy with more label smoothing for the frequent classes, which are the over-confident ones.
 
     `L_y = -[(1-ε_y) log p_y + ε_y/K Σ_j log p_j]`; for probabilities `Σ_k t_k L_k`. `ε_y = ε_tail + (ε_head - ε_tail) g(f_y)` with
-    `f_y = (n_y - n_min)/(n_max - n_min)` and g one of `sin(πf/2)` ("concave"), `f` ("linear"), `1 - cos(πf/2)` ("convex"). Where all counts
-    are equal every class has ε_tail; a class without training images counts as the rarest that has some.
+    `f_y = (n_y - n_min)/(n_max - n_min)` and g one of `sin(πf/2)` ("concave"), `f` ("linear"), `1 - cos(πf/2)` ("convex"). If all counts
+    are equal, every class has ε_tail; a class without training images counts as the rarest that has some.
 
     Args:
-        head_smoothing: ε of the most frequent class, in [0, 1); the authors take 0.3 for CIFAR-10-LT and 0.4 for CIFAR-100-LT at ratio 100.
-        tail_smoothing: ε of the rarest class, from 0 to `head_smoothing`; the authors take 0 and 0.1.
-        shape: how ε rises with the count.
+        head_smoothing: The ε of the most frequent class, in [0, 1); at ratio 100 the authors take 0.3 for CIFAR-10-LT and
+            0.4 for CIFAR-100-LT.
+        tail_smoothing: The ε of the rarest class, from 0 to `head_smoothing`; the authors take 0 and 0.1.
+        shape: The curve by which ε rises with the count.
 
     Source:
         Zhong et al., "Improving Calibration for Long-Tailed Recognition" (MiSLAS), CVPR 2021, arXiv 2104.00466, section 3.2. The
-        smoothed part goes to all K classes, as in its released code and in `CrossEntropyLoss`; the paper gives ε/(K-1) to the others.
+        smoothed part goes to all K classes, as in its released code and in `CrossEntropyLoss`; in the paper the other classes get ε/(K-1).
     """
 
     head_smoothing: float = 0.3
@@ -423,7 +426,7 @@ class LabelAwareSmoothingLoss(Loss):
         self._check("shape", self.shape in shapes, f"must be one of {', '.join(shapes)}")
 
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Smoothed cross-entropies `[B]`."""
+        """Compute the smoothed cross-entropies `[B]`."""
         log_p = logits.log_softmax(dim=1)
         if not self.training:
             return -_at_target(log_p, target)
@@ -447,11 +450,11 @@ def check_class_balance(owner: str, class_balance: str) -> None:
     """Refuse a class balance that does not exist.
 
     Args:
-        owner: whose argument it is, for the error.
-        class_balance: what was given.
+        owner: The class that has the argument, for the error.
+        class_balance: The given value.
 
     Raises:
-        UserError: no such class balance.
+        UserError: There is no such class balance.
     """
     names = get_args(ClassBalance)
     if class_balance not in names:
@@ -459,7 +462,10 @@ def check_class_balance(owner: str, class_balance: str) -> None:
 
 
 def log_prior(class_counts: Tensor) -> Tensor:
-    """`log π`, `[K]`, of the class frequencies; float64 of such counts, else float32; a class without images counts as the rarest."""
+    """Compute `log π`, `[K]`, of the class frequencies, in float64 for float64 counts, else in float32.
+
+    A class without images counts as the rarest that has some.
+    """
     counts = _positive(class_counts)
     return (counts / counts.sum()).log()
 
@@ -477,7 +483,7 @@ def _at_target(values: Tensor, target: Tensor) -> Tensor:
 
 
 def _log_sum_exp_of_others(logits: Tensor) -> Tensor:
-    """`log Σ_{j≠k} exp z_j` for every k, `[B, K]`; the largest logit's anew, because 1 - p would lose all its digits."""
+    """`log Σ_{j≠k} exp z_j` for every k, `[B, K]`; the largest is summed separately, because its 1 - p would lose all digits."""
     top = logits.argmax(dim=1, keepdim=True)
     p_of_rest = logits.softmax(dim=1).scatter(1, top, 0.0)
     without_top = logits.scatter(1, top, torch.finfo(logits.dtype).min).logsumexp(dim=1, keepdim=True)

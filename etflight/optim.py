@@ -1,6 +1,6 @@
 """Optimizer, parameter groups and learning-rate schedules of the field's protocols, composed from torch's own.
 
-`Classifier` gives the trainer's `max_epochs` to a schedule that takes `total_epochs` and was given none.
+`Classifier` passes the trainer's `max_epochs` to a schedule that takes `total_epochs` and has no value for it.
 """
 
 import math
@@ -25,22 +25,22 @@ PROTOCOL_SGD = partial(SGD, lr=0.1, momentum=0.9, weight_decay=2e-4)
 def rate_groups(
     model: nn.Module, backbone: nn.Module, decay: float, scales: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """Groups of what trains, by learning rate: that of the i-th layer before the head is to be `decay^i` of the head's.
+    """Group the trainable parameters by learning rate: the i-th layer before the head gets `decay^i` times the head's rate.
 
-    Layers are those of timm's `group_matcher`: the stem, each block, and what follows the blocks; what it does not place belongs to
-    the head's.
+    Layers are those of timm's `group_matcher`: the stem, each block, and what follows the blocks; parameters that it does not place go
+    with the head.
 
     Args:
-        model: all of it.
-        backbone: its part that timm built.
-        decay: from one layer to the one before it, in (0, 1].
-        scales: further factors for parts of the model, by name; a part within another has its own.
+        model: The whole model.
+        backbone: The part of it that timm built.
+        decay: The factor from one layer to the one before it, in (0, 1].
+        scales: Further factors for parts of the model, by name; a part within another part has only its own.
 
     Returns:
         Groups for an optimizer, the fastest first, each with its `lr_scale`, for `scale_rates`.
 
     Raises:
-        UserError: timm does not know the backbone's layers, or there is no such part.
+        UserError: The backbone's layers are unknown to timm, or there is no such part.
 
     Source:
         Clark et al., "ELECTRA", ICLR 2020, arXiv 2003.10555; for images Bao et al., "BEiT", ICLR 2022, arXiv 2106.08254.
@@ -58,12 +58,12 @@ def rate_groups(
 
 
 def _depths(backbone: nn.Module) -> dict[int, int]:
-    """Layers from the head down to each parameter, by its id."""
+    """The number of layers from the head down to each parameter, by the parameter's id."""
     from timm.models import group_parameters  # timm takes a second, which `--help` need not wait for
 
     matcher: Any = getattr(backbone, "group_matcher", None)
     if matcher is None:
-        raise UserError(f"layer_decay: timm does not tell the layers of {type(backbone).__name__}: leave it out")
+        raise UserError(f"layer_decay: timm does not define the layers of {type(backbone).__name__}: leave it out")
     parameters = dict(backbone.named_parameters())
     with_head: Any = SimpleNamespace(named_parameters=lambda: [*parameters.items(), ("head.weight", None)])
     layers: dict[str, int] = group_parameters(with_head, matcher(coarse=False), reverse=True)
@@ -82,19 +82,22 @@ def _part(model: nn.Module, name: str) -> list[nn.Parameter]:
 
 
 def scale_rates(optimizer: Optimizer) -> None:
-    """Give each group of `rate_groups` its part of the optimizer's learning rate."""
+    """Multiply the learning rate of each group of `rate_groups` by its `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = group["lr"] * group["lr_scale"]
 
 
 def keeps_scales(optimizer: Optimizer) -> bool:
-    """Whether the groups' rates, as a schedule has set them for the first epoch or cycle, still differ by their `lr_scale`."""
+    """Whether the rates that a schedule has set for the first epoch or cycle still differ by their `lr_scale`."""
     rates = [float(group.get("initial_lr", group["lr"])) / group["lr_scale"] for group in optimizer.param_groups]
     return all(math.isclose(rate, rates[0], rel_tol=1e-6) for rate in rates)
 
 
 def start_momentum(optimizer: Optimizer) -> None:
-    """Let parameters that have had no gradient so far begin with a momentum of 0: torch's fused SGD takes a group's for new all or none."""
+    """Give parameters that had no gradient so far a momentum of 0.
+
+    torch's fused SGD treats either all parameters of a group as new or none.
+    """
     if not isinstance(optimizer, SGD):
         return
     for group in optimizer.param_groups:
@@ -103,7 +106,7 @@ def start_momentum(optimizer: Optimizer) -> None:
 
 
 def match_layouts(optimizer: Optimizer) -> None:
-    """Give an optimizer's states the memory formats of their parameters: torch's fused CPU steps take that for granted, unchecked."""
+    """Give an optimizer's states the memory formats of their parameters; torch's fused CPU steps rely on this without a check."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
@@ -114,13 +117,13 @@ class WarmupMultiStep(SequentialLR):
     """Linear warm-up, then steps: at epoch e, counted from 1, `lr·e/warmup_epochs`, later `lr·gamma^(milestones passed)`.
 
     Args:
-        optimizer: whose learning rate it is.
-        milestones: epochs after which the rate is multiplied by `gamma`; (160, 180) of 200 is the CIFAR protocol.
-        gamma: the factor.
-        warmup_epochs: length of the warm-up; 0 or 1 for none.
+        optimizer: The optimizer whose learning rate changes.
+        milestones: The epochs after which the rate is multiplied by `gamma`; (160, 180) of 200 is the CIFAR protocol.
+        gamma: The factor.
+        warmup_epochs: The length of the warm-up; 0 or 1 for none.
 
     Raises:
-        UserError: a negative length, or a milestone within the warm-up.
+        UserError: The length is negative, or a milestone lies within the warm-up.
 
     Source:
         The CIFAR protocol of the released code of Yang et al. 2022, arXiv 2203.09081, and of Cao et al. 2019 (LDAM), arXiv 1906.07413.
@@ -142,12 +145,12 @@ class WarmupCosine(SequentialLR):
     """Linear warm-up, then a half cosine down to 0 at the end of training.
 
     Args:
-        optimizer: whose learning rate it is.
-        total_epochs: length of training; None only where `Classifier` puts the trainer's `max_epochs`.
-        warmup_epochs: length of the warm-up; 0 or 1 for none.
+        optimizer: The optimizer whose learning rate changes.
+        total_epochs: The length of training; None only if `Classifier` fills in the trainer's `max_epochs`.
+        warmup_epochs: The length of the warm-up; 0 or 1 for none.
 
     Raises:
-        UserError: a negative length, or no length of training.
+        UserError: The length of the warm-up is negative, or the length of training is missing.
     """
 
     def __init__(self, optimizer: Optimizer, total_epochs: int | None = None, warmup_epochs: int = 5) -> None:
@@ -157,14 +160,14 @@ class WarmupCosine(SequentialLR):
             )
         warmup = _warmup(optimizer, warmup_epochs)
         rest = total_epochs - len(warmup) * warmup_epochs
-        if rest < 1:  # a trial run, over before the warm-up is
+        if rest < 1:  # a trial run, which ends before the warm-up
             super().__init__(optimizer, warmup, [])
         else:
             super().__init__(optimizer, [*warmup, CosineAnnealingLR(optimizer, rest)], [warmup_epochs] * len(warmup))
 
 
 def _warmup(optimizer: Optimizer, epochs: int) -> list[LRScheduler]:
-    """Factors 1/n, 2/n, … 1 over n epochs; a warm-up of one epoch changes nothing."""
+    """Make the schedule of factors 1/n, 2/n, … 1 over n epochs; none for one epoch, which would change nothing."""
     if epochs < 0:
         raise UserError(f"warmup_epochs must not be negative, got {epochs}")
     return [LinearLR(optimizer, start_factor=1 / epochs, total_iters=epochs - 1)] if epochs > 1 else []

@@ -225,8 +225,8 @@ def test_a_temperature_that_cannot_be_trusted_is_told_once_after_training(capsys
     torch.nn.init.zeros_(model.head.bias)
     trainer(max_epochs=2, limit_train_batches=1).fit(model, Digits(batch_size=64, val_fraction=0.1))
     told = [line for line in capsys.readouterr().err.splitlines() if "temperature" in line]
-    line = "etflight: warning: do not trust the temperature 1: to 129 held-out images all are alike; hold out more (--data.val_fraction)"
-    assert told == [line]
+    doubt = "all temperatures suit 129 held-out images equally well"
+    assert told == [f"etflight: warning: do not trust the temperature 1: {doubt}; hold out more (--data.val_fraction)"]
 
 
 def test_temperature_is_fitted_on_held_out_validation_and_never_on_the_test_set():

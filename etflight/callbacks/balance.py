@@ -1,4 +1,4 @@
-"""Class balance that waits until the features have been learnt, and a warning where classes are balanced twice."""
+"""Class balance that waits until the features have been learnt, and a warning if classes are balanced twice."""
 
 from typing import cast
 
@@ -14,19 +14,19 @@ from etflight.utils.trainer import callbacks_of, data_module, refuse_if_never_re
 
 
 class DeferredBalance(Callback):
-    """Changes the class balance of the loss from an epoch on (deferred re-weighting, DRW), the sampler (re-sampling), or both.
+    """Changes, from an epoch on, how the loss weighs classes (deferred re-weighting, DRW), how they are sampled (re-sampling), or both.
 
-    What is in force depends on the epoch alone, so a resumed run goes on as it would have. The new balance takes its `exponent`,
-    `beta` and `renormalize` from the loss.
+    The balance in force depends on the epoch alone, so a resumed run continues as if it had not stopped. The new balance takes its
+    `exponent`, `beta` and `renormalize` from the loss.
 
     Args:
-        epoch: The first epoch, counted from 0, of the new balance; below 1, a part of `max_epochs`: 0.8 is epoch 160 of 200.
-        class_balance: The loss's class balance from then on; None leaves it as it is.
-        sampler: The data module's class-sampling policy or exponent from then on; None leaves it as it is.
+        epoch: The first epoch, counted from 0, of the new balance; a number below 1 is a part of `max_epochs`: 0.8 is epoch 160 of 200.
+        class_balance: The loss's class balance from then on; None leaves it unchanged.
+        sampler: The data module's class-sampling policy or exponent from then on; None leaves it unchanged.
 
     Raises:
-        UserError: Neither a class balance nor a sampler is given, one does not exist, or the epoch is not one; when training starts, the
-            epoch is never reached, or the loss or the data cannot do what is asked.
+        UserError: Neither a class balance nor a sampler is given, or one that does not exist, or `epoch` is not an epoch. When training
+            starts: the epoch is never reached, or the loss or the data cannot do what is asked.
 
     Source:
         Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019, arXiv 1906.07413, section 3.3:
@@ -53,7 +53,7 @@ class DeferredBalance(Callback):
         self.sampler = None if sampler is None else resolve_policy(sampler)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what would fail only in that epoch; go on with the new balance if a resumed epoch has it."""
+        """Refuse now what would otherwise fail in that epoch; switch to the new balance if the run is resumed after it."""
         refuse_if_never_reached(trainer, self._first_epoch(trainer), "DeferredBalance: epoch")
         if self.class_balance in ("global", "effective"):
             self._loss(pl_module).training_counts()
@@ -98,22 +98,22 @@ class DeferredBalance(Callback):
         sampler = getattr(trainer.train_dataloader, "sampler", None)
         if not isinstance(sampler, ImbalancedSampler):
             raise UserError(
-                "DeferredBalance re-samples where the training loader has an etflight.data.ImbalancedSampler, as those of "
-                f"etflight's data modules do; this one has {type(sampler).__name__}"
+                "DeferredBalance can change the sampler only if it is an etflight.data.ImbalancedSampler, as in the loaders of etflight's "
+                f"data modules; this training loader has a {type(sampler).__name__}"
             )
         return sampler
 
 
 class DoubleCorrection(Callback):
-    """Warns in one line when a run corrects class frequencies in two ways that do not know of each other.
+    """Warns in one line when a run corrects class frequencies in two ways that do not take account of each other.
 
     Re-sampling, weights in the loss and logit adjustment each make a model decide as if classes were balanced; two of them favour rare
-    classes beyond that. Only class balance `"batch"` weighs what was drawn, so it goes with any sampler. An evaluation warns where it
-    corrects anew what, as far as it knows, training has corrected.
+    classes beyond that. Only class balance `"batch"` weighs the drawn images, so it works with any sampler. In an evaluation the callback
+    warns if the evaluation repeats a correction that was already made in training, as far as that is known.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Warn on the first process; a warning and no error, because somebody may want to measure just that."""
+        """Warn on the first process. It is a warning, not an error, because somebody may want to measure exactly that."""
         model = cast(Classifier, pl_module)
         callbacks = callbacks_of(trainer, Callback)
         afterwards = post_hoc_corrections(model, callbacks)
@@ -129,7 +129,7 @@ class DoubleCorrection(Callback):
 
 
 def training_corrections(loss: Loss, sampler: str | float | None, callbacks: list[Callback]) -> list[str]:
-    """The corrections for class frequencies in a training, in words; only one of those that work together.
+    """The names of the corrections for class frequencies in a training; corrections that work together count as one.
 
     Example:
         >>> training_corrections(LogitAdjustedLoss(class_balance="global"), "balanced", [])
@@ -147,7 +147,7 @@ def training_corrections(loss: Loss, sampler: str | float | None, callbacks: lis
 
 
 def post_hoc_corrections(model: Classifier, callbacks: list[Callback]) -> list[str]:
-    """The corrections for class frequencies in an evaluation, in words."""
+    """The names of the corrections for class frequencies in an evaluation."""
     tau: float = model.hparams["logit_adjustment"]
     found = [f"post-hoc logit_adjustment {tau:g}"] if tau != 0 else []
     taus = [callback.tau for callback in callbacks if isinstance(callback, TauNormalization)]

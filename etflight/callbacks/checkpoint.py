@@ -1,4 +1,4 @@
-"""The checkpoint from which a run goes on as if it had never stopped: what is saved, when, and from which random numbers."""
+"""The checkpoint from which a run continues as if it had never stopped, and the random numbers of each step."""
 
 import os
 import random
@@ -17,22 +17,28 @@ from etflight.runs.folder import last_checkpoint
 from etflight.runs.loggers import MetricsCSV, run_folder
 from etflight.utils.checkpoints import damaged
 from etflight.utils.errors import UserError
-from etflight.utils.lightning_private import batches_done, set_back_epoch, set_back_step, set_batches_done, unlike_loops
+from etflight.utils.lightning_private import (
+    batches_done,
+    set_back_epoch,
+    set_back_step,
+    set_batches_done,
+    unusable_loops,
+)
 from etflight.utils.torchmetrics_private import add_saved_state
 from etflight.utils.trainer import callbacks_of, data_module, gather, is_trial_run
 from etflight.utils.training_data import same_images
 
 _SAME = {"seed": (eq, "give the same --seed_everything"), "images": (same_images, "give the same --data options")}
 Place = Literal["steps", "epochs", "end"]
-KEY = "etflight"  # what this callback adds to a checkpoint
+KEY = "etflight"  # the entry of a checkpoint that this callback adds
 
 
 @runtime_checkable
 class RankState(Protocol):
-    """A callback that gathers something within an epoch which differs from rank to rank."""
+    """A callback that gathers something within an epoch, and gathers something different on each rank."""
 
     def rank_state(self) -> dict[str, Any]:
-        """Tensors and plain data of this rank, empty between epochs."""
+        """Return the tensors and plain data of this rank; empty between epochs."""
 
     def load_rank_states(self, states: list[dict[str, Any]]) -> None:
         """Continue from one rank's state, or from the sum of several."""
@@ -40,26 +46,27 @@ class RankState(Protocol):
 
 @runtime_checkable
 class Finishing(Protocol):
-    """A callback with something left to do after the last step, which the last checkpoint is to hold."""
+    """A callback with work left after the last step, whose result the last checkpoint must hold."""
 
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do it; nothing if it has been done. A collective call."""
+        """Do that work, unless it has been done. A collective call."""
 
 
 class LastCheckpoint(Callback):
     """Keeps `<run folder>/checkpoints/last.ckpt`, saved only where a resumed run repeats the uninterrupted one bit by bit.
 
     These places lie *between* two steps or two epochs, when everything has been logged and nothing is pending: not while gradients
-    accumulate, not with a validation due. A checkpoint holds what every rank has gathered in the epoch so far, and how many rows
-    `metrics.csv` had. On another number of processes or with another batch size the epoch goes on with the images that were not yet
+    accumulate, and not when a validation is due. A checkpoint holds what every rank has gathered in the epoch so far, and how many rows
+    `metrics.csv` had. On another number of processes or with another batch size the epoch continues with the images that were not yet
     drawn; only a run of the same shape is repeated exactly.
 
-    It has to be the first callback, so that nothing of the next step or epoch has happened yet, but for `StochasticWeightAveraging`, which
-    puts its average into the model after the last one. That is why it is none of Lightning's `Checkpoint`s, which come last; give the
-    trainer `enable_checkpointing=False` unless it shall keep checkpoints of its own, too.
+    It must be the first callback, so that nothing of the next step or epoch has happened yet; only `StochasticWeightAveraging` comes
+    before it, because that puts its average into the model after the last epoch. For this reason it is not one of Lightning's
+    `Checkpoint`s, which come last. Give the trainer `enable_checkpointing=False` unless it should keep checkpoints of its own as well.
 
     Args:
-        every_n_steps: also save within an epoch, at the first safe place after so many optimizer steps; None: after each epoch only.
+        every_n_steps: The number of optimizer steps after which it also saves within an epoch, at the next safe place; None saves after
+            each epoch only.
 
     Raises:
         UserError: `every_n_steps` is below 1, or the disk is full.
@@ -78,7 +85,10 @@ class LastCheckpoint(Callback):
     # --- when --------------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from here; let averaging of weights go on within an epoch, of which Lightning tells callbacks no start if it is resumed."""
+        """Count from here, and tell weight averaging that the epoch continues.
+
+        Lightning does not announce the start of an epoch that is resumed.
+        """
         self._saved_step, self._saved_epoch = trainer.global_step, trainer.current_epoch
         self._has_just_validated = False
         if trainer.fit_loop.restarted_mid_epoch:
@@ -86,7 +96,7 @@ class LastCheckpoint(Callback):
                 averaging.on_train_epoch_start(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The trainer would skip a batch's bookkeeping if it was resumed right after a validation within an epoch."""
+        """Note the validation: resumed right after one within an epoch, the trainer would skip the bookkeeping of a batch."""
         self._has_just_validated = True
 
     def on_train_batch_end(
@@ -96,19 +106,19 @@ class LastCheckpoint(Callback):
         self._has_just_validated = False
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the epoch that is over by now, its last rows logged."""
+        """Save the epoch that has just ended; its last rows have been logged by now."""
         if trainer.current_epoch > self._saved_epoch and self.is_safe_between_epochs(trainer):
             self.save(trainer, "epochs")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Save the step that is over by now."""
+        """Save the step that has just ended."""
         n = self.every_n_steps
         due = n is not None and trainer.global_step // n > self._saved_step // n
         if (due or trainer.current_epoch > self._saved_epoch) and self.is_safe_between_steps(trainer, batch_idx):
             self.save(trainer, "steps")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last steps, once other callbacks have done what is left to do."""
+        """Save the last steps, after the other callbacks have finished their work."""
         for callback in callbacks_of(trainer, Callback):
             if isinstance(callback, Finishing):
                 callback.finish(trainer, pl_module)
@@ -116,7 +126,7 @@ class LastCheckpoint(Callback):
             self.save(trainer, "end")
 
     def is_safe_between_epochs(self, trainer: Trainer) -> bool:
-        """Whether `on_train_epoch_start` may save; with `max_steps` the trainer takes an epoch's end for one of its steps."""
+        """Whether `on_train_epoch_start` may save; with `max_steps` the trainer counts the end of an epoch as one of its steps."""
         return trainer.max_steps == -1
 
     def is_safe_between_steps(self, trainer: Trainer, batch_idx: int) -> bool:
@@ -133,8 +143,8 @@ class LastCheckpoint(Callback):
         """Save now; a collective call.
 
         Args:
-            trainer: the trainer.
-            between: "steps" or "epochs": the trainer has begun the next one, and counters go back to where it had not; or the "end".
+            trainer: The trainer.
+            between: "steps" or "epochs" if the trainer has already begun the next one, so that counters must be set back; or "end".
         """
         self._saved_step, self._saved_epoch = trainer.global_step, trainer.current_epoch
         if is_trial_run(trainer):
@@ -151,14 +161,14 @@ class LastCheckpoint(Callback):
     # --- what --------------------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Set the counters right, and add what only the single ranks know; a collective call."""
+        """Correct the counters, and add what only the individual ranks know; a collective call."""
         loops = checkpoint["loops"]["fit_loop"]
         if self._between == "steps":
             set_back_step(loops)
         elif self._between == "epochs":
             set_back_epoch(loops)
         if self._between in ("epochs", "end"):
-            checkpoint["epoch"] -= 1  # the last one trained, as within an epoch
+            checkpoint["epoch"] -= 1  # the last epoch that was trained, as in a checkpoint within an epoch
         checkpoint[KEY] = {
             **_identity(trainer),
             "global_batch": _global_batch(trainer),
@@ -170,11 +180,11 @@ class LastCheckpoint(Callback):
         """Give this rank what it had gathered, and find the place in the epoch.
 
         Raises:
-            UserError: The run being resumed has another seed or other training images, or counters that cannot be used.
+            UserError: The resumed run has another seed or other training images, or the checkpoint's counters are not valid.
         """
         if trainer.state.fn != "fit":
             return
-        if wrong := unlike_loops(trainer, checkpoint.get("loops")):
+        if wrong := unusable_loops(trainer, checkpoint.get("loops")):
             raise damaged(trainer.ckpt_path, wrong)
         added = checkpoint.get(KEY)
         if added is None:
@@ -195,7 +205,7 @@ class LastCheckpoint(Callback):
 
 
 def _identity(trainer: Trainer) -> dict[str, Any]:
-    """What decides the order of the images, which a resumed run must share."""
+    """Everything that determines the order of the images; a resumed run must have the same."""
     data = data_module(trainer)
     return {"seed": os.environ.get("PL_GLOBAL_SEED"), "images": getattr(data, "fingerprint", None)}
 
@@ -230,19 +240,22 @@ def _with_rank_state(trainer: Trainer) -> list[Any]:
 
 
 def _global_batch(trainer: Trainer) -> int:
-    """Images of a batch over all processes, 0 where the data module does not tell."""
+    """The number of images of a batch over all processes; 0 if the data module has no batch size."""
     data = data_module(trainer)
     return int(getattr(data, "batch_size", 0)) * trainer.world_size
 
 
 def _move_in_epoch(trainer: Trainer, loops: dict[str, Any], saved_global_batch: int) -> None:
-    """Count the epoch's batches anew where each now holds another number of images; a few images may come twice, none is left out."""
+    """Recount the epoch's batches, each of which now holds another number of images.
+
+    A few images may come twice, but none is left out.
+    """
     done, now = batches_done(loops), _global_batch(trainer)
     if done == 0 or saved_global_batch == 0 or now == 0:
         return
-    trainer.fit_loop.setup_data()  # which counts the batches of an epoch
+    trainer.fit_loop.setup_data()  # it counts the batches of an epoch
     steps = trainer.accumulate_grad_batches
-    # the last one at the latest: Lightning trains no more once it resumes an epoch that is over
+    # not beyond the last one: Lightning does not train at all when it resumes an epoch that is over
     moved = min(done * saved_global_batch // now, int(trainer.num_training_batches) - 1) // steps * steps
     set_batches_done(loops, moved)
     rank_zero_info(
@@ -254,15 +267,15 @@ def _move_in_epoch(trainer: Trainer, loops: dict[str, Any], saved_global_batch: 
 class StepSeed(Callback):
     """Seeds torch, NumPy and Python from (seed, step, rank) before each training step.
 
-    So dropout, stochastic depth and whatever else a step draws repeat in a resumed run, and differ from rank to rank. The seed is the
-    one of `seed_everything`, or else torch's own at the start, which the checkpoint keeps.
+    So dropout, stochastic depth and everything else that a step draws are repeated in a resumed run, and differ from rank to rank. The
+    seed is that of `seed_everything`, or else torch's own at the start, which the checkpoint keeps.
     """
 
     def __init__(self) -> None:
         self._seed: int | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the seed."""
+        """Take the seed of `seed_everything`, or else torch's."""
         given = os.environ.get("PL_GLOBAL_SEED")  # where Lightning's seed_everything puts it
         if given is not None:
             self._seed = int(given)
@@ -270,7 +283,7 @@ class StepSeed(Callback):
             self._seed = torch.initial_seed() % 2**32
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Seed."""
+        """Seed the generators for this step."""
         key = [self._seed or 0, trainer.fit_loop.total_batch_idx, trainer.global_rank]
         first, second, third, fourth = np.random.SeedSequence(key).generate_state(4).tolist()
         # not torch.manual_seed, which asks every kind of device that torch knows
@@ -281,7 +294,7 @@ class StepSeed(Callback):
         random.seed(fourth)
 
     def state_dict(self) -> dict[str, Any]:
-        """The seed."""
+        """Return the seed."""
         return {"seed": self._seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

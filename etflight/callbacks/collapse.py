@@ -32,66 +32,67 @@ from etflight.utils.errors import UserError
 from etflight.utils.files import replacing
 from etflight.utils.trainer import averaged, callbacks_of, data_module, is_trial_run
 
-_SMALL = 10**8  # pixels of training images whose sweep is worth its time in each epoch
-_SHARE = 0.1  # of the time of the epochs between two sweeps over more
-_FORWARDS_OF_A_STEP = 3  # the time of an image's forward and backward
-_MOST_CLASSES = 50  # of a Gram matrix on disk: 41 KB an epoch, whatever the width
+_SMALL = 10**8  # up to this many pixels of training images, a sweep is worth its time in each epoch
+_SHARE = 0.1  # the most time of a sweep over more pixels, as a part of the epochs between two sweeps
+_FORWARDS_OF_A_STEP = 3  # the time of an image's forward and backward, in forwards
+_MOST_CLASSES = 50  # the most classes of a Gram matrix on disk: 41 KB an epoch, whatever the width
 
 
 class NeuralCollapseMonitor(Callback):
     """Measures neural collapse each epoch: `nc/train/nc1`, `nc/train/alignment`, …, `nc/val/nc4`.
 
-    The names after `nc/<split>/` are those of `measures.summary`, a standard deviation as `…_std`, and `nc4`; what is undefined is NaN,
-    and `missing_classes`, `single_sample_classes` count the classes that make it so. They are in `trainer.callback_metrics`, in
-    every logger, and in `history` in full precision.
+    The names after `nc/<split>/` are `nc4` and those of `measures.summary`, where a standard deviation has the suffix `_std`. An undefined
+    value is NaN; `missing_classes` and `single_sample_classes` count the classes that make it so. The values are in
+    `trainer.callback_metrics`, in every logger, and in `history` in full precision.
 
     - **train**: one extra forward over the training set, each sample exactly once on any number of processes, in evaluation mode, not
       augmented and not re-sampled: just before validation, or at the end of an epoch without one. `limit_train_batches` limits the
       training, not this sweep (`fast_dev_run` limits both). Validation within an epoch is measured too, and so are the final weights
-      of a training that ends elsewhere than after a measured epoch.
+      of a training that does not end with a measured epoch.
     - **val**: the validation loop's own forward (of its first loader), no extra one. `nc/val/nc4` compares with the centres of the sweep.
     - **online**: the training forwards themselves, no sweep: `nc/train_online/…`. These embeddings are *stale*, each from the weights
-      of its step, with the batch's BatchNorm and augmentation; batches whose labels are probabilities (mixup) are left out. A head that
-      is watched gives the logits of all classes, where dot regression alone would need the targets' only.
+      of its step, with the batch's BatchNorm and augmentation; batches whose labels are probabilities (mixup) are left out. While it is
+      measured, the head computes the logits of all classes, although dot regression alone would need only those of the targets.
     - before the first step: a sweep, logged at step 0.
 
-    Under `WeightAveraging` (EMA) the averaged weights are measured, wherever that callback stands in the list, but online, which sees
-    the current ones; `measured_weights` says which. On several processes the sweep runs the model itself, without DDP, with rank
-    0's buffers. Models whose parameters are sharded are not supported.
+    Under `WeightAveraging` (EMA) the averaged weights are measured, wherever that callback stands in the list; `online` is the exception
+    and sees the current ones. `measured_weights` says which. On several processes the sweep runs the model itself, without DDP, with
+    rank 0's buffers. Models whose parameters are sharded are not supported.
 
-    Each sweep of the embedding leaves `<run folder>/gram/epoch_XXX.npz`: `classes` `[n]`, all of them or 50 evenly chosen ones, and `gram`
-    `[2n + 1, 2n + 1]` float32, the inner products of their means, their class vectors and the mean of all class means, from which follow
-    the cosines of any heat map; XXX counts finished epochs.
+    Each sweep of the embedding leaves `<run folder>/gram/epoch_XXX.npz`, where XXX counts finished epochs: `classes` `[n]`, all of them or
+    50 evenly chosen ones, and `gram` `[2n + 1, 2n + 1]` float32, the inner products of their means, their class vectors and the mean of all
+    class means. The cosines of any heat map follow from these.
 
     Args:
-        every_n_epochs: measure epochs n, 2n, …, and the last. "auto": every epoch, which adds about a quarter to its time; but where
-            the training images are many or large (100 million pixels), sweep only so often that it adds less than a tenth, and measure
-            the validation images whenever they are validated.
-        splits: of "train" and "val".
-        space: "embedding": what meets the class vectors, `head.embed(features)` for an `etflight.Head`, the input for any other
-            module. "backbone": the head's input, under `nc_raw/…`; without the measures that need class vectors for an `etflight.Head`.
-        head: name of the submodule with `weight` `[K, d]`, and perhaps `bias`.
-        train_dataloader: whose data set the sweep reads, in order, in batches of the same size; None takes
+        every_n_epochs: Measure epochs n, 2n, …, and the last. "auto" measures every epoch, which adds about a quarter to its time. If
+            the training images are many or large (100 million pixels), it sweeps only so often that it adds less than a tenth, and
+            measures the validation images whenever they are validated.
+        splits: One or both of "train" and "val".
+        space: "embedding" measures the vectors that are compared with the class vectors: `head.embed(features)` for an `etflight.Head`,
+            the input for any other module. "backbone" measures the head's input, under `nc_raw/…`; for an `etflight.Head` without the
+            measures that need class vectors.
+        head: The name of the submodule with `weight` `[K, d]`, and perhaps `bias`.
+        train_dataloader: A loader whose data set the sweep reads in order, in batches of the same size; None takes
             `eval_dataloader("train")` of the data module. Its batches are `(inputs, labels, …)`; `model(inputs)` runs the head.
-        online: measure the training forwards instead of a sweep.
-        layers: further submodules, of the model or of its backbone ("layer1"), averaged over places and logged as `nc_<layer>/…`,
-            without class vectors.
-        snapshots: embeddings kept per class and sweep, the first of each class in the data's order, float16, in
-            `<run folder>/snapshots/epoch_XXX.npz` (`snapshots_raw/` of the backbone) with `labels`, `indices`, `epoch` and `weight`;
+        online: Whether to measure the training forwards instead of a sweep.
+        layers: The names of further submodules, of the model or of its backbone ("layer1"), averaged over places and logged as
+            `nc_<layer>/…`, without class vectors.
+        snapshots: The number of embeddings kept per class and sweep, the first of each class in the data's order, float16, in
+            `<run folder>/snapshots/epoch_XXX.npz` (`snapshots_raw/` for the backbone) with `labels`, `indices`, `epoch` and `weight`;
             XXX counts finished epochs.
-        before_training: whether to sweep before the first step.
-        spectra: whether to measure `effective_rank` and `effective_rank_within`, whose eigenvalues cost O(d³).
+        before_training: Whether to sweep before the first step.
+        spectra: Whether to measure `effective_rank` and `effective_rank_within`, whose eigenvalues cost O(d³).
 
     Attributes:
-        epochs: finished epochs at each measurement, 0 before training; a fraction within an epoch.
-        history: log name to the values at `epochs`, NaN where it was not measured. In checkpoints, as are the anchors.
-        latest: split ("train", "val", "train_online") to its last class statistics, on the CPU.
-        latest_weight: class vectors `[K, d]` of the last measurement, on the CPU.
-        latest_bias: `[K]`, or None.
+        epochs: The number of finished epochs at each measurement, 0 before training; a fraction within an epoch.
+        history: The values at `epochs` by log name, NaN if not measured. Checkpoints hold it, and the anchors.
+        latest: The last class statistics by split ("train", "val", "train_online"), on the CPU.
+        latest_weight: The class vectors `[K, d]` of the last measurement, on the CPU.
+        latest_bias: The biases `[K]`, or None.
         measured_weights: "averaged" or "current".
 
     Raises:
-        UserError: an option that cannot be, a model without that head or layer, or no way to the training images.
+        UserError: An option is invalid, the model has no such head or layer, or the training images cannot be reached.
 
     Example:
         In any LightningModule whose `forward(images)` goes through `self.fc`:
@@ -100,7 +101,7 @@ class NeuralCollapseMonitor(Callback):
         >>> monitor = NeuralCollapseMonitor(head="fc", train_dataloader=DataLoader([(torch.zeros(3), 0)]))
         >>> trainer = Trainer(callbacks=[monitor], accelerator="cpu", logger=False, enable_checkpointing=False)
 
-        In a plain PyTorch loop, the statistics and the measures do without it:
+        In a plain PyTorch loop, the statistics and the measures work without it:
 
         >>> from etflight.metrics import ClassStatistics, measures
         >>> body, fc = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
@@ -155,7 +156,7 @@ class NeuralCollapseMonitor(Callback):
         self.measured_weights: Literal["averaged", "current"] = "current"
 
         self._anchors: dict[str, Tensor] = {}
-        self._sweeps_every: int | None = None  # epochs; None: never
+        self._sweeps_every: int | None = None  # in epochs; None for never
         self._swept_at = -1.0
         self._source: EmbeddingSource | None = None
         self._loader: DataLoader[Any] | None = None
@@ -164,7 +165,7 @@ class NeuralCollapseMonitor(Callback):
         self._val: PassStatistics | None = None
         self._val_agrees: Tensor | None = None
         self._centres: Moments | None = None
-        self._is_ready = True  # for the next validation batch
+        self._is_ready = True  # whether the next validation batch needs no preparation
         self._values: dict[str, float] = {}
         self._told: set[str] = set()
 
@@ -176,7 +177,7 @@ class NeuralCollapseMonitor(Callback):
             self._swept_at = -1.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the head, the layers and the training images, or say at once what is missing."""
+        """Find the head, the layers and the training images, or raise an error that says what is missing."""
         self._source = EmbeddingSource(pl_module, self.head, self.space, self.layers)
         self._loader = self._val = self._online = None
         self._sweeps_every = 1 if self.every_n_epochs == "auto" else self.every_n_epochs
@@ -201,7 +202,7 @@ class NeuralCollapseMonitor(Callback):
             self._log_outside_of_epochs(trainer, 0.0, epoch=trainer.current_epoch, step=0)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Get ready for a sweep, which waits for the first batch: by then every callback has swapped its weights in."""
+        """Prepare a sweep, which waits for the first batch, because by then every callback has put its weights into the model."""
         self._val = None
         self._is_ready = True
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
@@ -300,8 +301,11 @@ class NeuralCollapseMonitor(Callback):
         self.finish(trainer, pl_module)
 
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the final weights, unless that has been done: a training may end within an epoch, or after one that was not due."""
-        last = trainer.current_epoch - 1  # Lightning has counted it as completed, whether cut short or not
+        """Measure the final weights, unless they have been measured.
+
+        A training may end within an epoch, or after an epoch that was not due.
+        """
+        last = trainer.current_epoch - 1  # Lightning has counted it as completed, even if it was cut short
         epochs = last + _part_of_epoch(trainer)
         if self._sweeps and self._sweeps_every is not None and self._swept_at < epochs:
             with averaged(trainer, pl_module):
@@ -338,7 +342,7 @@ class NeuralCollapseMonitor(Callback):
         )
 
     def _affordable(self, trainer: Trainer) -> int | None:
-        """Epochs from one sweep to the next under "auto"; None where a single one would take longer than a third of the training."""
+        """The epochs from one sweep to the next under "auto"; None if a single sweep would take longer than a third of the training."""
         data = data_module(trainer)
         images, (_, height, width) = int(data.class_counts.sum()), data.preprocessing.input_size
         if images * height * width <= _SMALL or is_trial_run(trainer):
@@ -347,15 +351,15 @@ class NeuralCollapseMonitor(Callback):
         if images > step * trainer.estimated_stepping_batches:
             rank_zero_info(
                 f"neural collapse of the {images:,} training images is not measured, since one sweep over them would take longer than a "
-                "third of this training: monitor.every_n_epochs 1 measures it all the same"
+                "third of this training: monitor.every_n_epochs 1 measures it nevertheless"
             )
             return None
         drawn = data.batch_size * trainer.world_size * int(trainer.num_training_batches)
         every: int = math.ceil(images / (_SHARE * _FORWARDS_OF_A_STEP * drawn))
         rank_zero_info(
             f"neural collapse of the {images:,} training images is measured every {every} epochs and at the end, so that it adds less than "
-            "a tenth to the training, that of the validation images whenever they are validated: monitor.every_n_epochs 1 "
-            "measures both each epoch"
+            "a tenth to the training; that of the validation images is measured whenever they are validated: monitor.every_n_epochs 1 "
+            "measures both in each epoch"
         )
         return every
 
@@ -369,7 +373,7 @@ class NeuralCollapseMonitor(Callback):
             self._remember_weights(trainer)
 
     def _sweep(self, trainer: Trainer, pl_module: LightningModule, epoch: float) -> Moments:
-        """One pass over the training images; returns the statistics of the embedding, on the device."""
+        """Sweep over the training images, and return the statistics of the embedding, on the device."""
         self._swept_at = epoch
         source, passed = self._found(), self._new_pass(trainer, "train")
         limit = int(trainer.num_training_batches) if is_trial_run(trainer) else None
@@ -425,7 +429,7 @@ class NeuralCollapseMonitor(Callback):
         return "nc" if self.space == "embedding" else "nc_raw"
 
     def _log_outside_of_epochs(self, trainer: Trainer, at: float, *, epoch: int, step: int) -> None:
-        """Where Lightning's own `log` is not to be had: before the first step, and after the last."""
+        """Log before the first step or after the last, when Lightning's own `log` cannot be used."""
         values = self._publish(at)
         for logger in trainer.loggers:
             logger.log_metrics({**values, "epoch": epoch}, step=step)
@@ -434,7 +438,9 @@ class NeuralCollapseMonitor(Callback):
     def _publish(self, epoch: float) -> dict[str, float]:
         """Put the collected values into the history, and return them."""
         values, self._values = self._values, {}
-        while self.epochs and self.epochs[-1] > epoch:  # another fit, or one that went back
+        while (
+            self.epochs and self.epochs[-1] > epoch
+        ):  # another fit began, or one that was resumed from an earlier epoch
             self.epochs.pop()
             for series in self.history.values():
                 series.pop()
@@ -447,7 +453,7 @@ class NeuralCollapseMonitor(Callback):
         return values
 
     def _remember_weights(self, trainer: Trainer | None = None) -> None:
-        """Keep the class vectors that are measured, the averaged ones where a trainer is given that averages."""
+        """Keep the class vectors that are measured; a trainer is given if the averaged weights are in the model now."""
         source, averaging = self._found(), [] if trainer is None else callbacks_of(trainer, WeightAveraging)
         with plain_tensors():
             self.latest_weight = source.weight.cpu().clone()
@@ -494,12 +500,12 @@ class NeuralCollapseMonitor(Callback):
 
     @property
     def state_key(self) -> str:
-        """Tells several monitors of one run apart."""
+        """The key of the state in checkpoints, which distinguishes several monitors of one run."""
         options = {"space": self.space, "head": self.head, "online": self.online}
         return f"{type(self).__qualname__}{options!r}"
 
     def state_dict(self) -> dict[str, Any]:
-        """History and anchors, as plain data and tensors."""
+        """Return history and anchors as plain data and tensors."""
         return {
             "epochs": list(self.epochs),
             "history": {name: list(series) for name, series in self.history.items()},
@@ -515,7 +521,7 @@ class NeuralCollapseMonitor(Callback):
         self._swept_at = state_dict["swept_at"]
 
     def rank_state(self) -> dict[str, Any]:
-        """The statistics of the training forwards of this epoch so far, of this process."""
+        """Return this process's statistics of the training forwards in this epoch so far."""
         passed = self._online
         return {} if passed is None else {name: metric.metric_state for name, metric in passed.statistics.items()}
 
@@ -525,7 +531,7 @@ class NeuralCollapseMonitor(Callback):
 
 
 def _total(trainer: Trainer, part: Tensor) -> Tensor:
-    """The sum over ranks."""
+    """Sum over ranks."""
     if trainer.world_size == 1:
         return part
     return cast(Tensor, trainer.strategy.reduce(part.to(trainer.strategy.root_device), reduce_op="sum"))
@@ -542,6 +548,6 @@ def _write(trainer: Trainer, folder: str, epoch: int, **content: Any) -> None:
 
 
 def _part_of_epoch(trainer: Trainer) -> float:
-    """How much of the current epoch has been trained, or of the last one at the end of training."""
+    """The part of the current epoch that has been trained; at the end of training, of the last epoch."""
     done, batches = trainer.fit_loop.batch_idx + 1, trainer.num_training_batches
     return 1.0 if trainer.is_last_batch or done >= batches else done / batches

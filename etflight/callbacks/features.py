@@ -1,4 +1,4 @@
-"""Features of a model while it runs, and of all images of a split: caught, swept, and added up."""
+"""Features of a model: caught while it runs, or swept from all images of a split, and added up."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,15 +26,15 @@ from etflight.utils.torch_private import broadcast_buffers
 from etflight.utils.trainer import take_buffers_of_rank_zero
 
 Space = Literal["embedding", "backbone"]
-HEAD = ""  # the name of the head's own features beside those of further layers
+HEAD = ""  # the name of the head's own features, beside the names of further layers
 
 
 class Caught(NamedTuple):
-    """What one forward of B samples showed.
+    """What was caught of one forward of B samples.
 
     Attributes:
-        features: `[B, d]` of the head (under `HEAD`) and of each layer, without gradient.
-        decision: `[B]` int64, the head's largest logit; None if its output is not `[B, K]`.
+        features: The features `[B, d]` of the head (under `HEAD`) and of each layer, without gradient.
+        decision: The class of the head's largest logit, `[B]` int64; None if its output is not `[B, K]`.
     """
 
     features: dict[str, Tensor]
@@ -42,19 +42,19 @@ class Caught(NamedTuple):
 
 
 class EmbeddingSource:
-    """Catches features by hooks that are there only between `attach` and `detach`.
+    """Catches features by hooks that exist only between `attach` and `detach`.
 
-    For an `etflight` head the embedding is what its `embed` returns within the forward itself; for any other module it is its first input.
-    A convolution of 1 x 1 counts as the linear layer that it is.
+    The embedding of an `etflight` head is what its `embed` returns within the forward itself; that of any other module is its first input.
+    A 1 x 1 convolution counts as a linear layer.
 
     Args:
         model: The model that runs.
-        head: Name of the submodule with the class vectors, `weight` `[K, d]` and perhaps `bias` `[K]`.
+        head: The name of the submodule with the class vectors, `weight` `[K, d]` and perhaps `bias` `[K]`.
         space: "embedding", or "backbone" for the head's input.
-        layers: Names of further submodules, of the model or of its `backbone`.
+        layers: The names of further submodules, of the model or of its `backbone`.
 
     Raises:
-        UserError: A name that the model does not have, or a head without class vectors.
+        UserError: The model has no such submodule, or the head has no class vectors.
     """
 
     def __init__(self, model: nn.Module, head: str, space: Space = "embedding", layers: Sequence[str] = ()) -> None:
@@ -74,28 +74,28 @@ class EmbeddingSource:
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """The number of classes K."""
         return int(self.weight.shape[0])
 
     @property
     def weight(self) -> Tensor:
-        """Class vectors `[K, d]`."""
+        """The class vectors `[K, d]`."""
         weight: Tensor = self.head.weight  # type: ignore[assignment]
         return weight.detach().flatten(1)
 
     @property
     def bias(self) -> Tensor | None:
-        """`[K]`, or None."""
+        """The biases `[K]`, or None."""
         bias = getattr(self.head, "bias", None)
         return bias.detach() if isinstance(bias, Tensor) else None
 
     @property
     def meets_weight(self) -> bool:
-        """Whether the features are what meets the class vectors."""
+        """Whether the features are compared with the class vectors directly."""
         return self.space == "embedding" or not isinstance(self.head, Head)
 
     def attach(self) -> None:
-        """Start to catch."""
+        """Start catching."""
         self.detach()
         self._handles = [
             self.head.register_forward_pre_hook(self._before_head, with_kwargs=True),
@@ -109,7 +109,7 @@ class EmbeddingSource:
             self.head.__dict__["embed"] = self._watched(self.head.embed)
 
     def detach(self) -> None:
-        """Leave the model as it was, and forget what was caught."""
+        """Remove the hooks, and forget what was caught."""
         for handle in self._handles:
             handle.remove()
         if self._handles and self._modules:
@@ -128,10 +128,10 @@ class EmbeddingSource:
             self.detach()
 
     def take(self, batch_size: int) -> Caught:
-        """What the last forward showed.
+        """Return what was caught of the last forward, and forget it.
 
         Raises:
-            UserError: the head or a layer did not run, or not on `batch_size` samples as vectors.
+            UserError: The head or a layer did not run, or did not give `batch_size` vectors.
         """
         caught = Caught(dict(sorted(self._features.items())), self._decision)
         self._forget()
@@ -149,7 +149,7 @@ class EmbeddingSource:
 
     def _before_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = args[0] if args else next(iter(kwargs.values()))
-        self._input, self._embedding = _without_places(first.detach()), None
+        self._input, self._embedding = _as_vectors(first.detach()), None
 
     def _after_head(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         features = self._input
@@ -158,7 +158,7 @@ class EmbeddingSource:
             features = self._embedding if self._embedding is not None else _embed_aside(module, self._input)
         if features is not None:
             self._features[HEAD] = features
-        logits = _without_places(output.detach()) if isinstance(output, Tensor) else None
+        logits = _as_vectors(output.detach()) if isinstance(output, Tensor) else None
         if logits is not None and logits.ndim == 2 and logits.shape[1] == self.num_classes:
             self._decision = logits.argmax(1)
 
@@ -177,14 +177,14 @@ class EmbeddingSource:
         return watched
 
 
-def _without_places(values: Tensor) -> Tensor:
-    """`[B, C, 1, 1]` as `[B, C]`, anything else as it is."""
+def _as_vectors(values: Tensor) -> Tensor:
+    """Return `[B, C, 1, 1]` as `[B, C]`, and anything else unchanged."""
     return values.flatten(1) if values.shape[2:] == (1, 1) else values
 
 
 @torch.no_grad()
 def pool(features: Tensor) -> Tensor:
-    """Mean over places: `[B, C, H, W]` and `[B, tokens, C]` to `[B, C]`, in float32 at least."""
+    """Average over places: `[B, C, H, W]` or `[B, tokens, C]` to `[B, C]`, in float32 at least."""
     features = at_least_float32(features.detach())
     if features.ndim == 3:
         return features.mean(1)
@@ -193,7 +193,7 @@ def pool(features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _embed_aside(head: Head, features: Tensor | None) -> Tensor | None:
-    """The embedding with running statistics, which are not touched."""
+    """Compute the embedding in evaluation mode, so that running statistics stay unchanged."""
     if features is None:
         return None
     with frozen_modes(head):
@@ -202,7 +202,7 @@ def _embed_aside(head: Head, features: Tensor | None) -> Tensor | None:
 
 @contextmanager
 def frozen_modes(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within the block; then each submodule's own mode again."""
+    """Evaluation mode within the block; afterwards each submodule is back in its own mode."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -213,10 +213,10 @@ def frozen_modes(model: nn.Module) -> Iterator[None]:
 
 
 def find_submodule(model: nn.Module, name: str, argument: str) -> nn.Module:
-    """A submodule of a model, or of its `backbone`, by name.
+    """Find a submodule of a model, or of its `backbone`, by name.
 
     Raises:
-        UserError: there is none, said of `argument`, with near matches.
+        UserError: There is no such submodule; the message names the `argument` and near matches.
     """
     modules: dict[str, nn.Module] = dict(model.named_modules())
     backbone = getattr(model, "backbone", None)
@@ -229,15 +229,16 @@ def find_submodule(model: nn.Module, name: str, argument: str) -> nn.Module:
             if near
             else f"give one of {', '.join(n for n, _ in model.named_children())}"
         )
-        raise UserError(f"{argument} {name!r} is no module of {type(model).__name__}: {hint}")
+        raise UserError(f"{argument} {name!r} is not a module of {type(model).__name__}: {hint}")
     return found
 
 
 def every_sample_once(loader: DataLoader[Any], world_size: int, rank: int) -> DataLoader[Any]:
-    """A loader of the same data set that gives each sample exactly once over all ranks, in order.
+    """Make a loader of the same data set that gives each sample exactly once over all ranks, in order.
 
     Raises:
-        UserError: an iterable data set on several ranks, which only its author can share out, or fewer samples than ranks.
+        UserError: The data set is iterable and there are several ranks, among which only its author can share it out; or there are fewer
+            samples than ranks.
     """
     if isinstance(loader.dataset, IterableDataset):
         if world_size > 1:
@@ -266,16 +267,16 @@ def every_sample_once(loader: DataLoader[Any], world_size: int, rank: int) -> Da
 
 @contextmanager
 def plain_tensors() -> Iterator[None]:
-    """No gradient, but tensors that outlive Lightning's inference mode."""
+    """No gradients within the block, but tensors that stay usable after Lightning's inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
 @contextmanager
 def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Evaluate within the block and leave no trace: modes, buffers, random numbers and the trainer's stage come back."""
+    """Evaluate within the block and leave no trace: modes, buffers, random numbers and the trainer's stage are restored."""
     was_training = trainer.training
-    if was_training:  # batch transforms of a data module ask
+    if was_training:  # the batch transforms of a data module look at it
         trainer.validating = True
     try:
         with (
@@ -304,7 +305,7 @@ def _buffers_of_rank_zero(trainer: Trainer, pl_module: LightningModule) -> Itera
 
 
 def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
-    """What Lightning's loops do with a batch, the data module's and the module's hooks included."""
+    """Move a batch to the device as Lightning's loops do, with the hooks of the data module and of the module."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = before_batch_transfer(pl_module, batch)
     batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
@@ -312,17 +313,17 @@ def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
 
 
 def class_indices(batch: Any, kind: str) -> Tensor:
-    """The labels of a batch `(inputs, labels, …)`.
+    """Return the labels of a batch `(inputs, labels, …)`.
 
     Args:
-        batch: of a data loader.
-        kind: "training" or such, for the message.
+        batch: A batch of a data loader.
+        kind: The kind of batch, such as "training", for the message.
 
     Returns:
-        `[B]` class indices, of an integer dtype.
+        The class indices `[B]`, of an integer dtype.
 
     Raises:
-        UserError: it is no such batch.
+        UserError: The batch has no such labels.
     """
     labels = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
     if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype not in INTEGERS:
@@ -333,17 +334,17 @@ def class_indices(batch: Any, kind: str) -> Tensor:
     return labels
 
 
-KEEP_BYTES = 2**30  # of embeddings in host memory, for `nc/train/nc4`
+KEEP_BYTES = 2**30  # the most embeddings kept in host memory, for `nc/train/nc4`
 
 
 class PassStatistics:
-    """The class statistics of one pass over a split: those of the head's features, and of each layer's.
+    """The class statistics of one pass over a split, for the head's features and for each layer's.
 
     Args:
-        num_classes: K.
-        device: where the features are.
-        anchors: `[K, d]` of some of the features, by name: class means of an earlier pass, which keep the sums small.
-        scatter: Whether to collect what NC1 needs beyond the class means and variances.
+        num_classes: The number of classes K.
+        device: The device of the features.
+        anchors: Class means `[K, d]` of an earlier pass by the name of the features, for any of them; they keep the sums small.
+        scatter: Whether to collect the scatter, which NC1 needs in addition to the class means and variances.
     """
 
     def __init__(
@@ -351,7 +352,7 @@ class PassStatistics:
     ) -> None:
         self.num_classes = num_classes
         self.scatter = scatter
-        self.device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        self.device = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
         self.anchors = anchors
         self.statistics: dict[str, ClassStatistics] = {}
 
@@ -364,7 +365,7 @@ class PassStatistics:
                 self.statistics[name].update(values.to(self.device), labels.to(self.device))
 
     def add_state(self, state: Mapping[str, dict[str, Tensor]]) -> None:
-        """Add what another pass over the same split has seen."""
+        """Add the states of another pass over the same split."""
         with plain_tensors():
             for name, values in state.items():
                 if name not in self.statistics:
@@ -379,7 +380,7 @@ class PassStatistics:
         return statistics
 
     def compute(self) -> dict[str, Moments]:
-        """Over all ranks, in the same order on each."""
+        """Compute the statistics over all ranks, in the same order on each."""
         return {name: self.statistics[name].compute() for name in sorted(self.statistics)}
 
 
@@ -393,14 +394,14 @@ def sweep(
     each: Each | None = None,
     forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
-    """Run the source's model over batches, and add what its head and layers see to the statistics.
+    """Run the source's model over batches, and add the features of its head and layers to the statistics.
 
     Args:
-        batches: `(inputs, labels, …)`, on the model's device and transformed.
-        source: Of a model in evaluation mode.
-        passed: What to add to.
-        each: Called with what each forward showed and the labels of its batch.
-        forward_context: In which the model runs, such as a trainer's precision.
+        batches: Batches `(inputs, labels, …)`, on the model's device and transformed.
+        source: The source, of a model in evaluation mode.
+        passed: The statistics to add to.
+        each: A function that is called with what was caught of each forward and the labels of its batch.
+        forward_context: The context in which the model runs, such as a trainer's precision.
     """
     with plain_tensors(), source.attached():
         for batch in batches:
@@ -422,7 +423,7 @@ def trainer_sweep(
     each: Each | None = None,
     limit: int | None = None,
 ) -> None:
-    """`sweep` over `limit` batches, with a trainer's device, precision and batch transforms; leaves no trace in trainer and model."""
+    """Sweep over `limit` batches with a trainer's device, precision and batch transforms; leave no trace in trainer and model."""
     with plain_tensors(), undisturbed(trainer, pl_module):
         # the loader's iterator draws a random number, so it is made here
         batches = (to_device(trainer, pl_module, raw) for raw in islice(loader, limit))
@@ -433,9 +434,9 @@ class KeptEmbeddings:
     """Embeddings of a sweep that are needed after it, in host memory.
 
     Args:
-        rank: of this process.
-        world_size: number of processes; rank r of W sees the samples r, r + W, r + 2W and so on.
-        per_class: how many of each class `snapshot` gives, 0 for none.
+        rank: The rank of this process.
+        world_size: The number of processes W; rank r sees the samples r, r + W, r + 2W and so on.
+        per_class: The number of embeddings of each class that `snapshot` returns; 0 for none.
     """
 
     def __init__(self, rank: int, world_size: int, per_class: int) -> None:
@@ -448,7 +449,7 @@ class KeptEmbeddings:
         self.without_decision = False
 
     def add(self, caught: Caught, labels: Tensor) -> None:
-        """Keep a batch, unless there is no room or nothing to compare."""
+        """Keep a batch, unless memory is short or there is no decision to compare."""
         features = caught.features[HEAD]
         if caught.decision is None:
             self.without_decision = True
@@ -469,7 +470,7 @@ class KeptEmbeddings:
         self._seen += len(labels)
 
     def agrees(self, moments: Moments) -> Tensor | None:
-        """How many decisions agree with the nearest centre, of how many; None if embeddings were not kept."""
+        """Count the decisions that agree with the nearest centre, and all of them, `[2]`; None if no embeddings were kept."""
         if self._parts is None:
             return None
         agreeing = total = 0
@@ -480,7 +481,7 @@ class KeptEmbeddings:
         return torch.tensor([agreeing, total], dtype=torch.float64)
 
     def snapshot(self) -> dict[str, Any]:
-        """The first `per_class` embeddings of each class over all ranks, in the data's order; a collective call."""
+        """Return the first `per_class` embeddings of each class over all ranks, in the data's order; a collective call."""
         parts = [self._chosen]
         if self._world_size > 1:
             parts = [[] for _ in range(self._world_size)]

@@ -1,4 +1,4 @@
-"""The way of a picture or a table to the loggers and to the disk."""
+"""Sending pictures and tables to the loggers and to the disk, and the figures of neural collapse."""
 
 import math
 from collections.abc import Sequence
@@ -27,10 +27,10 @@ def publish(trainer: Trainer, key: str, figure: "Figure", path: Path) -> None:
     """Send a figure to every logger that takes images, and write it to a file unless this is a trial run.
 
     Args:
-        trainer: whose loggers and step.
-        key: what loggers call it, such as `nc/curves`.
-        figure: what to draw.
-        path: of the file.
+        trainer: The trainer whose loggers and step are used.
+        key: The name in the loggers, such as `nc/curves`.
+        figure: The figure.
+        path: The file.
     """
     picture = etflight.plotting.render(figure)
     if not is_trial_run(trainer):
@@ -49,11 +49,11 @@ def publish_table(
     """Send a table to every logger that takes tables, and write it to a CSV file unless this is a trial run.
 
     Args:
-        trainer: whose loggers and step.
-        key: what loggers call it, such as `test/classes`.
-        header: a name for each column.
-        rows: as many values each.
-        path: of the file.
+        trainer: The trainer whose loggers and step are used.
+        key: The name in the loggers, such as `test/classes`.
+        header: A name for each column.
+        rows: The rows, with one value for each column.
+        path: The file.
     """
     if not is_trial_run(trainer):
         write_csv(path, header, rows)
@@ -63,27 +63,28 @@ def publish_table(
                 log_table(key=key, columns=list(header), data=[list(row) for row in rows], step=trainer.global_step)
 
 
-_SPLITS = ("train", "train_online", "val")  # of which a picture of one split takes the first that was measured
+_SPLITS = ("train", "train_online", "val")  # a picture of one split takes the first of these that was measured
 
 
 class CollapseFigures(Callback):
-    """Draws what each `NeuralCollapseMonitor` among the trainer's callbacks measured.
+    """Draws what each `NeuralCollapseMonitor` of the trainer has measured.
 
-    `nc/curves`: measures over epochs; `nc/heat_map`: cosines of class means and class vectors; `nc/variability`: of each class against
-    its size; `nc/spectrum`: of the class means; `nc/triangle`: three classes in the plane of their vectors. A monitor of another space has
-    its own prefix (`nc_raw/curves`).
+    `nc/curves` shows the measures over epochs, `nc/heat_map` the cosines of class means and class vectors, `nc/variability` the variability
+    of each class against its size, `nc/spectrum` the spectrum of the class means, and `nc/triangle` three classes in the plane of their
+    vectors. A monitor of another space has its own prefix (`nc_raw/curves`).
 
-    They go to every logger with a `log_image(key, images, step)` as that of Weights & Biases, to TensorBoard, and, the last one of each, to
-    `<run folder>/figures/nc_curves.png` and so on. The place in the list of callbacks does not matter.
+    The pictures go to TensorBoard and to every logger with a `log_image(key, images, step)`, such as that of Weights & Biases; the last
+    picture of each kind is also written to `<run folder>/figures/nc_curves.png` and so on. The place in the list of callbacks does not
+    matter.
 
     Args:
-        every_n_epochs: draw when a measurement passes a multiple of it, and at the end of training.
-        triangle: three labels, for the triangle and, at the end of training, its film `figures/nc_triangle.gif`; needs a monitor with
+        every_n_epochs: Draw when a measurement passes a multiple of this number, and at the end of training.
+        triangle: Three labels for the triangle and, at the end of training, for its film `figures/nc_triangle.gif`; needs a monitor with
             `snapshots`.
-        film: whether to make the film.
+        film: Whether to make the film.
 
     Raises:
-        UserError: options that cannot be; a trainer without monitor, or for the triangle without snapshots.
+        UserError: An option is invalid, the trainer has no monitor, or the triangle is asked for without snapshots.
 
     Example:
         >>> from etflight.callbacks.figures import CollapseFigures
@@ -105,7 +106,7 @@ class CollapseFigures(Callback):
     # --- when --------------------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the monitors, or say at once what is missing."""
+        """Find the monitors, or raise an error that says what is missing."""
         monitors = callbacks_of(trainer, NeuralCollapseMonitor)
         if not monitors:
             raise UserError(
@@ -122,17 +123,17 @@ class CollapseFigures(Callback):
             self._check_triangle(pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw what a monitor further down the list measured at the end of the last epoch."""
+        """Draw what a monitor that comes later in the list has measured at the end of the last epoch."""
         self._draw_what_is_due(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw."""
+        """Draw what has been measured, if it is due."""
         self._draw_what_is_due(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the last measurement, and make the film."""
         for monitor in self._monitors.values():
-            monitor.finish(trainer, pl_module)  # it may be further down the list
+            monitor.finish(trainer, pl_module)  # it may come later in the list
         self._draw_what_is_due(trainer, pl_module, last=True)
         if self.film and trainer.is_global_zero and not is_trial_run(trainer):
             for key, monitor in self._monitors.items():
@@ -147,9 +148,8 @@ class CollapseFigures(Callback):
             if not monitor.epochs:
                 continue
             epoch = monitor.epochs[-1]
-            before = (
-                self._drawn[key] if self._drawn[key] <= epoch else 0.0
-            )  # a monitor that starts anew after we looked
+            # the monitor may have started again since the last picture
+            before = self._drawn[key] if self._drawn[key] <= epoch else 0.0
             n = self.every_n_epochs
             if (last and epoch != before) or math.floor(epoch / n) > math.floor(before / n):
                 self._drawn[key] = epoch
@@ -218,7 +218,7 @@ def _folder(trainer: Trainer) -> Path:
 
 
 def _snapshots(trainer: Trainer, monitor: NeuralCollapseMonitor) -> list[Path]:
-    """Those of this run in the order of epochs; the folder may hold an earlier one's too."""
+    """The snapshots of this run, in the order of epochs; the folder may also hold those of an earlier run."""
     files = (run_folder(trainer) / "snapshots" / f"epoch_{int(e):03d}.npz" for e in monitor.epochs if e == int(e))
     return [file for file in files if file.is_file()]
 
@@ -229,7 +229,7 @@ def _class_names(trainer: Trainer, pl_module: LightningModule, monitor: NeuralCo
 
 
 def _of_classes(name: str, trainer: Trainer, pl_module: LightningModule, monitor: NeuralCollapseMonitor) -> Any:
-    """An attribute with an entry per class, of the model or else of the data module; None if neither has it, or all are 0."""
+    """An attribute with one entry per class, of the model or else of the data module; None if neither has it, or all entries are 0."""
     for owner in (pl_module, data_module(trainer)):
         values = getattr(owner, name, None)
         weight = monitor.latest_weight

@@ -26,26 +26,26 @@ class FineTuning(Callback):
     - cRT, a fresh head on a frozen backbone: `load={"backbone": "backbone"}, freeze=["backbone"]` with a `checkpoint`.
     - LWS, a scale for each class of the old head: `load={"backbone": "backbone", "head": "head.linear"},
       freeze=["backbone", "head.linear"]` with a `checkpoint` and `ScaledLinearHead`.
-    - MiSLAS, both: `freeze=["backbone"]` and otherwise as LWS, with `LabelAwareSmoothingLoss`.
+    - MiSLAS, where the old head trains too: as LWS, but with `freeze=["backbone"]` and `LabelAwareSmoothingLoss`.
 
     A frozen part has no gradients, so neither weight decay nor momentum moves it, and it stays in evaluation mode, so its BatchNorm
     keeps its statistics (unless `freeze_statistics` is off). A resumed run takes all weights from its own checkpoint and does not ask
-    for these again. What is frozen depends on the epoch alone, so a resumed run goes on as it would have.
+    for these again. Which parts are frozen depends on the epoch alone, so a resumed run continues as if it had not stopped.
 
     Args:
-        checkpoint: A checkpoint of an `etflight` training; its averaged weights (EMA) are taken if it has some.
-        load: Parts of the checkpoint, each with the part of this model that takes it.
-        freeze: Parts of this model that do not train; names inside the backbone, such as "layer1", are understood, too.
-        weights: File for the backbone, `.safetensors` or one of `torch.save`, with the names that timm gives the backbone's weights;
-            its classifier is left out. Images must be normalised (`mean`, `std` of the data) as those it was trained on.
-        unfreeze_epoch: The first epoch, counted from 0, in which the frozen parts train, too; None: they never do.
+        checkpoint: A checkpoint written by an `etflight` training; if it has averaged weights (EMA), these are used.
+        load: Which part of the checkpoint goes into which part of this model.
+        freeze: Parts of this model that do not train; names inside the backbone, such as "layer1", work too.
+        weights: A file for the backbone, `.safetensors` or written by `torch.save`, with the names that timm gives the backbone's
+            weights; its classifier is left out. Images must be normalised (`mean`, `std` of the data) like those it was trained on.
+        unfreeze_epoch: The first epoch, counted from 0, in which the frozen parts train too; with None they never do.
         freeze_statistics: Whether frozen parts are in evaluation mode; if not, they are in training mode without gradients, so BatchNorm
-            normalises by the batch and its statistics move on (MiSLAS' `shift_bn`).
+            normalises by the batch and keeps updating its statistics (MiSLAS' `shift_bn`).
 
     Raises:
-        UserError: a checkpoint without anything to load from it, or the reverse; a checkpoint and weights; an epoch without anything
-            frozen until then; when training starts, a checkpoint or weights of another kind of model, parts that are not there or of
-            other shapes, nothing left to train, or an epoch that is never reached.
+        UserError: Only one of `checkpoint` and `load` is given, or both `checkpoint` and `weights`; or `unfreeze_epoch` is below 1 or given
+            without `freeze`. When training starts: checkpoint or weights belong to another kind of model, a part is missing or has another
+            shape, nothing is left to train, or the epoch is never reached.
 
     Source:
         Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, arXiv 1910.09217, section 4;
@@ -64,7 +64,7 @@ class FineTuning(Callback):
         super().__init__()
         if (checkpoint is None) != (not load):
             have, lack = ("load", "checkpoint") if checkpoint is None else ("checkpoint", "load")
-            raise UserError(f"fine-tuning has a {have}, but no {lack}: give --fine_tuning.{lack}, too, or neither")
+            raise UserError(f"fine-tuning has a {have}, but no {lack}: give --fine_tuning.{lack} as well, or neither")
         if checkpoint is not None and weights is not None:
             raise UserError("fine-tuning starts from --fine_tuning.checkpoint or --fine_tuning.weights, not from both")
         if unfreeze_epoch is not None and (unfreeze_epoch < 1 or not freeze):
@@ -77,10 +77,10 @@ class FineTuning(Callback):
         self.unfreeze_epoch = unfreeze_epoch
         self.freeze_statistics = freeze_statistics
         self._resumes = False
-        self._held: list[nn.Parameter] = []  # those of the frozen parts that train otherwise
+        self._held: list[nn.Parameter] = []  # the parameters of the frozen parts that would train otherwise
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Freeze for good before an optimizer or DDP asks which parameters train, but for a while only after that."""
+        """Apply a permanent freeze before an optimizer or DDP asks which parameters train, and a temporary one only afterwards."""
         self._resumes = False
         if stage != "fit" or not self.freeze:
             return
@@ -102,7 +102,7 @@ class FineTuning(Callback):
         rank_zero_info(f"frozen{until}: {', '.join(self.freeze)}; {rest:,} of {total:,} parameters train")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note that the weights are there already."""
+        """Note that the checkpoint has brought all weights."""
         self._resumes = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -119,17 +119,17 @@ class FineTuning(Callback):
                 warn(f"weights are those of checkpoint {self.checkpoint}, but {differ}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hold the frozen parts; later validations give every module its own mode back."""
+        """Freeze the parts; later validations restore the mode of every module."""
         is_over = self.unfreeze_epoch is not None and trainer.current_epoch >= self.unfreeze_epoch
         self._set_frozen(pl_module, not is_over)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let them go in their epoch."""
+        """Release the parts in their epoch."""
         if trainer.current_epoch == self.unfreeze_epoch:
             self._set_frozen(pl_module, False)
             for optimizer in trainer.optimizers:
                 start_momentum(optimizer)
-            rank_zero_info(f"from epoch {self.unfreeze_epoch} on {', '.join(self.freeze)} trains, too")
+            rank_zero_info(f"from epoch {self.unfreeze_epoch} on {', '.join(self.freeze)} trains too")
 
     def _set_frozen(self, pl_module: LightningModule, frozen: bool) -> None:
         for parameter in self._held:

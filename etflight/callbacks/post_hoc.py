@@ -1,4 +1,4 @@
-"""Other classifiers on a trained model's embedding, found without training: they take the head's place in an evaluation."""
+"""Classifiers that replace a trained model's head in an evaluation, found without training."""
 
 import math
 from abc import ABC, abstractmethod
@@ -20,23 +20,24 @@ from etflight.utils.training_data import other_images
 
 
 class PostHoc(Callback, ABC):
-    """Validates, tests and predicts with another head; afterwards the model has its own again, which no file of it ever lost.
+    """Validates, tests and predicts with another head.
 
-    The temperature that a checkpoint brings was fitted to the logits of its own head, so it is 1 meanwhile.
+    Afterwards the model has its own head again, and no file of the model ever lost it. The temperature in a checkpoint was fitted to the
+    logits of the model's own head, so it is 1 meanwhile.
 
     Raises:
-        UserError: in training, where there is nothing to replace yet; a model that is no `Classifier`.
+        UserError: It is used in training, where there is nothing to replace yet, or the model is not a `Classifier`.
     """
 
     _own: tuple[Head, Tensor] | None = None
 
     @abstractmethod
     def new_head(self, trainer: Trainer, model: Classifier) -> Head:
-        """The head that is to decide instead of `model.head`.
+        """Make the head that decides in place of `model.head`.
 
         Args:
-            trainer: with the data module.
-            model: trained, on its device.
+            trainer: The trainer, with its data module.
+            model: The trained model, on its device.
         """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -86,13 +87,13 @@ class PostHoc(Callback, ABC):
 
 
 class TauNormalization(PostHoc):
-    """τ-normalisation: class vectors `w_k / ‖w_k‖^τ` and no biases, since a linear head's norms grow with a class's images.
+    """τ-normalisation: class vectors `w_k / ‖w_k‖^τ` without biases, because in a linear head classes with more images have larger norms.
 
     Args:
-        tau: τ >= 0: 0 keeps the norms, 1 makes all of them 1. The authors choose it between the two on held-out images.
+        tau: The exponent τ >= 0; 0 keeps the norms, 1 makes all of them 1. The authors choose it between the two on held-out images.
 
     Raises:
-        UserError: a τ out of range; when it starts, a head that is not linear in its class vectors.
+        UserError: The exponent is out of range; when it starts: the head is not linear in its class vectors.
 
     Source:
         Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, arXiv 1910.09217, section 4.1.
@@ -105,7 +106,7 @@ class TauNormalization(PostHoc):
         self.tau = tau
 
     def new_head(self, trainer: Trainer, model: Classifier) -> Head:
-        """The trained embedding and class vectors, these rescaled."""
+        """Keep the trained embedding, and rescale the class vectors."""
         head = model.head
         if not isinstance(head, LinearHead | ScaledLinearHead):
             raise UserError(
@@ -124,7 +125,7 @@ class NearestClassMean(PostHoc):
     The logits are the cosines, so the softmax is never confident.
 
     Raises:
-        UserError: when it starts, other training images than the checkpoint's, or a class without any.
+        UserError: When it starts: the training images are not the checkpoint's, or a class has none.
 
     Source:
         Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, arXiv 1910.09217, section 4.1,
@@ -132,7 +133,7 @@ class NearestClassMean(PostHoc):
     """
 
     def new_head(self, trainer: Trainer, model: Classifier) -> Head:
-        """The trained embedding, with the class means as class vectors."""
+        """Keep the trained embedding, and take the class means as class vectors."""
         data = data_module(trainer)
         if not hasattr(data, "eval_dataloader"):
             raise UserError(

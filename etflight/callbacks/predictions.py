@@ -1,4 +1,4 @@
-"""What `etflight predict` writes, CSV, Parquet or NumPy's `.npz` by its ending, and the callback that gathers it."""
+"""The table that `etflight predict` writes (CSV, Parquet or NumPy's `.npz`, by its ending), and the callback that gathers it."""
 
 import csv
 import os
@@ -27,13 +27,13 @@ SUFFIXES = (".csv", ".parquet", ".npz")
 
 
 class Predictions(NamedTuple):
-    """Decisions on N images, the k most probable classes of each.
+    """The decisions on N images, with the k most probable classes of each.
 
     Attributes:
-        images: N paths, or positions.
-        labels: int64 `[N, k]`, most probable first.
-        probabilities: float32 `[N, k]`, calibrated.
-        embeddings: float32 `[N, d']`, or None.
+        images: The N paths, or positions.
+        labels: The classes, int64 `[N, k]`, most probable first.
+        probabilities: Their calibrated probabilities, float32 `[N, k]`.
+        embeddings: The embeddings, float32 `[N, d']`, or None.
     """
 
     images: Sequence[str]
@@ -43,7 +43,7 @@ class Predictions(NamedTuple):
 
 
 def skipped_beside(path: Path) -> Path:
-    """The file that lists what could not be read."""
+    """The path, beside the table, of the list of files that could not be read."""
     return path.with_name(f"{path.stem}_skipped.csv")
 
 
@@ -51,7 +51,7 @@ def check_output(path: Path) -> None:
     """Refuse a file that cannot be written, before any work is done.
 
     Raises:
-        UserError: it, or the list of what was skipped, exists; another ending; Parquet without its package.
+        UserError: The file, or the list of skipped files beside it, exists; it has another ending; or Parquet's package is missing.
     """
     if path.suffix not in SUFFIXES:
         raise UserError(f"--output {path}: give a name that ends in {', '.join(SUFFIXES)}")
@@ -63,16 +63,16 @@ def check_output(path: Path) -> None:
 
 
 def write(path: Path, predictions: Predictions, names: Sequence[str]) -> None:
-    """Write the file whole or not at all.
+    """Write the file completely or not at all.
 
-    CSV and Parquet have the columns `image`, `class`, `probability`, then `class_2`, `probability_2` … up to k, and the embedding, as
-    `embedding_0` … in CSV and as one list in Parquet. `.npz` has the arrays `image` `[N]`, `label`, `class` and `probability` `[N, k]`
+    CSV and Parquet have the columns `image`, `class`, `probability`, then `class_2`, `probability_2` … up to k, and the embedding:
+    `embedding_0` … in CSV, one list in Parquet. `.npz` has the arrays `image` `[N]`, `label`, `class` and `probability` `[N, k]`
     and `embedding` `[N, d']`.
 
     Args:
-        path: with one of the endings `SUFFIXES`.
-        predictions: its rows.
-        names: of the K classes.
+        path: The file, with one of the endings `SUFFIXES`.
+        predictions: The rows.
+        names: The names of the K classes.
     """
     classes = np.array(names)[predictions.labels]
     with replacing(path) as partial:
@@ -115,17 +115,17 @@ def _write_parquet(path: Path, predictions: Predictions, classes: NDArray[np.str
 
 
 class PredictionTable(Callback):
-    """Writes what `etflight.callbacks.predictions.write` describes: image, classes and calibrated probabilities, in the data's order.
+    """Writes images, classes and calibrated probabilities in the data's order, in the format of `etflight.callbacks.predictions.write`.
 
-    What could not be read is left out, counted, and listed with the reason in a file beside it.
+    Images that could not be read are left out, counted, and listed with the reason in a file beside the table.
 
     Args:
-        path: the file.
-        top_k: how many classes of each image, the most probable first.
-        embeddings: whether with the embeddings, too.
+        path: The file.
+        top_k: The number of classes for each image, the most probable first.
+        embeddings: Whether to write the embeddings too.
 
     Raises:
-        UserError: no image can be read, or the model has fewer classes than `top_k`.
+        UserError: No image can be read, or the model has fewer classes than `top_k`.
     """
 
     def __init__(self, path: Path, top_k: int = 1, embeddings: bool = False) -> None:
@@ -136,7 +136,7 @@ class PredictionTable(Callback):
         self._hook: RemovableHandle | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to what the head is given; by now it is the one that decides."""
+        """Listen to the input of the head; by now the deciding head is in place."""
         head = cast(Classifier, pl_module).head
         if self.top_k > head.num_classes:
             raise UserError(f"--top_k {self.top_k}: the model has {head.num_classes} classes: give at most as many")
@@ -188,7 +188,7 @@ class PredictionTable(Callback):
 
     def _tell_skipped(self, reasons: dict[str, str]) -> None:
         path = skipped_beside(self.path)
-        path.unlink(missing_ok=True)  # of an earlier run, whose predictions have just been replaced
+        path.unlink(missing_ok=True)  # the list of an earlier run, whose predictions have just been replaced
         if reasons:
             write_csv(path, ["image", "reason"], reasons.items())
             count = "1 image" if len(reasons) == 1 else f"{len(reasons)} images"
@@ -199,11 +199,11 @@ class PredictionTable(Callback):
 def _of_probabilities(model: Classifier) -> str:
     if model.is_calibrated:
         return f"probabilities calibrated with temperature {float(model.temperature):.3g}"
-    return "probabilities not calibrated, since no temperature was fitted: see --data.val_fraction"
+    return "probabilities not calibrated, because no temperature was fitted: see --data.val_fraction"
 
 
 def _reason(data: Any, index: int) -> str:
-    """Why an image cannot be read: it is tried once more, as loader processes tell no reasons."""
+    """Find out why an image cannot be read, by reading it again; loader processes do not report reasons."""
     try:
         data.split("test").source.images(torch.tensor([index]))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""What somebody sees who watches a training: the step, the bar, a line for each epoch, the speed."""
+"""What a person watching a training sees: a notice at the start, the progress bar, a line for each epoch, the speed."""
 
 import csv
 import math
@@ -26,29 +26,30 @@ _ALIGNMENT = ("nc/train/alignment", "nc/train_online/alignment", "nc/val/alignme
 class Progress(Callback):
     """Prints a line for each epoch, and adds alignment and the time left to the progress bar.
 
-    A line is such as `epoch 3/20: loss 0.412, val accuracy 87.3 %, alignment 0.913, 812 images/s, 0:04:10 left`, of what was measured. The
-    time left is that of the whole training, validation and measurements included, at the pace since it was started or resumed.
+    A line looks like `epoch 3/20: loss 0.412, val accuracy 87.3 %, alignment 0.913, 812 images/s, 0:04:10 left`; values that were not
+    measured are left out. The time left is that of the whole training, validation and measurements included, at the pace since the start
+    or the resumption.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from here."""
+        """Start the clock."""
         self._epoch: int | None = None
         self._started_at, self._started_with = time.perf_counter(), trainer.global_step
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell the epoch that is over by now, its last numbers logged."""
+        """Print the line of the epoch that has just ended; its last numbers have been logged by now."""
         self._tell(trainer)
         self._epoch = trainer.current_epoch
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Estimate the time left now and then."""
+        """Show alignment and the time left whenever the progress bar gets new numbers."""
         if shows_after(trainer, batch_idx):
             self._show(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell the last epoch."""
+        """Print the line of the last epoch."""
         self._tell(trainer)
 
     def _show(self, trainer: Trainer) -> None:
@@ -79,14 +80,14 @@ class Progress(Callback):
 
 
 def describe_epoch(epoch: int, epochs: int | None, metrics: Mapping[str, Any], speed: object, left: str | None) -> str:
-    """The line of one epoch.
+    """Write the line of one epoch.
 
     Args:
-        epoch: its index, from 0.
-        epochs: how many there will be; -1 or None: nobody knows.
-        metrics: log names to values; those that are missing or NaN are left out.
-        speed: images per second as text, or None.
-        left: time left as text, or None.
+        epoch: The index of the epoch, from 0.
+        epochs: The number of epochs in all; -1 or None if unknown.
+        metrics: The values by log name; those that are missing or NaN are left out.
+        speed: The images per second as text, or None.
+        left: The time left as text, or None.
 
     Example:
         >>> describe_epoch(2, 20, {"train/loss": 0.4123, "val/acc": 0.873, "val/acc_few": float("nan")}, "812", "0:04:10")
@@ -108,7 +109,7 @@ def describe_epoch(epoch: int, epochs: int | None, metrics: Mapping[str, Any], s
 
 
 def is_watched() -> bool:
-    """Whether a progress bar would be seen: the output is a terminal, and neither CI nor a batch system runs this."""
+    """Whether anybody would see a progress bar: the output is a terminal, and this runs neither in CI nor in a batch system."""
     in_ci = os.environ.get("CI", "").lower() in ("true", "1")
     return sys.stdout.isatty() and not in_ci and "SLURM_JOB_ID" not in os.environ
 
@@ -119,22 +120,23 @@ def _first(metrics: Mapping[str, Any], *names: str) -> float | None:
 
 
 class Speed(Callback):
-    """Tells images per second, the share of time spent waiting for data, and peak memory.
+    """Reports images per second, the share of time spent waiting for data, and peak memory.
 
-    The progress bar has those of the epoch so far every `log_every_n_steps`. Each epoch leaves `speed/images_per_s`, `speed/data_wait`,
-    `speed/peak_memory_gb` and `speed/epoch_s` in `<run folder>/speed.csv` and in every logger but `metrics.csv`, which is the same for
-    every repetition of a run. Validation and what callbacks do with it count in `speed/epoch_s` only, the seconds that the whole epoch
-    took. Images are those of all processes; waiting and memory are the first process's: that of its GPU, or else of the whole process
-    without its loader's workers. Reads clocks only: nothing waits for the device, nothing is in checkpoints.
+    The progress bar shows speed and waiting in the epoch so far every `log_every_n_steps`. Each epoch leaves `speed/images_per_s`,
+    `speed/data_wait`, `speed/peak_memory_gb` and `speed/epoch_s` in `<run folder>/speed.csv` and in every logger except `metrics.csv`,
+    which is the same for every repetition of a run. `speed/epoch_s` is the seconds that the whole epoch took; only it includes
+    validation and what callbacks do with it. The images are counted over all processes. Waiting time and memory are those of the first
+    process: the memory of its GPU if it has one, or else host memory without the loader's workers. The callback only reads clocks: it
+    never waits for the device and keeps nothing in checkpoints.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from here, should this be within an epoch."""
+        """Start counting; a resumed run may be within an epoch."""
         self._images, self._waited_before = 0, _waited(trainer)
         self._started_at = self._counts_from = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from here."""
+        """Start counting again."""
         self.on_train_start(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -142,14 +144,14 @@ class Speed(Callback):
         self._stopped_at = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the clock go on."""
+        """Restart the clock."""
         if not trainer.sanity_checking:
             self._counts_from += time.perf_counter() - self._stopped_at
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the images, and show the epoch's speed so far now and then."""
+        """Count the images, and show the speed whenever the progress bar gets new numbers."""
         self._images += len(batch[0]) * trainer.world_size
         if shows_after(trainer, batch_idx):
             self._measure(trainer)
@@ -159,7 +161,7 @@ class Speed(Callback):
         self._log(trainer, *self._measure(trainer))
 
     def _measure(self, trainer: Trainer) -> tuple[float, float]:
-        """Images per second and the share of waiting in this epoch, which the progress bar shows from now on."""
+        """Return images per second and the share of waiting in this epoch so far, and show both in the progress bar."""
         seconds = time.perf_counter() - self._counts_from
         speed, waiting = self._images / seconds, (_waited(trainer) - self._waited_before) / seconds
         shown: Any = {"images/s": f"{speed:.0f}", "waiting": f"{waiting:.0%}"}
@@ -190,12 +192,12 @@ class Speed(Callback):
 
 
 def _waited(trainer: Trainer) -> float:
-    """Seconds that the training loader has kept the process waiting, NaN for one that does not tell."""
+    """The seconds that the training loader has kept the process waiting; NaN if the loader does not measure them."""
     return float(getattr(trainer.train_dataloader, "waited", math.nan))
 
 
 def peak_memory(device: torch.device) -> float:
-    """The largest number of bytes that tensors have taken on a CUDA device so far, or else this process in host memory."""
+    """The largest number of bytes so far: of the tensors on a CUDA device, or else of this process in host memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -203,7 +205,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 class StepNotice(Callback):
-    """One line when training starts: global batch, learning rate, class balance; and a warning about BatchNorm on several GPUs."""
+    """Prints global batch, learning rate and class balance when training starts, and warns of BatchNorm on several GPUs."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the line on the first process; optimizers exist by now."""
@@ -223,13 +225,13 @@ class StepNotice(Callback):
             and has_unsynced_batch_norm(pl_module)
         ):
             rank_zero_warn(
-                "BatchNorm normalises each process's images by themselves: add --trainer.sync_batchnorm true for the "
+                "BatchNorm normalises each process's images separately: add --trainer.sync_batchnorm true for the "
                 "statistics of the global batch"
             )
 
 
 def describe_step(*, processes: int, batch_size: int, accumulated: int, lr: float | None, loss: Loss) -> str:
-    """The line, for instance of two processes with 64 images each.
+    """Write the line, here for two processes with 64 images each.
 
     Example:
         >>> from etflight import CrossEntropyLoss
@@ -256,5 +258,5 @@ def describe_step(*, processes: int, batch_size: int, accumulated: int, lr: floa
 
 
 def has_unsynced_batch_norm(model: nn.Module) -> bool:
-    """Whether a BatchNorm of the model knows its own process's images only."""
+    """Whether the model has a BatchNorm layer that sees only its own process's images."""
     return any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for m in model.modules())

@@ -1,4 +1,4 @@
-"""What a test leaves: tables in the terminal, test_metrics.json, per_class.csv, and pictures."""
+"""The results of a test: tables in the terminal, test_metrics.json, per_class.csv, and pictures."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -44,7 +44,7 @@ class TestResults(Callback):
         self.verbose = verbose
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do it on the first process; all take part in adding up what each has counted."""
+        """Print and write on the first process; all processes take part in adding up the counts."""
         model = cast(Classifier, pl_module)
         evaluation = model.evaluation()
         if not trainer.is_global_zero:
@@ -117,7 +117,7 @@ def _figures(model: Classifier, evaluation: Evaluation) -> "dict[str, Figure]":
 
 
 def _tables(metrics: Mapping[str, float], model: Classifier, evaluation: Evaluation) -> Iterator[Group]:
-    """One for each group of measures, no wider than 80 columns."""
+    """Make a table for each group of measures, no wider than 80 columns."""
     images, classes = int(evaluation.classes.samples.sum()), len(model.class_counts)
     tau = model.hparams["logit_adjustment"]
     adjusted = f", logit adjustment {tau:g}" if tau else ""

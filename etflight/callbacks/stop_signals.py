@@ -1,4 +1,4 @@
-"""Ending a process that waits for others of its job and cannot answer a signal itself."""
+"""Stopping a run on a signal: save where nothing is pending, and end a process that waits for others and cannot answer itself."""
 
 import os
 import signal
@@ -27,21 +27,21 @@ PATIENCE = 40.0  # seconds
 
 
 class Watchdog(threading.Thread):
-    """Ends a process that has got SIGTERM or SIGINT, but whose main thread comes back from no call any more.
+    """Ends a process that has received SIGTERM or SIGINT but whose main thread no longer returns from a call.
 
     Python runs signal handlers in the main thread, and only between two of its instructions: a process that waits in a collective for
     another which has stopped taking part never sees the signal. This thread does, through the wake-up file that C's own handler
     writes to.
 
-    What counts as progress is that the main thread gets on: from one call to another, in whatever part of the program. It is taken to
-    wait for ever once it has been in one and the same call for 40 seconds after the signal, and for twice as long as it ever was in
-    one before. So a long validation, a sweep or a figure is not cut short, nor a long step of a big model, unless it is the first one
-    of all, before which nothing is lost; and whoever `is_busy` may take its time.
+    Progress means that the main thread moves from one call to another, anywhere in the program. It is considered stuck once it has been
+    in one and the same call for 40 seconds after the signal, and for twice as long as it ever was in one before. So neither a long
+    validation, sweep or figure nor a long step of a big model is cut short; only the very first step may be, and before it nothing is
+    lost. While `is_busy` is true, nothing is cut short.
 
     Args:
-        is_busy: whether the main thread does something, such as saving, that must not be cut short.
-        end: called with the signal's number, in this thread.
-        interval: seconds between two looks.
+        is_busy: A function that tells whether the main thread does something, such as saving, that must not be cut short.
+        end: A function that is called with the signal's number, in this thread.
+        interval: The seconds between two looks.
 
     Source:
         "Execution of Python signal handlers" and `set_wakeup_fd`, https://docs.python.org/3/library/signal.html
@@ -57,7 +57,7 @@ class Watchdog(threading.Thread):
         self._is_over = False
 
     def run(self) -> None:
-        """Look at the main thread until the process ends, or `stop`."""
+        """Look at the main thread until the process ends or `stop` is called."""
         place, since, longest, number, told = self._place(), time.monotonic(), 0.0, 0, 0.0
         while not self._is_over:
             ready, _, _ = select([self._inbox], [], [], self._interval)
@@ -72,7 +72,7 @@ class Watchdog(threading.Thread):
                 return
 
     def stop(self) -> None:
-        """Look no more; the main thread calls it."""
+        """Stop looking; called by the main thread."""
         if self._is_over:
             return
         self._is_over = True
@@ -83,7 +83,7 @@ class Watchdog(threading.Thread):
         os.close(self._outbox)
 
     def _place(self) -> list[tuple[CodeType, int]]:
-        """Where the main thread is: each function on its stack, with the instruction."""
+        """The place of the main thread: each function on its stack, with the instruction."""
         place, frame = [], sys._current_frames().get(self._main)
         while frame is not None:
             place.append((frame.f_code, frame.f_lasti))
@@ -94,14 +94,15 @@ class Watchdog(threading.Thread):
 class StopSignals(Callback):
     """On SIGTERM, saves at the next place where nothing is pending and exits with status 143 (128 + 15).
 
-    Where Lightning has been told by SLURM to requeue the job on a signal (SIGUSR1), its own handler is called at such a place instead
+    If SLURM has told Lightning to requeue the job on a signal (SIGUSR1), Lightning's own handler is called at such a place instead
     of in the middle of a step, and the process exits with status 0. A validation, test or prediction just ends.
 
-    It is enough that one process gets the signal: all agree on the step, by an all-reduce of one integer that nobody waits for. Where
-    they wait for one that has stopped taking part, no step comes: a `Watchdog` then ends the process within a minute, unsaved.
+    It is enough that one process receives the signal: all processes agree on the step by an all-reduce of one integer, without waiting
+    for it. If they wait for a process that has stopped taking part, no such step comes, and a `Watchdog` ends the process within a
+    minute, unsaved.
 
     Args:
-        last: saves; None where checkpoints are off, or nothing is trained.
+        last: The callback that saves; None where checkpoints are off or nothing is trained.
     """
 
     def __init__(self, last: LastCheckpoint | None) -> None:
@@ -114,7 +115,7 @@ class StopSignals(Callback):
         self._watchdog: Watchdog | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Keep watch over a process that may come to wait for others."""
+        """Start the watch over a process that may have to wait for others."""
         self._received = self._agreed = 0
         self._pending = None
         self._relax()
@@ -138,11 +139,11 @@ class StopSignals(Callback):
         return self._last is not None and self._last.is_saving
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As in training, which comes next."""
+        """Prepare as in `on_train_start`, because training comes next."""
         self._take_over()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Be ready to agree with the other processes."""
+        """Prepare to agree with the other processes."""
         self._group = dist.new_group(backend="gloo") if trainer.world_size > 1 else None
         self._take_over()
 
@@ -156,15 +157,15 @@ class StopSignals(Callback):
             signal.signal(handled, self._note)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Outside training there is nothing to save: end at once, where Lightning would go on to the end."""
+        """End at once on a signal outside training, where there is nothing to save; Lightning would go on to the end."""
         self._end_at_once(trainer)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As in a validation of its own."""
+        """Do as in `on_validation_start`."""
         self._end_at_once(trainer)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As in a validation of its own."""
+        """Do as in `on_validation_start`."""
         self._end_at_once(trainer)
 
     def _end_at_once(self, trainer: Trainer) -> None:
@@ -211,18 +212,18 @@ class StopSignals(Callback):
         sys.exit(0 if _is_child_of_lightning(trainer) else 128 + self._agreed)
 
     def _remove_copies(self, trainer: Trainer, before: set[Path]) -> None:
-        """Lightning's handler saves once more, in a file that nothing would ever remove; `last.ckpt` is the same."""
+        """Remove what Lightning's handler has saved: the same as `last.ckpt`, in a file that nothing else would ever remove."""
         if trainer.is_global_zero and self._last is not None:
             for copy in set(run_folder(trainer).glob("hpc_ckpt_*.ckpt")) - before:
                 copy.unlink()
 
 
 def _give_up(trainer: Trainer, number: int) -> None:
-    """End this process, and those that Lightning has started from it, wherever they are."""
+    """End this process, and those that Lightning has started from it, whatever they are doing."""
     again = "resume with --ckpt_path last" if trainer.state.fn == "fit" else "give the command again"
     print_error(
         UserError(
-            f"{signal.Signals(number).name}: ended at once, without saving: this job does not get on any more, as where one of its "
+            f"{signal.Signals(number).name}: ended at once, without saving, because this job makes no progress; perhaps one of its "
             f"processes has stopped taking part: find out why, then {again}"
         )
     )
@@ -232,6 +233,9 @@ def _give_up(trainer: Trainer, number: int) -> None:
 
 
 def _is_child_of_lightning(trainer: Trainer) -> bool:
-    """Lightning kills the first process, which may still be closing its loggers, when one it started exits with an error."""
+    """Whether Lightning has started this process.
+
+    If such a process exits with an error, Lightning kills the first process, which may still be closing its loggers.
+    """
     environment = getattr(trainer.strategy, "cluster_environment", None)
     return isinstance(environment, LightningEnvironment) and int(os.environ.get("LOCAL_RANK", 0)) > 0

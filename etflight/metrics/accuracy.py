@@ -12,7 +12,7 @@ from etflight.utils.torchmetrics_private import ExactMetric
 
 
 class SampleMean(ExactMetric):
-    """The mean over samples of what batches report as their own mean, whatever their sizes and ranks.
+    """The mean over samples, from the means of batches, whatever their sizes and ranks.
 
     Unlike a tensor given to `LightningModule.log`, it has a state that a checkpoint within an epoch can hold.
 
@@ -33,16 +33,16 @@ class SampleMean(ExactMetric):
         self.add_sum("samples")
 
     def update(self, mean: Tensor, samples: int) -> None:
-        """Add the mean, a scalar, of a batch of that many samples."""
+        """Add the mean, a scalar, of a batch of `samples` samples."""
         self.total += mean.detach().double() * samples
         self.samples += samples
 
     def compute(self) -> Tensor:
-        """Scalar float32, NaN when nothing was seen."""
+        """Return the mean, a float32 scalar; NaN if nothing was seen."""
         return (self.total / self.samples).float()
 
 
-MOST_CLASSES = 1000  # 8 MB; more cells than that are more than a picture has pixels
+MOST_CLASSES = 1000  # 8 MB; with more, the cells would outnumber the pixels of a picture
 
 
 class Confusion(ExactMetric):
@@ -52,7 +52,7 @@ class Confusion(ExactMetric):
         num_classes: K, at most `MOST_CLASSES`.
 
     Raises:
-        ValueError: more classes than that.
+        ValueError: There are more classes.
 
     Example:
         >>> metric = Confusion(2)
@@ -73,14 +73,14 @@ class Confusion(ExactMetric):
         """Add a batch.
 
         Args:
-            predicted: class indices `[B]`, int64, in [0, K).
-            target: the true ones, likewise.
+            predicted: The predicted class indices `[B]`, int64, in [0, K).
+            target: The true class indices, likewise.
         """
         cells = target * len(self.counts) + predicted
         self.counts.view(-1).index_add_(0, cells, torch.ones_like(cells))
 
     def compute(self) -> Tensor:
-        """Int64 `[K, K]`, true classes in rows."""
+        """Return the counts, int64 `[K, K]`, true classes in rows."""
         return self.counts.clone()
 
 
@@ -89,18 +89,18 @@ FEW_BELOW = 20
 
 
 def by_frequency(class_counts: Tensor) -> Tensor:
-    """Class labels `[K]` from the most to the fewest training images `[K]`; of equals, the lower label first."""
+    """Sort the class labels `[K]` from the most to the fewest training images `[K]`; ties go by label, the lower one first."""
     return class_counts.argsort(descending=True, stable=True)
 
 
 def shot_groups(class_counts: Tensor) -> dict[str, Tensor]:
-    """Masks `[K]` of the classes with more than 100 training images, fewer than 20, and the rest.
+    """Make masks `[K]` of the classes with more than 100 training images, with fewer than 20, and of the rest.
 
     Args:
-        class_counts: `[K]`, training images.
+        class_counts: The number of training images of each class, `[K]`.
 
     Returns:
-        `many`, `medium`, `few`; each class is in one of them.
+        The masks `many`, `medium`, `few`; each class is in one of them.
 
     Source:
         Liu et al. 2019, "Large-Scale Long-Tailed Recognition in an Open World" (OLTR).
@@ -110,16 +110,16 @@ def shot_groups(class_counts: Tensor) -> dict[str, Tensor]:
 
 
 def third_groups(class_counts: Tensor) -> dict[str, Tensor]:
-    """Masks `[K]` of the K//3 classes with most training images, the K//3 with fewest, and those between.
+    """Make masks `[K]` of the K//3 classes with most training images, of the K//3 with fewest, and of those between.
 
-    Sets whose rarest class still has tens of images, as CIFAR-10 at ratio 100 (3, 4 and 3 classes), have no few-shot class: their
-    tail is a fixed share of the classes.
+    Sets whose rarest class still has tens of images, such as CIFAR-10 at ratio 100 (3, 4 and 3 classes), have no few-shot class. With
+    these groups their tail is a fixed share of the classes.
 
     Args:
-        class_counts: `[K]`, training images; ties go by label, as in `by_frequency`.
+        class_counts: The number of training images of each class, `[K]`; ties go by label, as in `by_frequency`.
 
     Returns:
-        `head`, `middle`, `tail`; each class is in one of them.
+        The masks `head`, `middle`, `tail`; each class is in one of them.
     """
     place, third = _places(class_counts), len(class_counts) // 3
     head, tail = place < third, place >= len(class_counts) - third
@@ -127,33 +127,33 @@ def third_groups(class_counts: Tensor) -> dict[str, Tensor]:
 
 
 def _places(class_counts: Tensor) -> Tensor:
-    """Of each class in the order `by_frequency`, `[K]` from 0."""
+    """The place of each class in the order of `by_frequency`, `[K]` from 0."""
     return by_frequency(class_counts).argsort()
 
 
 def harmonic_mean(accuracy: Tensor) -> Tensor:
-    """Harmonic mean of the accuracies `[K]` that are numbers, a scalar: 0 as soon as one class is never right, NaN of none."""
+    """Harmonic mean of the accuracies `[K]`, a scalar, NaN left out: 0 as soon as one class is never right; NaN if nothing is left."""
     seen = accuracy[~accuracy.isnan()]
     return len(seen) / seen.reciprocal().sum()
 
 
 def shifted_accuracy(accuracy: Tensor, class_counts: Tensor, ratio: float) -> Tensor:
-    """Accuracy on test images that are long-tailed themselves: exact, from class accuracies, nothing is drawn.
+    """Accuracy on test images that are long-tailed themselves, computed exactly from the class accuracies; nothing is drawn.
 
-    Class frequencies fall exponentially by `ratio` from the class with most training images to the one with fewest, as the `exp`
-    profile of training sets does, untruncated: `p_k ∝ ratio^(-place_k / (K-1))`.
+    Class frequencies fall exponentially by `ratio` from the class with most training images to the one with fewest, as in the `exp`
+    profile of training sets, but untruncated: `p_k ∝ ratio^(-place_k / (K-1))`.
 
     Args:
-        accuracy: `[K]`; classes whose accuracy is NaN are left out.
-        class_counts: `[K]`, training images, whose order is that of `by_frequency`.
-        ratio: largest over smallest frequency; above 1 the tail runs as in training (forward), below 1 against it (backward).
+        accuracy: The accuracy of each class, `[K]`; classes whose accuracy is NaN are left out.
+        class_counts: The number of training images of each class, `[K]`; they give the order of `by_frequency`.
+        ratio: The largest over the smallest frequency; above 1 the tail runs as in training (forward), below 1 against it (backward).
 
     Returns:
-        Scalar; the mean over classes at ratio 1.
+        A scalar; at ratio 1 it is the mean over classes.
 
     Source:
         Hong et al. 2021, "Disentangling Label Distribution for Long-tailed Visual Recognition" (LADE): its released code draws test sets
-        of these frequencies, truncated, for the ratios 2, 5, 10, 25 and 50, and tells some methods' decisions of them, which this does not.
+        of these frequencies, truncated, for the ratios 2, 5, 10, 25 and 50. There, some methods' decisions use these frequencies.
     """
     share = _places(class_counts).double() / max(len(class_counts) - 1, 1)
     weight = torch.where(accuracy.isnan(), 0.0, ratio**-share)
@@ -161,12 +161,12 @@ def shifted_accuracy(accuracy: Tensor, class_counts: Tensor, ratio: float) -> Te
 
 
 class ClassScores(NamedTuple):
-    """What was counted of each class.
+    """The scores of each class.
 
     Attributes:
-        samples: `[K]` int64, test images.
-        accuracy: `[K]` float64, the share of them that is right, also called recall; NaN without any.
-        precision: `[K]` float64, the share of right ones among the images taken for the class; NaN if none was.
+        samples: The number of test images, `[K]` int64.
+        accuracy: The share of them that is right, also called recall, `[K]` float64; NaN if there are none.
+        precision: The share of right ones among the images taken for the class, `[K]` float64; NaN if there are none.
     """
 
     samples: Tensor
@@ -175,14 +175,14 @@ class ClassScores(NamedTuple):
 
 
 class ShotAccuracy(ExactMetric):
-    """Top-1 accuracy: overall, and of classes: their mean (balanced accuracy), worst, harmonic mean, and means over groups.
+    """Top-1 accuracy over all samples, and over classes: mean (balanced accuracy), worst, harmonic mean, and means over groups.
 
-    A group's accuracy is the mean of its classes' accuracies; classes without a sample seen are left out of whatever is
+    A group's accuracy is the mean of its classes' accuracies; classes of which no sample was seen are left out of everything that is
     taken over classes. The groups are `shot_groups` and `third_groups`.
 
     Args:
-        num_classes: K.
-        shifts: ratios of long-tailed test frequencies, for `shifted_accuracy` forward and backward.
+        num_classes: The number of classes K.
+        shifts: The ratios of long-tailed test frequencies, for `shifted_accuracy` forward and backward.
 
     Example:
         >>> metric = ShotAccuracy(3)
@@ -205,22 +205,22 @@ class ShotAccuracy(ExactMetric):
         self._class_counts: Tensor | None = None
 
     def set_class_counts(self, class_counts: Tensor) -> None:
-        """Give the training counts `[K]` that make the groups; without them there are none."""
+        """Set the training counts `[K]` that define the groups; without them there are no groups."""
         self._class_counts = class_counts
 
     def update(self, predicted: Tensor, target: Tensor) -> None:
         """Add a batch.
 
         Args:
-            predicted: class indices `[B]`, int64, in [0, K).
-            target: the true ones, likewise.
+            predicted: The predicted class indices `[B]`, int64, in [0, K).
+            target: The true class indices, likewise.
         """
         self.total.index_add_(0, target, torch.ones_like(target))
         self.predicted.index_add_(0, predicted, torch.ones_like(predicted))
         self.correct.index_add_(0, target, (predicted == target).long())
 
     def per_class(self) -> ClassScores:
-        """Of what all processes have seen; each must call it."""
+        """Return the scores of each class over all processes; every process must call it."""
         with self.sync_context():
             return self._scores()
 
@@ -229,12 +229,12 @@ class ShotAccuracy(ExactMetric):
         return ClassScores(self.total.clone(), right / self.total, right / self.predicted)
 
     def compute(self) -> dict[str, Tensor]:
-        """Scalars in [0, 1].
+        """Return the accuracies, scalars in [0, 1].
 
         Returns:
             `acc`, `acc_macro`, `acc_worst`, `acc_harmonic` and, for groups that have classes, `acc_many`, `acc_medium`, `acc_few`,
-            `acc_head`, `acc_middle`, `acc_tail`; for each of the `shifts`, such as 50, `acc_forward_50` and `acc_backward_50`. All NaN when
-            nothing was seen.
+            `acc_head`, `acc_middle`, `acc_tail`; for each of the `shifts`, such as 50, `acc_forward_50` and `acc_backward_50`. All are NaN
+            if nothing was seen.
         """
         accuracy = self._scores().accuracy
         worst = accuracy.nan_to_num(torch.inf).min()
@@ -256,16 +256,16 @@ class ShotAccuracy(ExactMetric):
 
 
 _COARSEST, _FINEST, _STEPS = 100.0, 0.002, 109  # a ratio of 1.105 between neighbours
-_ROUNDING = 1e-6  # of a sum of float32 losses
+_ROUNDING = 1e-6  # relative, of a sum of float32 losses
 
 
 class ReliabilityBins(NamedTuple):
     """Samples by the confidence of their decision, in M bins of equal width; bin m holds (m/M, (m+1)/M].
 
     Attributes:
-        counts: `[M]` int64, samples.
-        confidence: `[M]` float64, their mean largest probability; NaN in an empty bin.
-        accuracy: `[M]` float64, the share of them that is right; NaN in an empty bin.
+        counts: The number of samples, `[M]` int64.
+        confidence: Their mean largest probability, `[M]` float64; NaN in an empty bin.
+        accuracy: The share of them that is right, `[M]` float64; NaN in an empty bin.
     """
 
     counts: Tensor
@@ -274,16 +274,16 @@ class ReliabilityBins(NamedTuple):
 
     @property
     def ece(self) -> Tensor:
-        """Expected calibration error, `Σ_m n_m/N |accuracy_m - confidence_m|`: a float64 scalar, NaN when nothing was seen."""
+        """Expected calibration error, `Σ_m n_m/N |accuracy_m - confidence_m|`: a float64 scalar, NaN if nothing was seen."""
         gaps = (self.accuracy - self.confidence).abs()
         return torch.where(self.counts > 0, self.counts * gaps, 0.0).sum() / self.counts.sum()
 
 
 class Reliability(ExactMetric):
-    """What a reliability diagram shows, and the expected calibration error that sums it up.
+    """The data of a reliability diagram, and the expected calibration error that sums it up.
 
     Args:
-        bins: M >= 1; the field's comparisons have 15.
+        bins: The number of bins M >= 1; the field's comparisons have 15.
 
     Source:
         Guo et al. 2017, "On Calibration of Modern Neural Networks".
@@ -310,8 +310,8 @@ class Reliability(ExactMetric):
         """Add a batch.
 
         Args:
-            logits: `[B, K]`, any float dtype.
-            target: class indices `[B]`, int64.
+            logits: The logits `[B, K]`, any float dtype.
+            target: The class indices `[B]`, int64.
         """
         confidence, predicted = at_least_float32(logits).softmax(dim=1).max(dim=1)
         inner = torch.arange(1, len(self.counts), dtype=confidence.dtype, device=confidence.device) / len(self.counts)
@@ -321,7 +321,7 @@ class Reliability(ExactMetric):
         self.confidence.index_add_(0, bins, confidence.double())
 
     def compute(self) -> ReliabilityBins:
-        """Means over what all processes have seen."""
+        """Return the bins over all processes."""
         return ReliabilityBins(self.counts.clone(), self.confidence / self.counts, self.correct.double() / self.counts)
 
 
@@ -329,12 +329,12 @@ class TemperatureFit(ExactMetric):
     """The temperature T that minimises the negative log-likelihood of `softmax(logits / T)`.
 
     The likelihood is summed on a logarithmic grid of temperatures, so ranks add and no logits are kept; the minimum is refined by
-    the parabola through its three lowest points. Where it lies at an end of the grid, as where every decision is right and T would fall
-    for ever, T is the largest whose likelihood is at least 1/e of the best: for N right decisions their mean confidence is then about
-    1 - 1/N. Where no temperature is better than another, T is 1.
+    the parabola through its three lowest points. It lies at an end of the grid if, for instance, every decision is right, so that a lower T
+    is always better. T is then the largest whose likelihood is at least 1/e of the best: for N right decisions their mean confidence is
+    about 1 - 1/N. If no temperature is better than another, T is 1.
 
     Attributes:
-        doubt: why the T computed last cannot be trusted, in words; None if it can.
+        doubt: The reason why the T computed last cannot be trusted; None if it can.
 
     Source:
         Guo et al. 2017, "On Calibration of Modern Neural Networks".
@@ -353,8 +353,8 @@ class TemperatureFit(ExactMetric):
         """Add a batch.
 
         Args:
-            logits: `[B, K]`, any float dtype.
-            target: class indices `[B]`, int64.
+            logits: The logits `[B, K]`, any float dtype.
+            target: The class indices `[B]`, int64.
         """
         logits = at_least_float32(logits)
         shifted = logits - logits.gather(1, target[:, None])
@@ -362,16 +362,16 @@ class TemperatureFit(ExactMetric):
         self.samples += len(target)
 
     def compute(self) -> Tensor:
-        """T in [0.002, 100], a float32 scalar; 1 when nothing was seen."""
+        """Return T in [0.002, 100], a float32 scalar; 1 if nothing was seen."""
         losses, lowest, images, grid = self.losses, self.losses.min(), int(self.samples), self._grid()
         self.doubt = None
         if not losses.max() - lowest > _ROUNDING * lowest:  # or they are not numbers
-            self.doubt = f"to {images} held-out images all are alike" if images else None
+            self.doubt = f"all temperatures suit {images} held-out images equally well" if images else None
             return torch.ones_like(grid[0])
         if lowest in (losses[0], losses[-1]):
             all_right = lowest < math.log(2)  # a wrong decision costs more at any temperature
-            why = "are right and would have it fall for ever" if all_right else "ask for one beyond the range searched"
-            self.doubt = f"{images} held-out images {why}"
+            why = "are all classified correctly, so a lower one always fits better"
+            self.doubt = f"{images} held-out images {why if all_right else 'need one beyond the range searched'}"
             return grid[losses <= lowest + 1].max().exp()
         best = losses.argmin()
         left, middle, right = losses[best - 1], losses[best], losses[best + 1]
@@ -379,6 +379,6 @@ class TemperatureFit(ExactMetric):
         return (grid[best] + offset.float() * (grid[1] - grid[0])).exp()
 
     def _grid(self) -> Tensor:
-        """Logarithms of the temperatures; no buffer, which averaging weights would move."""
+        """The logarithms of the temperatures; not a buffer, because weight averaging would change it."""
         ends = math.log(_FINEST), math.log(_COARSEST)
         return torch.linspace(*ends, _STEPS, dtype=torch.float32, device=self.losses.device)

@@ -1,23 +1,24 @@
 r"""Neural-collapse measures: pure functions of `Moments` and of class vectors, all in float64.
 
 Throughout, `μ_k` is a class mean, `μ_G` the global mean, `M` `[K, d]` the rows `μ_k - μ_G`, `Σ_B = MᵀM/K`, `Σ_W` the pooled
-within-class covariance, `w_k` a class vector and `W` `[K, d]` the rows `w_k - w̄`. Papers differ; where a measure depends on it, these
-arguments have the same meaning and default everywhere:
+within-class covariance, `w_k` a class vector and `W` `[K, d]` the rows `w_k - w̄`. Papers differ in their conventions; these arguments
+choose them, with the same meaning and default everywhere:
 
-- `stats`: class statistics of K classes; `nc1` and the spectrum of `Σ_W` need those with the scatter.
-- `weight`: class vectors `[K, d]`, and `bias` `[K]`, those of the head.
-- `of="means"`: what is measured: class means, class vectors (`"weights"`), or the mean of both results (`"both"`).
+- `stats`: class statistics of K classes; `nc1` and the spectrum of `Σ_W` need the scatter.
+- `weight`: the head's class vectors `[K, d]`, and `bias` its biases `[K]`.
+- `of="means"`: measure class means, class vectors (`"weights"`), or the mean of both results (`"both"`).
 - `global_mean="class"`: `μ_G` is the unweighted mean of class means; `"sample"` weighs classes by their number of samples, which makes even
   a perfect simplex look imperfect under imbalance (Yang et al. 2022, Papyan et al. 2020 on balanced data, where both agree).
-- `center_weight=True`: class vectors are centred, since adding one vector to all changes nothing a softmax sees; False is the literature's.
+- `center_weight=True`: class vectors are centred, because a softmax does not change if one vector is added to all of them; the literature
+  does not centre them (False).
 - `center_means=True`: class means are centred.
 - `correction=0`: variances divide by n; 1 by n - 1. Classes with no more samples than that are left out. Standard deviations over
   classes or pairs always divide by their number.
 
 Classes without samples are left out: K is then the number of classes that have some, and class vectors are restricted and centred likewise.
-`summary` counts them. Results are float64 tensors; what is undefined, such as anything over fewer than two classes or the
-cosine of a zero vector, is NaN, and nothing is clamped except rounding residues below zero of squares. Arguments that have no
-meaning, class vectors that are missing or of another shape than the class means, and a scatter that is missing are a ValueError.
+`summary` counts the classes left out. Results are float64 tensors. An undefined result, such as anything over fewer than two classes or the
+cosine of a zero vector, is NaN; nothing is clamped except rounding residues of squares below zero. A ValueError is raised for arguments
+without a meaning, for class vectors that are missing or of another shape than the class means, and for a missing scatter.
 """
 
 import math
@@ -60,8 +61,8 @@ __all__ = [
 GlobalMean = Literal["class", "sample"]
 Of = Literal["means", "weights", "both"]
 
-_TILE = 1024  # classes whose pairs are held at once
-_MOST_DISTANCES = 2**24  # from samples to centres that are held at once
+_TILE = 1024  # the number of classes whose pairs are held at once
+_MOST_DISTANCES = 2**24  # the number of distances from samples to centres that are held at once
 
 
 def summary(
@@ -70,9 +71,9 @@ def summary(
     """Every scalar measure under its log name, in the default conventions; shares work between measures.
 
     Args:
-        stats: Without the scatter, `nc1` and `effective_rank_within` are left out.
-        weight: `[K, d]`, class vectors; without, the measures that need them are left out.
-        bias: `[K]`, of the head.
+        stats: The class statistics; without the scatter, `nc1` and `effective_rank_within` are left out.
+        weight: The class vectors `[K, d]`; without them, the measures that need them are left out.
+        bias: The biases `[K]` of the head.
         spectra: False leaves out `effective_rank` and `effective_rank_within`, whose eigenvalues cost more than all the rest.
 
     Returns:
@@ -111,7 +112,7 @@ def summary(
     return result
 
 
-# What is compared ---------------------------------------------------------------------------------------------------
+# The vectors that are compared -------------------------------------------------------------------------------------
 
 
 def centred_means(stats: Moments, *, global_mean: GlobalMean = "class") -> Tensor:
@@ -149,7 +150,7 @@ def _chosen(
     center_means: bool = True,
     center_weight: bool = True,
 ) -> list[Tensor]:
-    """The means, the class vectors, or first the one and then the other, each float64 `[K', d]`."""
+    """Return the means, the class vectors, or both in this order, each float64 `[K', d]`."""
     if of not in ("means", "weights", "both"):
         raise ValueError(f'of is "means", "weights" or "both", got {of!r}')
     chosen = []
@@ -163,17 +164,17 @@ def _chosen(
 
 
 def _undefined(stats: Moments) -> Tensor:
-    """A scalar NaN on the device of the statistics."""
+    """Return a scalar NaN on the device of the statistics."""
     return stats.means.new_full((), math.nan)
 
 
 def _std(values: Tensor) -> Tensor:
-    """The standard deviation of values `[n]`, a scalar: 0 of one value, NaN of none."""
+    """The standard deviation of values `[n]`, a scalar: 0 for one value, NaN for none."""
     return (values - values.mean()).square().mean().sqrt()
 
 
 class _Factor(NamedTuple):
-    """Singular values of K centred rows, descending, 0 where only rounding is left, and their right vectors as rows."""
+    """The singular values of K centred rows, descending, with rounding residues set to 0, and their right vectors as rows."""
 
     singular: Tensor  # [min(K - 1, d)]
     right: Tensor  # [min(K - 1, d), d]
@@ -187,19 +188,19 @@ def _factor(stats: Moments, global_mean: GlobalMean) -> _Factor:
 def _decomposed(rows: Tensor, raw: Tensor) -> _Factor:
     """Decompose centred `rows` `[K, d]`, at most K - 1 of which are independent.
 
-    Singular values that rounding in the `raw` rows, before centring, can explain are set to 0.
+    Singular values that can be explained by rounding in the `raw` rows, before centring, are set to 0.
     """
     classes, d = rows.shape
     number = max(min(classes - 1, d), 0)
     if not bool(rows.isfinite().all()):
-        # a diverged network is to be shown as NaN, not to end its training with a LAPACK error
+        # a diverged network must appear as NaN, not end its training with a LAPACK error
         return _Factor(rows.new_full((number,), math.nan), rows.new_full((number, d), math.nan), classes)
     _, singular, right = torch.linalg.svd(rows, full_matrices=False)
     floor = max(rows.shape) * torch.finfo(rows.dtype).eps * raw.norm()
     return _Factor(torch.where(singular > floor, singular, 0.0)[:number], right[:number], classes)
 
 
-# NC1: how much the samples of a class vary, against how far classes are apart ----------------------------------------
+# NC1: how much the samples of a class vary, relative to the distance between classes ---------------------------------
 
 
 def nc1(
@@ -207,12 +208,12 @@ def nc1(
 ) -> Tensor:
     r"""Within-class variability relative to the between-class one, `tr(Σ_W Σ_B⁺)/K`.
 
-    Solved through the singular vectors of the centred means, never through a d×d pseudo-inverse. Directions in which centres coincide
-    to rounding are left out, as the pseudo-inverse does. Whether `Σ_W` is sample- or class-weighted was decided when it was collected
-    (`ClassStatistics(class_counts=…)`); a class-weighted one takes no correction.
+    It is solved through the singular vectors of the centred means, never through a d×d pseudo-inverse. Directions in which centres coincide
+    up to rounding are left out, as in the pseudo-inverse. Whether `Σ_W` is sample- or class-weighted was decided when it was collected
+    (`ClassStatistics(class_counts=…)`); a class-weighted one cannot be corrected.
 
     Args:
-        stats: With the scatter.
+        stats: The class statistics, with the scatter.
         divide_by_classes: False gives Papyan's trace without 1/K.
         global_mean: How classes weigh in `μ_G`.
         correction: 1 makes `Σ_W` the unbiased pooled covariance, divided by N - K.
@@ -282,10 +283,10 @@ def nc1_ratio(
     """Quotient of traces, `tr Σ_W / tr Σ_B`: NC1 without the inverse, from variances alone.
 
     Args:
-        stats: With or without scatter.
+        stats: The class statistics, with or without scatter.
         weighting: Whether classes or samples weigh the same in `Σ_W`.
         global_mean: How classes weigh in `μ_G`.
-        correction: 0 or 1, class variances divide by n - correction.
+        correction: 0 or 1; class variances divide by n - correction.
 
     Returns:
         Scalar >= 0; 0 under perfect collapse.
@@ -305,7 +306,7 @@ def nc1_ratio(
 
 
 def _variances(stats: Moments, correction: int) -> tuple[Tensor, Tensor]:
-    """Which classes have more samples than the correction, `[K]` bool, and the variances of these."""
+    """Return which classes have more samples than the correction, `[K]` bool, and the variances of these classes."""
     kept = stats.counts > correction
     counts = stats.counts[kept].to(stats.variances)
     return kept, stats.variances[kept] * (counts / (counts - correction))
@@ -315,9 +316,9 @@ def cdnv(stats: Moments, *, exponent: int = 2, correction: int = 0) -> Tensor:
     r"""Class-distance normalised variance, the mean over pairs of classes of `(tr Σ_i + tr Σ_j) / (2 ‖μ_i - μ_j‖^exponent)`.
 
     Args:
-        stats: With or without scatter.
+        stats: The class statistics, with or without scatter.
         exponent: 2 as published; 1 divides by the distance instead of its square (then it has the unit of the features).
-        correction: 0 or 1, variances divide by n - correction.
+        correction: 0 or 1; variances divide by n - correction.
 
     Returns:
         Scalar >= 0; 0 under perfect collapse, infinite if two centres with spread coincide.
@@ -340,7 +341,7 @@ def cdnv(stats: Moments, *, exponent: int = 2, correction: int = 0) -> Tensor:
             left, right = slice(i, i + _TILE), slice(j, j + _TILE)
             scale = squares[left, None] + squares[right]
             distances = torch.addmm(scale, means[left], means[right].T, alpha=-2)
-            # The subtraction has lost more than six digits for close pairs: take their differences instead.
+            # For close pairs the subtraction has lost more than six digits, so their differences are taken instead.
             close = distances < 1e-6 * scale
             if i == j:
                 close.fill_diagonal_(False)
@@ -427,7 +428,7 @@ def nc2_equiangularity(
 ) -> Tensor:
     """How far the pairwise angles are from those of a simplex ETF: mean of `|cos + 1/(K-1)|` over pairs.
 
-    With `deviation="std"` it is the standard deviation of the cosines instead, Papyan's equiangularity, which does not ask for -1/(K-1).
+    With `deviation="std"` it is the standard deviation of the cosines instead, Papyan's equiangularity, which does not depend on -1/(K-1).
 
     Scalar in [0, 1 + 1/(K-1)]; 0 under perfect collapse. From Papyan, Han & Donoho 2020, sections "Equiangularity" (std) and
     "Maximal-angle equiangularity" (etf).
@@ -441,7 +442,7 @@ def nc2_equiangularity(
 def etf_distance(stats: Moments, weight: Tensor | None = None, *, of: Of = "means") -> Tensor:
     r"""Squared distance of the centred class means to the nearest simplex ETF, both scaled to Frobenius norm 1.
 
-    It is `2 - 2 ‖M‖_* / (sqrt(K-1) ‖M‖_F)`, see `etflight.geometry.nearest_etf`; defined also where centres coincide and the nearest
+    It is `2 - 2 ‖M‖_* / (sqrt(K-1) ‖M‖_F)`, see `etflight.geometry.nearest_etf`; it is also defined if centres coincide and the nearest
     frame is not unique. An orthogonal Procrustes problem (Schönemann 1966, "A generalized solution of the orthogonal Procrustes problem").
 
     Scalar in [0, 2); 0 under perfect collapse; NaN for K > d + 1, where no simplex ETF exists, or if all centres coincide.
@@ -570,18 +571,18 @@ def structure_error(
     return error
 
 
-# NC4: whether the head decides as the nearest class centre does ------------------------------------------------------
+# NC4: whether the head decides like the nearest class centre ---------------------------------------------------------
 
 
 def nearest_centre(features: Tensor, stats: Moments) -> Tensor:
     """The class whose mean is nearest, `argmin_k ‖h - μ_k‖`, among classes that have samples.
 
     Args:
-        features: `[B, d]`.
-        stats: Their means are the centres.
+        features: The features `[B, d]`.
+        stats: The class statistics, whose means are the centres.
 
     Returns:
-        `[B]` int64.
+        The classes, `[B]` int64.
 
     Raises:
         ValueError: No class has samples.
@@ -615,11 +616,11 @@ def nc4(
     For another head, compare its own decision: `agreement(logits.argmax(1), nearest_centre(features, stats))`.
 
     Args:
-        features: `[B, d]`.
-        stats: Their means are the centres.
-        weight: `[K, d]`, class vectors.
-        bias: `[K]`; None leaves it out.
-        mismatch: True gives the share of disagreement, Papyan's form.
+        features: The features `[B, d]`.
+        stats: The class statistics, whose means are the centres.
+        weight: The class vectors `[K, d]`.
+        bias: The biases `[K]`, or None.
+        mismatch: Whether to return the share of disagreement, Papyan's form.
 
     Returns:
         Scalar in [0, 1]; 1 under perfect collapse (0 with `mismatch`).
@@ -675,7 +676,7 @@ def effective_rank(
 
 
 def effective_rank_of_values(singular: Tensor) -> Tensor:
-    """`effective_rank` of singular values `[n]`, NaN of none."""
+    """The `effective_rank` of singular values `[n]`; NaN if there are none."""
     if len(singular) == 0:
         return singular.new_full((), math.nan)
     share = singular / singular.sum()

@@ -17,13 +17,13 @@ class Moments(NamedTuple):
     """Class statistics of one set of features, all on the metric's device.
 
     Attributes:
-        counts: `[K]` int64, samples per class.
-        means: `[K, d]` float64, class means; rows of classes without samples are NaN.
-        variances: `[K]` float64, mean squared distance of a class's samples to their mean, `tr Σ_k` (divided by n, not n - 1). 0 for
-            a class with one sample, NaN without samples; a negative rounding residue is set to 0.
-        within: `[d, d]` float64, the pooled within-class covariance `Σ_W`, or None when the scatter was not collected.
-            `(1/N) Σ_i (h_i - μ_y)(h_i - μ_y)ᵀ`, or the same with weights `1/n_y`, that sum to one, when `class_weighted`.
-        class_weighted: whether every class weighs the same in `within`, whatever its number of samples.
+        counts: The number of samples per class, `[K]` int64.
+        means: The class means, `[K, d]` float64; rows of classes without samples are NaN.
+        variances: The mean squared distance of a class's samples to their mean, `tr Σ_k` (divided by n, not n - 1), `[K]` float64. It is
+            0 for a class with one sample and NaN without samples; a negative rounding residue is set to 0.
+        within: The pooled within-class covariance `Σ_W`, `[d, d]` float64: `(1/N) Σ_i (h_i - μ_y)(h_i - μ_y)ᵀ`, or if `class_weighted`
+            the same with weights `1/n_y`, scaled to sum to one. None if the scatter was not collected.
+        class_weighted: Whether every class weighs the same in `within`, whatever its number of samples.
     """
 
     counts: Tensor
@@ -33,7 +33,7 @@ class Moments(NamedTuple):
     class_weighted: bool
 
     def to(self, device: torch.device | str) -> "Moments":
-        """The same on another device."""
+        """Return the same statistics on another device."""
         counts, means, variances = (part.to(device) for part in self[:3])
         return Moments(counts, means, variances, None if self.within is None else self.within.to(device), self[4])
 
@@ -54,18 +54,19 @@ class ClassStatistics(ExactMetric):
     Casting a module that holds the metric (`.half()`, `.to(torch.bfloat16)`) moves the states but keeps their precision.
 
     Args:
-        num_classes: K >= 2.
-        feature_dim: d >= 1.
-        scatter: collect `Q` (`[d, d]`), which NC1 and the spectrum of `Σ_W` need; without it `Moments.within` is None.
-        scatter_dtype: float64 or float32, precision of `Q` and of the class sums `s`; counts and `q` are always float64.
-        class_counts: `[K]` samples per class that the pass will see. Given, `Σ_W` is class-weighted: a sample of class y weighs `1/n_y`
-            instead of 1, relative to the sum of weights. It has to be known beforehand: one pass cannot re-weight a pooled scatter.
-        kwargs: those of `torchmetrics.Metric`.
+        num_classes: The number of classes K >= 2.
+        feature_dim: The width d >= 1 of the features.
+        scatter: Whether to collect `Q` (`[d, d]`), which NC1 and the spectrum of `Σ_W` need; without it `Moments.within` is None.
+        scatter_dtype: The precision of `Q` and of the class sums `s`, float64 or float32; counts and `q` are always float64.
+        class_counts: The number of samples per class that the pass will see, `[K]`. If given, `Σ_W` is class-weighted: a sample of class
+            y weighs `1/n_y` instead of 1, relative to the sum of weights. They must be known beforehand: one pass cannot re-weight a
+            pooled scatter.
+        kwargs: Arguments of `torchmetrics.Metric`.
 
     Raises:
-        ValueError: sizes, dtype or class counts that cannot be; in `update`, features that are not floating `[B, d]` or labels
-            that are not integer `[B]`; in `compute`, labels outside `[0, K)`, naming their number (`update` only counts
-            them, since looking would wait for the device), or samples of a class whose given count is zero.
+        ValueError: Sizes, dtype or class counts are invalid. In `update`: the features are not floating `[B, d]`, or the labels are not
+            integer `[B]`. In `compute`: labels lie outside `[0, K)`, and the message has their number (`update` only counts them, because
+            a check would wait for the device), or there are samples of a class whose given count is zero.
 
     Source:
         Youngs & Cramer 1971 and Chan, Golub & LeVeque 1983 for shifted one-pass variances and their merging.
@@ -80,7 +81,7 @@ class ClassStatistics(ExactMetric):
 
     is_differentiable = False
 
-    # Row K of every per-class state takes the samples with labels outside [0, K) and is never read, except its count.
+    # Row K of every per-class state is for samples with labels outside [0, K); of it only the count is ever read.
     anchor: Tensor  # [K + 1, d] float32: an anchor need not be exact, only close, and differences to it are exact
     anchored: Tensor  # [K + 1] bool
     count: Tensor  # [K + 1] float64
@@ -131,8 +132,8 @@ class ClassStatistics(ExactMetric):
         """Add a batch.
 
         Args:
-            features: `[B, d]`, any floating dtype.
-            labels: `[B]`, integer, in `[0, K)`.
+            features: The features `[B, d]`, any floating dtype.
+            labels: The class indices `[B]`, any integer dtype, in `[0, K)`.
         """
         if features.ndim != 2 or features.shape[1] != self.feature_dim or not features.is_floating_point():
             raise ValueError(f"features must be floating [B, {self.feature_dim}], got {_describe(features)}")
@@ -140,9 +141,9 @@ class ClassStatistics(ExactMetric):
             raise ValueError(f"labels must be integer [{features.shape[0]}], got {_describe(labels)}")
         self._own_states()
         features = features.detach()
-        # -1 % (K + 1) is K: everything outside [0, K) lands in the spare row.
+        # -1 % (K + 1) is K, so every label outside [0, K) goes to the spare row.
         rows = labels.long().clamp(-1, self.num_classes).remainder(self.num_classes + 1)
-        # A sample of a class that has an anchor is written to the spare row instead: no mask, no wait.
+        # A sample of a class that already has an anchor is written to the spare row: a mask would wait for the device.
         known = self.anchored.index_select(0, rows)
         self.anchor.index_copy_(0, rows.masked_fill(known, self.num_classes), features.to(torch.float32))
         self.anchored.index_fill_(0, rows, True)
@@ -166,13 +167,13 @@ class ClassStatistics(ExactMetric):
 
     @torch.no_grad()
     def compute(self) -> Moments:
-        """The statistics of everything seen, on all ranks together.
+        """Return the statistics of all samples over all ranks.
 
         Returns:
-            Moments, see there for shapes and for what becomes of classes without samples.
+            Moments; its docstring has the shapes and the values for classes without samples.
 
         Raises:
-            ValueError: labels outside `[0, K)` were seen, or samples of a class whose given count is zero.
+            ValueError: Labels outside `[0, K)` were seen, or samples of a class whose given count is zero.
         """
         K = self.num_classes
         with _no_autocast(self.count.device):
@@ -182,7 +183,7 @@ class ClassStatistics(ExactMetric):
             count, anchored = self.count[:K], self.count[:K] > 0
             weight = torch.ones_like(count) if self._class_weight is None else self._class_weight[:K]
             if bool((anchored & (weight == 0)).any()):
-                raise UserError("samples were seen of a class that class_counts says is empty")
+                raise UserError("there are samples of a class that has none according to class_counts")
             delta = self.shift[:K].to(torch.float64) / count.clamp(min=1)[:, None]
             variances = (self.square[:K] / count - delta.square().sum(1)).clamp(min=0)  # 0/0 is NaN, as promised
             within = None
@@ -195,16 +196,17 @@ class ClassStatistics(ExactMetric):
 
     @torch.no_grad()
     def set_anchors(self, means: Tensor) -> None:
-        """Use these anchors, exactly equivalent but closer to the samples to come, such as the class means of the last epoch.
+        """Replace the anchors, for instance by the class means of the last epoch.
 
-        Call it at any time, usually after `reset`, on every rank or only on some. A row that is not finite, as that of a class without
-        samples is in `Moments.means`, leaves its class as it is.
+        The statistics stay exactly equivalent, and are more precise if the new anchors are closer to the samples to come. It may be called
+        at any time, usually after `reset`, on every rank or only on some. A row that is not finite, such as that of a class without samples
+        in `Moments.means`, leaves its class unchanged.
 
         Args:
-            means: `[K, d]`.
+            means: The new anchors `[K, d]`.
 
         Raises:
-            ValueError: another shape.
+            ValueError: They have another shape.
         """
         if means.shape != (self.num_classes, self.feature_dim):
             raise ValueError(f"means must be [{self.num_classes}, {self.feature_dim}], got {_describe(means)}")
@@ -214,7 +216,7 @@ class ClassStatistics(ExactMetric):
         self._move(anchors, torch.isfinite(anchors).all(1))
 
     def _move(self, anchors: Tensor, valid: Tensor) -> None:
-        """Express the states by `anchors` where `valid`."""
+        """Use the new `anchors` of the `valid` classes, and change the sums accordingly."""
         anchors = torch.where(valid[:, None], anchors, self.anchor)
         moved = self._moved(self.metric_state, anchors)
         for name, value in moved.items():
@@ -223,7 +225,7 @@ class ClassStatistics(ExactMetric):
         self.anchored = self.anchored | valid
 
     def _moved(self, state: dict[str, Any], anchors: Tensor) -> dict[str, Tensor]:
-        """The sums of `state` about `anchors` instead of its own."""
+        """Compute the sums of `state` about `anchors` instead of its own anchors."""
         dtype = self.scatter_dtype
         with _no_autocast(anchors.device):
             D = torch.where(state["anchored"][:, None], state["anchor"].to(dtype) - anchors.to(dtype), 0.0)
@@ -254,25 +256,25 @@ class ClassStatistics(ExactMetric):
             setattr(self, name, getattr(self, name) + value)
 
     def merge_state(self, incoming_state: "dict[str, Any] | Metric") -> None:
-        """Add the samples another instance has seen; see `torchmetrics.Metric.merge_state`.
+        """Add the samples that another instance has seen; see `torchmetrics.Metric.merge_state`.
 
         Raises:
-            ValueError: the other instance weighs classes differently, or its state has other parts.
+            ValueError: The other instance weighs classes differently, or its state has other parts.
         """
         if isinstance(incoming_state, ClassStatistics):
             ours, theirs = self._class_weight, incoming_state._class_weight
             if (ours is None) != (theirs is None) or (
                 ours is not None and theirs is not None and not torch.equal(ours, theirs.to(ours.device))
             ):
-                raise ValueError("statistics with different class_counts do not add")
+                raise ValueError("statistics with different class_counts cannot be added")
         super().merge_state(incoming_state)
 
     @torch.no_grad()
     def sum_over_processes(self, group: Any) -> None:
-        """Replace the states by their sum over the processes, by all-reduces only."""
+        """Replace the states by their sum over the processes, using only all-reduces."""
         total = self.count.clone()
         dist.all_reduce(total, group=group)
-        # The common anchors are the class means over all ranks: a sum of every rank's part in them.
+        # The common anchors are the class means over all ranks, to which every rank adds its part.
         share = (self.count / total.clamp(min=1)).to(self.scatter_dtype)[:, None]
         anchors = self.shift / total.clamp(min=1).to(self.scatter_dtype)[:, None]
         anchors += share * self.anchor
@@ -286,7 +288,7 @@ class ClassStatistics(ExactMetric):
             setattr(self, name, state)
 
     def _own_states(self) -> None:
-        """Copy states made under `torch.inference_mode` once we are outside: they refuse in-place updates there."""
+        """Copy states that were made under `torch.inference_mode`, because outside of it they refuse in-place updates."""
         if self.count.is_inference() and not torch.is_inference_mode_enabled():
             for name in self.metric_state:
                 setattr(self, name, getattr(self, name).clone())
@@ -307,7 +309,7 @@ def _no_autocast(device: torch.device) -> Any:
 
 @contextmanager
 def _full_float32(operand: Tensor) -> Iterator[None]:
-    """Switch TF32 and bfloat16 matrix products of float32 operands off, on GPU and CPU, and back as they were."""
+    """Switch off TF32 and bfloat16 matrix products of float32 operands within the block, on GPU and CPU."""
     if operand.dtype != torch.float32:
         yield
         return

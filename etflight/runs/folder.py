@@ -11,23 +11,23 @@ from typing import IO, Any
 from etflight.utils.errors import UserError
 
 _PLACE_OF_RUN = "--name or --trainer.default_root_dir"
-RECORD = "run.json"  # marks a folder as a run's
+RECORD = "run.json"  # it marks a folder as that of a run
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """Where a run keeps its newest checkpoint."""
+    """The path of a run's newest checkpoint."""
     return folder / "checkpoints" / "last.ckpt"
 
 
 def run_of(path: Path) -> Path | None:
-    """The run folder that a path belongs to: a folder itself, or the folder of a checkpoint; None if it belongs to none."""
+    """The run folder that a path leads to: the folder itself, or the run folder of a checkpoint; None if it leads to none."""
     if path.is_dir():
         return path
     return path.parent.parent if path.parent.name == "checkpoints" else None
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """`run.json` of a run folder, empty where it cannot be read."""
+    """The content of a run folder's `run.json`; empty if it cannot be read."""
     try:
         record = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError, RecursionError):
@@ -36,7 +36,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def same_folder(one: Path, other: Path | None) -> bool:
-    """Whether two paths name the same folder, which need not exist; None names no folder."""
+    """Whether two paths lead to the same folder, which need not exist; None leads to no folder."""
     return other is not None and one.resolve() == other.resolve()
 
 
@@ -44,7 +44,7 @@ def claim(folder: Path, resume_from: Path | None) -> None:
     """Refuse a folder whose files training would overwrite; a run that was stopped before its first checkpoint may start again.
 
     Raises:
-        UserError: the folder holds a checkpoint, and `resume_from` is not one of its own; or files of another program.
+        UserError: The folder holds a checkpoint and `resume_from` is not one of its own, or it holds files of another program.
     """
     own = folder / "checkpoints"
     if resume_from is not None and resume_from.resolve().parent == own.resolve():
@@ -61,14 +61,14 @@ def claim(folder: Path, resume_from: Path | None) -> None:
 
 
 def claim_for_results(folder: Path, trained_in: Path | None) -> None:
-    """Refuse a folder where results would replace those of another training, or be taken for them.
+    """Refuse a folder in which results would replace those of another training, or be mistaken for them.
 
     Args:
-        folder: Where the results are to go.
+        folder: The folder for the results.
         trained_in: The run folder of the model they belong to; None if there is none.
 
     Raises:
-        UserError: another training has the folder.
+        UserError: The folder belongs to another training.
     """
     if same_folder(folder, trained_in):
         return
@@ -77,14 +77,14 @@ def claim_for_results(folder: Path, trained_in: Path | None) -> None:
 
 
 def check_writable(folder: Path, options: str = _PLACE_OF_RUN) -> None:
-    """Refuse a folder that cannot be made or written to, as far as that can be seen without touching anything.
+    """Refuse a folder that cannot be made or written to, as far as this can be seen without touching anything.
 
     Args:
         folder: The folder of a run, or another.
         options: The options that choose it, for the error.
 
     Raises:
-        UserError: It, or the nearest path above it that exists, is not a folder or may not be written to.
+        UserError: The folder, or the nearest existing path above it, is not a folder or not writable.
     """
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     with writing_to(folder, options):
@@ -96,14 +96,14 @@ def check_writable(folder: Path, options: str = _PLACE_OF_RUN) -> None:
 
 @contextmanager
 def writing_to(folder: Path, options: str = _PLACE_OF_RUN) -> Iterator[None]:
-    """A block that writes into a folder.
+    """Turn an `OSError` of a block that writes into a folder into a `UserError`.
 
     Args:
         folder: The folder of a run, or another.
         options: The options that choose it, for the error.
 
     Raises:
-        UserError: the block raised an `OSError`.
+        UserError: The block raised an `OSError`.
     """
     try:
         yield
@@ -114,17 +114,17 @@ def writing_to(folder: Path, options: str = _PLACE_OF_RUN) -> Iterator[None]:
 
 
 def lock(folder: Path) -> IO[str] | None:
-    """Keep other processes from training in a run folder, until this one closes the file or ends, however it ends.
+    """Keep other processes from training in a run folder until the returned file is closed or this process ends, in whatever way.
 
     Returns:
-        The open file; None where the file system knows no locks.
+        The open file; None if the file system has no locks.
 
     Raises:
-        UserError: another process has it.
+        UserError: Another process has the lock.
     """
     file = (folder / ".lock").open("w")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no loader process inherits it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader processes would inherit flock's lock
     except (BlockingIOError, PermissionError):
         file.close()
         raise UserError(

@@ -22,14 +22,14 @@ from etflight.utils.files import flush_to_disk, replacing
 
 
 class MetricsCSV(Logger):
-    """`metrics.csv`: one row per call, a column per metric, continued when a run is resumed.
+    """Writes `metrics.csv`: one row per call and one column per metric; a resumed run continues the file.
 
     Args:
-        folder: the run folder.
-        keep_rows: how many rows the file had when the checkpoint being resumed was saved; later ones are written again.
+        folder: The run folder.
+        keep_rows: The number of rows that the file had when the checkpoint being resumed was saved; later ones are written again.
 
     Attributes:
-        rows: how many rows the file has now.
+        rows: The number of rows that the file has now.
     """
 
     def __init__(self, folder: Path, keep_rows: int = 0) -> None:
@@ -56,7 +56,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: they are in config.yaml."""
+        """Do nothing: the hyper-parameters are in config.yaml."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float | Tensor], step: int | None = None) -> None:
@@ -72,7 +72,7 @@ class MetricsCSV(Logger):
         self.rows += 1
 
     def flush(self) -> None:
-        """Wait until the rows are on the disk, so that no checkpoint counts rows which a power cut could still take."""
+        """Wait until the rows are on the disk, so that a checkpoint never counts rows that a power cut could lose."""
         if self._path.is_file():
             flush_to_disk(self._path)
 
@@ -95,7 +95,7 @@ class MetricsCSV(Logger):
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Where a run keeps its files: the folder of its `metrics.csv`, or else the trainer's root."""
+    """The folder of a run's files: that of its `metrics.csv`, or else the trainer's root."""
     for logger in trainer.loggers:
         if isinstance(logger, MetricsCSV):
             return Path(logger.save_dir)
@@ -103,15 +103,15 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 class FailSafe:
-    """A logger that falls silent, with one warning line, where it would raise.
+    """A wrapper of a logger that falls silent, with one line of warning, instead of raising errors.
 
-    It stands in for another, and passes for an instance of its class. Once it is silent, its logging methods do nothing and its
-    `experiment` takes every call. A W&B run whose server cannot be reached at the start is kept on disk instead, for `wandb sync`; what
-    its server has not taken at the end stays there, too.
+    It passes for an instance of the logger's class. Once it is silent, its logging methods do nothing and its `experiment` accepts every
+    call. A W&B run whose server cannot be reached at the start is kept on disk, for `wandb sync`; so is whatever the server has not
+    received at the end.
 
     Args:
-        logger: The logger it stands in for.
-        numbers: Where everything is written all the same, for the warning.
+        logger: The wrapped logger.
+        numbers: The place where all numbers are written in any case, for the warning.
     """
 
     def __init__(self, logger: Logger, numbers: Path) -> None:
@@ -120,11 +120,11 @@ class FailSafe:
 
     @property  # type: ignore[misc]  # read-only
     def __class__(self) -> Any:
-        """The logger's own, for `isinstance`."""
+        """The class of the wrapped logger, for `isinstance`."""
         return type(self._logger)
 
     def __getattr__(self, name: str) -> Any:
-        """What the logger has under this name; a method that logs is one that may fall silent."""
+        """Return the wrapped logger's attribute; errors of its methods that log make this logger silent."""
         if name == "experiment" and hasattr(type(self._logger), name):
             found = self._call(self._start)
             return DummyLogger().experiment if found is None else found
@@ -134,13 +134,13 @@ class FailSafe:
 
     def _call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._is_silent:
-            with self.errors_silence():
+            with self.silenced_by_errors():
                 return method(*args, **kwargs)
         return None
 
     @contextmanager
-    def errors_silence(self) -> Iterator[None]:
-        """A block of which an error, unless it is the user's, silences the logger."""
+    def silenced_by_errors(self) -> Iterator[None]:
+        """Silence the logger at an error within the block, unless it is a `UserError`."""
         try:
             yield
         except UserError:
@@ -162,21 +162,21 @@ class FailSafe:
 
 
 def may_fall_silent(logger: Logger) -> AbstractContextManager[None]:
-    """A block that uses a logger's `experiment`: errors silence it if it is a `FailSafe` one, and are raised if not."""
-    return logger.errors_silence() if isinstance(logger, FailSafe) else nullcontext()
+    """A block that uses a logger's `experiment`: an error in it silences a `FailSafe` logger, and is raised for any other."""
+    return logger.silenced_by_errors() if isinstance(logger, FailSafe) else nullcontext()
 
 
-# W&B itself would wait 90 seconds for its server at the start, and for ever at the end; what the user has set stays
+# by default W&B waits 90 seconds for its server at the start, and for ever at the end; variables that the user has set are kept
 _PATIENCE = {"WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "120", "WANDB_FINISH_TIMEOUT_RAISES": "true"}
 
 
 def _start_wandb(logger: Any, numbers: Path) -> Any:
-    """The logger's W&B run, kept on disk if the server does not answer."""
+    """Start the logger's W&B run; keep it on disk if the server does not answer."""
     import wandb
 
     for name, value in _PATIENCE.items():
         os.environ.setdefault(name, value)
-    if logger.save_dir is not None:  # wandb would take a temporary folder instead of one that is missing
+    if logger.save_dir is not None:  # wandb would use a temporary folder if this one were missing
         Path(logger.save_dir).mkdir(parents=True, exist_ok=True)
     try:
         run = logger.experiment
@@ -200,7 +200,7 @@ def _finish_wandb(run: Any) -> None:
         run.finish()
     except Exception as error:
         warn(
-            f"W&B's server has not taken everything ({_short(error)}): upload the rest: wandb sync {run.settings.sync_dir}"
+            f"W&B's server has not received everything ({_short(error)}): upload the rest: wandb sync {run.settings.sync_dir}"
         )
 
 

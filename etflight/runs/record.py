@@ -1,4 +1,4 @@
-"""What it takes to repeat a run: `config.yaml` and `run.json` of its folder."""
+"""The record that makes a run repeatable: `config.yaml` and `run.json` in its folder."""
 
 import hashlib
 import json
@@ -27,16 +27,16 @@ PACKAGES = ("etflight", "torch", "lightning", "torchmetrics", "torchvision", "ti
 
 
 class RunRecord(SaveConfigCallback):
-    """Writes `config.yaml` and `run.json` into the run folder when training starts, or a test whose results have a folder of their own.
+    """Writes `config.yaml` and `run.json` into the run folder when training starts, or a test starts that has a folder of its own.
 
-    W&B runs are told the same.
+    W&B runs get the same.
 
     Args:
         parser: The parser of the configuration.
         config: The parsed configuration.
         name: The name of the run.
-        arm: The arm that its configuration files stand for, or None.
-        trained_in: The run folder of the checkpoint that is tested, or None; the test has its seed and its images.
+        arm: The name of the arm that its configuration files describe, or None.
+        trained_in: The run folder of the checkpoint that is tested, or None; the record of the test takes seed and images from it.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class RunRecord(SaveConfigCallback):
         self._lock: IO[str] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write both, on the first process only.
+        """Write both files, on the first process only.
 
         Raises:
-            UserError: the folder cannot be written to, or another process trains in it.
+            UserError: The folder cannot be written to, or another process trains in it.
         """
         if not trainer.is_global_zero or stage not in ("fit", "test"):
             return
@@ -71,7 +71,7 @@ class RunRecord(SaveConfigCallback):
         wandb.introduce(trainer, {**config, "arm": self.arm or self.name}, keeps_config=beside)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let W&B have the last checkpoint, if it was asked to; other callbacks have saved it by now."""
+        """Upload the last checkpoint to W&B if that was asked for; other callbacks have saved it by now."""
         if trainer.is_global_zero:
             wandb.log_checkpoint(trainer)
 
@@ -90,13 +90,13 @@ class RunRecord(SaveConfigCallback):
 
 
 def facts(*, name: str, arm: str | None, config: Mapping[str, Any], trainer: Trainer) -> dict[str, Any]:
-    """What it takes to repeat a run, whatever it does: command, configuration, commit, versions, hardware.
+    """Collect what is needed to repeat any run: command, configuration, commit, versions, hardware.
 
     Args:
         name: The name of the run.
-        arm: The arm that its configuration files stand for, or None.
-        config: all arguments as plain data.
-        trainer: about to run.
+        arm: The name of the arm that its configuration files describe, or None.
+        config: All arguments as plain data.
+        trainer: The trainer, about to run.
     """
     return {
         "name": name,
@@ -117,7 +117,7 @@ def facts(*, name: str, arm: str | None, config: Mapping[str, Any], trainer: Tra
 
 
 def training_facts(*, seed: Any, data: object) -> dict[str, Any]:
-    """What it takes to repeat a training beside `facts`: the seed, and which images were chosen."""
+    """Collect what is needed to repeat a training in addition to `facts`: the seed, and the choice of images."""
     counts = [int(n) for n in getattr(data, "class_counts", [])]
     return {
         "seed": seed,
@@ -133,11 +133,11 @@ def training_facts(*, seed: Any, data: object) -> dict[str, Any]:
 
 
 def resumed_facts(folder: Path, now: Mapping[str, Any]) -> dict[str, Any]:
-    """What changes in a record when its run goes on: nothing of how it began, and one more entry in `resumed`.
+    """Update the record of a run that is resumed: how it began stays, and `resumed` gets one more entry.
 
     Args:
-        folder: the run folder, with the record so far.
-        now: `facts` of the process that goes on.
+        folder: The run folder, with the record so far.
+        now: The `facts` of the process that resumes it.
     """
     record, start = read_record(folder), ("command", "commit", "started")
     again = {name: now[name] for name in start}
@@ -145,10 +145,10 @@ def resumed_facts(folder: Path, now: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_sha256(config: Mapping[str, Any]) -> str:
-    """The hash of a configuration without what tells the runs of an arm apart: seed, name, place, loggers, first stage.
+    """Hash a configuration without what differs between the runs of one arm: seed, name, place, loggers, first stage.
 
     Args:
-        config: all arguments as plain data.
+        config: All arguments as plain data.
 
     Returns:
         64 hexadecimal digits, the same for every seed of an arm.
@@ -164,7 +164,7 @@ def config_sha256(config: Mapping[str, Any]) -> str:
 
 
 def _imbalance_ratio(data: object, counts: Sequence[int]) -> float | None:
-    """The one asked for, which truncated counts only come near; else that of the images as they are."""
+    """The ratio asked for, which truncated counts only approximate; if none was, the ratio of the images themselves."""
     asked = float(getattr(data, "imbalance_ratio", 1.0))
     if asked > 1 and getattr(data, "profile", None) != "none":
         return asked

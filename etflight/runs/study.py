@@ -1,4 +1,4 @@
-"""A study as data: which arms, on which sets, at which imbalance ratios, over which seeds, and the command of each run."""
+"""Studies: the arms, sets, imbalance ratios and seeds of a study, and the command of each run."""
 
 import difflib
 import itertools
@@ -11,21 +11,21 @@ from etflight.runs.folder import last_checkpoint
 from etflight.utils.errors import UserError
 from etflight.utils.yaml import read_yaml
 
-ROOT = Path("runs")  # of the Trainer, as `etflight fit` sets it
+ROOT = Path("runs")  # the trainer's root, as `etflight fit` sets it
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm at one ratio with one seed.
+    """A run of one arm at one ratio with one seed.
 
     Attributes:
-        configs: configuration files, those of the set before those of the arm.
-        arm: its name.
-        seed: of everything but the choice of the images.
-        options: what else this run sets.
-        folder: of the run.
-        source: folder of the run whose last checkpoint this one starts from, or tests.
-        trains: False where another's checkpoint is tested as it is.
+        configs: The configuration files, those of the set before those of the arm.
+        arm: The name of the arm.
+        seed: The seed of everything but the choice of the images.
+        options: Further options of this run.
+        folder: The run folder.
+        source: The folder of the run whose last checkpoint this one starts from, or tests.
+        trains: False if it tests another run's checkpoint unchanged.
     """
 
     configs: tuple[Path, ...]
@@ -37,12 +37,12 @@ class Cell:
     trains: bool = True
 
     def fit(self) -> list[str]:
-        """Arguments of `etflight` that train it, or go on where it was stopped."""
+        """The `etflight` arguments that train it, or continue a stopped training."""
         origin = [] if self.source is None else ["--fine_tuning.checkpoint", str(last_checkpoint(self.source))]
         return ["fit", *self._common(), *origin, "--ckpt_path", "last"]
 
     def test(self) -> list[str]:
-        """Arguments of `etflight` that test it."""
+        """The `etflight` arguments that test it."""
         checkpoint = self.folder if self.trains or self.source is None else self.source
         return ["test", *self._common(), "--ckpt_path", str(last_checkpoint(checkpoint))]
 
@@ -52,7 +52,7 @@ class Cell:
 
     @property
     def set_name(self) -> str:
-        """Folder of all runs of its set."""
+        """The name of the set, which is the folder of all its runs."""
         return self.folder.relative_to(ROOT).parts[0]
 
     def _common(self) -> list[str]:
@@ -68,15 +68,15 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Sets × arms × ratios × seeds.
+    """The runs of every set with every arm, ratio and seed.
 
     Attributes:
-        sets: folders in `runs`, and for each the configuration files of the set and of what is laid over it.
-        seeds: of the runs.
-        arms: trained from nothing; for each name the files of the arm, and what is laid over it.
-        second_stage: arms that start from the last checkpoint of another: cRT, LWS.
-        post_hoc: arms that test the last checkpoint of another in their own way, without training.
-        ratios: imbalance ratios; empty: that of the configuration files.
+        sets: For each folder in `runs` the configuration files of the set, followed by those that change it.
+        seeds: The seeds of the runs.
+        arms: For the name of each arm its configuration files, followed by those that change it.
+        second_stage: For arms that start from the last checkpoint of another (cRT, LWS) the name of that arm.
+        post_hoc: For arms that test the last checkpoint of another in their own way, without training, the name of that arm.
+        ratios: The imbalance ratios; if empty, the one of the configuration files.
     """
 
     sets: Mapping[str, Sequence[Path]]
@@ -87,7 +87,7 @@ class Study:
     ratios: Sequence[float] = ()
 
     def stages(self) -> Iterator[list[Cell]]:
-        """All runs, those of a stage after what they start from."""
+        """Yield all runs, stage by stage, each stage after the one it starts from."""
         built_on = {**self.second_stage, **self.post_hoc}
         yield [cell for arm in self.arms if arm not in built_on for cell in self._cells(arm, None, True)]
         yield [cell for arm, source in self.second_stage.items() for cell in self._cells(arm, source, True)]
@@ -113,19 +113,19 @@ def read_study(path: Path) -> Study:
     """Read and check a study's file.
 
     Args:
-        path: YAML with `sets`, `seeds`, `arms`, and perhaps `second_stage`, `post_hoc`, `ratios` and `configs`, the folder of the
-            configuration files, relative to it; by default "..", since it lies in `configs/studies`. `sets` are names of files in
-            `data`, or folders of runs, each with names of files in `data`, `protocols` and `trainer`. `arms` are names of files in `arms`,
-            perhaps followed by names in `protocols`: "ce+no_mixup" is called ce_no_mixup.
+        path: A YAML file with `sets`, `seeds`, `arms`, and perhaps `second_stage`, `post_hoc`, `ratios` and `configs`. `configs` is the
+            folder of the configuration files, relative to this file; the default is "..", because studies lie in `configs/studies`.
+            `sets` are names of files in `data`, or folders of runs, each with names of files in `data`, `protocols` and `trainer`.
+            `arms` are names of files in `arms`, perhaps followed by names in `protocols`: "ce+no_mixup" is called ce_no_mixup.
 
     Raises:
-        UserError: what is wrong with it: no plain data, names that are unknown or lacking, or without a configuration file.
+        UserError: The file is not plain data, has unknown names or lacks some, or names configuration files that do not exist.
     """
     content = read_yaml(path)
     needed, optional = {"sets", "seeds", "arms"}, {"second_stage", "post_hoc", "ratios", "configs"}
     if not isinstance(content, dict) or set(content) - needed - optional or needed - set(content):
         raise UserError(
-            f"{path} is no study: it gives {', '.join(sorted(needed))}, and may give {', '.join(sorted(optional))}"
+            f"{path} is not a study: it must give {', '.join(sorted(needed))}, and may give {', '.join(sorted(optional))}"
         )
     _check(path, content)
     configs = (path.parent / content.get("configs", "..")).resolve()
@@ -169,7 +169,7 @@ def read_study(path: Path) -> Study:
     )
 
 
-# of each name in a study's file: a list of such values, a dict of such values or a value, and how an error calls it
+# the shape of the value of each name in a study's file (a type, a list of it or a dict of it), and its description for an error
 _SHAPES: dict[str, tuple[Any, str]] = {
     "seeds": ([int], "integers"),
     "arms": ([str], "names of configuration files, without .yaml"),

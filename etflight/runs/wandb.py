@@ -1,4 +1,4 @@
-"""What Weights & Biases is told of a run: names and the id it keeps, axes, summary, and its checkpoint."""
+"""What Weights & Biases gets from a run: names and a lasting id, axes, summary, and the checkpoint."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -13,37 +13,40 @@ from etflight.runs.loggers import may_fall_silent, run_folder
 from etflight.utils.files import write_json
 from etflight.utils.lightning_private import uploads_checkpoints
 
-ID = "wandb_id"  # in run.json
+ID = "wandb_id"  # its name in run.json
 
-# Beside the last value, the summary holds the best one of these.
+# The summary holds the best value of these in addition to the last one.
 _HIGHEST = [f"val/acc{part}" for part in ("", *(f"_{name}" for name in (
     "macro", "harmonic", "worst", "many", "medium", "few", "head", "middle", "tail"
 )))]  # fmt: skip
 _LOWEST = ["train/loss", "val/loss", "val/ece", "val/ece_calibrated"]
 _HIGHEST_OF_COLLAPSE = ("alignment", "nc4")
 _LOWEST_OF_COLLAPSE = ("nc1", "nc1_ratio", "cdnv", "nc2_equinorm", "nc2_equiangularity", "etf_distance", "nc3")
-_AXES = ("train/*", "val/*", "test/*", "nc/*", "nc_raw/*", "speed/*")  # over epochs
+_AXES = ("train/*", "val/*", "test/*", "nc/*", "nc_raw/*", "speed/*")  # drawn over epochs
 
 
 def name_in_sweep(name: str) -> str:
-    """The name of a run: one of a W&B sweep has a folder of its own, called by its id, within that of the name all share."""
+    """Return the name of a run.
+
+    In a W&B sweep all runs share a name; each gets a folder below the one with that name, called by its id.
+    """
     own = os.environ.get("WANDB_RUN_ID")
     return f"{name}/{own}" if own and os.environ.get("WANDB_SWEEP_ID") else name
 
 
 def choose_names(arguments: Any, *, folder: Path, name: str, seed: object, data: str) -> None:
-    """Fill in what the user has left open: the run's name (arm and seed), its group (the experiment), and the id it had before.
+    """Fill in what the user has left open: the run's name (arm and seed), its group (the experiment), and its earlier id.
 
     Args:
-        arguments: of a `WandbLogger`, changed in place.
-        folder: the run folder.
-        name: of the run, such as `digits/ce`: group `digits`, name `ce-seed0`.
-        seed: of the run, if it is an integer.
-        data: name of the data set, the group where the run's name tells none.
+        arguments: The arguments of a `WandbLogger`, changed in place.
+        folder: The run folder.
+        name: The name of the run; `digits/ce` gives the group `digits` and the name `ce-seed0`.
+        seed: The seed of the run; it is used only if it is an integer.
+        data: The name of the data set, which is the group if the run's name has none.
     """
     chosen = arguments.get("id") or arguments.get("version") or os.environ.get("WANDB_RUN_ID")
     if not chosen and (known := recorded_id(folder)) is not None:
-        arguments["id"] = known  # and it keeps its name and group
+        arguments["id"] = known  # the run keeps its name and group
         return
     group, _, arm = name.partition("/") if "/" in name else (data.lower(), "", name)
     seeded = isinstance(seed, int) and not isinstance(seed, bool) and not arm.endswith(f"seed{seed}")
@@ -56,18 +59,18 @@ def choose_names(arguments: Any, *, folder: Path, name: str, seed: object, data:
 
 
 def recorded_id(folder: Path) -> str | None:
-    """The id of the W&B run that a run folder's numbers go to, None without one."""
+    """The id of the W&B run that gets a run folder's numbers; None if there is none."""
     found = read_record(folder).get(ID)
     return found if isinstance(found, str) else None
 
 
 def introduce(trainer: Trainer, config: Mapping[str, Any], *, keeps_config: bool = False) -> None:
-    """Tell W&B the configuration, axes and what its summary keeps; note the run's id in `run.json`.
+    """Give W&B the configuration, the axes and the best values for its summary, and write the run's id into `run.json`.
 
     Args:
-        trainer: with its loggers.
-        config: all arguments as plain data.
-        keeps_config: whether a W&B run that was there before keeps the configuration it has.
+        trainer: The trainer, with its loggers.
+        config: All arguments as plain data.
+        keeps_config: Whether an existing W&B run keeps its configuration.
     """
     folder = run_folder(trainer)
     known = recorded_id(folder)
@@ -75,7 +78,7 @@ def introduce(trainer: Trainer, config: Mapping[str, Any], *, keeps_config: bool
         with may_fall_silent(logger):
             run = logger.experiment
             if not (keeps_config and run.id == known):
-                run.config.update(dict(config), allow_val_change=True)  # once: Lightning's own log is off
+                run.config.update(dict(config), allow_val_change=True)  # only here, because Lightning's own log is off
             for metrics in _AXES:
                 run.define_metric(metrics, step_metric="epoch")
             for metric, best in _summary():
@@ -85,10 +88,10 @@ def introduce(trainer: Trainer, config: Mapping[str, Any], *, keeps_config: bool
 
 
 def log_checkpoint(trainer: Trainer) -> None:
-    """Upload `last.ckpt` as an artifact of type "model" to each W&B run whose logger was asked to (`log_model`).
+    """Upload `last.ckpt` as an artifact of type "model" to each W&B run whose logger has `log_model`.
 
     Args:
-        trainer: with its loggers, after training.
+        trainer: The trainer, with its loggers, after training.
     """
     folder = run_folder(trainer)
     path = last_checkpoint(folder)
@@ -107,7 +110,7 @@ def _loggers(trainer: Trainer) -> list[WandbLogger]:
 
 
 def _summary() -> Iterator[tuple[str, str]]:
-    """Names of metrics and which of their values is the best one."""
+    """Yield names of metrics, each with "max" or "min" for its best value."""
     for best, metrics, measures in (
         ("max", _HIGHEST, _HIGHEST_OF_COLLAPSE),
         ("min", _LOWEST, _LOWEST_OF_COLLAPSE),

@@ -1,1 +1,1 @@
-"""What all rooms need: errors, files, checkpoints, classes as plain data, limits on what others wrote."""
+"""Shared helpers: errors, files, checkpoints, classes as plain data, limits on what others wrote."""

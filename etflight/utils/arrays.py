@@ -1,4 +1,4 @@
-"""Arrays that a run left on disk, read whole or not at all."""
+"""Reading the arrays that a run has left on disk, completely or not at all."""
 
 import zipfile
 from pathlib import Path
@@ -12,14 +12,14 @@ from etflight.utils.limits import refuse_growth
 
 
 def read_arrays(path: Path, *names: str) -> dict[str, NDArray[Any]]:
-    """Arrays of numbers out of an `.npz` file.
+    """Read arrays of numbers from an `.npz` file.
 
     Args:
         path: The file.
         names: The arrays to read.
 
     Raises:
-        UserError: The file is missing or damaged, lacks an array, holds something else than numbers, or would fill the memory.
+        UserError: The file is missing or damaged, lacks an array, holds something other than numbers, or would fill the memory.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -29,5 +29,5 @@ def read_arrays(path: Path, *names: str) -> dict[str, NDArray[Any]]:
     except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not whole ({' '.join(str(error).split()) or type(error).__name__})") from error
     if any(array.dtype.kind not in "iuf" for array in arrays.values()):
-        raise UserError(f"{path} is not whole (it holds something else than numbers)")
+        raise UserError(f"{path} is not whole (it holds something other than numbers)")
     return arrays

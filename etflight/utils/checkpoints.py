@@ -1,4 +1,4 @@
-"""Writing checkpoints whole, and reading those that somebody else may have written: plain data or nothing."""
+"""Writing checkpoints completely, and reading those of others as plain data or not at all."""
 
 import inspect
 import re
@@ -21,7 +21,7 @@ from etflight.utils.preprocessing import Preprocessing
 
 _MAX_VALUES = 10_000_000
 _EXAMPLE = "a file such as RUN/checkpoints/last.ckpt"
-# what Lightning and this package take from a checkpoint without asking; not every one has all of it
+# the entries that Lightning and this package use without checking their types; a checkpoint may lack some
 _KINDS: dict[str, type] = {
     "state_dict": dict,
     "hyper_parameters": dict,
@@ -40,11 +40,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Load a file of weights as named tensors; no code in it can run.
 
     Args:
-        path: `.safetensors`, or what `torch.save` wrote: a state dict, or a checkpoint that holds one under the names timm and
-            torchvision give it (`state_dict`, `model`, …).
+        path: A `.safetensors` file, or one of `torch.save` with a state dict or with a checkpoint that holds a state dict under one of
+            timm's and torchvision's names (`state_dict`, `model`, …).
 
     Raises:
-        UserError: missing or damaged; not a file of this machine; holding anything but tensors and plain data; no state dict.
+        UserError: The file is missing, damaged or not on this machine, holds anything but tensors and plain data, or has no state dict.
     """
     from timm.models import load_state_dict  # timm takes a second, which `--help` need not wait for
 
@@ -53,13 +53,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         _check_size(file)
         with _silently():
             state: dict[str, Tensor] = load_state_dict(str(file), weights_only=True)
-    except Exception as error:  # a hostile file can end in any of them
+    except Exception as error:  # a hostile file can cause any of them
         raise UserError(
             f"weights {path} were refused and nothing in it was run: it holds more than tensors and plain data, or is damaged: "
             "fetch the file again, or save model.state_dict() alone"
         ) from error
     if not isinstance(state, dict) or not state or not all(map(_is_dense, state.values())):
-        raise UserError(f"weights {path} are no state dict: save one with torch.save(model.state_dict(), FILE)")
+        raise UserError(f"weights {path} are not a state dict: save one with torch.save(model.state_dict(), FILE)")
     return state
 
 
@@ -68,14 +68,14 @@ def _is_dense(value: object) -> bool:
 
 
 def misfit(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
-    """Why a state dict cannot be loaded: names that are missing, names without a place, other shapes.
+    """Explain why a state dict cannot be loaded: missing names, names that have no place, or other shapes.
 
     Args:
         given: The state dict to load.
         own: The module's own state dict.
 
     Returns:
-        A part of a sentence about the given one; None if it fits.
+        Part of a sentence about the given state dict; None if it fits.
     """
     missing = [key for key in own if key not in given]
     surplus = sorted(given.keys() - own.keys())
@@ -99,12 +99,12 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     """Load a Lightning checkpoint as tensors and plain data; no code in it can run.
 
     Args:
-        path: a file on this machine.
-        map_location: where its tensors go, as in `torch.load`.
+        path: A file on this machine.
+        map_location: The device for its tensors, as in `torch.load`.
 
     Raises:
-        UserError: missing, truncated or no checkpoint; not a file of this machine; holding anything but tensors and plain data;
-            made by another program; or naming files that a callback would delete.
+        UserError: The file is missing, truncated, not a checkpoint or not on this machine, holds anything but tensors and plain data, was
+            made by another program, or names files that a callback would delete.
     """
     file = _local_file(path, "checkpoint", _EXAMPLE)
     try:
@@ -118,9 +118,9 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
             f"checkpoint {path} was refused and nothing in it was run: it is damaged or holds more than tensors and plain data "
             "(only load checkpoints that etflight wrote)"
         ) from error
-    except Exception as error:  # a damaged file can end in any of them
+    except Exception as error:  # a damaged file can cause any of them
         raise UserError(
-            f"checkpoint {path} is truncated or damaged, or no checkpoint: copy it again, or give {_EXAMPLE}"
+            f"checkpoint {path} is truncated or damaged, or not a checkpoint: copy it again, or give {_EXAMPLE}"
         ) from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= checkpoint.keys():
         raise UserError(
@@ -132,15 +132,15 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
 
 
 def refuse_others(path: str | Path, checkpoint: Mapping[str, Any], cls: type) -> None:
-    """Refuse the checkpoint of another program's model, which has hyper-parameters that this model does not know.
+    """Refuse a checkpoint of another program's model, recognised by hyper-parameters that our class does not have.
 
     Args:
-        path: of the file, for the error.
-        checkpoint: what `read_checkpoint` returns.
-        cls: the model's class.
+        path: The file, for the error.
+        checkpoint: The content, as `read_checkpoint` returns it.
+        cls: The model's class.
 
     Raises:
-        UserError: there are such.
+        UserError: The checkpoint has such hyper-parameters.
     """
     taken = inspect.signature(cls).parameters
     others = checkpoint["hyper_parameters"].keys() - {*taken, "_instantiator"}
@@ -152,14 +152,14 @@ def refuse_others(path: str | Path, checkpoint: Mapping[str, Any], cls: type) ->
 
 @contextmanager
 def _silently() -> Iterator[None]:
-    """Inside, torch has no warnings for how a file is written, which its refusal would stand below."""
+    """Suppress torch's warnings within the block; they would come before the error about a refused file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def _local_file(path: str | Path, what: str, example: str) -> Path:
-    if re.match(r"[A-Za-z][\w+.-]+:|.*::", str(path)):  # two characters or more: C: is a drive
+    if re.match(r"[A-Za-z][\w+.-]+:|.*::", str(path)):  # at least two letters, because C: is a drive
         raise UserError(
             f"{what} {path} is not a file on this machine: download it first, and give the path of the file"
         )
@@ -170,7 +170,7 @@ def _local_file(path: str | Path, what: str, example: str) -> Path:
 
 
 def _check_size(file: Path) -> None:
-    """Refuse a file that would unpack to more than it holds; torch.save compresses nothing."""
+    """Refuse a file that would unpack to more than its size; torch.save compresses nothing."""
     if not zipfile.is_zipfile(file):
         with file.open("rb") as stream:
             if stream.read(2) == b"PK":
@@ -194,20 +194,20 @@ def _check_contents(path: str | Path, checkpoint: dict[str, Any]) -> None:
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in checkpoint["state_dict"].items()):
         raise damaged(path, "its state_dict holds more than named tensors")
     if not all(isinstance(name, str) for name in checkpoint["hyper_parameters"]):
-        raise damaged(path, "its hyper_parameters have names that are no text")
+        raise damaged(path, "its hyper_parameters have names that are not text")
     for name in ("num_classes", "backbone"):
         if name not in checkpoint["hyper_parameters"]:
             raise damaged(path, f"its hyper_parameters have no {name}")
     names, num_classes = checkpoint.get("class_names"), checkpoint["hyper_parameters"]["num_classes"]
     if names is not None:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise damaged(path, "its class_names are no list of names")
+            raise damaged(path, "its class_names are not a list of names")
         if len(names) != num_classes:
             raise damaged(path, f"it has {len(names)} class_names for {num_classes} classes")
     try:
         known = Preprocessing.in_checkpoint(checkpoint)
     except ValueError as error:
-        raise damaged(path, f"of its preprocessing, {error}") from None
+        raise damaged(path, f"in its preprocessing, {error}") from None
     channels = checkpoint["hyper_parameters"].get("in_chans")
     if known is not None and channels not in (None, known.input_size[0]):
         raise damaged(path, f"its preprocessing has {known.input_size[0]} channels, its model {channels}")
@@ -215,38 +215,38 @@ def _check_contents(path: str | Path, checkpoint: dict[str, Any]) -> None:
         # Lightning's ModelCheckpoint deletes the files, and folders, that its saved state calls its earlier checkpoints
         if ".." in PurePath(text.replace("\\", "/")).parts or "::" in text or "://" in text:
             raise UserError(
-                f"checkpoint {path} was refused: the saved state of its callbacks names {text!r}, outside of the run's own folder"
+                f"checkpoint {path} was refused: the saved state of its callbacks names {text!r}, which is outside the run's own folder"
             )
 
 
 def damaged(path: str | Path | None, reason: str) -> UserError:
-    """The error for a checkpoint whose content cannot be used.
+    """Make the error for a checkpoint whose content cannot be used.
 
     Args:
-        path: of the checkpoint.
-        reason: what is wrong with it.
+        path: The checkpoint.
+        reason: What is wrong with it, as a clause.
     """
     return UserError(f"checkpoint {path} is not one of etflight's, or is damaged: {reason}")
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all, and reads nothing but tensors and plain data.
+    """Writes a checkpoint completely or not at all, and reads nothing but tensors and plain data.
 
-    The file grows under a hidden name in the folder it is meant for, is flushed to the disk and takes its name last, so whatever stops
-    the process, the machine or the disk leaves the previous checkpoint as it was. (Lightning's own collects the file in memory and
-    moves it from the temporary folder, which is not atomic across file systems.)
+    The file is written under a hidden name in its own folder, flushed to the disk, and gets its name last. So the previous checkpoint
+    stays intact, whatever stops the process, the machine or the disk. (Lightning's own class collects the file in memory and moves it
+    from the temporary folder, which is not atomic across file systems.)
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write to a file on this machine.
 
         Raises:
-            UserError: the disk is full, or the folder cannot be written to.
+            UserError: The disk is full, or the folder cannot be written to.
         """
         try:
             with replacing(path) as partial, partial.open("wb") as stream:
                 torch.save(checkpoint, stream)
-        except (OSError, RuntimeError) as error:  # torch wraps what the disk says
+        except (OSError, RuntimeError) as error:  # torch wraps the error of the disk
             reason = error if isinstance(error, OSError) else error.__context__ or error
             raise UserError(
                 f"checkpoint {path} could not be written ({reason}): free some space or choose another folder, then resume; "
@@ -257,7 +257,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         """Read as `read_checkpoint` does, whatever `weights_only` says.
 
         Raises:
-            UserError: see `read_checkpoint`; or no trainer has saved it.
+            UserError: See `read_checkpoint`; or the file was not saved by a trainer.
         """
         checkpoint = read_checkpoint(path, map_location="cpu" if map_location is None else map_location)
         if "pytorch-lightning_version" not in checkpoint:

@@ -21,39 +21,39 @@ class UserError(ValueError):
 
 
 def user_error_in(error: BaseException | None) -> UserError | None:
-    """The `UserError` at the bottom of what a parser or a data worker wrapped, or None."""
+    """The `UserError` that a parser or a data worker has wrapped in other errors, or None."""
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
 
 
 def warn(text: str) -> None:
-    """Print a line that begins as the command line's own warnings do, each time, from whichever process it is called in."""
+    """Print a warning line like the command line's own, on every call and from every process."""
     print(f"etflight: warning: {plain(text)}", file=sys.stderr, flush=True)
 
 
 # --- the last line of a process that fails -----------------------------------------------------------------------------
 
 _STARTED = time.time()
-_CAUSE_IS_TOLD_WITHIN = 10.0  # seconds; Lightning looks after its child processes every five
+_CAUSE_IS_TOLD_WITHIN = 10.0  # seconds; Lightning looks at its child processes every five
 _RESUME = "then resume with --ckpt_path last"
 _OUT_OF_MEMORY = r"can't allocate memory|not enough memory|out of memory"
 _LOST_CONNECTION = r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Timed out|The client socket|Socket"
-# what tells one job from another; SLURM's processes learn their master's address only on the way
+# the variables that identify a job; processes of SLURM get their master's address only after the start
 _SLURM_JOB = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
 _OTHER_JOB = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
 
 
 def print_error(error: BaseException) -> None:
-    """Print an error in one line, unless another process of the job on this machine has printed, or will print, the cause."""
-    if _is_several_processes() and _is_lost_connection(error):
+    """Print an error in one line, unless another process of this job on this machine has printed the cause or soon will."""
+    if _may_have_several_processes() and _is_lost_connection(error):
         end = time.monotonic() + _CAUSE_IS_TOLD_WITHIN
         while time.monotonic() < end:
             if _is_of_this_job(_mark_of_job()):
                 return
             time.sleep(0.1)
         seen = re.sub(r"^\[\S+\] ", "", _message(error)).partition(". ")[0][:160]
-        _print_once(f"lost another process of this job ({seen}): see what it said last, {_RESUME}")
+        _print_once(f"lost another process of this job ({seen}): see its last message, {_RESUME}")
     else:
         _print_once(describe_error(error))
 
@@ -62,15 +62,15 @@ def print_dead_process(rank: int, status: int) -> None:
     """Print that a process of the job has ended, in one line.
 
     Args:
-        rank: of the process.
-        status: its exit status; -n when signal n has killed it.
+        rank: The rank of the process.
+        status: Its exit status; -n if signal n has killed it.
     """
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     _print_once(f"process {rank} of this job {how}, so all of them end: find out why (out of memory?), {_RESUME}")
 
 
 def describe_error(error: BaseException) -> str:
-    """What went wrong, in one line, wherever it was wrapped: by the parser, or with a traceback by a data worker."""
+    """Describe an error in one line, however it was wrapped: by the parser, or with a traceback by a data worker."""
     wrapped = user_error_in(error)
     if wrapped is not None:
         return _message(wrapped)
@@ -89,7 +89,7 @@ def _message(error: BaseException) -> str:
     text = str(error).strip()
     if "Original Traceback" in text:  # a worker's exception carries its traceback as text
         text = re.sub(r"^[\w.]*(Error|Exception): ", "", text.splitlines()[-1])
-    # what a file says may be part of the message, but commands no terminal
+    # text from a file may be part of the message, but must not control the terminal
     return shorten(plain(text), 1500, placeholder=" …")
 
 
@@ -99,14 +99,14 @@ def _is_lost_connection(error: BaseException) -> bool:
     return type(error).__name__.startswith("Dist") or re.search(_LOST_CONNECTION, str(error)) is not None
 
 
-def _is_several_processes() -> bool:
-    """Whether there may be more: Lightning has removed WORLD_SIZE by the time an error arrives here."""
+def _may_have_several_processes() -> bool:
+    """Whether the job may have several processes; Lightning has removed WORLD_SIZE by the time an error arrives here."""
     return "MASTER_PORT" in os.environ or int(os.environ.get("SLURM_NTASKS") or 1) > 1
 
 
 def _print_once(text: str) -> None:
-    """Print an error if this process is the first of its job on this machine that does: it makes the job's file."""
-    if _is_several_processes():
+    """Print an error if this process is the first of its job on this machine to do so; the first one creates the job's file."""
+    if _may_have_several_processes():
         mark = _mark_of_job()
         if not _is_of_this_job(mark):
             mark.unlink(missing_ok=True)
@@ -118,12 +118,12 @@ def _print_once(text: str) -> None:
 
 
 def _mark_of_job() -> Path:
-    """The file that the first process to print an error makes."""
+    """The path of the file that the first process to print an error creates."""
     names = _SLURM_JOB if "SLURM_JOB_ID" in os.environ else _OTHER_JOB
     job = hashlib.sha256("|".join(os.environ.get(name, "") for name in names).encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"etflight-{os.getuid()}-{job}"
 
 
 def _is_of_this_job(mark: Path) -> bool:
-    """Whether the file is there and no earlier job with the same address has made it."""
+    """Whether the file exists and was not created by an earlier job with the same address."""
     return mark.exists() and mark.stat().st_mtime >= _STARTED

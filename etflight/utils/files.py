@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Writing files completely or not at all."""
 
 import csv
 import json
@@ -11,15 +11,15 @@ from typing import Any
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A path to write to that takes the place of `path` when the block ends well; a reader sees the old file or the new one.
+    """Replace a file by one that the block writes elsewhere; a reader sees the old file or the new one.
 
-    The new file is on the disk before it takes its name, so that a machine that stops leaves one of the two, whole.
+    The new file is on the disk before it gets its name, so that a machine that stops leaves one of the two, complete.
 
     Args:
-        path: the file to write; its folder is made.
+        path: The file to replace or create; its folder is made if it does not exist.
 
     Yields:
-        A hidden path in the same folder with the same suffix; what was written there is removed when the block fails.
+        A hidden path in the same folder with the same suffix, for the block to write to; it is removed if the block fails.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What jsonargparse's messages say, put into one line; it promises none of their wording."""
+"""Putting jsonargparse's messages into one line; their wording is not part of its public interface."""
 
 import re
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ _FEW = 24  # names that one line can hold
 
 
 def in_one_line(message: str, bases: Mapping[str, type]) -> str:
-    r"""The option, the reason and the value; near matches for a class that does not exist.
+    r"""Write the option, the reason and the value in one line, with near matches for a class that does not exist.
 
     Args:
         message: The text of an error of the parser, often of many lines.
-        bases: Options that take a class by its name, and what it must be a subclass of.
+        bases: For each option that takes a class by its name, the base of that class.
 
     Example:
         >>> in_one_line('Parser key "data":\n  Parser key "batch_size":\n    Expected a <class \'int\'>. Got value: x', {})
@@ -35,7 +35,8 @@ def in_one_line(message: str, bases: Mapping[str, type]) -> str:
         return f"these arguments are required: {', '.join(options)}"
     if ambiguous := re.search(r"Multiple subclasses with name .*", reason):
         return f"--{key}: {ambiguous[0]}"
-    takes_number = re.search(r"Expected a <class '(float|int)'>", reason)  # or a tensor, by its class
+    # an option of numbers may also take a tensor, by the path of its class
+    takes_number = re.search(r"Expected a <class '(float|int)'>", reason)
     unknown = re.search(r"Expected a path but (\S+) either|Expected a dot import path string: (\S+)", reason)
     if unknown and not takes_number:
         name = unknown[1] or unknown[2]
@@ -52,26 +53,26 @@ def in_one_line(message: str, bases: Mapping[str, type]) -> str:
 
 
 def why_not_made(message: str) -> str | None:
-    """Which class the parser could not make an object of, and why; None for errors of another kind."""
+    """Say which class the parser could not instantiate, and why; None for errors of another kind."""
     found = re.search(r"Problem with given class_path '[\w.]*?(\w+)':\s+(.+)", message)
     return found and f"{found[1]} cannot be made: {found[2]}"
 
 
 def _innermost(message: str) -> str:
-    """The lines about the innermost key, without those about other types that one of the outer keys could have."""
+    """The lines about the innermost key, without those about other types that an outer key could have."""
     lines = [line for line in re.split(r'Parser key "[^"]+":', message)[-1].splitlines() if line.strip()]
     depth = len(lines[0]) - len(lines[0].lstrip())
     return "\n".join(takewhile(lambda line: line.startswith(" " * depth), lines))
 
 
 def _as_typed(value: str) -> str:
-    """A value in the parser's words as a user would write it."""
+    """Write a value of the parser as a user would write it."""
     nested = re.fullmatch(r"NestedArg\(key='(.+)', val='(.*)'\)", value)
     return f"{nested[1]} {nested[2]}" if nested else "null" if value == "None" else value or "nothing"
 
 
 def _hint(name: str, base: type | None) -> str:
-    """`; near matches: …` among the names that an option takes, or all of them if they are few."""
+    """Write `; near matches: …` from the names that an option takes, or all of these names if they are few."""
     known = [] if base is None else _names(base)
     close = get_close_matches(name.rpartition(".")[2], known, n=3, cutoff=0.4)
     if close:

@@ -35,7 +35,7 @@ def forks_processes(strategy: Strategy) -> bool:
 
 
 def before_batch_transfer(module: LightningModule, batch: Any) -> Any:
-    """What the data module's and the module's `on_before_batch_transfer` make of a batch.
+    """Pass a batch through the `on_before_batch_transfer` of the data module or the module.
 
     Touches `LightningModule._on_before_batch_transfer`.
     """
@@ -43,12 +43,12 @@ def before_batch_transfer(module: LightningModule, batch: Any) -> Any:
 
 
 def ignore_own_deprecations() -> None:
-    """Hide a warning about what Lightning itself calls, which no user can mend: torch's of `LeafSpec`, in Lightning's `_pytree`."""
+    """Hide torch's warning about `LeafSpec`, which no user can mend, because Lightning itself causes it in `_pytree`."""
     warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning, r"lightning\.pytorch\.utilities\._pytree")
 
 
 def let_parameters_be_unused(strategy: object) -> None:
-    """Let DDP know all parameters from the start, and wait in no step for those without gradients; nothing for another strategy.
+    """Let DDP know all parameters from the start, but not wait for those without gradients; do nothing with other strategies.
 
     Touches `DDPStrategy._ddp_kwargs`.
     """
@@ -66,7 +66,7 @@ def uploads_checkpoints(logger: WandbLogger) -> bool:
 
 
 def set_back_step(loops: dict[str, Any]) -> None:
-    """Set the counters to where the training step that the trainer has begun had not begun."""
+    """Set the counters back to before the training step that the trainer has begun."""
     batches = loops["epoch_loop.batch_progress"]
     batches["total"]["ready"] -= 1
     batches["current"]["ready"] -= 1
@@ -75,19 +75,19 @@ def set_back_step(loops: dict[str, Any]) -> None:
 
 
 def set_back_epoch(loops: dict[str, Any]) -> None:
-    """Set the counters to where the epoch that the trainer has begun had not begun."""
+    """Set the counters back to before the epoch that the trainer has begun."""
     loops["epoch_progress"]["total"]["ready"] -= 1
     loops["epoch_progress"]["current"]["ready"] -= 1
 
 
 def batches_done(loops: dict[str, Any]) -> int:
-    """How many batches of the epoch have been trained; 0 between two epochs."""
+    """The number of batches of the epoch that have been trained; 0 between two epochs."""
     is_within = any(loader["served"] for loader in loops["state_dict"].get("combined_loader", []))
     return int(loops["epoch_loop.batch_progress"]["current"]["completed"]) if is_within else 0
 
 
 def set_batches_done(loops: dict[str, Any], done: int) -> None:
-    """Set the counters to where so many batches of the epoch have been trained."""
+    """Set the counters to after `done` batches of the epoch."""
     batches = loops["epoch_loop.batch_progress"]
     batches["current"] = dict.fromkeys(batches["current"], done)
     batches["is_last_batch"] = False
@@ -95,9 +95,9 @@ def set_batches_done(loops: dict[str, Any], done: int) -> None:
         loader["served"] = done
 
 
-def unlike_loops(trainer: Trainer, saved: Any) -> str | None:
-    """What of a checkpoint's "loops" the trainer cannot go on from: a place and what is there; None if nothing."""
-    # the loaders' states are theirs to read
+def unusable_loops(trainer: Trainer, saved: Any) -> str | None:
+    """Name the part of a checkpoint's "loops" from which the trainer cannot continue, and its value; None if there is none."""
+    # the loaders check their own states
     return _unlike(saved, {"fit_loop": trainer.fit_loop.state_dict() | {"state_dict": {}}}, "its loops")
 
 

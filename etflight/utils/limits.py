@@ -1,4 +1,4 @@
-"""Checks on what somebody else may have written: it names no code, and does not grow without bound."""
+"""Checks on data that somebody else may have written: it must not name code or grow without bound."""
 
 import inspect
 import re
@@ -10,14 +10,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from etflight.utils.errors import UserError
 
-# annotations for which the command line's parser takes a text as it stands
+# annotations for which the command line's parser keeps a text as it is
 _TEXT_STAYS_TEXT = (str, int, float, bool, NoneType, Path)
 _MAX_GROWTH = 100  # images and labels are compressed by 2 to 10
-_MAX_SMALL = 2**28  # bytes that any machine has: blank images of a test may be compressed by 1000
+_MAX_SMALL = 2**28  # bytes; every machine has that many, and blank images of a test may be compressed by 1000
 
 
 def texts(value: object) -> Iterator[str]:
-    """Every string in nested dicts (their keys too), lists and tuples."""
+    """Yield every string in nested dicts (their keys too), lists and tuples."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -28,18 +28,18 @@ def texts(value: object) -> Iterator[str]:
 
 
 def refuse_names(cls: type, arguments: Mapping[str, Any], argument: str) -> None:
-    """Refuse texts that the command line's parser could take for the name of code, and import.
+    """Refuse texts that the command line's parser could take for the name of code and import.
 
-    For an argument of text or numbers any text will do. For any other it must be one word: `"mod.fn"` would be imported for a
+    An argument of text or numbers may have any text. For any other argument a text must be one word: `"mod.fn"` would be imported for a
     function, `"{class_path: mod.C}"` for an argument of any type.
 
     Args:
-        cls: what is to be called.
-        arguments: plain data for its arguments.
-        argument: name of what was given, for the error.
+        cls: The class to be called.
+        arguments: Plain data for the arguments of `cls`.
+        argument: The name of the option they were given for, for the error.
 
     Raises:
-        UserError: such a text.
+        UserError: There is such a text.
     """
     for name, value in arguments.items():
         suspicious = next((text for text in texts(value) if not re.fullmatch(r"[\w-]*", text)), None)
@@ -51,7 +51,7 @@ def refuse_names(cls: type, arguments: Mapping[str, Any], argument: str) -> None
 
 
 def _takes_text(cls: type, name: str) -> bool:
-    """Whether the annotation of an argument, of the class or of one it inherits from, is made of text and numbers only."""
+    """Whether the annotation of an argument, of the class or of one of its bases, consists of text and numbers only."""
     for owner in inspect.getmro(cls):
         constructor = vars(owner).get("__init__")
         if name in getattr(constructor, "__annotations__", {}):
@@ -70,15 +70,15 @@ def _is_text(annotation: Any) -> bool:
 
 
 def refuse_growth(what: str, unpacked: int, packed: int) -> None:
-    """Refuse compressed data that is made to fill the memory, before any is set aside.
+    """Refuse compressed data that is made to fill the memory, before any memory is allocated.
 
     Args:
-        what: the data, for the error.
-        unpacked: bytes that it says it unpacks to.
-        packed: bytes that there are.
+        what: The name of the data, for the error.
+        unpacked: The number of bytes that it claims to unpack to.
+        packed: The number of bytes that it has.
 
     Raises:
-        UserError: more than 256 MiB, and more than 100 times what there is.
+        UserError: It unpacks to more than 256 MiB, and to more than 100 times its size.
     """
     if unpacked > max(_MAX_SMALL, _MAX_GROWTH * packed):
         raise UserError(
@@ -87,15 +87,15 @@ def refuse_growth(what: str, unpacked: int, packed: int) -> None:
 
 
 def inflate(what: str, packed: bytes) -> bytes:
-    """Unpack zlib's format, as far as `refuse_growth` lets it.
+    """Unpack zlib's format, within the limits of `refuse_growth`.
 
     Args:
-        what: the data, for the error.
-        packed: the compressed bytes.
+        what: The name of the data, for the error.
+        packed: The compressed bytes.
 
     Raises:
-        UserError: they grow too much.
-        zlib.error: they are damaged.
+        UserError: They grow too much.
+        zlib.error: They are damaged.
     """
     most = max(_MAX_SMALL, _MAX_GROWTH * len(packed))
     unpacked = zlib.decompressobj().decompress(packed, most + 1)
@@ -104,7 +104,7 @@ def inflate(what: str, packed: bytes) -> bytes:
 
 
 def parts_of(value: object) -> Iterable[object]:
-    """What plain data holds: the values of a dict, the items of a list or tuple, of anything else nothing."""
+    """The parts of plain data: the values of a dict, the items of a list or tuple, nothing for anything else."""
     if isinstance(value, Mapping):
         return value.values()
     return value if isinstance(value, list | tuple) else ()
@@ -114,18 +114,18 @@ def refuse_aliases(value: object, most: int, parts_of: Callable[[object], Iterab
     """Refuse nested data in which the same part stands in so many places that walking through it would not end.
 
     Args:
-        value: the data.
-        most: how many values it may have with every part written out wherever it stands.
-        parts_of: what a value holds.
+        value: The data.
+        most: The number of values it may have if every part is written out wherever it stands.
+        parts_of: A function that returns the parts of a value.
 
     Raises:
-        UserError: more, or nested beyond what Python can walk.
+        UserError: It has more values, or is nested more deeply than Python can walk.
     """
     known: dict[int, int] = {}
 
     def written_out(part: object) -> int:
         if id(part) not in known:
-            known[id(part)] = most  # seen from inside itself, it has no end
+            known[id(part)] = most  # a part that contains itself has no end
             known[id(part)] = 1 + sum(map(written_out, parts_of(part)))
         if known[id(part)] > most:
             raise UserError(f"it has parts that stand for more than {most:,} values")

@@ -1,4 +1,4 @@
-"""How a model wants its images: the data module knows it, the checkpoint keeps it, predict and export need it."""
+"""How images are prepared for a model: the data module knows it, the checkpoint keeps it, predict and export need it."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,16 +8,16 @@ _LARGEST_SIDE = 2**14
 
 
 class Preprocessing(NamedTuple):
-    """What is done to an image before a model sees it.
+    """How an image is prepared for a model.
 
-    The image is resized, its proportions kept, until it just covers H × W, each divided by `crop_pct`, and H × W cropped at the centre;
-    its pixels, from 0 to 255, become `(x/255 - mean)/std`.
+    The image is resized with its proportions kept until it just covers H × W, each divided by `crop_pct`, and H × W is cropped at the
+    centre; its pixels, from 0 to 255, become `(x/255 - mean)/std`.
 
     Attributes:
         input_size: C, H and W.
-        mean: C numbers.
-        std: C numbers, > 0.
-        crop_pct: part of the resized image that is kept, in (0, 1]; timm's name.
+        mean: The mean of each channel, C numbers.
+        std: The standard deviation of each channel, C numbers > 0.
+        crop_pct: The part of the resized image that is kept, in (0, 1]; timm's name.
     """
 
     input_size: tuple[int, int, int]
@@ -26,7 +26,7 @@ class Preprocessing(NamedTuple):
     crop_pct: float = 1.0
 
     def unlike(self, other: Self) -> str | None:
-        """What differs from another, for people; None if nothing does."""
+        """Describe for people how this differs from another; None if they are equal."""
 
         def described(one: Self) -> dict[str, object]:
             _, height, width = one.input_size
@@ -38,20 +38,20 @@ class Preprocessing(NamedTuple):
 
     @classmethod
     def in_checkpoint(cls, checkpoint: Mapping[str, Any]) -> Self | None:
-        """What a checkpoint knows of its images; None of one that does not.
+        """Return the preprocessing that a checkpoint holds; None if it holds none.
 
         Raises:
-            ValueError: it cannot be that.
+            ValueError: The checkpoint's value is invalid.
         """
         known = checkpoint.get("preprocessing")
         return None if known is None else cls.from_plain(known)
 
     @classmethod
     def from_plain(cls, value: object) -> Self:
-        """From what `_asdict` gave, perhaps in a file that somebody else wrote.
+        """Make it from the result of `_asdict`, perhaps from a file that somebody else wrote.
 
         Raises:
-            ValueError: it cannot be that.
+            ValueError: The value is invalid.
         """
         if not isinstance(value, dict) or value.keys() != set(cls._fields):
             raise ValueError(f"it has to hold {', '.join(cls._fields)}")

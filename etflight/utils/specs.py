@@ -1,4 +1,4 @@
-"""Classes as plain data: `{"class_path": …, "init_args": {…}}`, what YAML and checkpoints hold instead of objects."""
+"""Classes as plain data: `{"class_path": …, "init_args": {…}}`, which YAML and checkpoints hold instead of objects."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -10,21 +10,21 @@ from typing import Any, get_args
 from etflight.utils.errors import UserError
 
 Spec = dict[str, Any]
-_LARGEST = 1e30  # what an optimizer makes of it still fits float32
+_LARGEST = 1e30  # what an optimizer computes from it still fits float32
 
 
 def describe(factory: object, argument: str) -> Spec:
-    """Plain data for a class or a `functools.partial` of one with keyword arguments.
+    """Describe a class, or a `functools.partial` of one with keyword arguments, as plain data.
 
     Args:
-        factory: a class, a partial of a class, or data that already has this form.
-        argument: name of the argument it was given for, for the error.
+        factory: A class, a partial of a class, or data that already has this form.
+        argument: The name of the argument it was given for, for the error.
 
     Returns:
         `{"class_path": "package.module.Class", "init_args": {…}}`.
 
     Raises:
-        UserError: a lambda, a function, a local class, or positional arguments, which no file could name.
+        UserError: It is a lambda, a function or a local class, or has positional arguments, which no file could name.
     """
     if isinstance(factory, Mapping) and isinstance(factory.get("class_path"), str):
         arguments = factory.get("init_args") or {}
@@ -43,10 +43,10 @@ def describe(factory: object, argument: str) -> Spec:
 
 @contextmanager
 def objections(spec: Spec, argument: str) -> Iterator[None]:
-    """Inside, whatever a class raises over its arguments becomes one line that names them.
+    """Turn any error of a class about its arguments, within the block, into one line that names them.
 
     Raises:
-        UserError: instead of any other exception.
+        UserError: The block raised any exception.
     """
     try:
         yield
@@ -60,29 +60,29 @@ def objections(spec: Spec, argument: str) -> Iterator[None]:
 
 
 class Maker(partial[Any]):
-    """A class with its arguments bound; what its constructor has against them becomes a `UserError`."""
+    """A class with bound arguments; errors of its constructor become a `UserError`."""
 
     argument: str
 
     def __call__(self, /, *args: Any, **keywords: Any) -> Any:
-        """An object of the class."""
+        """Make an object of the class."""
         with self.objections():
             return super().__call__(*args, **keywords)
 
     def objections(self) -> AbstractContextManager[None]:
-        """`objections` of the class to those arguments that are not its defaults."""
+        """A block of `objections` that names those arguments which differ from the defaults of the class."""
         defaults = {name: parameter.default for name, parameter in inspect.signature(self.func).parameters.items()}
         given = {name: value for name, value in self.keywords.items() if value != defaults.get(name)}
         return objections({"class_path": self.func.__qualname__, "init_args": given}, self.argument)
 
 
 def resolve(spec: Spec, base: type, argument: str) -> Maker:
-    """The class of a spec with its arguments bound, looked up only among subclasses of `base` that are already imported.
+    """Return the class of a spec with its arguments bound, looked up only among subclasses of `base` that are already imported.
 
     Nothing is imported and nothing but the constructor can be called, so a spec from a file that somebody else wrote is safe.
 
     Raises:
-        UserError: no such class, arguments it does not take, or a number that is NaN or beyond 1e30.
+        UserError: There is no such class, it does not take the arguments, or a number is NaN or beyond 1e30.
     """
     path, init_args = spec["class_path"], spec["init_args"]
     cls = find(spec, base)

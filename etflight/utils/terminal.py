@@ -1,17 +1,20 @@
-"""What goes to a terminal, or into the file that stands in for one: its width, and text that cannot command it."""
+"""Output for a terminal, or for a file in its place: its width, and text that cannot control it."""
 
 import os
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # rich, which `--version` need not wait for
+if TYPE_CHECKING:  # rich takes time, which `--version` need not wait for
     from rich.console import Console
     from rich.text import Text
 
-_WIDEST = 200  # of what we print: enough that no cell of a table is cut or wrapped
+_WIDEST = 200  # wide enough that no cell of our tables is cut or wrapped
 
 
 def console() -> "Console":
-    """Where a command prints tables: as wide as the terminal, or as COLUMNS says; else, as into a file, as wide as they need."""
+    """Return the console on which a command prints tables.
+
+    It is as wide as the terminal or as COLUMNS says; otherwise, for instance into a file, it is as wide as the tables need.
+    """
     from rich.console import Console
 
     found = Console()
@@ -19,7 +22,7 @@ def console() -> "Console":
 
 
 def plain(value: object) -> str:
-    r"""A value as text without what would command a terminal, or end a line.
+    r"""Write a value as text without characters that would control a terminal or end a line.
 
     Example:
         >>> plain("\x1b[31mred\nand more")
@@ -29,7 +32,7 @@ def plain(value: object) -> str:
 
 
 def readable(name: str) -> str:
-    r"""The name of a file, or one of a class that was taken from it, as text that can be encoded: bytes that are no UTF-8 written out.
+    r"""Make the name of a file, or of a class named after one, a text that can be encoded: bytes that are not UTF-8 are written out.
 
     Example:
         >>> readable("caf\udce9")
@@ -39,7 +42,7 @@ def readable(name: str) -> str:
 
 
 def as_it_is(value: object) -> "Text":
-    """`plain` text for `console`, in which nothing is taken for markup."""
+    """Make `plain` text for `console`, in which nothing is interpreted as markup."""
     from rich.text import Text
 
     return Text(plain(value))

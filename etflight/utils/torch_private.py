@@ -11,12 +11,18 @@ def broadcast_buffers(module: nn.Module) -> list[Tensor]:
 
 
 def leave_out_of_broadcasts(module: nn.Module, buffers: list[str]) -> None:
-    """Let DDP not broadcast some buffers of a module, by name: `DistributedDataParallel._set_params_and_buffers_to_ignore_for_model`."""
+    """Keep DDP from broadcasting some buffers of a module, given by name.
+
+    Touches `DistributedDataParallel._set_params_and_buffers_to_ignore_for_model`.
+    """
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, buffers)  # type: ignore[no-untyped-call]
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether a module's own hooks look at its calls: `_forward_pre_hooks`, `_forward_hooks` and the same of the backward."""
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks that look at its calls.
+
+    Touches `_forward_pre_hooks`, `_forward_hooks`, `_backward_pre_hooks` and `_backward_hooks`.
+    """
     return bool(
         module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
     )

@@ -1,4 +1,4 @@
-"""What stands on names of torchmetrics that are not public."""
+"""Metrics that use private names of torchmetrics."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,9 +11,9 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 
 class ExactMetric(Metric):
-    """A metric made of sums, which processes add by all-reduce, and which keep their dtypes in a network that is cast.
+    """A metric made of sums: processes add them by all-reduce, and they keep their dtypes in a network that is cast.
 
-    torchmetrics itself gathers the states of all processes and stacks them: a copy of each state for each process.
+    torchmetrics itself gathers the states of all processes and stacks them, which takes a copy of each state for each process.
 
     Touches `_sync_dist`, `_reduce_states`, `_apply`, `_load_from_state_dict`, `_defaults`, `_computed` and `_update_count` of `Metric`.
     """
@@ -23,9 +23,8 @@ class ExactMetric(Metric):
     def add_sum(self, name: str, *shape: int, dtype: torch.dtype = torch.long, reduction: str | None = "sum") -> None:
         """Add a state of zeros."""
         self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx=reduction)
-        self._defaults[name] = torch.zeros((), dtype=dtype).expand(
-            shape
-        )  # which `reset` clones: no second copy is kept
+        # `reset` clones the default, so an expanded zero suffices
+        self._defaults[name] = torch.zeros((), dtype=dtype).expand(shape)
 
     def sum_over_processes(self, group: Any) -> None:
         """Replace each state by its sum over the processes of a group."""
@@ -35,7 +34,7 @@ class ExactMetric(Metric):
             setattr(self, name, state)
 
     def add_states(self, incoming: dict[str, Any]) -> None:
-        """Add the states of another instance; what `forward` and `merge_state` do."""
+        """Add the states of another instance; `forward` and `merge_state` call this."""
         super()._reduce_states(incoming)
 
     def _sync_dist(
@@ -56,7 +55,7 @@ class ExactMetric(Metric):
             self._forget_result()
 
     def _forget_result(self) -> None:
-        """Let the next `compute` look at the states, which have changed without an update."""
+        """Make the next `compute` use the states, which have changed without an update."""
         self._computed = None
         self._update_count = max(self._update_count, 1)
 
@@ -67,9 +66,9 @@ class ExactMetric(Metric):
 
 
 def add_saved_state(metric: Metric, state: dict[str, Any]) -> None:
-    """Add a state to what a metric has counted; bit by bit that state where it has counted nothing yet.
+    """Add a saved state to a metric; a metric that has counted nothing yet takes exactly that state.
 
-    Touches `Metric._update_count`, which says whether it has.
+    Touches `Metric._update_count`, which says whether it has counted anything.
     """
     if metric.update_called:
         metric.merge_state(state)

@@ -1,4 +1,4 @@
-"""What callbacks and the model ask of a trainer; most of it Lightning sets outside the class body, where no type checker sees it."""
+"""What callbacks and the model ask of a trainer; Lightning sets most of it outside the class body, where no type checker sees it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ _Kind = TypeVar("_Kind")
 
 
 def data_module(trainer: Trainer) -> Any:
-    """The data module, or None."""
+    """The trainer's data module, or None."""
     return trainer.datamodule  # type: ignore[attr-defined]
 
 
@@ -32,21 +32,21 @@ def is_trial_run(trainer: Trainer) -> bool:
 
 
 def shows_after(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether the progress bar gets new numbers after this batch: one in `log_every_n_steps` does."""
+    """Whether the progress bar gets new numbers after this batch, which happens every `log_every_n_steps` batches."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return every > 0 and (batch_idx + 1) % every == 0
 
 
 def refuse_if_never_reached(trainer: Trainer, epoch: int, what: str) -> None:
-    """Refuse an epoch that does not come in this training.
+    """Refuse an epoch that this training does not reach.
 
     Args:
-        trainer: About to train; a trial run may end before.
-        epoch: Counted from 0.
-        what: What is to happen in it, for the error.
+        trainer: The trainer, about to train; a trial run may end before the epoch.
+        epoch: The epoch, counted from 0.
+        what: The option that gives it, for the error.
 
     Raises:
-        UserError: There are fewer epochs.
+        UserError: The training has fewer epochs.
     """
     last = trainer.max_epochs
     if not is_trial_run(trainer) and last not in (None, -1) and epoch >= last:
@@ -56,7 +56,7 @@ def refuse_if_never_reached(trainer: Trainer, epoch: int, what: str) -> None:
 
 
 def gather(trainer: Trainer, own: _Kind) -> list[_Kind]:
-    """What each process has, in the order of ranks; a collective call."""
+    """Gather an object of each process, in the order of ranks; a collective call."""
     ranks = [own] * trainer.world_size
     if trainer.world_size > 1:
         dist.all_gather_object(ranks, own)
@@ -65,7 +65,7 @@ def gather(trainer: Trainer, own: _Kind) -> list[_Kind]:
 
 @contextmanager
 def averaged(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Inside, the module holds the averaged weights (EMA), as it does in a validation; its own where nothing is averaged."""
+    """Let the module hold the averaged weights (EMA) within the block, as in a validation; nothing changes if nothing is averaged."""
     callbacks = callbacks_of(trainer, WeightAveraging)
     for callback in callbacks:
         callback.on_validation_epoch_start(trainer, pl_module)
@@ -77,7 +77,7 @@ def averaged(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
 
 
 def take_buffers_of_rank_zero(module: nn.Module) -> None:
-    """Overwrite the buffers that DDP keeps equal by rank 0's; a collective call, nothing on a single process.
+    """Overwrite the buffers that DDP keeps equal with those of rank 0; a collective call that does nothing on a single process.
 
     BatchNorm's running statistics differ from rank to rank, and DDP does not equalise them before each evaluation: not while
     gradients accumulate, and not when averaged weights have just been swapped in.

@@ -1,4 +1,4 @@
-"""The data that a model was trained on, as far as a checkpoint or a record knows them, compared with the data it is used with."""
+"""Compares what a model, checkpoint or record knows of its training data with the data it is used with."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,14 @@ def refuse_other_shape(
     """Refuse data with another number of classes or channels than the model has.
 
     Args:
-        model: What the error calls the model.
-        num_classes: Its number of classes.
+        model: The name of the model, for the error.
+        num_classes: The model's number of classes.
         channels: The number of channels of its images.
-        data: A data module; what it does not tell is not compared.
-        mend: The mend that the error names.
+        data: A data module; a number that it does not have is not compared.
+        mend: The mend, for the error.
 
     Raises:
-        UserError: other numbers.
+        UserError: The data have another number.
     """
     images = "takes images of {} channel" + "s" * (channels != 1)
     for takes, own, other in (
@@ -33,7 +33,7 @@ def refuse_other_shape(
 
 
 def other_names(known: Sequence[str] | None, data: Any) -> str | None:
-    """The first class that the training named otherwise than the data do, unless either are mere numbers; None if there is none."""
+    """Describe the first class whose name differs between training and data; None if there is none, or if either has mere numbers."""
     own = getattr(data, "class_names", None)
     if known is None or own is None or [str(k) for k in range(len(known))] in (list(known), list(own)):
         return None
@@ -42,19 +42,19 @@ def other_names(known: Sequence[str] | None, data: Any) -> str | None:
 
 
 def other_preprocessing(known: Preprocessing | None, data: Any) -> str | None:
-    """How the data size and normalise images differently from the training, as far as both are known; None if they do not."""
+    """Describe how the data size and normalise images differently from the training; None if they do not, or if it is unknown."""
     own = None if known is None else getattr(data, "preprocessing", None)
     differ = None if known is None or own is None else own.unlike(known)
-    return differ and f"{data}: images are prepared otherwise than in training: {differ}"
+    return differ and f"{data}: images are prepared differently than in training: {differ}"
 
 
 def other_images(counts: Sequence[int], fingerprint: str | None, data: Any) -> str | None:
-    """How the data's training images differ from those of the training, as far as both are known.
+    """Describe how the data's training images differ from those of the training; None if they do not, or if it is unknown.
 
     Args:
-        counts: `[K]`, images of each class that were trained on; all 0 if unknown.
-        fingerprint: of those images; None if unknown.
-        data: a data module.
+        counts: The number of images of each class that were trained on, `[K]`; all 0 if unknown.
+        fingerprint: The fingerprint of those images; None if unknown.
+        data: A data module.
     """
     known = getattr(data, "class_counts", None) if any(counts) else None
     own = [] if known is None else list(map(int, known))
@@ -69,26 +69,26 @@ def other_images(counts: Sequence[int], fingerprint: str | None, data: Any) -> s
 
 
 def fingerprint_in(known: object) -> str | None:
-    """The fingerprint of the training images in a checkpoint or in the record of a run's data; None if it does not know."""
+    """The fingerprint of the training images in a checkpoint or in a run's record of its data; None if there is none."""
     facts = known if isinstance(known, Mapping) else {}
-    of_run = facts.get("etflight")  # the only place before checkpoints of all kinds had it
+    of_run = facts.get("etflight")  # older checkpoints have it only here
     found = facts.get("fingerprint") or (of_run.get("images") if isinstance(of_run, Mapping) else None)
     return found if isinstance(found, str) and re.fullmatch(r"[\w.-]{1,80}", found) else None
 
 
 def content_of(fingerprint: str | None) -> str | None:
-    """The part of a data module's fingerprint that tells one set from another; None of one from before fingerprints had it."""
+    """The part of a data module's fingerprint that identifies the set; None for an older fingerprint without it."""
     content, dash, _ = (fingerprint or "").rpartition("-")
     return content if dash else None
 
 
 def choice_of(fingerprint: str | None) -> str | None:
-    """The part that tells one choice of a set's training images from another."""
+    """The part of a fingerprint that identifies the choice of training images within the set."""
     return fingerprint and fingerprint.rpartition("-")[2]
 
 
 def same_images(one: object, other: object) -> bool:
-    """Whether two fingerprints are of the same training images; where one does not know its set, whether they are the same choice."""
+    """Whether two fingerprints mean the same training images; if one does not identify its set, whether they mean the same choice."""
     if not isinstance(one, str) or not isinstance(other, str):
         return one == other
     unknown = None in (content_of(one), content_of(other))

@@ -4,5 +4,5 @@ from typing import Any
 
 
 def as_sent(made: Any) -> Any:
-    """A workspace or a report of `wandb-workspaces` as the plain data that would be sent to the server; touches its `_to_model`."""
+    """Return a workspace or report of `wandb-workspaces` as the plain data that would be sent to the server. Touches `_to_model`."""
     return made._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)

@@ -1,4 +1,4 @@
-"""Configuration files: plain data of a bounded size."""
+"""Reading configuration files as plain data of a bounded size."""
 
 import math
 import os
@@ -18,15 +18,15 @@ _load = get_loader("yaml")
 
 
 def guard_parser() -> None:
-    """Let every configuration that jsonargparse reads, files within files too, go through `load_yaml`."""
+    """Send every configuration that jsonargparse reads, including files named within files, through `load_yaml`."""
     set_loader("yaml", load_yaml, (yaml.YAMLError,))
 
 
 def read_yaml(path: Path) -> Any:
-    """The plain data of a configuration file.
+    """Read the plain data of a configuration file.
 
     Raises:
-        UserError: no file, no text, no YAML, names of Python objects, or aliases that multiply.
+        UserError: There is no such file, or it is not text or not YAML, names Python objects, or has aliases that multiply.
     """
     require_file(path)
     try:
@@ -36,10 +36,10 @@ def read_yaml(path: Path) -> Any:
 
 
 def require_file(path: Path) -> None:
-    """Refuse a configuration file that is not there.
+    """Refuse a configuration file that does not exist.
 
     Raises:
-        UserError: no file; names near matches, and where the shipped ones are.
+        UserError: There is no such file; the message has near matches and the place of the shipped ones.
     """
     if not path.exists() or path.is_dir():
         what = f"{path} is a folder" if path.is_dir() else f"there is no configuration file {path}"
@@ -47,7 +47,7 @@ def require_file(path: Path) -> None:
 
 
 def _near(path: Path) -> str:
-    """What may have been meant, beside it or among the files that a checkout of etflight has, and where those are."""
+    """Name near matches, beside the path or among the files in a checkout of etflight, and the place of the latter."""
     shipped = Path(__file__).parents[2] / "configs"
     own = [file for file in shipped.rglob("*.yaml") if "sweeps" not in file.parts]
     beside = [file for folder in (path, path.parent) if folder.is_dir() for file in folder.glob("*.y*ml")]
@@ -61,16 +61,19 @@ def _near(path: Path) -> str:
 
 
 def to_yaml(value: Any) -> str:
-    """Plain data in one line that `load_yaml` reads back, every text in quotes; YAML does not know how JSON writes an emoji."""
+    """Write plain data in one line that `load_yaml` reads back, with every text in quotes.
+
+    JSON would not do, because it writes an emoji in a way that YAML does not know.
+    """
     return yaml.safe_dump(value, default_flow_style=True, default_style='"', width=math.inf)
 
 
 def load_yaml(text: str) -> Any:
-    """Plain data from YAML, as jsonargparse reads it.
+    """Read plain data from YAML as jsonargparse does.
 
     Raises:
-        yaml.YAMLError: no YAML, or names of Python objects.
-        UserError: more than 100,000 values with the aliases written out, or nested beyond reason.
+        yaml.YAMLError: The text is not YAML, or names Python objects.
+        UserError: The text has more than 100,000 values with the aliases written out, or is nested too deeply.
     """
     # before anything is constructed: a merge (<<) of aliases copies what they stand for
     try:

@@ -92,7 +92,7 @@ def test_a_part_of_a_study(write, etflight_command, tmp_path):
         ({"sets": {"short": ["no"]}}, "has no no.yaml"),
         ({"sets": {"../elsewhere": ["tiny"]}}, "names of letters, digits and _"),
         ({"arms": ["ce+shrt"]}, "protocols has no shrt.yaml, did you mean short?"),
-        ({"epochs": 3}, "it gives arms, seeds, sets"),
+        ({"epochs": 3}, "it must give arms, seeds, sets"),
     ],
     ids=str,
 )

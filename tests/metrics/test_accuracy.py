@@ -191,12 +191,15 @@ def test_when_every_decision_is_right_the_temperature_claims_no_more_than_as_man
     least = brentq(lambda t: F.cross_entropy(logits.double() / t, target, reduction="sum").item() - 1, 1e-3, 1e3)
     temperature, doubt = fitted(logits, target)
     assert least / 1.11 < temperature <= least * 1.0001
-    assert doubt == f"{images} held-out images are right and would have it fall for ever"
+    assert doubt == f"{images} held-out images are all classified correctly, so a lower one always fits better"
 
 
 @pytest.mark.parametrize("value", [7.0, float("nan"), float("inf")])
 def test_equal_logits_and_those_that_are_no_numbers_leave_the_temperature_at_1(value):
-    assert fitted(torch.full((50, 10), value), torch.arange(50) % 10) == (1, "to 50 held-out images all are alike")
+    assert fitted(torch.full((50, 10), value), torch.arange(50) % 10) == (
+        1,
+        "all temperatures suit 50 held-out images equally well",
+    )
 
 
 @pytest.mark.parametrize(("scale", "edge"), [(-3.0, 100.0), (1e-4, 0.002)])
@@ -204,7 +207,7 @@ def test_a_temperature_beyond_the_range_is_doubted_and_taken_from_its_end(scale,
     logits, target = guesses()
     temperature, doubt = fitted(scale * logits, target)
     assert temperature == pytest.approx(edge, rel=0.2)
-    assert "997 held-out images ask for one beyond the range" in doubt
+    assert "997 held-out images need one beyond the range" in doubt
 
 
 def test_huge_logits_have_a_temperature_that_is_a_number():

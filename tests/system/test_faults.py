@@ -222,7 +222,7 @@ def test_wandb_keeps_what_a_server_that_went_away_has_not_taken(tmp_path):
     result = ended(process)
     assert result.status == 0, result.err
     (warning,) = warnings_in(result)
-    assert "has not taken everything" in warning
+    assert "has not received everything" in warning
     assert_all_is_to_be_synced(warning, tmp_path)
 
 

@@ -152,7 +152,7 @@ REFUSED = {
         ["--model.optimizer", "LBFGS", "--model.layer_decay", 0.5], "LBFGS doesn't support per-parameter options"),
     "a search for a learning rate": (["--trainer.callbacks+", "LearningRateFinder"], "--model.optimizer.lr"),
     "a search for a batch size": (["--trainer.callbacks+", "BatchSizeFinder"], "--data.batch_size"),
-    "averaging with a rate for each layer": ([*AVERAGING, "--model.layer_decay", 0.5], "layer_decay would do nothing"),
+    "averaging with a rate for each layer": ([*AVERAGING, "--model.layer_decay", 0.5], "layer_decay would have no effect"),
     "no file at all": (["--trainer.barebones", "true"], "--trainer.barebones"),
     "gradients turned round": (["--trainer.gradient_clip_val", -1], "--trainer.gradient_clip_val is -1"),
     "spawned processes": (["--trainer.strategy", "ddp_spawn", "--trainer.devices", 2], SPAWNED),

@@ -40,7 +40,7 @@ def test_a_job_tells_a_lost_connection_where_nobody_tells_the_cause(job, capsys)
     print_error(LOST)
     print_dead_process(1, -9)
     assert capsys.readouterr().err == (
-        "etflight: error: lost another process of this job (Connection closed by peer): see what it said last, "
+        "etflight: error: lost another process of this job (Connection closed by peer): see its last message, "
         "then resume with --ckpt_path last\n"
     )
 

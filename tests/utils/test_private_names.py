@@ -20,7 +20,7 @@ from torchmetrics import Metric, SumMetric
 
 from etflight.utils.jsonargparse_private import in_one_line
 from etflight.utils.lightning_private import forks_processes, ignore_own_deprecations, on_dead_process
-from etflight.utils.torch_private import broadcast_buffers, is_watched, leave_out_of_broadcasts
+from etflight.utils.torch_private import broadcast_buffers, has_hooks, leave_out_of_broadcasts
 from etflight.utils.wandb_private import as_sent
 
 
@@ -53,11 +53,11 @@ def test_torch_ddp_leaves_the_named_buffers_of_a_module_alone():
         "register_full_backward_hook",
     ],
 )
-def test_torch_keeps_the_hooks_of_a_module_where_is_watched_looks(register):
+def test_torch_keeps_the_hooks_of_a_module_where_has_hooks_looks(register):
     model = nn.Linear(1, 1)
-    assert not is_watched(model)
+    assert not has_hooks(model)
     getattr(model, register)(lambda *_: None)
-    assert is_watched(model)
+    assert has_hooks(model)
 
 
 def test_lightning_calls_what_torch_has_deprecated_from_its_pytree():

@@ -105,7 +105,7 @@ def test_what_the_user_gives_wins_and_is_told_in_one_line(place, checkpoint, tmp
         given = ["-c", str(tmp_path / "own.yaml")]
     assert evaluated("test", checkpoint, tmp_path, *given) == pytest.approx(accuracy(checkpoint, mean=0.3))
     assert told(capsys) == [
-        "etflight: warning: Digits: images are prepared otherwise than in training: mean [0.3] instead of [0.1]"
+        "etflight: warning: Digits: images are prepared differently than in training: mean [0.3] instead of [0.1]"
     ]
 
 
@@ -181,7 +181,7 @@ def test_training_a_loaded_model_on_is_told_of_another_normalisation_and_resumin
     new_trainer(fast_dev_run=True).fit(Classifier.load_from_checkpoint(checkpoint), datamodule=Digits(max_count=40))
     assert len(told(capsys)) == 1
     for data, reason in (
-        (Digits(max_count=40), r"prepared otherwise than in training: .*mean \[.*"),
+        (Digits(max_count=40), r"prepared differently than in training: .*mean \[.*"),
         (Digits(max_count=41, mean=[MEAN], std=[STD]), "41 training images of class 0, but the checkpoint was trained on 40"),
         (Digits(max_count=40, seed=1, mean=[MEAN], std=[STD]), "has other training images"),
     ):  # fmt: skip
@@ -202,7 +202,7 @@ def tell_of_other_data(rank, checkpoint):
     model, trainer = Classifier.load_from_checkpoint(checkpoint), new_trainer(devices=2, strategy="ddp")
     with redirect_stderr(StringIO()) as printed:
         trainer.test(model, datamodule=Digits(), verbose=False)
-    return printed.getvalue().count("prepared otherwise")
+    return printed.getvalue().count("prepared differently")
 
 
 def test_of_several_processes_the_first_one_tells_it(checkpoint, two_ready_processes):
