@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from etflight.utils.errors import UserError
 from etflight.utils.yaml import read_yaml
 
 
@@ -67,7 +68,7 @@ class EarlyOptions:
         parser.add_argument("--images", nargs="+")
         given, _ = parser.parse_known_args(rest)
         paths = [Path(file) for file in files if not file.lstrip().startswith("{")]
-        return cls(vars(given), paths, [read_yaml(path) for path in paths])
+        return cls(vars(given), paths, [_options_in(path) for path in paths])
 
     def value(self, key: str, kind: type = str) -> Any:
         """The value of an option: that of the command line, or else of the last configuration file that has one of this type."""
@@ -81,14 +82,23 @@ class EarlyOptions:
         return None
 
 
-_ARMS, _ADDITIONS = "arms", ("trainer", "logger")  # folders of configuration files
+def _options_in(path: Path) -> dict[str, Any]:
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path} holds no options: a configuration file begins with the name of one, such as model: or data:"
+        )
+    return content
+
+
+_SETS, _ARMS, _ADDITIONS = "data", "arms", ("trainer", "logger")  # folders of configuration files
 
 
 def set_and_arm(files: Sequence[Path]) -> tuple[str | None, str | None]:
     """The names of a set and an arm, made of the names of configuration files.
 
-    The first file of a folder `arms` and the files after it name the arm; the files before it name the set. Files of a folder `trainer` or
-    `logger` name neither.
+    The first file of a folder `arms` and the files after it name the arm; the files before it, and those of a folder `data` wherever they
+    stand, name the set. Files of a folder `trainer` or `logger` name neither.
 
     Args:
         files: The configuration files, in their order.
@@ -96,10 +106,13 @@ def set_and_arm(files: Sequence[Path]) -> tuple[str | None, str | None]:
     Example:
         >>> set_and_arm([Path("configs/data/cifar10_lt.yaml"), Path("configs/arms/ce.yaml"), Path("configs/protocols/no_mixup.yaml")])
         ('cifar10_lt', 'ce_no_mixup')
+        >>> set_and_arm([Path("configs/arms/ce.yaml"), Path("configs/data/digits.yaml")])
+        ('digits', 'ce')
         >>> set_and_arm([Path("mine.yaml")])
         ('mine', None)
     """
     counted = [file for file in files if file.parent.name not in _ADDITIONS]
+    counted.sort(key=lambda file: file.parent.name != _SETS)
     start = next((i for i, file in enumerate(counted) if file.parent.name == _ARMS), len(counted))
     before, after = ("_".join(file.stem for file in part) or None for part in (counted[:start], counted[start:]))
     return before, after

@@ -35,5 +35,5 @@ def refuse_unsupported(trainer: Trainer, model: LightningModule) -> None:
         )
     if callbacks_of(trainer, StochasticWeightAveraging) and model.hparams.get("layer_decay", 1) != 1:
         raise UserError(
-            "StochasticWeightAveraging gives all layers one learning rate, so layer_decay would do nothing: leave one of them out"
+            "StochasticWeightAveraging gives all layers one learning rate, so layer_decay would have no effect: leave one of them out"
         )

@@ -183,7 +183,7 @@ class ClassStatistics(ExactMetric):
             count, anchored = self.count[:K], self.count[:K] > 0
             weight = torch.ones_like(count) if self._class_weight is None else self._class_weight[:K]
             if bool((anchored & (weight == 0)).any()):
-                raise UserError("there are samples of a class that has none according to class_counts")
+                raise UserError("there are samples of a class that is empty according to class_counts")
             delta = self.shift[:K].to(torch.float64) / count.clamp(min=1)[:, None]
             variances = (self.square[:K] / count - delta.square().sum(1)).clamp(min=0)  # 0/0 is NaN, as promised
             within = None

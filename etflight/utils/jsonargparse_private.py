@@ -33,6 +33,8 @@ def in_one_line(message: str, bases: Mapping[str, type]) -> str:
         names = [name.rpartition(".")[2] for name in missing[1].split(", ")]
         options = [f"--{key}.{name}" if key else f"--{name}" if name in bases else name for name in names]
         return f"these arguments are required: {', '.join(options)}"
+    if "Unable to load config" in reason:
+        return f"--{key}: give its options one by one, as --{key}.OPTION VALUE, or a file of them"
     if ambiguous := re.search(r"Multiple subclasses with name .*", reason):
         return f"--{key}: {ambiguous[0]}"
     # an option of numbers may also take a tensor, by the path of its class

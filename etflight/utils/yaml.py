@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -81,7 +82,20 @@ def load_yaml(text: str) -> Any:
     except RecursionError:
         raise UserError("it is nested too deeply") from None
     refuse_aliases(document, _MAX_VALUES, _parts_of)
+    _refuse_repeated_keys(document)
     return _load(text)
+
+
+def _refuse_repeated_keys(document: object) -> None:
+    """Refuse a mapping that gives a key twice, of which YAML would silently take the last."""
+    waiting = [document]
+    while waiting:
+        node = waiting.pop()
+        waiting.extend(_parts_of(node))
+        if isinstance(node, yaml.MappingNode):
+            keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            if repeated := [key for key, times in keys.items() if times > 1]:
+                raise UserError(f"it gives {repeated[0]!r} twice: leave one out, or put what they hold together")
 
 
 def _parts_of(node: object) -> Iterable[object]:

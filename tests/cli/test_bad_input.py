@@ -132,6 +132,11 @@ CASES = {
         1, [f"near matches: {CONFIGS}/arms/etf_dr_sqrt_balanced.yaml"], lambda t: ["describe", "-c", "etf_dr_sqrt_balanced.yaml"]),
     "a configuration file beside the one that is there": (
         1, ["near matches: mine.yaml"], lambda t: (t / "mine.yaml").write_text("{}") and ["fit", "-c", "mine.yml"]),
+    "a configuration file that says nothing": (
+        1, ["c.yaml holds no options"], lambda t: (t / "c.yaml").write_text("# later") and ["fit", "-c", "c.yaml"]),
+    "a configuration file with a section twice": (
+        1, ["c.yaml cannot be read", "it gives 'model' twice"],
+        lambda t: (t / "c.yaml").write_text("model: {head: LinearHead}\nmodel: {loss: FocalLoss}") and ["fit", "-c", "c.yaml"]),
     "a folder in the place of a configuration file": (1, ["arms is a folder"], lambda t: ["fit", "-c", CONFIGS / "arms"]),
     "a wrong flag of a command": (2, ["--dry_run", "study --help"], lambda t: ["study", "s.yaml", "--dry_run"]),
 }  # fmt: skip

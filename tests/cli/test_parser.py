@@ -25,6 +25,7 @@ CASES = {
     "--model.num_classes 7": "--model.num_classes is taken from --data: leave it out",
     "--model.head.bogus 1": "--model.head.bogus: the chosen class takes no argument 'bogus'",
     "-c wrong.yaml": "--data.imbalance: the chosen class takes no argument 'imbalance'",
+    "--checkpoint null": "--checkpoint: give its options one by one, as --checkpoint.OPTION VALUE",
     "--bogus 1": "unrecognized arguments: --bogus 1",
     "-c": "argument -c/--config: expected one argument",
 }  # fmt: skip

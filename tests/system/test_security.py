@@ -209,7 +209,7 @@ FOREIGN = {  # what is no checkpoint of ours
     "another hyper-parameter": (asks_for(lr=0.1), "not one of a Classifier: it has the hyper-parameter 'lr'"),
     "an empty file": (lambda c: Path("c.ckpt").touch(), "truncated or damaged"),
     "a zip file cut short": (save_half, "truncated or damaged"),
-    "a text": (lambda c: Path("c.ckpt").write_text("epoch,loss\n1,0.5\n"), "or no checkpoint"),
+    "a text": (lambda c: Path("c.ckpt").write_text("epoch,loss\n1,0.5\n"), "or not a checkpoint"),
     "a folder": (lambda c: Path("c.ckpt").mkdir(), "is a folder"),
     "nothing": (lambda c: None, "does not exist"),
 }  # fmt: skip
