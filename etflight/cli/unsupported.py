@@ -24,6 +24,10 @@ def refuse_unsupported(trainer: Trainer, model: LightningModule) -> None:
         raise UserError(
             f"--trainer.gradient_clip_val is {clip}, which would reverse gradients: give a positive norm, or 0 for none"
         )
+    if trainer.accumulate_grad_batches < 1:
+        raise UserError(
+            f"--trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}: give 1 (each batch is a step) or more"
+        )
     if callbacks_of(trainer, LearningRateFinder):
         raise UserError(
             "LearningRateFinder would set a learning rate that neither the schedule nor the run's config.yaml knows of: leave it out, and "

@@ -128,6 +128,7 @@ REFUSED = {
     "a search for a batch size": (["--trainer.callbacks+", "BatchSizeFinder"], "--data.batch_size"),
     "averaging with a rate for each layer": ([*AVERAGING, "--model.layer_decay", 0.5], "layer_decay would have no effect"),
     "no file at all": (["--trainer.barebones", "true"], "--trainer.barebones"),
+    "no batch makes a step": (["--trainer.accumulate_grad_batches", 0], "--trainer.accumulate_grad_batches is 0"),
     "gradients turned round": (["--trainer.gradient_clip_val", -1], "--trainer.gradient_clip_val is -1"),
     "spawned processes": (["--trainer.strategy", "ddp_spawn", "--trainer.devices", 2], SPAWNED),
     "a notebook's processes": (["--trainer.strategy", "ddp_notebook", "--trainer.devices", 2], SPAWNED),
