@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # lazy, because torch and Lightning take seconds to import and `etflight --version` should not
-_HOMES = ("geometry", "heads", "losses", "classifier")  # of the names in `__all__`, the quickest to import first
+_HOMES = ("geometry", "heads", "losses", "classifier")  # modules of these names, the quickest to import first
 _SUBMODULES = {
     "backbones", "callbacks", "classifier", "cli", "data", "export", "geometry", "heads", "losses", "metrics", "optim", "plotting",
     "reporting", "runs", "utils",

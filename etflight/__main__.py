@@ -18,8 +18,8 @@ def run() -> int:
     """Run the command line of this process.
 
     Returns:
-        The exit status: 0, or 1 when something the user gave cannot work, or 2 without a command that exists (other usage errors exit
-        with 2 by themselves).
+        The exit status: 0; 1 when something the user gave cannot work; 2 when there is no such command. (The parsers exit with 2 on other
+        usage errors.)
     """
     argv = sys.argv[1:]
     command = argv[0] if argv else ""
@@ -33,13 +33,11 @@ def run() -> int:
         print(f"etflight: error: {_instead_of(command)}\n\n{_overview()}", file=sys.stderr)
         return 2
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
-        warnings.simplefilter(
-            "ignore", category
-        )  # they are for who writes code, and what a command calls is not the user's
-    # a user's own head or data set in a module of the current folder; last, so that no file there takes the place of a package
+        warnings.simplefilter("ignore", category)  # they are for the authors of code that is not the user's
+    # for a user's own head or data set in the current folder; last, so that no file there takes the place of a package
     sys.path.append(os.getcwd())
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a name of a file need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a file name need not be text
     try:
         # imported only when asked for
         if command in OTHERS:

@@ -1,4 +1,4 @@
-"""Runs `etflight …` as a process of its own, forked from one that has already imported the package."""
+"""Runs `etflight …` in processes of their own: forked from one that has imported the package, or started afresh."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 ROOT = Path(__file__).parent.parent
 SERVER = """
@@ -52,6 +53,18 @@ class Result:
     @property
     def error_lines(self) -> list[str]:
         return [line for line in self.err.splitlines() if line.startswith("etflight: error:")]
+
+    def ran(self) -> Self:
+        """Check that it succeeded."""
+        assert self.status == 0, self.err
+        return self
+
+    def assert_refused(self, *words: str) -> None:
+        """Check that it failed with one line of error, which has these words, and without a traceback."""
+        assert self.status in (1, 2), self.err
+        (line,) = self.error_lines
+        assert not [word for word in words if word not in line], line
+        assert "Traceback" not in self.out + self.err
 
 
 class CommandLine:
@@ -120,3 +133,28 @@ class CommandLine:
     def close(self) -> None:
         self._server.kill()
         self._server.wait()
+
+
+def start(*words: object, cwd: Path, **env: str) -> subprocess.Popen[str]:
+    """`python -m …` as a new process in a session of its own, so that all its processes can be killed at once."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **env}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-m", *map(str, words)], cwd=cwd, env=environment, text=True, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def ended(process: subprocess.Popen[str], timeout: float = 250) -> Result:
+    """Wait for its end."""
+    out, err = process.communicate(timeout=timeout)
+    return Result(process.returncode, out, err)
+
+
+def finish(*processes: subprocess.Popen[str]) -> str:
+    """What they printed, all together; they have to succeed."""
+    results = [ended(process) for process in processes]
+    printed = "".join(result.out + result.err for result in results)
+    assert [result.status for result in results] == [0] * len(results), printed
+    return printed

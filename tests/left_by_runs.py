@@ -34,12 +34,8 @@ class Kill(Callback):
             os.kill(os.getpid(), self.signal)
 
 
-class InterruptError(Exception):
-    """What `Interrupt` raises."""
-
-
-class Interrupt(Callback):
-    """Ends a training within this process at the end of a batch: what is on disk is what SIGKILL would have left.
+class AtBatch(Callback):
+    """Does something at the end of a batch.
 
     Args:
         after: the batch, counted from 0 over the whole run.
@@ -48,9 +44,37 @@ class Interrupt(Callback):
     def __init__(self, after: int) -> None:
         self.after = after
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.fit_loop.total_batch_idx == self.after:
-            raise InterruptError
+            self.act(pl_module)
+
+    def act(self, model: LightningModule) -> None:
+        raise NotImplementedError
+
+
+class InterruptError(Exception):
+    """What `Interrupt` raises."""
+
+
+class Interrupt(AtBatch):
+    """Ends a training within this process: what is on disk is what SIGKILL would have left."""
+
+    def act(self, model: LightningModule) -> None:
+        raise InterruptError
+
+
+class LimitFiles(AtBatch):
+    """Lets no file grow beyond 100 kB from then on: what is written then fails as on a full disk."""
+
+    def act(self, model: LightningModule) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+
+class Spoil(AtBatch):
+    """Makes a weight infinite, as a step that is far too long would."""
+
+    def act(self, model: LightningModule) -> None:
+        next(model.parameters()).data[0] = float("inf")
 
 
 def assert_resumes(
@@ -77,37 +101,6 @@ def assert_resumes(
         assert_same_run(root / "whole", root / f"killed_{after}")
 
 
-class LimitFiles(Callback):
-    """Lets no file grow beyond a size from a batch on: what is written then fails as on a full disk.
-
-    Args:
-        after: the batch, from 0.
-        size: bytes.
-    """
-
-    def __init__(self, after: int, size: int) -> None:
-        self.after, self.size = after, size
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.fit_loop.total_batch_idx == self.after:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
-
-
-class Spoil(Callback):
-    """Makes a weight infinite after a batch, as a step that is far too long would.
-
-    Args:
-        after: the batch, from 0.
-    """
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.fit_loop.total_batch_idx == self.after:
-            next(pl_module.parameters()).data[0] = float("inf")
-
-
 class Footprints(Callback):
     """Appends the number of each batch that is trained, counted over the whole run, to a file.
 
@@ -128,31 +121,28 @@ def read(folder: Path) -> dict[str, Any]:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-def differences(one: Any, other: Any, place: str = "") -> list[str]:
-    """Where two nests of plain data and tensors are not the same bit by bit (NaN equals NaN)."""
-    if type(one) is not type(other):
-        return [f"{place}: {type(one).__name__}, {type(other).__name__}"]
-    if isinstance(one, torch.Tensor):
-        same = one.shape == other.shape and one.dtype == other.dtype and _bytes(one) == _bytes(other)
-        return [] if same else [place]
-    if isinstance(one, dict):
-        found = [f"{place}: keys {sorted(map(str, one.keys() ^ other.keys()))}"] if one.keys() != other.keys() else []
-        return found + [
-            line for key in one if key in other for line in differences(one[key], other[key], f"{place}/{key}")
-        ]
-    if isinstance(one, list | tuple):
-        found = [f"{place}: length {len(one)}, {len(other)}"] if len(one) != len(other) else []
-        pairs = enumerate(zip(one, other, strict=False))
-        return found + [line for i, (a, b) in pairs for line in differences(a, b, f"{place}/{i}")]
-    return [] if repr(one) == repr(other) else [f"{place}: {one!r}, {other!r}"]
+def leaves(value: Any, place: str = "") -> dict[str, Any]:
+    """What a nest of plain data and tensors holds, by its place; comparable bit by bit (NaN equals NaN)."""
+    if isinstance(value, torch.Tensor):
+        data = value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
+        return {place: (value.dtype, value.shape, data)}
+    if isinstance(value, dict | list | tuple):
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        found: dict[str, Any] = {place: type(value)}
+        for key, part in parts:
+            found |= leaves(part, f"{place}/{key}")
+        return found
+    return {place: repr(value)}
+
+
+def differences(one: Any, other: Any) -> list[str]:
+    """The places at which two nests differ."""
+    ours, theirs = leaves(one), leaves(other)
+    return sorted(place for place in ours | theirs if ours.get(place) != theirs.get(place))
 
 
 def count_tensors(content: Any) -> int:
-    if isinstance(content, dict):
-        content = list(content.values())
-    if isinstance(content, list | tuple):
-        return sum(count_tensors(part) for part in content)
-    return int(isinstance(content, torch.Tensor))
+    return sum(isinstance(leaf, tuple) for leaf in leaves(content).values())
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -164,7 +154,3 @@ def assert_same_run(one: Path, other: Path) -> None:
 def logged_values(folder: Path) -> int:
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     return sum(bool(value) for row in rows for value in row.values())
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -15,13 +15,9 @@ from etflight import Classifier, CrossEntropyLoss, DotRegressionLoss, ETFHead, L
 from etflight.data import Digits
 from etflight.optim import WarmupCosine
 from etflight.utils.errors import UserError
+from tests.quiet import trainer
 
-QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 IMAGES, TARGET = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10
-
-
-def trainer(**options):
-    return Trainer(accelerator="cpu", **{**QUIET, **options})
 
 
 def small(**options):

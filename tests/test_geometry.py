@@ -5,11 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import orthogonal_procrustes
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from etflight import class_code, geometry, largest_cosine, nearest_etf, simplex_etf
 from etflight.geometry import simplex_equiangular_tight_frame
 from etflight.utils.errors import UserError
+from tests.tensors import LargestTensor
 
 
 def assert_simplex(W, tolerance=1e-12):
@@ -193,20 +193,10 @@ def test_the_largest_cosine_of_some_rows_is_a_lower_bound(many):
     assert largest_cosine(code, rows=100) == pytest.approx(some, abs=1e-6)
 
 
-class LargestTensor(TorchDispatchMode):
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            self.elements = max(self.elements, result.untyped_storage().nbytes() // 4)
-        return result
-
-
 @pytest.mark.parametrize("work", [lambda W: geometry._gradient(W[None], 0.1), lambda W: largest_cosine(W, rows=500)])
 def test_no_tensor_of_all_cosines_is_ever_made(work, monkeypatch, many):
     monkeypatch.setattr(geometry, "_COSINES_AT_ONCE", 2**18)
     W = many[:4000].clone()
     with LargestTensor() as largest:
         work(W)
-    assert 2**17 < largest.elements <= 2**18  # all of them would be 2**24
+    assert 4 * 2**17 < largest.nbytes <= 4 * 2**18  # all of them would be 2**24

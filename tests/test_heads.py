@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from etflight import CosineHead, DotRegressionLoss, ETFHead, LinearHead, ScaledLinearHead, simplex_etf
 from etflight.heads import Rotation, codes_from_state_dict
 from etflight.utils.errors import UserError
+from tests.tensors import LargestTensor
 
 GENERATOR = torch.Generator().manual_seed(0)
 FEATURES = torch.randn(32, 16, generator=GENERATOR)
@@ -75,27 +74,15 @@ def test_target_logits_are_the_targets_column_of_the_logits(code, dtype, autocas
     assert_close(own, logits[ROWS, TARGET])
 
 
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation makes, those of the backward included."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        sizes = [t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-        self.elements = max(self.elements, *sizes, 0)
-        return result
-
-
 def test_target_logits_make_nothing_larger_than_the_features_backward_included():
     head = ETFHead(64, 60)
     features, target = torch.randn(8, 64, requires_grad=True), torch.arange(8)
-    with Largest() as all_classes:
+    with LargestTensor() as all_classes:
         DotRegressionLoss()(head(features), target).backward()
-    assert all_classes.elements >= 8 * 60
-    with Largest() as own_class:
+    assert all_classes.nbytes >= 4 * 8 * 60
+    with LargestTensor() as own_class:
         DotRegressionLoss().from_target_logits(head.target_logits(features, target), target).backward()
-    assert own_class.elements == features.numel()
+    assert own_class.nbytes == features.nbytes
     for no_class in (-1, 60):
         with pytest.raises(IndexError):
             head.target_logits(features, torch.full((8,), no_class))

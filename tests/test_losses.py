@@ -1,4 +1,3 @@
-import inspect
 import math
 from functools import partial
 
@@ -298,13 +297,6 @@ def test_a_loss_takes_a_head_of_its_own_scale():
     DotRegressionLoss(length=2.0).check_head(ETFHead(8, K, scale=2.0, learn_rotation=True))
     LDAMLoss().check_head(CosineHead(8, K, cosine_scale=30.0))
     LDAMLoss().check_head(ETFHead(8, K, scale=30.0))
-
-
-def test_siblings_share_no_argument_name_with_different_defaults():
-    defaults = {}
-    for make in LOSSES:
-        for name, parameter in inspect.signature(make).parameters.items():
-            assert defaults.setdefault(name, parameter.default) == parameter.default
 
 
 @pytest.mark.parametrize(

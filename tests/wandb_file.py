@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +31,19 @@ def records(path: Path) -> Iterator[Record]:
             yield record
 
 
+def _plain(items: Iterable[Any]) -> dict[str, Any]:
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
 def history(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for record in records(path):
-        if record.HasField("history"):
-            rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
-    return rows
+    return [_plain(record.history.item) for record in records(path) if record.HasField("history")]
 
 
 def config_updates(path: Path) -> list[dict[str, Any]]:
     found = []
     for record in records(path):
-        for config in ([record.config] if record.HasField("config") else []) + (
-            [record.run.config] if record.HasField("run") else []
-        ):
-            found.append({(u.key or "/".join(u.nested_key)): json.loads(u.value_json) for u in config.update})
+        found += [_plain(record.config.update)] if record.HasField("config") else []
+        found += [_plain(record.run.config.update)] if record.HasField("run") else []
     return found
 
 
@@ -61,7 +59,7 @@ def summary(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for record in records(path):
         if record.HasField("summary"):
-            found |= {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.summary.update}
+            found |= _plain(record.summary.update)
     return found
 
 

@@ -42,14 +42,14 @@ def build_backbone(
     Args:
         name: A name from `timm.list_models()`, with a tag of weights or not, or timm's `hf-hub:…` or `local-dir:…`.
         in_chans: Channels of the images.
-        pretrained: Load the weights that timm publishes; `load_weights` puts those of a file into the model.
+        pretrained: Load the weights that timm publishes; `load_weights` loads weights from a file.
         model_kwargs: More arguments of `timm.create_model`.
 
     Returns:
         The model, which takes images `[B, in_chans, H, W]` to pooled features `[B, d]`, and d.
 
     Raises:
-        UserError: When no such model exists, it does not take an argument, or its weights cannot be had.
+        UserError: There is no such model, it does not take an argument, or its weights cannot be had.
     """
     kwargs = model_kwargs or {}
     for key in kwargs.keys() & _OURS:
@@ -60,7 +60,7 @@ def build_backbone(
         backbone = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, num_classes=0, **kwargs)
     except UserError:
         raise
-    except Exception as error:  # of timm, of the hub, of torch.load, of the network's own code
+    except Exception as error:  # errors of timm, the hub, torch.load and the network's own code
         file = (kwargs.get("pretrained_cfg_overlay") or {}).get("file") or kwargs.get("checkpoint_path")
         reason = f"{file}: " * bool(file) + (str(error) or type(error).__name__)
         reason = shorten(reason, 300, placeholder=" …").rstrip(".")  # also joins its lines
@@ -80,15 +80,15 @@ def _mend(name: str, pretrained: bool) -> str:
 
 
 def arguments_for_size(name: str, shape: Sequence[int], model_kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What timm has to be given, too, for a model to take images of a size, which many vision transformers need.
+    """Further arguments for timm with which a model takes images of this size; many vision transformers refuse other sizes without them.
 
     Args:
-        name: The model's.
+        name: The model's name.
         shape: C, H and W of the images.
-        model_kwargs: What it was built with.
+        model_kwargs: The arguments that it was built with.
 
     Returns:
-        Arguments that have been tried, none for a model that takes them as it is; or None where there are no such arguments.
+        The arguments, which have been tried, empty if the model needs none; or None if none were found.
     """
     channels, height, width = shape
     size = {"img_size": height if height == width else [height, width]}
@@ -101,7 +101,7 @@ def arguments_for_size(name: str, shape: Sequence[int], model_kwargs: dict[str, 
                     name, in_chans=channels, num_classes=0, **{**(model_kwargs or {}), **arguments}
                 )
                 model.eval()(torch.zeros(1, *shape))
-        except Exception:  # of all kinds, from whichever of timm's thousand models
+        except Exception:  # timm's thousand models raise errors of all kinds
             continue
         if all(side % part == 0 for part in getattr(getattr(model, "patch_embed", None), "patch_size", ())):
             return arguments

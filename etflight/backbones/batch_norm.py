@@ -8,8 +8,8 @@ from torch import nn
 class SyncBatchNorm(TorchSyncBatchNorm):
     """Lightning's `sync_batchnorm`, but a layer that normalises and activates in one keeps its activation.
 
-    EfficientNets, DenseNets and many more of timm's have such layers. torch's own conversion makes plain BatchNorm of them, so that the
-    network trains without activations, and nobody is told.
+    EfficientNets, DenseNets and many other models of timm have such layers. torch's own conversion turns them into plain BatchNorm, so that
+    the network silently trains without activations.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -22,10 +22,10 @@ class SyncBatchNorm(TorchSyncBatchNorm):
         return synced
 
     def revert(self, model: nn.Module) -> nn.Module:
-        """The model with layers that know their own process's images only."""
+        """The model with BatchNorm layers that see only their own process's images."""
         fused = [name for name, module in model.named_modules() if isinstance(module, SyncBatchNormAct)]
         model = super().revert(model)
         for name in fused:
-            # Lightning has made a BatchNorm of it that still holds, but does not call, what follows
+            # Lightning has turned it into a BatchNorm that still holds its activation, but does not call it
             model.get_submodule(name).__class__ = BatchNormAct2d
         return model

@@ -20,7 +20,7 @@ class CifarNet(nn.Module):
     Args:
         stem: Modules by name that run one after another; the first is the convolution `conv1`.
         stages: The blocks of each stage.
-        channels: Channels that each stage ends with.
+        channels: Channels at the end of each stage.
         num_classes: Outputs of the linear classifier; 0 leaves it out, and the model returns pooled features.
         in_chans: Channels of the images.
         global_pool: timm's name of the pooling: `avg`, `max`, `avgmax`, `catavgmax`, or empty for none.
@@ -100,11 +100,11 @@ class CifarNet(nn.Module):
 
         Args:
             x: Images `[B, in_chans, H, W]`.
-            indices: Which to return: the last n if an integer, these if a list, all if None.
-            norm: Part of timm's signature; what closes the last stage is a part of it.
-            stop_early: Stop after the last wanted one; the final features are then those.
+            indices: The features to return: the last n if an integer, these if a list, all if None.
+            norm: Only for timm's signature: the layer that closes the last stage belongs to that stage.
+            stop_early: Stop after the last wanted features, which then are the final ones.
             output_fmt: Only `NCHW`.
-            intermediates_only: Return the list alone.
+            intermediates_only: Return only the list.
 
         Returns:
             `(features, intermediates)`, or the intermediates, each `[B, C, H', W']` as `feature_info` says.
@@ -140,7 +140,7 @@ class CifarNet(nn.Module):
 
 
 def cifar_cfg() -> dict[str, Any]:
-    """The input of such a network, and the names of its ends, as timm describes them."""
+    """What timm wants to know of such a network: its input, and the names of its first and last layer."""
     return {
         "url": "",
         "num_classes": 10,

@@ -12,7 +12,7 @@ __all__ = ["CifarDenseNet", "DenseLayer", "Transition"]  # `register_model` adds
 
 
 class DenseLayer(nn.Module):
-    """BN-ReLU-convolution 1 × 1 to 4k channels, the same 3 × 3 to k channels, which are put behind the input's.
+    """BN-ReLU-convolution 1 × 1 to 4k channels, the same 3 × 3 to k channels, which are appended to the input's.
 
     Args:
         in_chs: Channels of the input, C.
@@ -54,7 +54,7 @@ class CifarDenseNet(CifarNet):
     """The DenseNet-BC for CIFAR: a 3 × 3 stem of 2k channels and three stages of n layers, each of which adds k channels.
 
     A transition between two stages halves the channels (compression 0.5) and the resolution. A depth of 6n + 4 has n layers in
-    each stage; another is rounded down to such a one, as the released code of Yang et al. 2022 does: its "depth 150" at k = 12 has
+    each stage; any other is rounded down to one of this form, as in the released code of Yang et al. 2022: its "depth 150" at k = 12 has
     n = ⌊146/6⌋ = 24, 148 layers with weights, and 24 + 24·12 = 312 → 156, + 288 = 444 → 222, + 288 = 510 features.
     Weights start from the fan-out, as they do there.
 

@@ -36,7 +36,7 @@ class BasicBlock(nn.Module):
         self.new_chs = out_chs - in_chs
 
     def shortcut(self, x: Tensor) -> Tensor:
-        """The input at the shape of the output: `[B, C, H, W]` to `[B, out_chs, ⌈H/stride⌉, ⌈W/stride⌉]`."""
+        """The input in the shape of the output: `[B, C, H, W]` to `[B, out_chs, ⌈H/stride⌉, ⌈W/stride⌉]`."""
         if self.stride > 1:
             x = x[:, :, :: self.stride, :: self.stride]
         return F.pad(x, (0, 0, 0, 0, 0, self.new_chs)) if self.new_chs else x
@@ -66,7 +66,7 @@ class CifarResNet(CifarNet):
         drop_rate: Probability of dropout between pooling and classifier.
 
     Raises:
-        UserError: When `width` is not a positive integer.
+        UserError: `width` is not a positive integer.
     """
 
     fan = "fan_in"

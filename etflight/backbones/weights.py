@@ -14,18 +14,18 @@ from etflight.utils.errors import UserError
 def load_weights(backbone: nn.Module, path: str | Path) -> list[str]:
     """Put the weights of a file into a timm model without a classifier.
 
-    Everything must fit but the file's classifier, which is left out, be it of one layer or of several. The weights of colour images are
-    made ones for another number of channels as timm makes them (grey: their sum).
+    Everything must fit except the file's classifier, which is left out, whether it has one layer or several. Weights for colour images are
+    converted to another number of channels as timm does it (grey: their sum).
 
     Args:
-        backbone: as `build_backbone` gives it.
-        path: `.safetensors`, or one of `torch.save`.
+        backbone: The model, as `build_backbone` returns it.
+        path: The file: `.safetensors`, or written by `torch.save`.
 
     Returns:
-        The names left out.
+        The names of the weights that were left out.
 
     Raises:
-        UserError: the file cannot be read, or holds the weights of another model.
+        UserError: The file cannot be read, or holds the weights of another model.
     """
     state, own = read_weights(path), backbone.state_dict()
     config: dict[str, Any] = getattr(backbone, "pretrained_cfg", None) or {}
@@ -51,12 +51,12 @@ def load_weights(backbone: nn.Module, path: str | Path) -> list[str]:
 
 
 def _names(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """Most models have one classifier and one first convolution, some several."""
+    """The names as a tuple: most models have one classifier and one first convolution, some several."""
     return (value,) if isinstance(value, str) else tuple(value or ())
 
 
 def _whole(classifier: str, own: Mapping[str, Tensor]) -> str:
-    """The outermost module around a classifier's last layer that a network without classifier has nothing of."""
+    """The outermost module around a classifier's last layer of which a network without a classifier has no part."""
     parent = classifier.rpartition(".")[0]
     while parent and not any(name.startswith(f"{parent}.") for name in own):
         classifier, parent = parent, parent.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""The command line, and what each command does, in a line."""
+"""The command line, and a one-line description of each command."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Command lines without torch: a parser for commands that build nothing, and what is read of a command line before it is parsed."""
+"""Command lines without torch: the parser of commands that build nothing, and the options that are read before parsing."""
 
 import sys
 from argparse import ArgumentParser
@@ -12,7 +12,7 @@ from etflight.utils.yaml import read_yaml
 
 
 class CommandParser(ArgumentParser):
-    """For the commands that build nothing from their options: a parser with usage errors of one line."""
+    """A parser with one-line usage errors, for the commands that build nothing from their options."""
 
     def error(self, message: str) -> NoReturn:
         """Print what is wrong and exit with status 2."""
@@ -21,14 +21,14 @@ class CommandParser(ArgumentParser):
 
 
 def without_files(prog: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The configuration files that a command line names (`-c`, `--config`), in their order, and the rest of it."""
+    """The configuration files that a command line names (`-c`, `--config`), in their order, and its other words."""
     parser = CommandParser(prog=prog, add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     known, rest = parser.parse_known_args(argv)
     return known.config, rest
 
 
-# what decides over a run before its command line can be parsed: where it is, and which checkpoint's model it starts from
+# options that are needed before a command line can be parsed: they tell where the run is, and which checkpoint's model it starts from
 _EARLY = (
     "name", "ckpt_path", "trainer.default_root_dir", "data", "data.input_size",
     "model.backbone", "model.head", "model.loss", "model.optimizer", "model.lr_scheduler",
@@ -40,9 +40,9 @@ class EarlyOptions:
     """Options that have to be known before a command line can be parsed with the checkpoint's model as its defaults.
 
     Attributes:
-        given: what the command line itself gives for them, None where it says nothing.
-        files: the configuration files, in their order.
-        contents: what these hold.
+        given: The values on the command line itself, by option; None where it has none.
+        files: The configuration files, in their order.
+        contents: The contents of these files.
     """
 
     given: dict[str, Any]
@@ -51,16 +51,16 @@ class EarlyOptions:
 
     @classmethod
     def of(cls, prog: str, files: Sequence[str], rest: Sequence[str]) -> "EarlyOptions":
-        """Read them.
+        """Read the options.
 
         Args:
             prog: The command, for errors.
-            files: its configuration files; one that starts with a brace is the content of a file, and says nothing here.
-            rest: the command line without them.
+            files: The command's configuration files; one that starts with a brace is the content of a file, and is skipped.
+            rest: The command line without these files.
 
         Raises:
-            UserError: a file that is not there, or is no YAML.
-            SystemExit: status 2 for an option without a value.
+            UserError: A file does not exist, or is no YAML.
+            SystemExit: With status 2 for an option without a value.
         """
         parser = CommandParser(prog=prog, add_help=False, allow_abbrev=False)
         for key in _EARLY:
@@ -71,7 +71,7 @@ class EarlyOptions:
         return cls(vars(given), paths, [_options_in(path) for path in paths])
 
     def value(self, key: str, kind: type = str) -> Any:
-        """What the command line, or else the last configuration file with a value of this type, gives for an option."""
+        """The value of an option: that of the command line, or else of the last configuration file that has one of this type."""
         if self.given[key] is not None:
             return self.given[key]
         for value in reversed(self.contents):
@@ -95,12 +95,13 @@ _SETS, _ARMS, _ADDITIONS = "data", "arms", ("trainer", "logger")  # folders of c
 
 
 def set_and_arm(files: Sequence[Path]) -> tuple[str | None, str | None]:
-    """What configuration files stand for, by their names: those before the arm make the set, the arm and those after it the arm.
+    """The names of a set and an arm, made of the names of configuration files.
 
-    Files of a folder `data` make the set wherever they stand. Files of a folder `trainer` or `logger` count as neither.
+    The first file of a folder `arms` and the files after it name the arm; the files before it, and those of a folder `data` wherever they
+    stand, name the set. Files of a folder `trainer` or `logger` name neither.
 
     Args:
-        files: in their order.
+        files: The configuration files, in their order.
 
     Example:
         >>> set_and_arm([Path("configs/data/cifar10_lt.yaml"), Path("configs/arms/ce.yaml"), Path("configs/protocols/no_mixup.yaml")])

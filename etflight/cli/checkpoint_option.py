@@ -1,4 +1,4 @@
-"""What commands that take a trained model share: the checkpoint, the modules that it needs, the images that it wants."""
+"""What the commands that take a trained model share: the checkpoint, the modules it needs, and how it wants its images."""
 
 from collections.abc import Sequence
 from importlib import import_module
@@ -14,7 +14,7 @@ from etflight.utils.specs import find
 
 
 def add_imports(parser: ArgumentParser) -> None:
-    """The argument `--imports`."""
+    """Add the argument `--imports`."""
     parser.add_argument(
         "--imports",
         type=str,
@@ -25,10 +25,10 @@ def add_imports(parser: ArgumentParser) -> None:
 
 
 def import_modules(names: Sequence[str]) -> None:
-    """Import what the user has named.
+    """Import the modules that the user has named.
 
     Raises:
-        UserError: a module that Python does not find.
+        UserError: Python does not find a module.
     """
     for name in names:
         try:
@@ -38,11 +38,11 @@ def import_modules(names: Sequence[str]) -> None:
 
 
 def prepare_as_trained(data: Namespace, known: Preprocessing | None) -> None:
-    """Let a checkpoint say how images are sized and normalised where the user has not.
+    """Let the checkpoint decide how images are sized and normalised wherever the user has not.
 
     Args:
-        data: the parsed option of the data module, changed in place; an option that is null has not been given.
-        known: from the checkpoint, if it does.
+        data: The parsed option of the data module, changed in place; an option that is null counts as not given.
+        known: What the checkpoint knows of its images, or None.
     """
     cls: Any = find({"class_path": data.class_path}, ImageDataModule)
     if cls is None or known is None:
@@ -53,5 +53,5 @@ def prepare_as_trained(data: Namespace, known: Preprocessing | None) -> None:
 
 
 def brief(error: BaseException) -> str:
-    """The message of an error, cut to 200 letters."""
+    """An error's message, cut to 200 characters."""
     return shorten(str(error) or type(error).__name__, 200, placeholder=" …")

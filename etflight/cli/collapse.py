@@ -38,7 +38,7 @@ from etflight.utils.training_data import refuse_other_shape
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 
-# rows of the table: what it is, and its value under perfect collapse
+# rows of the table: the meaning of each measure, and its value under perfect collapse
 _ROWS = {
     "acc": ("accuracy", ""),
     "nc1": ("tr(Σ_W Σ_B⁺)/K", "0"),
@@ -69,13 +69,13 @@ _UNREADABLE = (OSError, RuntimeError, ValueError, SafetensorError, pickle.Unpick
 
 
 class Model(NamedTuple):
-    """What is measured.
+    """The network to measure.
 
     Attributes:
-        name: For people.
+        name: Its name for people.
         source: The network, and where its embeddings and class vectors are.
-        class_names: Those it was trained on, or None.
-        forward_context: In which the network runs.
+        class_names: The names of the classes it was trained on, or None.
+        forward_context: A context for its forward passes.
     """
 
     name: str
@@ -88,11 +88,11 @@ def main(argv: Sequence[str]) -> None:
     """Print a table of measures, and write `collapse.json` and figures.
 
     Args:
-        argv: arguments of the command.
+        argv: The command's arguments.
 
     Raises:
-        UserError: what the user gave cannot work.
-        SystemExit: status 2 for a usage error, 0 after help.
+        UserError: What the user gave cannot work.
+        SystemExit: With status 2 for a usage error, 0 after help.
     """
     parser = _parser()
     config = parse_over_run(parser, argv)
@@ -140,13 +140,13 @@ def measure(
     *,
     quiet: bool = True,
 ) -> tuple[Moments, dict[str, float]]:
-    """One pass over a split, each image once and not augmented.
+    """Measure a model in one pass over a split, each image once and not augmented.
 
     Args:
-        model: In evaluation mode, on the device.
-        data: Its images.
-        split: Which of them.
-        device: Of the model.
+        model: The model, in evaluation mode, on the device.
+        data: The data module.
+        split: The split to measure on.
+        device: The model's device.
         centres: Class statistics whose means `nc4` takes as the nearest centres; without them it is left out.
         quiet: Whether to show no progress bar.
 
@@ -159,7 +159,8 @@ def measure(
     source = model.source
     passed = PassStatistics(source.num_classes, device)
     centres = None if centres is None else centres.to(passed.device)
-    hits = torch.zeros(3, dtype=torch.float64, device=passed.device)  # right, agreeing with the nearest centre, all
+    # numbers of decisions: right, agreeing with the nearest centre, all
+    hits = torch.zeros(3, dtype=torch.float64, device=passed.device)
 
     def count(caught: Caught, labels: Tensor) -> None:
         if caught.decision is None:
@@ -218,14 +219,13 @@ def _from_timm(config: Namespace, data: ImageDataModule) -> Model:
 
 
 def _classifier_name(network: Any) -> str:
-    """The name of what timm calls the classifier of a model; empty where it is not one module."""
+    """The name of the module that timm calls the model's classifier; empty if it is not one module."""
     layer = network.get_classifier()
     return next((name for name, module in network.named_modules() if module is layer), "")
 
 
 def _create(name: str, weights: str | None, data: ImageDataModule) -> Any:
-    bare = name.partition(":")[2] if ":" in name else name
-    if ":" not in name and not timm.is_model(bare):
+    if ":" not in name and not timm.is_model(name):
         near = get_close_matches(name, timm.list_models(), n=5)
         hint = f"near matches: {', '.join(near)}" if near else "`timm.list_models()` has them all"
         raise UserError(f"no timm model is called {name!r}: {hint}")
@@ -254,7 +254,7 @@ def _create(name: str, weights: str | None, data: ImageDataModule) -> Any:
 
 
 def _classes_in(state: dict[str, Tensor], name: str) -> int | None:
-    """How many classes the classifier in a state dict decides between, by the name that timm gives it."""
+    """The number of classes of the classifier in a state dict, found by timm's name for it; None if it is not found."""
     try:
         small: Any = timm.create_model(name, pretrained=False)
     except _UNREADABLE:
@@ -264,7 +264,7 @@ def _classes_in(state: dict[str, Tensor], name: str) -> int | None:
 
 
 def _adopt_normalisation(network: Any, data: ImageDataModule) -> None:
-    """Normalise as the model was trained, unless the user said how."""
+    """Normalise images as for the model's training, unless the user said how."""
     settings = resolve_data_config(model=network)  # type: ignore[no-untyped-call]
     for name in ("mean", "std"):
         values = [float(value) for value in settings[name]]
@@ -361,5 +361,5 @@ def _device(name: str) -> torch.device:
     return device
 
 
-# models are found by name because they are imported here
+# this import registers our networks in timm
 _ = resnet_cifar

@@ -12,7 +12,7 @@ from etflight.utils.wandb_private import as_sent
 
 _EPOCH = "epoch"
 
-# Section: title of a panel: what it draws over epochs.
+# The log keys that a panel draws over epochs, by section and title.
 CURVES: dict[str, dict[str, list[str]]] = {
     "Accuracy and shots": {
         "Accuracy": ["val/acc"],
@@ -51,16 +51,16 @@ TESTED = {
     "Test accuracy, mean of classes": ["test/acc_macro"],
     "Test accuracy by shots": ["test/acc_many", "test/acc_medium", "test/acc_few"],
 }
-ARM = "config.arm"  # by which the report groups: mean and deviation over seeds
+ARM = "config.arm"  # the report groups runs by it: mean and deviation over seeds
 _LOGARITHMIC = {"Variability within classes (NC1)"}
 _IN_REPORT = ("Accuracy", "Few", "Variability within classes (NC1)", "Alignment of means with class vectors")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Build both, and save them or print them.
+    """Build the workspace and the report, and save or print them.
 
     Args:
-        argv: entity, project, and options.
+        argv: The entity, the project, and options.
 
     Raises:
         UserError: `wandb-workspaces` is missing, nobody is logged in, or the server or its project cannot be reached.
@@ -113,7 +113,7 @@ def _workspace(reports: Any, workspaces: Any, entity: str, project: str) -> Any:
 
 def _report(reports: Any, entity: str, project: str, group: str | None) -> Any:
     chosen = {"filters": f"Group = '{group}'"} if group else {}
-    runs = reports.Runset(name="Arms", groupby=[ARM], **chosen)  # of the report's own project
+    runs = reports.Runset(name="Arms", groupby=[ARM], **chosen)  # without a project of its own it takes the report's
     curves = {title: keys for panels in CURVES.values() for title, keys in panels.items()}
     panels = [
         *(reports.BarPlot(title=title, metrics=keys) for title, keys in TESTED.items()),
@@ -150,7 +150,7 @@ def _save(workspace: Any, report: Any) -> list[str]:
         raise
     except wandb.errors.UsageError as error:
         raise UserError(f"W&B knows no user here ({_short(error)}): run wandb login, or set WANDB_API_KEY") from error
-    except Exception as error:  # the client raises those of several libraries
+    except Exception as error:  # the client raises the errors of several libraries
         raise UserError(
             f"W&B's server cannot be reached, or refuses {place} ({_short(error)}): try again, or look at it with --dry-run"
         ) from error

@@ -1,4 +1,4 @@
-"""What commands that look at images share: `--data …` and `-c CONFIG` as `fit` takes them, one-line errors."""
+"""What the commands that look at images share: `--data …` and `-c CONFIG` as in `fit`, and one-line errors."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,6 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 
-import etflight.data
 from etflight.cli.argv import without_files
 from etflight.cli.parser import OneLineParser
 from etflight.data import ImageDataModule
@@ -19,9 +18,9 @@ def data_parser(command: str, description: str, *, required: bool = True) -> One
     """A parser with `--data` and `-c`, to which a command adds its own arguments.
 
     Args:
-        command: its name.
-        description: what it does, for its help.
-        required: whether it cannot do without `--data`.
+        command: The command's name.
+        description: What the command does, for its help.
+        required: Whether `--data` must be given.
     """
     guard_parser()
     parser = OneLineParser(prog=f"etflight {command}", description=description)
@@ -39,13 +38,13 @@ def parse(parser: OneLineParser, argv: Sequence[str], run: str | None = None) ->
     """Parse a command line.
 
     Args:
-        parser: Of `data_parser`.
+        parser: The parser, made by `data_parser`.
         argv: The command line.
-        run: A run folder or a checkpoint in one, whose data are the default.
+        run: A run folder, or a checkpoint in one; its data are the default.
 
     Raises:
-        UserError: A data set or a file that does not exist; a run that tells no data where none are given.
-        SystemExit: Status 2 for a usage error, 0 after help.
+        UserError: A data set or a file does not exist, or the run does not tell its data and none are given.
+        SystemExit: With status 2 for a usage error, 0 after help.
     """
     files, words = without_files(parser.prog, argv)
     if run is not None:
@@ -56,13 +55,15 @@ def parse(parser: OneLineParser, argv: Sequence[str], run: str | None = None) ->
         elif not Path(run).exists():
             raise UserError(f"{run} does not exist: give a run folder, such as runs/digits/ce, or a checkpoint in one")
         elif not files and not any(word.partition("=")[0] == "--data" for word in words):
-            raise UserError(f"{run} is no run folder with a config.yaml that says its data, nor in one: give --data")
-    # the parser knows nothing else of what a configuration file says
+            raise UserError(
+                f"{run} is no run folder with a config.yaml that tells its data, and lies in none: give --data"
+            )
+    # the parser knows no other section of a configuration file
     return parser.parse_args([*(f"--config={_data_section(Path(file))}" for file in files), *words])
 
 
 def parse_over_run(parser: OneLineParser, argv: Sequence[str]) -> Namespace:
-    """Parse a command line whose first word that is no option and no option's value is a run, if there is one: see `parse`."""
+    """Parse a command line with an optional run: the first word that is neither an option nor the value of one. See `parse`."""
     words = zip(["", *argv], argv, strict=False)  # every option takes one value
     return parse(
         parser, argv, next((w for before, w in words if w[:1] != "-" and (before[:1] != "-" or "=" in before)), None)
@@ -72,7 +73,3 @@ def parse_over_run(parser: OneLineParser, argv: Sequence[str]) -> Namespace:
 def _data_section(path: Path) -> str:
     content: Any = read_yaml(path)
     return to_yaml({"data": content["data"]} if isinstance(content, dict) and "data" in content else {})
-
-
-# data sets are found by name because they are imported here
-_ = etflight.data

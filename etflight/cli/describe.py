@@ -26,20 +26,20 @@ from etflight.utils.training_data import fingerprint_in, other_images
 
 RECORD = "describe.json"  # marks a folder as one of this command's
 HISTOGRAM, SHEET = "class_histogram.png", "contact_sheet.png"
-_MOST_LINES = 60  # of the histogram on the terminal; of more classes, neighbours share one
+_MOST_LINES = 60  # of the histogram on the terminal; with more classes, neighbours share a line
 _MOST_CLASSES = 44  # on the contact sheet: two blocks of rows
-_BAR = 40  # letters, the longest
+_BAR = 40  # characters of the longest bar
 
 
 def main(argv: Sequence[str]) -> None:
     """Print counts, shot groups and a histogram, and write `describe.json`, a histogram and a contact sheet.
 
     Args:
-        argv: arguments of the command.
+        argv: The command's arguments.
 
     Raises:
-        UserError: what the user gave cannot work.
-        SystemExit: status 2 for a usage error, 0 after help.
+        UserError: What the user gave cannot work.
+        SystemExit: With status 2 for a usage error, 0 after help.
     """
     parser = _parser()
     config = parse_over_run(parser, argv)
@@ -65,14 +65,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def describe(data: ImageDataModule) -> dict[str, Any]:
-    """What is known of a set's images, as plain data.
+    """The facts about a set's images, as plain data.
 
     Args:
-        data: read as far as needed.
+        data: A data module, which is read as far as needed.
 
     Returns:
         `class`, `dataset`, `name`, `image_shape` `[C, H, W]`, `class_names`, `fingerprint` and `imbalance_ratio` of the training images,
-        `validation`, `class_counts` (of `train`, `test` and, where it is held out, `val`: `[K]` each) and `shot_groups` (the labels
+        `validation`, `class_counts` (`[K]` each of `train`, `test` and, if it is held out, `val`) and `shot_groups` (the labels
         in each).
     """
     splits: list[Split] = ["train", "val", "test"] if data.val_is_held_out else ["train", "test"]
@@ -93,32 +93,33 @@ def describe(data: ImageDataModule) -> dict[str, Any]:
 
 
 def _trained_on(path: Path) -> str | None:
-    """The fingerprint of the images that a run was trained on, where its record tells it."""
+    """The fingerprint of the images that a run was trained on; None if its record does not tell it."""
     run = run_of(path)
     return None if run is None else fingerprint_in(read_record(run).get("data"))
 
 
 def sheet(data: ImageDataModule, images_per_class: int) -> Any:
-    """A contact sheet of training images as they are stored, evenly chosen from each class; of many classes, an even choice by size.
+    """A contact sheet of training images as they are stored, evenly chosen from each class.
+
+    If there are many classes, it shows an even choice of them by size.
 
     Args:
-        data: whose images.
-        images_per_class: at most.
+        data: The data module.
+        images_per_class: The most images of a class.
 
     Returns:
         The figure of `plotting.contact_sheet`.
 
     Raises:
-        UserError: none of its images can be read.
+        UserError: No image of the sheet can be read.
     """
     counts, split = data.class_counts, data.split("train")
     order = by_frequency(torch.from_numpy(counts)).numpy()
     shown = order[_evenly(len(order), _MOST_CLASSES)]
     by_class = np.split(np.argsort(split.labels.numpy(), kind="stable"), np.cumsum(counts)[:-1])
     chosen = [by_class[k][_evenly(counts[k], images_per_class)] for k in shown]
-    images, labels = split.__getitems__(
-        np.concatenate(chosen).tolist()
-    )  # without corrupt ones, if they are to be skipped
+    # corrupt images are missing here, if they are to be skipped
+    images, labels = split.__getitems__(np.concatenate(chosen).tolist())
     split.end_pass()
     if len(images) == 0:
         raise UserError(f"{data}: no image of the contact sheet can be read: replace the files")
@@ -131,8 +132,8 @@ def sheet(data: ImageDataModule, images_per_class: int) -> Any:
 
 
 def _evenly(length: int, most: int) -> NDArray[np.int64]:
-    """At most `most` of 0 … length - 1, the first and the last among them."""
-    return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(np.int64))
+    """At most `most` of the numbers 0 … length - 1, evenly chosen, the first and the last among them."""
+    return np.linspace(0, length - 1, min(length, most)).round().astype(np.int64)
 
 
 def _claim(folder: Path) -> None:
@@ -183,7 +184,7 @@ def _groups(record: dict[str, Any]) -> Table:
 
 
 def _histogram(record: dict[str, Any]) -> Table:
-    """A bar per class, from the most to the fewest training images; of many classes, a bar per group of neighbours, of their mean."""
+    """A bar per class, from the most to the fewest training images; with many classes, a bar per group of neighbours, of their mean."""
     counts = np.array(record["class_counts"]["train"])
     order = by_frequency(torch.from_numpy(counts)).numpy()
     group_of = {label: group for group, members in record["shot_groups"].items() for label in members}

@@ -27,11 +27,11 @@ def main(argv: Sequence[str]) -> None:
     """Write a folder with the model and its card, and perhaps send it to the Hugging Face Hub.
 
     Args:
-        argv: arguments of the command.
+        argv: The command's arguments.
 
     Raises:
-        UserError: what the user gave cannot work.
-        SystemExit: status 2 for a usage error, 0 after help.
+        UserError: What the user gave cannot work.
+        SystemExit: With status 2 for a usage error, 0 after help.
     """
     parser = _parser()
     config = parse(parser, argv)
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
             f"checkpoint {config.checkpoint} does not say how its images were normalised, since it was trained without a data module of "
             "etflight's, or with an earlier version: give its data, as in --data FashionMNIST or -c RUN/config.yaml"
         )
-    with _appearing(output) as folder:
+    with _new_folder(output) as folder:
         calibrated = _write(config.format, classifier, preprocessing, folder)
         run = _run_of(Path(config.checkpoint))
         name = output.name if run is None else run.name
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _write(kinds: Sequence[str], classifier: Classifier, preprocessing: Preprocessing, folder: Path) -> dict[str, bool]:
-    """Write each format; whether its softmax are the calibrated probabilities."""
+    """Write each format; return whether the softmax of each is the calibrated probabilities."""
     calibrated = dict.fromkeys(kinds, True)
     if "timm" in kinds:
         calibrated["timm"] = save_timm(classifier, preprocessing, folder)
@@ -85,7 +85,7 @@ def _write(kinds: Sequence[str], classifier: Classifier, preprocessing: Preproce
 
 
 def _run_of(checkpoint: Path) -> Path | None:
-    """The run folder whose results are those of this checkpoint."""
+    """The run folder of this checkpoint if its results are the checkpoint's, else None."""
     folder = checkpoint.absolute().parent.parent
     return folder if same_folder(checkpoint, last_checkpoint(folder)) else None
 
@@ -101,14 +101,14 @@ def _check_free(output: Path) -> None:
 
 
 @contextmanager
-def _appearing(output: Path) -> Iterator[Path]:
-    """A folder to write into that takes its name when the block ends well; nothing is left of it otherwise."""
+def _new_folder(output: Path) -> Iterator[Path]:
+    """A folder to write into. It takes its name when the block ends without an error; otherwise nothing is left of it."""
     partial = output.absolute().with_name(f".{output.absolute().name}.partial{os.getpid()}")
     try:
         partial.mkdir(parents=True)
         try:
             yield partial
-            partial.rename(output)  # refused where another folder, with files in it, has appeared meanwhile
+            partial.rename(output)  # fails if another folder with files has appeared meanwhile
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
@@ -129,14 +129,14 @@ def _check_name(repository: str | None) -> None:
 
 
 def _push(folder: Path, repository: str) -> str:
-    """Upload a folder; where it is then."""
+    """Upload a folder and return its address."""
     from huggingface_hub import HfApi
 
     try:
         api = HfApi(library_name="etflight")
         place = api.create_repo(repository, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=place.repo_id, commit_message="Export from etflight")
-    except Exception as error:  # of the client, its transport and its checks of names
+    except Exception as error:  # errors of the client, its transport and its checks of names
         raise UserError(
             f"{folder} is written, but the Hugging Face Hub cannot be reached, or refuses {repository} ({brief(error)}): "
             f"log in with hf auth login, then try hf upload {repository} {folder}"

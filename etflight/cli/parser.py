@@ -1,4 +1,4 @@
-"""Usage errors in one line."""
+"""A parser that says in one line what is wrong with a command line."""
 
 import sys
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ from etflight.utils.jsonargparse_private import in_one_line
 
 
 class OneLineParser(ArgumentParser):
-    """A parser with usage errors of one line.
+    """A parser with one-line usage errors.
 
     Attributes:
-        bases: Options that take a class by its name, and what it must be a subclass of.
+        bases: The base class of what an option takes, for each option that takes a class by its name.
     """
 
     bases: ClassVar[Mapping[str, type]] = {"data": ImageDataModule}
@@ -26,8 +26,8 @@ class OneLineParser(ArgumentParser):
 
         Raises:
             UserError: A file or a class that was read while parsing has been refused.
-            ArgumentError: What is wrong with one of the classes that an option may take; the parser of the option catches it.
-            SystemExit: Anything else.
+            ArgumentError: The option does not fit one of the classes that it may take; the parser of the option catches it.
+            SystemExit: With status 2 for anything else.
         """
         if (wrapped := user_error_in(ex)) is not None:
             raise wrapped

@@ -1,4 +1,4 @@
-"""Where a run is, and the checkpoint that it starts from, as a command line and its configuration files tell."""
+"""The folder of a run and the checkpoint that it starts from, found from a command line and its configuration files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +15,17 @@ from etflight.utils.errors import UserError
 
 @dataclass
 class Place:
-    """Where a run is.
+    """The place of a run.
 
     Attributes:
-        stage: fit, validate, test or predict.
-        root: the folder of all runs.
-        name: of the run.
-        is_named: whether the command line gives the name.
-        arm: that the configuration files stand for, or None.
-        folder: where the run's files go.
-        checkpoint: that it starts from, or None.
-        trained_in: the run folder of the checkpoint, or None.
+        stage: The command: fit, validate, test or predict.
+        root: The folder of all runs.
+        name: The run's name.
+        is_named: Whether the command line gives the name.
+        arm: The arm that the configuration files stand for, or None.
+        folder: The folder for the run's files.
+        checkpoint: The checkpoint that the run starts from, or None.
+        trained_in: The run folder of the checkpoint, or None.
     """
 
     stage: str
@@ -39,10 +39,10 @@ class Place:
 
     @classmethod
     def of(cls, stage: str, options: EarlyOptions) -> "Place":
-        """Find the run folder, and the checkpoint asked for; `last` is the one of the run's own folder.
+        """Find the run folder and the checkpoint; `last` means the last checkpoint of the run's own folder.
 
         Raises:
-            UserError: a stage without a checkpoint that needs one.
+            UserError: The stage needs a checkpoint, and there is no `last`.
         """
         set_name, arm = set_and_arm(options.files)
         default = (set_name or (options.value("data") or "run").rpartition(".")[2].lower(), arm)
@@ -64,15 +64,15 @@ class Place:
         return place
 
     def first_stage(self, arm: str) -> str:
-        """The last checkpoint of another arm's run, whose name is this one's but for the arm.
+        """The last checkpoint of another arm's run; its name differs from this run's only in the arm.
 
         Raises:
-            UserError: this run is not called by its arm, or there is no such checkpoint.
+            UserError: The name of this run does not contain its arm, or there is no such checkpoint.
         """
         parts = self.name.split("/")
         if self.arm not in parts:
             raise UserError(
-                f"--first_stage {arm}: the run {self.name} is not called by its arm {self.arm}, so nobody knows where the other is: "
+                f"--first_stage {arm}: the run {self.name} is not called by its arm {self.arm}, so the other run cannot be found: "
                 "give --fine_tuning.checkpoint FILE"
             )
         run = "/".join(arm if part == self.arm else part for part in parts)
@@ -85,13 +85,13 @@ class Place:
         return str(checkpoint)
 
     def move_to_training(self, *, decides_otherwise: bool) -> None:
-        """Let results stand beside the checkpoint, whatever the configuration is called, unless the run is named or decides otherwise.
+        """Put results beside the checkpoint, whatever the configuration is called, unless the run is named or decides otherwise.
 
         Args:
-            decides_otherwise: whether something decides in place of the trained head.
+            decides_otherwise: Whether something decides in place of the trained head.
 
         Raises:
-            UserError: results of something else would stand beside the checkpoint.
+            UserError: Results of something else would stand beside the checkpoint.
         """
         if decides_otherwise:
             if same_folder(self.folder, self.trained_in):
@@ -103,10 +103,10 @@ class Place:
             self.folder = self.trained_in
 
     def claim(self, config: Any) -> None:
-        """Refuse places that cannot be written to, or whose files are another run's.
+        """Refuse places that cannot be written to, or that hold files of another run.
 
         Raises:
-            UserError: the run folder, or the file of --output.
+            UserError: The run folder or the file of --output is such a place.
         """
         if config.get("output") is not None:
             output = Path(config["output"])

@@ -1,4 +1,4 @@
-"""`etflight predict` on images from anywhere: its arguments, and the data module that they stand for."""
+"""`etflight predict` on images from anywhere: its arguments, and the data module that it builds."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from etflight.utils.yaml import to_yaml
 
 
 def add_prediction_arguments(parser: ArgumentParser) -> None:
-    """`--images`, `--output`, `--top_k` and `--embeddings`."""
+    """Add `--images`, `--output`, `--top_k` and `--embeddings`."""
     parser.add_argument(
         "--images",
         type=str,
@@ -28,14 +28,14 @@ def add_prediction_arguments(parser: ArgumentParser) -> None:
         help="New file, .csv, .parquet or .npz. Default: predictions.csv in the run folder, replaced.",
     )
     parser.add_argument("--top_k", type=PositiveInt, default=1, help="Classes of each image, the most probable first.")
-    parser.add_argument("--embeddings", type=bool, default=False, help="Write what meets the class vectors, too.")
+    parser.add_argument("--embeddings", type=bool, default=False, help="Write the embeddings, too.")
 
 
 def images_of(options: EarlyOptions) -> list[str]:
     """The paths of `--images`, or else of a configuration file.
 
     Raises:
-        UserError: A file gives anything but a list.
+        UserError: A configuration file gives something other than a list.
     """
     given = options.value("images", object) or []
     if not isinstance(given, list):
@@ -44,17 +44,17 @@ def images_of(options: EarlyOptions) -> list[str]:
 
 
 def as_data(options: EarlyOptions, path: Path, checkpoint: dict[str, Any]) -> list[str]:
-    """Options that stand for images without labels, as the model wants them, in the place of the configuration files' data.
+    """The options of a data module of images without labels, prepared as the model wants them, in place of a configuration file's data.
 
-    The paths are none of them, as no parser takes every name of a file for text: the data module has to be told.
+    The paths are left out, because no parser takes every file name as text: the caller gives them to the data module.
 
     Args:
-        options: Of the command line.
-        path: Of the checkpoint.
-        checkpoint: What `read_checkpoint` gives.
+        options: The options of the command line.
+        path: The checkpoint's file.
+        checkpoint: Its content, as `read_checkpoint` returns it.
 
     Raises:
-        UserError: A data set as well, or a checkpoint that does not know what its model wants of images.
+        UserError: A data set is given as well, or the checkpoint does not know how its model wants images.
     """
     if options.given["data"]:
         raise UserError("give --data for a set's test images or images for others (--images), not both")

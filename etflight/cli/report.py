@@ -13,8 +13,8 @@ from etflight.utils.errors import UserError
 from etflight.utils.terminal import as_it_is, console, plain
 
 _EPILOG = (
-    "A run folder that is none or whose files are not whole is named on stderr and left out, the others are shown; "
-    "the exit status is 1 only if nothing could be shown."
+    "A path that is no run folder, or whose files are not whole, is named on stderr and left out; the others are shown. "
+    "The exit status is 1 only if nothing could be shown."
 )
 
 
@@ -22,10 +22,10 @@ def main(argv: Sequence[str]) -> None:
     """Print the results by arm, or write them to stdout in another format.
 
     Args:
-        argv: run folders and result files, and options.
+        argv: Run folders and result files, and options.
 
     Raises:
-        UserError: nothing could be shown.
+        UserError: Nothing could be shown.
     """
     parser = CommandParser(
         prog="etflight report",

@@ -19,7 +19,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
-import etflight.data
 from etflight.callbacks import FineTuning, LastCheckpoint, NeuralCollapseMonitor, PostHoc, Speed, StepSeed, StopSignals
 from etflight.callbacks.balance import DoubleCorrection
 from etflight.callbacks.checkpoint import KEY as CHECKPOINT_KEY
@@ -51,18 +50,18 @@ from etflight.utils.training_data import refuse_other_shape
 from etflight.utils.yaml import guard_parser
 
 _CHECKPOINT_HELP = (
-    "The command line beats the configuration files, which beat what the checkpoint says: of the model, and, but for fit, of how its "
+    "The command line beats the configuration files, which beat what the checkpoint says of the model and, except in fit, of how its "
     "images are prepared."
 )
 
 
 class Parser(OneLineParser, LightningArgumentParser):
-    """LightningCLI's parser, with usage errors of one line.
+    """LightningCLI's parser, with one-line usage errors.
 
     Args:
-        args: As for LightningCLI's.
+        args: Arguments of LightningCLI's parser.
         stage: The command whose options it parses; empty for all of them.
-        kwargs: As for LightningCLI's.
+        kwargs: Keyword arguments of LightningCLI's parser.
     """
 
     bases: ClassVar[Mapping[str, type]] = {
@@ -76,7 +75,7 @@ class Parser(OneLineParser, LightningArgumentParser):
         self.stage = stage
 
     def add_class_arguments(self, class_type: type, *args: Any, **kwargs: Any) -> list[str]:
-        """As always, but a logger that asks for a folder is given the run's, which "." stands for."""
+        """Add them as LightningCLI does, but give a logger that asks for a folder the run's, which "." stands for."""
         added: list[str] = super().add_class_arguments(class_type, *args, **kwargs)
         if issubclass(class_type, Logger) and "save_dir" in added and self.get_default("save_dir") is None:
             self.set_defaults(save_dir=".")
@@ -85,11 +84,11 @@ class Parser(OneLineParser, LightningArgumentParser):
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint brings.
+    """What a run takes from the checkpoint that it starts from.
 
     Attributes:
-        model: the arguments of the model, as plain data; empty without a checkpoint.
-        rows: of `metrics.csv` when it was saved.
+        model: The model's arguments, as plain data; empty without a checkpoint.
+        rows: The number of rows of `metrics.csv` when it was saved.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
@@ -97,10 +96,10 @@ class Saved:
 
 
 class EtflightCLI(LightningCLI):
-    """Adds to LightningCLI: run folders, checkpoints as defaults of the model, and the linked sizes of the data."""
+    """LightningCLI with run folders, a checkpoint's model as the default, and sizes linked to the data."""
 
     def add_arguments_to_parser(self, parser: "Parser") -> None:  # type: ignore[override]
-        """Our arguments, links and defaults, for every stage."""
+        """Add our arguments, links and defaults for every stage."""
         parser.add_argument(
             "--name",
             type=str | None,
@@ -145,10 +144,10 @@ class EtflightCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse with the checkpoint's model as the lowest of the three: checkpoint, configuration files, command line.
+        """Parse with three sources, the lowest first: the checkpoint's model, configuration files, command line.
 
         Raises:
-            UserError: No command in front; a checkpoint that is not there, cannot be read, or needs a class that nobody has named.
+            UserError: No command comes first; or the checkpoint does not exist, cannot be read, or needs a class that nobody has named.
         """
         argv = list(sys.argv[1:] if args is None else args)
         if (
@@ -156,7 +155,7 @@ class EtflightCLI(LightningCLI):
             or argv[0] not in STAGES
             or any(word in ("-h", "--help") or word.endswith(".help") for word in argv)
         ):
-            parser.parse_args(argv)  # exits after help, or over what is wrong
+            parser.parse_args(argv)  # exits after help, or with a usage error
             raise UserError(f"the command comes first: give one of {', '.join(STAGES)} in front of its options")
         stage = argv[0]
         files, words = without_files(f"etflight {stage}", argv[1:])
@@ -173,13 +172,13 @@ class EtflightCLI(LightningCLI):
             raise UserError(
                 f"{stage} needs a trained model: give --ckpt_path FILE, or --ckpt_path last with the name of its run"
             )
-        self.config[stage]["ckpt_path"] = None  # from which Lightning would let the model of the checkpoint win
+        self.config[stage]["ckpt_path"] = None  # with it, Lightning would let the checkpoint's model win
         _check_seed(self.config[stage]["seed_everything"])
 
     def _parse_over_checkpoint(
         self, parser: LightningArgumentParser, files: list[str], words: list[str], options: EarlyOptions, path: Path
     ) -> None:
-        """Parse with the checkpoint's hyper-parameters as the model's defaults; no class is imported because it names it."""
+        """Parse with the checkpoint's hyper-parameters as the model's defaults; import no class because it names it."""
         stage = files[0]
         content = read_checkpoint(path)
         refuse_others(path, content, Classifier)
@@ -216,10 +215,10 @@ class EtflightCLI(LightningCLI):
         """Put the found checkpoint into the configuration, and claim the run folder.
 
         Raises:
-            UserError: The folder is another's, or cannot be written to; no first stage; `overlays` of earlier versions.
+            UserError: The folder is another run's or cannot be written to, the first stage is missing, or `overlays` are given.
         """
         config, place = self.config[self.subcommand], self.place
-        # absolute: Lightning takes "best", "registry:…" or "http…" at the start for something else than a file
+        # absolute, because a path that starts with "best", "registry:" or "http" is no file to Lightning
         config["ckpt_path"] = None if place.checkpoint is None else str(place.checkpoint.absolute())
         config["weights_only"] = True
         config["name"] = place.name
@@ -251,10 +250,10 @@ class EtflightCLI(LightningCLI):
             choose_names(arguments, folder=folder, name=self.place.name, seed=config["seed_everything"], data=data)
 
     def instantiate_classes(self) -> None:
-        """As LightningCLI does, but what the checkpoint brings for an evaluation is not computed before.
+        """Build them as LightningCLI does, but compute nothing that the checkpoint of an evaluation brings.
 
         Raises:
-            UserError: A class that cannot be made.
+            UserError: A class cannot be built.
         """
         with nullcontext() if self.subcommand == "fit" else codes_from_state_dict():
             try:
@@ -265,10 +264,10 @@ class EtflightCLI(LightningCLI):
                 raise UserError(reason) from error
 
     def after_instantiate_classes(self) -> None:
-        """Tell the data of images without labels; refuse a checkpoint of other shapes before Lightning finds tensors of others.
+        """Give the data module its images without labels; refuse a checkpoint of other shapes before Lightning fails on its tensors.
 
         Raises:
-            UserError: It has another number of classes or channels.
+            UserError: The checkpoint has another number of classes or channels.
         """
         if self.images:
             self.datamodule.paths = self.images
@@ -277,14 +276,14 @@ class EtflightCLI(LightningCLI):
             refuse_other_shape(name, model["num_classes"], model.get("in_chans", 3), self.datamodule)
 
     def before_fit(self) -> None:
-        """Refuse what cannot be trained as it is written down."""
+        """Refuse a training that could not be what the run's files say."""
         refuse_unsupported(self.trainer, self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer, with what writes the run folder in front of the user's own loggers and callbacks.
+        """Build the trainer; the loggers and callbacks that write the run folder come before the user's own.
 
         Raises:
-            UserError: A logger that would delete `metrics.csv`; a trainer that is to write nothing at all.
+            UserError: A logger would delete `metrics.csv`, or the trainer is to write nothing at all.
         """
         config, place = self.config_init[self.subcommand]["trainer"], self.place
         if config["barebones"]:
@@ -316,11 +315,11 @@ class EtflightCLI(LightningCLI):
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def _callbacks(self, users: list[Any], *, saves: bool) -> list[Any]:
-        """Those of the run and the user's, in an order that matters."""
+        """The run's callbacks and the user's, in an order that matters."""
         config, folder = self.config_init[self.subcommand], self.place.folder
         last = config["checkpoint"] if saves else None
         averaging = [callback for callback in users if isinstance(callback, StochasticWeightAveraging)]
-        # what saves comes first, before anything of the next step has happened, but after what makes the final weights
+        # the callback that saves comes before anything of the next step has happened, but after those that make the final weights
         callbacks = [StopSignals(last), *averaging, *_as_list(last)]
         if self.subcommand == "fit":
             callbacks += [StepSeed(), Speed(), Progress(), config["fine_tuning"]]
@@ -334,7 +333,7 @@ class EtflightCLI(LightningCLI):
         return callbacks
 
     def _loggers(self, users: list[Any]) -> list[Any]:
-        """The run's `metrics.csv` while it trains, and the user's loggers, which fall silent where they would raise."""
+        """The run's `metrics.csv` in a training, and the user's loggers, which fall silent instead of raising errors."""
         folder = self.place.folder
         if any(isinstance(user, CSVLogger) and same_folder(folder, Path(user.log_dir)) for user in users):
             raise UserError(
@@ -349,17 +348,16 @@ def main(args: Sequence[str] | None = None) -> EtflightCLI:
     """Run `etflight` with these arguments (those of the process by default); errors are raised.
 
     Args:
-        args: such as `["fit", "-c", "configs/data/digits.yaml", "-c", "configs/arms/ce.yaml"]`.
+        args: The arguments, such as `["fit", "-c", "configs/data/digits.yaml", "-c", "configs/arms/ce.yaml"]`.
 
     Raises:
-        UserError: what the user gave cannot work.
-        SystemExit: status 2 for a usage error, 0 after help.
+        UserError: What the user gave cannot work.
+        SystemExit: With status 2 for a usage error, 0 after help.
     """
     _quieten()
     guard_parser()
-    register_type(
-        torch.device, fail_already_registered=False
-    )  # an argument of StochasticWeightAveraging, which config.yaml has to hold
+    # an argument of StochasticWeightAveraging, which config.yaml has to hold
+    register_type(torch.device, fail_already_registered=False)
     return EtflightCLI(
         Classifier,
         ImageDataModule,
@@ -386,7 +384,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _is_imported(name: str, model: Mapping[str, Any]) -> bool:
-    """Whether the class that a checkpoint names for an argument of the model, if it names one, is there without an import."""
+    """Whether the class that a checkpoint names for an argument of the model is imported already; True if it names none."""
     value = model.get(name)
     return value is None or find(describe(value, name), PLUGGABLE[name]) is not None
 
@@ -397,7 +395,7 @@ def _dataset_name(data: Any) -> str:
 
 
 def _check_seed(seed: bool | int) -> None:
-    """Refuse what no generator takes; true and false leave it to the environment, where data modules look, too."""
+    """Refuse a seed that no generator takes; true and false leave it to the environment, where data modules look, too."""
     option, value = ("--seed_everything", str(seed))
     if isinstance(seed, bool):
         option, value = "PL_GLOBAL_SEED", os.environ.get("PL_GLOBAL_SEED", "0")
@@ -406,7 +404,7 @@ def _check_seed(seed: bool | int) -> None:
 
 
 def _quieten() -> None:
-    """Silence what is noise for this program: hints about a service we do not use, workers that in-memory sets do not need."""
+    """Silence warnings that are noise here: about a service that we do not use, about workers that sets in memory do not need."""
     for pattern in (
         r".*does not have many workers.*",
         r".*smaller than the logging interval.*",
@@ -420,7 +418,3 @@ def _quieten() -> None:
     on_dead_process(print_dead_process)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
-
-
-# the data sets are found by name because they are imported here
-_ = etflight.data

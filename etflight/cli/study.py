@@ -1,4 +1,4 @@
-"""`etflight study FILE`: every run of a study, then its table; what is done is not done again."""
+"""`etflight study FILE`: runs everything in a study, then prints its table; finished runs are left alone."""
 
 import argparse
 import os
@@ -15,13 +15,13 @@ from etflight.utils.errors import UserError
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train and test all that is not done yet, each run in a process and a folder of its own, and print the table.
+    """Train and test every run that is not finished, each in its own process and folder, and print the table.
 
     Args:
-        argv: the study's file, and options.
+        argv: The study's file, and options.
 
     Raises:
-        UserError: the file is no study, or a run failed; the others have gone on.
+        UserError: The file is no study, or a run failed; the others have gone on.
     """
     parser = CommandParser(
         prog="etflight study",
@@ -74,7 +74,7 @@ def _run(cell: Cell, jobs: int) -> str | None:
     """Train and test one run.
 
     Returns:
-        What went wrong.
+        What went wrong, or None.
     """
     if cell.is_done():
         return None
@@ -82,7 +82,7 @@ def _run(cell: Cell, jobs: int) -> str | None:
         return f"{cell.folder} starts from {cell.source}, which has not been trained"
     cell.folder.mkdir(parents=True, exist_ok=True)
     print(f"{cell.folder} …", flush=True)
-    # each process would take all cores, and they would wait for each other
+    # otherwise each process would take all cores, and they would wait for each other
     threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}
     for words in [*([cell.fit()] if cell.trains else []), cell.test()]:
         log = cell.folder / f"{words[0]}.log"
@@ -96,6 +96,6 @@ def _run(cell: Cell, jobs: int) -> str | None:
                 check=False,
             )
         if process.returncode:
-            last = (log.read_text(errors="replace").strip().splitlines() or ["no word of why"])[-1]
+            last = (log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
             return f"{cell.folder}: {last} (see {log})"
     return None

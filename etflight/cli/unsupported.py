@@ -1,4 +1,4 @@
-"""What Lightning offers and a run cannot keep its promises with, refused before anything is trained."""
+"""Features of Lightning with which a run could not keep its promises; they are refused before training."""
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
@@ -9,10 +9,10 @@ from etflight.utils.trainer import callbacks_of
 
 
 def refuse_unsupported(trainer: Trainer, model: LightningModule) -> None:
-    """Look at a trainer and a model that are about to train together.
+    """Check a trainer and a model before they train together.
 
     Raises:
-        UserError: they would train something else than the run's files say, or not answer signals and errors as they say.
+        UserError: They would train something other than the run's files say, or not react to signals and errors as documented.
     """
     clip = trainer.gradient_clip_val or 0
     if forks_processes(trainer.strategy):
@@ -22,7 +22,11 @@ def refuse_unsupported(trainer: Trainer, model: LightningModule) -> None:
         )
     if clip < 0:
         raise UserError(
-            f"--trainer.gradient_clip_val is {clip}, which would turn gradients round: give a positive norm, or 0 for none"
+            f"--trainer.gradient_clip_val is {clip}, which would reverse gradients: give a positive norm, or 0 for none"
+        )
+    if trainer.accumulate_grad_batches < 1:
+        raise UserError(
+            f"--trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}: give 1 (each batch is a step) or more"
         )
     if callbacks_of(trainer, LearningRateFinder):
         raise UserError(

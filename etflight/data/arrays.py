@@ -26,9 +26,9 @@ class ArrayImages(ImageDataModule):
 
     `train_images` and `test_images`, uint8 `[N, H, W]` or `[N, H, W, C]`; `train_labels` and `test_labels`, integers
     `[N]` or `[N, 1]`; optionally `val_images`, `val_labels` and `class_names` `[K]`. Without `class_names`, K is the
-    largest training label plus one. Nothing in the file is unpickled,
-    and nothing is read that unpacks to more than 256 MiB and a hundred times its size. MedMNIST's own 2D files, of any size, are read as
-    they are; its multi-label sets (ChestMNIST) and its volumes are refused.
+    largest training label plus one. Nothing in the file is unpickled, and an array that unpacks to more than 256 MiB and a hundred times
+    its size in the file is not read. MedMNIST's own 2D files, of any size, are read as they are; its
+    multi-label sets (ChestMNIST) and its volumes are refused.
 
     Args:
         path: The file.
@@ -46,7 +46,7 @@ class ArrayImages(ImageDataModule):
         """The file's `class_names`, else the labels as text.
 
         Raises:
-            UserError: `class_names` is no list, or the training labels do not count from 0 on.
+            UserError: `class_names` is not a list, or the training labels do not count from 0.
         """
         if "class_names" in self.members:
             names = self.array("class_names")
@@ -112,7 +112,7 @@ class ArrayImages(ImageDataModule):
         """One array of the file.
 
         Raises:
-            UserError: It is not there, or cannot be read.
+            UserError: The array is missing, or cannot be read.
         """
         with self._reading(name), np.load(self.path, allow_pickle=False) as archive:
             self._checked_shape(name)
@@ -121,7 +121,7 @@ class ArrayImages(ImageDataModule):
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[None]:
-        """Turn whatever a damaged or hostile file does to its reader into one line."""
+        """Turn any error over a damaged or hostile file into one line."""
         if name not in self.members:
             raise UserError(f"{self.path}: {name} is missing; it holds {', '.join(self.members) or 'nothing'}")
         try:
@@ -133,7 +133,7 @@ class ArrayImages(ImageDataModule):
             raise UserError(f"{self.path}: {name} cannot be read ({reason}): store plain arrays of numbers") from None
 
     def _checked_shape(self, name: str) -> tuple[int, ...]:
-        """The shape that an array's header gives, once as many bytes are there, before memory is set aside for them."""
+        """The shape in an array's header, checked against the bytes that are there before memory is set aside for them."""
         with zipfile.ZipFile(self.path) as archive:
             member = archive.getinfo(f"{name}.npy")
             with archive.open(member) as stream:
@@ -166,14 +166,14 @@ class ArrayImages(ImageDataModule):
 
 
 def refuse_channels_first(images: NDArray[np.generic], what: str) -> None:
-    """Refuse images that have their channels where H ought to be.
+    """Refuse images that have their channels where H should be.
 
     Args:
         images: `[N, H, W]` or `[N, H, W, C]`.
         what: The array, for the error.
 
     Raises:
-        UserError: They look like `[N, C, H, W]`.
+        UserError: The images look like `[N, C, H, W]`.
     """
     if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] > 4:
         raise UserError(f"{what}, which looks like [N, C, H, W]: give [N, H, W, C]")

@@ -34,12 +34,12 @@ from etflight.utils.terminal import readable
 
 
 class EvalLoader(DataLoader[Batch]):
-    """A DataLoader that tells its data set when a pass over it ends, and leaves out batches without an image.
+    """A DataLoader that tells its data set when a pass ends, and skips batches without an image.
 
-    A pass ends before its last batch is used, as Lightning asks for no more, or when it is cut short.
+    A pass ends before its last batch is used, because Lightning asks for no more, or when it is cut short.
 
     Raises:
-        UserError: There was no image in any batch.
+        UserError: No batch has an image.
     """
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
@@ -65,7 +65,7 @@ class TrainLoader(DataLoader[Batch]):
     twice.
 
     Attributes:
-        waited: seconds that whoever iterates has waited for batches.
+        waited: Seconds that the consumer has waited for batches.
     """
 
     waited = 0.0
@@ -87,15 +87,15 @@ class TrainLoader(DataLoader[Batch]):
                 yield batch
                 start = time.perf_counter()
         finally:
-            cast(ImageSplit, self.dataset).end_pass()  # of a run that stops within an epoch
+            cast(ImageSplit, self.dataset).end_pass()  # for a run that stops within an epoch
 
     def state_dict(self) -> dict[str, int]:
-        """Batches of this epoch that were served; 0 once it is over, be it cut short by `limit_train_batches`."""
+        """The number of batches served in this epoch; 0 once it is over, even if `limit_train_batches` cut it short."""
         return {"served": self._served % max(self._length, 1)}
 
     @property
     def _length(self) -> int:
-        """Batches of an epoch."""
+        """The number of batches in an epoch."""
         return len(self) if self.trainer is None else min(len(self), int(self.trainer.num_training_batches))
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -113,7 +113,7 @@ class ImageDataModule(LightningDataModule, ABC):
     Batches are `(images, labels)`, uint8 `[B, C, H, W]` and int64 `[B]`, until `on_after_batch_transfer` makes them
     float32 and, with mixup or CutMix, probabilities `[B, K]`.
 
-    A new set gives `num_channels`, `class_names` and `load`, its recipe as the class variables, and `has_val_split` where it
+    A new set defines `num_channels`, `class_names` and `load`, its recipe as the class variables, and `has_val_split` if it
     has one.
 
     Args:
@@ -121,14 +121,14 @@ class ImageDataModule(LightningDataModule, ABC):
         profile: How counts fall from class to class, or the counts themselves, one per class.
         max_count: Images of the largest class; None: the largest that every class can satisfy, and at ratio 1 the set
             as it is.
-        seed: Chooses the subset. The order of the images and their augmentation follow the run's own seed
-            (`seed_everything`), so that runs over several seeds share their images; this one where none was set.
+        seed: Chooses the subset. Order and augmentation of the images follow the run's own seed (`seed_everything`), so
+            that runs with several seeds share their images; without one they follow this seed.
         sampler: Class-sampling policy (instance, sqrt, balanced, effective, progressive, reverse) or an exponent q
             of p ∝ n^q; None: instance, every image once.
         val_fraction: Part of each class's training images held out for validation, before the profile; 0: the set's
             own validation split, or else the test set, watched.
         batch_size: Images per step and device.
-        eval_batch_size: Images per device of a batch that is not trained on; None: four times `batch_size` on a GPU, which
+        eval_batch_size: Images per batch and device where nothing is trained; None: four times `batch_size` on a GPU, which
             evaluation does not fill otherwise, and `batch_size` on a CPU, whose cache holds no more. Results do not depend on it.
         num_workers: Loader processes; 0 is quickest for sets in memory.
         crop_padding: Zeros around the image before a random crop; None: the set's standard recipe.
@@ -149,7 +149,7 @@ class ImageDataModule(LightningDataModule, ABC):
     standard_crop_padding: ClassVar[int] = 0
     standard_flip: ClassVar[bool] = False
     sampler_class: ClassVar[type[ImbalancedSampler]] = ImbalancedSampler
-    named_after: ClassVar[str | None] = None  # the option whose file or folder a set of one's own is called by
+    named_after: ClassVar[str | None] = None  # the option whose file or folder names a set of one's own
 
     imbalance_ratio: float = 1.0
     profile: Profile | list[int] = "exp"
@@ -215,7 +215,7 @@ class ImageDataModule(LightningDataModule, ABC):
         own = getattr(self, name)
         return getattr(self, f"standard_{name}") if own is None else own
 
-    # What a set gives.
+    # What a set defines.
 
     @property
     @abstractmethod
@@ -229,7 +229,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @property
     def num_classes(self) -> int:
-        """K, without a download where the set fixes it."""
+        """K; a set with fixed classes needs no download for it."""
         return len(self.class_names)
 
     @abstractmethod
@@ -267,31 +267,31 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @cached_property
     def content(self) -> str:
-        """Twelve hexadecimal digits that tell the training images of this set, before any are chosen, from those of another.
+        """Twelve hexadecimal digits that identify the training images of this set, before any are chosen.
 
-        Of images in memory they cover labels and pixels, of files labels and names below the folder, not what the files hold.
+        For images in memory they cover labels and pixels; for files, labels and names below the folder, but not what the files hold.
         """
         return self.split("train").source.content
 
     @property
     def fingerprint(self) -> str:
-        """`content`, a dash, and twelve digits more that tell this choice of training images from another of the same set."""
+        """`content`, a dash, and twelve more digits that identify the choice of training images within the set."""
         return f"{self.content}-{fingerprint(self.subset_indices)}"
 
     @classmethod
     def name_with(cls, options: Mapping[str, Any]) -> str:
-        """`dataset_name` of the set with these options."""
+        """The `dataset_name` that the set would have with these options."""
         path = options.get(cls.named_after) if cls.named_after else None
         return readable(os.path.basename(os.path.abspath(path)).removesuffix(".npz") if path else "") or cls.__name__
 
     @property
     def dataset_name(self) -> str:
-        """The name of the set in tables: its class, or the file or folder of a set of one's own."""
+        """The set's name in tables: its class name, or the file or folder of a set of one's own."""
         return self.name_with(vars(self))
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """Shape and normalisation of the images, which a checkpoint keeps; taken from another split while `train` has not been read."""
+        """Shape and normalisation of the images, which a checkpoint keeps; taken from another split if `train` has not been read."""
         first = next(iter(self._splits.values()), None)
         source = (self._splits.get("train") or first or self.split("train")).source
         shape = source.image_shape
@@ -300,7 +300,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @classmethod
     def options_for(cls, preprocessing: Preprocessing) -> dict[str, Any]:
-        """The options, of those that this set has, which make its images what a model was trained on."""
+        """The options of this set that prepare its images as for a trained model."""
         return {"mean": list(preprocessing.mean), "std": list(preprocessing.std)}
 
     def split(self, name: Split) -> ImageSplit:
@@ -322,7 +322,7 @@ class ImageDataModule(LightningDataModule, ABC):
         return self._splits[name]
 
     def make_split(self, name: Split, source: ImageSource, indices: NDArray[np.int64]) -> ImageSplit:
-        """The data set that loaders read of the chosen images."""
+        """The data set that loaders read, made of the chosen images."""
         return ImageSplit(source, indices)
 
     def _checked(self, name: Split) -> ImageSource:
@@ -338,7 +338,7 @@ class ImageDataModule(LightningDataModule, ABC):
         return source
 
     def _divide(self, source: ImageSource) -> dict[Split, ImageSplit]:
-        """Hold out validation images first, then give what is left its profile."""
+        """Hold out validation images first, then apply the profile to the rest."""
         if self.num_classes < 2:
             raise UserError(f"{self} has {self.num_classes} class: a classifier needs at least two")
         labels = source.labels.numpy()
@@ -363,11 +363,11 @@ class ImageDataModule(LightningDataModule, ABC):
         return {**splits, "train": self.make_split("train", source, pool)}
 
     def label_file(self, split: Split) -> str:
-        """The file that a split's labels are written in, or else the set; messages about wrong labels name it."""
+        """The file that holds a split's labels, or else the set; messages about wrong labels name it."""
         return str(self)
 
     def sample_name(self, split: Split, index: int) -> str:
-        """The name of image `index` of `eval_dataloader(split)`: its file, or its position in the published split."""
+        """The name for people of image `index` in `eval_dataloader(split)`: its file, or its position in the published split."""
         return self.split(split).name(index)
 
     def __str__(self) -> str:
@@ -393,9 +393,9 @@ class ImageDataModule(LightningDataModule, ABC):
             )
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Training images as the sampling policy draws them, shared by the ranks, each of which has the same number of batches.
+        """Training images in the order of the sampling policy, shared by the ranks, which all have the same number of batches.
 
-        An epoch's last images are left out only where some rank would have no batch of them, or a batch of one.
+        An epoch's last images are left out only if some rank would get none of them, or a batch of one.
 
         Raises:
             UserError: There are fewer images than ranks.
@@ -415,16 +415,16 @@ class ImageDataModule(LightningDataModule, ABC):
         full = self.batch_size * world_size
         if len(data) > full and len(data) % full < 2 * world_size:
             sampler.leave_out(len(data) % full)
-        overfits = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # of Lightning's making
+        overfits = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # Lightning sets it
         if overfits:
-            # Lightning puts a sampler of its own here, which goes through the images in their order
+            # Lightning puts its own sampler here, which takes the images in their order
             data = self.make_split("train", data.source, data.indices.numpy()[sampler.draw()])
         loader = TrainLoader(data, sampler=sampler, batch_size=self.batch_size, **self._loading())
         loader.trainer = self.trainer
         return loader
 
     def eval_dataloader(self, split: Split) -> DataLoader[Batch]:
-        """Every image of a split exactly once over all ranks, in order, for `eval_transform` alone.
+        """Every image of a split exactly once over all ranks, in order; `eval_transform` prepares the batches.
 
         Raises:
             UserError: There are fewer images than ranks.
@@ -443,7 +443,7 @@ class ImageDataModule(LightningDataModule, ABC):
         return self.eval_dataloader("test")
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """The test images, labels with them."""
+        """The test images, with their labels."""
         return self.eval_dataloader("test")
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -497,7 +497,7 @@ class ImageDataModule(LightningDataModule, ABC):
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else world()
 
     def _loading(self) -> dict[str, Any]:
-        """What all loaders share."""
+        """The arguments that all loaders share."""
         return {
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
@@ -507,7 +507,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
 
 def _as_it_is(batch: Any) -> Any:
-    """`ImageSplit.__getitems__` has made the batch already; a named function, for workers that are spawned."""
+    """Return the batch, which `ImageSplit.__getitems__` has made; spawned workers need a named function."""
     return batch
 
 

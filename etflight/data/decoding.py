@@ -1,4 +1,4 @@
-"""Image files to tensors: decoding, and the square that is cut out of a picture."""
+"""Turns image files into tensors: decodes them, and cuts a square out of a picture."""
 
 import re
 import warnings
@@ -14,16 +14,16 @@ from torch import Tensor
 
 from etflight.utils.errors import UserError
 
-MAX_PIXELS = 89_478_485  # Pillow's limit, from where on it suspects a bomb: 256 MiB as RGB
+MAX_PIXELS = 89_478_485  # above this limit Pillow suspects a bomb: 256 MiB as RGB
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-_BY_PILLOW = ("GIF", "BMP", "TIFF", "PPM")  # of these torchcodec knows GIF only, and paints its transparent pixels
+_BY_PILLOW = ("GIF", "BMP", "TIFF", "PPM")  # torchcodec knows only GIF of these, and paints its transparent pixels
 _FRAMES_OF_JPEG = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of the segment that has the size
 _OTHERS_OF_JPEG = {0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE}  # tables, what applications add, comments
-_PLACE_IN_SOURCE = re.compile(r"\w+, \S+\.(?:cpp|h):\d+, ")  # of the decoder, in its messages
+_PLACE_IN_SOURCE = re.compile(r"\w+, \S+\.(?:cpp|h):\d+, ")  # of the decoder, as its messages have it
 
 
 def decode_file(path: str, side: int, mode: Literal["RGB", "GRAY"] = "RGB") -> Tensor:
-    """Decode an image file (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM), of whatever mode, to RGB or grey, upright as its EXIF data says.
+    """Decode an image file (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM) of any mode to RGB or grey, turned upright by its EXIF data.
 
     Transparency is dropped; 16 bits are scaled to 8.
 
@@ -33,12 +33,12 @@ def decode_file(path: str, side: int, mode: Literal["RGB", "GRAY"] = "RGB") -> T
         mode: Colours to decode to.
 
     Returns:
-        uint8 `[3, H, W]`, or `[1, H, W]` for grey, of an animation or of several pages the first picture.
+        Uint8 `[3, H, W]`, or `[1, H, W]` for grey; the first picture of an animation or of a file with several pages.
 
     Raises:
-        UserError: The file is missing, is no image, has more than `MAX_PIXELS` or would have, resized; names its path.
+        UserError: The file is missing, is no image, or has more than `MAX_PIXELS`, before or after resizing; the message has its path.
     """
-    # takes a second, which sets in memory and `--help` need not wait for
+    # its import takes a second, which sets in memory and `--help` need not wait for
     from torchcodec.decoders import decode_image  # type: ignore[attr-defined]
 
     try:
@@ -62,7 +62,7 @@ def _checked_format(content: bytes) -> tuple[str | None, int, int]:
     """Format, width and height of an image file, without decoding it.
 
     Raises:
-        ValueError: It is no image, or has too many pixels.
+        ValueError: The file is no image, or has too many pixels.
     """
     name, width, height, frames = _jpeg_header(content) or _any_header(content)
     if width * height * frames > MAX_PIXELS:
@@ -72,9 +72,9 @@ def _checked_format(content: bytes) -> tuple[str | None, int, int]:
 
 
 def _jpeg_header(content: bytes) -> tuple[str, int, int, int] | None:
-    """As `_any_header`, of a JPEG file whose segments follow each other as the standard has it; None for any other file.
+    """As `_any_header`, for a JPEG file whose segments follow each other as in the standard; None for any other file.
 
-    Pillow would take 6 % of the time that reading a photograph takes.
+    Pillow would need 6 % of the time that reading a photograph takes.
     """
     at = 2 if content.startswith(b"\xff\xd8") else len(content)
     while at + 9 <= len(content) and content[at] == 0xFF:
@@ -101,7 +101,7 @@ def _any_header(content: bytes) -> tuple[str | None, int, int, int]:
 
 
 def _by_pillow(content: bytes, mode: Literal["RGB", "GRAY"]) -> Tensor:
-    """As `decode_image`, of the first picture."""
+    """As `decode_image`, for the first picture."""
     with Image.open(BytesIO(content), formats=_BY_PILLOW) as file:
         picture: Image.Image = file
         sixteen_bits = file.mode.startswith("I;16") or (file.mode, file.format) == ("I", "PPM")
@@ -114,21 +114,21 @@ def _by_pillow(content: bytes, mode: Literal["RGB", "GRAY"]) -> Tensor:
 
 
 def fit_to(image: Tensor, size: Sequence[int], covered: Sequence[int]) -> Tensor:
-    """Resize an image until it just covers a size, and crop another at its centre.
+    """Resize an image until it just covers one size, and crop another size at its centre.
 
     Args:
-        image: uint8 `[C, h, w]`.
-        size: H and W of what comes out.
-        covered: H and W to cover, at least those.
+        image: Uint8 `[C, h, w]`.
+        size: H and W of the result.
+        covered: H and W to cover, at least `size`.
 
     Returns:
-        uint8 `[C, H, W]`.
+        Uint8 `[C, H, W]`.
     """
-    # torchvision takes seconds, too
+    # the import of torchvision takes seconds, too
     from torchvision.transforms.v2.functional import center_crop, resize  # type: ignore[attr-defined]
 
     (height, width), (tall, wide) = image.shape[-2:], covered
-    # the side that needs the larger factor, and the other in proportion
+    # one side is scaled by the larger factor that is needed, and the other in proportion
     fitted = [tall, tall * width // height] if tall * width >= wide * height else [wide * height // width, wide]
     return center_crop(resize(image, fitted, antialias=True), list(size))
 
@@ -137,12 +137,12 @@ def random_square(image: Tensor, size: int, min_scale: float) -> Tensor:
     """Resize a random part of an image to a square (Inception's crop, Szegedy et al. 2015), drawn from torch's generator.
 
     Args:
-        image: uint8 `[3, H, W]`.
-        size: Of the square.
+        image: Uint8 `[3, H, W]`.
+        size: The side of the square.
         min_scale: Least part of the image's area, in (0, 1].
 
     Returns:
-        uint8 `[3, size, size]`.
+        Uint8 `[3, size, size]`.
     """
     from torchvision.transforms import RandomResizedCrop
     from torchvision.transforms.v2.functional import resized_crop  # type: ignore[attr-defined]

@@ -22,14 +22,14 @@ from etflight.data.transforms import step_randomness
 from etflight.utils.errors import UserError, warn
 from etflight.utils.preprocessing import Preprocessing
 
-_THREADS = 8  # which wait for a network file system together
+_THREADS = 8  # they wait for a network file system together
 
 
 class Paths:
     """N paths below a folder, packed into two tensors.
 
-    A list of strings would cost every loader process a copy of its own: reading a string changes its reference count,
-    and so the memory page that it lies on. Tensors are shared, also with processes that are not forked.
+    A list of strings would be copied into every loader process: reading a string writes its reference count, and so its
+    memory page. Tensors are shared, also with processes that are not forked.
 
     Args:
         root: The folder.
@@ -60,7 +60,7 @@ class Paths:
         return [os.fsdecode(text[start:end]) for start, end in pairwise(self._ends.tolist())]
 
     def marks(self) -> Iterator[memoryview]:
-        """All bytes of the paths, and where each begins and ends."""
+        """The bytes of all paths, and the places where each path begins and ends."""
         return (values.numpy().data for values in (self._text, self._ends[:-1], self._ends[1:]))
 
     def missing(self) -> list[int]:
@@ -72,9 +72,9 @@ class Paths:
 
 
 def files_below(folder: str, suffixes: Collection[str] | None = None) -> list[str]:
-    """Paths, relative to the folder, of the files below it with one of these endings, in any case, or all; hidden ones are passed over.
+    """The paths of the files below a folder, relative to it and sorted by folder and name, part by part.
 
-    Sorted by folder and name, part by part.
+    Only files with one of these suffixes, in upper or lower case, are listed, or all without `suffixes`; hidden files never are.
     """
     found = [
         os.path.relpath(os.path.join(parent, name), folder)
@@ -111,7 +111,7 @@ class FileSource(ImageSource):
     Args:
         paths: N files.
         labels: `[N]` tensor of integers.
-        square: How they are cut.
+        square: How the pictures are cut.
     """
 
     def __init__(self, paths: Paths, labels: Tensor, square: Square) -> None:
@@ -126,18 +126,18 @@ class FileSource(ImageSource):
         return 3, self.square.image_size, self.square.image_size
 
     def __getitem__(self, index: int) -> Tensor:
-        """Decode one file, for evaluation: uint8 `[3, size, size]`, the middle.
+        """Decode one file for evaluation: uint8 `[3, size, size]`, the middle of the picture.
 
         Raises:
-            UserError: The file is missing, is no image, or is too large; names its path.
+            UserError: The file is missing, is no image, or is too large; the message has its path.
         """
         return fit_to(self._decode(index), [self.square.image_size] * 2, [self.square.side] * 2)
 
     def drawn(self, index: int, seed: int, number: int) -> Tensor:
-        """Decode one file, for training: uint8 `[3, size, size]`, a part that (seed, number) choose.
+        """Decode one file for training: uint8 `[3, size, size]`, a part of the picture that depends on (seed, number).
 
         Raises:
-            UserError: As for evaluation.
+            UserError: The file is missing, is no image, or is too large; the message has its path.
         """
         if self.square.min_crop_scale == 1:
             return self[index]
@@ -154,7 +154,7 @@ class FileSource(ImageSource):
         return self.paths[index]
 
     def marks(self) -> Iterable[memoryview]:
-        """The paths below the folder, wherever it lies; no file is read."""
+        """The paths below the folder, independent of where it is; no file is read."""
         return self.paths.marks()
 
     def _decode(self, index: int) -> Tensor:
@@ -166,8 +166,8 @@ class FileSplit(ImageSplit):
 
     Args:
         source: The files.
-        indices: int64 `[N]` positions in the source.
-        skip_corrupt: Pass over what cannot be read, and count it.
+        indices: Int64 `[N]` positions in the source.
+        skip_corrupt: Skip files that cannot be read, and count them.
     """
 
     source: FileSource
@@ -179,13 +179,13 @@ class FileSplit(ImageSplit):
             self._unreadable.share_memory_()  # type: ignore[no-untyped-call]
 
     def __getitems__(self, positions: Sequence[int | Draw]) -> Batch:
-        """Images uint8 `[B, 3, size, size]` and labels int64 `[B]`, as training sees them where a `Draw` is given, else as evaluation does.
+        """Images uint8 `[B, 3, size, size]` and labels int64 `[B]`: `Draw`s are cut for training, integers for evaluation.
 
-        A draw that cannot be read is replaced by the next of the batch that can, so that a batch of training keeps its size; in
-        evaluation the batch is shorter, or empty.
+        A draw that cannot be read is replaced by the next of the batch that can, so that a training batch keeps its size; an
+        evaluation batch becomes shorter, or empty.
 
         Raises:
-            UserError: A file cannot be read and is not to be passed over, or none of a batch of training can.
+            UserError: A file cannot be read and is not to be skipped, or no file of a training batch can be read.
         """
         where = [position.position if isinstance(position, Draw) else position for position in positions]
         pictures = [self._read(position) for position in positions]
@@ -209,12 +209,12 @@ class FileSplit(ImageSplit):
         except UserError:
             if self._unreadable is None:
                 raise
-            # shared: what a loader process writes the main process reads
+            # in shared memory: the main process reads what a loader process writes
             self._unreadable[position.position if isinstance(position, Draw) else position] = True
             return None
 
     def end_pass(self) -> None:
-        """Warn of the images that were passed over since the last pass ended."""
+        """Warn of the images that were skipped since the last pass ended."""
         if self._unreadable is None or not self._unreadable.any():
             return
         positions = self._unreadable.nonzero().flatten().tolist()
@@ -225,7 +225,7 @@ class FileSplit(ImageSplit):
 
 
 def stack(pictures: Sequence[Tensor]) -> Tensor:
-    """`torch.stack`; in a loader process into the memory that the main process reads, without a second copy."""
+    """Stack pictures; a loader process does so in the memory that the main process reads, without a second copy."""
     return cast(Tensor, default_collate(list(pictures)))
 
 
@@ -233,7 +233,7 @@ LARGEST_SIDE = 2**14  # one such image is 805 MB
 
 
 class PhotoRecipe:
-    """What the field does with photographs, after ImageNet: random squares, mirrored; ImageNet's mean and standard deviation."""
+    """The field's recipe for photographs, after ImageNet: random squares, mirrored; ImageNet's mean and standard deviation."""
 
     standard_mean: ClassVar[tuple[float, ...]] = (0.485, 0.456, 0.406)
     standard_std: ClassVar[tuple[float, ...]] = (0.229, 0.224, 0.225)
@@ -246,11 +246,11 @@ class PhotoRecipe:
 class FileImages(ImageDataModule):
     """Image files, decoded to RGB squares by the loader processes (`num_workers`).
 
-    A file that cannot be read ends a run with its path. With `skip_corrupt`, a training image that cannot be read is replaced by the
-    next of its batch, and left out where training or validation images are evaluated; at the end of each pass over them, be it cut
-    short, one line tells how many there were, and the first three. Only where none of a training batch or of a whole evaluation can be
-    read the run ends. Test images are never skipped, also where they are watched in training: a
-    result is over all of them.
+    A file that cannot be read ends a run with an error that has its path. With `skip_corrupt`, a training image that cannot be read is
+    replaced by the next of its batch; where training or validation images are evaluated it is left out. At the end of each pass, even one
+    that is cut short, one line says how many there were and names the first three. Only if no image of a training batch, or of a whole
+    evaluation, can be read does the run end. Test images are never skipped, even when they are watched in training: a result covers all
+    of them.
 
     Args:
         root: Folder that holds the files.
@@ -259,7 +259,7 @@ class FileImages(ImageDataModule):
             evaluation; None: the set's standard recipe.
         crop_pct: In evaluation the shorter side is resized to `image_size / crop_pct` and the middle cropped (timm's name); None: the set's
             standard recipe.
-        skip_corrupt: Pass over training and validation images that cannot be read, and count them.
+        skip_corrupt: Skip training and validation images that cannot be read, and count them.
     """
 
     standard_image_size: ClassVar[int] = 224
@@ -295,23 +295,23 @@ class FileImages(ImageDataModule):
 
     @classmethod
     def options_for(cls, preprocessing: Preprocessing) -> dict[str, Any]:
-        """Also the size of the square, and the part of the picture that it shows."""
+        """As in the base class, plus the size of the square and the part of the picture that it keeps."""
         _, height, width = preprocessing.input_size
         square = {"image_size": width, "crop_pct": preprocessing.crop_pct} if height == width else {}
         return {**super().options_for(preprocessing), **square}
 
     def make_split(self, name: Split, source: ImageSource, indices: NDArray[np.int64]) -> ImageSplit:
-        """The chosen files; corrupt ones are passed over where `skip_corrupt` asks for it, but never in the test images."""
+        """The chosen files; corrupt ones are skipped if `skip_corrupt` is set, but never test images."""
         return FileSplit(cast(FileSource, source), indices, skip_corrupt=self.skip_corrupt and name != "test")
 
     def read(self, *files: str | Path) -> Tensor:
-        """Files from anywhere as a model takes them: decoded, resized, cropped and normalised like the test images.
+        """Read files from anywhere as a model takes them: decoded, resized, cropped and normalised like the test images.
 
         Returns:
-            float32 `[B, 3, image_size, image_size]`.
+            Float32 `[B, 3, image_size, image_size]`.
 
         Raises:
-            UserError: A file is missing or is no image; names its path.
+            UserError: A file is missing or is no image; the message has its path.
         """
         source = self.make_source(Paths("", map(str, files)), torch.zeros(len(files)))
         images, _ = self.eval_transform((source.images(torch.arange(len(files))), source.labels))
@@ -331,11 +331,11 @@ class ListedFileImages(FileImages):
     """Image files that a list names.
 
     Args:
-        check_files: Look whether all of them are there before training starts; false saves a second for half a million files on a local
+        check_files: Check that all files are there before training starts; false saves a second for half a million files on a local
             disk, and more on a slow one.
     """
 
-    published_counts: ClassVar[dict[Split, int]] = {}  # images of each split, where others would be another set
+    published_counts: ClassVar[dict[Split, int]] = {}  # images of each split; with other counts it is another set
     published_classes: ClassVar[int | None] = None
 
     check_files: bool = True
@@ -349,7 +349,7 @@ class ListedFileImages(FileImages):
         """Files, given by their paths below `root`, with their labels.
 
         Raises:
-            UserError: As `checked_source` has them.
+            UserError: There are other files than published, or some are missing.
         """
         paths, labels = zip(*named, strict=True) if named else ((), ())
         return self.checked_source(split, Paths(self.root, paths), torch.tensor(labels))
@@ -358,7 +358,7 @@ class ListedFileImages(FileImages):
         """Files with labels `[N]`, cut as the options say.
 
         Raises:
-            UserError: There are more or fewer than published, or some are missing; says how many, and the first three.
+            UserError: There are more or fewer files than published, or some are missing; the message has their number and the first three.
         """
         expected = self.published_counts.get(split, len(paths))
         if len(paths) != expected:

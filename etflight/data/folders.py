@@ -1,4 +1,4 @@
-"""Sets of image files that their folders describe: one folder per class, CUB-200, Tiny ImageNet."""
+"""Sets of image files whose folders tell the classes: one folder per class, CUB-200, Tiny ImageNet."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,14 +14,14 @@ from etflight.utils.errors import UserError
 from etflight.utils.terminal import readable
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
-LAYOUT = "expected are train/<class>/*.jpg, test/<class>/*.jpg and optionally val/<class>/*.jpg below --data.root"
+LAYOUT = "put train/<class>/*.jpg, test/<class>/*.jpg and optionally val/<class>/*.jpg below --data.root"
 
 
 @dataclass(eq=False)
 class FolderImages(FileImages):
     """Image files in `root/train/<class>/`, `root/test/<class>/` and, optionally, `root/val/<class>/`.
 
-    Files are JPEG, PNG, WebP, GIF, BMP, TIFF or PPM, the classes the folder names of `train`, sorted. Nothing is known of what the images
+    Files are JPEG, PNG, WebP, GIF, BMP, TIFF or PPM; classes are the folder names of `train`, sorted. Nothing is known of what the images
     show, so by default they are neither cropped at random nor mirrored.
 
     Args:
@@ -44,7 +44,7 @@ class FolderImages(FileImages):
         """List one split's files, in class order, sorted within a class.
 
         Raises:
-            UserError: The folder is missing or empty, a class has no image, or train does not have it.
+            UserError: The folder is missing or empty, or a class has no image or is not in `train`.
         """
         label_of = {folder.name: label for label, folder in enumerate(self._class_folders("train"))}
         paths: list[str] = []
@@ -75,7 +75,7 @@ class FolderImages(FileImages):
 class CUB200(PhotoRecipe, ListedFileImages):
     """CUB-200-2011 (Wah et al., 2011): photographs of 200 species of birds, 5,994 training images, 29 or 30 a class, and 5,794 test images.
 
-    As it is unpacked: `images/`, `images.txt`, `image_class_labels.txt` and `train_test_split.txt`. `imbalance_ratio` makes it long-tailed.
+    The folder holds `images/`, `images.txt`, `image_class_labels.txt` and `train_test_split.txt`. `imbalance_ratio` makes it long-tailed.
 
     Args:
         root: The folder `CUB_200_2011`.
@@ -86,7 +86,7 @@ class CUB200(PhotoRecipe, ListedFileImages):
 
     @cached_property
     def class_names(self) -> list[str]:
-        """`Black_footed_Albatross`, …: the folders of the images without their numbers."""
+        """`Black_footed_Albatross`, …: the names of the images' folders without their numbers."""
         folder_of = {label: path.partition("/")[0] for path, label, _ in self._images}
         return [folder_of.get(label, str(label)).rpartition(".")[2] for label in range(self.num_classes)]
 
@@ -105,7 +105,7 @@ class CUB200(PhotoRecipe, ListedFileImages):
 
     @cached_property
     def _images(self) -> list[tuple[str, int, bool]]:
-        """Path, label from 0 on, and whether it is a training image."""
+        """The path and the label, from 0, of each image, and whether it is a training image."""
         paths, labels, splits = map(self._column, ("images.txt", "image_class_labels.txt", "train_test_split.txt"))
         if not paths.keys() == labels.keys() == splits.keys():
             raise UserError(
@@ -121,7 +121,7 @@ class CUB200(PhotoRecipe, ListedFileImages):
         return [(path, int(labels[number]) - 1, splits[number] == "1") for number, path in paths.items()]
 
     def _column(self, name: str) -> dict[str, str]:
-        """What a file has for each image's number."""
+        """A file's value for each image number."""
         pairs = [line.partition(" ") for line in lines_of(Path(self.root, name), UNPACK)]
         return {number: value for number, _, value in pairs}
 
@@ -130,8 +130,8 @@ class CUB200(PhotoRecipe, ListedFileImages):
 class TinyImageNet(PhotoRecipe, ListedFileImages):
     """Tiny ImageNet (Stanford CS231n, 2015): 64×64, 200 of ImageNet's classes, 500 training and 50 validation images each.
 
-    As it is unpacked: `wnids.txt`, `words.txt`, `train/<class>/images/*.JPEG`, and `val/images/*.JPEG` with `val/val_annotations.txt`. The
-    labels of its test images are secret; as the literature does, the validation images are the test set, watched in training. Classes come
+    The folder holds `wnids.txt`, `words.txt`, `train/<class>/images/*.JPEG`, and `val/images/*.JPEG` with `val/val_annotations.txt`.
+    The labels of its test images are secret; as in the literature, the validation images are the test set, watched in training. Classes are
     in the order of their WordNet numbers; `imbalance_ratio` makes Tiny-ImageNet-LT of it. In training, images are padded and cropped.
 
     Args:
@@ -157,7 +157,7 @@ class TinyImageNet(PhotoRecipe, ListedFileImages):
         """List one split's files.
 
         Raises:
-            UserError: Lists are missing or malformed, there are other counts than published, or images are missing.
+            UserError: Lists are missing or malformed, the counts are not the published ones, or images are missing.
         """
         label_of = {number: label for label, number in enumerate(self._numbers)}
         if split == "train":

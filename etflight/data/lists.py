@@ -19,7 +19,7 @@ from etflight.data.sources import number_of_classes
 from etflight.utils.errors import UserError
 from etflight.utils.terminal import readable
 
-UNPACK = "unpack the set there, or correct --data.root"  # where a file that it comes with is missing
+UNPACK = "unpack the set there, or correct --data.root"  # for errors over files that come with a set
 _MOST_DIGITS = 9  # of a label
 
 
@@ -27,7 +27,7 @@ _MOST_DIGITS = 9  # of a label
 class ListImages(ListedFileImages):
     """Image files that `train.txt`, `test.txt` and, optionally, `val.txt` name: lines of a path below `root`, a blank and a label.
 
-    Labels count from 0 without gaps. Where each class lies in a folder of its own, its name is the class name.
+    Labels count from 0 without gaps. If each class lies in a folder of its own, the folder's name is the class name.
 
     Args:
         root: Folder that the paths are relative to.
@@ -47,7 +47,7 @@ class ListImages(ListedFileImages):
         """K, fixed by the set, or else the largest training label plus one.
 
         Raises:
-            UserError: The training list cannot be read, or its labels do not count from 0 on.
+            UserError: The training list cannot be read, or its labels do not count from 0.
         """
         if self.published_classes is not None:
             return self.published_classes
@@ -60,7 +60,7 @@ class ListImages(ListedFileImages):
 
     @cached_property
     def class_names(self) -> list[str]:
-        """Names of the classes' folders, or what the file `names` has for them; else the labels as text."""
+        """The names of the classes' folders, or the file's `names` for them; else the labels as text."""
         folders = self._folders
         known = (
             [self.class_name(folder) for folder in folders] if folders else [str(k) for k in range(self.num_classes)]
@@ -71,19 +71,19 @@ class ListImages(ListedFileImages):
         return [readable(name) for name in known] if self.names is None else read_names(Path(self.names), known)
 
     def class_name(self, folder: str) -> str:
-        """What a class is called whose images lie in a folder."""
+        """The name of the class whose images lie in this folder."""
         return folder.rpartition("/")[2]
 
     @cached_property
     def content(self) -> str:
-        """Twelve hexadecimal digits of the paths and labels in the training list, wherever its images lie."""
+        """Twelve hexadecimal digits over the paths and labels in the training list, independent of where its images lie."""
         return self.make_source(*self._training_list).content
 
     def load(self, split: Split) -> FileSource:
         """Read one split's list.
 
         Raises:
-            UserError: It cannot be read, has another number of lines than the published one, or images are missing.
+            UserError: The list cannot be read, has another number of lines than the published one, or images are missing.
         """
         paths, labels = self._read(split)
         return self.checked_source(split, self._where_they_are(paths, labels), labels)
@@ -96,7 +96,7 @@ class ListImages(ListedFileImages):
         return Path(self.lists, self.list_files[split])
 
     def _where_they_are(self, paths: Paths, labels: Tensor) -> Paths:
-        """The paths, with each class's folder put in or taken out where the first image lies there and not where the list says."""
+        """The paths; if the first image is not there, with each class's folder added or removed, whichever leads to it."""
         if os.path.exists(paths[0]) or int(labels.max()) >= len(self._folders):
             return paths
         names = [self.class_name(folder) for folder in self._folders]
@@ -124,11 +124,11 @@ class ListImages(ListedFileImages):
 
     @cached_property
     def _folders(self) -> list[str]:
-        """The folder of each class, none if they do not lie in K folders: judged by the first and last image of each.
+        """The folder of each class, judged by its first and last image; empty if the classes do not lie in K folders.
 
-        Each ends with the part of the path that tells the classes apart: `train/n01/images/x.jpg` is of `train/n01`.
+        A folder ends with the part of the path that tells the classes apart: `train/n01` for `train/n01/images/x.jpg`.
         """
-        lists = [split for split in self.list_files if self._list(split).is_file()]  # to test, its list is enough
+        lists = [split for split in self.list_files if self._list(split).is_file()]  # a test needs only its own list
         paths, labels = self._read(lists[0] if lists else "train")
         sizes = np.bincount(labels.numpy(), minlength=self.num_classes)
         if not sizes.all():
@@ -182,7 +182,7 @@ class PlacesLT(PhotoRecipe, ListImages):
     named_after: ClassVar[str | None] = None
 
     def class_name(self, folder: str) -> str:
-        """`apartment_building-outdoor`, also of `a/apartment_building/outdoor`."""
+        """The name in both styles: `apartment_building-outdoor`, also for `a/apartment_building/outdoor`."""
         unpacked = re.search(r"(?:^|/)([a-z])/(\1.*)", folder)
         return unpacked[2].replace("/", "-") if unpacked else super().class_name(folder)
 
@@ -192,7 +192,7 @@ class INaturalist2018(PhotoRecipe, ListImages):
     """iNaturalist 2018 (Van Horn et al., CVPR 2018): 8,142 species of 1,000 to 2 training images, 437,513 in all; 24,426 validation images.
 
     The lists are `iNaturalist18_train.txt` and `iNaturalist18_val.txt`. The labels of the competition's test images are secret;
-    as the literature does, the validation images are the test set, watched in training. Without `names`, classes are called by numbers.
+    as in the literature, the validation images are the test set, watched in training. Without `names`, classes are called by numbers.
 
     Args:
         root: Folder with `train_val2018`.
@@ -209,7 +209,7 @@ class INaturalist2018(PhotoRecipe, ListImages):
 
 
 def _shared(folders: Sequence[list[str]]) -> int:
-    """How many parts, from the first on, paths have in common."""
+    """The number of leading parts that paths have in common."""
     return sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False)))
 
 
@@ -217,8 +217,8 @@ def read_names(file: Path, folders: list[str]) -> list[str]:
     """Read K class names, one per line.
 
     Args:
-        file: Each line has the name of a class's folder, a blank and a name, in any order; or only a name, in the order of the labels.
-        folders: `[K]`, what the classes are called by their folders.
+        file: The file. Lines have a class's folder, a blank and a name, in any order; or only a name, in the order of the labels.
+        folders: `[K]`, the names of the classes' folders.
 
     Raises:
         UserError: The file cannot be read, or has another number of lines.
@@ -234,11 +234,11 @@ def lines_of(file: Path, mend: str) -> list[str]:
     """The lines of a text file, without empty ones.
 
     Args:
-        file: In UTF-8.
-        mend: What to do where it cannot be read.
+        file: The file, in UTF-8.
+        mend: What to do if it cannot be read, for the error.
 
     Raises:
-        UserError: It cannot be read.
+        UserError: The file cannot be read.
     """
     try:
         return [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
@@ -248,11 +248,11 @@ def lines_of(file: Path, mend: str) -> list[str]:
 
 
 def read_list(file: Path, root: str) -> tuple[Paths, Tensor]:
-    """Read lines of a path, blanks and a label; empty lines are passed over.
+    """Read lines of a path, blanks and a label; empty lines are skipped.
 
     Args:
         file: The list, in UTF-8.
-        root: Folder that the paths are relative to, and stay below.
+        root: Folder that the paths are relative to and may not leave.
 
     Returns:
         N paths and their labels, int64 `[N]`.

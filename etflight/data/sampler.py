@@ -1,4 +1,4 @@
-"""How many images each class keeps, which an epoch draws of them, and how ranks share them."""
+"""How many images each class keeps, which of them an epoch draws, and how ranks share them."""
 
 import difflib
 import hashlib
@@ -16,7 +16,7 @@ from etflight.utils.errors import UserError
 
 Profile = Literal["exp", "step", "none"]
 Indices = NDArray[np.int64]
-_MOST = 2**53  # beyond it float64, which profiles are computed in, skips integers
+_MOST = 2**53  # beyond it, float64 skips integers; profiles are computed in float64
 
 
 def class_counts(
@@ -86,7 +86,7 @@ def training_counts(
         `[K]` int64, each between 1 and `available`.
 
     Raises:
-        UserError: A class has fewer images than asked of it, or would be left with none.
+        UserError: A class has fewer images than are asked for, or would be left with none.
     """
     has = np.asarray(available, dtype=np.int64)
     names = list(class_names) if class_names is not None else [str(k) for k in range(len(has))]
@@ -140,7 +140,7 @@ def training_counts(
 def long_tailed_subset(labels: ArrayLike, counts: ArrayLike, seed: int = 0) -> Indices:
     """Choose `counts[k]` images of each class k by the field's rule.
 
-    `numpy.random.RandomState(seed)`; in class order, shuffle the class's indices and keep the first n_k.
+    With `numpy.random.RandomState(seed)`, in class order, shuffle the class's indices and keep the first n_k.
 
     Args:
         labels: `[N]`, integers in 0 … K-1.
@@ -163,7 +163,7 @@ def long_tailed_subset(labels: ArrayLike, counts: ArrayLike, seed: int = 0) -> I
 
 
 def fingerprint(indices: ArrayLike) -> str:
-    """Twelve hexadecimal digits (SHA-256 of the little-endian int64 bytes) that tell one choice of images from another."""
+    """Twelve hexadecimal digits (SHA-256 of the little-endian int64 bytes) that identify a choice of images."""
     return hashlib.sha256(np.asarray(indices).astype("<i8").tobytes()).hexdigest()[:12]
 
 
@@ -200,7 +200,7 @@ class ImbalancedSampler(_Sharded):
 
     `"instance"` is a permutation of the images. Every other policy draws classes independently from p, then walks a
     shuffled list of each class's images, reshuffled when it is exhausted: no image of a class comes a second time
-    before all others of that class did. With n_j the images of class j:
+    before all others of that class have come. With n_j the images of class j:
 
     - `"sqrt"`, `"balanced"`, or an exponent q: `p_j ∝ n_j^q`, q = ½ and 0 for the names.
     - `"progressive"`: `(1-t)·(q = 1) + t·(q = 0)` with `t = epoch/(num_epochs-1)` (Kang et al., ICLR 2020).
@@ -219,7 +219,7 @@ class ImbalancedSampler(_Sharded):
         rank: r, which yields `draw[r::W]`; None takes torch.distributed's, or 0.
 
     Raises:
-        UserError: An unknown policy, no labels, or an argument out of range.
+        UserError: The policy is unknown, there are no labels, or an argument is out of range.
 
     Example:
         >>> sampler = ImbalancedSampler([0, 0, 0, 1], "balanced", num_samples=1000)
@@ -265,7 +265,7 @@ class ImbalancedSampler(_Sharded):
         """Draw by another policy from the next epoch on.
 
         Raises:
-            UserError: An unknown policy, or `"progressive"` without a number of epochs.
+            UserError: The policy is unknown, or is `"progressive"` without a number of epochs.
         """
         resolved = resolve_policy(policy)
         if resolved == "progressive" and (self.num_epochs is None or self.num_epochs < 1):
@@ -275,7 +275,7 @@ class ImbalancedSampler(_Sharded):
         self.policy = resolved
 
     def leave_out(self, last: int) -> None:
-        """Yield none of the `last` images of an epoch's draw, on whichever rank they are; the draw stays the same."""
+        """Leave out the `last` images of an epoch's draw, whichever ranks they belong to; the draw stays the same."""
         self.num_samples = len(range(self.rank, self.total_size - last, self.num_replicas))
 
     def probabilities(self) -> NDArray[np.float64]:
@@ -318,12 +318,12 @@ class ImbalancedSampler(_Sharded):
 
 
 class Draw(NamedTuple):
-    """An image that was drawn, with what its random crop follows from.
+    """A drawn image, with the numbers that determine its random crop.
 
     Attributes:
-        position: In the sampler's `labels`.
-        seed: Of the sampler.
-        number: Of this draw among all since training began, over all ranks.
+        position: Its position in the sampler's `labels`.
+        seed: The sampler's seed.
+        number: Its number among all draws since training began, over all ranks.
     """
 
     position: int
@@ -334,8 +334,8 @@ class Draw(NamedTuple):
 class NumberedSampler(ImbalancedSampler):
     """An `ImbalancedSampler` that numbers its draws.
 
-    What a loader process makes of an image may then follow from its number: the same in every epoch's place, on any number of
-    ranks and processes, after a resumption too, and another one each time that an image is drawn.
+    What a loader process does to an image can then depend on its number, which is the same on any number of ranks and processes and
+    after a resumption, and different each time an image is drawn.
     """
 
     def __iter__(self) -> Iterator[Draw]:  # type: ignore[override]
@@ -371,7 +371,7 @@ def resolve_policy(policy: str | float) -> str | float:
     """Check a policy: a known name stays, a number or numeric string becomes the exponent q.
 
     Raises:
-        UserError: Neither a policy nor a finite number; names near matches.
+        UserError: It is neither a policy nor a finite number; the message names near matches.
     """
     if policy in POLICIES:
         return policy

@@ -39,7 +39,7 @@ class Digits(ImageDataModule):
     """
 
     num_channels: ClassVar[int] = 1
-    # Of all 1,797 images.
+    # over all 1,797 images
     standard_mean: ClassVar[tuple[float, ...]] = (0.3053,)
     standard_std: ClassVar[tuple[float, ...]] = (0.3760,)
 
@@ -59,7 +59,7 @@ class Digits(ImageDataModule):
         return ArraySource(torch.from_numpy(pixels).unsqueeze(1), torch.from_numpy(digits.target[chosen]))
 
 
-PATIENCE = 60.0
+PATIENCE = 60.0  # seconds that a server may be silent
 
 
 @dataclass(eq=False)
@@ -74,9 +74,9 @@ class TorchvisionImages(ImageDataModule):
     root: str = "data"
     download: bool = False
 
-    published_name: ClassVar[str]  # in torchvision.datasets
-    files: ClassVar[tuple[str, ...]]  # below `root`, which can be read without torchvision
-    downloads: ClassVar[tuple[dict[str, str], ...]] = ({},)  # options of torchvision's class, which downloads with each
+    published_name: ClassVar[str]  # of its class in torchvision.datasets
+    files: ClassVar[tuple[str, ...]]  # files below `root` that can be read without torchvision
+    downloads: ClassVar[tuple[dict[str, str], ...]] = ({},)  # options of torchvision's class, one download each
     names: ClassVar[tuple[str, ...]]
 
     def __str__(self) -> str:
@@ -90,7 +90,7 @@ class TorchvisionImages(ImageDataModule):
     @property
     def published(self) -> Any:
         """The set's class in torchvision."""
-        from torchvision import datasets  # seconds, which `--help` need not wait for
+        from torchvision import datasets  # takes seconds to import, which `--help` need not wait for
 
         return getattr(datasets, self.published_name)
 
@@ -108,18 +108,18 @@ class TorchvisionImages(ImageDataModule):
         if not self.download or self.is_there:
             return
         try:
-            with members_stay_inside(), silence_ends():
+            with members_stay_inside(), silence_fails():
                 self.fetch()
         except UserError:
             raise
-        except Exception as error:  # of the network, of archives, and torchvision's own
+        except Exception as error:  # errors of the network, of archives, and of torchvision
             reason = shorten(str(error) or type(error).__name__, 300, placeholder=" …")
             raise UserError(
                 f"{self}: the download failed ({reason}): try again, or put the files there yourself"
             ) from error
 
     def fetch(self) -> None:
-        """Download into a folder of its own, and let only what is whole into `root`: torchvision takes half a file for the file."""
+        """Download into a separate folder and move only complete files into `root`: torchvision takes a partial file for the whole."""
         Path(self.root).mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=self.root, prefix=".download-") as partial:
             for options in self.downloads:
@@ -142,8 +142,8 @@ class TorchvisionImages(ImageDataModule):
 
 
 @contextmanager
-def silence_ends() -> Iterator[None]:
-    """Let a server that says nothing for `PATIENCE` seconds fail; by default Python waits for ever."""
+def silence_fails() -> Iterator[None]:
+    """Within the block, a server that is silent for `PATIENCE` seconds counts as failed; by default Python waits for ever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE)
     try:
@@ -154,7 +154,7 @@ def silence_ends() -> Iterator[None]:
 
 @contextmanager
 def members_stay_inside() -> Iterator[None]:
-    """Unpack tar archives without members that leave their folder, links out of it, devices and set-uid bits.
+    """Within the block, unpack tar archives without members that leave their folder, links out of it, devices and set-uid bits.
 
     Python itself does so from 3.14 on. (torchvision verifies an archive's checksum first; its zip files cannot leave their folder.)
 
@@ -172,7 +172,7 @@ def members_stay_inside() -> Iterator[None]:
 
 
 def move_into(source: Path, target: Path) -> None:
-    """Move what is missing from a file or folder, in one step where nothing has its name; files that are there stay."""
+    """Move a file or folder in one step, or from a folder that exists already only what is missing; existing files stay."""
     if not target.exists():
         os.replace(source, target)
     elif source.is_dir() and target.is_dir():
@@ -264,7 +264,7 @@ def read_idx(file: Path, ndim: int) -> NDArray[np.uint8]:
 class CIFAR10(TorchvisionImages):
     """CIFAR-10: 32×32, RGB, 10 classes, 50,000 training and 10,000 test images (Krizhevsky, 2009).
 
-    Read from the official binary version where `root` has it, else from the python version, whose checksums
+    It is read from the official binary version if `root` has it, else from the python version, whose checksums
     torchvision verifies before it unpickles anything.
 
     Args:
@@ -350,8 +350,8 @@ class SVHN(TorchvisionImages):
     """Street View House Numbers, cropped digits: 32×32, RGB, 10 classes (Netzer et al., 2011).
 
     73,257 training images, the rarest digit (9) with 4,659, the most frequent (1) with 13,861; 26,032 test images. Class counts
-    fall in the order 0 … 9, so that n_max can be no more than the 4,948 zeros, which is what it is without `max_count`.
-    Neither cropped at random nor mirrored: a mirrored digit is none.
+    fall in the order 0 … 9, so n_max is at most the number of zeros, 4,948, which is also its default. Images are neither cropped at
+    random nor mirrored: a mirrored digit is no digit.
 
     Args:
         root: Folder that holds the set's files.
@@ -368,7 +368,7 @@ class SVHN(TorchvisionImages):
         """Read one split's MATLAB file.
 
         Raises:
-            UserError: It is missing, damaged, or holds something else.
+            UserError: The file is missing, is damaged, or holds something else.
         """
         file = self.path(f"{split}_32x32.mat")
         arrays = read_matlab(file)
@@ -385,10 +385,10 @@ class SVHN(TorchvisionImages):
 def read_matlab(file: Path) -> dict[str, Any]:
     """Read a MATLAB 5 file.
 
-    SciPy unpacks whatever is in it, a thousand times as much as there is; so that is done before, with a limit.
+    SciPy would unpack anything, even to a thousand times the file's size; so it is unpacked here first, with a limit.
 
     Raises:
-        UserError: The file is damaged, or made to fill the memory.
+        UserError: The file is damaged, or would fill the memory.
     """
     from scipy.io import loadmat  # not needed by other sets
 
@@ -456,7 +456,7 @@ class GTSRB(TorchvisionImages, ListedFileImages):
     """German Traffic Sign Recognition Benchmark (Stallkamp et al., 2012): 43 classes, imbalanced by nature.
 
     26,640 training and 12,630 test images of 15 to 250 pixels, resized to squares by the loader processes. A sign comes in many frames of
-    one drive, so that held out frames (`val_fraction`) resemble those trained on. Not mirrored: a mirrored sign is another sign.
+    one drive, so held-out frames (`val_fraction`) resemble those trained on. Images are not mirrored: a mirrored sign is another sign.
 
     Args:
         root: Folder that holds the set's folder `gtsrb`, as torchvision leaves it.
@@ -485,7 +485,7 @@ class GTSRB(TorchvisionImages, ListedFileImages):
         """List one split's files.
 
         Raises:
-            UserError: They, or the table of test labels, are missing, or the table is malformed.
+            UserError: Images or the table of test labels are missing, or the table is malformed.
         """
         named = self._training_files() if split == "train" else self._test_files()
         if not named:

@@ -1,4 +1,4 @@
-"""Where a split's images come from, and the data set that loaders read."""
+"""The sources of a split's images, and the data set that loaders read."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from etflight.utils.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
-UNREADABLE = -2  # the label of an image that could not be read, and that is black in its batch
+UNREADABLE = -2  # the label of an image that could not be read, whose pixels are black
 
 
 def number_of_classes(labels: NDArray[np.int64], where: str) -> int:
@@ -21,10 +21,10 @@ def number_of_classes(labels: NDArray[np.int64], where: str) -> int:
 
     Args:
         labels: `[N]`.
-        where: What the error names.
+        where: The place of the labels, for the error.
 
     Raises:
-        UserError: There are fewer images than classes, or none with a label from 0 on.
+        UserError: There are fewer images than classes, or no label is 0 or more.
     """
     largest = int(labels.max(initial=-1))
     if not 0 <= largest < len(labels):
@@ -38,8 +38,8 @@ class ImageSource(ABC):
     """All images of one split, before any subset is chosen.
 
     Attributes:
-        labels: int64 `[N]`.
-        crop_pct: Part of the resized shorter side that was kept of pictures, in (0, 1]; timm's name.
+        labels: Int64 `[N]`.
+        crop_pct: The part of the resized shorter side that was kept, in (0, 1]; timm's name.
     """
 
     labels: Tensor
@@ -47,7 +47,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def images(self, indices: Tensor) -> Tensor:
-        """uint8 `[B, C, H, W]`, contiguous, at `indices` (int64 `[B]`)."""
+        """The images at `indices` (int64 `[B]`): uint8 `[B, C, H, W]`, contiguous."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -56,19 +56,19 @@ class ImageSource(ABC):
         return channels, height, width
 
     def name(self, index: int) -> str:
-        """The name of image `index`, for people."""
+        """The name of image `index` for people."""
         return str(index)
 
     @property
     def content(self) -> str:
-        """Twelve hexadecimal digits (SHA-256) over all labels and what `marks` gives, which tell these images from others."""
+        """Twelve hexadecimal digits (SHA-256) over all labels and `marks`, which identify these images."""
         digest = hashlib.sha256(self.labels.numpy().astype("<i8").data)
         for mark in self.marks():
             digest.update(mark)
         return digest.hexdigest()[:12]
 
     def marks(self) -> Iterable[bytes | memoryview]:
-        """What tells these images from others, beside the labels; here their names."""
+        """What identifies these images besides their labels; here, their names."""
         return (self.name(i).encode(errors="surrogateescape") + b"\0" for i in range(len(self.labels)))
 
 
@@ -76,7 +76,7 @@ class ArraySource(ImageSource):
     """Images in memory.
 
     Args:
-        images: uint8 `[N, C, H, W]` tensor.
+        images: Uint8 `[N, C, H, W]` tensor.
         labels: `[N]` tensor of integers.
     """
 
@@ -89,7 +89,7 @@ class ArraySource(ImageSource):
         return self.pixels.index_select(0, indices)
 
     def marks(self) -> Iterable[bytes | memoryview]:
-        """Their shape and every pixel: a tenth of a second for the 150 MB of CIFAR-10."""
+        """The images' shape and all pixels, which takes a tenth of a second for the 150 MB of CIFAR-10."""
         return str(list(self.pixels.shape)).encode(), self.pixels.numpy().data
 
 
@@ -98,7 +98,7 @@ class ImageSplit(Dataset[Batch]):
 
     Args:
         source: The images.
-        indices: int64 `[N]` positions in the source.
+        indices: Int64 `[N]` positions in the source.
     """
 
     def __init__(self, source: ImageSource, indices: NDArray[np.int64]) -> None:
@@ -120,8 +120,8 @@ class ImageSplit(Dataset[Batch]):
         return images[0], labels[0]
 
     def name(self, position: int) -> str:
-        """The name of the image at `position`, for people."""
+        """The name of the image at `position` for people."""
         return self.source.name(int(self.indices[position]))
 
     def end_pass(self) -> None:
-        """Loaders call this once they have all batches of a pass."""
+        """Loaders call this after the last batch of a pass."""

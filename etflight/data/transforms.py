@@ -16,7 +16,7 @@ from etflight.utils.errors import UserError
 
 @contextmanager
 def step_randomness(*key: int) -> Iterator[None]:
-    """Inside, the CPU generator is a function of the key, such as (seed, step, rank); outside, it goes on as if nothing had happened."""
+    """Within the block, the CPU generator depends only on the key, such as (seed, step, rank); afterwards it is as it was before."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: that seeds the CUDA generators too, and dropout draws from them.
@@ -52,7 +52,7 @@ def crop_and_flip(images: Tensor, crops: NDArray[np.int64], padding: int) -> Ten
 def jitter_colors(images: Tensor, factors: NDArray[np.float32]) -> Tensor:
     """Change brightness, then contrast, then saturation, as `torchvision.transforms.ColorJitter` defines them.
 
-    What leaves the range is clipped once, at the end, where torchvision clips after each.
+    Values outside the range are clipped once, at the end; torchvision clips after each change.
 
     Args:
         images: `[B, C, H, W]`, uint8, C = 3 (RGB); with any other C grey is the mean of the channels, and saturation does nothing.
@@ -80,7 +80,7 @@ def _grey(pixels: Tensor) -> Tensor:
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """`(images/255 - mean)/std`, `[B, C, H, W]` to float32; `mean` and `std` hold 1 or C numbers; float32 in place."""
+    """`(images/255 - mean)/std` as float32 `[B, C, H, W]`; `mean` and `std` hold 1 or C numbers; float32 images change in place."""
     scale, shift = _affine(mean, std, images.device)
     return images.to(torch.float32).mul_(scale).add_(shift)
 
@@ -96,7 +96,7 @@ def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.devic
 class TrainTransform:
     """Random crop, flip, colours, normalisation, then mixup or CutMix of a training batch.
 
-    Crop, flip and colours differ from image to image, λ is one per batch. With both `mixup` and `cutmix`, each batch gets one
+    Crop, flip and colours differ from image to image; a batch has one λ. With both `mixup` and `cutmix`, each batch gets one
     of them at even odds. Either turns labels `[B]` into probabilities `[B, K]`.
 
     Args:
@@ -108,7 +108,7 @@ class TrainTransform:
         color_jitter: Brightness, contrast and saturation change by factors within 1 ± this; 0: off.
         mixup: α of λ ~ Beta(α, α), Zhang et al., ICLR 2018; 0: off.
         cutmix: α of CutMix, Yun et al., ICCV 2019; 0: off.
-        seed: At least 0.
+        seed: The seed, at least 0.
     """
 
     num_classes: int
@@ -150,7 +150,7 @@ class TrainTransform:
     def _mix(self) -> Any:
         if not (self.mixup or self.cutmix):
             return None
-        # torchvision takes seconds, which `--help` need not wait for
+        # the import of torchvision takes seconds, which `--help` need not wait for
         from torchvision.transforms.v2 import CutMix, MixUp, RandomChoice  # type: ignore[attr-defined]
 
         kinds = [(MixUp, self.mixup), (CutMix, self.cutmix)]

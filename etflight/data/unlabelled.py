@@ -17,23 +17,23 @@ from etflight.data.files import Square, files_below, stack
 from etflight.data.sources import UNREADABLE, Batch, ImageSource, ImageSplit
 from etflight.utils.errors import UserError
 
-_LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey, ITU-R BT.601, as image decoders weigh them
+_LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in grey: ITU-R BT.601, as in image decoders
 _MEMBERS = ("images", "test_images")
 
 
 @dataclass(eq=False, kw_only=True)
 class UnlabelledImages(ImageDataModule):
-    """Images without labels, for `etflight predict --images`; what a model wants of them is in its checkpoint.
+    """Images without labels, for `etflight predict --images`; the checkpoint knows how the model wants them.
 
-    Grey images, images with a transparency, palettes, 16 bits or CMYK become grey or RGB as the model needs it (transparency is
-    dropped). What cannot be read is no error: its label is `UNREADABLE`, the others' -1.
+    Images that are grey or have transparency, palettes, 16 bits or CMYK become grey or RGB as the model needs it (transparency is
+    dropped). A file that cannot be read is no error: its label is `UNREADABLE`; the others have -1.
 
     Args:
         paths: Image files (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM), folders of them, and `.npz` files with images `[N, H, W]` or
             `[N, H, W, C]`, uint8 or uint16, as `images`, as `test_images` or alone.
         input_size: C, H and W of the model.
         crop_pct: Part of the resized image that is kept.
-        names: Of the classes.
+        names: The class names.
     """
 
     paths: list[str]
@@ -55,7 +55,7 @@ class UnlabelledImages(ImageDataModule):
         return self.names
 
     def load(self, split: Split) -> "AnyImages":
-        """Find all images.
+        """List all images.
 
         Raises:
             UserError: A path does not exist, an array does not hold images, or training images are asked for.
@@ -80,11 +80,11 @@ class AnyImages(ImageSource):
 
     Args:
         paths: Image files, folders of them, and `.npz` files.
-        input_size: C, H and W of what comes out.
+        input_size: C, H and W of the result.
         crop_pct: Part of the resized image that is kept.
 
     Raises:
-        UserError: A path does not exist, or an array holds no images, or such as the model cannot take.
+        UserError: A path does not exist, or an array holds no images that the model can take.
     """
 
     def __init__(self, paths: Sequence[str], input_size: tuple[int, int, int], crop_pct: float) -> None:
@@ -110,10 +110,10 @@ class AnyImages(ImageSource):
         return self._size
 
     def __getitem__(self, index: int) -> Tensor:
-        """uint8 `[C, H, W]`.
+        """Read one image: uint8 `[C, H, W]`.
 
         Raises:
-            UserError: It cannot be read, or has other channels than a model of this kind can take.
+            UserError: The image cannot be read, or has channels that the model cannot take.
         """
         channels, *size = self._size
         path, position = self._pictures[index]
@@ -135,7 +135,7 @@ class AnyImages(ImageSource):
         return stack([self[i] for i in indices.tolist()])
 
     def readable(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """As `images`, black where one cannot be read, and labels `[B]`, -1 or `UNREADABLE`."""
+        """As `images`, but black where one cannot be read, and labels `[B]`, -1 or `UNREADABLE`."""
         pictures, labels = [], []
         for i in indices.tolist():
             try:
@@ -147,7 +147,7 @@ class AnyImages(ImageSource):
         return stack(pictures), torch.tensor(labels)
 
     def name(self, index: int) -> str:
-        """The file's path, of an array with the position in it."""
+        """The file's path; for an image in an array, also its position."""
         path, position = self._pictures[index]
         return path if position is None else f"{path}[{position}]"
 
@@ -176,7 +176,7 @@ def _read_array(path: str, channels: int) -> NDArray[Any]:
 
 
 def _with_channels(image: Tensor, channels: int, what: str) -> Tensor:
-    """`[c, H, W]`, grey or RGB, perhaps with a transparency, to `[channels, H, W]`."""
+    """Convert `[c, H, W]`, grey or RGB, perhaps with transparency, to `[channels, H, W]`."""
     own = len(image)
     if own == channels:
         return image

@@ -1,13 +1,13 @@
-"""The model card: what a stranger needs to know of an exported model, in Markdown."""
+"""The model card: everything that a stranger needs to know of an exported model, in Markdown."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from etflight.classifier import Classifier
-from etflight.reporting.reading import read_table
+from etflight.reporting.reading import noting, read_table
 from etflight.reporting.results import Result, read_results
 from etflight.utils.errors import UserError
 from etflight.utils.preprocessing import Preprocessing
@@ -15,13 +15,13 @@ from etflight.utils.terminal import plain
 from etflight.utils.yaml import read_yaml
 
 _MOST_CLASSES = 20  # in the table
-_ON_THE_HUB = {  # what the Hub calls the sets that it has
+_ON_THE_HUB = {  # the Hub's names of the sets that it has
     "CIFAR10": "uoft-cs/cifar10",
     "CIFAR100": "uoft-cs/cifar100",
     "FashionMNIST": "zalando-datasets/fashion_mnist",
     "SVHN": "ufldl-stanford/svhn",
 }
-_METRICS = {"test/acc": "accuracy", "test/acc_macro": "balanced accuracy"}  # what the Hub lists and compares
+_METRICS = {"test/acc": "accuracy", "test/acc_macro": "balanced accuracy"}  # the Hub lists and compares these
 _OF_RESULTS = (
     "On the test images, from 0 to 1. `acc_macro`, `acc_harmonic` and `acc_worst` are mean, harmonic mean and minimum of the accuracies of "
     "classes; `many`, `medium` and `few` are classes of more than 100, 20 to 100 and fewer than 20 training images, `head`, `middle` and "
@@ -84,22 +84,27 @@ def model_card(
     run: Path | None,
     licence: str | None = None,
 ) -> tuple[str, list[str]]:
-    """Markdown with the metadata that the Hugging Face Hub reads.
+    """Write a card in Markdown, with the metadata that the Hugging Face Hub reads.
 
     Args:
-        name: of the model.
-        classifier: that was exported.
-        preprocessing: of its images.
-        formats: what was written, and of each whether its softmax are the calibrated probabilities.
-        run: the run folder whose last checkpoint it is, or None.
-        licence: of the weights, by its name on the Hub, or None.
+        name: The model's name.
+        classifier: The exported classifier.
+        preprocessing: The preprocessing of its images.
+        formats: The formats written, and whether the softmax of each is the calibrated probabilities.
+        run: The run folder whose last checkpoint it is, or None.
+        licence: The licence of the weights, by its name on the Hub, or None.
 
     Returns:
-        The card, and what is wrong with files that it had to leave out.
+        The card, and problems with files that had to be left out.
     """
     results, problems = read_results([] if run is None else [run])
     result = results[0] if results else None
-    read = {} if run is None else {part.__name__: _or_nothing(part, run, problems) for part in (_recipe, _classes)}
+    recipe = classes = ""
+    if run is not None:
+        with noting(problems):
+            recipe = _recipe(run)
+        with noting(problems):
+            classes = _classes(run)
     head = type(classifier.head).__name__
     sections = {
         f"# {plain(name)}": f"A classifier of images into {classifier.head.num_classes} classes: a "
@@ -108,17 +113,17 @@ def model_card(
         "## Use": "\n".join(_use(kind, exact, classifier, preprocessing) for kind, exact in formats.items()),
         "## Images": _images(preprocessing, classifier.class_names),
         "## Data": "" if result is None else _data(result),
-        "## Recipe": read.get("_recipe"),
+        "## Recipe": recipe,
         "## Results": "" if result is None else _numbers(result, "test/", _OF_RESULTS),
         "## Neural collapse": "" if result is None else _numbers(result, "nc", _OF_COLLAPSE),
-        "## Classes": read.get("_classes"),
+        "## Classes": classes,
     }
     text = "\n".join(f"{title}\n\n{content.strip()}\n" for title, content in sections.items() if content)
     return f"{_front_matter(name, list(formats), result, licence)}\n{text}", problems
 
 
 def _front_matter(name: str, formats: Sequence[str], result: Result | None, licence: str | None) -> str:
-    """What the Hub reads, in YAML."""
+    """The metadata that the Hub reads, in YAML."""
     from huggingface_hub import EvalResult, ModelCardData
 
     dataset = None if result is None else result.dataset
@@ -146,14 +151,6 @@ def _front_matter(name: str, formats: Sequence[str], result: Result | None, lice
         eval_results=evaluations or None,
     )
     return f"---\n{data.to_yaml()}\n---\n"
-
-
-def _or_nothing(read: Callable[[Path], str], run: Path, problems: list[str]) -> str:
-    try:
-        return read(run)
-    except UserError as error:
-        problems.append(str(error))
-        return ""
 
 
 def _use(kind: str, exact: bool, classifier: Classifier, preprocessing: Preprocessing) -> str:
@@ -211,12 +208,12 @@ def _recipe(run: Path) -> str:
 
 
 def _known(value: Any) -> Any:
-    """Nested dicts without what is None."""
+    """The content of nested dicts without the values that are None."""
     return {k: _known(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 def _numbers(result: Result, prefix: str, meaning: str) -> str:
-    """A table, without the accuracies under other class frequencies."""
+    """A table of metrics, without the accuracies under other class frequencies."""
     found = [
         (name, f"{value:.4g}")
         for name, value in result.metrics.items()

@@ -22,10 +22,10 @@ Run = Callable[[Tensor], Tensor]
 
 
 class Graph(nn.Module):
-    """Normalised images `[B, C, H, W]` to logits `[B, K]` that decide, and whose softmax are the calibrated probabilities.
+    """Normalised images `[B, C, H, W]` to the logits `[B, K]` that decide; their softmax is the calibrated probabilities.
 
     Args:
-        classifier: in evaluation mode, on the CPU.
+        classifier: The classifier, in evaluation mode, on the CPU.
     """
 
     temperature: Tensor
@@ -57,11 +57,11 @@ def trace(classifier: Classifier, preprocessing: Preprocessing) -> ExportedProgr
     """The graph of a classifier, for any number of images.
 
     Args:
-        classifier: in evaluation mode, on the CPU.
-        preprocessing: of its images.
+        classifier: The classifier, in evaluation mode, on the CPU.
+        preprocessing: The preprocessing of its images.
 
     Raises:
-        UserError: torch.export cannot follow its code.
+        UserError: torch.export cannot follow the network's code.
     """
     graph = Graph(classifier).eval().requires_grad_(False)
     with _speaking_for("torch.export", classifier):
@@ -70,16 +70,16 @@ def trace(classifier: Classifier, preprocessing: Preprocessing) -> ExportedProgr
 
 
 def save_torch_export(program: ExportedProgram, classifier: Classifier, facts: Mapping[str, str], path: Path) -> None:
-    """Write a `.pt2` file, and check what it gives when read.
+    """Write a `.pt2` file, read it back and compare it with the model.
 
     Args:
-        program: of `trace`.
-        classifier: that it was made from.
-        facts: about the model, kept in the file as `extra_files`.
-        path: the file.
+        program: The graph that `trace` made.
+        classifier: The classifier that it was made from.
+        facts: Facts about the model, kept in the file as `extra_files`.
+        path: The file.
 
     Raises:
-        UserError: it cannot be written, or is not the model.
+        UserError: The file cannot be written, or does not give what the model gives.
     """
     with _speaking_for("torch.export", classifier):
         torch.export.save(program, path, extra_files=dict(facts))
@@ -88,16 +88,16 @@ def save_torch_export(program: ExportedProgram, classifier: Classifier, facts: M
 
 
 def save_onnx(program: ExportedProgram, classifier: Classifier, facts: Mapping[str, str], path: Path) -> None:
-    """Write an ONNX file, and check what it gives in onnxruntime; weights beyond what a file can hold go into one beside it.
+    """Write an ONNX file and compare it with the model in onnxruntime; weights too large for one file go into a second one beside it.
 
     Args:
-        program: of `trace`.
-        classifier: that it was made from.
-        facts: about the model, kept in the file as its metadata.
-        path: the file.
+        program: The graph that `trace` made.
+        classifier: The classifier that it was made from.
+        facts: Facts about the model, kept in the file as its metadata.
+        path: The file.
 
     Raises:
-        UserError: packages are missing, it cannot be written, or is not the model.
+        UserError: Packages are missing, or the file cannot be written, or does not give what the model gives.
     """
     try:
         import onnxruntime
@@ -106,7 +106,7 @@ def save_onnx(program: ExportedProgram, classifier: Classifier, facts: Mapping[s
         raise UserError(
             f"--format onnx needs {error.name}: install the extra (pip install 'etflight[export]'), or leave it out"
         ) from error
-    _ = onnxscript  # torch's exporter is made of it
+    _ = onnxscript  # torch's exporter needs it
     with _speaking_for("ONNX", classifier):
         written = torch.onnx.export(
             program, (), input_names=["images"], output_names=["logits"], dynamic_shapes=({0: "batch"},), verbose=False
@@ -123,19 +123,19 @@ def save_onnx(program: ExportedProgram, classifier: Classifier, facts: Mapping[s
 
 
 def facts(classifier: Classifier, preprocessing: Preprocessing) -> dict[str, str]:
-    """What a graph alone does not tell, as JSON texts by name."""
+    """Facts that the graph alone does not tell, as JSON texts by name."""
     known = {**preprocessing._asdict(), "class_names": classifier.class_names}
     return {name: json.dumps(value) for name, value in known.items()}
 
 
 @contextmanager
 def _speaking_for(kind: str, classifier: Classifier) -> Iterator[None]:
-    """Inside, torch's exporters warn of nothing, and fail in one line."""
+    """Within the block, torch's exporters do not warn, and fail with one line."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except Exception as error:  # of torch.export, of the ONNX exporter, and of the network's own code
+    except Exception as error:  # errors of torch.export, the ONNX exporter and the network's own code
         reason = shorten(str(error) or type(error).__name__, 300, placeholder=" …")
         name = classifier.hparams["backbone"]
         raise UserError(f"{name} cannot be written as {kind} ({reason}): give another --format") from error
@@ -143,7 +143,7 @@ def _speaking_for(kind: str, classifier: Classifier) -> Iterator[None]:
 
 @torch.no_grad()
 def _check(run: Run, program: ExportedProgram, classifier: Classifier, kind: str) -> None:
-    """Compare with the classifier, on another number of images than it was traced with."""
+    """Compare the written graph with the classifier, on another number of images than it was traced with."""
     shape = program.example_inputs[0][0].shape[1:]
     images = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     expected = classifier.calibrated(classifier(images))

@@ -16,17 +16,17 @@ from etflight.utils.errors import UserError
 from etflight.utils.preprocessing import Preprocessing
 
 _OTHERS = "export it with --format onnx torch-export, which take any head"
-# what timm's configuration of an architecture says of its layers; the rest is about weights and images of others
+# the part of timm's configuration that is about layers; the rest is about other weights and images
 _OF_LAYERS = ("architecture", "first_conv", "classifier", "fixed_input_size")
 
 
 class Linear(NamedTuple):
-    """A linear layer that decides as a classifier does.
+    """A linear layer that makes the same decisions as a classifier.
 
     Attributes:
         weight: `[K, d]`, float32.
         bias: `[K]`, float32.
-        calibrated: whether the softmax of what it gives are the calibrated probabilities, not only the decisions.
+        calibrated: Whether its softmax is the calibrated probabilities, or only the decisions agree.
     """
 
     weight: Tensor
@@ -38,15 +38,15 @@ def save_timm(classifier: Classifier, preprocessing: Preprocessing, folder: Path
     """Write `model.safetensors` and `config.json` as timm's own `save_for_hf` does, and check them.
 
     Args:
-        classifier: in evaluation mode, on the CPU.
-        preprocessing: of its images.
-        folder: to write into.
+        classifier: The classifier, in evaluation mode, on the CPU.
+        preprocessing: The preprocessing of its images.
+        folder: The folder to write into.
 
     Returns:
-        Whether the softmax of the written model are the calibrated probabilities.
+        Whether the softmax of the written model is the calibrated probabilities.
 
     Raises:
-        UserError: no plain timm model decides as this one does.
+        UserError: No plain timm model decides as this one does.
     """
     layer = linear_decisions(classifier)
     network = _network(classifier, layer)
@@ -63,10 +63,10 @@ def save_timm(classifier: Classifier, preprocessing: Preprocessing, folder: Path
 
 @torch.no_grad()
 def linear_decisions(classifier: Classifier) -> Linear:
-    """The linear layer on pooled features that decides as the classifier's head, logit adjustment and temperature do.
+    """The linear layer on pooled features that makes the decisions of the classifier's head, logit adjustment and temperature.
 
     Raises:
-        UserError: there is none: the head is not linear, even before its embedding is scaled to norm 1.
+        UserError: No linear layer does: the head is not linear, even before its embedding is scaled to norm 1.
     """
     head: Head = classifier.head
     exact = copy.deepcopy(head).double().eval()
@@ -86,19 +86,19 @@ def linear_decisions(classifier: Classifier) -> Linear:
         raise UserError(f"no linear layer decides as a {type(head).__name__} with these options does: {_OTHERS}")
     calibrated = torch.allclose(logits, found, rtol=1e-4, atol=1e-4)
     tau: float = classifier.hparams["logit_adjustment"]
-    if calibrated:  # what it adds to each class, and then divides all by
+    if calibrated:  # then the adjustment of each class and the temperature belong to the layer
         adjustment = classifier.calibrated(torch.zeros(1, head.num_classes))[0]
         weight, bias = weight / classifier.temperature, bias / classifier.temperature + adjustment
     elif tau:
         raise UserError(
-            f"the logit adjustment of {tau} weighs against cosines, as no linear layer without their normalisation can: {_OTHERS}"
+            f"the logit adjustment of {tau} is added to cosines, for which a linear layer lacks the normalisation: {_OTHERS}"
         )
     return Linear(weight.float(), bias.float(), calibrated)
 
 
 @torch.no_grad()
 def _network(classifier: Classifier, layer: Linear) -> Any:
-    """The timm model by the backbone's name, with a classifier."""
+    """The timm model with the backbone's name and weights, and with the layer as its classifier."""
     name = classifier.hparams["backbone"]
     network: Any = timm.create_model(name, num_classes=len(layer.bias), **_arguments(classifier)).eval()
     own: Any = network.get_classifier()
@@ -118,7 +118,7 @@ def _arguments(classifier: Classifier) -> dict[str, Any]:
 
 @torch.no_grad()
 def _check(classifier: Classifier, layer: Linear, preprocessing: Preprocessing, folder: Path) -> None:
-    """Read the files as anybody will, and compare."""
+    """Read the files as their users will, and compare the logits with the classifier's."""
     images = torch.randn(2, *preprocessing.input_size, generator=torch.Generator().manual_seed(0))
     expected = classifier.features(images) @ layer.weight.T + layer.bias
     reason = "other numbers"
@@ -129,4 +129,4 @@ def _check(classifier: Classifier, layer: Linear, preprocessing: Preprocessing, 
         same, reason = False, shorten(str(error), 200, placeholder=" …")
     if not same:
         name = classifier.hparams["backbone"]
-        raise UserError(f"timm does not give back the exported {name} as it was ({reason}): {_OTHERS}")
+        raise UserError(f"timm does not read the exported {name} as it was ({reason}): {_OTHERS}")

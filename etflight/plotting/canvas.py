@@ -1,4 +1,4 @@
-"""What the pictures share: colours, axes, class names that can be read, and the way to a file."""
+"""What the pictures share: colours, axes, readable class names, and writing to files."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,14 +22,14 @@ Array = NDArray[np.float64]
 Matrix = Tensor | NDArray[Any]
 Numbers = Tensor | NDArray[Any] | Sequence[float]
 
-# Okabe & Ito's colours, told apart with every common colour vision.
+# Okabe & Ito's colours, which people with any common colour vision can tell apart.
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 GREY = "#767676"
-DPI = 120  # of figures in general
+DPI = 120  # of most figures
 
 
 def render(figure: Figure) -> Image.Image:
-    """The figure's pixels.
+    """Draw a figure's pixels.
 
     Args:
         figure: Any figure of matplotlib; it is drawn at its own `dpi`.
@@ -63,7 +63,7 @@ def single_axes(height: float = 4.8) -> tuple[Figure, Axes]:
 
 
 def tidy(axes: Axes) -> None:
-    """A light grid and no frame."""
+    """Give axes a light grid and no frame."""
     axes.grid(True, color="#e6e6e6", lw=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -83,7 +83,7 @@ def names_or_numbers(class_names: Sequence[str] | None, num_classes: int) -> lis
 def class_sizes(
     values: Numbers, counts: Numbers, class_names: Sequence[str] | None, what: str
 ) -> tuple[Array, Array, list[str], NDArray[np.int64]]:
-    """One value for each class and its number of training images, their names, and which of them can be shown.
+    """The values and numbers of training images of all classes, their names, and the classes that can be shown.
 
     Raises:
         ValueError: The lengths differ.
@@ -107,14 +107,14 @@ def size_axis(axes: Axes) -> None:
 def heat_map(
     cells: Array, names: Sequence[str], text: Callable[[float], str], white_above: float, **options: Any
 ) -> tuple[Figure, Axes, Colorbar]:
-    """A heat map with a class on each row and column; NaN is grey. Up to 12 classes the cells hold their values.
+    """A heat map with a class on each row and column; NaN is grey. With up to 12 classes, cells hold their values.
 
     Args:
         cells: `[K, K]`.
         names: `[K]`.
-        text: What to write into a cell, of its value; nothing where it is empty.
-        white_above: The text is white on values whose size exceeds this.
-        options: For `Axes.imshow`.
+        text: Makes the text of a cell from its value; it may be empty.
+        white_above: The text is white on values of a larger magnitude.
+        options: Options of `Axes.imshow`.
     """
     K = len(cells)
     size = 7.0 if K <= 40 else 8.5
@@ -130,7 +130,7 @@ def heat_map(
 
 
 def name_ticks(axes: Axes, names: Sequence[str]) -> None:
-    """Class names on both axes; of more than 50, about 20."""
+    """Put class names on both axes; of more than 50, about 20 are shown."""
     at = np.arange(0, len(names), 1 if len(names) <= 50 else -(-len(names) // 20))
     labels = [short(names[i]) for i in at.tolist()]
     size = 9 if len(at) <= 20 else 7
@@ -148,10 +148,10 @@ def short(name: str, most: int = 18) -> str:
 
 
 def name_points(axes: Axes, x: Array, y: Array, names: Sequence[str]) -> None:
-    """Names to the right of points that come sorted by y, each pushed above the last one it would cover."""
+    """Write names to the right of points, which are sorted by y; a name that would cover earlier ones moves above them."""
     axes.autoscale_view()
     at = axes.transAxes.inverted().transform(axes.transData.transform(np.column_stack([x, y])))
-    line, letter = 0.038, 0.017  # of the axes, for a line of text and a letter
+    line, letter = 0.038, 0.017  # the heights and widths of a line and a letter, as parts of the axes
     taken: list[tuple[float, float, float]] = []
     for (px, py), name in zip(at, map(short, names), strict=True):
         width = letter * len(name) + 0.02

@@ -24,7 +24,7 @@ from etflight.plotting.canvas import (
     size_axis,
 )
 
-_MOST_CLASSES = 1000  # sides of the largest heat map: more cells than that are more than a picture has pixels
+_MOST_CLASSES = 1000  # sides of the largest heat map: a picture has no pixels for more cells
 
 
 def portrait(
@@ -38,7 +38,7 @@ def portrait(
 
     Args:
         stats: Class statistics of K classes.
-        weight: `[K, d]`, class vectors that meet these features; without them there is no heat map.
+        weight: `[K, d]`, class vectors for these features; without them there is no heat map.
         counts: `[K]`, training images per class; by default the samples that `stats` saw.
         class_names: `[K]`; the labels as numbers by default.
 
@@ -68,7 +68,7 @@ def cosine_heatmap(
         means: `[K, d]`, class means. A class without samples has a row of NaN: its cells are grey, and `μ_G` and `w̄` leave it out.
         weight: `[K, d]`, class vectors.
         class_names: `[K]`; the labels as numbers by default.
-        title: Stands over the picture; a general one by default.
+        title: The picture's title; a general one by default.
 
     Returns:
         A figure with one image; its data are the cosines, `[K, K]`, classes' means in rows.

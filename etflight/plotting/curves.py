@@ -56,7 +56,7 @@ def collapse_curves(
 
     Args:
         history: Log names such as `nc/train/nc1`, with one value per epoch; NaN where a value was not measured. A shorter list belongs to
-            the last epochs, as that of a measure that was not there from the start.
+            the last epochs, for a measure that was not taken from the start.
         epochs: The measured epochs, in order.
         prefix: First part of the log names to draw.
         num_classes: K; draws the simplex's `-1/(K-1)` among the cosines.
@@ -100,7 +100,7 @@ def _draw_panel(
 ) -> None:
     measures = [m for m in panel.measures if any(f"{split}/{m}" in series for split in styles)]
     if panel.log:
-        measures = measures or ["nc1_ratio"]  # what there is of NC1 without the scatter
+        measures = measures or ["nc1_ratio"]  # the form of NC1 that needs no scatter
         axes.set_yscale("log", nonpositive="mask")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))

@@ -1,4 +1,4 @@
-"""Pictures of a test: how honest its probabilities are, which class is taken for which, and what the number of images does."""
+"""Pictures of a test: how honest its probabilities are, which class is taken for which, how accuracy depends on the number of images."""
 
 from collections.abc import Sequence
 
@@ -31,7 +31,7 @@ def reliability_diagram(panels: dict[str, ReliabilityBins]) -> Figure:
     Bars on the diagonal are honest; bars below it are too confident. The gap to the mean confidence is hatched.
 
     Args:
-        panels: The bins by what they are called, such as `{"raw": …, "temperature 0.31": …}`; one column each.
+        panels: The bins by name, such as `{"raw": …, "temperature 0.31": …}`; one column each.
 
     Returns:
         A figure with two axes for each panel, in columns; the upper one's first container holds the bars of accuracy.
@@ -80,7 +80,7 @@ def confusion_matrix(counts: Matrix, class_names: Sequence[str] | None = None) -
         A figure with one image; its data are the shares, `[K, K]`.
 
     Raises:
-        ValueError: Not a square matrix.
+        ValueError: The matrix is not square.
     """
     cells = as_array(counts)
     if cells.ndim != 2 or cells.shape[0] != cells.shape[1]:

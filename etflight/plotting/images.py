@@ -32,7 +32,7 @@ _GROUPS = {
     "medium": (GREEN, f"medium ({FEW_BELOW}–{MANY_ABOVE})"),
     "few": (VERMILION, f"few (< {FEW_BELOW})"),
 }
-_MOST_BARS = 60  # beyond, names are too small to be read
+_MOST_BARS = 60  # with more, names are too small to read
 _MOST_ROWS = 22  # of one block of a contact sheet
 _CELL = 0.5  # inches, the side of an image on a contact sheet
 _THUMBNAIL = 96  # pixels, for a closer look
@@ -46,7 +46,7 @@ def class_histogram(counts: Numbers, class_names: Sequence[str] | None = None, *
     Args:
         counts: `[K]`, training images per class.
         class_names: `[K]`; the labels as numbers by default.
-        title: Stands over the picture; a general one by default.
+        title: The picture's title; a general one by default.
 
     Returns:
         A figure whose bars, or pieces of the curve, go from the most frequent class to the rarest.
@@ -105,7 +105,7 @@ def _curve(axes: Axes, sizes: Array, groups: dict[str, NDArray[np.bool_]]) -> No
 def contact_sheet(
     images: Tensor, rows: Tensor, names: Sequence[str], counts: Sequence[int], *, title: str | None = None
 ) -> Figure:
-    """A row of images for each class, beside its name and number.
+    """A row of images for each class, beside its name and number of images.
 
     Images of one channel are grey; of two, their mean is shown; of more than three, the first three.
 
@@ -114,7 +114,7 @@ def contact_sheet(
         rows: `[N]`, the row of each image, from 0.
         names: `[R]`, one per row.
         counts: `[R]`, how many images the class has in all.
-        title: Stands over the picture; none by default.
+        title: The picture's title; none by default.
 
     Returns:
         A figure with one sheet per block of at most 22 rows.
@@ -146,7 +146,7 @@ def contact_sheet(
 
 
 def _thumbnails(images: Tensor) -> Pixels:
-    """`[N, h, w, 3]`, no side longer than 96."""
+    """The images as `[N, h, w, 3]`, no side longer than 96."""
     images = images[:, :3] if images.shape[1] > 2 else images.float().mean(1, keepdim=True).expand(-1, 3, -1, -1)
     scale = _THUMBNAIL / max(images.shape[-2:])
     if scale < 1:

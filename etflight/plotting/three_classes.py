@@ -40,19 +40,19 @@ def triangle(
     fall on the centre.
 
     Args:
-        embeddings: `[N, d]`, what meets the class vectors.
+        embeddings: `[N, d]`, which are compared with the class vectors.
         labels: `[N]`; samples of other classes are not drawn.
         weight: `[K, d]`, class vectors.
         classes: Three different labels.
-        epoch: Stands over the picture.
+        epoch: A number for the picture's title.
         class_names: `[K]`; the labels as numbers by default.
-        extent: Half the side of the picture, in units of the embedding; by default what holds corners and embeddings.
+        extent: Half the side of the picture, in units of the embedding; by default it holds corners and embeddings.
 
     Returns:
         A figure with a collection of points per class, then one with the corners.
 
     Raises:
-        ValueError: Not three different classes, or vectors that lie on one line.
+        ValueError: The classes are not three different ones, or their vectors lie on one line.
     """
     chosen = _three(classes, len(weight))
     plane = _Plane(as_array(weight)[chosen])
@@ -124,7 +124,7 @@ def _three(classes: Sequence[int], num_classes: int) -> list[int]:
 
 
 def _extent(plane: _Plane, points: Array) -> float:
-    """Half a side that holds the corners with their names and all but the farthest embeddings."""
+    """Half the side of a picture that holds the corners with their names and all but the farthest embeddings."""
     middle = np.array([0.0, plane.middle])
     reach = 1.3 * float(np.abs(plane.corners - middle).max())
     finite = points[np.isfinite(points).all(1)]
@@ -155,7 +155,7 @@ def triangle_film(
         last_ms: Milliseconds that the last frame stays.
 
     Raises:
-        ValueError: No file, or not three different classes.
+        ValueError: There is no file, or the classes are not three different ones.
         UserError: A file is no snapshot; the message names it.
     """
     if not snapshot_files:

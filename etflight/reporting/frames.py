@@ -15,7 +15,7 @@ from etflight.utils.errors import UserError
 Array = NDArray[Any]
 _MOST_EPOCHS = 30
 _MOST_CLASSES = 30
-_MOST_POINTS = 400  # embeddings an epoch
+_MOST_POINTS = 400  # embeddings per epoch
 _UNIT = 32767  # the int16 for a cosine of 1
 _NONE = -32768  # the int16 for an undefined cosine
 
@@ -108,7 +108,7 @@ def _pack(cosines: Array) -> str:
 
 
 def _evenly(items: Sequence[int], most: int) -> list[int]:
-    """First, last, and an even choice between."""
+    """The first item, the last, and an even choice between them."""
     chosen = np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int)
     return [items[i] for i in chosen.tolist()]
 

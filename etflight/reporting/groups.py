@@ -14,9 +14,9 @@ class Stat(NamedTuple):
     """One number over the runs of a group.
 
     Attributes:
-        mean: Over the runs that have it.
-        std: Sample standard deviation (n - 1), None for one run.
-        runs: How many runs have it.
+        mean: The mean over the runs that have it.
+        std: The sample standard deviation (n - 1); None for one run.
+        runs: The number of runs that have it.
     """
 
     mean: float
@@ -29,7 +29,7 @@ class Group:
     """The runs of one arm, one per seed.
 
     Attributes:
-        arm: Its name.
+        arm: The arm's name.
         results: The result of each run.
     """
 
@@ -47,10 +47,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Section:
-    """The arms on one data set at one imbalance ratio, beside what was published of it.
+    """The arms on one data set at one imbalance ratio, with published results.
 
     Attributes:
-        dataset: Its name, followed by what tells it from another set of the same name where there is one; None is unknown.
+        dataset: The set's name, with a part of its fingerprint if another set has the same name; None is unknown.
         ratio: The imbalance ratio; None is unknown.
         groups: One per arm, in the order in which they were given.
         published: Entries of `published.json`: `method`, `backbone`, `test/acc`, `read_in`, perhaps `epochs`.
@@ -74,7 +74,7 @@ class Section:
 
 
 def different(results: Iterable[Result], fact: str) -> list[Any]:
-    """The different values of a fact over results, in order, without the unknown."""
+    """The different values of a fact over results, in order; unknown ones are left out."""
     values = (getattr(result, fact) for result in results)
     return list(dict.fromkeys(value for value in values if value is not None))
 
@@ -87,7 +87,7 @@ def _stat(values: Iterable[float | None]) -> Stat | None:
 
 
 def group(results: Iterable[Result]) -> tuple[list[Section], list[str]]:
-    """Sections in the order in which they were given, and what is doubtful about them.
+    """The sections of results, in their order, and remarks on what is doubtful about them.
 
     Two sets of one name have a section each. A run whose record does not say which set it used goes into the section of the only set of
     that name, or into one of its own if there are several. A run is left out if its arm already has its seed, or if it has another
@@ -142,7 +142,7 @@ def _of_same_classes(results: list[Result], remarks: list[str]) -> list[Result]:
 
 
 def _one_per_seed(results: list[Result], remarks: list[str]) -> list[Result]:
-    """The first of each seed; runs without a seed are all different."""
+    """The first run of each seed; runs without a seed are all kept."""
     kept: dict[str, Result] = {}
     for i, result in enumerate(results):
         seed = f"unknown {i}" if result.seed is None else repr(result.seed)

@@ -19,7 +19,7 @@ from etflight.utils.files import replacing
 from etflight.utils.terminal import plain
 from etflight.utils.yaml import read_yaml
 
-MARK = '<meta name="generator" content="etflight report">'  # by which we know our own pages
+MARK = '<meta name="generator" content="etflight report">'  # it marks pages of ours
 CURVES = {
     "val/acc": "accuracy, validation",
     "val/acc_many": "many-shot classes",
@@ -32,7 +32,7 @@ CURVES = {
     "val/loss": "validation loss",
     "train/lr": "learning rate",
 }
-_MOST_POINTS = 1000  # of a curve
+_MOST_POINTS = 1000  # per curve
 
 
 def write_page(path: Path, sections: Sequence[Section]) -> list[str]:
@@ -43,13 +43,13 @@ def write_page(path: Path, sections: Sequence[Section]) -> list[str]:
         sections: The runs, by data set and imbalance ratio.
 
     Returns:
-        What is wrong with files of the runs; the page shows the rest.
+        The problems with files of the runs; the page shows the rest.
 
     Raises:
-        UserError: Plotly is missing, there is another file, or the file cannot be written.
+        UserError: Plotly is missing, another program's file is there, or the file cannot be written.
     """
     try:
-        plotly = import_module("plotly.offline")  # untyped where it is installed, unknown where it is not
+        plotly = import_module("plotly.offline")  # by name: it has no types, and may be missing
     except ImportError:
         raise UserError("a page needs plotly: pip install 'etflight[report]'") from None
     if path.exists() and MARK not in _start_of(path):
@@ -65,7 +65,7 @@ def write_page(path: Path, sections: Sequence[Section]) -> list[str]:
     parts = {
         "MARK": MARK,
         "STYLE": _part("page.css"),
-        # a script ends at the first "</", whatever the language inside says of it
+        # a script ends at the first "</", even within a text of JSON
         "DATA": json.dumps(content, allow_nan=False).replace("<", r"\u003c"),
         "PLOTLY": plotly.get_plotlyjs(),
         "SCRIPT": _part("page.js"),

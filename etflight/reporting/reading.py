@@ -14,7 +14,7 @@ from etflight.utils.errors import UserError
 
 @contextmanager
 def noting(problems: list[str]) -> Iterator[None]:
-    """A block that ends early with a `UserError`: its message becomes one of the problems."""
+    """A `UserError` ends the block early, and its message is added to the problems."""
     try:
         yield
     except UserError as error:
@@ -25,11 +25,11 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        UserError: It cannot be read, or is not whole.
+        UserError: The file cannot be read, or is not whole.
     """
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:  # among them what is no JSON or no text
+    except (OSError, ValueError, RecursionError) as error:  # ValueError if it is no JSON, or no text
         raise UserError(f"{path} is not whole ({error})") from error
 
 
@@ -37,13 +37,13 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file, each with every column of the header.
 
     Raises:
-        UserError: It cannot be read, has a row of another length than the header, or does not end with a line's end.
+        UserError: The file cannot be read, has a row of another length than the header, or does not end with a line's end.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
             text = file.read()
         header, *rows = csv.reader(StringIO(text, newline=""), strict=True)
-    except (OSError, ValueError, csv.Error) as error:  # among them what is no text, or empty
+    except (OSError, ValueError, csv.Error) as error:  # ValueError if it is no text, or empty
         raise UserError(f"{path} is not whole ({error})") from error
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):
@@ -66,7 +66,7 @@ def series(path: Path, rows: list[dict[str, str]], name: str, over: str = "epoch
         Pairs of epoch or step and value, the value perhaps NaN; empty for a metric that was never logged.
 
     Raises:
-        UserError: There is something else than numbers.
+        UserError: A value is not a number.
     """
     try:
         return [(float(row[over]), float(row[name])) for row in rows if row.get(name) and row.get(over)]

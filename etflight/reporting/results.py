@@ -19,7 +19,7 @@ _SHARE = re.compile(r"(test|val)/(acc|ece)\w*")
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What one run reached, and what it takes to repeat it; None is unknown.
+    """The numbers that one run reached, and the facts that are needed to repeat it; None is unknown.
 
     Attributes:
         source: The run folder, or the result file and the place in it.
@@ -30,10 +30,10 @@ class Result:
         epochs: The epochs that were trained to their end.
         commit: The code's commit.
         config_sha256: The same for all seeds of an arm (`etflight.runs.record.config_sha256`).
-        fingerprint: Of the training images: which set, in records that know it, and which choice.
+        fingerprint: The fingerprint of the training images: of their set, in records that know it, and of the choice.
         command: The command that trained it.
         num_classes: K.
-        validation: "held out", or else that the test set was watched.
+        validation: "held out", or a text that says that the test set was watched.
         seconds: The time of its epochs, validation and measurement included.
         hardware: The hardware, for people.
         metrics: Finite numbers by log name, such as `test/acc` (accuracies from 0 to 1), at the end of training; also
@@ -67,7 +67,7 @@ class Result:
         return choice_of(self.fingerprint)
 
     def record(self) -> dict[str, Any]:
-        """As in a result file: facts and metrics in one flat dict of plain data."""
+        """The record for a result file: facts and metrics in one flat dict of plain data."""
         facts = asdict(self)
         facts.pop("source")
         metrics = {k: int(v) if k.endswith("_epoch") else v for k, v in facts.pop("metrics").items()}
@@ -82,7 +82,7 @@ def read_results(paths: Iterable[Path]) -> tuple[list[Result], list[str]]:
     """Read the results of run folders (one each) and of result files (JSON lists of records).
 
     Returns:
-        The results, and what is wrong with the folders, files and records that are left out.
+        The results, and the problems with the folders, files and records that are left out.
     """
     results: list[Result] = []
     problems: list[str] = []
@@ -99,7 +99,7 @@ def read_results(paths: Iterable[Path]) -> tuple[list[Result], list[str]]:
 
 # Result files ---------------------------------------------------------------------------------------------------------
 
-_FACTS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # what belongs there, and whether a value does
+_FACTS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # the kind of value that belongs there, and a check of a value
     **dict.fromkeys(
         ("dataset", "arm", "commit", "config_sha256", "fingerprint", "command", "validation", "hardware"),
         ("a text", lambda value: isinstance(value, str)),
@@ -137,7 +137,7 @@ def _from_record(where: str, record: object) -> Result:
 
 
 def _checked(where: str, metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Finite numbers, accuracies and calibration errors from 0 to 1."""
+    """The metrics as finite numbers, accuracies and calibration errors from 0 to 1; anything else is refused."""
     numbers = {}
     for name, value in metrics.items():
         number = finite(value)
@@ -222,7 +222,7 @@ def _training(path: Path) -> tuple[int | None, dict[str, float]]:
 
 
 def _seconds(path: Path) -> float | None:
-    """The time of all epochs, each as it was trained last; None if it is not known of every epoch."""
+    """The time of all epochs, each as it was trained last; None if the time of an epoch is unknown."""
     rows = read_table(path) if path.is_file() else []
     seconds = dict(series(path, rows, "speed/epoch_s"))
     return sum(seconds.values()) if seconds and len(seconds) == len({row.get("epoch") for row in rows}) else None

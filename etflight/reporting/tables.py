@@ -23,7 +23,7 @@ class Column(NamedTuple):
         title: Its name for people.
         short: The same for narrow places.
         metric: Its log name.
-        show: Writes a number of it.
+        show: Formats a value of it.
     """
 
     title: str
@@ -85,7 +85,7 @@ def _grids(section: Section) -> list[tuple[Sequence[str], list[list[str]]]]:
 
 
 def notes(section: Section) -> list[str]:
-    """What a reader has to know of a section's numbers, in sentences."""
+    """Sentences that a reader of a section's numbers has to know."""
     found = []
     for validation in different(section.results, "validation"):
         if validation == "held out":
@@ -223,7 +223,7 @@ def comma_separated(sections: Sequence[Section]) -> str:
 
 
 _MARKS = re.compile(r"[\\`*_{}\[\]<>#|~&!$@]")
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9]+(_[A-Za-z0-9]+)+")  # whose underscores Markdown leaves alone
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9]+(_[A-Za-z0-9]+)+")  # Markdown leaves the underscores in it alone
 _LATEX = str.maketrans(
     {letter: f"\\{letter}" for letter in "{}$&#%_"}
     | {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", '"': r"\textquotedbl{}"}

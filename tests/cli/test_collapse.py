@@ -138,7 +138,7 @@ def test_a_set_of_the_users_own_file_replaces_that_of_the_run(run, tmp_path, cap
     ("path", "reason"),
     [
         ("nowhere", "nowhere does not exist: give a run folder"),
-        ("empty", "empty is no run folder with a config.yaml that says its data, nor in one: give --data"),
+        ("empty", "empty is no run folder with a config.yaml that tells its data, and lies in none: give --data"),
         ("alone.ckpt", "alone.ckpt is no run folder with a config.yaml"),
     ],
 )

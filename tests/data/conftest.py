@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
 
 from etflight import Classifier, CrossEntropyLoss, LinearHead
+from tests.quiet import trainer
 
 
 @pytest.fixture
@@ -37,9 +37,9 @@ def train_a_step():
             data.num_classes, "test_resnet", head=LinearHead, loss=CrossEntropyLoss, in_chans=data.num_channels
         )
         before = {name: value.clone() for name, value in model.named_parameters()}
-        trainer = Trainer(fast_dev_run=True, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
-        trainer.fit(model, datamodule=data)
-        trainer.test(model, datamodule=data, verbose=False)
+        trial = trainer(fast_dev_run=True)
+        trial.fit(model, datamodule=data)
+        trial.test(model, datamodule=data, verbose=False)
         assert any(not torch.equal(value, before[name]) for name, value in model.named_parameters())
         assert model.class_names == data.class_names
         assert model.class_counts.tolist() == data.class_counts.tolist()

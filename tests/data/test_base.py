@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 
 from etflight.data import ArrayImages, Digits, ImageDataModule, ImbalancedSampler, class_counts
 from etflight.data.sampler import fingerprint, long_tailed_subset
 from etflight.data.sources import ImageSplit
 from etflight.utils.errors import UserError
+from tests.quiet import trainer
 
 
 def positions(loader):
@@ -258,16 +259,8 @@ class Recorder(LightningModule):
 
 def fit(data, root, model=None, ckpt_path=None, **options):
     model = model or Recorder()
-    trainer = Trainer(
-        default_root_dir=root,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"max_epochs": 3, "num_sanity_val_steps": 0, **options},
-    )
-    trainer.fit(model, data, ckpt_path=ckpt_path)
+    runs = trainer(default_root_dir=root, **{"max_epochs": 3, "num_sanity_val_steps": 0, **options})
+    runs.fit(model, data, ckpt_path=ckpt_path)
     return model
 
 

@@ -1,6 +1,7 @@
 """Image files of every kind and mode, against the pixels that were written into them; broken and hostile ones; squares."""
 
 import struct
+import zlib
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -57,14 +58,16 @@ def turned() -> Image.Exif:
     return exif
 
 
-def tiff_16_bits(order: str) -> bytes:
+def tiff(width: int, height: int, bits: int = 8, pixels: bytes = b"", order: str = "<") -> bytes:
     """By hand, since Pillow writes one byte order only."""
-    mark = b"II*\0" if order == "<" else b"MM\0*"
-    pixels = DEEP.astype(f"{order}u2").tobytes()
-    tags = [(256, W), (257, H), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, H), (279, len(pixels))]
-    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags)
-    directory = struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
-    return mark + struct.pack(f"{order}I", 8 + len(pixels)) + pixels + directory
+    values = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: max(len(pixels), 4)}
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in values.items())
+    directory = struct.pack(f"{order}H", len(values)) + entries + bytes(4)
+    return {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", 8 + len(pixels)) + pixels + directory
+
+
+def tiff_16_bits(order: str) -> bytes:
+    return tiff(W, H, 16, DEEP.astype(f"{order}u2").tobytes(), order)
 
 
 FEW = Image.fromarray(COLOUR)
@@ -165,20 +168,26 @@ def gif(width: int, height: int) -> bytes:
     return b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + bytes(6) + frame
 
 
-def tiff(width: int, height: int) -> bytes:
-    tags = [(256, width), (257, height), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, height), (279, 4)]
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-    return b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tags)) + entries + bytes(4)
+def png(width: int, height: int) -> bytes:
+    chunks = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT"
+    parts = (struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-@pytest.mark.parametrize("make", [bmp, gif, tiff])
-@pytest.mark.parametrize("side", [10_000, 60_000])  # of which Pillow warns, and which it refuses
-def test_a_bomb_is_refused_by_its_header(make, side, tmp_path):
-    """Were it decoded, the missing content would be the complaint."""
-    (tmp_path / "a").write_bytes(make(side, side))
+def jpeg_header(width: int, height: int) -> bytes:
+    content = jpeg()
+    start = content.index(b"\xff\xc0") + 5
+    return content[:start] + struct.pack(">HH", height, width) + content[start + 4 : start + 14]
+
+
+@pytest.mark.parametrize("make", [bmp, gif, tiff, png, jpeg_header])
+# the last has few pixels, until its shorter side is resized
+@pytest.mark.parametrize("size", [(10_000, 10_000), (60_000, 60_000), (65_000, 1)])
+def test_a_bomb_is_refused_by_its_header(make, size, tmp_path):
+    (tmp_path / "a").write_bytes(make(*size))
     with pytest.raises(UserError, match="pixels"):
-        decode_file(str(tmp_path / "a"), 8)
-    (tmp_path / "a").write_bytes(make(100, 100))
+        decode_file(str(tmp_path / "a"), 64)
+    (tmp_path / "a").write_bytes(make(100, 100))  # were it decoded, the missing content would be the complaint
     with pytest.raises(UserError, match=r"cannot be read as an image \((?!.*pixels)"):
         decode_file(str(tmp_path / "a"), 8)
 
@@ -187,7 +196,7 @@ def test_a_bomb_is_refused_by_its_header(make, side, tmp_path):
     ("content", "reason"),
     [
         (b"", "it is empty"),
-        (b"8BPS", "its content is none of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0", "its content is none of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM"),
         (b"<!DOCTYPE html><title>404</title>", "its content is none of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM"),
         (None, "No such file or directory"),
     ],

@@ -7,7 +7,6 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from PIL import Image
 
 from etflight import Classifier, CrossEntropyLoss, LinearHead
@@ -15,6 +14,7 @@ from etflight.data import FolderImages
 from etflight.data.files import Paths, files_below
 from etflight.data.sampler import Draw
 from etflight.utils.errors import UserError
+from tests.quiet import trainer
 
 COUNTS = {"train": {"cat": 8, "dog": 4}, "val": {"cat": 2, "dog": 2}, "test": {"cat": 2, "dog": 2}}
 
@@ -198,12 +198,7 @@ def test_memory_is_pinned_where_there_is_a_gpu(tree, monkeypatch):
 
 def fit(data, **options):
     model = Classifier(2, "test_resnet", head=LinearHead, loss=CrossEntropyLoss)
-    trainer = Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, **{"max_epochs": 2, "num_sanity_val_steps": 0, **options},
-    )  # fmt: skip
-    trainer.fit(model, datamodule=data)
-    return trainer
+    trainer(**{"max_epochs": 2, "num_sanity_val_steps": 0, **options}).fit(model, datamodule=data)
 
 
 def told(capfd, tree):

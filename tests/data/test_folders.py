@@ -62,14 +62,14 @@ def test_a_folder_val_is_the_validation_split(tree):
     data.setup("fit")
     assert data.val_is_held_out
     assert data.split("val").labels.tolist() == [0, 1, 1]
-    with pytest.raises(UserError, match=r"test: no such folder: expected are train/<class>/\*.jpg"):
+    with pytest.raises(UserError, match=r"test: no such folder: put train/<class>/\*.jpg"):
         data.setup("test")
 
 
 @pytest.mark.parametrize(
     ("folder", "message"),
     [
-        ("elsewhere", r"x/train: no such folder: expected are train/<class>"),
+        ("elsewhere", r"x/train: no such folder: put train/<class>"),
         ("x/train", "train holds no class folder"),
         ("x/train/emu", "train/emu holds no image"),
     ],

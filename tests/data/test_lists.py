@@ -84,10 +84,6 @@ def test_a_file_gives_the_names(lists, tmp_path, text, names):
     assert ListImages(**lists(train=TRAIN, test=TEST), names=str(tmp_path / "names.txt")).class_names == names
 
 
-def test_where_classes_share_a_folder_they_are_called_by_their_labels(lists):
-    assert ListImages(**lists(train=[("x/0.png", 0), ("x/1.png", 1)], test=TEST)).class_names == ["0", "1"]
-
-
 def test_a_file_of_other_names_is_refused(lists, tmp_path):
     files = lists(train=TRAIN, test=TEST)
     (tmp_path / "names.txt").write_text("a\nb\nc\n")

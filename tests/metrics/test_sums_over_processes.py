@@ -4,38 +4,28 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from etflight.metrics import ClassStatistics, Confusion, Reliability, ShotAccuracy, TemperatureFit, measures
 from etflight.metrics.accuracy import SampleMean
 from tests.metrics.oracle import clusters
+from tests.tensors import LargestTensor
 
 K, D = 7, 12
 COUNTS = [60, 1, 0, 40, 33, 2, 90]
 GATHERS = [name for name in dir(dist) if name.islower() and ("gather" in name or "all_to_all" in name)]
 
 
+def refuse(*args, **kwargs):
+    raise AssertionError("gathered instead of reduced")
+
+
 def on_this_rank(rank, features, labels, options, far=False):
     """The moments, what synchronising them moved, and the largest tensor it made; every collective but the all-reduce raises."""
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("gathered instead of reduced")
-
     moved, all_reduce = [], dist.all_reduce
 
     def count(tensor, *args, **kwargs):
         moved.append(tensor.numel())
         return all_reduce(tensor, *args, **kwargs)
-
-    class LargestTensor(TorchDispatchMode):
-        nbytes = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for value in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(value, torch.Tensor):
-                    self.nbytes = max(self.nbytes, value.untyped_storage().nbytes())
-            return out
 
     with pytest.MonkeyPatch.context() as patch:
         for name in GATHERS:
@@ -109,10 +99,6 @@ def test_labels_out_of_range_on_one_process_are_an_error_on_all(two_ready_proces
 
 def measure(rank, logits, target):
     """All that is summed over samples, without a gather; each process keeps its own states."""
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("gathered instead of reduced")
-
     shots = ShotAccuracy(10, shifts=(2, 50))
     shots.set_class_counts(torch.arange(10) * 13 + 1)
     metrics = (shots, Confusion(10), Reliability(), TemperatureFit(), SampleMean())

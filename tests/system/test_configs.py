@@ -52,8 +52,7 @@ def first_stage(etflight_command, tmp_path_factory):
     """A folder with a run of the arm that second stages start from."""
     cwd = tmp_path_factory.mktemp("first_stage")
     short = [*CPU, "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 1]
-    result = etflight_command("fit", *experiment("data/digits", "arms/ce"), *short, cwd=cwd)
-    assert result.status == 0, result.err
+    etflight_command("fit", *experiment("data/digits", "arms/ce"), *short, cwd=cwd).ran()
     return cwd
 
 
@@ -111,8 +110,7 @@ def test_an_arm_without_training_tests_the_checkpoint_of_another_into_a_folder_o
     checkpoint = first_stage / "runs/digits/ce/checkpoints/last.ckpt"
     for arm in (*sorted(POST_HOC), "logit_adjustment"):
         test = ["test", *experiment("data/digits", f"arms/{arm}"), *CPU, "--ckpt_path", checkpoint]
-        result = etflight_command(*test, cwd=tmp_path)
-        assert result.status == 0, result.err
+        etflight_command(*test, cwd=tmp_path).ran()
         assert (tmp_path / f"runs/digits/{arm}/test_metrics.json").is_file()
     assert not (first_stage / "runs/digits/ce/test_metrics.json").exists()
 
@@ -120,8 +118,7 @@ def test_an_arm_without_training_tests_the_checkpoint_of_another_into_a_folder_o
 @pytest.mark.parametrize("config", ADDITIONS, ids=name)
 def test_what_can_be_added_composes_with_an_experiment(config, etflight_command, tmp_path):
     files = [*experiment("data/digits", "arms/etf_dr"), "-c", config]
-    result = etflight_command("fit", *files, "--print_config", cwd=tmp_path)
-    assert result.status == 0, result.err
+    etflight_command("fit", *files, "--print_config", cwd=tmp_path).ran()
 
 
 def test_an_arm_says_nothing_of_the_protocol():
@@ -145,8 +142,7 @@ def test_an_arm_says_nothing_of_the_protocol():
 )
 def test_a_run_is_called_by_its_files(files, run, etflight_command, tmp_path):
     options = ["--data", "Digits", "--data.imbalance_ratio", 2, *NO_EPOCH]
-    result = etflight_command("fit", *experiment(*files), *options, cwd=tmp_path)
-    assert result.status == 0, result.err
+    etflight_command("fit", *experiment(*files), *options, cwd=tmp_path).ran()
     record = json.loads((tmp_path / "runs" / run / "run.json").read_text())
     assert (record["name"], record["arm"]) == (run, run.partition("/")[2])
 
@@ -154,19 +150,18 @@ def test_a_run_is_called_by_its_files(files, run, etflight_command, tmp_path):
 def test_a_second_stage_finds_its_first_or_says_what_is_missing(first_stage, etflight_command, tmp_path):
     crt = ["fit", *experiment("data/digits", "arms/crt"), *NO_EPOCH]
     checkpoint = "runs/digits/ce/checkpoints/last.ckpt"
-    result = etflight_command(*crt, cwd=first_stage)
-    assert result.status == 0, result.err
+    etflight_command(*crt, cwd=first_stage).ran()
     config = yaml.safe_load((first_stage / "runs/digits/crt/config.yaml").read_text())
     assert config["fine_tuning"]["checkpoint"] == checkpoint
-    (line,) = etflight_command(*crt, cwd=tmp_path).error_lines
-    assert f"crt starts from the run of ce, but there is no {checkpoint}: train that first" in line
-    (line,) = etflight_command(*crt, "--name", "mine", cwd=first_stage).error_lines
-    assert "the run mine is not called by its arm crt" in line
+    missing = f"crt starts from the run of ce, but there is no {checkpoint}: train that first"
+    etflight_command(*crt, cwd=tmp_path).assert_refused(missing)
+    mine = etflight_command(*crt, "--name", "mine", cwd=first_stage)
+    mine.assert_refused("the run mine is not called by its arm crt")
     there = ["--fine_tuning.checkpoint", first_stage / checkpoint]
     assert etflight_command(*crt, "--name", "mine", *there, cwd=tmp_path).status == 0
 
 
 def test_files_that_build_on_others_are_told_to_stand_one_after_another(etflight_command, tmp_path):
     (tmp_path / "mine.yaml").write_text("overlays: [other.yaml]")
-    (line,) = etflight_command("fit", "-c", "mine.yaml", "--data", "Digits", cwd=tmp_path).error_lines
-    assert "overlays is no option any more: give the files one after another" in line
+    result = etflight_command("fit", "-c", "mine.yaml", "--data", "Digits", cwd=tmp_path)
+    result.assert_refused("overlays is no option any more: give the files one after another")

@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -17,24 +18,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
-from lightning.pytorch import Callback, Trainer
 
-from etflight import Classifier, DotRegressionLoss, ETFHead
+from etflight import Classifier, ETFHead
 from etflight.data import Digits
 from etflight.utils.errors import UserError
-from tests.command_line import CommandLine
-from tests.processes import finish, start
+from tests.command_line import CommandLine, finish, start
+from tests.quiet import FLAGS, trainer
+from tests.wandb_file import history
 
 ROOT = Path(__file__).parents[2]
 GLOBAL_BATCH = 60  # for one, two and three processes alike
 EPOCHS = 3
-CPU = [
-    "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
-]  # fmt: skip
 RECIPE = [
-    *CPU, "--data.sampler", "balanced", "--model.backbone", "test_vit",
+    *FLAGS, "--data.sampler", "balanced", "--data.eval_batch_size", 71, "--model.backbone", "test_vit",
     "--model.model_kwargs", '{"img_size": 8, "patch_size": 4}', "--model.head.batch_norm", "false",
     "--model.loss.class_balance", "batch", "--model.optimizer.lr", 0.05, "--trainer.callbacks+", "NeuralCollapseMonitor",
 ]  # fmt: skip
@@ -128,14 +125,15 @@ def numbered(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(etflight_command, fit, cwd):
-    result = etflight_command(*fit, "--data.batch_size", GLOBAL_BATCH, "--name", "one", cwd=cwd)
-    assert result.status == 0, result.err
+    result = etflight_command(*fit, "--data.batch_size", GLOBAL_BATCH, "--name", "one", cwd=cwd).ran()
     return cwd / "runs/one", result.out + result.err
 
 
 @pytest.fixture(scope="module")
 def two(fit, cwd):
-    printed = finish(start("etflight", *fit, *shared_by(2), "--name", "two", cwd=cwd))
+    """With W&B."""
+    wandb = ["-c", ROOT / "configs/logger/wandb.yaml"]
+    printed = finish(start("etflight", *fit, *wandb, *shared_by(2), "--name", "two", cwd=cwd, WANDB_MODE="offline"))
     return cwd / "runs/two", printed
 
 
@@ -171,7 +169,7 @@ def assert_same_bits(folder, other):
 
 
 def test_two_processes_log_and_learn_what_one_does_and_describe_the_step_once(one, two):
-    """The validation images are 143, so that one counted twice would show."""
+    """The validation images are 143: one counted twice would show, and one process has two batches of them, the other one."""
     columns = set(rows(one[0])[-1])
     assert columns >= {"train/loss", "nc/train/nc1", "nc/train/alignment", "nc/val/nc1", "nc/val/nc4"}
     assert columns >= {f"val/{name}" for name in ("loss", "acc", "acc_macro", "acc_many", "acc_few", "acc_tail", "ece")}
@@ -184,6 +182,12 @@ def test_two_processes_log_and_learn_what_one_does_and_describe_the_step_once(on
         assert printed.count("class balance 'batch' (exponent 1): counts over all processes of a step") == 1
 
 
+def test_two_processes_are_one_wandb_run(two):
+    (file,) = two[0].rglob("*.wandb")
+    assert [row for row in history(file) if "train/loss" in row]
+    assert json.loads((two[0] / "run.json").read_text())["hardware"]["processes"] == 2
+
+
 def test_two_nodes_do_what_two_processes_of_one_do(two, fit, cwd):
     rendezvous = ["--nnodes", 2, "--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", free_port()]
     command = ["-m", "etflight", *fit, *shared_by(2, nodes=2), "--name", "two_nodes"]
@@ -192,19 +196,10 @@ def test_two_nodes_do_what_two_processes_of_one_do(two, fit, cwd):
     assert_same_bits(cwd / "runs/two_nodes", two[0])
 
 
-SIGNAL_AT_STEP = """
-import os, signal
-from lightning.pytorch import Callback
-
-class SignalAtStep(Callback):
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == 10 and trainer.global_rank == 1:
-            os.kill(os.getpid(), signal.SIGUSR1)
-"""
+KILL = ["--trainer.callbacks+=tests.left_by_runs.Kill", "--trainer.callbacks.after", 9, "--trainer.callbacks.rank", 1]
 
 
 def test_a_slurm_job_out_of_time_requeues_itself_and_ends_as_if_it_had_had_more(two, fit, numbered, cwd):
-    (cwd / "signal_at_step.py").write_text(SIGNAL_AT_STEP)
     scontrol = cwd / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {cwd}/requeued\n')
@@ -212,7 +207,8 @@ def test_a_slurm_job_out_of_time_requeues_itself_and_ends_as_if_it_had_had_more(
     array = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "1", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
     overlay = ["-c", ROOT / "configs/trainer/ddp_cpu.yaml", "--data.batch_size", GLOBAL_BATCH // 2]
     argv = [*fit, *overlay, "--name", "requeued", "--ckpt_path", "last"]
-    numbered(*argv, "--trainer.callbacks+", "signal_at_step.SignalAtStep", cwd=cwd, processes=2, by="slurm", **array)
+    out_of_time = [*KILL, "--trainer.callbacks.signal", signal.SIGUSR1.value]
+    numbered(*argv, *out_of_time, cwd=cwd, processes=2, by="slurm", **array)
     assert (cwd / "requeued").read_text() == "requeue 70_1\n"
     folder = cwd / "runs/requeued"
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] in (10, 11, 12)
@@ -229,8 +225,7 @@ def test_the_readmes_job_script_gives_each_task_its_seed_and_its_run(etflight_co
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "2"}
     command = subprocess.check_output(["bash", "-euc", script], env=environment, text=True).splitlines()
     assert command[0] == "etflight"
-    result = etflight_command(*command[1:], "--print_config", cwd=ROOT)
-    assert result.status == 0, result.err
+    result = etflight_command(*command[1:], "--print_config", cwd=ROOT).ran()
     config = yaml.safe_load(result.out)
     assert config["seed_everything"] == 2
     assert config["name"].endswith("_2")
@@ -244,9 +239,8 @@ def test_a_checkpoint_of_two_processes_tests_and_predicts_the_same_on_one_and_on
     two, etflight_command, numbered, data, cwd
 ):
     for stage in ("test", "predict"):
-        argv = [stage, *data, *CPU, "--ckpt_path", two[0] / "checkpoints/last.ckpt"]
-        alone = etflight_command(*argv, "--name", "on_1", cwd=cwd)
-        assert alone.status == 0, alone.err
+        argv = [stage, *data, *FLAGS, "--ckpt_path", two[0] / "checkpoints/last.ckpt"]
+        etflight_command(*argv, "--name", "on_1", cwd=cwd).ran()
         numbered(*argv, "--name", "on_3", *shared_by(3), cwd=cwd, processes=3)
     of_one, of_three = cwd / "runs/on_1", cwd / "runs/on_3"
     one, three = (json.loads((folder / "test_metrics.json").read_text()) for folder in (of_one, of_three))
@@ -260,8 +254,7 @@ def test_a_checkpoint_of_two_processes_tests_and_predicts_the_same_on_one_and_on
 def test_training_of_two_processes_goes_on_with_another_number(one, etflight_command, numbered, fit, cwd):
     numbered(*fit, *shared_by(2), "--trainer.max_epochs", EPOCHS - 1, "--name", "halfway", cwd=cwd, processes=2)
     argv = [*fit, "--ckpt_path", cwd / "runs/halfway/checkpoints/last.ckpt"]
-    alone = etflight_command(*argv, *shared_by(1), "--name", "on_with_1", cwd=cwd)
-    assert alone.status == 0, alone.err
+    etflight_command(*argv, *shared_by(1), "--name", "on_with_1", cwd=cwd).ran()
     numbered(*argv, *shared_by(3), "--name", "on_with_3", cwd=cwd, processes=3)
     expected = [row for row in rows(one[0]) if row["epoch"] == f"{EPOCHS - 1:.1f}"]
     for folder in (cwd / "runs/on_with_1", cwd / "runs/on_with_3"):
@@ -272,27 +265,7 @@ def test_training_of_two_processes_goes_on_with_another_number(one, etflight_com
 # --- in processes that are there already -------------------------------------------------------------------------------
 
 
-class LocalCounts(DotRegressionLoss):
-    """Wrong: balances over the images of this process alone."""
-
-    def _class_weights(self, batch_counts):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dist, "is_initialized", lambda: False)
-            return super()._class_weights(batch_counts)
-
-
-class AllLogits(DotRegressionLoss):
-    """The same, from the logits of all classes: its own `forward` has the last word."""
-
-    def forward(self, logits, target):
-        return super().forward(logits, target)
-
-
-class MeanOfMeans(Classifier):
-    """Wrong: processes count the same whatever number of images each had."""
-
-    def _share_of_images(self, images):
-        return 1.0
+TWO = {"devices": 2, "strategy": "ddp", "limit_val_batches": 0}
 
 
 class BadOnTheSecondProcess(Classifier):
@@ -303,96 +276,33 @@ class BadOnTheSecondProcess(Classifier):
         return logits * torch.nan if self.global_rank == 1 and self.global_step == 3 else logits
 
 
-class StepLosses(Callback):
-    def __init__(self):
-        self.losses = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.losses.append(trainer.strategy.reduce(outputs["loss"].detach().clone(), reduce_op="mean").item())
-
-
-def trainer(folder, processes=2, **options):
-    return Trainer(
-        accelerator="cpu", devices=processes, strategy="auto" if processes == 1 else "ddp", default_root_dir=folder,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **options,
-    )  # fmt: skip
-
-
-def small_vit(model=Classifier, loss=DotRegressionLoss, seed=0):
+def small_vit(model=Classifier, seed=0):
     return model(
-        10, "test_vit", partial(ETFHead, batch_norm=False, seed=seed), partial(loss, class_balance="batch"),
-        in_chans=1, model_kwargs={"img_size": 8, "patch_size": 4},
+        10, "test_vit", partial(ETFHead, batch_norm=False, seed=seed), in_chans=1,
+        model_kwargs={"img_size": 8, "patch_size": 4},
     )  # fmt: skip
 
 
-def train_twenty_steps(rank, folder, processes=2, model=Classifier, loss=DotRegressionLoss):
-    torch.manual_seed(0)
-    classifier, seen = small_vit(model, loss), StepLosses()
-    data = Digits(imbalance_ratio=20, sampler="balanced", batch_size=GLOBAL_BATCH // processes)
-    runs = trainer(folder, processes, max_steps=20, limit_val_batches=0, callbacks=[seen])
-    runs.fit(classifier, datamodule=data)
-    assert runs.global_step == 20
-    return seen.losses, classifier.state_dict()
-
-
-def largest_difference(actual, expected):
-    return max((actual[name].double() - expected[name].double()).abs().max().item() for name in expected)
-
-
-TOLERANCE = 2e-6  # of losses about 0.1 to 1 and of weights up to about 1
-
-
-def test_twenty_steps_of_two_processes_are_those_of_one(two_ready_processes, tmp_path):
-    """And the comparison notices a process that counts for itself."""
-    losses, trained = train_twenty_steps(0, tmp_path, processes=1)
-    for loss in (DotRegressionLoss, AllLogits):
-        first, second = two_ready_processes(train_twenty_steps, [(tmp_path, 2, Classifier, loss)] * 2)
-        assert first[0] == pytest.approx(losses, abs=TOLERANCE)
-        assert largest_difference(first[1], trained) < TOLERANCE
-        assert largest_difference(first[1], second[1]) == 0
-    for model, loss in ((Classifier, LocalCounts), (MeanOfMeans, DotRegressionLoss)):
-        wrong, _ = two_ready_processes(train_twenty_steps, [(tmp_path, 2, model, loss)] * 2)
-        assert wrong[0] != pytest.approx(losses, abs=100 * TOLERANCE)
-        assert largest_difference(wrong[1], trained) > 100 * TOLERANCE
-
-
-def train_a_frame_of_its_own(rank, folder):
+def train_a_frame_of_its_own(rank):
     classifier = small_vit(seed=rank)
     before = classifier.head.weight.clone()
-    trainer(folder, max_steps=1, limit_val_batches=0).fit(classifier, datamodule=Digits(batch_size=GLOBAL_BATCH))
+    trainer(**TWO, max_steps=1).fit(classifier, datamodule=Digits(batch_size=GLOBAL_BATCH))
     return before, classifier.head.weight
 
 
-def test_processes_that_computed_different_frames_train_on_the_first_ones(two_ready_processes, tmp_path):
-    (first, trained), (second, other) = two_ready_processes(train_a_frame_of_its_own, [(tmp_path,)] * 2)
+def test_processes_that_computed_different_frames_train_on_the_first_ones(two_ready_processes):
+    (first, trained), (second, other) = two_ready_processes(train_a_frame_of_its_own, [()] * 2)
     assert not torch.equal(first, second)
     assert torch.equal(trained, first)
     assert torch.equal(other, first)
 
 
-def train_an_epoch(rank, folder, batch_size):
-    data = Digits(profile=[3, 3, 3, 2, 2, 2, 2, 2, 2, 2], val_fraction=0.02, batch_size=batch_size, eval_batch_size=7)
-    runs = trainer(folder, max_epochs=1)
-    runs.fit(Classifier(10, "resnet20_cifar", partial(ETFHead, batch_norm=False), in_chans=1), datamodule=data)
-    return runs.global_step, len(runs.val_dataloaders), runs.callback_metrics["val/loss"].item()
-
-
-@pytest.mark.parametrize(("batch_size", "steps"), [(1, 11), (5, 2)])
-def test_an_epoch_ends_on_both_processes_where_their_shares_are_unequal(
-    batch_size, steps, two_ready_processes, tmp_path
-):
-    first, second = two_ready_processes(train_an_epoch, [(tmp_path, batch_size)] * 2)
-    assert (first[0], second[0]) == (steps, steps)  # of 23 images
-    assert (first[1], second[1]) == (3, 2)  # 29 validation images
-    assert first[2] == second[2]
-
-
-def train_until_refused(rank, folder):
+def train_until_refused(rank):
     with pytest.raises(UserError) as refusal:
-        train_twenty_steps(rank, folder, model=BadOnTheSecondProcess)
+        trainer(**TWO, max_steps=5).fit(small_vit(BadOnTheSecondProcess), Digits(batch_size=30))
     return str(refusal.value)
 
 
-def test_a_loss_that_is_not_a_number_on_one_process_stops_all_and_names_its_step(two_ready_processes, tmp_path):
-    for message in two_ready_processes(train_until_refused, [(tmp_path,)] * 2):
+def test_a_loss_that_is_not_a_number_on_one_process_stops_all_and_names_its_step(two_ready_processes):
+    for message in two_ready_processes(train_until_refused, [()] * 2):
         assert "NaN or infinite at step 3 " in message

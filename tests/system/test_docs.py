@@ -1,4 +1,4 @@
-"""What the pages of docs/ say exists: commands, Python, names, measures, arms, published numbers. Sphinx finds no fault in them."""
+"""What the pages of docs/ say exists: Python, names, measures, arms, published numbers. Sphinx finds no fault in them."""
 
 import importlib
 import json
@@ -16,32 +16,11 @@ import torch
 
 import etflight
 from etflight.metrics import ClassStatistics, measures
-from tests.system.test_readme import assert_understood, commands, train_for
+from tests.system.test_readme import DOCS, blocks
 
 ROOT = Path(__file__).parents[2]
-PAGES = {
-    str(path.relative_to(ROOT / "docs")): path.read_text()
-    for path in sorted((ROOT / "docs").rglob("*.md"))
-    if "build" not in path.parts
-}
+PAGES = {str(path.relative_to(ROOT / "docs")): path.read_text() for path in DOCS}
 METHODS = "".join(text for page, text in PAGES.items() if page.startswith("methods/"))
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
-
-
-SHELL = "\n".join(f"```bash\n{block}```" for text in PAGES.values() for block in blocks(text, "bash"))
-
-
-@pytest.fixture(scope="module")
-def trained(etflight_command, tmp_path_factory):
-    return train_for(SHELL, tmp_path_factory.mktemp("docs"), etflight_command)
-
-
-@pytest.mark.parametrize("command", commands(SHELL))
-def test_every_command_is_understood(command, trained, etflight_command):
-    assert_understood(command, trained, etflight_command)
 
 
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if blocks(text, "python")])

@@ -17,16 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_only
-from PIL import Image
 from torchvision import datasets
 
 from etflight.data import FashionMNIST, sets
 from etflight.runs.folder import check_writable, lock
 from etflight.utils.errors import UserError
-from tests.cli.test_stages import QUICK
-from tests.processes import ended, start
+from tests.cli.test_bad_input import QUICK, folder
+from tests.command_line import ended, start
 from tests.wandb_file import history
 
 ROOT = Path(__file__).parents[2]
@@ -34,10 +31,6 @@ EPOCHS = 3
 DIGITS = [
     "--data", "Digits", "--data.max_count", 10, "--model.backbone", "resnet20_cifar", *QUICK[2:],
     "--trainer.max_epochs", EPOCHS,
-]  # fmt: skip
-PICTURES = [
-    "--trainer.callbacks+", "NeuralCollapseMonitor", "--trainer.callbacks+", "CollapseFigures",
-    "--trainer.callbacks.every_n_epochs", 1,
 ]  # fmt: skip
 
 
@@ -49,96 +42,16 @@ def rows_of(folder):
     return list(csv.DictReader((folder / "metrics.csv").open()))
 
 
-def assert_refused(result, *words):
-    assert result.status == 1, result.err
-    (line,) = result.error_lines
-    assert not [word for word in words if word not in line], line
-    assert "Traceback" not in result.err
+# --- loggers -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def alone(etflight_command, tmp_path_factory):
-    """The folder of a run without a logger of the user's own."""
-    cwd = tmp_path_factory.mktemp("alone")
-    result = etflight_command("fit", *DIGITS, *PICTURES, "--name", "alone", cwd=cwd)
-    assert result.status == 0, result.err
-    return cwd / "runs/alone"
+def test_training_goes_on_without_a_logger_whose_server_is_gone(etflight_command, tmp_path):
+    logger = ["--trainer.logger+", "tests.runs.test_loggers.Fragile"]
+    result = etflight_command("fit", *DIGITS, *logger, "--name", "r", cwd=tmp_path).ran()
+    (warning,) = warnings_in(result)
+    assert "Fragile fell silent (OSError: no route)" in warning
+    assert [row["epoch"] for row in rows_of(tmp_path / "runs/r") if row["val/acc"]] == ["0.0", "1.0", "2.0"]
 
-
-# --- a logger whose server is gone -------------------------------------------------------------------------------------
-
-
-class Telegraph(Logger):
-    """Appends a line per call to a file, until its server is gone.
-
-    Args:
-        lines: That are taken before; with none there never was a server.
-    """
-
-    def __init__(self, lines: int) -> None:
-        super().__init__()
-        self.left = lines
-        self.served = lines > 0
-
-    name = version = property(lambda self: "telegraph")
-
-    @property
-    def experiment(self):
-        """A file."""
-        if not self.served:
-            raise ConnectionRefusedError("no server")
-        return open("sent.jsonl", "a")
-
-    def log_hyperparams(self, *_):
-        pass
-
-    @rank_zero_only
-    def log_metrics(self, metrics, step=None):
-        self._send({"step": step, **{name: float(value) for name, value in metrics.items()}})
-
-    @rank_zero_only
-    def log_image(self, key, images, step=None):
-        self._send({"image": key, "step": step})
-
-    @rank_zero_only
-    def finalize(self, status):
-        self._send({"status": status})
-
-    def _send(self, content):
-        with self.experiment as file:
-            self.left -= 1
-            if self.left < 0:
-                raise ConnectionResetError("the server is gone")
-            print(json.dumps(content), file=file)
-
-
-# rows are the monitor's before training, those of epoch 0, its pictures, …
-@pytest.mark.parametrize("lines", [0, 4, 1000])
-def test_training_goes_on_without_a_logger_whose_server_is_gone(lines, alone, etflight_command, tmp_path):
-    logger = ["--trainer.logger+", "tests.system.test_faults.Telegraph", "--trainer.logger.lines", lines]
-    result = etflight_command("fit", *DIGITS, *PICTURES, *logger, "--name", "r", cwd=tmp_path)
-    assert result.status == 0, result.err
-    folder = tmp_path / "runs/r"
-    assert (folder / "metrics.csv").read_text() == (alone / "metrics.csv").read_text()
-    assert (folder / "figures/nc_curves.png").is_file()
-    assert (folder / "checkpoints/last.ckpt").is_file()
-    sent = tmp_path / "sent.jsonl"
-    taken = [json.loads(line) for line in sent.read_text().splitlines()] if lines else []
-    if lines < 1000:
-        (warning,) = warnings_in(result)
-        assert f"Telegraph fell silent ({'ConnectionResetError' if lines else 'ConnectionRefusedError'}" in warning
-        assert "runs/r/metrics.csv" in warning
-        assert len(taken) == lines
-    else:
-        assert warnings_in(result) == []
-        # clock times go to loggers, not into metrics.csv
-        numbers = [line for line in taken if not {"image", "status", "speed/images_per_s"} & line.keys()]
-        assert [line["step"] for line in numbers] == [int(row["step"]) for row in rows_of(folder)]
-        assert {line["image"] for line in taken if "image" in line} >= {"nc/curves", "nc/heat_map"}
-        assert taken[-1] == {"status": "success"}
-
-
-# --- Weights & Biases --------------------------------------------------------------------------------------------------
 
 WANDB = [*DIGITS, "-c", ROOT / "configs/logger/wandb.yaml"]
 ACCOUNT = {"WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "1", "WANDB_HTTP_TIMEOUT": "1"}
@@ -219,8 +132,7 @@ def test_wandb_keeps_what_a_server_that_went_away_has_not_taken(tmp_path):
     server.shutdown()
     server.server_close()
     (tmp_path / "gone").touch()
-    result = ended(process)
-    assert result.status == 0, result.err
+    result = ended(process).ran()
     (warning,) = warnings_in(result)
     assert "has not received everything" in warning
     assert_all_is_to_be_synced(warning, tmp_path)
@@ -229,7 +141,7 @@ def test_wandb_keeps_what_a_server_that_went_away_has_not_taken(tmp_path):
 def test_wandb_without_an_account_is_refused_before_training(etflight_command, tmp_path):
     home = {"HOME": str(tmp_path / "home"), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "none")}
     result = etflight_command("fit", *WANDB, "--name", "w", cwd=tmp_path, **home)
-    assert_refused(result, "wandb login", "WANDB_MODE=offline")
+    result.assert_refused("wandb login", "WANDB_MODE=offline")
     assert not (tmp_path / "runs/w/metrics.csv").exists()
 
 
@@ -240,16 +152,20 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(
-    ("stage", "root"),
-    [("fit", "notes.txt/runs"), ("fit", "notes.txt"), ("fit", "/proc/runs"), ("test", "notes.txt"), ("predict", "/proc")],
-)  # fmt: skip
-def test_a_run_folder_that_cannot_be_made_is_refused_before_work(stage, root, alone, etflight_command, tmp_path):
+@pytest.fixture(scope="module")
+def checkpoint(etflight_command, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("trained")
+    etflight_command("fit", *DIGITS, "--name", "r", cwd=cwd).ran()
+    return cwd / "runs/r/checkpoints/last.ckpt"
+
+
+@pytest.mark.parametrize(("stage", "root"), [("fit", "notes.txt/runs"), ("test", "notes.txt"), ("predict", "/proc")])
+def test_a_run_folder_that_cannot_be_made_is_refused_before_work(stage, root, checkpoint, etflight_command, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    checkpoint = [] if stage == "fit" else ["--ckpt_path", alone / "checkpoints/last.ckpt"]
-    argv = [stage, *DIGITS, *checkpoint, "--trainer.default_root_dir", root, "--name", "r"]
+    trained = [] if stage == "fit" else ["--ckpt_path", checkpoint]
+    argv = [stage, *DIGITS, *trained, "--trainer.default_root_dir", root, "--name", "r"]
     option = "--output" if stage == "predict" else "--trainer.default_root_dir"
-    assert_refused(etflight_command(*argv, cwd=tmp_path), f"folder {root}/r cannot be written to", option)
+    etflight_command(*argv, cwd=tmp_path).assert_refused(f"folder {root}/r cannot be written to", option)
     assert contents(tmp_path) == {Path("notes.txt"): b"mine"}
 
 
@@ -270,7 +186,7 @@ def test_a_folder_of_another_program_is_refused_and_stays_as_it_is(theirs, etfli
     project.mkdir(parents=True)
     (project / theirs).write_text("years of work")
     result = etflight_command("fit", *DIGITS, "--name", "project", cwd=tmp_path)
-    assert_refused(result, f"runs/project has a {theirs}", "--name")
+    result.assert_refused(f"runs/project has a {theirs}", "--name")
     assert contents(tmp_path) == {Path(f"runs/project/{theirs}"): b"years of work"}
 
 
@@ -280,8 +196,7 @@ def test_a_run_killed_before_its_first_checkpoint_may_start_again(etflight_comma
     left = {path.name for path in (tmp_path / "runs/r").iterdir()}
     assert {"config.yaml", "run.json"} <= left
     assert "checkpoints" not in left
-    again = etflight_command("fit", *DIGITS, "--name", "r", cwd=tmp_path)
-    assert again.status == 0, again.err
+    etflight_command("fit", *DIGITS, "--name", "r", cwd=tmp_path).ran()
 
 
 def test_two_processes_do_not_train_in_one_folder(etflight_command, tmp_path):
@@ -292,12 +207,11 @@ def test_two_processes_do_not_train_in_one_folder(etflight_command, tmp_path):
         assert first.poll() is None, first.communicate()
         time.sleep(0.05)
     before = contents(tmp_path)
-    assert_refused(etflight_command(*fit, "--ckpt_path", "last", cwd=tmp_path), "run folder runs/shared is in use")
+    etflight_command(*fit, "--ckpt_path", "last", cwd=tmp_path).assert_refused("run folder runs/shared is in use")
     assert contents(tmp_path) == before
     first.kill()  # its loader process lives for some seconds more
     first.wait()
-    after = etflight_command(*fit, "--ckpt_path", "last", cwd=tmp_path)
-    assert after.status == 0, after.err
+    etflight_command(*fit, "--ckpt_path", "last", cwd=tmp_path).ran()
     assert [row["epoch"] for row in rows_of(folder) if row["val/acc"]] == ["0.0", "1.0", "2.0"]
 
 
@@ -311,49 +225,17 @@ def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch):
 
 # --- images ------------------------------------------------------------------------------------------------------------
 
-FOLDER = [
-    "--data", "FolderImages", "--data.root", "images", "--data.image_size", 8, "--data.batch_size", 4,
-    "--data.num_workers", 2, "--model.backbone", "resnet20_cifar", *QUICK, "--name",
-]  # fmt: skip
 
-
-@pytest.fixture
-def images(tmp_path):
-    for split in ("train", "val", "test"):
-        for name in ("cat", "dog"):
-            (tmp_path / "images" / split / name).mkdir(parents=True)
-            for i in range(6):
-                Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(tmp_path / "images" / split / name / f"{i}.png")
-    return tmp_path / "images"
-
-
-def cut_short(file):
+def test_a_truncated_image_is_named_once_by_two_processes(tmp_path):
+    data = folder(tmp_path / "images", {"cat": 6, "dog": 6})
+    file = tmp_path / "images/train/dog/3.png"
     file.write_bytes(file.read_bytes()[:-30])
-
-
-def test_a_truncated_image_is_named_by_every_stage(images, etflight_command, tmp_path):
-    trained = etflight_command("fit", *FOLDER, "r", cwd=tmp_path)
-    assert trained.status == 0, trained.err
-    cut_short(images / "test/cat/5.png")
-    cut_short(images / "val/dog/0.png")
-    for stage, file, run in (
-        ("fit", "val/dog/0.png", ["other"]),
-        ("validate", "val/dog/0.png", ["r", "--ckpt_path", "last"]),
-        ("test", "test/cat/5.png", ["r", "--ckpt_path", "last"]),
-        ("predict", "test/cat/5.png", ["r", "--ckpt_path", "last"]),
-    ):
-        result = etflight_command(stage, *FOLDER, *run, cwd=tmp_path)
-        assert_refused(result, f"images/{file}", "replace it or remove it")
-    assert not {"test_metrics.json", "predictions.csv"} & {path.name for path in (tmp_path / "runs/r").iterdir()}
-
-
-def test_a_truncated_image_is_named_once_by_two_processes(images, tmp_path):
-    cut_short(images / "train/dog/3.png")
+    options = ["--data.batch_size", 4, "--data.num_workers", 2, "--model.backbone", "resnet20_cifar", *QUICK]
     two = ["--trainer.strategy", "ddp", "--trainer.devices", 2]
-    result = ended(start("etflight", "fit", *FOLDER, "r", *two, cwd=tmp_path))
+    result = ended(start("etflight", "fit", *data, *options, *two, "--name", "r", cwd=tmp_path))
     assert result.status != 0
     result.status = 1  # or that of the launcher's signal
-    assert_refused(result, "images/train/dog/3.png", "replace it or remove it")
+    result.assert_refused("images/train/dog/3.png", "replace it or remove it")
 
 
 # --- downloads ---------------------------------------------------------------------------------------------------------
@@ -397,7 +279,7 @@ class Mirror(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         self.send_response(200)
-        self.send_header("Content-Length", str(half if fault == "truncated" else len(content)))
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if fault == "wrong checksum":
             content = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
@@ -429,7 +311,7 @@ def assert_40_training_images(data):
     assert len(data.split("train")) == 40
 
 
-@pytest.mark.parametrize("fault", ["truncated", "wrong checksum", "404", "closes half way", "falls silent"])
+@pytest.mark.parametrize("fault", ["wrong checksum", "404", "closes half way", "falls silent"])
 def test_a_failed_download_is_one_line_and_the_next_try_works(fault, mirror, tmp_path):
     data = Clothes(root=str(tmp_path / "data"), download=True)
     mirror.fault = fault

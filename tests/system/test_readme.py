@@ -11,14 +11,23 @@ from etflight.cli import OTHERS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+DOCS = [path for path in sorted((ROOT / "docs").rglob("*.md")) if "build" not in path.parts]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+# what is in text in docs/ need not be whole
+TEXT = README + "".join(f"```bash\n{block}```\n" for path in DOCS for block in blocks(path.read_text(), "bash"))
 
 
 def test_python_examples_run_as_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) >= 3
+    examples = blocks(README, "python")
+    assert len(examples) >= 3
     names = {"__name__": "readme"}
-    for block in blocks:
+    for block in examples:
         exec(compile(block, "README.md", "exec"), names)
     assert len(names["monitor"].history["nc/train/nc1"]) == 3
     assert 0 < names["statistics"].compute().counts.sum() == 60
@@ -39,57 +48,49 @@ def test_the_map_of_the_house_has_every_room():
 
 def commands(document: str = README) -> list[str]:
     """Every `etflight …` of the shell blocks and the text; not what has parts left open, nor the job script, tested elsewhere."""
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", document, flags=re.DOTALL)).replace("\\\n", " ")
+    shell = "\n".join(blocks(document, "bash")).replace("\\\n", " ")
     spans = re.findall(r"`(etflight [a-z]+ [^`]+)`", re.sub(r"```.*?```", "", document, flags=re.DOTALL))
-    lines = [part for text in (*blocks.splitlines(), *spans) for part in " ".join(text.split()).split(" && ")]
+    lines = [part for text in (*shell.splitlines(), *spans) for part in " ".join(text.split()).split(" && ")]
     found = (re.search(r"(?:^|-m |srun )(etflight [a-z]+ .*)", line) for line in lines)
     whole = [line[1] for line in found if line and not re.search(r"[<…|$]", line[1].partition(" #")[0])]
     return [line for line in dict.fromkeys(whole) if line != "etflight predict --images"]
 
 
-def train_for(text, folder, etflight_command):
+@pytest.fixture(scope="module")
+def trained(etflight_command, tmp_path_factory):
     """A folder with the configurations, one short run under every name that a command asks for, and a module of one's own."""
+    folder = tmp_path_factory.mktemp("trained")
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "notebooks").symlink_to(ROOT / "notebooks")
     short = ["--trainer.max_epochs", 1, "--trainer.limit_train_batches", 1, "--trainer.callbacks", "null"]
     config = ["-c", "configs/data/digits.yaml", "-c", "configs/arms/etf_dr_balanced.yaml"]
     for argv in (["fit", *config, *short], ["test", *config, "--ckpt_path", "last"]):
-        result = etflight_command(*argv, cwd=folder)
-        assert result.status == 0, result.err
+        etflight_command(*argv, cwd=folder).ran()
     run = folder / "runs/digits/etf_dr_balanced"
     for name in {
-        *re.findall(r"(runs/[\w/]+)/checkpoints/last.ckpt", text),
-        *re.findall(r"collapse (runs/[\w/]+)", text),
+        *re.findall(r"(runs/[\w/]+)/checkpoints/last.ckpt", TEXT),
+        *re.findall(r"collapse (runs/[\w/]+)", TEXT),
     }:
         if not (folder / name).exists():
             shutil.copytree(run, folder / name)
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    own = [block for block in blocks if re.search(r"class \w+\((?:Head|Loss|ImageDataModule)\)", block)]
+    own = [
+        block for block in blocks(README, "python") if re.search(r"class \w+\((?:Head|Loss|ImageDataModule)\)", block)
+    ]
     (folder / "mine.py").write_text("\n".join(["import torch", *own]))
     return folder
 
 
-def assert_understood(command, folder, etflight_command):
+@pytest.mark.parametrize("command", commands(TEXT))
+def test_every_command_is_understood(command, trained, etflight_command):
     """As written, and to its end where that is quick; else up to the point where it would begin to work."""
     argv = shlex.split(re.sub(r" >.*", "", command), comments=True)[1:]
-    argv = [path for arg in argv for path in (sorted(map(str, folder.glob(arg))) if "*" in arg else [arg])]
+    argv = [path for arg in argv for path in (sorted(map(str, trained.glob(arg))) if "*" in arg else [arg])]
     if argv[0] in ("study", "dashboard"):
         argv = [*argv, "--dry-run"]
     elif argv[0] != "report" and not any("help" in arg for arg in argv):
         argv = [*argv, "--print_config"]
-    result = etflight_command(*argv, cwd=folder)
-    assert result.status == 0, result.err
+    result = etflight_command(*argv, cwd=trained).ran()
     assert result.out
-
-
-@pytest.fixture(scope="module")
-def trained(etflight_command, tmp_path_factory):
-    return train_for(README, tmp_path_factory.mktemp("readme"), etflight_command)
-
-
-@pytest.mark.parametrize("command", commands())
-def test_every_command_is_understood(command, trained, etflight_command):
-    assert_understood(command, trained, etflight_command)
 
 
 def test_the_commands_are_found():

@@ -1,20 +1,24 @@
 """A run that was killed and resumed is the run that was never interrupted."""
 
 import csv
+import os
+import signal
 import time
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
+from etflight import LinearHead
 from tests.cli.test_bad_input import QUICK, folder
+from tests.command_line import ended, start
 from tests.left_by_runs import assert_same_run, read
-from tests.processes import ended, start
+from tests.quiet import FLAGS
 
 DIGITS = [
     "--data", "Digits", "--data.imbalance_ratio", 20, "--data.batch_size", 32, "--data.crop_padding", 1,
     "--model.backbone", "resnet20_cifar", "--model.loss.class_balance", "batch", "--model.lr_scheduler", "WarmupCosine",
-    "--model.lr_scheduler.warmup_epochs", 2, "--trainer.max_epochs", 2, "--trainer.accelerator", "cpu",
-    "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--trainer.log_every_n_steps", 1,
+    "--model.lr_scheduler.warmup_epochs", 2, "--trainer.max_epochs", 2, "--trainer.log_every_n_steps", 1, *FLAGS,
 ]  # fmt: skip
 EACH_STEP = ["--checkpoint.every_n_steps", 1]
 LAST = ["--ckpt_path", "last"]
@@ -43,30 +47,19 @@ KINDS = {
 }  # fmt: skip
 
 
-def ran(result):
-    assert result.status == 0, result.err
-    return result
-
-
-def assert_refused(result, *words):
-    assert result.status == 1, result.err
-    (line,) = result.error_lines
-    assert not [word for word in words if word not in line], line
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_resumes_bit_by_bit(kind, etflight_command, tmp_path):
     options, kills = KINDS[kind]
     (tmp_path / "watched.yaml").write_text(WATCHED)
     fit = ["fit", "-c", "watched.yaml", *DIGITS, *options, *EACH_STEP]
-    ran(etflight_command(*fit, "--name", "whole", cwd=tmp_path))
+    etflight_command(*fit, "--name", "whole", cwd=tmp_path).ran()
     for after in kills:
         name = f"killed_{after}"
         kill = [*KILL, after, "--trainer.callbacks.mark", f"{name}.mark"]
         assert etflight_command(*fit, "--name", name, *kill, cwd=tmp_path).status == -9
         saved = read(tmp_path / "runs" / name)
         assert 0 < saved["global_step"] < read(tmp_path / "runs/whole")["global_step"]
-        assert "Restored all states" in ran(etflight_command(*fit, "--name", name, *LAST, cwd=tmp_path)).err
+        assert "Restored all states" in etflight_command(*fit, "--name", name, *LAST, cwd=tmp_path).ran().err
         assert_same_run(tmp_path / "runs/whole", tmp_path / "runs" / name)
 
 
@@ -82,7 +75,7 @@ def killed_on_two(tmp_path_factory):
     odd = ["--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 7]
     one = ["fit", "-c", "watched.yaml", *DIGITS, "--data.batch_size", 16, *EACH_STEP, *odd]
     two = [*one, "--trainer.strategy", "ddp", "--trainer.devices", 2]
-    ran(ended(start("etflight", *two, "--name", "whole", cwd=cwd)))
+    ended(start("etflight", *two, "--name", "whole", cwd=cwd)).ran()
     killed = ended(start("etflight", *two, "--name", "killed", *kill_the_second("killed"), cwd=cwd))
     return cwd, one, two, killed, time.time() - (cwd / "killed.mark").stat().st_mtime
 
@@ -104,7 +97,7 @@ def test_a_job_whose_process_dies_ends_with_one_message(killed_on_two):
 
 def test_one_process_goes_on_within_the_epoch_of_two(killed_on_two, etflight_command):
     cwd, fit, *_ = killed_on_two
-    result = ran(etflight_command(*fit, "--name", "killed", *LAST, cwd=cwd))
+    result = etflight_command(*fit, "--name", "killed", *LAST, cwd=cwd).ran()
     assert "goes on after 12 batches of 16" in result.err + result.out  # 6 batches of 2 x 16 images
     assert read(cwd / "runs/killed")["global_step"] == 10 + 8  # 431 images make 27 batches of 16, of which 15 are left
 
@@ -114,7 +107,7 @@ def test_torchrun_restarts_a_dead_process_from_the_last_checkpoint_bit_by_bit(ki
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1, "-m", "etflight"]
     argv = [*fit, "--name", "torchrun", *kill_the_second("torchrun"), *LAST]
     # without it, the second try finds the first one's addresses in the store
-    job = ran(ended(start(*torchrun, *argv, cwd=cwd, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")))
+    job = ended(start(*torchrun, *argv, cwd=cwd, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")).ran()
     assert (cwd / "torchrun.mark").exists()
     assert "Restored all states" in job.err
     assert_same_run(cwd / "runs/whole", cwd / "runs/torchrun")
@@ -127,7 +120,7 @@ def test_torchrun_restarts_a_dead_process_from_the_last_checkpoint_bit_by_bit(ki
 def whole(etflight_command, tmp_path_factory):
     """The current folder of a run that was never interrupted, whose number of steps no multiple of its rhythm is."""
     cwd = tmp_path_factory.mktemp("whole")
-    ran(etflight_command("fit", *DIGITS, "--name", "whole", "--checkpoint.every_n_steps", 9, cwd=cwd))
+    etflight_command("fit", *DIGITS, "--name", "whole", "--checkpoint.every_n_steps", 9, cwd=cwd).ran()
     return cwd
 
 
@@ -142,60 +135,48 @@ def test_sigterm_saves_at_the_next_batch_and_exits_143(whole, etflight_command):
     assert "SIGTERM: saved step 17" in stopped.err + stopped.out
     assert "Traceback" not in stopped.err
     assert read(whole / "runs/stopped")["global_step"] == 17
-    ran(etflight_command(*fit, *LAST, cwd=whole))
+    etflight_command(*fit, *LAST, cwd=whole).ran()
     assert_same_run(whole / "runs/whole", whole / "runs/stopped")
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(whole, etflight_command):
     full = ["--trainer.callbacks+=tests.left_by_runs.LimitFiles", "--trainer.callbacks.after", 16]
     fit = ["fit", *DIGITS, *EACH_STEP, "--name", "full"]
-    result = etflight_command(*fit, *full, "--trainer.callbacks.size", 100_000, cwd=whole)
-    assert_refused(result, "could not be written", "the checkpoint before it is intact")
+    result = etflight_command(*fit, *full, cwd=whole)
+    result.assert_refused("could not be written", "the checkpoint before it is intact")
     assert read(whole / "runs/full")["global_step"] == 16
     assert [path.name for path in (whole / "runs/full/checkpoints").iterdir()] == ["last.ckpt"]
-    ran(etflight_command(*fit, *LAST, cwd=whole))
+    etflight_command(*fit, *LAST, cwd=whole).ran()
     assert_same_run(whole / "runs/whole", whole / "runs/full")
 
 
 def test_weights_that_are_not_finite_never_reach_the_checkpoint(etflight_command, tmp_path):
     spoil = ["--trainer.callbacks+=tests.left_by_runs.Spoil", "--trainer.callbacks.after", 16]
     result = etflight_command("fit", *DIGITS, "--name", "r", *spoil, *EACH_STEP, cwd=tmp_path)
-    assert_refused(result, "NaN or infinite", "step 17")
+    result.assert_refused("NaN or infinite", "step 17")
     saved = read(tmp_path / "runs/r")
     assert saved["global_step"] == 16
     assert all(bool(value.isfinite().all()) for value in saved["state_dict"].values())
 
 
-GREEDY = """
-import torch
-from etflight import LinearHead
-
 class GreedyHead(LinearHead):
     def forward(self, features):
         return super().forward(features) + torch.empty(10**15)[0]
-"""
 
 
 def test_too_little_memory_is_told_with_the_mend(etflight_command, tmp_path):
-    (tmp_path / "greedy.py").write_text(GREEDY)
-    head = ["--model.head", "greedy.GreedyHead", "--model.loss", "CrossEntropyLoss"]
+    head = ["--model.head", "tests.system.test_resume.GreedyHead", "--model.loss", "CrossEntropyLoss"]
     result = etflight_command("fit", *DIGITS, "--name", "r", *head, cwd=tmp_path)
-    assert_refused(result, "out of memory", "--data.batch_size")
+    result.assert_refused("out of memory", "--data.batch_size")
 
-
-STOP = """
-import os, signal
-from lightning.pytorch import Callback
 
 class Stop(Callback):
-    def on_test_batch_start(self, *args):
+    def on_test_batch_start(self, *_):
         os.kill(os.getpid(), signal.SIGTERM)
-"""
 
 
 def test_sigterm_ends_a_test_at_once(whole, etflight_command):
-    (whole / "stop.py").write_text(STOP)
-    argv = ["test", "--data", "Digits", "--name", "whole", *LAST, "--trainer.callbacks+=stop.Stop"]
+    argv = ["test", "--data", "Digits", "--name", "whole", *LAST, "--trainer.callbacks+=tests.system.test_resume.Stop"]
     assert etflight_command(*argv, cwd=whole).status == 143
     assert not (whole / "runs/whole/test_metrics.json").exists()
 
@@ -212,14 +193,14 @@ def test_sigterm_ends_a_test_at_once(whole, etflight_command):
     ],
 )
 def test_another_training_is_refused_on_resume(other, words, whole, etflight_command):
-    assert_refused(etflight_command("fit", *DIGITS, *other, "--name", "whole", *LAST, cwd=whole), words)
+    etflight_command("fit", *DIGITS, *other, "--name", "whole", *LAST, cwd=whole).assert_refused(words)
 
 
 @pytest.mark.parametrize("done", [4, 5])  # of 6; more of 16 images than there are in an epoch
 def test_an_epoch_goes_on_where_the_new_batches_leave_no_whole_one(done, etflight_command, tmp_path):
     fit = ["fit", *DIGITS, "--trainer.limit_train_batches", 6, *EACH_STEP, "--name", "r"]
     assert etflight_command(*fit, *KILL, done, cwd=tmp_path).status == -9
-    result = ran(etflight_command(*fit, "--data.batch_size", 16, *LAST, cwd=tmp_path))
+    result = etflight_command(*fit, "--data.batch_size", 16, *LAST, cwd=tmp_path).ran()
     assert "goes on after 5 batches of 16" in result.err + result.out
     assert read(tmp_path / "runs/r")["global_step"] == done + 1 + 6
     rows = list(csv.DictReader((tmp_path / "runs/r/metrics.csv").open()))
@@ -235,19 +216,6 @@ def test_another_folder_is_refused_on_resume_and_the_same_one_elsewhere_goes_on(
         quiet = [*QUICK, "--model.backbone", "resnet20_cifar", "--name", "r", *LAST, "--trainer.max_epochs", epochs]
         return etflight_command("fit", *data, *quiet, cwd=tmp_path)
 
-    ran(fit("pets", 1))
-    assert_refused(fit("birds", 2), "give the same --data options")
-    ran(fit("moved/pets", 2))
-
-
-def test_a_checkpoint_that_knows_its_choice_of_images_but_not_their_set_goes_on(etflight_command, tmp_path):
-    fit = ["fit", *DIGITS, "--model.lr_scheduler", "null", "--name", "r"]
-    ran(etflight_command(*fit, cwd=tmp_path))
-    saved = read(tmp_path / "runs/r")
-    content, _, choice = saved.pop("fingerprint").partition("-")
-    saved["etflight"] |= {"images": choice}
-    torch.save(saved, tmp_path / "runs/r/checkpoints/last.ckpt")
-    assert_refused(etflight_command(*fit, "--data.imbalance_ratio", 10, *LAST, cwd=tmp_path), "--data options")
-    ran(etflight_command(*fit, "--trainer.max_epochs", 3, *LAST, cwd=tmp_path))
-    saved = read(tmp_path / "runs/r")
-    assert saved["fingerprint"] == saved["etflight"]["images"] == f"{content}-{choice}"
+    fit("pets", 1).ran()
+    fit("birds", 2).assert_refused("give the same --data options")
+    fit("moved/pets", 2).ran()

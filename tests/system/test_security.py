@@ -13,13 +13,11 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torchcodec.decoders
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from safetensors.torch import save_file
@@ -27,9 +25,7 @@ from torchvision.datasets.utils import extract_archive
 
 from etflight import Classifier, LinearHead
 from etflight.data import ArrayImages, FashionMNIST
-from etflight.data.files import FileSource, Paths, Square
 from etflight.data.sets import read_idx
-from etflight.utils.checkpoints import read_weights
 from etflight.utils.errors import UserError
 from etflight.utils.limits import refuse_names
 from tests.cli.test_stages import QUICK
@@ -83,8 +79,7 @@ def content():
 def last(etflight_command, tmp_path_factory):
     """What a real run has saved."""
     folder = tmp_path_factory.mktemp("run")
-    result = etflight_command(*stage("fit"), "--name", "r", "--model.backbone", "resnet20_cifar", cwd=folder)
-    assert result.status == 0, result.err
+    etflight_command(*stage("fit"), "--name", "r", "--model.backbone", "resnet20_cifar", cwd=folder).ran()
     return torch.load(folder / "runs/r/checkpoints/last.ckpt", weights_only=True)
 
 
@@ -106,11 +101,8 @@ def assert_no_trace():
 
 
 def assert_refused(result, *words):
-    assert result.status in (1, 2), result.err
-    (line,) = result.error_lines
-    assert "Traceback" not in result.err + result.out
-    assert len(line) < 2000
-    assert not [word for word in words if word not in line], line
+    result.assert_refused(*words)
+    assert len(result.err) < 2000
     assert_no_trace()
 
 
@@ -319,8 +311,7 @@ def test_lightning_takes_no_file_for_a_url_or_a_name_of_its_own(cwd, content, et
     Path("http").mkdir()
     torch.save(content, "http/c.ckpt")  # Lightning fetches whatever starts with http
     for path in ("best", "http/c.ckpt"):
-        result = etflight_command(*stage("test"), "--ckpt_path", path, cwd=cwd)
-        assert result.status == 0, result.err
+        result = etflight_command(*stage("test"), "--ckpt_path", path, cwd=cwd).ran()
         assert str(cwd / path) in result.err + result.out
 
 
@@ -357,8 +348,7 @@ def test_a_backbone_from_elsewhere_is_taken_from_the_user(cwd, content, etflight
     Path("mine").mkdir()
     Path("mine/config.json").write_text('{"architecture": "resnet20_cifar"}')
     asks_for(backbone="local-dir:mine")(content)
-    named = etflight_command(*TEST, "--model.backbone", "local-dir:mine", cwd=cwd)
-    assert named.status == 0, named.err
+    etflight_command(*TEST, "--model.backbone", "local-dir:mine", cwd=cwd).ran()
     assert Classifier.load_from_checkpoint("c.ckpt", backbone="local-dir:mine").hparams["backbone"] == "local-dir:mine"
 
 
@@ -373,8 +363,7 @@ def test_other_weights_and_the_settings_of_a_data_module_are_not_taken(cwd, cont
     model = Classifier.load_from_checkpoint("c.ckpt")
     assert model.hparams["pretrained"] is False
     assert model.hparams["model_kwargs"] == {"pretrained_cfg_overlay": {}}
-    result = etflight_command(*TEST, cwd=cwd)
-    assert result.status == 0, result.err
+    etflight_command(*TEST, cwd=cwd).ran()
     assert_no_trace()
 
 
@@ -500,59 +489,6 @@ def test_an_array_that_unpacks_to_a_thousand_times_its_size_is_refused(cwd):
         read_idx(Path("images.gz"), 3)
 
 
-def test_members_that_leave_their_folder_are_not_unpacked(cwd):
-    one = npy("|u1", (1,), b"x")
-    write_npz({"../escaped.npy": one, "/tmp/etflight_escaped.npy": one})
-    before = set(cwd.parent.glob("*")) | set(cwd.rglob("*"))
-    data = ArrayImages("a.npz")
-    data.setup("fit")
-    assert len(data.split("train")) == 20
-    assert set(cwd.parent.glob("*")) | set(cwd.rglob("*")) == before
-    assert not Path("/tmp/etflight_escaped.npy").exists()
-
-
-# --- image files -------------------------------------------------------------------------------------------------------
-
-
-def png(width, height):
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    pixels = zlib.compress(b"\0" + bytes(3 * width))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-
-
-def jpeg(width, height):
-    stream = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(stream, "JPEG")
-    data = bytearray(stream.getvalue())
-    start = data.index(b"\xff\xc0") + 5
-    data[start : start + 4] = struct.pack(">HH", height, width)
-    return bytes(data)
-
-
-POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(ran) (w) file closefile\n%%EOF\n"
-BOMBS = {
-    "10000x10000.png": (png(10_000, 10_000), "pixels"),  # for which Pillow only warns
-    "60000x60000.jpg": (jpeg(60_000, 60_000), "pixels"),
-    "line.png": (png(10_000_000, 1), "10000000×1"),  # few pixels, until its shorter side is resized
-    "postscript.png": (POSTSCRIPT, "none of JPEG, PNG"),
-}
-
-
-@pytest.mark.parametrize("name", BOMBS)
-def test_an_image_bomb_is_refused_before_it_is_decoded(name, cwd, monkeypatch):
-    data, word = BOMBS[name]
-    Path(name).write_bytes(data)
-    decoded = []
-    monkeypatch.setattr(torchcodec.decoders, "decode_image", lambda source, mode: decoded.append(source))
-    with pytest.raises(UserError, match=rf"{name}.*{word}"):
-        FileSource(Paths(".", [name]), torch.tensor([0]), Square(8))[0]
-    assert decoded == []
-    assert_no_trace()
-
-
 # --- configuration files -----------------------------------------------------------------------------------------------
 
 
@@ -564,10 +500,7 @@ def laughs(start, pattern):
 
 HOSTILE_YAML = {
     "a call": "model: !!python/object/apply:evilmod.fn []",
-    "a command": "name: !!python/object/apply:os.system ['touch ran']",
-    "a new object": "model: !!python/object/new:evilmod.Evil {}",
     "a name": "model: !!python/name:evilmod.fn",
-    "a module": "model: !!python/module:evilmod",
     "aliases that multiply": laughs("[x]", "[%s]"),
     "merges that multiply": laughs("{x: 1}", "{<<: [%s]}"),
     "an alias of itself": "model: &a [*a]",
@@ -617,7 +550,7 @@ def test_a_downloaded_archive_leaves_its_folder_in_no_way(member, cwd, monkeypat
     assert tarfile.TarFile.extraction_filter is own
 
 
-# --- results and weights -----------------------------------------------------------------------------------------------
+# --- results -----------------------------------------------------------------------------------------------------------
 
 HOSTILE_RESULTS = {
     "a list": b"[1]",
@@ -636,34 +569,9 @@ def test_report_refuses_hostile_results_and_prints_text_as_it_is(cwd, etflight_c
         Path("r/test_metrics.json").write_bytes(content)
         assert_refused(etflight_command("report", "r", cwd=cwd), "test_metrics.json")
     Path("r/test_metrics.json").write_text('{"test/acc": 0.5}')
-    result = etflight_command("report", "r", cwd=cwd)
-    assert result.status == 0, result.err
+    result = etflight_command("report", "r", cwd=cwd).ran()
     assert "[/red]" in result.out
     assert "\x1b[2J" not in result.out
-
-
-OUTSIDE = b'{"fc.weight": {"dtype": "F32", "shape": [1000000, 1000000], "data_offsets": [0, 4000000000000]}}'
-HOSTILE_WEIGHTS = {
-    "code.pth": lambda: torch.save({"bomb": Bomb()}, "code.pth"),
-    "bare.pth": lambda: Path("bare.pth").write_bytes(pickle.dumps(Bomb())),
-    "list.pth": lambda: torch.save([1, 2], "list.pth"),
-    "number.pth": lambda: torch.save({"state_dict": 3}, "number.pth"),
-    "text.pth": lambda: Path("text.pth").write_text("hello"),
-    "objects.npz": lambda: np.savez("objects.npz", state_dict=np.array([Bomb()], dtype=object)),
-    "text.safetensors": lambda: Path("text.safetensors").write_text("hello, hello"),
-    "long.safetensors": lambda: Path("long.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}"),
-    "outside.safetensors": lambda: Path("outside.safetensors").write_bytes(
-        struct.pack("<Q", len(OUTSIDE)) + OUTSIDE + b"x"
-    ),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE_WEIGHTS)
-def test_hostile_weights_are_refused(name, cwd):
-    HOSTILE_WEIGHTS[name]()
-    with pytest.raises(UserError, match=name):
-        read_weights(name)
-    assert_no_trace()
 
 
 # --- known vulnerabilities ---------------------------------------------------------------------------------------------

@@ -10,13 +10,13 @@ import signal
 import subprocess
 import time
 import zipfile
-from dataclasses import asdict, dataclass
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from tests.command_line import ended, start
 from tests.left_by_runs import assert_same_run, count_tensors, logged_values, read
-from tests.processes import ended, start
 
 ROOT = Path(__file__).parents[2]
 FIT = [
@@ -38,21 +38,6 @@ trainer:
     - class_path: tests.left_by_runs.Footprints
       init_args: {path: footprints.txt}
 """
-
-
-@dataclass
-class Tally:
-    """What happened to the trainings of one soak."""
-
-    processes: int
-    kills: int = 0
-    kills_while_writing: int = 0
-    whole_checkpoints: int = 0
-    true_resumes: int = 0
-    kills_after_the_last_step: int = 0
-    finished_runs: int = 0
-    tensors_compared: int = 0
-    values_compared: int = 0
 
 
 def train(cwd: Path, options: list[str], *more: str) -> subprocess.Popen[str]:
@@ -78,7 +63,7 @@ def wait_for(training: subprocess.Popen[str], condition) -> bool:
 def test_a_run_killed_at_random_moments_is_the_run_that_was_left_alone(processes, kills, tmp_path):
     (tmp_path / "watched.yaml").write_text(WATCHED)
     options = ["--trainer.strategy", "ddp", "--trainer.devices", str(processes)] if processes > 1 else []
-    moments, tally = random.Random(processes), Tally(processes)
+    moments, tally = random.Random(processes), Counter(processes=processes)
     steps, last = tmp_path / "footprints.txt", tmp_path / "runs/killed/checkpoints/last.ckpt"
     partial = last.with_name(".last.partial.ckpt")
 
@@ -86,21 +71,20 @@ def test_a_run_killed_at_random_moments_is_the_run_that_was_left_alone(processes
     left_alone = train(tmp_path, options, "--name", "left_alone")
     assert wait_for(left_alone, steps.exists)
     training_begins = time.monotonic()
-    result = ended(left_alone, timeout=3600)
-    assert result.status == 0, result.err
+    result = ended(left_alone, timeout=3600).ran()
     seconds = time.monotonic() - training_begins
     print(f"left alone: {training_begins - started:.0f} s to the first step, {seconds:.0f} s of training")
 
     all_batches = len(steps.read_text().split())
     resumed_from = None
-    while tally.kills < kills or resumed_from is not None:
+    while tally["kills"] < kills or resumed_from is not None:
         steps.unlink(missing_ok=True)
         resume = [] if resumed_from is None else ["--ckpt_path", "last"]
         training = train(tmp_path, options, "--name", "killed", *resume)
         stamp = last.stat().st_mtime_ns if last.exists() else 0
         reached = wait_for(training, steps.exists)
-        if tally.kills < kills and reached:
-            aims_at_writing = tally.kills % 3 == 2
+        if tally["kills"] < kills and reached:
+            aims_at_writing = tally["kills"] % 3 == 2
             wait_for(training, lambda stamp=stamp: last.exists() and last.stat().st_mtime_ns > stamp)
             end = time.monotonic() + moments.uniform(0, 0.4 * seconds)
             wait_for(training, lambda end=end: time.monotonic() > end)
@@ -118,30 +102,30 @@ def test_a_run_killed_at_random_moments_is_the_run_that_was_left_alone(processes
             if steps.exists():
                 first = int(steps.read_text().split()[0])
                 assert first == resumed_from, "the first batch is not the one after the checkpoint"
-                tally.true_resumes += 1
+                tally["true_resumes"] += 1
             else:
                 assert resumed_from == all_batches, "a resumed run that trains nothing"
-                tally.kills_after_the_last_step += 1
+                tally["kills_after_the_last_step"] += 1
         with zipfile.ZipFile(last) as archive:
             assert archive.testzip() is None
         content = read(last.parent.parent)
         if was_killed:
-            tally.kills += 1
-            tally.kills_while_writing += partial.exists()
-            tally.whole_checkpoints += 1
+            tally["kills"] += 1
+            tally["kills_while_writing"] += partial.exists()
+            tally["whole_checkpoints"] += 1
             resumed_from = content["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]
             assert resumed_from > 0
         else:
             assert_same_run(tmp_path / "runs/left_alone", tmp_path / "runs/killed")
-            tally.finished_runs += 1
-            tally.tensors_compared += count_tensors(content)
-            tally.values_compared += logged_values(tmp_path / "runs/killed")
+            tally["finished_runs"] += 1
+            tally["tensors_compared"] += count_tensors(content)
+            tally["values_compared"] += logged_values(tmp_path / "runs/killed")
             resumed_from = None
-            (tmp_path / "runs/killed").rename(tmp_path / f"runs/finished_{tally.finished_runs}")
-    assert tally.kills == kills == tally.true_resumes + tally.kills_after_the_last_step
-    assert tally.kills_while_writing > 0
-    assert tally.finished_runs > 0
-    print(json.dumps(asdict(tally)))
+            (tmp_path / "runs/killed").rename(tmp_path / f"runs/finished_{tally['finished_runs']}")
+    assert tally["kills"] == kills == tally["true_resumes"] + tally["kills_after_the_last_step"]
+    assert tally["kills_while_writing"] > 0
+    assert tally["finished_runs"] > 0
+    print(json.dumps(tally))
     report = ROOT / "soak.json"
     tallies = json.loads(report.read_text()) if report.exists() else {}
-    report.write_text(json.dumps({**tallies, f"{processes} processes": asdict(tally)}, indent=2) + "\n")
+    report.write_text(json.dumps({**tallies, f"{processes} processes": tally}, indent=2) + "\n")

@@ -4,12 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.optim import SGD, Adagrad, AdamW, RMSprop
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from etflight import Classifier, CrossEntropyLoss, LinearHead
@@ -17,12 +16,8 @@ from etflight.callbacks import LastCheckpoint, NeuralCollapseMonitor, Speed, Ste
 from etflight.data import Digits
 from etflight.optim import match_layouts
 from etflight.runs.folder import last_checkpoint
-
-QUIET = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-
-
-def trainer(**options):
-    return Trainer(accelerator="cpu", **{"logger": False, **QUIET, **options})
+from tests.quiet import trainer
+from tests.tensors import HostReads
 
 
 def small(**options):
@@ -36,7 +31,6 @@ PYTHON_READS = {
     "item", "tolist", "cpu", "numpy", "nonzero", "unique", "masked_select", "equal", "allclose", "synchronize",
     "__bool__", "__float__", "__int__", "__index__", "__contains__",
 }  # fmt: skip
-READS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal, torch.ops.aten.masked_select}
 
 
 class ReadsOfPython(TorchFunctionMode):
@@ -47,17 +41,6 @@ class ReadsOfPython(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__name__", "") in PYTHON_READS:
             self.seen.append(func.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-class ReadsOfTorch(TorchDispatchMode):
-    def __init__(self, seen):
-        super().__init__()
-        self.seen = seen
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in READS:
-            self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
@@ -74,7 +57,7 @@ class CountReads(Callback):
     def on_train_batch_start(self, *_):
         self.close()
         self.reads.append([])
-        self.modes = [ReadsOfPython(self.reads[-1]), ReadsOfTorch(self.reads[-1])]
+        self.modes = [ReadsOfPython(self.reads[-1]), HostReads(self.reads[-1])]
         for mode in self.modes:
             mode.__enter__()
 
@@ -115,9 +98,9 @@ def test_no_step_between_logging_points_waits_for_a_gpu(tmp_path):
             torch.cuda.set_sync_debug_mode("error" if batch_idx % 10 > 1 else "default")
 
     try:
-        runs = Trainer(
+        runs = trainer(
             callbacks=[Forbid(), StepSeed(), Speed()], max_epochs=1, limit_train_batches=10, limit_val_batches=0,
-            log_every_n_steps=10, default_root_dir=tmp_path, logger=False, precision="bf16-mixed", **QUIET,
+            log_every_n_steps=10, default_root_dir=tmp_path, precision="bf16-mixed", accelerator="gpu",
         )  # fmt: skip
         runs.fit(small(), datamodule=Digits(batch_size=16, crop_padding=1, mixup=0.5))
     finally:
@@ -125,25 +108,6 @@ def test_no_step_between_logging_points_waits_for_a_gpu(tmp_path):
 
 
 # --- evaluation ----------------------------------------------------------------------------------------------------------------
-
-
-class InferenceModes(Callback):
-    def __init__(self):
-        self.seen = set()
-
-    def setup(self, trainer, pl_module, stage):
-        pl_module.backbone.register_forward_hook(
-            lambda *_: self.seen.add((trainer.state.stage.value, torch.is_inference_mode_enabled()))
-        )
-
-
-def test_evaluation_runs_in_inference_mode():
-    """Validation within fit is Lightning's own `torch.no_grad`: tensors made there may be used by the next step."""
-    modes, model = InferenceModes(), small()
-    runs = trainer(callbacks=[modes], limit_val_batches=1, limit_test_batches=1, limit_predict_batches=1)
-    for run in (runs.validate, runs.test, runs.predict):
-        run(model, datamodule=Digits())
-    assert modes.seen == {("validate", True), ("test", True), ("predict", True)}
 
 
 def test_results_do_not_depend_on_the_size_of_evaluation_batches():

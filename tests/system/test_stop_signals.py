@@ -2,34 +2,33 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-from etflight.callbacks import stop_signals
-from tests.command_line import ROOT
-
-ABSENT = """
-import os, time
-from pathlib import Path
 from lightning.pytorch import Callback
-from etflight.callbacks import stop_signals
 
-stop_signals.PATIENCE = 3.0
+from etflight.callbacks import stop_signals
+from tests.command_line import ended, start
+from tests.quiet import FLAGS
+
+FIT = [
+    "fit", "--data", "Digits", "--data.max_count", 10, "--data.batch_size", 8, "--model.backbone", "resnet20_cifar", *FLAGS,
+    "--trainer.strategy", "ddp", "--trainer.devices", 2, "--name", "r",
+    "--trainer.callbacks+", "tests.system.test_stop_signals.StopsTakingPart",
+]  # fmt: skip
+
 
 class StopsTakingPart(Callback):
+    """The second process sleeps from the third batch on."""
+
+    def __init__(self):
+        stop_signals.PATIENCE = 3.0
+
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == 2 and trainer.global_rank == 1:
             Path("absent.pid").write_text(str(os.getpid()))
             while True:
                 time.sleep(1000)
-"""
-FIT = [
-    "fit", "--data", "Digits", "--data.max_count", "10", "--data.batch_size", "8", "--model.backbone", "resnet20_cifar",
-    "--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.enable_progress_bar", "false",
-    "--trainer.enable_model_summary", "false", "--name", "r", "--trainer.callbacks+", "absent.StopsTakingPart",
-]  # fmt: skip
 
 
 def is_running(pid):
@@ -41,24 +40,19 @@ def is_running(pid):
 
 def test_a_job_of_which_one_process_takes_no_part_ends_within_a_minute_of_sigterm(tmp_path):
     assert stop_signals.PATIENCE <= 45  # what is shortened here
-    (tmp_path / "absent.py").write_text(ABSENT)
-    job = subprocess.Popen(
-        [sys.executable, "-m", "etflight", *FIT], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    job, pid = start("etflight", *FIT, cwd=tmp_path), tmp_path / "absent.pid"
     try:
-        pid = tmp_path / "absent.pid"
         while not (pid.exists() and pid.read_text()):
-            assert job.poll() is None, job.stdout.read()
+            assert job.poll() is None, job.communicate()
             time.sleep(0.1)
         time.sleep(1)  # for the other to come to wait
         job.send_signal(signal.SIGTERM)
-        printed, _ = job.communicate(timeout=60)
+        result = ended(job, timeout=60)
     finally:
         job.kill()
-    assert job.returncode == 143, printed
-    (line,) = [line for line in printed.splitlines() if line.startswith("etflight: error:")]
+    assert result.status == 143, result.err
+    (line,) = result.error_lines
     assert "SIGTERM: ended at once, without saving" in line
     assert "--ckpt_path last" in line
-    assert "Traceback" not in printed
+    assert "Traceback" not in result.out + result.err
     assert not is_running(int(pid.read_text()))

@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from wandb import wandb_agent
-from wandb.sdk.launch.sweeps.utils import load_sweep_config
 
-from tests.processes import ended, start
-from tests.wandb_file import config_updates, run_record
+from tests.command_line import ended, start
+from tests.wandb_file import run_record
 
 ROOT = Path(__file__).parents[2]
 SWEEPS = sorted((ROOT / "configs/sweeps").glob("*.yaml"))
@@ -28,30 +26,15 @@ def trials(sweep):
         for name, parameter in sweep["parameters"].items()
     }  # fmt: skip
     most = max(map(len, values.values()))
-    return [{name: {"value": given[i % len(given)]} for name, given in values.items()} for i in range(most)]
+    return [{name: given[i % len(given)] for name, given in values.items()} for i in range(most)]
 
 
-def as_the_agent_starts_it(sweep, run_id, args, monkeypatch, folder):
-    """The words and the environment of the process that `wandb agent` starts for a trial, by its own code."""
-    started = {}
-
-    class Process:
-        def __init__(self, **kwargs):
-            started.update(kwargs)
-
-    monkeypatch.setattr(wandb_agent, "AgentProcess", Process)
-    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep7")
-    monkeypatch.setenv("WANDB_DIR", str(folder))
-    for name in ("WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):  # the agent leaves them in its own environment
-        monkeypatch.setenv(name, "")
-    agent = object.__new__(wandb_agent.Agent)
-    agent._sweep_command, agent._function, agent._in_jupyter = list(sweep["command"]), None, False
-    agent._forward_signals, agent._run_processes = False, {}
-    agent._command_run({"type": "run", "run_id": run_id, "program": sweep["program"], "args": args})
-    # not the service of a run that this process itself may have had
-    return started["command"], {
-        name: value for name, value in started["env"].items() if name.startswith("WANDB_") and name != "WANDB_SERVICE"
-    }
+def as_the_agent_starts_it(sweep, args):
+    """The words behind `python -m etflight`, as `wandb agent` fills them in."""
+    given = [f"--{name}={value}" for name, value in args.items()]
+    assert sweep["command"][:4] == ["${env}", "${interpreter}", "-m", "${program}"]
+    assert sweep["command"][-1] == "${args}"
+    return [*sweep["command"][4:-1], *given]
 
 
 @pytest.fixture
@@ -62,15 +45,11 @@ def here(tmp_path):
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_every_value_of_a_sweep_trains_for_a_step(path, here, etflight_command, monkeypatch):
-    sweep = load_sweep_config(str(path))
-    for i, args in enumerate(trials(sweep)):
-        words, _ = as_the_agent_starts_it(sweep, f"trial{i}", args, monkeypatch, here)
-        assert words[:4] == ["/usr/bin/env", "python", "-m", "etflight"]
-        assert all(f"--{name}={given['value']}" in words for name, given in args.items())
+def test_every_value_of_a_sweep_trains_for_a_step(path, here, etflight_command):
+    sweep = yaml.safe_load(path.read_text())
+    for args in trials(sweep):
         unwatched = ["--trainer.logger", "null", "--trainer.fast_dev_run", "true"]
-        result = etflight_command(*words[4:], *STEP, *unwatched, cwd=here)
-        assert result.status == 0, result.err
+        etflight_command(*as_the_agent_starts_it(sweep, args), *STEP, *unwatched, cwd=here).ran()
 
 
 def part_of(config, name):
@@ -80,32 +59,31 @@ def part_of(config, name):
     return config
 
 
-def test_a_trial_is_recorded_with_its_values_and_goes_on_after_a_stop(here, etflight_command, monkeypatch):
-    sweep = load_sweep_config(str(SWEEPS[0]))
+def test_a_trial_is_recorded_with_its_values_and_goes_on_after_a_stop(here, etflight_command):
+    sweep = yaml.safe_load(SWEEPS[0].read_text())
     args = trials(sweep)[0]
-    words, env = as_the_agent_starts_it(sweep, "again", args, monkeypatch, here)
-    env |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    first = ended(start(*words[3:], *STEP, cwd=here, **env))
-    second = etflight_command(*words[4:], *STEP, cwd=here, **env)
+    words = as_the_agent_starts_it(sweep, args)
+    # the agent's own settings
+    env = {"WANDB_SWEEP_ID": "sweep7", "WANDB_RUN_ID": "again", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    first = ended(start("etflight", *words, *STEP, cwd=here, **env))
+    second = etflight_command(*words, *STEP, cwd=here, **env)
     for result in (first, second):
         assert result.status == 0, result.err
     (folder,) = (here / "runs").glob("*/*/again")
     assert json.loads((folder / "run.json").read_text())["wandb_id"] == "again"
     files = list(folder.glob("wandb/offline-run-*/*.wandb"))
     assert [(run_record(file).run_id, run_record(file).sweep_id) for file in files] == [("again", "sweep7")] * 2
-    told = {key: value for update in config_updates(files[0]) for key, value in update.items()}
-    assert {name: told[name] for name in args} == {name: given["value"] for name, given in args.items()}
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["data"]["init_args"]["val_fraction"] == 0.1  # what is chosen is not chosen on test images
-    for name, given in args.items():
-        assert str(given["value"]) in str(part_of(config, name)), name
+    for name, value in args.items():
+        assert str(value) in str(part_of(config, name)), name
 
 
 def test_a_sweep_says_what_it_is_after_and_chooses_by_a_logged_number():
     for path in SWEEPS:
-        sweep = load_sweep_config(str(path))
+        sweep = yaml.safe_load(path.read_text())
         assert sweep["metric"] == {"name": "val/acc_macro", "goal": "maximize"}
         assert sweep["method"] in ("grid", "random", "bayes")
-    swept = {name for path in SWEEPS for name in load_sweep_config(str(path))["parameters"]}
+    swept = {name for path in SWEEPS for name in yaml.safe_load(path.read_text())["parameters"]}
     optimizer = {"model.optimizer.lr", "model.optimizer.weight_decay"}
     assert swept >= optimizer | {"model.head", "model.loss", "data.imbalance_ratio"}
