@@ -98,7 +98,8 @@ def nearest_etf(M: Tensor) -> tuple[Tensor, Tensor]:
         a simplex ETF. The squared Frobenius distance between the two, each scaled to norm 1, is `2 - 2 score`.
 
     Raises:
-        UserError: K > d + 1, or the centred rows have a rank below K - 1, so that the closest frame is not unique.
+        UserError: K > d + 1, or the centred rows have a rank below K - 1, so that the closest frame is not unique; or a number is
+            not finite.
 
     Source:
         Schönemann 1966, "A generalized solution of the orthogonal Procrustes problem".
@@ -109,6 +110,8 @@ def nearest_etf(M: Tensor) -> tuple[Tensor, Tensor]:
         raise UserError(
             f"no simplex ETF of K = {K} rows exists in d = {d} dimensions, so none is nearest: K <= d + 1 is needed"
         )
+    if not bool(M.isfinite().all()):
+        raise UserError("the rows hold NaN or infinite numbers: leave out classes without samples")
     V = torch.from_numpy(helmert(K)).to(M.device)
     U, S, Zh = torch.linalg.svd(V @ M.detach().double(), full_matrices=False)
     if not bool(S[-1] > S[0] * max(K, d) * torch.finfo(S.dtype).eps):

@@ -127,8 +127,13 @@ class Loss(nn.Module, ABC):
             The scalar loss.
 
         Raises:
-            UserError: The training counts are needed, but have not been set.
+            UserError: The training counts are needed, but have not been set; the shapes do not fit.
         """
+        if target.shape != (logits.shape if target.is_floating_point() else logits.shape[:1]):
+            raise UserError(
+                f"{type(self).__name__}: the target is {target.dtype} {list(target.shape)} for logits {list(logits.shape)}: give class "
+                "indices [B], int64, or probabilities [B, K]"
+            )
         logits = at_least_float32(logits)
         if not self._is_balancing():
             return self.sample_losses(logits, target).mean()

@@ -105,7 +105,10 @@ def test_an_etf_shifted_and_scaled_is_its_own_nearest():
     assert score.item() == pytest.approx(1, abs=1e-12)
 
 
-@pytest.mark.parametrize("M", [torch.randn(5, 3), torch.ones(4, 6), torch.cat([torch.eye(4), torch.eye(4)[:1]])])
+@pytest.mark.parametrize(
+    "M",
+    [torch.randn(5, 3), torch.ones(4, 6), torch.cat([torch.eye(4), torch.eye(4)[:1]]), torch.full((3, 4), torch.nan)],
+)
 def test_nearest_etf_refuses_what_has_no_unique_answer(M):
     with pytest.raises(UserError):
         nearest_etf(M)

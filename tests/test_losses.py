@@ -201,6 +201,12 @@ def test_a_loss_that_needs_counts_says_what_to_do_without_them(loss):
         loss(LOGITS, TARGET)
 
 
+@pytest.mark.parametrize("target", [torch.rand(8, 5), torch.rand(8), torch.zeros(7, dtype=torch.long)])
+def test_a_target_of_another_shape_is_refused(target):
+    with pytest.raises(UserError, match=r"CrossEntropyLoss: the target is .*: give class indices"):
+        CrossEntropyLoss()(torch.randn(8, 4), target)
+
+
 @pytest.mark.parametrize(
     ("counts", "reason"),
     [
