@@ -217,7 +217,7 @@ def test_a_slurm_job_out_of_time_requeues_itself_and_ends_as_if_it_had_had_more(
 
 
 def test_the_readmes_job_script_gives_each_task_its_seed_and_its_run(etflight_command, tmp_path):
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/how_to/many_gpus.md").read_text(), re.DOTALL)
     script = next(block for block in blocks if "#SBATCH" in block)
     srun = tmp_path / "srun"
     srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
