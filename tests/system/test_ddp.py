@@ -283,6 +283,22 @@ def small_vit(model=Classifier, seed=0):
     )  # fmt: skip
 
 
+def train_an_epoch(rank, processes=2):
+    torch.manual_seed(0)
+    classifier, strategy = small_vit(), "auto" if processes == 1 else "ddp"
+    data = Digits(imbalance_ratio=20, batch_size=GLOBAL_BATCH // processes)
+    trainer(devices=processes, strategy=strategy, max_epochs=1, limit_val_batches=0).fit(classifier, data)
+    return classifier.state_dict()
+
+
+def test_each_image_counts_the_same_where_processes_have_more_and_fewer(two_ready_processes):
+    """The last batch has 11 images, of which one process has 6."""
+    expected = train_an_epoch(0, processes=1)
+    for found in two_ready_processes(train_an_epoch, [()] * 2):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=2e-6, msg=name)
+
+
 def train_a_frame_of_its_own(rank):
     classifier = small_vit(seed=rank)
     before = classifier.head.weight.clone()
