@@ -34,7 +34,7 @@ from etflight.metrics.accuracy import (
 from etflight.optim import PROTOCOL_SGD, keeps_scales, match_layouts, rate_groups, scale_rates
 from etflight.utils.checkpoints import read_checkpoint, refuse_others
 from etflight.utils.errors import UserError, warn
-from etflight.utils.lightning_private import ignore_own_deprecations
+from etflight.utils.lightning_private import hide_tips, ignore_own_deprecations
 from etflight.utils.limits import refuse_names
 from etflight.utils.precision import at_least_float32
 from etflight.utils.preprocessing import Preprocessing
@@ -49,6 +49,8 @@ from etflight.utils.training_data import (
     other_preprocessing,
     refuse_other_shape,
 )
+
+hide_tips()  # here, since who trains with this package has imported this module before making a trainer
 
 # the arguments that take a class, and the base of that class
 PLUGGABLE: dict[str, type] = {"head": Head, "loss": Loss, "optimizer": Optimizer, "lr_scheduler": LRScheduler}

@@ -1,6 +1,5 @@
 """The command line: LightningCLI over `Classifier` and the data modules, with run folders and errors for people."""
 
-import logging
 import os
 import sys
 import warnings
@@ -404,7 +403,7 @@ def _check_seed(seed: bool | int) -> None:
 
 
 def _quieten() -> None:
-    """Silence warnings that are noise here: about a service that we do not use, about workers that sets in memory do not need."""
+    """Silence warnings that are noise here: about workers that sets in memory do not need, and the like."""
     for pattern in (
         r".*does not have many workers.*",
         r".*smaller than the logging interval.*",
@@ -416,5 +415,3 @@ def _quieten() -> None:
     ):
         warnings.filterwarnings("ignore", pattern)
     on_dead_process(print_dead_process)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())

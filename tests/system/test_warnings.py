@@ -37,8 +37,10 @@ def test_commands_pass_on_no_warning_and_no_tip_of_another_library(tmp_path):
         assert "Tip" not in text
 
 
-def test_a_training_in_python_meets_no_deprecation(tmp_path):
-    assert "eprecat" not in told("-c", LIBRARY, cwd=tmp_path)
+def test_a_training_in_python_meets_no_deprecation_and_no_tip(tmp_path):
+    text = told("-c", LIBRARY, cwd=tmp_path)
+    assert "eprecat" not in text
+    assert "Tip" not in text
 
 
 def test_importing_the_package_says_nothing(tmp_path):
