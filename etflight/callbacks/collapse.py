@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -335,6 +335,8 @@ class NeuralCollapseMonitor(Callback):
     def _is_due(self, trainer: Trainer) -> bool:
         """Whether the training images are measured in this epoch."""
         every, epoch = self._sweeps_every, trainer.current_epoch + 1
+        if epoch == trainer.max_epochs and callbacks_of(trainer, StochasticWeightAveraging):
+            return False  # its average becomes the model after the last epoch, and `finish` measures that
         return (
             every is not None
             and trainer.state.fn == TrainerFn.FITTING

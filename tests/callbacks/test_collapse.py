@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -243,6 +243,9 @@ class StopAfter(Callback):
         ({"stop": 10, "val_check_interval": 4}, [0, 4 / 6, 1 + 4 / 6]),
         ({"max_steps": 9, "every": 5, "average": True}, [0, 1.5]),
         ({"epochs": 2, "val": False, "average": True}, [0, 1, 2]),
+        # one more epoch, for the statistics of BatchNorm
+        ({"epochs": 4, "val": False, "stochastic_average": nn.BatchNorm1d(5)}, [0, 1, 2, 3, 4, 5]),
+        ({"epochs": 4, "every": 2, "stochastic_average": nn.Identity()}, [0, 2, 4]),
     ],
 )
 def test_the_final_weights_are_measured_wherever_training_ends_and_the_checkpoint_knows(tmp_path, options, measured):
@@ -250,8 +253,12 @@ def test_the_final_weights_are_measured_wherever_training_ends_and_the_checkpoin
     watch = plain_monitor(every_n_epochs=options.pop("every", 1))
     others = [StopAfter(options.pop("stop"))] if "stop" in options else []
     others += [EMAWeightAveraging(decay=0.8)] if options.pop("average", False) else []
+    model, first = Plain(), []
+    if "stochastic_average" in options:
+        model.body[1] = options.pop("stochastic_average")
+        first = [StochasticWeightAveraging(swa_lrs=0.5, swa_epoch_start=2)]
     rows = MetricsCSV(tmp_path)
-    model, runs = fit(tmp_path, LastCheckpoint(), watch, *others, logger=rows, **options)
+    model, runs = fit(tmp_path, *first, LastCheckpoint(), watch, *others, model=model, logger=rows, **options)
     assert watch.epochs == pytest.approx(measured)
     assert_equal_values(watch.history, "nc/train", plain_values(model, TRAIN)[0])
     state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
