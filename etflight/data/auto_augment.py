@@ -65,24 +65,23 @@ class AutoAugment:
         return cls("randaugment", num_ops=num_ops, level=level)
 
     def draw(
-        self, batch_size: int, height: int, width: int, seed: int, step: int, rank: int
+        self, batch_size: int, height: int, width: int, random: np.random.Generator
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Draw the operations of each image, which are done one after another.
 
         Returns:
             Positions in `OPERATIONS` and magnitudes with their sign, both `[num_ops, B]`.
         """
-        random = np.random.default_rng([seed, step, rank, 2])  # 2: not the numbers of crops and colours
         shape = (self.num_ops, batch_size)
-        levels: NDArray[np.int64] | int
         if self.learned:
             table = _sub_policies(self.learned)
-            codes, levels, odds = table[:, random.integers(table.shape[1], size=batch_size)].transpose(0, 2, 1)
-            codes = np.where(random.random(shape) <= odds, codes, 0).astype(np.int64)
-            levels = levels.astype(np.int64)
+            drawn = table[:, random.integers(table.shape[1], size=batch_size)].transpose(0, 2, 1)  # [3, 2, B]
+            codes = np.where(random.random(shape) <= drawn[2], drawn[0], 0).astype(np.int64)
+            levels = drawn[1].astype(np.int64)
         else:
             codes = random.integers(_DRAWN, size=shape)
-            levels = self.level if self.family == "randaugment" else random.integers(_LEVELS[self.family], size=shape)
+            any_level = random.integers(_LEVELS[self.family], size=shape)
+            levels = np.full(shape, self.level) if self.family == "randaugment" else any_level
         magnitudes = _magnitudes(self.family, height, width)[codes, levels]
         negative = np.isin(codes, _SIGNED) & (random.random(shape) <= 0.5)
         return codes, np.where(negative, -magnitudes, magnitudes)
@@ -123,11 +122,11 @@ def _magnitudes(family: str, height: int, width: int) -> NDArray[np.float64]:
     return table
 
 
-def augment(images: Tensor, codes: NDArray[np.int64], magnitudes: NDArray[np.float64]) -> Tensor:
+def augment(images: Tensor, codes: Codes, magnitudes: Magnitudes) -> Tensor:
     """Do to each image what was drawn for it.
 
-    Each result is that of torchvision's v2 transforms on the single image, with nearest-neighbour interpolation and black outside.
-    Images of one operation are changed together, all moves (shear, translation, rotation) at once.
+    Each result is that of torchvision's v2 transforms on the single image, with nearest-neighbour interpolation and black outside; where a
+    place lies exactly between two pixels, rounding decides. Images of one kind of operation are changed together.
 
     Args:
         images: `[B, C, H, W]`, uint8, C = 1 or 3; unchanged.
@@ -142,7 +141,7 @@ def augment(images: Tensor, codes: NDArray[np.int64], magnitudes: NDArray[np.flo
         order = np.argsort(kinds, kind="stable")
         present, sizes = np.unique(kinds, return_counts=True)
         ends = sizes.cumsum()
-        groups = images.index_select(0, _sent(order, images.device)).split(sizes.tolist())
+        groups = torch.tensor_split(images.index_select(0, _sent(order, images.device)), ends[:-1].tolist())
         changed = [
             _FUNCTIONS[kind](group, step[order[end - len(group) : end]], strengths[order[end - len(group) : end]])
             for kind, group, end in zip(present, groups, ends, strict=True)

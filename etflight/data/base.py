@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
+from etflight.data.auto_augment import AutoAugment
 from etflight.data.sampler import (
     ImbalancedSampler,
     Profile,
@@ -133,8 +134,12 @@ class ImageDataModule(LightningDataModule, ABC):
         num_workers: Loader processes; 0 is quickest for sets in memory.
         crop_padding: Zeros around the image before a random crop; None: the set's standard recipe.
         flip: Mirror half of the training images; None: the set's standard recipe.
+        auto_augment: Change each training image by operations of its own: autoaugment_cifar10, autoaugment_imagenet, randaugment (or
+            randaugment-n2-m9, two operations at level 9 of 30) or trivialaugment; None: off.
         color_jitter: Brightness, contrast and saturation (of RGB) of each training image change by factors drawn from 1 ± this, at
             most 1; 0: off.
+        cutout: Side in pixels of a square of each training image that becomes the mean; 0: off.
+        random_erasing: Probability that a rectangle of a training image becomes the mean.
         mixup: α of mixup; 0: off.
         cutmix: α of CutMix; 0: off.
         mean: Per channel, of pixels in [0, 1]; None: the set's own.
@@ -162,7 +167,10 @@ class ImageDataModule(LightningDataModule, ABC):
     num_workers: int = 0
     crop_padding: int | None = None
     flip: bool | None = None
+    auto_augment: str | None = None
     color_jitter: float = 0.0
+    cutout: int = 0
+    random_erasing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
     mean: list[float] | None = None
@@ -193,6 +201,8 @@ class ImageDataModule(LightningDataModule, ABC):
             ("num_workers", self.num_workers >= 0, "give 0 (load in the main process) or more"),
             ("crop_padding", self.crop_padding is None or self.crop_padding >= 0, "give 0 (no crop) or more pixels"),
             ("color_jitter", 0 <= self.color_jitter <= 1, "factors are 1 ± it: give 0 (off) to 1"),
+            ("cutout", self.cutout >= 0, "give 0 (off) or the side of a square in pixels"),
+            ("random_erasing", 0 <= self.random_erasing <= 1, "give a probability from 0 (off) to 1"),
             ("mixup", _is_alpha(self.mixup), "α is 0 (off), or finite and 1e-6 or more"),
             ("cutmix", _is_alpha(self.cutmix), "α is 0 (off), or finite and 1e-6 or more"),
             ("mean", _all_within(self.mean, 0, 1), "give numbers from 0 to 1, of pixels divided by 255"),
@@ -205,6 +215,8 @@ class ImageDataModule(LightningDataModule, ABC):
             )
         if self.sampler is not None:
             resolve_policy(self.sampler)
+        if self.auto_augment is not None:
+            AutoAugment.parse(self.auto_augment)
 
     def _refuse_unless(self, holds: bool, name: str, rule: str) -> None:
         if not holds:
@@ -483,7 +495,10 @@ class ImageDataModule(LightningDataModule, ABC):
             std=std,
             crop_padding=self._or_standard("crop_padding"),
             flip=self._or_standard("flip"),
+            auto_augment=self.auto_augment,
             color_jitter=self.color_jitter,
+            cutout=self.cutout,
+            random_erasing=self.random_erasing,
             mixup=self.mixup,
             cutmix=self.cutmix,
             seed=self._run_seed,

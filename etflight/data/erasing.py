@@ -1,37 +1,35 @@
 """Cutout and random erasing of a whole batch: one rectangle of each image, at a place of its own, is emptied."""
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 _TRIES = 10  # as in torchvision's RandomErasing
-_AREA, _LOG_ASPECT = (0.02, 0.33), np.log([0.3, 3.3])
+_AREA, _LOG_ASPECT = (0.02, 0.33), (math.log(0.3), math.log(3.3))
 
 
-def draw_cutouts(
-    batch_size: int, side: int, height: int, width: int, seed: int, step: int, rank: int
-) -> NDArray[np.int64]:
+def draw_cutouts(batch_size: int, side: int, height: int, width: int, random: np.random.Generator) -> NDArray[np.int64]:
     """Draw squares with their centre at any pixel, which may reach over the border (DeVries and Taylor, arXiv 1708.04552).
 
     Returns:
         `[4, B]`: top, bottom, left and right; bottom and right are the first outside.
     """
-    random = np.random.default_rng([seed, step, rank, 3])  # 3: not the numbers of the other augmentations
     top = random.integers(height, size=batch_size) - side // 2
     left = random.integers(width, size=batch_size) - side // 2
     return np.stack([top, top + side, left, left + side])
 
 
 def draw_erasings(
-    batch_size: int, probability: float, height: int, width: int, seed: int, step: int, rank: int
+    batch_size: int, probability: float, height: int, width: int, random: np.random.Generator
 ) -> NDArray[np.int64]:
     """Draw the rectangles of random erasing (Zhong et al., AAAI 2020), with the areas and aspects of torchvision's `RandomErasing`.
 
     Returns:
         `[4, B]`, as `draw_cutouts`; an image that is left whole has an empty one.
     """
-    random = np.random.default_rng([seed, step, rank, 4])
     area = height * width * random.uniform(*_AREA, (_TRIES, batch_size))
     aspect = np.exp(random.uniform(*_LOG_ASPECT, (_TRIES, batch_size)))
     sides = np.rint(np.sqrt([area * aspect, area / aspect])).astype(np.int64)

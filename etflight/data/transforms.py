@@ -1,4 +1,4 @@
-"""Whole batches on the device: random crop, flip, colours, normalisation, mixup and CutMix."""
+"""Whole batches on the device: random crop, flip, automatic augmentation, colours, normalisation, Cutout, mixup and CutMix."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from etflight.data.auto_augment import AutoAugment, augment
+from etflight.data.erasing import draw_cutouts, draw_erasings, erase
 from etflight.utils.errors import UserError
 
 
@@ -94,9 +96,9 @@ def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.devic
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTransform:
-    """Random crop, flip, colours, normalisation, then mixup or CutMix of a training batch.
+    """Random crop, flip, automatic augmentation, colours, normalisation, Cutout, then mixup or CutMix of a training batch.
 
-    Crop, flip and colours differ from image to image; a batch has one λ. With both `mixup` and `cutmix`, each batch gets one
+    All but mixup and CutMix differ from image to image; a batch has one λ. With both `mixup` and `cutmix`, each batch gets one
     of them at even odds. Either turns labels `[B]` into probabilities `[B, K]`.
 
     Args:
@@ -105,7 +107,10 @@ class TrainTransform:
         std: 1 or C positive numbers.
         crop_padding: Zeros padded on each side before the crop; 0: no crop.
         flip: Mirror half of the images.
+        auto_augment: A policy that `AutoAugment.parse` knows; None: off.
         color_jitter: Brightness, contrast and saturation change by factors within 1 ± this; 0: off.
+        cutout: Side in pixels of a square that becomes the mean; 0: off.
+        random_erasing: Probability of a rectangle that becomes the mean.
         mixup: α of λ ~ Beta(α, α), Zhang et al., ICLR 2018; 0: off.
         cutmix: α of CutMix, Yun et al., ICCV 2019; 0: off.
         seed: The seed, at least 0.
@@ -116,7 +121,10 @@ class TrainTransform:
     std: tuple[float, ...]
     crop_padding: int = 0
     flip: bool = False
+    auto_augment: str | None = None
     color_jitter: float = 0.0
+    cutout: int = 0
+    random_erasing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
     seed: int = 0
@@ -125,26 +133,44 @@ class TrainTransform:
         """Transform uint8 `[B, C, H, W]` and int64 `[B]` to float32 and int64 `[B]` or float32 `[B, K]`.
 
         Raises:
-            UserError: The padding is wider than the images.
+            UserError: The padding or the square is wider than the images, or they have no channels that can be augmented.
         """
-        height, width = images.shape[-2:]
+        channels, height, width = images.shape[1:]
         if self.crop_padding > min(height, width):
             raise UserError(
                 f"crop_padding is {self.crop_padding}, but images are {height} × {width}: "
                 "give at most the shorter side, or a crop may miss the image"
             )
+        if self.cutout > min(height, width):
+            raise UserError(
+                f"cutout is {self.cutout}, but images are {height} × {width}: give at most the shorter side"
+            )
+        if self._policy is not None and channels not in (1, 3):
+            raise UserError(
+                f"auto_augment changes grey and RGB images, but these have {channels} channels: leave it out"
+            )
         random = np.random.default_rng([self.seed, step, rank])
         if self.crop_padding or self.flip:
             crops = draw_crops(len(images), self.crop_padding, self.flip, random)
             images = crop_and_flip(images, crops, self.crop_padding)
+        if self._policy is not None:
+            images = augment(images, *self._policy.draw(len(images), height, width, random))
         if self.color_jitter:
             factors = random.uniform(1 - self.color_jitter, 1 + self.color_jitter, (3, len(images)))
             images = jitter_colors(images, factors.astype(np.float32))
         images = normalize(images, self.mean, self.std)
+        if self.cutout:
+            erase(images, draw_cutouts(len(images), self.cutout, height, width, random))
+        if self.random_erasing:
+            erase(images, draw_erasings(len(images), self.random_erasing, height, width, random))
         if self._mix is not None:
             with step_randomness(self.seed, step, rank):
                 images, labels = self._mix(images, labels)
         return images, labels
+
+    @cached_property
+    def _policy(self) -> AutoAugment | None:
+        return None if self.auto_augment is None else AutoAugment.parse(self.auto_augment)
 
     @cached_property
     def _mix(self) -> Any:

@@ -11,11 +11,17 @@ from torchvision.transforms import AutoAugmentPolicy, v2
 from etflight.data.auto_augment import OPERATIONS, AutoAugment, augment
 from etflight.utils.errors import UserError
 
-TORCHVISION = {"autoaugment_cifar10": v2.AutoAugment, "randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
+TORCHVISION = {
+    "autoaugment_cifar10": v2.AutoAugment,
+    "randaugment": v2.RandAugment,
+    "trivialaugment": v2.TrivialAugmentWide,
+}
 
 
 def some_images(channels, size=32):
-    images = torch.randint(0, 256, (12, channels, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (12, channels, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     images[0] = 7  # one colour
     images[1] = (torch.arange(size) * 5).to(torch.uint8)  # a ramp
     images[2] = images[2] // 4 + 90  # little contrast
@@ -32,7 +38,9 @@ def test_each_operation_at_each_magnitude_is_that_of_torchvision_on_a_single_ima
         values = np.array([0.0]) if levels is None else levels.numpy().astype(np.float64)
         for magnitude in np.concatenate([values, -values]) if signed else values:
             expected = [
-                theirs._apply_image_or_video_transform(image, name, float(magnitude), theirs.interpolation, theirs._fill)
+                theirs._apply_image_or_video_transform(
+                    image, name, float(magnitude), theirs.interpolation, theirs._fill
+                )
                 for image in images
             ]
             codes = np.full((1, len(images)), OPERATIONS.index(name))
@@ -43,7 +51,7 @@ def test_each_operation_at_each_magnitude_is_that_of_torchvision_on_a_single_ima
 
 def test_images_of_one_batch_are_changed_each_by_its_own_draw():
     images = some_images(3)
-    codes, magnitudes = AutoAugment.parse("randaugment-n3-m20").draw(len(images), 32, 32, 0, 0, 0)
+    codes, magnitudes = AutoAugment.parse("randaugment-n3-m20").draw(len(images), 32, 32, np.random.default_rng(0))
     together = augment(images, codes, magnitudes)
     alone = [augment(images[i : i + 1], codes[:, i : i + 1], magnitudes[:, i : i + 1]) for i in range(len(images))]
     assert torch.equal(together, torch.cat(alone))
@@ -52,10 +60,14 @@ def test_images_of_one_batch_are_changed_each_by_its_own_draw():
 @pytest.mark.parametrize("data", ["cifar10", "imagenet"])
 def test_sub_policies_come_as_often_as_published(data):
     draws = 200_000
-    codes, _ = AutoAugment.parse(f"autoaugment_{data}").draw(draws, 32, 32, 0, 0, 0)
+    codes, _ = AutoAugment.parse(f"autoaugment_{data}").draw(draws, 32, 32, np.random.default_rng(0))
     expected = Counter()
     for (first, p, _), (second, q, _) in Published(AutoAugmentPolicy(data)).policies:
-        for pair, odds in (((first, second), p * q), ((first, "Identity"), p * (1 - q)), (("Identity", second), (1 - p) * q)):
+        for pair, odds in (
+            ((first, second), p * q),
+            ((first, "Identity"), p * (1 - q)),
+            (("Identity", second), (1 - p) * q),
+        ):
             expected[pair] += odds / 25
     seen = Counter((OPERATIONS[a], OPERATIONS[b]) for a, b in codes.T)
     for pair, odds in expected.items():
@@ -66,23 +78,18 @@ def test_sub_policies_come_as_often_as_published(data):
 
 def test_operations_and_levels_of_the_random_policies_are_uniform_and_half_are_negative():
     draws = 140_000
-    codes, magnitudes = AutoAugment.parse("trivialaugment").draw(draws, 32, 32, 0, 0, 0)
+    codes, magnitudes = AutoAugment.parse("trivialaugment").draw(draws, 32, 32, np.random.default_rng(0))
     counts = np.bincount(codes[0], minlength=15)
-    assert codes.shape == (1, draws) and counts[14] == 0
+    assert codes.shape == (1, draws)
+    assert counts[14] == 0
     assert np.abs(counts[:14] - draws / 14).max() < 5 * (draws / 14) ** 0.5
     rotated = magnitudes[codes == OPERATIONS.index("Rotate")]
-    assert len(np.unique(np.abs(rotated))) == 31 and np.abs(rotated).max() == 135
+    assert len(np.unique(np.abs(rotated))) == 31
+    assert np.abs(rotated).max() == 135
     assert abs((rotated < 0).mean() / (30 / 31) - 0.5) < 0.03
-    codes, magnitudes = AutoAugment.parse("randaugment-n3-m30").draw(1000, 32, 32, 0, 0, 0)
-    assert codes.shape == (3, 1000) and set(np.abs(magnitudes[codes == OPERATIONS.index("Rotate")])) == {30.0}
-
-
-def test_draws_are_a_function_of_seed_step_and_rank():
-    policy = AutoAugment.parse("randaugment")
-    first, again = policy.draw(64, 32, 32, 1, 2, 3), policy.draw(64, 32, 32, 1, 2, 3)
-    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    for other in ((0, 2, 3), (1, 0, 3), (1, 2, 0)):
-        assert not np.array_equal(first[0], policy.draw(64, 32, 32, *other)[0])
+    codes, magnitudes = AutoAugment.parse("randaugment-n3-m30").draw(1000, 32, 32, np.random.default_rng(0))
+    assert codes.shape == (3, 1000)
+    assert set(np.abs(magnitudes[codes == OPERATIONS.index("Rotate")])) == {30.0}
 
 
 @pytest.mark.parametrize("name", ["autoaugment", "randaugment-m31", "randaugment-n0", "RandAugment", "rand-m9"])

@@ -7,10 +7,14 @@ from etflight.data.erasing import draw_cutouts, draw_erasings, erase
 
 
 def test_cutout_empties_a_square_around_any_pixel():
-    cutouts = draw_cutouts(4000, 16, 32, 32, 0, 0, 0)
+    cutouts = draw_cutouts(4000, 16, 32, 32, np.random.default_rng(0))
     top, bottom, left, right = cutouts
-    assert (bottom - top == 16).all() and (right - left == 16).all()
-    assert top.min() == -8 and top.max() == 23 and left.min() == -8 and left.max() == 23
+    assert (bottom - top == 16).all()
+    assert (right - left == 16).all()
+    assert top.min() == -8
+    assert top.max() == 23
+    assert left.min() == -8
+    assert left.max() == 23
     emptied = erase(torch.ones(4000, 3, 32, 32), cutouts)
     for i in range(20):
         expected = torch.ones(3, 32, 32)
@@ -19,19 +23,18 @@ def test_cutout_empties_a_square_around_any_pixel():
 
 
 def test_erasing_has_the_areas_aspects_and_odds_of_its_paper():
-    top, bottom, left, right = draw_erasings(20_000, 0.25, 64, 64, 0, 0, 0)
+    top, bottom, left, right = draw_erasings(20_000, 0.25, 64, 64, np.random.default_rng(0))
     high, wide = bottom - top, right - left
     erased = (high > 0) & (wide > 0)
     assert abs(erased.mean() - 0.25) < 0.02
-    assert (top >= 0).all() and (bottom <= 64).all() and (left >= 0).all() and (right <= 64).all()
+    assert (top >= 0).all()
+    assert (bottom <= 64).all()
+    assert (left >= 0).all()
+    assert (right <= 64).all()
     area = (high * wide)[erased] / 64**2
-    assert area.min() > 0.015 and area.max() < 0.36 and abs(area.mean() - 0.175) < 0.01
+    assert area.min() > 0.015
+    assert area.max() < 0.36
+    assert abs(area.mean() - 0.175) < 0.01
     aspect = np.log(high[erased] / wide[erased])
-    assert abs(aspect.mean()) < 0.05 and abs(aspect).max() < 1.35
-
-
-def test_draws_are_a_function_of_seed_step_and_rank():
-    for draw, size in ((draw_cutouts, 8), (draw_erasings, 1.0)):
-        first = draw(16, size, 32, 32, 1, 2, 3)
-        assert np.array_equal(first, draw(16, size, 32, 32, 1, 2, 3))
-        assert not any(np.array_equal(first, draw(16, size, 32, 32, *key)) for key in ((0, 2, 3), (1, 0, 3), (1, 2, 0)))
+    assert abs(aspect.mean()) < 0.05
+    assert abs(aspect).max() < 1.35

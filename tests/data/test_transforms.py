@@ -125,7 +125,10 @@ def test_with_both_mixings_each_comes_about_half_of_the_time(batch):
 
 def test_a_step_repeats_exactly_and_differs_from_every_other(batch):
     def run(seed, step, rank):
-        options = {"crop_padding": 4, "flip": True, "color_jitter": 0.3, "mixup": 1.0, "seed": seed}
+        options = {
+            "crop_padding": 4, "flip": True, "auto_augment": "trivialaugment", "color_jitter": 0.3, "cutout": 3, "random_erasing": 0.5,
+            "mixup": 1.0, "seed": seed,
+        }  # fmt: skip
         transform = TrainTransform(num_classes=5, mean=MEAN, std=STD, **options)
         return transform(*batch, step, rank)
 
@@ -150,3 +153,27 @@ def test_a_padding_wider_than_the_images_is_refused(batch):
     assert fits(*batch, step=0)[0].shape == (15, 3, 6, 9)
     with pytest.raises(UserError, match="crop_padding is 7, but images are 6 × 9"):
         TrainTransform(num_classes=5, mean=MEAN, std=STD, crop_padding=7)(*batch, step=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "channels", "reason"),
+    [
+        ({"cutout": 7}, 3, "cutout is 7, but images are 6 × 9"),
+        ({"auto_augment": "randaugment"}, 2, "these have 2 channels"),
+    ],
+)
+def test_what_the_images_do_not_allow_is_refused(options, channels, reason):
+    with pytest.raises(UserError, match=reason):
+        TrainTransform(num_classes=2, mean=MEAN[:1], std=STD[:1], **options)(
+            torch.zeros(4, channels, 6, 9, dtype=torch.uint8), torch.zeros(4, dtype=torch.long), 0
+        )
+
+
+@pytest.mark.parametrize("options", [{"cutout": 4}, {"random_erasing": 1.0}])
+def test_erased_pixels_are_the_mean_of_normalised_images(options):
+    white = torch.full((50, 3, 6, 9), 255, dtype=torch.uint8)
+    erased, _ = TrainTransform(num_classes=2, mean=MEAN, std=STD, **options)(white, torch.zeros(50).long(), 0)
+    plain = normalize(white, MEAN, STD)
+    assert bool((erased == 0).flatten(1).any(1).sum() > 25)
+    assert bool(((erased == 0) | (erased == plain)).all())
+    assert bool(((erased == 0).all(1) == (erased == 0).any(1)).all())  # all channels or none
