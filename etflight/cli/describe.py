@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Group
 from rich.table import Table
+from torch import Tensor
 
 from etflight import plotting
 from etflight.cli.data_option import data_parser, parse_over_run
@@ -58,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
         write_json(folder / RECORD, record)
         histogram = plotting.class_histogram(record["class_counts"]["train"], data.class_names, title=str(data))
         plotting.save(histogram, folder / HISTOGRAM)
-        plotting.save(sheet(data, config.images_per_class), folder / SHEET)
+        plotting.save(sheet(data, config.images_per_class, augmented=config.augmented), folder / SHEET)
     except OSError as error:
         raise UserError(f"{folder} cannot be written to ({error.strerror or error}): give another --output") from error
     out.print(f"{folder}: {RECORD}, {HISTOGRAM}, {SHEET}", style="dim", highlight=False, soft_wrap=True)
@@ -98,14 +99,15 @@ def _trained_on(path: Path) -> str | None:
     return None if run is None else fingerprint_in(read_record(run).get("data"))
 
 
-def sheet(data: ImageDataModule, images_per_class: int) -> Any:
-    """A contact sheet of training images as they are stored, evenly chosen from each class.
+def sheet(data: ImageDataModule, images_per_class: int, *, augmented: bool = False) -> Any:
+    """A contact sheet of training images, evenly chosen from each class.
 
     If there are many classes, it shows an even choice of them by size.
 
     Args:
         data: The data module.
         images_per_class: The most images of a class.
+        augmented: Show them as a training step gets them, not as they are stored.
 
     Returns:
         The figure of `plotting.contact_sheet`.
@@ -123,12 +125,21 @@ def sheet(data: ImageDataModule, images_per_class: int) -> Any:
     split.end_pass()
     if len(images) == 0:
         raise UserError(f"{data}: no image of the contact sheet can be read: replace the files")
+    if augmented:
+        images = _augmented(data, images, labels)
     row_of = np.zeros(len(order), np.int64)
     row_of[shown] = np.arange(len(shown))
     rows = torch.from_numpy(row_of)[labels]
     names = [data.class_names[k] for k in shown]
     part = "" if len(shown) == len(order) else f", {len(shown)} of {len(order)} classes"
     return plotting.contact_sheet(images, rows, names, counts[shown].tolist(), title=f"{data}{part}")
+
+
+def _augmented(data: ImageDataModule, images: Tensor, labels: Tensor) -> Tensor:
+    """Uint8 images as one training step gets them, before they are normalised."""
+    changed, _ = data.train_transform((images, labels), step=0)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.preprocessing.mean, data.preprocessing.std))
+    return ((changed * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def _evenly(length: int, most: int) -> NDArray[np.int64]:
@@ -228,5 +239,11 @@ def _parser() -> OneLineParser:
     )
     parser.add_argument(
         "--images_per_class", type=int, default=8, help="Images in a row of the contact sheet, at most."
+    )
+    parser.add_argument(
+        "--augmented",
+        type=bool,
+        default=False,
+        help="Whether the contact sheet shows images as a training step gets them, not as they are stored.",
     )
     return parser

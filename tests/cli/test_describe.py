@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from etflight.cli import describe
-from etflight.data import ArrayImages, FolderImages
+from etflight.data import ArrayImages, Digits, FolderImages
 from etflight.utils.errors import UserError
 from tests.cli.test_bad_input import folder
 
@@ -186,3 +186,13 @@ def test_bad_input_ends_in_one_line_that_says_the_mend(numbered, etflight_comman
         assert len(refused.err.splitlines()) == 1, refused.err
         assert re.search(message, refused.error_lines[0]), (message, refused.err)
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_contact_sheet_shows_images_as_a_training_step_gets_them_if_asked():
+    def pixels(augmented, **options):
+        figure = describe.sheet(Digits(crop_padding=0, flip=False, **options), 3, augmented=augmented)
+        return figure.axes[0].images[0].get_array()
+
+    stored = pixels(False)
+    assert np.array_equal(pixels(True), stored)  # nothing is augmented: normalised and back
+    assert not np.array_equal(pixels(True, auto_augment="trivialaugment"), stored)
