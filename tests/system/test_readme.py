@@ -115,11 +115,11 @@ def test_links_lead_somewhere():
 
 def test_every_name_of_the_package_is_reached_from_its_root():
     """In an interpreter that has imported nothing else of it."""
-    text = "".join(
-        block
-        for path in DOCS
-        for block in [*blocks(path.read_text(), "python"), *re.findall(r"`(etflight\..*?)`", path.read_text())]
+    code = "".join(
+        re.findall(
+            r"```python\n.*?```|`[^`\n]+`", "".join([README, *(path.read_text() for path in DOCS)]), flags=re.DOTALL
+        )
     )
-    named = sorted(set(re.findall(r"\betflight(?:\.[A-Za-z_]\w*)+", README + text)))
+    named = sorted(set(re.findall(r"\betflight(?:\.[A-Za-z_]\w*)+", code)))
     assert {"etflight.simplex_etf", "etflight.backbones.SyncBatchNorm"} <= set(named)
     subprocess.run([sys.executable, "-c", "\n".join(["import etflight", *named])], check=True)
