@@ -22,6 +22,7 @@ from etflight.data.transforms import step_randomness
 from etflight.utils.errors import UserError, warn
 from etflight.utils.preprocessing import Preprocessing
 
+_CHUNK = 1024  # files of a thread's turn
 _THREADS = 8  # they wait for a network file system together
 
 
@@ -66,9 +67,14 @@ class Paths:
     def missing(self) -> list[int]:
         """Positions of the files that are not there."""
         root = os.path.join(self.root, "")
+        paths = [root + path for path in self.all_relative()]
+
+        def missing_from(start: int) -> list[int]:
+            part = enumerate(paths[start : start + _CHUNK], start)
+            return [index for index, path in part if not os.access(path, os.F_OK)]  # half the work of os.path.exists
+
         with ThreadPool(_THREADS) as threads:
-            there = threads.map(os.path.exists, [root + path for path in self.all_relative()], chunksize=1024)
-        return [index for index, exists in enumerate(there) if not exists]
+            return [index for part in threads.map(missing_from, range(0, len(paths), _CHUNK)) for index in part]
 
 
 def files_below(folder: str, suffixes: Collection[str] | None = None) -> list[str]:
