@@ -80,8 +80,8 @@ class AutoAugment:
             levels = drawn[1].astype(np.int64)
         else:
             codes = random.integers(_DRAWN, size=shape)
-            any_level = random.integers(_LEVELS[self.family], size=shape)
-            levels = np.full(shape, self.level) if self.family == "randaugment" else any_level
+            random_levels = self.family == "trivialaugment"
+            levels = random.integers(_LEVELS[self.family], size=shape) if random_levels else np.full(shape, self.level)
         magnitudes = _magnitudes(self.family, height, width)[codes, levels]
         negative = np.isin(codes, _SIGNED) & (random.random(shape) <= 0.5)
         return codes, np.where(negative, -magnitudes, magnitudes)
@@ -167,8 +167,8 @@ def _move(images: Tensor, codes: Codes, magnitudes: Magnitudes) -> Tensor:
     theta[:, 1, 0] = shear_y + np.sin(angle)
     theta[:, 0, 2] = shear_x * height / 2 - np.where(codes == _TRANSLATE_X, magnitudes, 0.0)
     theta[:, 1, 2] = shear_y * width / 2 - np.where(codes == _TRANSLATE_Y, magnitudes, 0.0)
-    half = torch.tensor([[0.5 * width], [0.5 * height]], device=images.device)
-    by_x, by_y, shift = (_sent(theta, images.device).to(torch.float32) / half).view(batch, 2, 3, 1, 1).unbind(2)
+    scaled = theta.astype(np.float32) / np.array([[0.5 * width], [0.5 * height]], np.float32)
+    by_x, by_y, shift = _sent(scaled, images.device).view(batch, 2, 3, 1, 1).unbind(2)
     x, y = (torch.arange(size, device=images.device) - (size - 1) / 2 for size in (width, height))
     grid = torch.addcmul(by_x * x, by_y, y.view(-1, 1)).add_(shift).permute(0, 2, 3, 1)
     moved = F.grid_sample(images.to(torch.float32), grid, mode="nearest", padding_mode="zeros", align_corners=False)
