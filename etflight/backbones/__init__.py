@@ -20,15 +20,6 @@ from etflight.utils.errors import UserError
 
 __all__ = ["SyncBatchNorm", "arguments_for_size", "build_backbone", "load_weights"]
 
-# Arguments of `timm.create_model` that would break the promise of pooled features, or that have their own name here.
-_OURS = {
-    "model_name": "it is the backbone's name",
-    "pretrained": "it is an argument of its own",
-    "in_chans": "it is an argument of its own",
-    "num_classes": "a backbone has no classifier; the head follows it",
-    "features_only": "a backbone gives pooled features",
-}
-
 
 def build_backbone(
     name: str, *, in_chans: int = 3, pretrained: bool = False, model_kwargs: dict[str, Any] | None = None
@@ -52,10 +43,10 @@ def build_backbone(
         UserError: There is no such model, it does not take an argument, or its weights cannot be had.
     """
     kwargs = model_kwargs or {}
-    for key in kwargs.keys() & _OURS:
-        raise UserError(f"model_kwargs cannot set {key!r}: {_OURS[key]}")
-    if kwargs.get("global_pool") == "":
-        raise UserError("model_kwargs cannot set 'global_pool' to '': a backbone gives pooled features")
+    if kwargs.get("features_only") or kwargs.get("global_pool") == "":
+        raise UserError(
+            "model_kwargs cannot set 'features_only', or 'global_pool' to '': a backbone gives pooled features"
+        )
     try:
         backbone = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, num_classes=0, **kwargs)
     except UserError:

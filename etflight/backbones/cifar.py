@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from timm.layers.classifier import create_classifier
-from timm.models import checkpoint_seq
+from timm.models import build_model_with_cfg, checkpoint_seq
 from torch import Tensor, nn
 
 _STAGES = ("layer1", "layer2", "layer3")
@@ -87,45 +87,14 @@ class CifarNet(nn.Module):
         self.global_pool, self.fc = pool.train(self.training), fc.to(self.conv1.weight).train(self.training)
         self.head_hidden_size = self.num_features * pool.feat_mult()
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Final features and those of the stem (0) and the stages (1, 2, 3).
-
-        Args:
-            x: Images `[B, in_chans, H, W]`.
-            indices: The features to return: the last n if an integer, these if a list, all if None.
-            norm: Only for timm's signature: the layer that closes the last stage belongs to that stage.
-            stop_early: Stop after the last wanted features, which then are the final ones.
-            output_fmt: Only `NCHW`.
-            intermediates_only: Return only the list.
-
-        Returns:
-            `(features, intermediates)`, or the intermediates, each `[B, C, H', W']` as `feature_info` says.
-        """
-        assert output_fmt == "NCHW", "Output shape must be NCHW."
-        every = range(1 + len(_STAGES))
-        wanted = [every[i] for i in indices] if isinstance(indices, list | tuple) else every[-(indices or len(every)) :]
-        last = max(wanted) if stop_early else len(_STAGES)
-        for name in self._stem_names:
-            x = self.get_submodule(name)(x)
-        intermediates = [x] if 0 in wanted else []
-        for index, name in enumerate(_STAGES[:last], start=1):
-            stage = self.get_submodule(name)
-            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
-            if index in wanted:
-                intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
-
     def forward_features(self, x: Tensor) -> Tensor:
         """Images `[B, in_chans, H, W]` to features `[B, num_features, ⌈H/4⌉, ⌈W/4⌉]`; DenseNets round down."""
-        return self.forward_intermediates(x, 1)[0]
+        for name in self._stem_names:
+            x = self.get_submodule(name)(x)
+        for name in _STAGES:
+            stage = self.get_submodule(name)
+            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
+        return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features to logits `[B, num_classes]`, or to the pooled features `[B, head_hidden_size]` before them."""
@@ -140,9 +109,8 @@ class CifarNet(nn.Module):
 
 
 def cifar_cfg() -> dict[str, Any]:
-    """What timm wants to know of such a network: its input, and the names of its first and last layer."""
+    """What timm wants to know of such a network, where it differs from timm's defaults."""
     return {
-        "url": "",
         "num_classes": 10,
         "input_size": (3, 32, 32),
         "pool_size": (8, 8),
@@ -153,3 +121,11 @@ def cifar_cfg() -> dict[str, Any]:
         "first_conv": "conv1",
         "classifier": "fc",
     }
+
+
+def build_cifar(network: type[CifarNet], name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """Build a registered network as timm builds its own, with `feature_info` of the stem and the three stages."""
+    model: nn.Module = build_model_with_cfg(
+        network, name, pretrained, feature_cfg={"out_indices": (0, 1, 2, 3)}, **kwargs
+    )
+    return model

@@ -3,12 +3,10 @@
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from etflight.backbones.cifar import CifarNet, cifar_cfg
-
-__all__ = ["CifarDenseNet", "DenseLayer", "Transition"]  # `register_model` adds the entry point
+from etflight.backbones.cifar import CifarNet, build_cifar, cifar_cfg
 
 
 class DenseLayer(nn.Module):
@@ -105,13 +103,4 @@ default_cfgs = generate_default_cfgs({"densenet_bc_150_cifar": cifar_cfg()})
 @register_model
 def densenet_bc_150_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DenseNet-BC of nominal depth 150 and growth rate 12, 1.5 M parameters."""
-    model: nn.Module = build_model_with_cfg(
-        CifarDenseNet,
-        "densenet_bc_150_cifar",
-        pretrained,
-        feature_cfg={"out_indices": (0, 1, 2, 3)},
-        depth=150,
-        growth_rate=12,
-        **kwargs,
-    )
-    return model
+    return build_cifar(CifarDenseNet, "densenet_bc_150_cifar", pretrained, depth=150, growth_rate=12, **kwargs)

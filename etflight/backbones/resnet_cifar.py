@@ -3,13 +3,11 @@
 from typing import Any
 
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from etflight.backbones.cifar import CifarNet, cifar_cfg
+from etflight.backbones.cifar import CifarNet, build_cifar, cifar_cfg
 from etflight.utils.errors import UserError
-
-__all__ = ["BasicBlock", "CifarResNet"]  # `register_model` adds the entry points
 
 
 class BasicBlock(nn.Module):
@@ -94,47 +92,34 @@ class CifarResNet(CifarNet):
         super().__init__(stem, stages, channels, num_classes, in_chans, global_pool, drop_rate)
 
 
-_DEPTHS = (20, 32, 44, 56, 110)
-default_cfgs = generate_default_cfgs({f"resnet{depth}_cifar": cifar_cfg() for depth in _DEPTHS})
-
-
-def _create(depth: int, pretrained: bool, **kwargs: Any) -> nn.Module:
-    model: nn.Module = build_model_with_cfg(
-        CifarResNet,
-        f"resnet{depth}_cifar",
-        pretrained,
-        feature_cfg={"out_indices": (0, 1, 2, 3)},
-        blocks=(depth - 2) // 6,
-        **kwargs,
-    )
-    return model
+default_cfgs = generate_default_cfgs({f"resnet{depth}_cifar": cifar_cfg() for depth in (20, 32, 44, 56, 110)})
 
 
 @register_model
 def resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-20, 0.27 M parameters."""
-    return _create(20, pretrained, **kwargs)
+    return build_cifar(CifarResNet, "resnet20_cifar", pretrained, blocks=3, **kwargs)
 
 
 @register_model
 def resnet32_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-32, 0.46 M parameters."""
-    return _create(32, pretrained, **kwargs)
+    return build_cifar(CifarResNet, "resnet32_cifar", pretrained, blocks=5, **kwargs)
 
 
 @register_model
 def resnet44_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-44, 0.66 M parameters."""
-    return _create(44, pretrained, **kwargs)
+    return build_cifar(CifarResNet, "resnet44_cifar", pretrained, blocks=7, **kwargs)
 
 
 @register_model
 def resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-56, 0.85 M parameters."""
-    return _create(56, pretrained, **kwargs)
+    return build_cifar(CifarResNet, "resnet56_cifar", pretrained, blocks=9, **kwargs)
 
 
 @register_model
 def resnet110_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-110, 1.7 M parameters."""
-    return _create(110, pretrained, **kwargs)
+    return build_cifar(CifarResNet, "resnet110_cifar", pretrained, blocks=18, **kwargs)

@@ -2,29 +2,13 @@
 
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
-__all__: list[str] = []  # `register_model` adds the entry point
-
-default_cfgs = generate_default_cfgs(
-    {
-        "resnet50_wide4": {
-            "url": "",
-            "num_classes": 1000,
-            "input_size": (3, 224, 224),
-            "pool_size": (7, 7),
-            "crop_pct": 0.875,
-            "interpolation": "bilinear",
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-            "first_conv": "conv1",
-            "classifier": "fc",
-        }
-    }
-)
+# where it differs from timm's defaults, which are ImageNet's
+_CFG = {"pool_size": (7, 7), "interpolation": "bilinear", "first_conv": "conv1", "classifier": "fc"}
+default_cfgs = generate_default_cfgs({"resnet50_wide4": _CFG})
 
 
 @register_model

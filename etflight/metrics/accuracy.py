@@ -49,10 +49,7 @@ class Confusion(ExactMetric):
     """Counts of (true, predicted) pairs.
 
     Args:
-        num_classes: K, at most `MOST_CLASSES`.
-
-    Raises:
-        ValueError: There are more classes.
+        num_classes: K; `Classifier` keeps the counts of at most `MOST_CLASSES`.
 
     Example:
         >>> metric = Confusion(2)
@@ -65,8 +62,6 @@ class Confusion(ExactMetric):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        if num_classes > MOST_CLASSES:
-            raise ValueError(f"confusion counts of {num_classes} classes: at most {MOST_CLASSES} are kept")
         self.add_sum("counts", num_classes, num_classes)
 
     def update(self, predicted: Tensor, target: Tensor) -> None:

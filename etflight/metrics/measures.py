@@ -29,35 +29,6 @@ from torch import Tensor
 
 from etflight.metrics.statistics import Moments
 
-__all__ = [
-    "agreement",
-    "alignment",
-    "alignment_std",
-    "cdnv",
-    "centred_means",
-    "class_alignment",
-    "cos_cross",
-    "cos_cross_std",
-    "cos_means",
-    "cos_means_std",
-    "cos_weights",
-    "cos_weights_std",
-    "effective_rank",
-    "etf_distance",
-    "nc1",
-    "nc1_per_class",
-    "nc1_ratio",
-    "nc2_equiangularity",
-    "nc2_equinorm",
-    "nc3",
-    "nc4",
-    "nc4_centres",
-    "nearest_centre",
-    "spectrum",
-    "structure_error",
-    "summary",
-]
-
 GlobalMean = Literal["class", "sample"]
 Of = Literal["means", "weights", "both"]
 

@@ -34,8 +34,7 @@ class Moments(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Moments":
         """Return the same statistics on another device."""
-        counts, means, variances = (part.to(device) for part in self[:3])
-        return Moments(counts, means, variances, None if self.within is None else self.within.to(device), self[4])
+        return Moments._make(part.to(device) if isinstance(part, Tensor) else part for part in self)
 
 
 class ClassStatistics(ExactMetric):
@@ -88,7 +87,7 @@ class ClassStatistics(ExactMetric):
     shift: Tensor  # [K + 1, d], s
     square: Tensor  # [K + 1] float64, q
     outer: Tensor  # [d, d], Q; only its upper triangle is meant
-    _class_weight: Tensor | None
+    _class_weight: Tensor  # [K + 1] float64
 
     def __init__(
         self,
@@ -117,16 +116,14 @@ class ClassStatistics(ExactMetric):
         self.add_sum("square", rows, dtype=torch.float64)
         if scatter:
             self.add_sum("outer", feature_dim, feature_dim, dtype=scatter_dtype)
-        self.register_buffer("_class_weight", self._weights(class_counts), persistent=False)
-
-    def _weights(self, class_counts: Tensor | Sequence[int] | None) -> Tensor | None:
-        if class_counts is None:
-            return None
-        counts = torch.as_tensor(class_counts).detach().to(device=self.device, dtype=torch.float64)
-        if counts.shape != (self.num_classes,) or not bool((counts >= 0).all()) or not bool((counts > 0).any()):
-            raise ValueError(f"class_counts must be {self.num_classes} non-negative numbers, not all zero")
-        weights = torch.where(counts > 0, counts.mean() / counts, 0.0)
-        return torch.cat([weights, weights.new_zeros(1)])
+        self.class_weighted = class_counts is not None
+        weights = torch.ones(rows, dtype=torch.float64)
+        if class_counts is not None:
+            counts = torch.as_tensor(class_counts, dtype=torch.float64, device="cpu")
+            if counts.shape != (num_classes,) or not bool((counts >= 0).all() and counts.any()):
+                raise ValueError(f"class_counts must be {num_classes} non-negative numbers, not all zero")
+            weights[:num_classes] = torch.where(counts > 0, counts.mean() / counts, 0.0)
+        self.register_buffer("_class_weight", weights, persistent=False)
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch.
@@ -155,7 +152,7 @@ class ClassStatistics(ExactMetric):
         self.square.index_add_(0, rows, squares)
         self.count.index_add_(0, rows, squares.new_ones(()).expand_as(squares))
         if self.scatter:
-            if self._class_weight is not None:
+            if self.class_weighted:
                 root = self._class_weight.index_select(0, rows).sqrt_().to(self.scatter_dtype)
                 difference = difference * root[:, None]
             # Only blocks that meet the upper triangle: 5/8 of the products. `compute` mirrors it.
@@ -181,7 +178,7 @@ class ClassStatistics(ExactMetric):
             if outside:
                 raise UserError(f"{outside} labels lie outside [0, {K}): is num_classes right?")
             count, anchored = self.count[:K], self.count[:K] > 0
-            weight = torch.ones_like(count) if self._class_weight is None else self._class_weight[:K]
+            weight = self._class_weight[:K]
             if bool((anchored & (weight == 0)).any()):
                 raise UserError("there are samples of a class that is empty according to class_counts")
             delta = self.shift[:K].to(torch.float64) / count.clamp(min=1)[:, None]
@@ -192,7 +189,7 @@ class ClassStatistics(ExactMetric):
                 within = self.outer.to(torch.float64) - (weighted[:, None] * delta).T @ delta
                 within = (within.triu() + within.triu(1).T) / weighted.sum()
             means = torch.where(anchored[:, None], self.anchor[:K] + delta, torch.nan)
-        return Moments(count.to(torch.int64), means, variances, within, self._class_weight is not None)
+        return Moments(count.to(torch.int64), means, variances, within, self.class_weighted)
 
     @torch.no_grad()
     def set_anchors(self, means: Tensor) -> None:
@@ -236,7 +233,7 @@ class ClassStatistics(ExactMetric):
                 "square": state["square"] + 2 * (half * D).sum(1, dtype=torch.float64),
             }
             if self.scatter:
-                if self._class_weight is not None:
+                if self.class_weighted:
                     half = half * self._class_weight.to(dtype)[:, None]
                 with _full_float32(D):
                     cross = half.T @ D
@@ -246,9 +243,6 @@ class ClassStatistics(ExactMetric):
     @torch.no_grad()
     def add_states(self, incoming: dict[str, Any]) -> None:
         """Add the states of another instance, whatever its anchors."""
-        missing = sorted(set(self.metric_state) - set(incoming))
-        if missing:
-            raise ValueError(f"the incoming state lacks {', '.join(missing)}")
         incoming = {name: incoming[name].to(self.device) for name in self.metric_state}
         self._move(incoming["anchor"], incoming["anchored"] & ~self.anchored)
         self.count = self.count + incoming["count"]
@@ -259,13 +253,11 @@ class ClassStatistics(ExactMetric):
         """Add the samples that another instance has seen; see `torchmetrics.Metric.merge_state`.
 
         Raises:
-            ValueError: The other instance weighs classes differently, or its state has other parts.
+            ValueError: The other instance weighs classes differently.
         """
         if isinstance(incoming_state, ClassStatistics):
-            ours, theirs = self._class_weight, incoming_state._class_weight
-            if (ours is None) != (theirs is None) or (
-                ours is not None and theirs is not None and not torch.equal(ours, theirs.to(ours.device))
-            ):
+            theirs = incoming_state._class_weight.to(self.device)
+            if not torch.equal(self._class_weight, theirs):
                 raise ValueError("statistics with different class_counts cannot be added")
         super().merge_state(incoming_state)
 

@@ -52,35 +52,12 @@ def test_reset_classifier_changes_classes_and_keeps_pooling_mode_and_dtype(name)
     assert model(images(8).double()).shape == (2, WIDTHS[name], 2, 2)
 
 
-def test_intermediates_are_those_of_features_only_as_feature_info_describes_them(name):
+def test_features_only_gives_stem_and_stages_as_feature_info_describes_them(name):
     x, model = images(16), make(name, features_only=True)
-    expected = model(x)
-    assert model.feature_info.channels() == [feature.shape[1] for feature in expected]
-    assert model.feature_info.reduction() == [16 // feature.shape[2] for feature in expected] == [1, 1, 2, 4]
-    final, intermediates = make(name).forward_intermediates(x)
-    for got, want in zip([*intermediates, final], [*expected, expected[-1]], strict=True):
-        assert_close(got, want, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(("indices", "taken"), [(2, [2, 3]), ([0, 2], [0, 2]), ([-1], [3]), (None, [0, 1, 2, 3])])
-def test_intermediates_are_chosen_as_timm_does(name, indices, taken):
-    model, x = make(name), images(8)
-    _, every = model.forward_intermediates(x)
-    got = model.forward_intermediates(x, indices=indices, intermediates_only=True)
-    for feature, index in zip(got, taken, strict=True):
-        assert_close(feature, every[index], rtol=0, atol=0)
-    with pytest.raises(IndexError):
-        model.forward_intermediates(x, indices=[4])
-
-
-def test_stop_early_runs_no_later_stage(name):
-    model = make(name)
-    seen = []
-    for stage in (model.layer1, model.layer2, model.layer3):
-        stage.register_forward_hook(lambda *_: seen.append(1))
-    final, (wanted,) = model.forward_intermediates(images(8), indices=[1], stop_early=True)
-    assert final is wanted
-    assert len(seen) == 1
+    features = model(x)
+    assert model.feature_info.channels() == [feature.shape[1] for feature in features]
+    assert model.feature_info.reduction() == [16 // feature.shape[2] for feature in features] == [1, 1, 2, 4]
+    assert_close(features[-1], make(name).forward_features(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("coarse", [True, False])
