@@ -1,13 +1,12 @@
 """Any image set in one `.npz` file, in MedMNIST's layout."""
 
-import math
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import IO, ClassVar
 
 import numpy as np
 import torch
@@ -60,8 +59,10 @@ class ArrayImages(ImageDataModule):
     @cached_property
     def num_channels(self) -> int:
         """C, from the header of `train_images`."""
-        with self._reading("train_images"):
-            shape = self._checked_shape("train_images")
+        with self._member("train_images") as stream:
+            version = np.lib.format.read_magic(stream)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, *_ = read(stream)
         return shape[3] if len(shape) == 4 else 1
 
     @property
@@ -79,9 +80,7 @@ class ArrayImages(ImageDataModule):
         what = f"{self.path}: {split}_images is {images.dtype} of shape {list(images.shape)}"
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape[1:]:
             raise UserError(f"{what}: give uint8 [N, H, W] or [N, H, W, C], none of H, W and C 0")
-        refuse_channels_first(images, what)
-        if images.ndim == 4 and images.shape[3] > 4 and len(set(images.shape[1:])) == 1:
-            raise UserError(f"{what}, which looks like volumes: give images, [N, H, W] or [N, H, W, C]")
+        refuse_other_layouts(images, what)
         channels = images.shape[3] if images.ndim == 4 else 1
         if channels != self.num_channels:
             raise UserError(f"{what}, but train_images has {self.num_channels} channels: give the same number")
@@ -114,66 +113,45 @@ class ArrayImages(ImageDataModule):
         Raises:
             UserError: The array is missing, or cannot be read.
         """
-        with self._reading(name), np.load(self.path, allow_pickle=False) as archive:
-            self._checked_shape(name)
-            array: NDArray[np.generic] = archive[name]
+        with self._member(name) as stream:
+            array: NDArray[np.generic] = np.lib.format.read_array(stream, allow_pickle=False)
             return array
 
     @contextmanager
-    def _reading(self, name: str) -> Iterator[None]:
-        """Turn any error over a damaged or hostile file into one line."""
+    def _member(self, name: str) -> Iterator[IO[bytes]]:
+        """The bytes of an array's `.npy` file; any error over a damaged or hostile one becomes one line."""
         if name not in self.members:
             raise UserError(f"{self.path}: {name} is missing; it holds {', '.join(self.members) or 'nothing'}")
         try:
-            yield
+            with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as stream:
+                member = archive.getinfo(f"{name}.npy")
+                packed = min(member.compress_size, Path(self.path).stat().st_size)
+                refuse_growth(f"{self.path}: {name}", member.file_size, packed)
+                yield stream
         except UserError:
             raise
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{self.path}: {name} cannot be read ({reason}): store plain arrays of numbers") from None
 
-    def _checked_shape(self, name: str) -> tuple[int, ...]:
-        """The shape in an array's header, checked against the bytes that are there before memory is set aside for them."""
-        with zipfile.ZipFile(self.path) as archive:
-            member = archive.getinfo(f"{name}.npy")
-            with archive.open(member) as stream:
-                version = np.lib.format.read_magic(stream)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, _, dtype = read(stream)
-                header = stream.tell()
-        refuse_growth(
-            f"{self.path}: {name}", member.file_size, min(member.compress_size, Path(self.path).stat().st_size)
-        )
-        if not dtype.hasobject and header + math.prod(shape) * dtype.itemsize != member.file_size:
-            raise ValueError(
-                f"its header says {dtype} of shape {list(shape)}, but it has {member.file_size - header:,} bytes"
-            )
-        return shape
-
     def _labels(self, split: Split) -> NDArray[np.int64]:
         labels = self.array(f"{split}_labels")
-        if labels.ndim == 2 and labels.shape[1] > 1:
+        if labels.dtype.kind not in "iu" or labels.shape[1:] not in ((), (1,)):
             raise UserError(
-                f"{self.path}: {split}_labels has {labels.shape[1]} labels per image: multi-label sets are not supported, give one"
+                f"{self.path}: {split}_labels is {labels.dtype} of shape {list(labels.shape)}: give integers [N] or [N, 1], one per image"
             )
-        if labels.dtype.kind not in "iu" or labels.ndim not in (1, 2) or labels.shape[1:] not in ((), (1,)):
-            raise UserError(
-                f"{self.path}: {split}_labels is {labels.dtype} of shape {list(labels.shape)}: give integers [N] or [N, 1]"
-            )
-        if labels.max(initial=0) > np.iinfo(np.int64).max:
-            raise UserError(f"{self.path}: {split}_labels has label {labels.max()}: give labels from 0 without gaps")
         return labels.reshape(-1).astype(np.int64)
 
 
-def refuse_channels_first(images: NDArray[np.generic], what: str) -> None:
-    """Refuse images that have their channels where H should be.
+def refuse_other_layouts(images: NDArray[np.generic], what: str) -> None:
+    """Refuse images that have their channels where H should be, and volumes.
 
     Args:
         images: `[N, H, W]` or `[N, H, W, C]`.
         what: The array, for the error.
 
     Raises:
-        UserError: The images look like `[N, C, H, W]`.
+        UserError: The images look like `[N, C, H, W]` or `[N, D, H, W]`.
     """
-    if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] > 4:
-        raise UserError(f"{what}, which looks like [N, C, H, W]: give [N, H, W, C]")
+    if images.ndim == 4 and images.shape[3] > 4 and (images.shape[1] in (1, 3) or len(set(images.shape[1:])) == 1):
+        raise UserError(f"{what}, which looks like [N, C, H, W] or volumes: give images, [N, H, W] or [N, H, W, C]")

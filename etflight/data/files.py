@@ -1,6 +1,7 @@
 """Image files: paths in a few tensors, squares that loaders read, missing and corrupt files."""
 
 import os
+from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -40,7 +41,7 @@ class Paths:
     def __init__(self, root: str, paths: Iterable[str]) -> None:
         encoded = [os.fsencode(path) for path in paths]
         self.root = root
-        self._text = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
+        self._text = torch.from_numpy(np.frombuffer(bytearray(b"".join(encoded)), np.uint8))
         self._ends = torch.from_numpy(np.cumsum([0, *map(len, encoded)]))
 
     def __len__(self) -> int:
@@ -131,29 +132,25 @@ class FileSource(ImageSource):
         """C, H and W, known before any file is read."""
         return 3, self.square.image_size, self.square.image_size
 
-    def __getitem__(self, index: int) -> Tensor:
-        """Decode one file for evaluation: uint8 `[3, size, size]`, the middle of the picture.
+    def picture(self, index: int, draw: Draw | None = None) -> Tensor:
+        """Decode one file: uint8 `[3, size, size]`.
+
+        Args:
+            index: The file.
+            draw: For training: a part of the picture that depends on its seed and number. None: the middle, for evaluation.
 
         Raises:
             UserError: The file is missing, is no image, or is too large; the message has its path.
         """
-        return fit_to(self._decode(index), [self.square.image_size] * 2, [self.square.side] * 2)
-
-    def drawn(self, index: int, seed: int, number: int) -> Tensor:
-        """Decode one file for training: uint8 `[3, size, size]`, a part of the picture that depends on (seed, number).
-
-        Raises:
-            UserError: The file is missing, is no image, or is too large; the message has its path.
-        """
-        if self.square.min_crop_scale == 1:
-            return self[index]
-        image = self._decode(index)
-        with step_randomness(seed, number):
-            return random_square(image, self.square.image_size, self.square.min_crop_scale)
+        image, size = decode_file(self.paths[index], self.square.side), self.square.image_size
+        if draw is None or self.square.min_crop_scale == 1:
+            return fit_to(image, [size] * 2, [self.square.side] * 2)
+        with step_randomness(draw.seed, draw.number):
+            return random_square(image, size, self.square.min_crop_scale)
 
     def images(self, indices: Tensor) -> Tensor:
         """Decode files one by one, for evaluation."""
-        return stack([self[i] for i in indices.tolist()])
+        return stack([self.picture(i) for i in indices.tolist()])
 
     def name(self, index: int) -> str:
         """The file's path."""
@@ -162,9 +159,6 @@ class FileSource(ImageSource):
     def marks(self) -> Iterable[memoryview]:
         """The paths below the folder, independent of where it is; no file is read."""
         return self.paths.marks()
-
-    def _decode(self, index: int) -> Tensor:
-        return decode_file(self.paths[index], self.square.side)
 
 
 class FileSplit(ImageSplit):
@@ -193,10 +187,11 @@ class FileSplit(ImageSplit):
         Raises:
             UserError: A file cannot be read and is not to be skipped, or no file of a training batch can be read.
         """
+        draws = [position if isinstance(position, Draw) else None for position in positions]
         where = [position.position if isinstance(position, Draw) else position for position in positions]
-        pictures = [self._read(position) for position in positions]
+        pictures = [self._read(place, draw) for place, draw in zip(where, draws, strict=True)]
         readable = np.flatnonzero([picture is not None for picture in pictures])
-        if isinstance(positions[0], Draw):
+        if draws[0] is not None:
             if len(readable) == 0:
                 raise UserError(
                     f"no image of a batch of {len(positions)} can be read, the first is {self.name(where[0])}"
@@ -207,16 +202,13 @@ class FileSplit(ImageSplit):
         kept = readable.tolist()
         return stack([cast(Tensor, pictures[slot]) for slot in kept]), self.labels[[where[slot] for slot in kept]]
 
-    def _read(self, position: int | Draw) -> Tensor | None:
+    def _read(self, place: int, draw: Draw | None) -> Tensor | None:
         try:
-            if isinstance(position, Draw):
-                return self.source.drawn(int(self.indices[position.position]), position.seed, position.number)
-            return self.source[int(self.indices[position])]
+            return self.source.picture(int(self.indices[place]), draw)
         except UserError:
             if self._unreadable is None:
                 raise
-            # in shared memory: the main process reads what a loader process writes
-            self._unreadable[position.position if isinstance(position, Draw) else position] = True
+            self._unreadable[place] = True  # in shared memory: the main process reads what a loader process writes
             return None
 
     def end_pass(self) -> None:
@@ -283,18 +275,12 @@ class FileImages(ImageDataModule):
     def __post_init__(self) -> None:
         """Check the options that need no file."""
         super().__post_init__()
-        square = self._square
-        self._refuse_unless(
-            1 <= square.image_size <= LARGEST_SIDE, "image_size", f"give from 1 to {LARGEST_SIDE} pixels"
-        )
-        self._refuse_unless(
-            0 < square.min_crop_scale <= 1, "min_crop_scale", "give a part of the picture's area, above 0 and at most 1"
-        )
-        self._refuse_unless(0.1 <= square.crop_pct <= 1, "crop_pct", "give a part of the resized side, from 0.1 to 1")
-        if square.side > LARGEST_SIDE:
-            raise UserError(
-                f"{type(self).__name__}: image_size / crop_pct is {square.side}: give at most {LARGEST_SIDE} pixels"
-            )
+        rule = "give a part of the resized side, from 0.1 to 1"
+        self._refuse_unless(0.1 <= self._or_standard("crop_pct") <= 1, "crop_pct", rule)
+        rule = "give a part of the picture's area, above 0 and at most 1"
+        self._refuse_unless(0 < self._or_standard("min_crop_scale") <= 1, "min_crop_scale", rule)
+        rule = f"give at least 1 pixel, and for image_size / crop_pct at most {LARGEST_SIDE}"
+        self._refuse_unless(self._square.image_size >= 1 and self._square.side <= LARGEST_SIDE, "image_size", rule)
 
     def __str__(self) -> str:
         return f"{type(self).__name__} in {self.root}"
@@ -351,21 +337,22 @@ class ListedFileImages(FileImages):
         """K, fixed by the set, or else the number of its class names."""
         return super().num_classes if self.published_classes is None else self.published_classes
 
-    def make_listed_source(self, split: Split, named: Sequence[tuple[str, int]]) -> FileSource:
-        """Files, given by their paths below `root`, with their labels.
+    @abstractmethod
+    def listed(self, split: Split) -> tuple[Paths, Tensor]:
+        """The files of one split and their labels `[N]`.
 
         Raises:
-            UserError: There are other files than published, or some are missing.
+            UserError: The list is missing or malformed.
         """
-        paths, labels = zip(*named, strict=True) if named else ((), ())
-        return self.checked_source(split, Paths(self.root, paths), torch.tensor(labels))
 
-    def checked_source(self, split: Split, paths: Paths, labels: Tensor) -> FileSource:
-        """Files with labels `[N]`, cut as the options say.
+    def load(self, split: Split) -> FileSource:
+        """The files of one split.
 
         Raises:
-            UserError: There are more or fewer files than published, or some are missing; the message has their number and the first three.
+            UserError: The list is missing or malformed, has more or fewer files than published, or files are missing; the message has their
+                number and the first three.
         """
+        paths, labels = self.listed(split)
         expected = self.published_counts.get(split, len(paths))
         if len(paths) != expected:
             raise UserError(

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from etflight.data.base import Split
 from etflight.data.files import FileImages, FileSource, ListedFileImages, Paths, PhotoRecipe, files_below
-from etflight.data.lists import UNPACK, lines_of
+from etflight.data.lists import UNPACK, lines_of, read_lines
 from etflight.utils.errors import UserError
 from etflight.utils.terminal import readable
 
@@ -44,7 +45,7 @@ class FolderImages(FileImages):
         """List one split's files, in class order, sorted within a class.
 
         Raises:
-            UserError: The folder is missing or empty, or a class has no image or is not in `train`.
+            UserError: The folder is missing or empty, or a class is not in `train`.
         """
         label_of = {folder.name: label for label, folder in enumerate(self._class_folders("train"))}
         paths: list[str] = []
@@ -53,19 +54,13 @@ class FolderImages(FileImages):
             if folder.name not in label_of:
                 raise UserError(f"{folder}: no class of train has this name: rename it, or add it to train")
             files = files_below(str(folder), SUFFIXES)
-            if not files:
-                raise UserError(
-                    f"{folder} holds no image ({', '.join(sorted(SUFFIXES))}): add some or remove the folder"
-                )
             paths += [f"{split}/{folder.name}/{file}" for file in files]
             labels += [label_of[folder.name]] * len(files)
         return self.make_source(Paths(self.root, paths), torch.tensor(labels))
 
     def _class_folders(self, split: Split) -> list[Path]:
         parent = Path(self.root) / split
-        if not parent.is_dir():
-            raise UserError(f"{parent}: no such folder: {LAYOUT}")
-        folders = sorted(folder for folder in parent.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+        folders = sorted(folder for folder in parent.glob("[!.]*") if folder.is_dir())
         if not folders:
             raise UserError(f"{parent} holds no class folder: {LAYOUT}")
         return folders
@@ -87,38 +82,24 @@ class CUB200(PhotoRecipe, ListedFileImages):
     @cached_property
     def class_names(self) -> list[str]:
         """`Black_footed_Albatross`, …: the names of the images' folders without their numbers."""
-        folder_of = {label: path.partition("/")[0] for path, label, _ in self._images}
-        return [folder_of.get(label, str(label)).rpartition(".")[2] for label in range(self.num_classes)]
+        folders = {path.partition("/")[0] for path in self._column("images.txt").values()}
+        return [folder.partition(".")[2] for folder in sorted(folders)]
 
-    def load(self, split: Split) -> FileSource:
-        """The files of one split, in the order of `images.txt`.
-
-        Raises:
-            UserError: The lists are missing, do not fit each other or the published counts, or images are missing.
-        """
-        chosen = [(f"images/{path}", label) for path, label, trains in self._images if trains == (split == "train")]
-        return self.make_listed_source(split, chosen)
+    def listed(self, split: Split) -> tuple[Paths, Tensor]:
+        """The files of one split, in the order of `images.txt`."""
+        labels, splits = self._column("image_class_labels.txt"), self._column("train_test_split.txt")
+        chosen = "1" if split == "train" else "0"
+        lines = (
+            f"images/{path} {labels.get(number, '')}"
+            for number, path in self._column("images.txt").items()
+            if splits.get(number) == chosen
+        )
+        paths, from_one = read_lines(lines, self.label_file(split), self.root)
+        return paths, from_one - 1
 
     def label_file(self, split: Split) -> str:
         """`image_class_labels.txt`."""
         return str(Path(self.root, "image_class_labels.txt"))
-
-    @cached_property
-    def _images(self) -> list[tuple[str, int, bool]]:
-        """The path and the label, from 0, of each image, and whether it is a training image."""
-        paths, labels, splits = map(self._column, ("images.txt", "image_class_labels.txt", "train_test_split.txt"))
-        if not paths.keys() == labels.keys() == splits.keys():
-            raise UserError(
-                f"{self}: images.txt, image_class_labels.txt and train_test_split.txt differ in their images: unpack them again"
-            )
-        for number, path in paths.items():
-            if path.startswith("/") or ".." in path.split("/"):
-                raise UserError(f"{self}: images.txt has {path!r}, which leaves the folder: unpack it again")
-            if not labels[number].isdecimal() or splits[number] not in ("0", "1"):
-                raise UserError(
-                    f"{self}: image {number} has label {labels[number]!r} and split {splits[number]!r}: unpack the lists again"
-                )
-        return [(path, int(labels[number]) - 1, splits[number] == "1") for number, path in paths.items()]
 
     def _column(self, name: str) -> dict[str, str]:
         """A file's value for each image number."""
@@ -153,36 +134,28 @@ class TinyImageNet(PhotoRecipe, ListedFileImages):
             words = dict(line.split("\t", 1) for line in self._lines("words.txt") if "\t" in line)
         return [words.get(number, number).partition(",")[0] for number in self._numbers]
 
-    def load(self, split: Split) -> FileSource:
-        """List one split's files.
-
-        Raises:
-            UserError: Lists are missing or malformed, the counts are not the published ones, or images are missing.
-        """
+    def listed(self, split: Split) -> tuple[Paths, Tensor]:
+        """The files in the classes' folders, or in the order of `val_annotations.txt`."""
         label_of = {number: label for label, number in enumerate(self._numbers)}
         if split == "train":
-            named = [
-                (f"train/{number}/images/{file}", number)
-                for number in self._numbers
+            lines = [
+                f"train/{number}/images/{file} {label}"
+                for number, label in label_of.items()
                 for file in files_below(str(Path(self.root, "train", number, "images")), {".jpeg"})
             ]
         else:
-            rows = [line.split("\t") for line in self._lines("val/val_annotations.txt")]
-            wrong = next((row for row in rows if len(row) < 2 or row[1] not in label_of or "/" in row[0]), None)
-            if wrong is not None:
-                raise UserError(
-                    f"{self}: val/val_annotations.txt has a line that begins {wrong[:2]}: unpack the set again"
-                )
-            named = [(f"val/images/{row[0]}", row[1]) for row in rows]
-        return self.make_listed_source(split, [(path, label_of[number]) for path, number in named])
+            rows = (line.split("\t")[:2] for line in self._lines("val/val_annotations.txt"))
+            lines = [f"val/images/{row[0]} {label_of.get(row[-1], row[-1])}" for row in rows]
+        return read_lines(lines, self.label_file(split), self.root)
 
-    @cached_property
+    def label_file(self, split: Split) -> str:
+        """`val_annotations.txt`; the folder of the training images."""
+        return str(Path(self.root, "train" if split == "train" else "val/val_annotations.txt"))
+
+    @property
     def _numbers(self) -> list[str]:
         """WordNet numbers of the classes, sorted."""
-        numbers = sorted(self._lines("wnids.txt"))
-        if len(set(numbers)) != self.num_classes or not all(number.isalnum() for number in numbers):
-            raise UserError(f"{self}: wnids.txt does not name {self.num_classes} classes: unpack the set again")
-        return numbers
+        return sorted(self._lines("wnids.txt"))
 
     def _lines(self, name: str) -> list[str]:
         return lines_of(Path(self.root, name), UNPACK)

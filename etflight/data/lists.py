@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from etflight.data.base import Split
-from etflight.data.files import FileSource, ListedFileImages, Paths, PhotoRecipe
+from etflight.data.files import ListedFileImages, Paths, PhotoRecipe
 from etflight.data.sources import number_of_classes
 from etflight.utils.errors import UserError
 from etflight.utils.terminal import readable
@@ -79,14 +79,10 @@ class ListImages(ListedFileImages):
         """Twelve hexadecimal digits over the paths and labels in the training list, independent of where its images lie."""
         return self.make_source(*self._training_list).content
 
-    def load(self, split: Split) -> FileSource:
-        """Read one split's list.
-
-        Raises:
-            UserError: The list cannot be read, has another number of lines than the published one, or images are missing.
-        """
+    def listed(self, split: Split) -> tuple[Paths, Tensor]:
+        """The images of the split's list, where they are."""
         paths, labels = self._read(split)
-        return self.checked_source(split, self._where_they_are(paths, labels), labels)
+        return self._where_they_are(paths, labels), labels
 
     def label_file(self, split: Split) -> str:
         """The list of the split."""
@@ -96,24 +92,19 @@ class ListImages(ListedFileImages):
         return Path(self.lists, self.list_files[split])
 
     def _where_they_are(self, paths: Paths, labels: Tensor) -> Paths:
-        """The paths; if the first image is not there, with each class's folder added or removed, whichever leads to it."""
+        """The paths; if the first image is not there, with each class's folder added or removed, if that leads to it."""
         if os.path.exists(paths[0]) or int(labels.max()) >= len(self._folders):
             return paths
         names = [self.class_name(folder) for folder in self._folders]
 
-        def with_folder(path: str, label: int) -> str:
-            folder, file = os.path.split(path)
-            return os.path.join(folder, names[label], file)
-
-        def without_folder(path: str, label: int) -> str:
+        def moved(path: str, label: int) -> str:
             folder, file = os.path.split(path)
             parent, last = os.path.split(folder)
-            return os.path.join(parent, file) if last == names[label] else path
+            return os.path.join(*((parent,) if last == names[label] else (folder, names[label])), file)
 
-        for move in (with_folder, without_folder):
-            if os.path.exists(os.path.join(self.root, move(paths.relative(0), int(labels[0])))):
-                return Paths(self.root, map(move, paths.all_relative(), labels.tolist()))
-        return paths
+        if not os.path.exists(os.path.join(self.root, moved(paths.relative(0), int(labels[0])))):
+            return paths
+        return Paths(self.root, map(moved, paths.all_relative(), labels.tolist()))
 
     def _read(self, split: Split) -> tuple[Paths, Tensor]:
         return self._training_list if split == "train" else read_list(self._list(split), self.root)
@@ -240,37 +231,53 @@ def lines_of(file: Path, mend: str) -> list[str]:
     Raises:
         UserError: The file cannot be read.
     """
+    return [line.strip() for line in _text_of(file, mend).split("\n") if line.strip()]
+
+
+def _text_of(file: Path, mend: str) -> str:
     try:
-        return [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "no text"
-        raise UserError(f"{file} cannot be read ({reason}): {mend}") from None
+        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): {mend}") from None
+    if "\0" in text:
+        raise UserError(f"{file} is no text in UTF-8: {mend}")
+    return text
 
 
 def read_list(file: Path, root: str) -> tuple[Paths, Tensor]:
-    """Read lines of a path, blanks and a label; empty lines are skipped.
+    """Read a list of `read_lines`, in UTF-8.
 
     Args:
-        file: The list, in UTF-8.
+        file: The list.
         root: Folder that the paths are relative to and may not leave.
 
     Returns:
         N paths and their labels, int64 `[N]`.
 
     Raises:
-        UserError: The file cannot be read, or has no image, a line of another form, or a path that leaves the folder.
+        UserError: The file cannot be read, or is refused by `read_lines`.
     """
-    form = "lines of a path below the root, a blank and a label"
-    try:
-        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    except OSError as error:
-        raise UserError(
-            f"{file} cannot be read ({error.strerror}): give the folder that holds it as --data.lists"
-        ) from None
-    if "\0" in text:
-        raise UserError(f"{file} is no text: give {form}, in UTF-8")
+    return read_lines(
+        _text_of(file, "give the folder that holds the lists as --data.lists").split("\n"), str(file), root
+    )
+
+
+def read_lines(lines: Iterable[str], where: str, root: str) -> tuple[Paths, Tensor]:
+    """Read lines of a path, blanks and a label; empty lines are skipped.
+
+    Args:
+        lines: The lines.
+        where: The place that they come from, for the error.
+        root: Folder that the paths are relative to and may not leave.
+
+    Returns:
+        N paths and their labels, int64 `[N]`.
+
+    Raises:
+        UserError: There is no image, a line of another form, or a path that leaves the folder.
+    """
     paths, labels = [], []
-    for number, line in enumerate(map(str.strip, text.split("\n")), start=1):
+    for number, line in enumerate(map(str.strip, lines), start=1):
         if not line:
             continue
         path, label = line.rsplit(maxsplit=1) if " " in line or "\t" in line else ("", "")
@@ -282,9 +289,9 @@ def read_list(file: Path, root: str) -> tuple[Paths, Tensor]:
         elif "\\" in path:
             problem = "has a backslash: write folders as a/b.jpg"
         if problem:
-            raise UserError(f"{file}: line {number} ({line[:200]!r}) {problem}")
+            raise UserError(f"{where}: line {number} ({line[:200]!r}) {problem}")
         paths.append(path)
         labels.append(int(label))
     if not paths:
-        raise UserError(f"{file} names no image: give {form}")
+        raise UserError(f"{where} names no image: give lines of a path below the root, a blank and a label")
     return Paths(root, paths), torch.tensor(labels)

@@ -1,6 +1,5 @@
 """The classic sets, read into memory: digits, and what torchvision downloads."""
 
-import csv
 import gzip
 import math
 import os
@@ -20,9 +19,11 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from etflight.data.base import ImageDataModule, Split
-from etflight.data.files import FileSource, ListedFileImages, files_below
+from etflight.data.files import ListedFileImages, Paths, files_below
+from etflight.data.lists import lines_of, read_lines
 from etflight.data.sampler import long_tailed_subset
 from etflight.data.sources import ArraySource
 from etflight.utils.errors import UserError
@@ -38,15 +39,11 @@ class Digits(ImageDataModule):
     The 500 test images, 50 per class, are the same for every seed; the other 1,297 train.
     """
 
+    class_names: ClassVar[list[str]] = list("0123456789")
     num_channels: ClassVar[int] = 1
     # over all 1,797 images
     standard_mean: ClassVar[tuple[float, ...]] = (0.3053,)
     standard_std: ClassVar[tuple[float, ...]] = (0.3760,)
-
-    @property
-    def class_names(self) -> list[str]:
-        """`"0"` … `"9"`."""
-        return [str(digit) for digit in range(10)]
 
     def load(self, split: Split) -> ArraySource:
         """The digits, 0 … 16 scaled to 0 … 255."""
@@ -75,17 +72,11 @@ class TorchvisionImages(ImageDataModule):
     download: bool = False
 
     published_name: ClassVar[str]  # of its class in torchvision.datasets
-    files: ClassVar[tuple[str, ...]]  # files below `root` that can be read without torchvision
+    files: ClassVar[tuple[str, ...]]  # files or folders below `root` that can be read without torchvision
     downloads: ClassVar[tuple[dict[str, str], ...]] = ({},)  # options of torchvision's class, one download each
-    names: ClassVar[tuple[str, ...]]
 
     def __str__(self) -> str:
         return f"{type(self).__name__} in {self.root}"
-
-    @property
-    def class_names(self) -> list[str]:
-        """The published names."""
-        return list(self.names)
 
     @property
     def published(self) -> Any:
@@ -97,7 +88,7 @@ class TorchvisionImages(ImageDataModule):
     @property
     def is_there(self) -> bool:
         """Whether the files can be read without torchvision."""
-        return all(Path(self.root, name).exists() for name in self.files)
+        return all(self.find(name) for name in self.files)
 
     def prepare_data(self) -> None:
         """Download what is missing, if asked to; Lightning calls this on one process per node.
@@ -108,10 +99,8 @@ class TorchvisionImages(ImageDataModule):
         if not self.download or self.is_there:
             return
         try:
-            with members_stay_inside(), silence_fails():
+            with careful_downloads():
                 self.fetch()
-        except UserError:
-            raise
         except Exception as error:  # errors of the network, of archives, and of torchvision
             reason = shorten(str(error) or type(error).__name__, 300, placeholder=" …")
             raise UserError(
@@ -126,49 +115,42 @@ class TorchvisionImages(ImageDataModule):
                 self.published(partial, download=True, **options)
             move_into(Path(partial), Path(self.root))
 
+    def find(self, name: str) -> Path | None:
+        """A file or folder below `root`; None if it is missing."""
+        path = Path(self.root, name)
+        return path if path.exists() else None
+
     def path(self, name: str) -> Path:
-        """A file below `root`.
+        """A file or folder below `root`.
 
         Raises:
             UserError: It is missing.
         """
-        file = Path(self.root, name)
-        if not file.is_file():
+        found = self.find(name)
+        if found is None:
             raise self._missing(f"{name} is missing")
-        return file
+        return found
 
     def _missing(self, what: str) -> UserError:
         return UserError(f"{self}: {what}: put the files there, or give --data.download true")
 
 
 @contextmanager
-def silence_fails() -> Iterator[None]:
-    """Within the block, a server that is silent for `PATIENCE` seconds counts as failed; by default Python waits for ever."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(PATIENCE)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+def careful_downloads() -> Iterator[None]:
+    """Within the block, a silent server and a hostile archive make a download fail.
 
-
-@contextmanager
-def members_stay_inside() -> Iterator[None]:
-    """Within the block, unpack tar archives without members that leave their folder, links out of it, devices and set-uid bits.
-
-    Python itself does so from 3.14 on. (torchvision verifies an archive's checksum first; its zip files cannot leave their folder.)
-
-    Raises:
-        UserError: An archive has such a member; nothing more of it is unpacked.
+    A server may be silent for `PATIENCE` seconds; by default Python waits for ever. Tar archives may not have members that leave their
+    folder, links out of it, devices or set-uid bits; Python itself refuses them from 3.14 on. (torchvision verifies an archive's checksum
+    first; its zip files cannot leave their folder.)
     """
-    before = tarfile.TarFile.extraction_filter
+    timeout, extraction_filter = socket.getdefaulttimeout(), tarfile.TarFile.extraction_filter
+    socket.setdefaulttimeout(PATIENCE)
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
     try:
         yield
-    except tarfile.TarError as error:
-        raise UserError(f"a downloaded archive was refused: {error}") from error
     finally:
-        tarfile.TarFile.extraction_filter = before
+        socket.setdefaulttimeout(timeout)
+        tarfile.TarFile.extraction_filter = extraction_filter
 
 
 def move_into(source: Path, target: Path) -> None:
@@ -194,21 +176,17 @@ class FashionMNIST(TorchvisionImages):
 
     system_folder: ClassVar[str] = "/usr/share/datasets/fashion-mnist"
     published_name: ClassVar[str] = "FashionMNIST"
-    names: ClassVar[tuple[str, ...]] = (
+    files: ClassVar[tuple[str, ...]] = tuple(
+        f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+    )
+    class_names: ClassVar[list[str]] = [
         "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-    )  # fmt: skip
+    ]  # fmt: skip
     num_channels: ClassVar[int] = 1
     standard_mean: ClassVar[tuple[float, ...]] = (0.2860,)
     standard_std: ClassVar[tuple[float, ...]] = (0.3530,)
     standard_crop_padding: ClassVar[int] = 2
     standard_flip: ClassVar[bool] = True
-
-    @property
-    def is_there(self) -> bool:
-        """Whether every IDX file is in one of the folders."""
-        return all(
-            self._file(f"{part}-{kind}") for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
-        )
 
     def load(self, split: Split) -> ArraySource:
         """Read one split's two IDX files.
@@ -217,21 +195,18 @@ class FashionMNIST(TorchvisionImages):
             UserError: They are missing, damaged, or of different lengths.
         """
         part = "train" if split == "train" else "t10k"
-        images, labels = (self._read(f"{part}-{kind}", ndim) for kind, ndim in (("images-idx3", 3), ("labels-idx1", 1)))
+        images, labels = (
+            read_idx(self.path(f"{part}-{kind}-ubyte"), d) for kind, d in (("images-idx3", 3), ("labels-idx1", 1))
+        )
         if len(images) != len(labels):
             raise UserError(f"{self}: {part} has {len(images)} images but {len(labels)} labels: fetch the files again")
         return ArraySource(torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels))
 
-    def _file(self, name: str) -> Path | None:
+    def find(self, name: str) -> Path | None:
+        """An IDX file in one of the folders, compressed or not; None if it is missing."""
         folders = (Path(self.root, "FashionMNIST", "raw"), Path(self.root), Path(self.system_folder))
-        files = (folder / f"{name}-ubyte{suffix}" for folder in folders for suffix in ("", ".gz"))
+        files = (folder / f"{name}{suffix}" for folder in folders for suffix in ("", ".gz"))
         return next((file for file in files if file.is_file()), None)
-
-    def _read(self, name: str, ndim: int) -> NDArray[np.uint8]:
-        file = self._file(name)
-        if file is None:
-            raise self._missing(f"{name}-ubyte.gz is missing")
-        return read_idx(file, ndim)
 
 
 def read_idx(file: Path, ndim: int) -> NDArray[np.uint8]:
@@ -244,18 +219,16 @@ def read_idx(file: Path, ndim: int) -> NDArray[np.uint8]:
     Raises:
         UserError: The file is damaged, or holds something else.
     """
-    start = 4 * (ndim + 1)
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-            header = stream.read(start)
-            shape = np.frombuffer(header[4:], dtype=">u4").tolist() if len(header) == start else []
+            magic, *shape = struct.unpack(f">{ndim + 1}I", stream.read(4 * (ndim + 1)))
             size = math.prod(shape)
             refuse_growth(str(file), size, file.stat().st_size)
             data = stream.read(size + 1)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, struct.error) as error:
         raise UserError(f"{file} is damaged ({error}): fetch it again") from None
     # 8 is the format's code of unsigned bytes.
-    if header[:4] != bytes([0, 0, 8, ndim]) or len(data) != size:
+    if magic != 0x800 + ndim or len(data) != size:
         raise UserError(f"{file} is no IDX file of bytes in {ndim} dimensions, or is cut short: fetch it again")
     return np.frombuffer(data, dtype=np.uint8).reshape(shape).copy()
 
@@ -279,9 +252,9 @@ class CIFAR10(TorchvisionImages):
         "test": ("test_batch.bin",),
     }
     label_bytes: ClassVar[int] = 1  # the last one is the label
-    names: ClassVar[tuple[str, ...]] = (
+    class_names: ClassVar[list[str]] = [
         "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-    )  # fmt: skip
+    ]  # fmt: skip
     num_channels: ClassVar[int] = 3
     standard_mean: ClassVar[tuple[float, ...]] = (0.4914, 0.4822, 0.4465)
     standard_std: ClassVar[tuple[float, ...]] = (0.2023, 0.1994, 0.2010)
@@ -331,7 +304,7 @@ class CIFAR100(CIFAR10):
     files: ClassVar[tuple[str, ...]] = ("cifar-100-binary",)
     binary_files: ClassVar[dict[str, tuple[str, ...]]] = {"train": ("train.bin",), "test": ("test.bin",)}
     label_bytes: ClassVar[int] = 2
-    names: ClassVar[tuple[str, ...]] = (
+    class_names: ClassVar[list[str]] = [
         "apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle", "bicycle", "bottle",
         "bowl", "boy", "bridge", "bus", "butterfly", "camel", "can", "castle", "caterpillar", "cattle",
         "chair", "chimpanzee", "clock", "cloud", "cockroach", "couch", "crab", "crocodile", "cup", "dinosaur",
@@ -342,7 +315,7 @@ class CIFAR100(CIFAR10):
         "rose", "sea", "seal", "shark", "shrew", "skunk", "skyscraper", "snail", "snake", "spider",
         "squirrel", "streetcar", "sunflower", "sweet_pepper", "table", "tank", "telephone", "television", "tiger", "tractor",
         "train", "trout", "tulip", "turtle", "wardrobe", "whale", "willow_tree", "wolf", "woman", "worm",
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -361,7 +334,7 @@ class SVHN(TorchvisionImages):
     published_name: ClassVar[str] = "SVHN"
     files: ClassVar[tuple[str, ...]] = ("train_32x32.mat", "test_32x32.mat")
     downloads: ClassVar[tuple[dict[str, str], ...]] = ({"split": "train"}, {"split": "test"})
-    names: ClassVar[tuple[str, ...]] = tuple("0123456789")
+    class_names: ClassVar[list[str]] = Digits.class_names
     num_channels: ClassVar[int] = 3
 
     def load(self, split: Split) -> ArraySource:
@@ -376,10 +349,8 @@ class SVHN(TorchvisionImages):
         wrong = images.dtype != np.uint8 or images.ndim != 4 or images.shape[:3] != (32, 32, 3)
         if wrong or labels.dtype.kind not in "uif" or labels.size != images.shape[3]:
             raise UserError(f"{file} has no bytes X [32, 32, 3, N] with a number in y for each image: fetch it again")
-        strange = labels[(labels < 1) | (labels > 10)]
-        if strange.size:
-            raise UserError(f"{file} has label {strange[0]}, but SVHN's are 1 … 10 (the digit 0): fetch it again")
-        return ArraySource(torch.from_numpy(images).permute(3, 2, 0, 1), torch.from_numpy(labels.reshape(-1) % 10))
+        digits = np.where(labels == 10, 0, labels).reshape(-1)
+        return ArraySource(torch.from_numpy(images).permute(3, 2, 0, 1), torch.from_numpy(digits))
 
 
 def read_matlab(file: Path) -> dict[str, Any]:
@@ -424,9 +395,9 @@ class STL10(TorchvisionImages):
     files: ClassVar[tuple[str, ...]] = tuple(
         f"stl10_binary/{name}.bin" for name in ("train_X", "train_y", "test_X", "test_y")
     )
-    names: ClassVar[tuple[str, ...]] = (
+    class_names: ClassVar[list[str]] = [
         "airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck",
-    )  # fmt: skip
+    ]  # fmt: skip
     num_channels: ClassVar[int] = 3
 
     def load(self, split: Split) -> ArraySource:
@@ -436,11 +407,9 @@ class STL10(TorchvisionImages):
             UserError: They are missing, or of different lengths.
         """
         pixels, labels = (np.fromfile(self.path(f"stl10_binary/{split}_{kind}.bin"), np.uint8) for kind in "Xy")
-        size = 3 * 96 * 96
-        if pixels.size != size * labels.size:
+        if pixels.size != 3 * 96 * 96 * labels.size:
             raise UserError(
-                f"{self}: {split}_X.bin has {pixels.size} bytes, not {size} for each of the {labels.size} labels of "
-                f"{split}_y.bin: fetch the files again"
+                f"{self}: {split}_X.bin and {split}_y.bin have different numbers of images: fetch them again"
             )
         images = pixels.reshape(-1, 3, 96, 96).transpose(0, 1, 3, 2)  # the files go down a column first
         return ArraySource(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64) - 1))
@@ -466,7 +435,7 @@ class GTSRB(TorchvisionImages, ListedFileImages):
     published_name: ClassVar[str] = "GTSRB"
     files: ClassVar[tuple[str, ...]] = (_TRAINING, _TEST, _TEST_LABELS)
     downloads: ClassVar[tuple[dict[str, str], ...]] = SVHN.downloads
-    names: ClassVar[tuple[str, ...]] = (
+    class_names: ClassVar[list[str]] = [
         "speed limit 20", "speed limit 30", "speed limit 50", "speed limit 60", "speed limit 70", "speed limit 80",
         "end of speed limit 80", "speed limit 100", "speed limit 120", "no passing", "no passing of lorries",
         "right of way at the next crossing", "priority road", "give way", "stop", "no vehicles", "no lorries", "no entry",
@@ -474,39 +443,26 @@ class GTSRB(TorchvisionImages, ListedFileImages):
         "road narrows on the right", "road works", "traffic signals", "pedestrians", "children", "bicycles", "ice or snow",
         "wild animals", "end of all limits", "turn right ahead", "turn left ahead", "ahead only", "straight on or right",
         "straight on or left", "keep right", "keep left", "roundabout", "end of no passing", "end of no passing of lorries",
-    )  # fmt: skip
+    ]  # fmt: skip
     num_channels: ClassVar[int] = 3
     standard_mean: ClassVar[tuple[float, ...]] = (0.3406, 0.3128, 0.3229)
     standard_std: ClassVar[tuple[float, ...]] = (0.2773, 0.2673, 0.2744)
     standard_image_size: ClassVar[int] = 32
     standard_crop_padding: ClassVar[int] = 3
 
-    def load(self, split: Split) -> FileSource:
-        """List one split's files.
+    def listed(self, split: Split) -> tuple[Paths, Tensor]:
+        """The files in the folders 00000 to 00042 of the training classes, or in the order of the table of test labels."""
+        if split == "train":
+            lines = [
+                f"{_TRAINING}/{label:05}/{file} {label}"
+                for label in range(self.num_classes)
+                for file in files_below(str(self.path(_TRAINING) / f"{label:05}"), {".ppm"})
+            ]
+        else:
+            _, *rows = (line.split(";") for line in lines_of(self.path(_TEST_LABELS), "fetch it again"))
+            lines = [f"{_TEST}/{row[0]} {row[-1]}" for row in rows]
+        return read_lines(lines, self.label_file(split), self.root)
 
-        Raises:
-            UserError: Images or the table of test labels are missing, or the table is malformed.
-        """
-        named = self._training_files() if split == "train" else self._test_files()
-        if not named:
-            raise self._missing(f"no {split} image is there")
-        return self.make_listed_source(split, named)
-
-    def _training_files(self) -> list[tuple[str, int]]:
-        """Paths and labels; classes are folders called 00000 to 00042."""
-        return [
-            (f"{_TRAINING}/{label:05}/{file}", label)
-            for label in range(self.num_classes)
-            for file in files_below(f"{self.root}/{_TRAINING}/{label:05}", {".ppm"})
-        ]
-
-    def _test_files(self) -> list[tuple[str, int]]:
-        """Paths and labels, in the order of the table."""
-        file = self.path(_TEST_LABELS)
-        with file.open(newline="", encoding="utf-8", errors="replace") as stream:
-            rows = list(csv.DictReader(stream, delimiter=";", skipinitialspace=True))
-        for row in rows:
-            name, label = row.get("Filename") or "", row.get("ClassId") or ""
-            if not name or "/" in name or not label.isdecimal():
-                raise UserError(f"{file} has a line with file {name!r} and class {label!r}: fetch it again")
-        return [(f"{_TEST}/{row['Filename']}", int(row["ClassId"])) for row in rows]
+    def label_file(self, split: Split) -> str:
+        """The table of test labels; the folder of the training images."""
+        return str(Path(self.root, _TRAINING if split == "train" else _TEST_LABELS))

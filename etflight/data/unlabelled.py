@@ -10,14 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from etflight.data.arrays import ArrayImages, refuse_channels_first
+from etflight.data.arrays import ArrayImages, refuse_other_layouts
 from etflight.data.base import ImageDataModule, Split
 from etflight.data.decoding import decode_file, fit_to
 from etflight.data.files import Square, files_below, stack
 from etflight.data.sources import UNREADABLE, Batch, ImageSource, ImageSplit
 from etflight.utils.errors import UserError
 
-_LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in grey: ITU-R BT.601, as in image decoders
 _MEMBERS = ("images", "test_images")
 
 
@@ -169,7 +168,7 @@ def _read_array(path: str, channels: int) -> NDArray[Any]:
     what = f"{path}: {known[0]} is {images.dtype} of shape {list(images.shape)}"
     if images.dtype not in (np.uint8, np.uint16) or images.ndim not in (3, 4) or 0 in images.shape[1:]:
         raise UserError(f"{what}: give uint8 or uint16 [N, H, W] or [N, H, W, C]")
-    refuse_channels_first(images, what)
+    refuse_other_layouts(images, what)
     images = images if images.ndim == 4 else images[..., None]
     _with_channels(torch.zeros(images.shape[3], 1, 1), channels, f"{what}, [N, H, W, C]")
     return images
@@ -180,11 +179,11 @@ def _with_channels(image: Tensor, channels: int, what: str) -> Tensor:
     own = len(image)
     if own == channels:
         return image
-    if own in (1, 2) and channels in (1, 3):
-        return image[:1].expand(channels, -1, -1)
-    if own in (3, 4) and channels == 3:
-        return image[:3]
-    if own in (3, 4) and channels == 1:
-        grey = torch.einsum("c,chw->hw", torch.tensor(_LUMA), image[:3].float())
-        return grey.round().to(image.dtype)[None]
-    raise UserError(f"{what}: {own} channels, but the model takes {channels}: give images of as many")
+    if own > 4 or channels not in (1, 3):
+        raise UserError(f"{what}: {own} channels, but the model takes {channels}: give images of as many")
+    if own < 3 or channels == 3:
+        return image[: 1 if own < 3 else 3].expand(channels, -1, -1)
+    # the import of torchvision takes seconds, which `--help` need not wait for
+    from torchvision.transforms.v2.functional import rgb_to_grayscale  # type: ignore[attr-defined]
+
+    return rgb_to_grayscale(image[:3].float()).round().to(image.dtype)

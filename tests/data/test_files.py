@@ -50,7 +50,10 @@ def epoch(data, number=0):
         ({"crop_pct": float("nan")}, "crop_pct is nan"),
         ({"image_size": 0}, "image_size is 0"),
         ({"image_size": 10**30}, "image_size is 1000"),
-        ({"image_size": 10_000, "crop_pct": 0.5}, "image_size / crop_pct is 20000: give at most 16384"),
+        (
+            {"image_size": 10_000, "crop_pct": 0.5},
+            "image_size is 10000: give at least 1 pixel, and for image_size / crop_pct at most 16384",
+        ),
     ],
 )
 def test_a_square_that_cannot_be_is_refused(options, message):

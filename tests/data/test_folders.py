@@ -7,6 +7,7 @@ from PIL import Image
 
 from etflight.data import FolderImages
 from etflight.utils.errors import UserError
+from tests.data.refusals import assert_refused
 
 
 @pytest.fixture
@@ -62,28 +63,27 @@ def test_a_folder_val_is_the_validation_split(tree):
     data.setup("fit")
     assert data.val_is_held_out
     assert data.split("val").labels.tolist() == [0, 1, 1]
-    with pytest.raises(UserError, match=r"test: no such folder: put train/<class>/\*.jpg"):
-        data.setup("test")
+    assert_refused(data, "test", r"test holds no class folder: put train/<class>/\*.jpg")
 
 
 @pytest.mark.parametrize(
-    ("folder", "message"),
+    ("folder", "stage", "message"),
     [
-        ("elsewhere", r"x/train: no such folder: put train/<class>"),
-        ("x/train", "train holds no class folder"),
-        ("x/train/emu", "train/emu holds no image"),
+        ("elsewhere", "fit", r"x/train holds no class folder: put train/<class>"),
+        ("x/train/emu", "fit", "train holds no image"),
+        ("x/test/emu", "test", "x/train holds no class folder"),
     ],
 )
-def test_what_the_layout_lacks_is_named(tmp_path, folder, message):
+def test_what_the_layout_lacks_is_named(tmp_path, folder, stage, message):
     (tmp_path / folder).mkdir(parents=True)
-    with pytest.raises(UserError, match=message):
-        FolderImages(str(tmp_path / "x")).setup("fit")
+    assert_refused(FolderImages(str(tmp_path / "x")), stage, message)
 
 
-def test_a_test_class_unknown_to_train_is_named(tree):
+def test_a_class_without_images_or_unknown_to_train_is_named(tree):
     (tree / "test" / "emu").mkdir()
-    with pytest.raises(UserError, match="test/emu: no class of train has this name"):
-        FolderImages(str(tree)).setup("test")
+    assert_refused(FolderImages(str(tree)), "test", "test/emu: no class of train has this name")
+    (tree / "train" / "emu").mkdir()
+    assert_refused(FolderImages(str(tree)), "fit", r"class 2 \(emu\) has no training image")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

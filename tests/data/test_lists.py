@@ -84,18 +84,19 @@ def test_a_file_gives_the_names(lists, tmp_path, text, names):
     assert ListImages(**lists(train=TRAIN, test=TEST), names=str(tmp_path / "names.txt")).class_names == names
 
 
-def test_a_file_of_other_names_is_refused(lists, tmp_path):
-    files = lists(train=TRAIN, test=TEST)
-    (tmp_path / "names.txt").write_text("a\nb\nc\n")
-    with pytest.raises(UserError, match=r"names\.txt has 3 names for 2 classes"):
-        _ = ListImages(**files, names=str(tmp_path / "names.txt")).class_names
-    with pytest.raises(UserError, match=r"none\.txt cannot be read \(No such file"):
-        _ = ListImages(**files, names=str(tmp_path / "none.txt")).class_names
-    (tmp_path / "names.txt").write_bytes(b"\xff\xfe\n")
-    with pytest.raises(
-        UserError, match=r"names\.txt cannot be read \(no text\): give the file of the names as --data\.names"
-    ):
-        _ = ListImages(**files, names=str(tmp_path / "names.txt")).class_names
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"a\nb\nc\n", "has 3 names for 2 classes"),
+        (None, r"cannot be read \(No such file.*: give the file of the names as --data\.names"),
+        ("a\nb\n".encode("utf-16"), "is no text in UTF-8"),
+    ],
+)
+def test_a_file_of_other_names_is_refused(lists, tmp_path, content, problem):
+    if content is not None:
+        (tmp_path / "names.txt").write_bytes(content)
+    with pytest.raises(UserError, match=rf"names\.txt {problem}"):
+        _ = ListImages(**lists(train=TRAIN, test=TEST), names=str(tmp_path / "names.txt")).class_names
 
 
 @pytest.mark.parametrize(
@@ -122,9 +123,9 @@ def test_a_line_that_cannot_be_meant_is_quoted_with_its_number(tmp_path, line, p
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ("a.jpg 0\n".encode("utf-16"), "is no text: give lines of"),
+        ("a.jpg 0\n".encode("utf-16"), "is no text in UTF-8"),
         (b" \r\n\n", "names no image"),
-        (None, r"cannot be read \(No such file or directory\): give the folder that holds it as --data\.lists"),
+        (None, r"cannot be read \(No such file or directory\): give the folder that holds the lists as --data\.lists"),
     ],
     ids=["utf-16", "empty", "missing"],
 )

@@ -111,7 +111,6 @@ def test_labels_may_have_gaps():
         ((LABELS, "progressive"), {}, "number of epochs"),
         ((LABELS, "effective"), {"beta": 1.0}, "beta"),
         ((LABELS,), {"num_samples": 0}, "num_samples"),
-        ((LABELS,), {"seed": -1}, "seed"),
         ((LABELS,), {"num_replicas": 2, "rank": 2}, "rank is 2"),
         (([],), {}, "no labels"),
     ],

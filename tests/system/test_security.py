@@ -454,8 +454,8 @@ def npy(descr, shape, data=b""):
 
 HOSTILE_ARRAYS = {
     "pickled objects": ({"train_labels.npy": npy("|O", (20,), pickle.dumps(Bomb()))}, "pickle"),
-    "a shape of terabytes": ({"train_images.npy": npy("|u1", (10**9, 32, 32, 3), b"x" * 100)}, "100 bytes"),
-    "an item of gigabytes": ({"train_images.npy": npy("|V2000000000", (20,), b"x")}, "1 bytes"),
+    "a shape of terabytes": ({"train_images.npy": npy("|u1", (10**9, 32, 32, 3), b"x" * 100)}, "train_images"),
+    "an item of gigabytes": ({"train_images.npy": npy("|V2000000000", (20,), b"x")}, "train_images"),
     "code in the header": ({"train_images.npy": npy("|u1", "__import__('evilmod').fn()")}, "train_images"),
     "nesting in the header": ({"train_images.npy": npy("|u1", "(" * 5000)}, "train_images"),
     "a label of trillions": ({"train_labels.npy": npy("<i8", (20,), np.full(20, 2**40).tobytes())}, str(2**40)),
@@ -543,7 +543,7 @@ def test_a_downloaded_archive_leaves_its_folder_in_no_way(member, cwd, monkeypat
     monkeypatch.setattr(FashionMNIST, "published", Published)
     monkeypatch.setattr(FashionMNIST, "system_folder", "nowhere")
     own = tarfile.TarFile.extraction_filter
-    with pytest.raises(UserError, match="refused") as caught:
+    with pytest.raises(UserError, match="the download failed .*outside the destination") as caught:
         FashionMNIST("data", download=True).prepare_data()
     assert "\n" not in str(caught.value)
     assert {p.name for p in cwd.iterdir()} == {"data", "evilmod.py"}
