@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from etflight.geometry import class_code, largest_cosine, nearest_etf, simplex_etf
     from etflight.heads import CosineHead, ETFHead, Head, LinearHead, ScaledLinearHead
     from etflight.losses import (
+        BinaryCrossEntropyLoss,
         CrossEntropyLoss,
         DotRegressionLoss,
         FocalLoss,
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
         LDAMLoss,
         LogitAdjustedLoss,
         Loss,
+        NONLLoss,
+        NTCELoss,
     )
 
 __version__ = "0.1.0"
@@ -22,11 +25,12 @@ __version__ = "0.1.0"
 # lazy, because torch and Lightning take seconds to import and `etflight --version` should not
 _HOMES = ("geometry", "heads", "losses", "classifier")  # modules of these names, the quickest to import first
 _SUBMODULES = {
-    "backbones", "callbacks", "classifier", "cli", "data", "export", "geometry", "heads", "losses", "metrics", "optim", "plotting",
-    "reporting", "runs", "utils",
+    "backbones", "callbacks", "classifier", "cli", "data", "export", "geometry", "heads", "losses", "metrics", "optim", "penalties",
+    "plotting", "reporting", "runs", "utils",
 }  # fmt: skip
 
 __all__ = [
+    "BinaryCrossEntropyLoss",
     "Classifier",
     "CosineHead",
     "CrossEntropyLoss",
@@ -39,6 +43,8 @@ __all__ = [
     "LinearHead",
     "LogitAdjustedLoss",
     "Loss",
+    "NONLLoss",
+    "NTCELoss",
     "ScaledLinearHead",
     "__version__",
     "class_code",

@@ -2,8 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from etflight import penalties
 from etflight.heads import ETFHead, Head, codes_from_state_dict
-from etflight.losses import DotRegressionLoss, Loss, log_prior
+from etflight.losses import DotRegressionLoss, Loss, class_weights_of, log_prior
 from etflight.metrics.accuracy import (
     MOST_CLASSES,
     ClassScores,
@@ -113,6 +114,12 @@ class Classifier(LightningModule):
             the optimizer's own rate. With 1 all layers have that rate. It is meant for fine-tuning.
         lr_scale: Factors of the learning rate for parts of the model, by name, such as `{"head.linear": 0.5}`; the rest has 1.
         compile: Whether to train through `torch.compile`, or its mode; "reduce-overhead" is the one with CUDA graphs.
+        class_weights: Explicit weights of the classes in the training loss: K positive, finite numbers, or such numbers by class name,
+            where a class that is not named has 1. They multiply those of the loss's class balance.
+        feature_penalty: The λ of a penalty `λ/2 · mean ‖h‖²` on the pooled features, >= 0; see `etflight.penalties.feature_penalty`.
+        center_pull: The λ of a pull of embeddings towards the means of their classes in the batch, >= 0; see
+            `etflight.penalties.center_pull`. It needs class indices, so neither mixup nor CutMix. Both penalties act in training only,
+            where they are part of `train/loss`.
 
     Attributes:
         temperature: A scalar buffer that divides the logits of `predict` and of `ece_calibrated`, after any `logit_adjustment`, so it
@@ -148,6 +155,9 @@ class Classifier(LightningModule):
         layer_decay: float = 1.0,
         lr_scale: dict[str, float] | None = None,
         compile: Compile = False,
+        class_weights: list[float] | dict[str, float] | None = None,
+        feature_penalty: float = 0.0,
+        center_pull: float = 0.0,
     ) -> None:
         super().__init__()
         buffers = ["class_counts"]  # these are in the state dict
@@ -173,6 +183,11 @@ class Classifier(LightningModule):
                 raise UserError(
                     f"lr_scale of {part} is {scale}: give a positive, finite factor; to freeze it, --fine_tuning.freeze"
                 )
+        for name, factor in (("feature_penalty", feature_penalty), ("center_pull", center_pull)):
+            if not 0 <= factor < math.inf:
+                raise UserError(f"{name} is {factor}: give a finite factor that is not negative, 0 for none")
+        if class_weights is not None and not isinstance(class_weights, Mapping):  # names wait for the data's
+            self.loss.set_class_weights(class_weights_of(class_weights, num_classes, None))
         self.class_names: list[str] | None = None
         self.preprocessing: Preprocessing | None = None
         self.fingerprint: str | None = None
@@ -306,6 +321,25 @@ class Classifier(LightningModule):
         return self.probabilities(batch[0])
 
     def _training_loss(self, images: Tensor, target: Tensor) -> Tensor:
+        """The loss with its penalties, for which nothing is computed twice: they take what the step itself made."""
+        feature_penalty, center_pull = self.hparams["feature_penalty"], self.hparams["center_pull"]
+        if not (feature_penalty or center_pull):
+            return self._loss_of_targets(images, target)
+        if center_pull and target.is_floating_point():
+            raise UserError(
+                "center_pull needs one class for each image, but mixup and CutMix mix them: give --data.mixup 0 and --data.cutmix 0, or "
+                "leave it out"
+            )
+        with _results_of(self, "features") as features, _results_of(self.head, "embed") as embeddings:
+            loss = self._loss_of_targets(images, target)
+        if feature_penalty:
+            loss = loss + feature_penalty * penalties.feature_penalty(features[-1])
+        if center_pull:  # a head's forward need not call its embed
+            embedding = embeddings[-1] if embeddings else self.head.embed(features[-1])
+            loss = loss + center_pull * penalties.center_pull(embedding, target, self.head.num_classes)
+        return loss
+
+    def _loss_of_targets(self, images: Tensor, target: Tensor) -> Tensor:
         try:
             if not self._needs_logits(target):
                 target_logits = self.head.target_logits(self.features(images), target)
@@ -367,14 +401,18 @@ class Classifier(LightningModule):
         """Compile the backbone for training, and take the facts about classes and images from the data module, if there is one.
 
         Raises:
-            UserError: The data module has another number of classes or channels.
+            UserError: The data module has another number of classes or channels, or no class of a name in `class_weights`.
         """
         ignore_own_deprecations()
         if stage == "fit" and (compile := self.hparams["compile"]):
             self.backbone.compile(mode="default" if compile is True else compile)
         data = getattr(self.trainer, "datamodule", None)
-        if data is None:
-            return
+        if data is not None:
+            self._take_facts(data, stage)
+        if stage == "fit" and isinstance(weights := self.hparams["class_weights"], Mapping):
+            self.loss.set_class_weights(class_weights_of(weights, self.hparams["num_classes"], self.class_names))
+
+    def _take_facts(self, data: Any, stage: str) -> None:
         refuse_other_shape("the model", self.hparams["num_classes"], self.hparams["in_chans"], data, "give other data")
         names = getattr(data, "class_names", None)
         if names is not None and len(names) == self.hparams["num_classes"]:
@@ -719,6 +757,23 @@ class Classifier(LightningModule):
         if bool(model.class_counts.any()):
             model.loss.set_class_counts(model.class_counts)
         return model
+
+
+@contextmanager
+def _results_of(part: nn.Module, method: str) -> Iterator[list[Tensor]]:
+    """Collect what a method of one object returns within the block, whoever calls it."""
+    results: list[Tensor] = []
+    own, call = vars(part).get(method), getattr(part, method)
+
+    def collecting(*args: Any, **keywords: Any) -> Tensor:
+        results.append(call(*args, **keywords))
+        return results[-1]
+
+    setattr(part, method, collecting)
+    try:
+        yield results
+    finally:
+        delattr(part, method) if own is None else setattr(part, method, own)
 
 
 def _may_replace(part: nn.Module, shortcut: str, *general: str) -> bool:

@@ -2,16 +2,18 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import Literal, get_args
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from etflight.utils.errors import UserError
 from etflight.utils.precision import at_least_float32
+from etflight.utils.ranks import in_process_group, max_over_ranks, sum_over_ranks
 
 ClassBalance = Literal["none", "batch", "global", "effective"]
 SmoothingShape = Literal["concave", "linear", "convex"]
@@ -34,6 +36,8 @@ class Loss(nn.Module, ABC):
     `renormalize` it divides by the sum of the weights, as `torch.nn.functional.cross_entropy(…, weight=…)` does, and with it the code of
     LDAM-DRW. B and the sum are taken over every rank of the step; if targets are mixed, the sum is that of the weights times the
     probabilities.
+
+    `set_class_weights` gives weights of one's own, by which those of the class balance are multiplied.
 
     Everything that depends on class counts (these weights, and the margins, shifts and smoothings of subclasses) acts in training mode
     only: in eval mode nothing is communicated, no counts are needed, and the loss is the plain one of the same logits.
@@ -60,6 +64,7 @@ class Loss(nn.Module, ABC):
         self._check("exponent", 0 <= self.exponent < math.inf, "must be finite and not negative")
         self._check("beta", 0 <= self.beta < 1, "must lie in [0, 1)")
         self._class_counts: Tensor | None = None
+        self._given_weights: Tensor | None = None
 
     def _check(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
@@ -85,6 +90,18 @@ class Loss(nn.Module, ABC):
         if not bool((class_counts > 0).any()):
             raise UserError(f"{type(self).__name__}: no class has a training image: give counts that are not all 0")
         self._class_counts = class_counts
+
+    def set_class_weights(self, class_weights: Tensor | None) -> None:
+        """Set explicit weights `[K]`, which act in training and multiply those of the class balance; None for none.
+
+        Raises:
+            UserError: They are not positive, finite numbers.
+        """
+        if class_weights is not None and (
+            class_weights.dim() != 1 or not bool(((class_weights > 0) & class_weights.isfinite()).all())
+        ):
+            raise UserError(f"{type(self).__name__}: class_weights must be [K] positive, finite numbers")
+        self._given_weights = class_weights
 
     def training_counts(self) -> Tensor:
         """Return the training counts `[K]`.
@@ -143,27 +160,34 @@ class Loss(nn.Module, ABC):
         return (self.sample_losses(logits, target) * weights[target]).mean()
 
     def _is_balancing(self) -> bool:
-        return self.training and self.class_balance != "none"
+        return self.training and (self.class_balance != "none" or self._given_weights is not None)
 
     def _class_weights(self, batch_counts: Tensor) -> Tensor:
         """Compute the weights `[K]` in the dtype of the counts; 0 for a class without samples, whose weight no sample uses."""
-        step_counts = batch_counts
-        if (self.class_balance == "batch" or self.renormalize) and dist.is_available() and dist.is_initialized():
-            dist.all_reduce(step_counts)
+        needs_step = self.class_balance == "batch" or self.renormalize
+        step_counts = sum_over_ranks(batch_counts) if needs_step else batch_counts
+        weights = self._balance(step_counts)
+        if self._given_weights is not None:
+            self._given_weights = self._given_weights.to(weights.device)  # once
+            weights = weights * self._given_weights.to(weights.dtype)
+        if self.renormalize:
+            weights = weights * (step_counts.sum() / (step_counts * weights).sum().clamp(min=1e-12))
+        return weights
+
+    def _balance(self, step_counts: Tensor) -> Tensor:
+        if self.class_balance == "none":
+            return torch.ones_like(step_counts)
         if self.class_balance == "batch":
             counts = step_counts
             weights = counts.sum() / (counts > 0).sum() / counts.clamp(min=1e-12)
         else:
-            counts = self.training_counts().to(batch_counts)
+            counts = self.training_counts().to(step_counts)
             weights = counts.sum() / len(counts) / counts.clamp(min=1e-12)
             if self.class_balance == "effective":
                 log_beta = math.log(self.beta) if self.beta > 0 else -math.inf
                 inverse = (counts > 0) / -torch.expm1(counts.clamp(min=1e-12) * log_beta)
                 weights = inverse * (len(counts) / inverse.sum())
-        weights = torch.where(counts > 0, weights**self.exponent, 0.0)
-        if self.renormalize:
-            weights = weights * (step_counts.sum() / (step_counts * weights).sum().clamp(min=1e-12))
-        return weights
+        return torch.where(counts > 0, weights**self.exponent, 0.0)
 
     def extra_repr(self) -> str:
         """Return the options, for `print(loss)`."""
@@ -271,9 +295,10 @@ class DotRegressionLoss(Loss):
         return (losses * self._class_weights(counts)[target]).mean()
 
     def _num_classes(self, target: Tensor) -> int:
-        if self._class_counts is not None:
-            return len(self._class_counts)
-        if dist.is_available() and dist.is_initialized():
+        for by_class in (self._class_counts, self._given_weights):
+            if by_class is not None:
+                return len(by_class)
+        if in_process_group():
             raise UserError(
                 "DotRegressionLoss.from_target_logits counts classes over ranks: give num_classes, or call set_class_counts before"
             )
@@ -451,6 +476,137 @@ class LabelAwareSmoothingLoss(Loss):
         return self.tail_smoothing + (self.head_smoothing - self.tail_smoothing) * rise
 
 
+@dataclass(eq=False, kw_only=True, repr=False)
+class NTCELoss(Loss):
+    """NTCE: a softmax down a column of the logits, of the target's logit among those of its class over the batch.
+
+    `L_i = -log[exp(z_iy/τ) / Σ_j exp(z_jy/τ)]` for sample i of class y, with j over the batch of all ranks: each class vector chooses among
+    images, where cross-entropy lets each image choose among class vectors. For probabilities `Σ_k t_k L_ik`. In eval mode, where a batch
+    is arbitrary, it is the cross-entropy of `z/τ` over classes.
+
+    Args:
+        temperature: The temperature τ > 0; with unit embeddings and class vectors `z` is a cosine.
+
+    Source:
+        Koromilas et al., "Neural Collapse by Design: Learning Class Prototypes on the Hypersphere", ICML 2026, arXiv 2605.20302.
+    """
+
+    temperature: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        self._check("temperature", 0 < self.temperature < math.inf, "must be positive and finite")
+
+    def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Compute the losses `[B]`; in training every process of the step must call it."""
+        z = logits / self.temperature
+        if not self.training:
+            return F.cross_entropy(z, target, reduction="none")
+        return -_at_target(_log_share_of_batch(z, self._rivals(z, target)), target)
+
+    def _rivals(self, z: Tensor, target: Tensor) -> Tensor:
+        """The scaled logits of the denominators, -inf where a sample does not belong to one."""
+        return z
+
+
+@dataclass(eq=False, kw_only=True, repr=False)
+class NONLLoss(NTCELoss):
+    """NONL: `NTCELoss` with the samples of other classes alone in the denominator, so that images of one class do not compete.
+
+    `L_i = -log[exp(z_iy/τ) / Σ_{j: y_j ≠ y} exp(z_jy/τ)]`, with j over the batch of all ranks; it may be negative. For probabilities
+    `Σ_k t_k L_ik`, where the samples whose target gives class k nothing are in its denominator. A class costs nothing if no sample of the
+    batch is in its denominator.
+
+    Args:
+        temperature: The temperature τ > 0.
+
+    Source:
+        Koromilas et al., ICML 2026, arXiv 2605.20302; its released code trains with τ 0.1.
+    """
+
+    def _rivals(self, z: Tensor, target: Tensor) -> Tensor:
+        if target.is_floating_point():
+            return z.masked_fill(target > 0, -math.inf)
+        return z.scatter(1, target[:, None], -math.inf)
+
+
+@dataclass(eq=False, kw_only=True, repr=False)
+class BinaryCrossEntropyLoss(Loss):
+    """A yes or no for each class instead of one choice among all, so that no class is weighed against another.
+
+    `L_y = softplus(-x_y) + Σ_{k≠y} softplus(x_k)` with `x_k = z_k + b_k`; for probabilities
+    `Σ_k [t_k softplus(-x_k) + (1-t_k) softplus(x_k)]`. The bias is the prior's log-odds: in training `b_k = τ log(π_k / (1-π_k))` of the
+    training counts, where a class without images counts as the rarest that has some; in eval mode that of equal classes, `-τ log(K-1)`.
+
+    Args:
+        tau: The strength τ >= 0 of the prior; with 0 there is no bias, and no counts are needed.
+
+    Source:
+        BCE3S, the loss of its classifier without the term that spreads class vectors, which a simplex has spread already; the bias as in
+        Menon et al., ICLR 2021, arXiv 2007.07314, for a sigmoid.
+    """
+
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        self._check("tau", 0 <= self.tau < math.inf, "must be finite and not negative")
+
+    def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Compute the sums `[B]` over classes."""
+        x = logits + self._bias(logits)
+        if not target.is_floating_point():
+            own = target[:, None]
+            return -F.logsigmoid((-x).scatter(1, own, x.gather(1, own))).sum(dim=1)
+        rest = target.sum(dim=1, keepdim=True) - target
+        return -(target * F.logsigmoid(x) + rest * F.logsigmoid(-x)).sum(dim=1)
+
+    def _bias(self, logits: Tensor) -> Tensor | float:
+        if self.tau == 0:
+            return 0.0
+        counts = self.training_counts().to(logits) if self.training else torch.ones_like(logits[0])
+        counts = _positive(counts)
+        return self.tau * (counts / (counts.sum() - counts)).log()
+
+
+def class_weights_of(
+    given: Sequence[float] | Mapping[str, float], num_classes: int, class_names: Sequence[str] | None
+) -> Tensor:
+    """Return explicit class weights as a tensor.
+
+    Args:
+        given: K positive, finite numbers, or such numbers by class name; a class that is not named has 1.
+        num_classes: The number of classes K.
+        class_names: The names of the classes, or None if unknown.
+
+    Returns:
+        `[K]`, float32.
+
+    Raises:
+        UserError: There is no such class, or its name is not known; there are too many or too few numbers; a number is not positive and
+            finite.
+    """
+    for weight in given.values() if isinstance(given, Mapping) else given:
+        if not (type(weight) in (int, float) and 1e-30 <= weight <= 1e30):  # NumPy's numbers are not plain data
+            raise UserError(f"class_weights: {weight!r} is no weight: give positive, finite numbers, 1 for no change")
+    if not isinstance(given, Mapping):
+        if len(given) != num_classes:
+            raise UserError(f"class_weights has {len(given)} entries for {num_classes} classes: give one per class")
+        return torch.tensor(given, dtype=torch.float32)
+    if class_names is None:
+        raise UserError(
+            f"class_weights names classes, but the data have no class names: give a list of {num_classes} weights"
+        )
+    for name in given:
+        if name not in class_names:
+            near = get_close_matches(str(name), class_names)
+            known = f"near matches: {', '.join(near)}" if near else f"the first are {', '.join(class_names[:5])}"
+            raise UserError(f"class_weights: no class is called {name!r}; {known}")
+    return torch.tensor([given.get(name, 1.0) for name in class_names], dtype=torch.float32)
+
+
 def check_class_balance(owner: str, class_balance: str) -> None:
     """Refuse a class balance that does not exist.
 
@@ -493,6 +649,15 @@ def _log_sum_exp_of_others(logits: Tensor) -> Tensor:
     p_of_rest = logits.softmax(dim=1).scatter(1, top, 0.0)
     without_top = logits.scatter(1, top, torch.finfo(logits.dtype).min).logsumexp(dim=1, keepdim=True)
     return (logits.logsumexp(dim=1, keepdim=True) + (-p_of_rest).log1p()).scatter(1, top, without_top)
+
+
+def _log_share_of_batch(z: Tensor, rivals: Tensor) -> Tensor:
+    """`z_ik - log Σ_j exp(rivals_jk)`, `[B, K]`, with j over the batch of all ranks; 0 for a class whose rivals are all -inf."""
+    highest = max_over_ranks(rivals.amax(dim=0))
+    alone = highest.isneginf()
+    highest = highest.masked_fill(alone, 0.0)
+    sums = sum_over_ranks((rivals - highest).exp().sum(dim=0))
+    return (z - highest - sums.masked_fill(alone, 1.0).log()).masked_fill(alone, 0.0)
 
 
 def _count(target: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:

@@ -189,6 +189,36 @@ def test_a_loaded_model_has_the_sphere_code_of_its_checkpoint_without_computing_
     assert torch.equal(loaded.head.weight, model.head.weight)
 
 
+def test_class_weights_weigh_the_training_loss_and_survive_a_checkpoint(tmp_path):
+    logits, target = torch.randn(16, 10), torch.arange(16) % 10
+    by_name = {"3": 4.0, "7": 0.5}
+    in_a_list = [by_name.get(str(k), 1.0) for k in range(10)]
+    expected = F.cross_entropy(logits, target, weight=torch.tensor(in_a_list), reduction="sum") / 16
+    for weights in (by_name, in_a_list):
+        model = small(head=LinearHead, loss=CrossEntropyLoss, class_weights=weights)
+        run = trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=1)
+        run.fit(model, Digits(batch_size=16))
+        torch.testing.assert_close(model.loss.train()(logits, target), expected)
+        run.save_checkpoint(tmp_path / "a.ckpt")
+        loaded = Classifier.load_from_checkpoint(tmp_path / "a.ckpt")
+        assert dict(loaded.hparams)["class_weights"] == weights
+        assert run.test(loaded, Digits(), verbose=False) == run.test(model, Digits(), verbose=False)
+        again = trainer(max_epochs=2, limit_train_batches=1, limit_val_batches=1)
+        again.fit(loaded, Digits(batch_size=16), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+        torch.testing.assert_close(loaded.loss.train()(logits, target), expected)
+        torch.testing.assert_close(loaded.loss.eval()(logits, target), F.cross_entropy(logits, target))
+
+
+def test_class_weights_by_name_need_names_and_classes_of_these_names():
+    loader = DataLoader(TensorDataset(IMAGES, TARGET), batch_size=8)
+    for weights, data, reason in (
+        ({"3": 2.0}, loader, "no class names: give a list of 10"),
+        ({"three": 2.0}, Digits(batch_size=8), "no class is called 'three'"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            trainer(max_epochs=1, limit_train_batches=1).fit(small(class_weights=weights), data)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -198,6 +228,7 @@ def test_a_loaded_model_has_the_sphere_code_of_its_checkpoint_without_computing_
         ),
         ({"head": partial(ETFHead, scale=2.0)}, r"scale 2\.0"),
         ({"class_counts": [3, 4]}, "one per class"),
+        ({"class_weights": [1.0, 2.0]}, "class_weights has 2 entries for 10 classes"),
         ({"logit_adjustment": float("nan")}, "logit_adjustment.*finite"),
     ],
 )

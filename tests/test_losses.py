@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from etflight import (
+    BinaryCrossEntropyLoss,
     CosineHead,
     CrossEntropyLoss,
     DotRegressionLoss,
@@ -17,7 +18,10 @@ from etflight import (
     LDAMLoss,
     LinearHead,
     LogitAdjustedLoss,
+    NONLLoss,
+    NTCELoss,
 )
+from etflight.losses import class_weights_of
 from etflight.utils.errors import UserError
 
 K, B = 5, 12
@@ -26,9 +30,10 @@ LOGITS = torch.randn(B, K, generator=GENERATOR, dtype=torch.float64)
 TARGET = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 3])  # class 4 is absent
 MIXED = 0.3 * F.one_hot(TARGET, K).double() + 0.7 * F.one_hot(TARGET.roll(1), K).double()
 COUNTS = torch.tensor([60, 30, 20, 10, 1])
-COUNTING = [LDAMLoss, LogitAdjustedLoss, LabelAwareSmoothingLoss]  # need the training counts
+COUNTING = [LDAMLoss, LogitAdjustedLoss, LabelAwareSmoothingLoss, BinaryCrossEntropyLoss]  # need the training counts
 SOFTMAX_LOSSES = [CrossEntropyLoss, FocalLoss, *COUNTING]
 LOSSES = [DotRegressionLoss, *SOFTMAX_LOSSES]
+OF_THE_BATCH = [NTCELoss, NONLLoss]  # what a sample costs depends on the others
 BALANCES = ["none", "batch", "global", "effective"]
 
 
@@ -72,6 +77,12 @@ def label_aware(z, n, head=0.3, tail=0.0, shape="concave"):
     return cross_entropy(z, n, tail + (head - tail) * rise[shape])  # as in the authors' code
 
 
+def binary(z, n, tau=1.0):
+    odds = (n / n.sum()) / (1 - n / n.sum())
+    yes, no = (np.logaddexp(0, sign * (z + tau * np.log(odds))) for sign in (-1, 1))
+    return yes - no + no.sum(1, keepdims=True)
+
+
 ORACLES = {  # the loss, and what a sample costs by its class
     "dot regression": (DotRegressionLoss(), dot_regression),
     "dot regression, length 4": (DotRegressionLoss(length=4.0), partial(dot_regression, length=4.0)),
@@ -83,6 +94,8 @@ ORACLES = {  # the loss, and what a sample costs by its class
     "other margins": (LDAMLoss(max_margin=0.2, scale=4.0), partial(ldam, max_margin=0.2, scale=4.0)),
     "balanced softmax": (LogitAdjustedLoss(), adjusted),
     "adjusted by half": (LogitAdjustedLoss(tau=0.5), partial(adjusted, tau=0.5)),
+    "yes or no": (BinaryCrossEntropyLoss(), binary),
+    "yes or no, no prior": (BinaryCrossEntropyLoss(tau=0.0), partial(binary, tau=0.0)),
     **{
         f"smoothed, {shape}": (
             LabelAwareSmoothingLoss(head_smoothing=0.4, tail_smoothing=0.1, shape=shape),
@@ -114,6 +127,50 @@ def test_a_loss_is_its_equation_in_numpy(name, spread, default_dtype):
         assert found.dtype == mixed.dtype == torch.promote_types(dtype, torch.float32)
         assert_close(found.double(), costs.gather(1, TARGET[:, None]).mean(), rtol=rtol, atol=0.1 * rtol)
         assert_close(mixed.double(), (MIXED.to(z).double() * costs).sum(1).mean(), rtol=rtol, atol=0.1 * rtol)
+
+
+def of_the_batch(z, target, temperature, own_class):
+    """Sample by sample: minus the logit of each class, plus the logarithm of the sum over its rivals in the batch; [B, K]."""
+    z, costs = z / temperature, np.zeros(z.shape)
+    for k in range(z.shape[1]):
+        rivals = [z[j, k] for j in range(len(z)) if own_class or target[j, k] == 0]
+        if rivals:
+            costs[:, k] = np.logaddexp.reduce(rivals) - z[:, k]
+    return costs
+
+
+@pytest.mark.parametrize("make", OF_THE_BATCH)
+@pytest.mark.parametrize(("spread", "temperature"), [(1.0, 0.1), (30.0, 0.5)])
+@pytest.mark.parametrize("balance", ["none", "batch"])
+def test_a_loss_of_the_batch_is_its_equation_in_numpy(make, spread, temperature, balance):
+    loss = make(temperature=temperature, class_balance=balance)
+    for target in (F.one_hot(TARGET, K).double(), MIXED):
+        for dtype, rtol in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+            z = (spread * LOGITS).to(dtype)
+            costs = torch.from_numpy(of_the_batch(z.double().numpy(), target.numpy(), temperature, make is NTCELoss))
+            weights = weights_of(balance, target.sum(0))
+            expected = (target * weights * costs).sum(1).mean()
+            assert_close(loss(z, target.to(dtype)).double(), expected, rtol=rtol, atol=10 * rtol)
+            if target is not MIXED:
+                assert_close(loss(z, TARGET).double(), expected, rtol=rtol, atol=10 * rtol)
+
+
+@pytest.mark.parametrize("make", OF_THE_BATCH)
+def test_a_loss_of_the_batch_is_a_softmax_over_classes_when_it_does_not_train(make):
+    loss = make(temperature=0.5).eval()
+    for target in (TARGET, MIXED):
+        assert_close(loss(LOGITS, target), F.cross_entropy(2 * LOGITS, target))
+        halves = [loss(z, t) for z, t in zip(LOGITS.split(6), target.split(6), strict=True)]
+        assert_close(torch.stack(halves).mean(), loss(LOGITS, target))
+
+
+def test_nonl_of_a_batch_of_one_class_is_0_and_so_is_its_gradient():
+    z = LOGITS.clone().requires_grad_()
+    for target in (torch.ones_like(TARGET), F.one_hot(torch.ones_like(TARGET), K).double()):
+        loss = NONLLoss()(z, target)
+        loss.backward()
+        assert loss.item() == 0
+        assert not z.grad.any()
 
 
 # --- class balance -----------------------------------------------------------------------------------------------------
@@ -151,9 +208,74 @@ def test_a_balanced_loss_weighs_what_each_class_costs(make, balance, exponent, r
 @pytest.mark.parametrize("make", LOSSES)
 @pytest.mark.parametrize("balance", BALANCES)
 def test_in_eval_mode_the_loss_is_unweighted_and_needs_no_counts(make, balance):
-    plain = make() if make is DotRegressionLoss or make is FocalLoss else CrossEntropyLoss()
+    plain = make() if make in (DotRegressionLoss, FocalLoss) else CrossEntropyLoss()
+    logits = LOGITS
+    if make is BinaryCrossEntropyLoss:  # the log-odds of one class among K
+        plain, logits = make(tau=0), LOGITS - math.log(K - 1)
     for target in (TARGET, MIXED):
-        assert_close(make(class_balance=balance).eval()(LOGITS, target), plain(LOGITS, target))
+        assert_close(make(class_balance=balance).eval()(LOGITS, target), plain(logits, target))
+
+
+WEIGHTS = torch.tensor([1.0, 0.5, 2.0, 4.0, 8.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("make", [*LOSSES, *OF_THE_BATCH])
+@pytest.mark.parametrize("balance", BALANCES)
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_explicit_weights_multiply_those_of_the_balance_in_training_only(make, balance, renormalize):
+    loss, plain = (counted(make(class_balance=balance, renormalize=renormalize)) for _ in range(2))
+    loss.set_class_weights(WEIGHTS)
+    for target in (F.one_hot(TARGET, K).double(), MIXED):
+        counts = target.sum(0) if balance == "batch" else COUNTS
+        shares = target * weights_of(balance, counts) * WEIGHTS
+        expected = loss.sample_losses(LOGITS, shares).sum() / (shares.sum() if renormalize else B)
+        assert_close(loss(LOGITS, target), expected)
+        assert_close(loss.eval()(LOGITS, target), plain.eval()(LOGITS, target), rtol=0, atol=0)
+        loss.train()
+    assert_close(loss(LOGITS, F.one_hot(TARGET, K).double()), loss(LOGITS, TARGET))
+    if make is DotRegressionLoss:
+        own = LOGITS.gather(1, TARGET[:, None]).squeeze(1)
+        assert_close(loss.from_target_logits(own, TARGET), loss(LOGITS, TARGET))
+    loss.set_class_weights(None)
+    assert_close(loss(LOGITS, TARGET), plain.train()(LOGITS, TARGET), rtol=0, atol=0)
+
+
+def test_explicit_weights_alone_are_those_of_torchs_cross_entropy():
+    loss = CrossEntropyLoss(renormalize=True)
+    loss.set_class_weights(WEIGHTS)
+    assert_close(loss(LOGITS, TARGET), F.cross_entropy(LOGITS, TARGET, weight=WEIGHTS))
+
+
+def test_weights_by_name_or_in_a_list():
+    names = ["cat", "dog", "cow"]
+    assert class_weights_of([1, 2.5, 3], 3, None).tolist() == [1, 2.5, 3]
+    assert class_weights_of({"cow": 2, "cat": 0.5}, 3, names).tolist() == [0.5, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("given", "names", "reason"),
+    [
+        ({"cot": 2}, ["cat", "dog", "cow"], "no class is called 'cot'; near matches: cow, cat"),
+        ({"horse": 2}, ["cat", "dog", "cow"], "no class is called 'horse'; the first are cat, dog, cow"),
+        ({"cat": 2}, None, "no class names: give a list of 3 weights"),
+        ([1, 2], None, "2 entries for 3 classes"),
+        *(
+            ([1, 2, bad], None, "give positive, finite numbers")
+            for bad in (0, -1.0, math.nan, math.inf, "2", None, True)
+        ),
+        ({"cat": 0.0}, ["cat", "dog", "cow"], r"0.0 is no weight"),
+        ([np.float64(1)] * 3, None, "is no weight"),  # a checkpoint could not be read again
+    ],
+)
+def test_what_are_no_class_weights_is_refused(given, names, reason):
+    with pytest.raises(UserError, match=f"class_weights.*{reason}"):
+        class_weights_of(given, 3, names)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 0.0], [1.0, math.nan], [1.0, math.inf], [[1.0]]])
+def test_a_tensor_that_holds_no_weights_is_refused(weights):
+    with pytest.raises(UserError, match=r"class_weights must be \[K\] positive, finite numbers"):
+        CrossEntropyLoss().set_class_weights(torch.tensor(weights))
 
 
 def test_batch_balanced_dot_regression_is_the_released_codes_loss():
@@ -234,14 +356,14 @@ def test_from_target_logits_equals_the_loss_of_all_logits(balance):
 # --- numbers that are hard ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", LOSSES)
+@pytest.mark.parametrize("make", [*LOSSES, *OF_THE_BATCH])
 @pytest.mark.parametrize("target", [TARGET, MIXED], ids=["indices", "probabilities"])
 def test_gradients_are_those_of_finite_differences(make, target):
     loss = counted(make(class_balance="batch"))
     assert torch.autograd.gradcheck(lambda z: loss(z, target), (LOGITS.clone().requires_grad_(),))
 
 
-@pytest.mark.parametrize("make", SOFTMAX_LOSSES)
+@pytest.mark.parametrize("make", [*SOFTMAX_LOSSES, *OF_THE_BATCH])
 @pytest.mark.parametrize("soft", [False, True])
 def test_extreme_logits_give_finite_losses_and_gradients(make, soft):
     for size in (1e4, 1e30):
@@ -267,7 +389,7 @@ def test_ldam_keeps_its_digits_where_the_margin_cancels_a_probability_of_almost_
         assert loss(z, target).item() == pytest.approx(0.0067153, rel=1e-4)
 
 
-@pytest.mark.parametrize("make", LOSSES)
+@pytest.mark.parametrize("make", [*LOSSES, *OF_THE_BATCH])
 @pytest.mark.parametrize("classes", [1, 100_000])
 def test_any_number_of_classes(make, classes):
     loss = counted(make(class_balance="effective"), torch.arange(classes) + 1)
@@ -317,7 +439,9 @@ def test_a_loss_takes_a_head_of_its_own_scale():
         (LabelAwareSmoothingLoss, "shape", ["square"]),
         (DotRegressionLoss, "length", [0, -1.0, math.nan, math.inf]),
         (CrossEntropyLoss, "label_smoothing", [1.0, -0.1, math.nan]),
-        *((make, "class_balance", ["bach"]) for make in LOSSES),
+        (BinaryCrossEntropyLoss, "tau", [-1, math.nan, math.inf]),
+        *((make, "temperature", [0, -1.0, math.nan, math.inf]) for make in OF_THE_BATCH),
+        *((make, "class_balance", ["bach"]) for make in [*LOSSES, *OF_THE_BATCH]),
         (FocalLoss, "beta", [-0.1, 1.0, math.nan]),
         (FocalLoss, "exponent", [-1, math.nan, math.inf]),
     ],
@@ -331,7 +455,7 @@ def test_bad_arguments_are_refused(make, name, values):
 # --- many processes ----------------------------------------------------------------------------------------------------
 
 DISTRIBUTED = [
-    *(partial(make, class_balance="batch") for make in LOSSES),
+    *(partial(make, class_balance="batch") for make in [*LOSSES, *OF_THE_BATCH]),
     partial(CrossEntropyLoss, class_balance="effective", renormalize=True),
     partial(DotRegressionLoss, class_balance="effective", renormalize=True),
 ]
@@ -358,3 +482,27 @@ def test_class_balance_counts_over_all_ranks(two_processes):
     for make, first, second in zip(DISTRIBUTED, *parts, strict=True):
         expected = counted(make())(LOGITS, TARGET).item()
         assert (4 * first + 8 * second) / B == pytest.approx(expected, rel=1e-9)
+
+
+def loss_and_gradient(make, logits, target, images, processes):
+    """What a process adds to the gradient of the step, as the classifier and DDP have it."""
+    loss, z = counted(make()), logits.clone().requires_grad_()
+    loss.set_class_weights(WEIGHTS)
+    value = loss(z, target)
+    (value * (len(z) * processes / images)).backward()
+    return value.item(), z.grad / processes
+
+
+def _gradients_on_rank(rank, logits, targets):
+    return [loss_and_gradient(make, logits, target, B, 2) for make in DISTRIBUTED for target in targets]
+
+
+def test_two_uneven_processes_have_the_gradient_of_the_whole_batch(two_processes):
+    first, second = two_processes(
+        _gradients_on_rank,
+        [(LOGITS[part], (TARGET[part], MIXED[part])) for part in (slice(0, 4), slice(4, B))],
+    )  # the first has images of one class
+    wholes = [loss_and_gradient(make, LOGITS, target, B, 1) for make in DISTRIBUTED for target in (TARGET, MIXED)]
+    for (loss, gradient), (other, others), (whole, expected) in zip(first, second, wholes, strict=True):
+        assert (4 * loss + 8 * other) / B == pytest.approx(whole, rel=1e-9)
+        assert_close(torch.cat([gradient, others]), expected, rtol=1e-9, atol=1e-12)

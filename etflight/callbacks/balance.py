@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from etflight.callbacks.post_hoc import TauNormalization
 from etflight.classifier import Classifier
 from etflight.data.sampler import ImbalancedSampler, resolve_policy
-from etflight.losses import ClassBalance, LogitAdjustedLoss, Loss, check_class_balance
+from etflight.losses import BinaryCrossEntropyLoss, ClassBalance, LogitAdjustedLoss, Loss, check_class_balance
 from etflight.utils.errors import UserError
 from etflight.utils.trainer import callbacks_of, data_module, refuse_if_never_reached
 
@@ -141,8 +141,8 @@ def training_corrections(loss: Loss, sampler: str | float | None, callbacks: lis
     found = [f"sampler {policy!r}" for policy in samplers[:1]]
     if balances and not (samplers and set(balances) == {"batch"}):
         found.append(f"class balance {balances[0]!r}")
-    if isinstance(loss, LogitAdjustedLoss) and loss.tau > 0:
-        found.append(f"LogitAdjustedLoss (tau {loss.tau:g})")
+    if isinstance(loss, LogitAdjustedLoss | BinaryCrossEntropyLoss) and loss.tau > 0:
+        found.append(f"{type(loss).__name__} (tau {loss.tau:g})")
     return found
 
 

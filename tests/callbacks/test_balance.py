@@ -5,7 +5,15 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 from torch.utils.data import DataLoader, TensorDataset
 
-from etflight import Classifier, CrossEntropyLoss, DotRegressionLoss, LDAMLoss, LinearHead, LogitAdjustedLoss
+from etflight import (
+    BinaryCrossEntropyLoss,
+    Classifier,
+    CrossEntropyLoss,
+    DotRegressionLoss,
+    LDAMLoss,
+    LinearHead,
+    LogitAdjustedLoss,
+)
 from etflight.callbacks import DeferredBalance, TauNormalization
 from etflight.callbacks.balance import DoubleCorrection, training_corrections
 from etflight.data import Digits
@@ -128,6 +136,8 @@ def test_an_epoch_a_loss_or_a_loader_that_cannot_be_had_is_refused_before_traini
         (CrossEntropyLoss(class_balance="batch"), None, {"sampler": "balanced"}, 1),
         (LogitAdjustedLoss(), 0.5, {}, 2),
         (LogitAdjustedLoss(class_balance="batch"), None, {}, 2),
+        (BinaryCrossEntropyLoss(), 0.5, {}, 2),
+        (BinaryCrossEntropyLoss(tau=0), 0.5, {}, 1),
         (LogitAdjustedLoss(), None, {"sampler": "reverse"}, 2),
         (CrossEntropyLoss(), None, {"class_balance": "global", "sampler": "balanced"}, 2),
     ],

@@ -13,8 +13,8 @@ import etflight.optim
 CONFIGS = Path(__file__).parents[2] / "configs"
 # controls and variants of our own
 OWN = {
-    "ce", "ce_balanced", "ce_balanced_sampling", "ce_bn_norm", "ce_bn_norm_balanced", "ce_cosine", "ce_frozen", "etf_ce", "etf_ce_la",
-    "etf_ce_la_rotation", "etf_ce_learn_scale", "etf_ce_unscaled", "etf_dr", "etf_dr_rotation", "etf_dr_sqrt_balanced",
+    "ce", "ce_balanced", "ce_balanced_sampling", "ce_bn_norm", "ce_bn_norm_balanced", "ce_cosine", "ce_frozen", "etf_bce", "etf_ce",
+    "etf_ce_la", "etf_ce_la_rotation", "etf_ce_learn_scale", "etf_ce_unscaled", "etf_dr", "etf_dr_rotation", "etf_dr_sqrt_balanced",
 }  # fmt: skip
 
 
@@ -54,6 +54,7 @@ KANG = "facebookresearch/classifier-balancing at 22370c6: config/ImageNet_LT/cls
 ZHONG = (
     "dvlab-research/MiSLAS at bb5ba7e, dcdc6cf: train_stage2.py, config/cifar{10,100}/cifar*_imb001_stage2_mislas.yaml"
 )
+KOROMILAS = "pakoromilas/nc_by_design at 371cb2f: README.md, losses.py, configs/ce_cifar.yaml"
 LIN = "arXiv 1708.02002, section 5.1: gamma 2 works best; a detector, so no schedule to compare"
 
 LDAM_DRW = {
@@ -86,6 +87,13 @@ SOURCES = {
         {**LONG, "rates": steps(0.01, 1e-4), "mixup": 0.0, "head": "LinearHead", "loss": "CrossEntropyLoss", "loss.label_smoothing": 0,
          "loss.class_balance": "effective", "loss.beta": 0.9999, "loss.exponent": 1, "loss.renormalize": False},
         {"rates": STEPS, "mixup": MIXUP},
+    ),
+    "etf_nonl": Source(
+        KOROMILAS,
+        {"lr": 0.2, "momentum": 0.9, "weight_decay": 1e-4, "batch": 512, "epochs": 500, "mixup": 0.0, "head": "CosineHead", "head.scale": 1,
+         "loss": "NONLLoss", "loss.temperature": 0.1, "loss.class_balance": "none"},
+        {"lr": (0.1, SHARED), "weight_decay": (2e-4, SHARED), "batch": (128, SHARED), "epochs": (200, SHARED), "mixup": MIXUP,
+         "head": ("ETFHead", "class vectors that are learnt there are the frame's here")},
     ),
     "focal": Source(LIN, {"loss": "FocalLoss", "loss.gamma": 2, "loss.class_balance": "none"}),
     "balanced_softmax": Source(

@@ -1,0 +1,42 @@
+"""Sums and maxima over all processes; without a process group they are the values themselves."""
+
+from typing import Any, cast
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+def in_process_group() -> bool:
+    """Whether there is a process group, be it of one process."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum tensors of one shape over all processes; the gradient is summed as well, so every process must call its backward."""
+    return cast(Tensor, _Sum.apply(values)) if in_process_group() else values
+
+
+def max_over_ranks(values: Tensor) -> Tensor:
+    """Compute the largest entries over all processes of tensors of one shape, without a gradient."""
+    values = values.detach()
+    if in_process_group():
+        values = values.clone()
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+class _Sum(Function):
+    """That of `torch.distributed.nn.functional` is deprecated, and what replaces it has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _Sum.forward(ctx, gradient)
