@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import IO, Any, Literal, NamedTuple, Self, cast
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.cli import ReduceLROnPlateau as MonitoredReduceLROnPlateau
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
@@ -32,7 +35,15 @@ from etflight.metrics.accuracy import (
     ShotAccuracy,
     TemperatureFit,
 )
-from etflight.optim import PROTOCOL_SGD, keeps_scales, match_layouts, rate_groups, scale_rates
+from etflight.optim import (
+    PROTOCOL_SGD,
+    at_sharpest_point,
+    keeps_scales,
+    kept_statistics,
+    match_layouts,
+    rate_groups,
+    scale_rates,
+)
 from etflight.utils.checkpoints import read_checkpoint, refuse_others
 from etflight.utils.errors import UserError, warn
 from etflight.utils.lightning_private import hide_tips, ignore_own_deprecations
@@ -113,6 +124,9 @@ class Classifier(LightningModule):
         layer_decay: The factor of the learning rate from a layer of the backbone to the one before it, above 0 and up to 1; the head has
             the optimizer's own rate. With 1 all layers have that rate. It is meant for fine-tuning.
         lr_scale: Factors of the learning rate for parts of the model, by name, such as `{"head.linear": 0.5}`; the rest has 1.
+        sam_rho: The radius ρ of sharpness-aware minimization (SAM, Foret et al. 2021), with any optimizer; 0 for none. Each step then takes
+            a second pass over its images, whose BatchNorm statistics are not kept: see `etflight.optim.at_sharpest_point`.
+        sam_adaptive: Whether that radius is relative to the size of each weight (ASAM, Kwon et al. 2021).
         compile: Whether to train through `torch.compile`, or its mode; "reduce-overhead" is the one with CUDA graphs.
         class_weights: Explicit weights of the classes in the training loss: K positive, finite numbers, or such numbers by class name,
             where a class that is not named has 1. They multiply those of the loss's class balance.
@@ -154,6 +168,8 @@ class Classifier(LightningModule):
         logit_adjustment: float = 0.0,
         layer_decay: float = 1.0,
         lr_scale: dict[str, float] | None = None,
+        sam_rho: float = 0.0,
+        sam_adaptive: bool = False,
         compile: Compile = False,
         class_weights: list[float] | dict[str, float] | None = None,
         feature_penalty: float = 0.0,
@@ -178,6 +194,10 @@ class Classifier(LightningModule):
             raise UserError(f"logit_adjustment is {logit_adjustment}: give a finite τ, 0 for none")
         if not 0 < layer_decay <= 1:
             raise UserError(f"layer_decay is {layer_decay}: give a factor from above 0 to 1, 1 for one learning rate")
+        if not 0 <= sam_rho < math.inf:
+            raise UserError(f"sam_rho is {sam_rho}: give a finite radius, 0 for none")
+        if sam_adaptive and not sam_rho:
+            raise UserError("sam_adaptive needs a radius: give sam_rho, for example 0.5")
         for part, scale in (lr_scale or {}).items():
             if not 0 < scale < math.inf:
                 raise UserError(
@@ -197,6 +217,8 @@ class Classifier(LightningModule):
         if class_counts is not None:
             self._set_class_counts(torch.as_tensor(class_counts))
         self._lr = math.nan
+        self._batches: list[tuple[Batch, int]] = []  # those of this step, for SAM's second pass
+        self._is_second_pass = False
         self._total_epochs: int | None = None
         self.losses: Any = nn.ModuleDict({f"{stage}_loss": SampleMean() for stage in ("train", "val", "test")})
         self.shots: Any = nn.ModuleDict(
@@ -299,6 +321,10 @@ class Classifier(LightningModule):
         """Compute the loss of one training batch."""
         images, target = batch
         loss = self._training_loss(images, target)
+        if self._is_second_pass:
+            return loss * self._share_of_images(len(images))
+        if self.hparams["sam_rho"] > 0:
+            self._batches.append((batch, batch_idx))
         self.losses["train_loss"].update(loss, len(images))
         bad_step = torch.where(torch.isfinite(loss.detach()), _NEVER, self.global_step)
         self._bad_step = torch.minimum(self._bad_step, bad_step)  # it stays on the device, so that a step need not wait
@@ -466,11 +492,14 @@ class Classifier(LightningModule):
             dist.broadcast(self.head.weight, 0)
 
     def on_train_start(self) -> None:
-        """Give restored optimizer states the memory layout of their parameters; refuse a schedule that follows a missing validation."""
+        """Give restored optimizer states their parameters' memory layout; refuse what cannot be trained as it was asked for."""
         if not self.trainer.enable_validation:
             self._check_monitor("val/")
+        self._batches = []
         for optimizer in self.trainer.optimizers:
             match_layouts(optimizer)
+            if self.hparams["sam_rho"] > 0:
+                self._refuse_to_repeat(optimizer)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Check the recorded loss from time to time, because each check waits for the device."""
@@ -603,6 +632,58 @@ class Classifier(LightningModule):
             if not monitor.startswith("train/"):  # there is a new value only after each validation
                 config["frequency"] = self.trainer.check_val_every_n_epoch or 1
         return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": config})
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step the optimizer, with `sam_rho` by the gradients of the sharpest point nearby."""
+        closure = optimizer_closure
+        if self.hparams["sam_rho"] > 0 and closure is not None:
+            closure = partial(self._gradients_at_sharpest_point, optimizer, closure)
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+
+    def _gradients_at_sharpest_point(
+        self, optimizer: Optimizer | LightningOptimizer, closure: Callable[[], Any]
+    ) -> Any:
+        """Run the closure, the last forward and backward of a step, then take all the step's batches again where they lead."""
+        result = closure()
+        batches, self._batches = self._batches, []
+        strategy = self.trainer.strategy
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        with (
+            at_sharpest_point(parameters, self.hparams["sam_rho"], self.hparams["sam_adaptive"]),
+            kept_statistics(self),
+        ):
+            optimizer.zero_grad()
+            self._is_second_pass = True
+            try:
+                for position, (batch, batch_idx) in enumerate(batches, start=1):
+                    waits = position < len(batches) and isinstance(strategy, ParallelStrategy)
+                    with cast(ParallelStrategy, strategy).block_backward_sync() if waits else nullcontext():
+                        loss = cast(Tensor, strategy.training_step(batch, batch_idx))
+                        strategy.backward(loss / self.trainer.accumulate_grad_batches, cast(Optimizer, optimizer))
+            finally:
+                self._is_second_pass = False
+        return result
+
+    def _refuse_to_repeat(self, optimizer: Optimizer) -> None:
+        """Refuse what cannot take a second pass."""
+        if isinstance(optimizer, LBFGS):
+            raise UserError("sam_rho: LBFGS evaluates the loss several times a step by itself: leave one of them out")
+        logits = torch.zeros(2, self.hparams["num_classes"], device=self.device)
+        with torch.random.fork_rng():
+            before = _random_states(self.device)
+            self.loss(logits, torch.arange(2, device=self.device))
+            draws = _random_states(self.device) != before
+        if draws:
+            raise UserError(
+                f"sam_rho: {type(self.loss).__name__} draws random numbers, so the two passes of a step would have different losses: "
+                "leave out sam_rho, or use a loss that does not draw"
+            )
 
     def _adapt_to_lbfgs(self) -> None:
         """Adapt to LBFGS, which evaluates the loss several times a step and flattens gradients; refuse what cannot work with it."""
@@ -774,6 +855,12 @@ def _results_of(part: nn.Module, method: str) -> Iterator[list[Tensor]]:
         yield results
     finally:
         delattr(part, method) if own is None else setattr(part, method, own)
+
+
+def _random_states(device: torch.device) -> list[bytes]:
+    """The states of the generators that a computation on the device may draw from."""
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    return [state.numpy().tobytes() for state in states]
 
 
 def _may_replace(part: nn.Module, shortcut: str, *general: str) -> bool:

@@ -152,7 +152,8 @@ class Speed(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the images, and show the speed whenever the progress bar gets new numbers."""
-        self._images += len(batch[0]) * trainer.world_size
+        views = getattr(data_module(trainer), "views", 1)
+        self._images += len(batch[0]) // views * trainer.world_size
         if shows_after(trainer, batch_idx):
             self._measure(trainer)
 

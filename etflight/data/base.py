@@ -140,6 +140,7 @@ class ImageDataModule(LightningDataModule, ABC):
             most 1; 0: off.
         cutout: Side in pixels of a square of each training image that becomes the mean; 0: off.
         random_erasing: Probability that a rectangle of a training image becomes the mean.
+        views: How often each image is in its training batch, augmented anew each time; a square that a file's image is cut to is the same.
         mixup: α of mixup; 0: off.
         cutmix: α of CutMix; 0: off.
         mean: Per channel, of pixels in [0, 1]; None: the set's own.
@@ -171,6 +172,7 @@ class ImageDataModule(LightningDataModule, ABC):
     color_jitter: float = 0.0
     cutout: int = 0
     random_erasing: float = 0.0
+    views: int = 1
     mixup: float = 0.0
     cutmix: float = 0.0
     mean: list[float] | None = None
@@ -203,6 +205,12 @@ class ImageDataModule(LightningDataModule, ABC):
             ("color_jitter", 0 <= self.color_jitter <= 1, "factors are 1 ± it: give 0 (off) to 1"),
             ("cutout", self.cutout >= 0, "give 0 (off) or the side of a square in pixels"),
             ("random_erasing", 0 <= self.random_erasing <= 1, "give a probability from 0 (off) to 1"),
+            ("views", self.views >= 1, "give 1, or more for several augmentations of each image"),
+            (
+                "views",
+                self.views == 1 or not (self.mixup or self.cutmix),
+                "mixup and cutmix take one view: leave one out",
+            ),
             ("mixup", _is_alpha(self.mixup), "α is 0 (off), or finite and 1e-6 or more"),
             ("cutmix", _is_alpha(self.cutmix), "α is 0 (off), or finite and 1e-6 or more"),
             ("mean", _all_within(self.mean, 0, 1), "give numbers from 0 to 1, of pixels divided by 255"),
@@ -469,7 +477,8 @@ class ImageDataModule(LightningDataModule, ABC):
         """Augment and normalise a training batch, repeatably from (seed, step, rank).
 
         Returns:
-            Images float32 `[B, C, H, W]`, and labels int64 `[B]` or, with mixup or CutMix, float32 `[B, K]`.
+            Images float32 `[views·B, C, H, W]`, one view of all after the other, and labels int64 `[views·B]` or, with mixup or CutMix,
+            float32 `[B, K]`.
         """
         return self._augment(*batch, step, rank)
 
@@ -499,6 +508,7 @@ class ImageDataModule(LightningDataModule, ABC):
             color_jitter=self.color_jitter,
             cutout=self.cutout,
             random_erasing=self.random_erasing,
+            views=self.views,
             mixup=self.mixup,
             cutmix=self.cutmix,
             seed=self._run_seed,

@@ -111,6 +111,7 @@ class TrainTransform:
         color_jitter: Brightness, contrast and saturation change by factors within 1 ± this; 0: off.
         cutout: Side in pixels of a square that becomes the mean; 0: off.
         random_erasing: Probability of a rectangle that becomes the mean.
+        views: How often each image comes, one view of all images after the other; 1 with mixup or CutMix.
         mixup: α of λ ~ Beta(α, α), Zhang et al., ICLR 2018; 0: off.
         cutmix: α of CutMix, Yun et al., ICCV 2019; 0: off.
         seed: The seed, at least 0.
@@ -125,12 +126,13 @@ class TrainTransform:
     color_jitter: float = 0.0
     cutout: int = 0
     random_erasing: float = 0.0
+    views: int = 1
     mixup: float = 0.0
     cutmix: float = 0.0
     seed: int = 0
 
     def __call__(self, images: Tensor, labels: Tensor, step: int, rank: int = 0) -> tuple[Tensor, Tensor]:
-        """Transform uint8 `[B, C, H, W]` and int64 `[B]` to float32 and int64 `[B]` or float32 `[B, K]`.
+        """Transform uint8 `[B, C, H, W]` and int64 `[B]` to float32 and int64 `[views·B]` or float32 `[B, K]`.
 
         Raises:
             UserError: The padding or the square is wider than the images, or they have no channels that can be augmented.
@@ -150,6 +152,8 @@ class TrainTransform:
                 f"auto_augment changes grey and RGB images, but these have {channels} channels: leave it out"
             )
         random = np.random.default_rng([self.seed, step, rank])
+        if self.views > 1:
+            images, labels = images.repeat(self.views, 1, 1, 1), labels.repeat(self.views)
         if self.crop_padding or self.flip:
             crops = draw_crops(len(images), self.crop_padding, self.flip, random)
             images = crop_and_flip(images, crops, self.crop_padding)

@@ -115,7 +115,7 @@ class Pause(Callback):
 
 
 def fit(folder, pause):
-    data = Sleepy(batch_size=16)
+    data = Sleepy(batch_size=16, views=2)
     data.pause = pause
     runs = new_trainer(
         LastCheckpoint(), Speed(), Pause(), max_epochs=1, limit_train_batches=5, limit_val_batches=1, val_check_interval=3,

@@ -48,6 +48,8 @@ def on_rank():
         ({"auto_augment": "autoaugment"}, "auto_augment 'autoaugment' is unknown"),
         ({"cutout": -1}, "cutout is -1"),
         ({"random_erasing": 1.5}, "random_erasing is 1.5"),
+        ({"views": 0}, "views is 0"),
+        ({"views": 2, "mixup": 1.0}, "views is 2: mixup and cutmix take one view"),
         ({"eval_batch_size": 0}, "eval_batch_size is 0"),
         ({"crop_padding": -1}, "crop_padding is -1"),
         *(({"mixup": alpha}, f"mixup is {alpha}") for alpha in (1e-300, inf, nan)),

@@ -141,6 +141,18 @@ def test_a_step_repeats_exactly_and_differs_from_every_other(batch):
     assert len(sums) == 5
 
 
+def test_views_are_augmented_apart_and_lie_one_after_the_other(batch):
+    images, labels = batch
+    transform = TrainTransform(num_classes=5, mean=(0.0,), std=(1 / 255,), crop_padding=2, flip=True, views=3)
+    viewed, repeated = transform(images, labels, 0)
+    assert torch.equal(repeated, torch.cat([labels] * 3))
+    once = TrainTransform(num_classes=5, mean=(0.0,), std=(1 / 255,), crop_padding=2, flip=True)
+    assert torch.equal(viewed, once(images.repeat(3, 1, 1, 1), repeated, 0)[0])
+    first, second, third = viewed.split(15)
+    assert sum(torch.equal(a, b) for a, b in zip(first, second, strict=True)) < 5
+    assert not torch.equal(second, third)
+
+
 def test_the_global_generator_is_left_alone(batch):
     transform = TrainTransform(num_classes=5, mean=MEAN, std=STD, crop_padding=4, flip=True, mixup=1.0, cutmix=1.0)
     before = torch.get_rng_state()

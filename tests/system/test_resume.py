@@ -38,10 +38,14 @@ trainer:
 EVERYTHING = [
     "--model.model_kwargs", '{"drop_rate": 0.2}', "--data.mixup", 0.5, "--data.val_fraction", 0.1,
     "--data.sampler", "balanced", "--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 0.5,
+    "--model.sam_rho", 0.05,
+]  # fmt: skip
+AUGMENTED = [
+    "--data.auto_augment", "randaugment", "--data.cutout", 2, "--data.random_erasing", 0.2, "--data.views", 2,
 ]  # fmt: skip
 KINDS = {
-    "accumulation, validation within the epoch, mixup, dropout, temperature": (EVERYTHING, [5, 12, 20]),
-    "two workers, validation after each epoch, online statistics": (["--data.num_workers", 2], [13]),
+    "accumulation, validation within the epoch, mixup, dropout, temperature, sharpness-aware steps": (EVERYTHING, [5, 12, 20]),
+    "two workers, validation after each epoch, online statistics, views": (["--data.num_workers", 2, *AUGMENTED], [13]),
     "counted in steps": (
         ["--trainer.max_epochs", -1, "--trainer.max_steps", 24, "--model.lr_scheduler.total_epochs", 2], [20]),
 }  # fmt: skip
