@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
-from typing import IO, Any, Literal, NamedTuple, Self, cast
+from typing import IO, Any, Literal, NamedTuple, Self, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -74,6 +74,7 @@ _MEND_OF_DIVERGENCE = (
 )
 PRIOR_SHIFTS = (2, 5, 10, 25, 50)  # the ratios of the long-tailed test sets for which an accuracy is logged
 _NEVER = 2**62  # a step that no training reaches
+Adjustment = Literal["additive", "multiplicative"]
 Compile = bool | Literal["reduce-overhead", "max-autotune"]
 # the first type makes the parser find Lightning's ReduceLROnPlateau by this name instead of torch's
 ScheduleCallable = Callable[[Optimizer], MonitoredReduceLROnPlateau] | Callable[[Optimizer], LRScheduler]
@@ -121,6 +122,7 @@ class Classifier(LightningModule):
         model_kwargs: Further arguments of timm's model, such as `{"width": 2}` for the CIFAR ResNets.
         logit_adjustment: The τ of post-hoc logit adjustment (Menon et al. 2021): validation, test and predict decide by `z - τ log π`, with
             the training frequencies π that the checkpoint holds. Training and the logged losses do not use it.
+        adjustment: "additive" as above, or "multiplicative", which decides by `z π^(-τ)` (Hasegawa & Sato, ICLR 2024).
         layer_decay: The factor of the learning rate from a layer of the backbone to the one before it, above 0 and up to 1; the head has
             the optimizer's own rate. With 1 all layers have that rate. It is meant for fine-tuning.
         lr_scale: Factors of the learning rate for parts of the model, by name, such as `{"head.linear": 0.5}`; the rest has 1.
@@ -137,7 +139,9 @@ class Classifier(LightningModule):
 
     Attributes:
         temperature: A scalar buffer that divides the logits of `predict` and of `ece_calibrated`, after any `logit_adjustment`, so it
-            never changes a decision. It is fitted on held-out validation images with the adjustment of that training, and 1 until then.
+            never changes a decision. It is fitted on held-out validation images with the adjustment of that training; until then it is the
+            loss's default.
+        is_calibrated: Whether the temperature was fitted.
         class_names: The names of the classes, from the data module or the checkpoint; None if unknown.
         preprocessing: Shape and normalisation of the images, from the data module trained on or the checkpoint; None if unknown.
         fingerprint: The fingerprint of the training images, from the data module trained on or the checkpoint; None if unknown.
@@ -166,6 +170,7 @@ class Classifier(LightningModule):
         pretrained: bool = False,
         model_kwargs: dict[str, Any] | None = None,
         logit_adjustment: float = 0.0,
+        adjustment: Adjustment = "additive",
         layer_decay: float = 1.0,
         lr_scale: dict[str, float] | None = None,
         sam_rho: float = 0.0,
@@ -192,6 +197,8 @@ class Classifier(LightningModule):
         self.loss.check_head(self.head)
         if not math.isfinite(logit_adjustment):
             raise UserError(f"logit_adjustment is {logit_adjustment}: give a finite τ, 0 for none")
+        if adjustment not in get_args(Adjustment):
+            raise UserError(f"adjustment must be one of {', '.join(get_args(Adjustment))}, got {adjustment!r}")
         if not 0 < layer_decay <= 1:
             raise UserError(f"layer_decay is {layer_decay}: give a factor from above 0 to 1, 1 for one learning rate")
         if not 0 <= sam_rho < math.inf:
@@ -211,7 +218,8 @@ class Classifier(LightningModule):
         self.class_names: list[str] | None = None
         self.preprocessing: Preprocessing | None = None
         self.fingerprint: str | None = None
-        self.register_buffer("temperature", torch.ones(()))
+        self.is_calibrated = False
+        self.register_buffer("temperature", torch.tensor(self.loss.default_temperature(self.head)))
         self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.long))
         self.register_buffer("_bad_step", torch.tensor(_NEVER), persistent=False)
         if class_counts is not None:
@@ -292,7 +300,7 @@ class Classifier(LightningModule):
     def calibrated(self, logits: Tensor) -> Tensor:
         """Compute the logits that decide; their softmax is the calibrated probabilities.
 
-        The `logit_adjustment` is subtracted, and the result divided by the temperature.
+        The `logit_adjustment` is applied, and the result divided by the temperature; so each logit goes through a linear function.
 
         Args:
             logits: The logits `[B, K]` of `forward`.
@@ -305,10 +313,14 @@ class Classifier(LightningModule):
         """
         return self._adjusted(logits) / self.temperature
 
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether a temperature has been fitted; if not, the probabilities are the softmax of the unscaled logits."""
-        return float(self.temperature) != 1
+    def describe_temperature(self) -> str:
+        """Say what temperature the probabilities have, and where it comes from."""
+        temperature = float(self.temperature)
+        if self.is_calibrated:
+            return f"temperature {temperature:.3g}, fitted on held-out images"
+        if temperature != 1:
+            return f"temperature {temperature:.3g}, the default of {type(self.loss).__name__}"
+        return "no temperature fitted: see --data.val_fraction"
 
     # --- steps -------------------------------------------------------------------------------------------------------------
 
@@ -411,7 +423,7 @@ class Classifier(LightningModule):
         return logits
 
     def _adjusted(self, logits: Tensor) -> Tensor:
-        """Subtract the `logit_adjustment`: float32 or float64 `[B, K]`."""
+        """Apply the `logit_adjustment`: float32 or float64 `[B, K]`."""
         logits, tau = at_least_float32(logits), float(self.hparams["logit_adjustment"])
         if tau == 0:
             return logits
@@ -419,7 +431,8 @@ class Classifier(LightningModule):
             raise UserError(
                 "logit_adjustment needs the training counts, which this model does not hold: give class_counts, or leave it out"
             )
-        return logits - tau * log_prior(self.class_counts.to(logits))
+        log_p = log_prior(self.class_counts.to(logits))
+        return logits - tau * log_p if self.hparams["adjustment"] == "additive" else logits * (-tau * log_p).exp()
 
     # --- epochs ------------------------------------------------------------------------------------------------------------
 
@@ -544,6 +557,7 @@ class Classifier(LightningModule):
             with averaged(self.trainer, self):  # by now callbacks have removed the validated weights from the model
                 self.temperature.copy_(temperature)
             self.temperature.copy_(temperature)
+            self.is_calibrated = True
         self.temperature_fit.reset()
         self._start("val")
 
@@ -747,6 +761,7 @@ class Classifier(LightningModule):
         checkpoint["class_names"] = self.class_names
         checkpoint["preprocessing"] = self.preprocessing and self.preprocessing._asdict()
         checkpoint["fingerprint"] = self.fingerprint
+        checkpoint["temperature"] = "fitted" if self.is_calibrated else "default"
         checkpoint["state_dict"]["class_counts"] = self.class_counts  # averaging of weights rounds whole numbers down
         if not self._is_fitting:
             return
@@ -766,6 +781,13 @@ class Classifier(LightningModule):
             checkpoint["state_dict"]["class_counts"] = counts  # in the averaged weights they are rounded down
         if (names := checkpoint.get("class_names")) is not None:
             self.class_names = list(map(readable, names))
+        state = checkpoint["state_dict"]
+        # older checkpoints do not say, and have 1 where none was fitted
+        self.is_calibrated = (
+            checkpoint.get("temperature", "fitted") == "fitted" and float(state.get("temperature", 1)) != 1
+        )
+        if "temperature" not in checkpoint and "temperature" in state and not self.is_calibrated:
+            state["temperature"] = torch.full_like(state["temperature"], float(self.temperature))
         self.preprocessing = Preprocessing.in_checkpoint(checkpoint) or self.preprocessing
         self.fingerprint = fingerprint_in(checkpoint) or self.fingerprint
         if not self._is_fitting:

@@ -83,6 +83,44 @@ def simplex_equiangular_tight_frame(k: int, d: int, seed: int = 0) -> np.ndarray
     return frame
 
 
+def orthant_code(num_classes: int, dim: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Make orthonormal rows without negative entries, which features after a ReLU can reach.
+
+    Each dimension belongs to one class, chosen at random; the numbers of dimensions of two classes differ by one at most. A class vector
+    has the same entry in all of its dimensions.
+
+    Args:
+        num_classes: The number of classes K >= 2.
+        dim: The dimension d >= K.
+        seed: The seed of the choice of dimensions.
+        dtype: The dtype of the result.
+
+    Returns:
+        `[K, d]`, rows of norm 1 with inner products 0; centred, they are a simplex ETF.
+
+    Raises:
+        UserError: There are fewer than two classes or more than d, or the seed is negative.
+
+    Source:
+        Kim & Kim, "Fixed Non-negative Orthogonal Classifier", ICLR 2024.
+
+    Example:
+        >>> orthant_code(2, 2).sum().item()
+        2.0
+    """
+    _check_sizes(num_classes, dim)
+    if num_classes > dim:
+        raise UserError(
+            f"no {num_classes} orthogonal class vectors exist in {dim} dimensions: give the head projection_dim={num_classes} or more, "
+            'or code="simplex"'
+        )
+    _check_seed(seed)
+    code = np.zeros((num_classes, dim))
+    for row, own in zip(code, np.array_split(np.random.default_rng(seed).permutation(dim), num_classes), strict=True):
+        row[own] = 1 / math.sqrt(len(own))
+    return torch.from_numpy(code).to(dtype)
+
+
 def nearest_etf(M: Tensor) -> tuple[Tensor, Tensor]:
     r"""Compute the simplex ETF closest to the rows of `M`, in closed form.
 

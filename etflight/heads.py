@@ -5,16 +5,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal, Self, cast
+from typing import Literal, Self, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from etflight.geometry import class_code, simplex_etf
+from etflight.geometry import class_code, orthant_code, simplex_etf
 from etflight.utils.errors import UserError
 from etflight.utils.precision import at_least_float32
 
+Code = Literal["simplex", "orthant", "sphere"]
 _WIDEST = 2**17  # the largest width of a projection; a frame and a layer of this width still fit some machine's memory
 _codes_follow = ContextVar("codes_follow", default=False)
 
@@ -93,8 +94,9 @@ class ETFHead(Head):
         num_classes: The number of classes K.
         projection_dim: The width d' of a projection before the frame, or None for no projection. It is linear up to `in_features`, and
             above that Linear-BatchNorm-ReLU-Linear (a linear map keeps the rank d, so it could not make room for more classes).
-        code: "simplex", which needs K <= d' + 1, or "sphere", `etflight.class_code`, which for K > 2d' takes seconds to minutes
-            to compute; a checkpoint already holds it.
+        linear_projection: Whether a wider projection is linear too; it needs K <= d + 1.
+        code: "simplex", which needs K <= d' + 1; "orthant", `etflight.geometry.orthant_code`, which needs K <= d'; or "sphere",
+            `etflight.class_code`, which for K > 2d' takes seconds to minutes to compute; a checkpoint already holds it.
         batch_norm: Whether to apply an affine `BatchNorm1d` to the embedding.
         normalize: Whether to scale the embedding to norm 1.
         scale: The factor of the cosine, > 0; 1 for dot regression, larger for cross-entropy, whose softmax of unit cosines can never be
@@ -117,7 +119,8 @@ class ETFHead(Head):
         num_classes: int,
         *,
         projection_dim: int | None = None,
-        code: Literal["simplex", "sphere"] = "simplex",
+        linear_projection: bool = False,
+        code: Code = "simplex",
         batch_norm: bool = True,
         normalize: bool = True,
         scale: float = 1.0,
@@ -127,18 +130,23 @@ class ETFHead(Head):
     ) -> None:
         super().__init__(in_features, num_classes)
         _check_scale("ETFHead: scale", scale)
-        if code not in ("simplex", "sphere"):
-            raise UserError(f'ETFHead: code must be "simplex" or "sphere", got {code!r}')
+        if code not in get_args(Code):
+            raise UserError(f"ETFHead: code must be one of {', '.join(get_args(Code))}, got {code!r}")
         if projection_dim is not None and not 1 <= projection_dim <= _WIDEST:
             raise UserError(
                 f"ETFHead: projection_dim is {projection_dim}: give a width from 1 to {_WIDEST}, or leave it out for no projection"
+            )
+        if linear_projection and num_classes > in_features + 1:
+            raise UserError(
+                f"ETFHead: a linear projection of {in_features} features has no room for the frame of {num_classes} classes: "
+                "leave out linear_projection"
             )
         width = in_features if projection_dim is None else projection_dim
         self.normalize = normalize
         self.learn_scale = learn_scale
         self.bias = None
         self.register_buffer("weight", _class_vectors(code, num_classes, width, seed))
-        self.projection = _projection(in_features, projection_dim)
+        self.projection = _projection(in_features, projection_dim, linear_projection)
         self.batch_norm = nn.BatchNorm1d(width) if batch_norm else nn.Identity()
         self.rotation = Rotation(width) if learn_rotation else nn.Identity()
         self._log_scale = nn.Parameter(torch.tensor(scale).log()) if learn_scale else None
@@ -345,9 +353,11 @@ class CosineHead(Head):
         return _exact_product(self.embed(features), directions) * self.cosine_scale
 
 
-def _class_vectors(code: str, num_classes: int, width: int, seed: int) -> Tensor:
+def _class_vectors(code: Code, num_classes: int, width: int, seed: int) -> Tensor:
     if code == "simplex":
         return simplex_etf(num_classes, width, seed=seed)
+    if code == "orthant":
+        return orthant_code(num_classes, width, seed=seed)
     if _codes_follow.get():
         return torch.full((num_classes, width), math.nan)
     return class_code(num_classes, width, seed=seed)
@@ -363,10 +373,10 @@ def _exact_product(embedding: Tensor, weight: Tensor) -> Tensor:
         return embedding @ weight.T.to(embedding.dtype)
 
 
-def _projection(in_features: int, projection_dim: int | None) -> nn.Module:
+def _projection(in_features: int, projection_dim: int | None, linear: bool) -> nn.Module:
     if projection_dim is None:
         return nn.Identity()
-    if projection_dim <= in_features:
+    if linear or projection_dim <= in_features:
         return nn.Linear(in_features, projection_dim, bias=False)
     return nn.Sequential(
         nn.Linear(in_features, projection_dim, bias=False),

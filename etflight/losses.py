@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from etflight.utils.precision import at_least_float32
 from etflight.utils.ranks import in_process_group, max_over_ranks, sum_over_ranks
 
 ClassBalance = Literal["none", "batch", "global", "effective"]
+SURE = 0.99  # the probability of a class for an embedding that equals its class vector
 SmoothingShape = Literal["concave", "linear", "convex"]
 
 
@@ -118,6 +119,10 @@ class Loss(nn.Module, ABC):
 
     def check_head(self, head: nn.Module) -> None:
         """Raise `UserError` if this loss cannot train that head; most losses can train any head."""
+
+    def default_temperature(self, head: nn.Module) -> float:
+        """Return the temperature of the probabilities of a model trained with this loss, until one is fitted; 1 unless overridden."""
+        return 1.0
 
     @abstractmethod
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -261,6 +266,17 @@ class DotRegressionLoss(Loss):
             raise UserError(
                 f"DotRegressionLoss has length {self.length}, but {name} has scale {head.scale}: set one to the other"
             )
+
+    def default_temperature(self, head: nn.Module) -> float:
+        """Return the temperature at which an embedding that equals its class vector has the probability `SURE`.
+
+        Dot regression pulls each logit to `length` and has no softmax of its own; that of cosines would be 0.25 at best for ten classes.
+        With the mean cosine c of two class vectors, -1/(K-1) in a simplex, T = length (1 - c) / log((K-1) SURE / (1 - SURE)).
+        """
+        vectors = cast(Tensor, head.weight).detach().double()
+        K = len(vectors)
+        cosine = float((vectors.sum(dim=0).square().sum() - K) / (K * (K - 1)))
+        return self.length * (1 - cosine) / math.log((K - 1) * SURE / (1 - SURE))
 
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the squared errors `[B]`."""

@@ -1,3 +1,4 @@
+import math
 from collections import Counter
 from copy import deepcopy
 from functools import partial
@@ -230,6 +231,7 @@ def test_class_weights_by_name_need_names_and_classes_of_these_names():
         ({"class_counts": [3, 4]}, "one per class"),
         ({"class_weights": [1.0, 2.0]}, "class_weights has 2 entries for 10 classes"),
         ({"logit_adjustment": float("nan")}, "logit_adjustment.*finite"),
+        ({"adjustment": "exponential"}, "adjustment must be one of additive, multiplicative"),
     ],
 )
 def test_parts_that_cannot_work_are_refused_in_one_line(options, reason):
@@ -259,11 +261,16 @@ def test_a_temperature_that_cannot_be_trusted_is_told_once_after_training(capsys
 def test_temperature_is_fitted_on_held_out_validation_and_never_on_the_test_set():
     watched, held_out = small(), small()
     trainer(max_epochs=1, limit_train_batches=2).fit(watched, Digits(batch_size=32))
-    assert watched.temperature.item() == 1.0
+    default = 10 / 9 / math.log(9 * 0.99 / 0.01)  # with it, an embedding on its class vector has the probability 0.99
+    assert watched.temperature.item() == pytest.approx(default, rel=1e-6)
+    assert not watched.is_calibrated
+    on_its_vector = watched.calibrated(watched.head.weight @ watched.head.weight.T).softmax(1).diagonal()
+    torch.testing.assert_close(on_its_vector, torch.full((10,), 0.99))
     seed_everything(0, verbose=False)
     run = trainer(max_epochs=2)
     run.fit(held_out, Digits(batch_size=32, val_fraction=0.2))
     assert 0 < held_out.temperature.item() < 0.8  # unit cosines are never confident
+    assert held_out.is_calibrated
     assert held_out.temperature_fit.doubt is None
     before = held_out.temperature.clone()
     result = run.test(held_out, Digits(batch_size=32, val_fraction=0.2), verbose=False)[0]
@@ -271,13 +278,16 @@ def test_temperature_is_fitted_on_held_out_validation_and_never_on_the_test_set(
     assert result["test/ece_calibrated"] < result["test/ece"]
 
 
-def test_post_hoc_logit_adjustment_decides_by_logits_less_log_priors_of_the_checkpoints_counts(tmp_path):
+@pytest.mark.parametrize("adjustment", ["additive", "multiplicative"])
+def test_post_hoc_logit_adjustment_uses_the_frequencies_of_the_checkpoints_counts(adjustment, tmp_path):
     data = Digits(imbalance_ratio=20, batch_size=50)
     counts = torch.as_tensor(data.class_counts)
     plain = small(head=LinearHead, loss=CrossEntropyLoss, class_counts=counts.tolist())
     torch.nn.init.normal_(plain.head.bias)
     path = save(plain, tmp_path / "c.ckpt")
-    loaded = {tau: Classifier.load_from_checkpoint(path, logit_adjustment=tau) for tau in (0.0, 1.5)}
+    loaded = {
+        tau: Classifier.load_from_checkpoint(path, logit_adjustment=tau, adjustment=adjustment) for tau in (0.0, 1.5)
+    }
     loaded[1.5].temperature.fill_(2.0)
     results = {tau: trainer().test(model, Digits(), verbose=False)[0] for tau, model in loaded.items()}
     predicted = torch.cat(trainer().predict(loaded[1.5], Digits()))
@@ -286,7 +296,8 @@ def test_post_hoc_logit_adjustment_decides_by_logits_less_log_priors_of_the_chec
     labels = torch.cat(labels)
     with torch.no_grad():
         logits = plain.eval()(torch.cat(images)).double()
-    adjusted = logits - 1.5 * (counts.double() / counts.sum()).log()
+    prior = counts.double() / counts.sum()
+    adjusted = logits - 1.5 * prior.log() if adjustment == "additive" else logits * prior**-1.5
     torch.testing.assert_close(predicted.double(), (adjusted / 2).softmax(1), rtol=1e-4, atol=1e-6)
     for tau, z in ((0.0, logits), (1.5, adjusted)):
         assert results[tau]["test/acc"] == pytest.approx((z.argmax(1) == labels).double().mean().item())

@@ -7,7 +7,7 @@ from scipy.linalg import orthogonal_procrustes
 from torch.testing import assert_close
 
 from etflight import class_code, geometry, largest_cosine, nearest_etf, simplex_etf
-from etflight.geometry import simplex_equiangular_tight_frame
+from etflight.geometry import orthant_code, simplex_equiangular_tight_frame
 from etflight.utils.errors import UserError
 from tests.tensors import LargestTensor
 
@@ -40,6 +40,17 @@ def test_a_simplex_for_every_size_and_seed(size, seed):
     assert torch.equal(W, simplex_etf(*size, seed=seed, dtype=torch.float64))
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.integers(2, 24).flatmap(lambda K: st.tuples(st.just(K), st.integers(K, 60))), st.integers(0, 2**31 - 1))
+def test_an_orthant_code_is_orthonormal_without_negative_entries_and_centred_a_simplex(size, seed):
+    W = orthant_code(*size, seed=seed, dtype=torch.float64)
+    assert_close(W @ W.T, torch.eye(size[0], dtype=torch.float64))
+    assert bool((W >= 0).all())
+    assert bool((W > 0).any(0).all())
+    centred = W - W.mean(0)
+    assert_simplex(centred / centred.norm(dim=1, keepdim=True))
+
+
 @pytest.mark.parametrize(("K", "d"), [(2, 1), (65, 64), (300, 400)])
 def test_extreme_sizes_keep_their_accuracy_in_both_dtypes(K, d):
     assert_simplex(simplex_etf(K, d, dtype=torch.float64))
@@ -65,10 +76,14 @@ def test_the_numpy_frame_is_the_same_frame():
     [
         (simplex_etf, (12, 10), r"K = 12 .*d = 10 .*projection_dim=11.*code=\"sphere\""),
         (simplex_etf, (1, 8), "at least two classes"),
+        (orthant_code, (9, 8), "no 9 orthogonal class vectors exist in 8 dimensions.*projection_dim=9"),
         (class_code, (-3, 8), "at least two classes"),
         (class_code, (3, 0), "feature_dim"),
         (class_code, (3, 1), "K = 3"),
-        *((make, size, "seed of a frame is -1") for make, size in ((simplex_etf, (4, 8)), (class_code, (12, 8)))),
+        *(
+            (make, size, "seed of a frame is -1")
+            for make, size in ((simplex_etf, (4, 8)), (orthant_code, (4, 8)), (class_code, (12, 8)))
+        ),
         (class_code, (100, 8), "seed of a frame is -1"),
     ],
 )

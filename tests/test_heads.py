@@ -62,7 +62,7 @@ def test_logits_are_those_of_numpy_and_cosines_exact_in_half_precision_too(kind,
     np.testing.assert_allclose(array(logits), expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("code", ["simplex", "sphere"])
+@pytest.mark.parametrize("code", ["simplex", "orthant", "sphere"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_target_logits_are_the_targets_column_of_the_logits(code, dtype, autocast):
@@ -134,9 +134,11 @@ def test_a_sphere_code_is_not_computed_where_a_state_dict_brings_it():
     assert torch.equal(simplex.weight, ETFHead(16, 10).weight)
 
 
-@pytest.mark.parametrize(("projection_dim", "linear"), [(9, True), (16, True), (40, False)])
-def test_projection_is_linear_up_to_the_features_width_and_non_linear_above(projection_dim, linear):
-    head = ETFHead(16, 10, projection_dim=projection_dim)
+@pytest.mark.parametrize(
+    ("projection_dim", "asked", "linear"), [(9, False, True), (16, False, True), (40, False, False), (40, True, True)]
+)
+def test_projection_is_linear_up_to_the_features_width_and_above_if_asked(projection_dim, asked, linear):
+    head = ETFHead(16, 10, projection_dim=projection_dim, linear_projection=asked)
     assert head.weight.shape == (10, projection_dim)
     assert isinstance(head.projection, nn.Linear) is linear
     features = torch.randn(200, 4, generator=GENERATOR) @ torch.randn(4, 16, generator=GENERATOR)
@@ -236,3 +238,9 @@ def test_a_bad_argument_is_named(make, name, values):
             make(16, 10, **{name: value})
     with pytest.raises(UserError, match="at least two classes"):
         make(16, 1)
+
+
+def test_a_linear_projection_without_room_for_the_frame_is_refused():
+    ETFHead(16, 17, projection_dim=40, linear_projection=True)
+    with pytest.raises(UserError, match="linear projection of 16 features has no room for the frame of 18 classes"):
+        ETFHead(16, 18, projection_dim=40, linear_projection=True)

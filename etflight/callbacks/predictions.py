@@ -183,7 +183,7 @@ class PredictionTable(Callback):
         images = [data.sample_name("test", i) for i in in_order]
         with writing_to(self.path.parent, "--output"):
             write(self.path, Predictions(images, labels, probabilities, rest[0] if rest else None), names)
-            rank_zero_info(f"predictions: {self.path} ({_of_probabilities(model)})")
+            rank_zero_info(f"predictions: {self.path} (probabilities: {model.describe_temperature()})")
             self._tell_skipped({data.sample_name("test", i): skipped[i] for i in sorted(skipped)})
 
     def _tell_skipped(self, reasons: dict[str, str]) -> None:
@@ -194,12 +194,6 @@ class PredictionTable(Callback):
             count = "1 image" if len(reasons) == 1 else f"{len(reasons)} images"
             more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
             warn(f"{count} could not be read, listed in {path}: {'; '.join(list(reasons.values())[:3])}{more}")
-
-
-def _of_probabilities(model: Classifier) -> str:
-    if model.is_calibrated:
-        return f"probabilities calibrated with temperature {float(model.temperature):.3g}"
-    return "probabilities not calibrated, because no temperature was fitted: see --data.val_fraction"
 
 
 def _reason(data: Any, index: int) -> str:

@@ -102,7 +102,7 @@ def _names(groups: Mapping[str, torch.Tensor]) -> list[str]:
 
 def _figures(model: Classifier, evaluation: Evaluation) -> "dict[str, Figure]":
     panels = {"raw": evaluation.raw}
-    if model.is_calibrated:
+    if float(model.temperature) != 1:
         panels[f"temperature {float(model.temperature):.3g}"] = evaluation.calibrated
     figures = {"reliability": etflight.plotting.reliability_diagram(panels)}
     if evaluation.confusion is not None:
@@ -120,7 +120,7 @@ def _tables(metrics: Mapping[str, float], model: Classifier, evaluation: Evaluat
     """Make a table for each group of measures, no wider than 80 columns."""
     images, classes = int(evaluation.classes.samples.sum()), len(model.class_counts)
     tau = model.hparams["logit_adjustment"]
-    adjusted = f", logit adjustment {tau:g}" if tau else ""
+    adjusted = f", {model.hparams['adjustment']} logit adjustment {tau:g}" if tau else ""
     columns = {"acc": "accuracy", "acc_macro": "balanced", "acc_harmonic": "harmonic mean", "acc_worst": "worst class"}
     yield _row(f"Test: {images} images of {classes} classes, in per cent{adjusted}", metrics, columns)
     if bool(model.class_counts.any()):
@@ -131,12 +131,9 @@ def _tables(metrics: Mapping[str, float], model: Classifier, evaluation: Evaluat
         ):
             columns = {f"acc_{name}": f"{name} ({int(members.sum())})" for name, members in groups.items()}
             yield _row(title, metrics, columns)
-    fitted = (
-        f"temperature {float(model.temperature):.3g}"
-        if model.is_calibrated
-        else "no temperature fitted: see --data.val_fraction"
+    yield _row(
+        f"Calibration, {model.describe_temperature()}", metrics, {"ece": "ECE", "ece_calibrated": "ECE calibrated"}
     )
-    yield _row(f"Calibration, {fitted}", metrics, {"ece": "ECE", "ece_calibrated": "ECE calibrated"})
     if bool(model.class_counts.any()):
         table = Table("ratio of the test images", box=SIMPLE_HEAD)
         for ratio in PRIOR_SHIFTS:

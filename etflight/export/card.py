@@ -69,7 +69,6 @@ The softmax of these logits is {probabilities}.
 """,
 }
 _CALIBRATED = "The softmax of its logits is {probabilities}."
-_UNCALIBRATED = "its probabilities, which are not calibrated, since no temperature was fitted"
 _DECISIONS_ONLY = (
     "Its decisions are those of the trained model; the softmax of its logits is **not** its probabilities: the head divides each "
     "embedding by its norm, which no linear layer can. The formats `onnx` and `torch-export` have them."
@@ -155,7 +154,7 @@ def _front_matter(name: str, formats: Sequence[str], result: Result | None, lice
 
 def _use(kind: str, exact: bool, classifier: Classifier, preprocessing: Preprocessing) -> str:
     module = type(classifier.backbone).__module__
-    probabilities = "the calibrated probabilities" if classifier.is_calibrated else _UNCALIBRATED
+    probabilities = f"its probabilities ({classifier.describe_temperature()})"
     return _USES[kind].format(
         registration="" if module.startswith("timm.") else f"import {module}  # registers the architecture in timm\n",
         shape=", ".join(map(str, preprocessing.input_size)),

@@ -28,8 +28,8 @@ class Graph(nn.Module):
         classifier: The classifier, in evaluation mode, on the CPU.
     """
 
-    temperature: Tensor
-    adjustment: Tensor
+    factor: Tensor
+    shift: Tensor
 
     @torch.no_grad()
     def __init__(self, classifier: Classifier) -> None:
@@ -37,13 +37,14 @@ class Graph(nn.Module):
         self.backbone, self.head = classifier.backbone, copy.deepcopy(classifier.head)
         if isinstance(rotation := getattr(self.head, "rotation", None), Rotation):
             self.head.rotation = _constant(rotation)  # ONNX has no operator that solves equations
-        self.register_buffer("temperature", classifier.temperature)
-        self.register_buffer("adjustment", classifier.calibrated(torch.zeros(1, self.head.num_classes)))
+        zero, one = (classifier.calibrated(torch.full((1, self.head.num_classes), value)) for value in (0.0, 1.0))
+        self.register_buffer("factor", one - zero)
+        self.register_buffer("shift", zero)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `[B, K]`, float32."""
         logits: Tensor = self.head(self.backbone(images))
-        return logits.float() / self.temperature + self.adjustment
+        return logits.float() * self.factor + self.shift
 
 
 def _constant(rotation: Rotation) -> nn.Linear:

@@ -85,14 +85,16 @@ def linear_decisions(classifier: Classifier) -> Linear:
     if not linear or (lost > 1e-4 * logits.abs().amax()).any():
         raise UserError(f"no linear layer decides as a {type(head).__name__} with these options does: {_OTHERS}")
     calibrated = torch.allclose(logits, found, rtol=1e-4, atol=1e-4)
-    tau: float = classifier.hparams["logit_adjustment"]
+    shift, one = (classifier.calibrated(torch.full((1, head.num_classes), value))[0].double() for value in (0.0, 1.0))
     if calibrated:  # then the adjustment of each class and the temperature belong to the layer
-        adjustment = classifier.calibrated(torch.zeros(1, head.num_classes))[0]
-        weight, bias = weight / classifier.temperature, bias / classifier.temperature + adjustment
-    elif tau:
+        weight, bias = weight * (one - shift)[:, None], bias * (one - shift) + shift
+    elif shift.any():
+        tau: float = classifier.hparams["logit_adjustment"]
         raise UserError(
             f"the logit adjustment of {tau} is added to cosines, for which a linear layer lacks the normalisation: {_OTHERS}"
         )
+    else:
+        weight, bias = weight * one[:, None], bias * one
     return Linear(weight.float(), bias.float(), calibrated)
 
 

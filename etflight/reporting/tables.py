@@ -47,7 +47,7 @@ COLUMNS = (
     Column("many", "many", "test/acc_many", _per_cent),
     Column("medium", "medium", "test/acc_medium", _per_cent),
     Column("few", "few", "test/acc_few", _per_cent),
-    Column("ECE", "ECE", "test/ece", _per_cent),
+    Column("ECE", "ECE", "test/ece_calibrated", _per_cent),
     Column("NC1", "NC1", "nc/train/nc1", _decimals),
     Column("alignment", "align.", "nc/train/alignment", _decimals),
 )

@@ -250,12 +250,15 @@ def test_images_may_stand_in_a_configuration_file_or_behind_an_equals_sign(rgb, 
         predict(rgb, tmp_path / "out.csv", "-c", tmp_path / "text.yaml")
 
 
-def test_it_says_whether_the_probabilities_are_calibrated(rgb, tmp_path, caplog):
+def test_it_says_where_the_temperature_comes_from(rgb, tmp_path, caplog):
     picture().save(tmp_path / "one.png")
     saved = torch.load(rgb, weights_only=True)
+    del saved["temperature"]  # as in an older checkpoint, which has 1 unless a temperature was fitted
+    torch.save(saved, tmp_path / "fitted.ckpt")
     saved["state_dict"]["temperature"].fill_(1.0)
     torch.save(saved, tmp_path / "unfitted.ckpt")
-    for path, told in ((rgb, "calibrated with temperature 0.2"), (tmp_path / "unfitted.ckpt", "not calibrated")):
+    for name, told in (("fitted", "temperature 0.2, fitted"), ("unfitted", "temperature 0.284, the default")):
+        path = tmp_path / f"{name}.ckpt"
         caplog.clear()
         predict(path, tmp_path / f"{path.stem}.csv", "--images", tmp_path / "one.png")
         (line,) = [message for message in caplog.messages if message.startswith("predictions:")]

@@ -60,12 +60,11 @@ def test_nothing_is_said_that_is_not_known(classifier, tmp_path):
     assert ModelCard(card_of(classifier)).data.eval_results is None
 
 
-def test_it_says_whether_probabilities_are_calibrated():
+def test_it_says_where_the_temperature_comes_from():
     model = Classifier(2, "test_resnet").eval()
-    assert "not calibrated" in card_of(model, onnx=True)
-    model.temperature.fill_(0.5)
-    assert "the calibrated probabilities" in card_of(model, onnx=True)
-    assert "not calibrated" not in card_of(model, onnx=True)
+    assert "temperature 0.435, the default of DotRegressionLoss" in card_of(model, onnx=True)
+    model.is_calibrated = True
+    assert "temperature 0.435, fitted on held-out images" in card_of(model, onnx=True)
 
 
 @pytest.mark.parametrize(("channels", "formats"), [(1, ["timm", "onnx", "torch-export"]), (3, ["timm"])])
@@ -83,7 +82,7 @@ def test_what_it_says_to_do_works(channels, formats, tmp_path, monkeypatch, caps
     text = Path("README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     images = torch.randn(5, channels, 16, 16)
-    expected = model.eval()(images)
+    expected = model.calibrated(model.eval()(images))
     capsys.readouterr()
     exec(blocks[0].replace("PATH_OF_THIS_FOLDER", ".").replace("PATH_OF_AN_IMAGE", "one.png"), {})
     assert capsys.readouterr().out.strip() in ("cat", "dog")

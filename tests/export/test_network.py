@@ -41,21 +41,24 @@ DECISIONS = {
 }
 
 
+@pytest.mark.parametrize("adjustment", ["additive", "multiplicative"])
 @pytest.mark.parametrize("name", [*EXACT, *DECISIONS])
 @torch.no_grad()
-def test_one_linear_layer_decides_as_the_head(name):
+def test_one_linear_layer_decides_as_the_head(name, adjustment):
     """And as logit adjustment and temperature, where it gives the probabilities."""
-    tau = 1.5 if name in EXACT else 0.0
-    model = trained({**EXACT, **DECISIONS}[name], logit_adjustment=tau)
+    tau = 1.5 if name in EXACT or adjustment == "multiplicative" else 0.0
+    model = trained({**EXACT, **DECISIONS}[name], logit_adjustment=tau, adjustment=adjustment)
     layer = linear_decisions(model)
     features = 3 * torch.randn(2000, 64)
     found = features @ layer.weight.T + layer.bias
     prior = torch.arange(5, 55, 5) / torch.arange(5, 55, 5).sum()
-    logits = (model.head(features) - tau * prior.log()) / 0.3
+    logits = model.head(features)
+    logits = (logits - tau * prior.log() if adjustment == "additive" else logits / prior**tau) / 0.3
     assert torch.equal(found.argmax(1), logits.argmax(1))
     assert layer.calibrated == (name in EXACT)
     if layer.calibrated:
-        torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-3)
+        factor = prior**-tau if adjustment == "multiplicative" else 1.0  # up to 400, and rounding grows with it
+        torch.testing.assert_close(found / factor, logits / factor, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(

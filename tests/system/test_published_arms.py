@@ -14,7 +14,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 # controls and variants of our own
 OWN = {
     "ce", "ce_balanced", "ce_balanced_sampling", "ce_bn_norm", "ce_bn_norm_balanced", "ce_cosine", "ce_frozen", "etf_bce", "etf_ce",
-    "etf_ce_la", "etf_ce_la_rotation", "etf_ce_learn_scale", "etf_ce_unscaled", "etf_dr", "etf_dr_rotation", "etf_dr_sqrt_balanced",
+    "etf_ce_la", "etf_ce_la_rotation", "etf_ce_la_sam", "etf_ce_learn_scale", "etf_ce_unscaled", "etf_dr", "etf_dr_rotation",
+    "etf_dr_sqrt_balanced", "etf_mislas",
 }  # fmt: skip
 
 
@@ -55,6 +56,7 @@ ZHONG = (
     "dvlab-research/MiSLAS at bb5ba7e, dcdc6cf: train_stage2.py, config/cifar{10,100}/cifar*_imb001_stage2_mislas.yaml"
 )
 KOROMILAS = "pakoromilas/nc_by_design at 371cb2f: README.md, losses.py, configs/ce_cifar.yaml"
+RBL = "its released code and logs for CIFAR-10-LT at 100; in its linear layer ours has no bias"
 LIN = "arXiv 1708.02002, section 5.1: gamma 2 works best; a detector, so no schedule to compare"
 
 LDAM_DRW = {
@@ -107,6 +109,13 @@ SOURCES = {
         {"lr": 0.1, "momentum": 0.9, "nesterov": True, "batch": 128, "epochs": 1241, "mixup": 0.0,
          "head": "LinearHead", "loss": "CrossEntropyLoss", "loss.class_balance": "none", "logit_adjustment": 1},
         {"nesterov": (False, SHARED), "epochs": (200, SHARED), "mixup": MIXUP},
+    ),
+    "rbl": Source(
+        RBL,
+        {"lr": 0.1, "nesterov": True, "weight_decay": 5e-4, "batch": 256, "epochs": 600, "mixup": 0.0, "head": "ETFHead",
+         "head.projection_dim": 256, "head.linear_projection": True, "head.batch_norm": False, "head.normalize": False,
+         "head.learn_rotation": True, "loss": "CrossEntropyLoss", "loss.class_balance": "none", "logit_adjustment": 1},
+        {"nesterov": (False, SHARED), "weight_decay": (2e-4, SHARED), "batch": (128, SHARED), "epochs": (200, SHARED), "mixup": MIXUP},
     ),
     "crt": Source(KANG, CRT, OF_THE_SET),
     "lws": Source(
