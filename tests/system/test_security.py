@@ -543,7 +543,7 @@ def test_a_downloaded_archive_leaves_its_folder_in_no_way(member, cwd, monkeypat
     monkeypatch.setattr(FashionMNIST, "published", Published)
     monkeypatch.setattr(FashionMNIST, "system_folder", "nowhere")
     own = tarfile.TarFile.extraction_filter
-    with pytest.raises(UserError, match="the download failed .*outside the destination") as caught:
+    with pytest.raises(UserError, match=r"the download failed .*outside the destination") as caught:
         FashionMNIST("data", download=True).prepare_data()
     assert "\n" not in str(caught.value)
     assert {p.name for p in cwd.iterdir()} == {"data", "evilmod.py"}
