@@ -81,27 +81,23 @@ def names_or_numbers(class_names: Sequence[str] | None, num_classes: int) -> lis
 
 
 def class_sizes(
-    values: Numbers, counts: Numbers, class_names: Sequence[str] | None, what: str
+    values: Numbers, counts: Numbers, class_names: Sequence[str] | None
 ) -> tuple[Array, Array, list[str], NDArray[np.int64]]:
-    """The values and numbers of training images of all classes, their names, and the classes that can be shown.
-
-    Raises:
-        ValueError: The lengths differ.
-    """
+    """The values and numbers of training images of all classes, their names, and the classes that can be shown."""
     y, x = as_array(values), as_array(counts)
-    if len(x) != len(y):
-        raise ValueError(f"{len(y)} {what} for {len(x)} class counts")
     return y, x, names_or_numbers(class_names, len(x)), np.flatnonzero(np.isfinite(y) & (x > 0))
 
 
-def size_axis(axes: Axes) -> None:
-    """Make the x axis one of training images per class, logarithmic."""
-    axes.set_xscale("log")
-    axes.set_xlabel("training images of the class")
+def points_by_size(counts: Array, values: Array) -> tuple[Figure, Axes]:
+    """A figure with a point for each class, over its training images on a logarithmic axis."""
+    figure, axes = single_axes()
+    axes.scatter(counts, values, s=46 if len(counts) <= 100 else 16, color=BLUE, alpha=0.85, lw=0, zorder=3)
+    axes.set(xscale="log", xlabel="training images of the class")
     axes.margins(x=0.1)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
+    return figure, axes
 
 
 def heat_map(

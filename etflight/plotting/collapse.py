@@ -20,8 +20,8 @@ from etflight.plotting.canvas import (
     heat_map,
     name_points,
     names_or_numbers,
+    points_by_size,
     single_axes,
-    size_axis,
 )
 
 _MOST_CLASSES = 1000  # sides of the largest heat map: a picture has no pixels for more cells
@@ -72,13 +72,8 @@ def cosine_heatmap(
 
     Returns:
         A figure with one image; its data are the cosines, `[K, K]`, classes' means in rows.
-
-    Raises:
-        ValueError: The shapes do not fit.
     """
     M, W = as_array(means), as_array(weight)
-    if M.shape != W.shape or M.ndim != 2:
-        raise ValueError(f"means and class vectors must both be [K, d], got {list(M.shape)} and {list(W.shape)}")
     K = len(M)
     shown = np.linspace(0, K - 1, min(K, _MOST_CLASSES)).round().astype(int)
     names = names_or_numbers(class_names, K)
@@ -116,14 +111,9 @@ def spectrum(values: Numbers) -> Figure:
 
     Returns:
         A figure with the values as its first line and the flat reference as its second; the title has the effective rank.
-
-    Raises:
-        ValueError: There are no values.
     """
     singular = np.sort(as_array(values))[::-1].copy()
     n = len(singular)
-    if n == 0:
-        raise ValueError("the spectrum is empty: it takes two classes with samples")
     index = np.arange(1, n + 1)
     flat = np.sqrt(np.mean(singular**2))
     figure, axes = single_axes()
@@ -154,15 +144,10 @@ def variability_by_size(variances: Numbers, counts: Numbers, class_names: Sequen
 
     Returns:
         A figure whose first collection holds the points `(count, variance)`.
-
-    Raises:
-        ValueError: The lengths differ.
     """
-    y, x, names, shown = class_sizes(variances, counts, class_names, "variances")
+    y, x, names, shown = class_sizes(variances, counts, class_names)
     positive, zero = shown[y[shown] > 0], shown[y[shown] <= 0]
-    figure, axes = single_axes()
-    axes.scatter(x[positive], y[positive], s=46 if len(shown) <= 100 else 16, color=BLUE, alpha=0.85, lw=0, zorder=3)
-    size_axis(axes)
+    figure, axes = points_by_size(x[positive], y[positive])
     axes.margins(y=0.12)
     if len(positive) and y[positive].max() > 20 * y[positive].min():
         axes.set_yscale("log")

@@ -19,8 +19,7 @@ from etflight.plotting.canvas import (
     heat_map,
     name_points,
     names_or_numbers,
-    single_axes,
-    size_axis,
+    points_by_size,
     tidy,
 )
 
@@ -35,12 +34,7 @@ def reliability_diagram(panels: dict[str, ReliabilityBins]) -> Figure:
 
     Returns:
         A figure with two axes for each panel, in columns; the upper one's first container holds the bars of accuracy.
-
-    Raises:
-        ValueError: There is no panel.
     """
-    if not panels:
-        raise ValueError("a reliability diagram needs bins")
     figure = Figure(figsize=(0.6 + 4.2 * len(panels), 5.6), dpi=DPI, layout="constrained")
     rows = figure.subplots(2, len(panels), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1))
     for column, (name, bins) in enumerate(panels.items()):
@@ -54,11 +48,10 @@ def reliability_diagram(panels: dict[str, ReliabilityBins]) -> Figure:
             label="gap to the mean confidence", zorder=3,
         )  # fmt: skip
         upper.plot([0, 1], [0, 1], "--", color=GREY, lw=1.5, zorder=4)
+        upper.set(xlim=(0, 1), ylim=(0, 1))
         upper.set_title(f"{name}: ECE {100 * float(bins.ece):.1f} %", fontsize=11)
         lower.bar(middle, counts / max(counts.sum(), 1), width, color=GREY, edgecolor="white", lw=0.6, zorder=2)
         lower.set_xlabel("confidence")
-        upper.set_xlim(0, 1)
-        upper.set_ylim(0, 1)
         tidy(upper)
         tidy(lower)
     rows[0, 0].set_ylabel("accuracy")
@@ -78,13 +71,8 @@ def confusion_matrix(counts: Matrix, class_names: Sequence[str] | None = None) -
 
     Returns:
         A figure with one image; its data are the shares, `[K, K]`.
-
-    Raises:
-        ValueError: The matrix is not square.
     """
     cells = as_array(counts)
-    if cells.ndim != 2 or cells.shape[0] != cells.shape[1]:
-        raise ValueError(f"confusion counts must be [K, K], got {list(cells.shape)}")
     with np.errstate(invalid="ignore"):
         shares = cells / cells.sum(1, keepdims=True)
     names = names_or_numbers(class_names, len(cells))
@@ -113,14 +101,9 @@ def accuracy_by_size(accuracy: Numbers, counts: Numbers, class_names: Sequence[s
 
     Returns:
         A figure whose first collection holds the points `(count, accuracy)`.
-
-    Raises:
-        ValueError: The lengths differ.
     """
-    y, x, names, shown = class_sizes(accuracy, counts, class_names, "accuracies")
-    figure, axes = single_axes()
-    axes.scatter(x[shown], y[shown], s=46 if len(shown) <= 100 else 16, color=BLUE, alpha=0.85, lw=0, zorder=3)
-    size_axis(axes)
+    y, x, names, shown = class_sizes(accuracy, counts, class_names)
+    figure, axes = points_by_size(x[shown], y[shown])
     lowest = max(0.0, np.floor(10 * y[shown].min() - 0.5) / 10) if len(shown) else 0.0
     axes.set_ylim(lowest - 0.04 * (1 - lowest), 1 + 0.08 * (1 - lowest))
     left, right = axes.get_xlim()

@@ -50,14 +50,9 @@ def class_histogram(counts: Numbers, class_names: Sequence[str] | None = None, *
 
     Returns:
         A figure whose bars, or pieces of the curve, go from the most frequent class to the rarest.
-
-    Raises:
-        ValueError: The lengths differ.
     """
     sizes = as_array(counts)
     names = names_or_numbers(class_names, len(sizes))
-    if len(names) != len(sizes):
-        raise ValueError(f"{len(names)} class names for {len(sizes)} class counts")
     order = by_frequency(torch.as_tensor(sizes)).numpy()
     sizes, names = sizes[order], [names[k] for k in order.tolist()]
     groups = {group: members.numpy() for group, members in shot_groups(torch.as_tensor(sizes)).items() if members.any()}
@@ -79,10 +74,9 @@ def _bars(axes: Axes, sizes: Array, groups: dict[str, NDArray[np.bool_]], names:
     axes.set_yticks(np.arange(len(sizes)), [short(name, 32) for name in names], fontsize=8)
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
-    axes.set_ylim(len(sizes) - 0.4, -0.6)
+    axes.set(ylim=(len(sizes) - 0.4, -0.6), xlabel="training images")
     axes.margins(x=0.09)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("training images")
 
 
 def _curve(axes: Axes, sizes: Array, groups: dict[str, NDArray[np.bool_]]) -> None:
@@ -95,11 +89,11 @@ def _curve(axes: Axes, sizes: Array, groups: dict[str, NDArray[np.bool_]]) -> No
     if logarithmic:
         axes.set_yscale("log")
     axes.set_ylim(bottom=bottom)
-    axes.set_xlim(0.5, len(sizes) + 0.5)
+    axes.set(
+        xlim=(0.5, len(sizes) + 0.5), xlabel="classes, from the most frequent to the rarest", ylabel="training images"
+    )
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("classes, from the most frequent to the rarest")
-    axes.set_ylabel("training images")
 
 
 def contact_sheet(
@@ -118,14 +112,7 @@ def contact_sheet(
 
     Returns:
         A figure with one sheet per block of at most 22 rows.
-
-    Raises:
-        ValueError: The lengths differ, or a row has no name.
     """
-    if len(images) != len(rows):
-        raise ValueError(f"{len(images)} images for {len(rows)} places")
-    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(names):
-        raise ValueError(f"rows {int(rows.min())} to {int(rows.max())} for {len(names)} names")
     names = [f"{short(name, 30)} ({count:,})" for name, count in zip(names, counts, strict=True)]
     blocks = -(-len(names) // _MOST_ROWS)
     per_block = -(-len(names) // blocks)

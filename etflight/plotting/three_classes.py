@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -21,6 +22,16 @@ from etflight.plotting.canvas import (
 )
 from etflight.utils.arrays import read_arrays
 from etflight.utils.files import replacing
+
+_BOX = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.75}
+_NAME: dict[str, Any] = {
+    "ha": "center",
+    "va": "center",
+    "fontsize": 12,
+    "fontweight": "bold",
+    "zorder": 5,
+    "bbox": _BOX,
+}
 
 
 def triangle(
@@ -54,53 +65,35 @@ def triangle(
     Raises:
         ValueError: The classes are not three different ones, or their vectors lie on one line.
     """
-    chosen = _three(classes, len(weight))
-    plane = _Plane(as_array(weight)[chosen])
-    points, y = plane.project(as_array(embeddings)), as_array(labels)
-    if len(points) != len(y):
-        raise ValueError(f"{len(points)} embeddings for {len(y)} labels")
+    plane = _Plane(weight, classes)
+    points, y_true = plane.project(as_array(embeddings)), as_array(labels)
     figure = Figure(figsize=(5.6, 5.6), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
-    corners = plane.corners
-    axes.fill(*corners.T, facecolor="#f4f4f4", edgecolor=GREY, lw=1.2, zorder=1)
-    for corner in corners:
-        axes.plot([0, corner[0]], [0, corner[1]], color="#d9d9d9", lw=1, zorder=1.5)
-    for colour, marker, k in zip((BLUE, VERMILION, GREEN), "os^", chosen, strict=True):
-        own = points[y == k]
+    axes.fill(*plane.corners.T, facecolor="#f4f4f4", edgecolor=GREY, lw=1.2, zorder=1)
+    for colour, marker, k, corner in zip((BLUE, VERMILION, GREEN), "os^", classes, plane.corners, strict=True):
+        own = points[y_true == k]
         size, alpha = (9, 0.35) if len(own) > 300 else (20, 0.55) if len(own) > 30 else (36, 0.75)
+        axes.plot([0, corner[0]], [0, corner[1]], color="#d9d9d9", lw=1, zorder=1.5)
         axes.scatter(own[:, 0], own[:, 1], s=size, marker=marker, color=colour, alpha=alpha, lw=0, zorder=3)
-    axes.scatter(
-        corners[:, 0], corners[:, 1], s=150, marker="*", facecolor="white", edgecolor="black", lw=1.2, zorder=4
-    )
-    half = extent if extent is not None else _extent(plane, points[np.isin(y, chosen)])
-    for colour, k, corner in zip((BLUE, VERMILION, GREEN), chosen, corners, strict=True):
         name = str(k) if class_names is None else short(class_names[k])
-        direction = corner / max(float(np.linalg.norm(corner)), 1e-12)
-        axes.annotate(
-            name,
-            tuple(corner),
-            (24 * direction[0], 19 * direction[1]),
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            fontsize=12,
-            fontweight="bold",
-            color=colour,
-            zorder=5,
-            bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.75},
-        )
-    axes.set_xlim(-half, half)
-    axes.set_ylim(plane.middle - half, plane.middle + half)
-    axes.set_aspect("equal")
+        outwards = np.array([24, 19]) * corner / max(float(np.linalg.norm(corner)), 1e-12)
+        axes.annotate(name, tuple(corner), tuple(outwards), textcoords="offset points", color=colour, **_NAME)
+    x, y = plane.corners.T
+    axes.scatter(x, y, s=150, marker="*", facecolor="white", edgecolor="black", lw=1.2, zorder=4)
+    half = extent if extent is not None else _extent(plane, points[np.isin(y_true, classes)])
+    axes.set(xlim=(-half, half), ylim=(plane.middle - half, plane.middle + half), aspect="equal")
     axes.set_axis_off()
     axes.set_title("" if epoch is None else f"epoch {epoch}", fontsize=14)
     return figure
 
 
 class _Plane:
-    """The plane through three points: its origin is their centre, its second axis points to the first of them."""
+    """The plane through three class vectors: its origin is their centre, its second axis points to the first of them."""
 
-    def __init__(self, vectors: Array) -> None:
+    def __init__(self, weight: Matrix, classes: Sequence[int]) -> None:
+        if len(classes) != 3 or len(set(classes) & set(range(len(weight)))) != 3:
+            raise ValueError(f"classes must be three different labels from 0 to {len(weight) - 1}, got {classes}")
+        vectors = as_array(weight)[list(classes)]
         self.origin = vectors.mean(0)
         sides = np.stack([vectors[0] - self.origin, vectors[2] - vectors[1]])  # up, and across
         if np.linalg.matrix_rank(sides, tol=1e-6 * np.linalg.norm(sides)) < 2:
@@ -114,13 +107,6 @@ class _Plane:
         """`[N, d]` to `[N, 2]`."""
         flat: Array = (points - self.origin) @ self.axes.T
         return flat
-
-
-def _three(classes: Sequence[int], num_classes: int) -> list[int]:
-    chosen = [int(k) for k in classes]
-    if len(set(chosen)) != 3 or len(chosen) != 3 or not all(0 <= k < num_classes for k in chosen):
-        raise ValueError(f"classes must be three different labels from 0 to {num_classes - 1}, got {chosen}")
-    return chosen
 
 
 def _extent(plane: _Plane, points: Array) -> float:
@@ -139,8 +125,6 @@ def triangle_film(
     path: str | Path,
     *,
     class_names: Sequence[str] | None = None,
-    frame_ms: int = 150,
-    last_ms: int = 2000,
 ) -> None:
     """Write the triangle view of every snapshot as an animated GIF, all frames to one scale and in one plane.
 
@@ -151,28 +135,22 @@ def triangle_film(
         classes: Three different labels.
         path: The GIF.
         class_names: `[K]`; the labels as numbers by default.
-        frame_ms: Milliseconds that a frame stays.
-        last_ms: Milliseconds that the last frame stays.
 
     Raises:
-        ValueError: There is no file, or the classes are not three different ones.
+        ValueError: The classes are not three different ones.
         UserError: A file is no snapshot; the message names it.
     """
-    if not snapshot_files:
-        raise ValueError("there are no snapshots to film")
     shots = [read_arrays(Path(file), "embeddings", "labels", "epoch", "weight") for file in snapshot_files]
     weight = shots[-1]["weight"]
-    chosen = _three(classes, len(weight))
-    plane = _Plane(as_array(weight)[chosen])
-    extent = max(
-        _extent(plane, plane.project(as_array(shot["embeddings"])[np.isin(shot["labels"], chosen)])) for shot in shots
-    )
+    plane = _Plane(weight, classes)
+    own = (as_array(shot["embeddings"])[np.isin(shot["labels"], classes)] for shot in shots)
+    extent = max(_extent(plane, plane.project(embeddings)) for embeddings in own)
     frames = []
     for shot in shots:
         points, labels, epoch = shot["embeddings"], shot["labels"], int(shot["epoch"])
-        figure = triangle(points, labels, weight, chosen, epoch, class_names=class_names, extent=extent)
+        figure = triangle(points, labels, weight, classes, epoch, class_names=class_names, extent=extent)
         figure.set_dpi(80)
         frames.append(render(figure).quantize(64, dither=Image.Dither.NONE))
-    times = [frame_ms] * (len(frames) - 1) + [last_ms]
+    times = [150] * (len(frames) - 1) + [2000]  # milliseconds
     with replacing(path) as partial:
         frames[0].save(partial, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)

@@ -52,8 +52,6 @@ def write_page(path: Path, sections: Sequence[Section]) -> list[str]:
         plotly = import_module("plotly.offline")  # by name: it has no types, and may be missing
     except ImportError:
         raise UserError("a page needs plotly: pip install 'etflight[report]'") from None
-    if path.exists() and MARK not in _start_of(path):
-        raise UserError(f"{path} exists and is no page of etflight report, so it stays as it is: give another name")
     remarks: list[str] = []
     content = {
         "version": version("etflight"),
@@ -72,6 +70,8 @@ def write_page(path: Path, sections: Sequence[Section]) -> list[str]:
     }
     html = "".join(parts.get(piece, piece) for piece in _part("page.html").split("@@"))
     try:
+        if path.exists() and MARK.encode() not in path.read_bytes()[:1000]:
+            raise UserError(f"{path} exists and is no page of etflight report, so it stays as it is: give another name")
         with replacing(path) as partial:
             partial.write_text(html, encoding="utf-8")
     except OSError as error:
@@ -81,14 +81,6 @@ def write_page(path: Path, sections: Sequence[Section]) -> list[str]:
 
 def _part(name: str) -> str:
     return (files("etflight.reporting") / name).read_text(encoding="utf-8")
-
-
-def _start_of(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return file.read(1000).decode(errors="replace")
-    except OSError:
-        return ""
 
 
 # What the page draws, as plain data -----------------------------------------------------------------------------------

@@ -69,13 +69,11 @@ class Result:
     def record(self) -> dict[str, Any]:
         """The record for a result file: facts and metrics in one flat dict of plain data."""
         facts = asdict(self)
-        facts.pop("source")
-        metrics = {k: int(v) if k.endswith("_epoch") else v for k, v in facts.pop("metrics").items()}
+        del facts["source"], facts["metrics"]
         if self.ratio is not None and self.ratio == int(self.ratio):
             facts["ratio"] = int(self.ratio)
-        first = {name: facts.pop(name) for name in ("dataset", "ratio", "arm", "seed")}
-        rest = {name: value for name, value in facts.items() if value is not None or name in ALWAYS}
-        return {**first, **metrics, **rest}
+        metrics = {name: int(v) if name.endswith("_epoch") else v for name, v in self.metrics.items()}
+        return {name: value for name, value in facts.items() if value is not None or name in ALWAYS} | metrics
 
 
 def read_results(paths: Iterable[Path]) -> tuple[list[Result], list[str]]:
@@ -127,13 +125,18 @@ def _from_record(where: str, record: object) -> Result:
     for name in ("dataset", "arm", "test/acc"):
         if record.get(name) is None:
             raise UserError(f"{where} has no {name}")
+    metrics = {name: value for name, value in record.items() if "/" in name}
+    return Result(source=where, metrics=_checked(where, metrics), **_checked_facts(where, record))
+
+
+def _checked_facts(where: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts that are known, each of its kind; anything else is refused."""
     facts = {name: value for name, value in record.items() if name in _FACTS and value is not None}
     for name, value in facts.items():
         belongs, fits = _FACTS[name]
         if not fits(value):
             raise UserError(f"{where} has {value!r:.60} for its {name}, where {belongs} belongs")
-    metrics = {name: value for name, value in record.items() if "/" in name}
-    return Result(source=where, metrics=_checked(where, metrics), **facts)
+    return facts
 
 
 def _checked(where: str, metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -156,7 +159,7 @@ def _from_run(folder: Path) -> Result:
     if not (folder / RECORD).is_file():
         raise UserError(f"{folder} has no {RECORD}: it is no run folder, such as runs/digits/ce")
     record = _names(folder / RECORD)
-    data, hardware = _part(record, "data"), _part(record, "hardware")
+    data = _part(record, "data")
     tested = folder / "test_metrics.json"
     metrics: dict[str, float] = {}
     if tested.is_file():
@@ -165,23 +168,20 @@ def _from_run(folder: Path) -> Result:
         metrics = _checked(str(tested), defined)
     epochs, logged = _training(folder / "metrics.csv")
     counts = data.get("class_counts")
-    return Result(
-        source=str(folder),
-        dataset=_text(data.get("dataset")) or _text(data.get("class")),
-        ratio=finite(data.get("imbalance_ratio")),
-        arm=_text(record.get("arm")) or _text(record.get("name")) or folder.name,
-        seed=None if isinstance(record.get("seed"), bool) else record.get("seed"),
-        epochs=epochs,
-        commit=_text(record.get("commit")),
-        config_sha256=_text(record.get("config_sha256")),
-        fingerprint=_text(data.get("fingerprint")),
-        command=_text(record.get("command")),
-        num_classes=len(counts) if isinstance(counts, list) and counts else None,
-        validation=_text(data.get("validation")),
-        seconds=_seconds(folder / "speed.csv"),
-        hardware=_hardware(hardware),
-        metrics=metrics | logged,
-    )
+    facts = {
+        "dataset": data.get("dataset") or data.get("class"),
+        "ratio": data.get("imbalance_ratio"),
+        "arm": record.get("arm") or record.get("name") or folder.name,
+        "seed": None if record.get("seed") is False else record.get("seed"),
+        "epochs": epochs,
+        "fingerprint": data.get("fingerprint"),
+        "num_classes": len(counts) if isinstance(counts, list) and counts else None,
+        "validation": data.get("validation"),
+        "seconds": _seconds(folder / "speed.csv"),
+        "hardware": _hardware(_part(record, "hardware")),
+        **{name: record.get(name) for name in ("commit", "config_sha256", "command")},
+    }
+    return Result(source=str(folder), metrics=metrics | logged, **_checked_facts(str(folder / RECORD), facts))
 
 
 def _names(path: Path) -> dict[str, Any]:
@@ -194,10 +194,6 @@ def _names(path: Path) -> dict[str, Any]:
 def _part(record: Mapping[str, Any], name: str) -> dict[str, Any]:
     part = record.get(name)
     return part if isinstance(part, dict) else {}
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None
 
 
 def _training(path: Path) -> tuple[int | None, dict[str, float]]:
@@ -228,13 +224,12 @@ def _seconds(path: Path) -> float | None:
     return sum(seconds.values()) if seconds and len(seconds) == len({row.get("epoch") for row in rows}) else None
 
 
-def _hardware(facts: Mapping[str, Any]) -> str | None:
-    gpus, processes = facts.get("gpus"), facts.get("processes")
-    on_gpu = facts.get("device", "cuda") == "cuda" and isinstance(gpus, list) and gpus
-    name = _text(gpus[0]) if on_gpu and isinstance(gpus, list) else _text(facts.get("cpu"))
-    if name is None:
-        return None
-    threads = facts.get("threads")
-    if not on_gpu and isinstance(threads, int):
-        name += f", {threads} thread{'s' * (threads != 1)}"
-    return f"{processes} × {name}" if isinstance(processes, int) and processes > 1 else name
+def _hardware(facts: Mapping[str, Any]) -> Any:
+    gpus, processes, threads = facts.get("gpus"), facts.get("processes"), facts.get("threads")
+    if facts.get("device", "cuda") == "cuda" and isinstance(gpus, list) and gpus:
+        name = gpus[0]
+    else:
+        name = facts.get("cpu")
+        if name is not None and isinstance(threads, int):
+            name = f"{name}, {threads} thread{'s' * (threads != 1)}"
+    return f"{processes} × {name}" if name is not None and isinstance(processes, int) and processes > 1 else name

@@ -86,15 +86,12 @@ def _grids(section: Section) -> list[tuple[Sequence[str], list[list[str]]]]:
 
 def notes(section: Section) -> list[str]:
     """Sentences that a reader of a section's numbers has to know."""
-    found = []
-    for validation in different(section.results, "validation"):
-        if validation == "held out":
-            found.append("Validation images are held out: the best epoch is that of their accuracy.")
-        else:
-            found.append(
-                f"Validation images are {validation}: the best epoch is picked on it, an upper bound and no result."
-            )
-    return found
+    return [
+        "Validation images are held out: the best epoch is that of their accuracy."
+        if validation == "held out"
+        else f"Validation images are {validation}: the best epoch is picked on it, an upper bound and no result."
+        for validation in different(section.results, "validation")
+    ]
 
 
 def hardware(section: Section) -> str:
@@ -103,13 +100,12 @@ def hardware(section: Section) -> str:
 
 
 def _row(group: Group) -> list[str]:
-    epochs = sorted(different(group.results, "epochs"))
-    seconds = group.seconds()
+    epochs, seconds = sorted(different(group.results, "epochs")), group.seconds()
     return [
         group.arm,
         ", ".join("?" if r.seed is None else str(r.seed) for r in group.results),
         *(_cell(group.stat(column.metric), column.show, len(group.results)) for column in COLUMNS),
-        MISSING if not epochs else "–".join(str(e) for e in dict.fromkeys((epochs[0], epochs[-1]))),
+        "–".join(map(str, dict.fromkeys(epochs[:1] + epochs[-1:]))) or MISSING,
         MISSING if seconds is None else duration(seconds.mean),
         "; ".join(different(group.results, "hardware")) or MISSING,
     ]
@@ -134,10 +130,11 @@ def duration(seconds: float) -> str:
 
 def for_terminal(section: Section) -> list[Table]:
     """Tables of rich, without the hardware; a cell may take several lines."""
+    (_, arms), *others = _grids(section)
     header = ("arm", "seeds", *(column.short for column in COLUMNS), "epochs", "time")
-    arms = _table(header, [row[:-1] for row in rows(section)])
-    arms.title = as_it_is(section.title)
-    return [arms, *([_table(PUBLISHED_HEADER, published(section))] if section.published else [])]
+    tables = [_table(header, [row[:-1] for row in arms]), *(_table(*grid) for grid in others)]
+    tables[0].title = as_it_is(section.title)
+    return tables
 
 
 def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> Table:
@@ -192,33 +189,27 @@ def comma_separated(sections: Sequence[Section]) -> str:
 
     A metric has three columns: mean, `…_std` and `…_n`, how many runs have it.
     """
-    metrics = [f"{c.metric}{part}" for c in COLUMNS for part in ("", "_std", "_n")]
+    metrics = [f"{column.metric}{part}" for column in COLUMNS for part in ("", "_std", "_n")]
     columns = ["dataset", "ratio", "arm", "seeds", *metrics, "epochs", "seconds", "hardware", "source"]
     out = io.StringIO()
-    writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
     writer.writeheader()
     for section in sections:
         place = {"dataset": section.dataset, "ratio": None if section.ratio is None else f"{section.ratio:g}"}
         for group in section.groups:
-            values: dict[str, object] = {}
-            for column in COLUMNS:
-                if (stat := group.stat(column.metric)) is not None:
-                    names = (column.metric, f"{column.metric}_std", f"{column.metric}_n")
-                    values |= dict(zip(names, stat, strict=True))
+            stats = [value for column in COLUMNS for value in group.stat(column.metric) or (None, None, None)]
             seconds = group.seconds()
             facts = {
                 "arm": plain(group.arm),
-                "seeds": " ".join("?" if r.seed is None else plain(r.seed) for r in group.results),
+                "seeds": " ".join("?" if r.seed is None else str(r.seed) for r in group.results),
                 "epochs": " ".join(map(str, different(group.results, "epochs"))),
                 "seconds": None if seconds is None else seconds.mean,
                 "hardware": plain("; ".join(different(group.results, "hardware"))),
             }
-            writer.writerow(place | values | facts)
+            writer.writerow(place | dict(zip(metrics, stats, strict=True)) | facts)
         for entry in section.published:
-            facts = {name: entry.get(name) for name in ("test/acc", "epochs")}
-            writer.writerow(
-                place | facts | {"arm": entry["method"], "source": f"{entry['backbone']}; {entry['read_in']}"}
-            )
+            facts = {"arm": entry["method"], "source": f"{entry['backbone']}; {entry['read_in']}"}
+            writer.writerow(place | facts | {name: entry.get(name) for name in ("test/acc", "epochs")})
     return out.getvalue()
 
 

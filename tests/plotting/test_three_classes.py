@@ -48,7 +48,7 @@ def snapshots(folder: Path, number: int) -> list[Path]:
 
 def test_film_has_a_frame_per_snapshot_all_to_one_scale(tmp_path):
     path = tmp_path / "films" / "triangle.gif"
-    plotting.triangle_film(snapshots(tmp_path, 4), (0, 1, 3), path, frame_ms=100, last_ms=1000)
+    plotting.triangle_film(snapshots(tmp_path, 4), (0, 1, 3), path)
     with Image.open(path) as film:
         assert film.n_frames == 4
         frames, times = [], []
@@ -56,7 +56,7 @@ def test_film_has_a_frame_per_snapshot_all_to_one_scale(tmp_path):
             film.seek(i)
             frames.append(np.asarray(film.convert("L")).astype(int))
             times.append(film.info["duration"])
-    assert times == [100, 100, 100, 1000]
+    assert times == [150, 150, 150, 2000]
     # the triangle's edges stay where they are: pixels dark in the first frame are dark in all, but for titles and points
     height = frames[0].shape[0]
     dark = frames[0][int(0.75 * height) :] < 140

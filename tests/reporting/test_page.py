@@ -52,7 +52,7 @@ def test_measurements_within_an_epoch_stand_at_their_steps(runs, tmp_path):
 
 
 def test_the_page_asks_nothing_of_the_network_and_no_name_ends_its_data_or_starts_a_tag(tmp_path):
-    run = make_run(tmp_path / "r", arm=EVIL, seed=EVIL, hardware={"cpu": EVIL}, command=EVIL)
+    run = make_run(tmp_path / "r", arm=EVIL, hardware={"cpu": EVIL}, command=EVIL)
     write_csv(run / "per_class.csv", classes([EVIL] * 3))
     (run / "config.yaml").write_text(json.dumps({EVIL: EVIL}))
     write(tmp_path / "report.html", [run])

@@ -115,7 +115,7 @@ def test_the_slider_moves_embeddings_and_heat_map_to_an_epoch(browser, page, tmp
 
 
 def test_names_are_shown_as_they_are_and_run_nothing(browser, tmp_path):
-    run = make_run(tmp_path / "r", arm=EVIL, seed=EVIL, hardware={"cpu": EVIL}, command=EVIL)
+    run = make_run(tmp_path / "r", arm=EVIL, hardware={"cpu": EVIL}, command=EVIL)
     leave(run, classes=3)
     write_csv(run / "per_class.csv", classes([EVIL, "<i>short</i>", "%{x}"]))
     (run / "config.yaml").write_text(json.dumps({EVIL: EVIL}))

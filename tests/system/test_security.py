@@ -564,7 +564,7 @@ HOSTILE_RESULTS = {
 
 def test_report_refuses_hostile_results_and_prints_text_as_it_is(cwd, etflight_command):
     Path("r").mkdir()
-    Path("r/run.json").write_text(json.dumps({"seed": "[/red]\x1b[2J"}))
+    Path("r/run.json").write_text(json.dumps({"arm": "[/red]\x1b[2J"}))
     for content in HOSTILE_RESULTS.values():
         Path("r/test_metrics.json").write_bytes(content)
         assert_refused(etflight_command("report", "r", cwd=cwd), "test_metrics.json")
