@@ -185,7 +185,10 @@ class Classifier(LightningModule):
         self.save_hyperparameters(ignore=buffers)
         self.hparams.pop("_instantiator", None)  # it names a function that loading would import and call
         parts = {name: self.hparams[name] for name in PLUGGABLE if self.hparams[name] is not None}
-        self.save_hyperparameters({name: describe(part, name) for name, part in parts.items()}, ignore=buffers)
+        plain: dict[str, Any] = {name: describe(part, name) for name, part in parts.items()}
+        if isinstance(class_weights, Mapping):  # in YAML the name 3 is a number
+            plain["class_weights"] = {str(name): weight for name, weight in class_weights.items()}
+        self.save_hyperparameters(plain, ignore=buffers)
         from etflight.backbones import build_backbone  # timm takes a second, which `--help` need not wait for
 
         self.backbone, feature_dim = build_backbone(

@@ -195,8 +195,8 @@ def test_class_weights_weigh_the_training_loss_and_survive_a_checkpoint(tmp_path
     by_name = {"3": 4.0, "7": 0.5}
     in_a_list = [by_name.get(str(k), 1.0) for k in range(10)]
     expected = F.cross_entropy(logits, target, weight=torch.tensor(in_a_list), reduction="sum") / 16
-    for weights in (by_name, in_a_list):
-        model = small(head=LinearHead, loss=CrossEntropyLoss, class_weights=weights)
+    for given, weights in ((by_name, by_name), ({3: 4.0, 7: 0.5}, by_name), (in_a_list, in_a_list)):
+        model = small(head=LinearHead, loss=CrossEntropyLoss, class_weights=given)
         run = trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=1)
         run.fit(model, Digits(batch_size=16))
         torch.testing.assert_close(model.loss.train()(logits, target), expected)
