@@ -514,6 +514,10 @@ class NTCELoss(Loss):
         super().__post_init__()
         self._check("temperature", 0 < self.temperature < math.inf, "must be positive and finite")
 
+    def default_temperature(self, head: nn.Module) -> float:
+        """Return τ, since the loss is that of the softmax of `z/τ`."""
+        return self.temperature
+
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the losses `[B]`; in training every process of the step must call it."""
         z = logits / self.temperature

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from etflight import (
     BinaryCrossEntropyLoss,
+    Classifier,
     CosineHead,
     CrossEntropyLoss,
     DotRegressionLoss,
@@ -162,6 +163,12 @@ def test_a_loss_of_the_batch_is_a_softmax_over_classes_when_it_does_not_train(ma
         assert_close(loss(LOGITS, target), F.cross_entropy(2 * LOGITS, target))
         halves = [loss(z, t) for z, t in zip(LOGITS.split(6), target.split(6), strict=True)]
         assert_close(torch.stack(halves).mean(), loss(LOGITS, target))
+
+
+def test_the_probabilities_of_a_loss_of_the_batch_have_its_temperature():
+    model = Classifier(10, "resnet20_cifar", ETFHead, partial(NONLLoss, temperature=0.2), in_chans=1).eval()
+    images = torch.randn(4, 1, 8, 8, generator=GENERATOR)
+    assert_close(model.probabilities(images), (model(images) / 0.2).softmax(1))
 
 
 def test_nonl_of_a_batch_of_one_class_is_0_and_so_is_its_gradient():
