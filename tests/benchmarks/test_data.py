@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import AutoAugmentPolicy, v2
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from etflight import Classifier, LinearHead
 from etflight.data import ArrayImages, FolderImages
+from etflight.data.auto_augment import AutoAugment, augment
 from etflight.losses import CrossEntropyLoss
 
 pytestmark = pytest.mark.benchmark
@@ -57,9 +59,19 @@ def transformed(data, loader):
         yield data.train_transform(batch, step)
 
 
-@pytest.mark.parametrize("mixup", [0.0, 1.0], ids=["crop and flip", "mixup too"])
-def test_a_batch_in_memory_costs_little_of_a_training_step(mixup, cifar_like, median_ratio, record_ratio):
-    data = cifar_like(mixup=mixup)
+@pytest.mark.parametrize(
+    ("name", "options", "limit"),
+    [
+        ("crop, flip", {}, 0.03),
+        ("with mixup", {"mixup": 1.0}, 0.03),
+        ("with AutoAugment and Cutout", {"auto_augment": "autoaugment_cifar10", "cutout": 16}, 0.05),
+    ],
+    ids=["crop and flip", "mixup too", "automatic augmentation too"],
+)
+def test_a_batch_in_memory_costs_little_of_a_training_step(
+    name, options, limit, cifar_like, median_ratio, record_ratio
+):
+    data = cifar_like(**options)
     batches = transformed(data, itertools.chain.from_iterable(itertools.repeat(data.train_dataloader())))
     images, labels = next(batches)
     torch.manual_seed(0)
@@ -74,7 +86,33 @@ def test_a_batch_in_memory_costs_little_of_a_training_step(mixup, cifar_like, me
         optimizer.step()
 
     ratio = median_ratio(lambda: next(batches), step, repeats=9)
-    record_ratio(f"batch of 128 ({'with mixup' if mixup else 'crop, flip'}) / step of ResNet-32", ratio, 0.03)
+    record_ratio(f"batch of 128 ({name}) / step of ResNet-32", ratio, limit)
+
+
+@pytest.mark.parametrize(
+    ("policy", "published", "limit"),
+    [
+        ("autoaugment_cifar10", v2.AutoAugment(AutoAugmentPolicy.CIFAR10), 1 / 6),
+        ("randaugment", v2.RandAugment(), 1 / 6),
+        ("trivialaugment", v2.TrivialAugmentWide(), 1 / 6),
+    ],
+)
+def test_a_batch_is_augmented_several_times_as_quickly_as_image_by_image(
+    policy, published, limit, pixels, median_ratio, record_ratio
+):
+    images = torch.from_numpy(pixels[:128]).permute(0, 3, 1, 2).contiguous()
+    random, drawn = np.random.default_rng(0), AutoAugment.parse(policy)
+
+    def ours():
+        for _ in range(5):
+            augment(images, *drawn.draw(128, 32, 32, random))
+
+    def one_by_one():
+        for _ in range(5):
+            torch.stack([published(image) for image in images])
+
+    ratio = median_ratio(ours, one_by_one, repeats=9)
+    record_ratio(f"{policy} of a batch of 128 / torchvision's of its images one by one", ratio, limit)
 
 
 class Bare(Dataset):
