@@ -31,6 +31,7 @@ class CifarNet(nn.Module):
     """
 
     conv1: nn.Conv2d
+    global_pool: Any
     fan: ClassVar[Literal["fan_in", "fan_out"]]
 
     def __init__(
@@ -44,7 +45,6 @@ class CifarNet(nn.Module):
         drop_rate: float,
     ) -> None:
         super().__init__()
-        self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
@@ -60,8 +60,7 @@ class CifarNet(nn.Module):
             self.feature_info.append({"num_chs": chs, "reduction": 2**i, "module": name})
 
         self.num_features = channels[-1]
-        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool)
-        self.head_hidden_size: int = self.num_features * self.global_pool.feat_mult()
+        self.reset_classifier(num_classes, global_pool)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode=self.fan, nonlinearity="relu")
@@ -85,7 +84,7 @@ class CifarNet(nn.Module):
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool
         pool, fc = create_classifier(self.num_features, num_classes, pool_type=pool_type)
         self.global_pool, self.fc = pool.train(self.training), fc.to(self.conv1.weight).train(self.training)
-        self.head_hidden_size = self.num_features * pool.feat_mult()
+        self.head_hidden_size: int = self.num_features * pool.feat_mult()
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images `[B, in_chans, H, W]` to features `[B, num_features, ⌈H/4⌉, ⌈W/4⌉]`; DenseNets round down."""

@@ -45,15 +45,10 @@ class ArrayImages(ImageDataModule):
         """The file's `class_names`, else the labels as text.
 
         Raises:
-            UserError: `class_names` is not a list, or the training labels do not count from 0.
+            UserError: The training labels do not count from 0.
         """
         if "class_names" in self.members:
-            names = self.array("class_names")
-            if names.ndim != 1:
-                raise UserError(
-                    f"{self.path}: class_names is of shape {list(names.shape)}: give one name per class, [K]"
-                )
-            return [readable(str(name)) for name in names]
+            return [readable(str(name)) for name in self.array("class_names").reshape(-1)]
         return list(map(str, range(number_of_classes(self._labels("train"), f"{self.path}: train_labels"))))
 
     @cached_property
@@ -99,13 +94,12 @@ class ArrayImages(ImageDataModule):
         Raises:
             UserError: The file is missing, or is no `.npz` file.
         """
-        if not Path(self.path).is_file():
-            raise UserError(f"{self.path}: no such file: give the path of an .npz file")
         try:
             with zipfile.ZipFile(self.path) as archive:
                 return [name.removesuffix(".npy") for name in archive.namelist()]
         except (zipfile.BadZipFile, OSError, ValueError) as error:
-            raise UserError(f"{self.path} is no .npz file ({error}): write it with numpy.savez") from None
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{self.path} is no .npz file ({reason}): give one that numpy.savez has written") from None
 
     def array(self, name: str) -> NDArray[np.generic]:
         """One array of the file.

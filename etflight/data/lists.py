@@ -286,8 +286,6 @@ def read_lines(lines: Iterable[str], where: str, root: str) -> tuple[Paths, Tens
             problem = "is no path and label: give a path below the root, a blank and a number from 0 on"
         elif path.startswith("/") or (".." in path and ".." in path.split("/")):
             problem = "leaves the root: give paths below it"
-        elif "\\" in path:
-            problem = "has a backslash: write folders as a/b.jpg"
         if problem:
             raise UserError(f"{where}: line {number} ({line[:200]!r}) {problem}")
         paths.append(path)

@@ -1,6 +1,5 @@
 """How many images each class keeps, which of them an epoch draws, and how ranks share them."""
 
-import difflib
 import hashlib
 import math
 from bisect import bisect_right
@@ -360,16 +359,16 @@ def resolve_policy(policy: str | float) -> str | float:
     """Check a policy: a known name stays, a number or numeric string becomes the exponent q.
 
     Raises:
-        UserError: It is neither a policy nor a finite number; the message names near matches.
+        UserError: It is neither a policy nor a finite number.
     """
     if policy in POLICIES:
         return policy
     try:
         exponent = float(policy)
     except ValueError:
-        near = difflib.get_close_matches(str(policy), POLICIES)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"give one of {', '.join(POLICIES)}, or an exponent"
-        raise UserError(f"sampler policy {policy!r} is unknown: {hint}") from None
+        raise UserError(
+            f"sampler policy {policy!r} is unknown: give one of {', '.join(POLICIES)}, or an exponent"
+        ) from None
     if not math.isfinite(exponent):
         raise UserError(f"sampler policy {policy!r}: the exponent must be a finite number")
     return exponent

@@ -17,8 +17,6 @@ from etflight.data.files import Square, files_below, stack
 from etflight.data.sources import UNREADABLE, Batch, ImageSource, ImageSplit
 from etflight.utils.errors import UserError
 
-_MEMBERS = ("images", "test_images")
-
 
 @dataclass(eq=False, kw_only=True)
 class UnlabelledImages(ImageDataModule):
@@ -29,7 +27,7 @@ class UnlabelledImages(ImageDataModule):
 
     Args:
         paths: Image files (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM), folders of them, and `.npz` files with images `[N, H, W]` or
-            `[N, H, W, C]`, uint8 or uint16, as `images`, as `test_images` or alone.
+            `[N, H, W, C]`, uint8 or uint16, as `images` or `test_images`.
         input_size: C, H and W of the model.
         crop_pct: Part of the resized image that is kept.
         names: The class names.
@@ -161,11 +159,9 @@ class _Split(ImageSplit):
 def _read_array(path: str, channels: int) -> NDArray[Any]:
     """The images `[N, H, W, C]` of an `.npz` file, uint8 or uint16."""
     file = ArrayImages(path)
-    known = [name for name in _MEMBERS if name in file.members] or file.members
-    if not known or (known[0] not in _MEMBERS and len(known) > 1):
-        raise UserError(f"{path} has no `images`, but {', '.join(known) or 'nothing'}: call the images `images`")
-    images = file.array(known[0])
-    what = f"{path}: {known[0]} is {images.dtype} of shape {list(images.shape)}"
+    name = "test_images" if "test_images" in file.members and "images" not in file.members else "images"
+    images = file.array(name)
+    what = f"{path}: {name} is {images.dtype} of shape {list(images.shape)}"
     if images.dtype not in (np.uint8, np.uint16) or images.ndim not in (3, 4) or 0 in images.shape[1:]:
         raise UserError(f"{what}: give uint8 or uint16 [N, H, W] or [N, H, W, C]")
     refuse_other_layouts(images, what)

@@ -129,16 +129,14 @@ def _split(results: Iterable[Result], key: Callable[[Result], Any]) -> dict[Any,
 
 def _of_same_classes(results: list[Result], remarks: list[str]) -> list[Result]:
     known = next((r for r in results if r.num_classes is not None), None)
-    kept = []
-    for result in results:
-        if known is None or result.num_classes in (None, known.num_classes):
-            kept.append(result)
-        else:
-            remarks.append(
-                f"left out: {result.source} has {result.num_classes} classes, {known.source} of the same data set and ratio "
-                f"has {known.num_classes}"
-            )
-    return kept
+    if known is None:
+        return results
+    others = [result for result in results if result.num_classes not in (None, known.num_classes)]
+    remarks += [
+        f"left out: {result.source} has {result.num_classes} classes, {known.source} of the same data set and ratio has {known.num_classes}"
+        for result in others
+    ]
+    return [result for result in results if result not in others]
 
 
 def _one_per_seed(results: list[Result], remarks: list[str]) -> list[Result]:

@@ -104,14 +104,15 @@ def _section(section: Section, remarks: list[str]) -> dict[str, Any]:
 def _run(result: Result, configurations: dict[str, Mapping[str, Any]], remarks: list[str]) -> dict[str, Any]:
     folder = Path(result.source)
     name = plain(folder)
-    readers: dict[str, Callable[[Path], Any]] = {}
-    if (folder / RECORD).is_file():  # else it is a record of a result file
-        readers = {"curves": _curves, "classes": _classes, "frames": frames, "versions": _versions, "config": _config}
-    found: dict[str, Any] = {}
-    for what, read in readers.items():
-        with noting(remarks):
-            found[what] = read(folder)
-    if (config := found.get("config")) is not None:
+
+    def part(read: Callable[[Path], Any]) -> Any:
+        if (folder / RECORD).is_file():  # else it is a record of a result file
+            with noting(remarks):
+                return read(folder)
+        return None
+
+    curves, classes, shots, versions, config = map(part, (_curves, _classes, frames, _versions, _config))
+    if config is not None:
         configurations[name] = config
     facts = {
         "hardware": result.hardware,
@@ -119,7 +120,7 @@ def _run(result: Result, configurations: dict[str, Mapping[str, Any]], remarks: 
         "epochs": result.epochs,
         "validation images": result.validation,
         "fingerprint of the training images": result.fingerprint,
-        "versions": found.get("versions"),
+        "versions": versions,
         "commit": result.commit,
         "command": result.command,
     }
@@ -128,9 +129,9 @@ def _run(result: Result, configurations: dict[str, Mapping[str, Any]], remarks: 
         "arm": plain(result.arm),
         "seed": plain("?" if result.seed is None else result.seed),
         "facts": {key: tables.MISSING if value is None else plain(value) for key, value in facts.items()},
-        "curves": found.get("curves", {}),
-        "classes": found.get("classes"),
-        "frames": found.get("frames"),
+        "curves": curves or {},
+        "classes": classes,
+        "frames": shots,
     }
 
 

@@ -42,15 +42,15 @@ def read_table(path: Path) -> list[dict[str, str]]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             text = file.read()
-        header, *rows = csv.reader(StringIO(text, newline=""), strict=True)
-    except (OSError, ValueError, csv.Error) as error:  # ValueError if it is no text, or empty
+        rows: list[dict[Any, Any]] = list(csv.DictReader(StringIO(text, newline=""), strict=True))
+    except (OSError, ValueError, csv.Error) as error:  # ValueError if it is no text
         raise UserError(f"{path} is not whole ({error})") from error
     for number, row in enumerate(rows, start=2):
-        if len(row) != len(header):
-            raise UserError(f"{path} is not whole (row {number} has {len(row)} of {len(header)} columns)")
+        if None in row or None in row.values():
+            raise UserError(f"{path} is not whole (row {number} has another number of columns than the header)")
     if not text.endswith("\n"):
-        raise UserError(f"{path} is not whole (its last row is cut off)")
-    return [dict(zip(header, row, strict=True)) for row in rows]
+        raise UserError(f"{path} is not whole (it is empty, or its last row is cut off)")
+    return rows
 
 
 def series(path: Path, rows: list[dict[str, str]], name: str, over: str = "epoch") -> list[tuple[float, float]]:

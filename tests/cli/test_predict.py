@@ -154,7 +154,7 @@ def test_what_cannot_be_read_is_skipped_and_listed(rgb, tmp_path, capsys):
 def test_grey_arrays_go_into_a_colour_model_and_colour_into_a_grey_one(rgb, grey, tmp_path):
     colour = np.random.default_rng(2).integers(0, 255, (3, 16, 20, 3), dtype=np.uint8)
     flat = np.array([np.asarray(Image.fromarray(image).convert("L")) for image in colour])
-    np.savez(tmp_path / "colour.npz", colour)
+    np.savez(tmp_path / "colour.npz", images=colour)
     np.savez(tmp_path / "sixteen.npz", test_images=flat.astype(np.uint16) * 257)
     predict(grey, tmp_path / "of_grey.npz", "--images", tmp_path / "colour.npz")
     predict(rgb, tmp_path / "of_rgb.npz", "--images", tmp_path / "sixteen.npz")
@@ -172,8 +172,8 @@ def test_grey_arrays_go_into_a_colour_model_and_colour_into_a_grey_one(rgb, grey
         (["five.npz"], "out.csv", "5 channels, but the model takes 3"),
         (["text"], "out.csv", "none of the 1 images can be read: .*cannot be read as an image"),
         (["floats.npz"], "out.csv", "give uint8 or uint16"),
-        (["several.npz"], "out.csv", "call the images `images`"),
-        (["nothing.npz"], "out.csv", "no `images`, but nothing"),
+        (["several.npz"], "out.csv", "images is missing; it holds one, two"),
+        (["nothing.npz"], "out.csv", "images is missing; it holds nothing"),
         (["first.npz"], "out.csv", r"looks like \[N, C, H, W\]"),
         (["objects.npz"], "out.csv", "store plain arrays of numbers"),
         (["text.npz"], "out.csv", "is no .npz file"),

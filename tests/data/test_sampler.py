@@ -106,7 +106,7 @@ def test_labels_may_have_gaps():
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((LABELS, "balance"), {}, "did you mean balanced"),
+        ((LABELS, "balance"), {}, "give one of instance, sqrt, balanced"),
         ((LABELS, "nan"), {}, "finite"),
         ((LABELS, "progressive"), {}, "number of epochs"),
         ((LABELS, "effective"), {"beta": 1.0}, "beta"),
