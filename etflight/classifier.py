@@ -2,13 +2,13 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
-from typing import IO, Any, Literal, NamedTuple, Self, cast, get_args
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -61,6 +61,9 @@ from etflight.utils.training_data import (
     other_preprocessing,
     refuse_other_shape,
 )
+
+if TYPE_CHECKING:
+    from etflight.backbones.cost import Cost
 
 hide_tips()  # here, since who trains with this package has imported this module before making a trainer
 
@@ -315,6 +318,14 @@ class Classifier(LightningModule):
             UserError: There is a `logit_adjustment`, but no training counts.
         """
         return self._adjusted(logits) / self.temperature
+
+    def cost(self, image_shape: Sequence[int]) -> "Cost":
+        """Count the network's parameters, and its multiply-adds for an image of shape `[C, H, W]`."""
+        from etflight.backbones.cost import (
+            network_cost,
+        )  # torch's counter takes a second, which `--help` need not wait for
+
+        return network_cost(self.backbone, self.head, image_shape)
 
     def describe_temperature(self) -> str:
         """Say what temperature the probabilities have, and where it comes from."""

@@ -108,7 +108,7 @@ def model_card(
     sections = {
         f"# {plain(name)}": f"A classifier of images into {classifier.head.num_classes} classes: a "
         f"`{classifier.hparams['backbone']}` with etflight's `{head}`"
-        f"{', whose class vectors are fixed' if head == 'ETFHead' else ''}.",
+        f"{', whose class vectors are fixed' if head == 'ETFHead' else ''}: {classifier.cost(preprocessing.input_size)}.",
         "## Use": "\n".join(_use(kind, exact, classifier, preprocessing) for kind, exact in formats.items()),
         "## Images": _images(preprocessing, classifier.class_names),
         "## Data": "" if result is None else _data(result),

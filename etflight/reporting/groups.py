@@ -53,7 +53,8 @@ class Section:
         dataset: The set's name, with a part of its fingerprint if another set has the same name; None is unknown.
         ratio: The imbalance ratio; None is unknown.
         groups: One per arm, in the order in which they were given.
-        published: Entries of `published.json`: `method`, `backbone`, `test/acc`, `read_in`, perhaps `epochs`.
+        published: Entries of `published.json`: `method`, `backbone`, `test/acc`, `read_in`, `selection`, and
+            `params`, `epochs` and `views` where they are known.
     """
 
     dataset: str | None
@@ -140,11 +141,11 @@ def _of_same_classes(results: list[Result], remarks: list[str]) -> list[Result]:
 
 
 def _one_per_seed(results: list[Result], remarks: list[str]) -> list[Result]:
-    """The first run of each seed; runs without a seed are all kept."""
+    """The first run of each seed on each choice of images; runs without a seed are all kept."""
     kept: dict[str, Result] = {}
     for i, result in enumerate(results):
         seed = f"unknown {i}" if result.seed is None else repr(result.seed)
-        first = kept.setdefault(seed, result)
+        first = kept.setdefault(f"{seed} {result.choice}", result)
         if first is not result:
             remarks.append(
                 f"left out: {result.source} is {result.arm} with seed {result.seed}, as {first.source} is: "

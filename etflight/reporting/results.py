@@ -33,6 +33,8 @@ class Result:
         fingerprint: The fingerprint of the training images: of their set, in records that know it, and of the choice.
         command: The command that trained it.
         num_classes: K.
+        params: The number of the network's parameters, without fixed class vectors.
+        multiply_adds: Those of the forward pass of one image.
         validation: "held out", or a text that says that the test set was watched.
         seconds: The time of its epochs, validation and measurement included.
         hardware: The hardware, for people.
@@ -51,6 +53,8 @@ class Result:
     fingerprint: str | None = None
     command: str | None = None
     num_classes: int | None = None
+    params: int | None = None
+    multiply_adds: int | None = None
     validation: str | None = None
     seconds: float | None = None
     hardware: str | None = None
@@ -104,7 +108,10 @@ _FACTS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # the kind of value th
     ),
     "seed": ("an integer", lambda value: type(value) is int),
     "epochs": ("an integer from 0", lambda value: type(value) is int and value >= 0),
-    "num_classes": ("an integer from 1", lambda value: type(value) is int and value >= 1),
+    **dict.fromkeys(
+        ("num_classes", "params", "multiply_adds"),
+        ("an integer from 1", lambda value: type(value) is int and value >= 1),
+    ),
     "ratio": ("a number from 1", lambda value: (finite(value) or 0) >= 1),
     "seconds": ("a number from 0", lambda value: finite(value) is not None and value >= 0),
 }
@@ -179,6 +186,7 @@ def _from_run(folder: Path) -> Result:
         "validation": data.get("validation"),
         "seconds": _seconds(folder / "speed.csv"),
         "hardware": _hardware(_part(record, "hardware")),
+        **{name: _part(record, "model").get(name) for name in ("params", "multiply_adds")},
         **{name: record.get(name) for name in ("commit", "config_sha256", "command")},
     }
     return Result(source=str(folder), metrics=metrics | logged, **_checked_facts(str(folder / RECORD), facts))

@@ -51,8 +51,17 @@ COLUMNS = (
     Column("NC1", "NC1", "nc/train/nc1", _decimals),
     Column("alignment", "align.", "nc/train/alignment", _decimals),
 )
-HEADER = ("arm", "seeds", *(column.title for column in COLUMNS), "epochs", "time per run", "hardware")
-PUBLISHED_HEADER = ("published method", "backbone", "test acc.", "epochs", "read in")
+HEADER = ("arm", "seeds", *(column.title for column in COLUMNS), "parameters", "epochs", "time per run", "hardware")
+PUBLISHED_HEADER = (
+    "published method",
+    "backbone",
+    "test acc.",
+    "parameters",
+    "epochs",
+    "views",
+    "epoch chosen",
+    "read in",
+)
 CAPTION = (
     "Mean ± sample standard deviation over seeds, of one seed no ±; – is missing. Accuracies, shot groups (many > 100, medium 20–100, "
     "few < 20 training images) and ECE in per cent, on the test images, of the checkpoint that was tested; NC1 and alignment of the "
@@ -72,7 +81,9 @@ def published(section: Section) -> list[list[str]]:
             entry["method"],
             entry["backbone"],
             f"{100 * entry['test/acc']:.2f}".removesuffix("0"),
-            str(entry.get("epochs", MISSING)),
+            millions(entry["params"]),
+            *(MISSING if value is None else str(value) for value in (entry["epochs"], entry["views"])),
+            entry["selection"],
             entry["read_in"],
         ]
         for entry in section.published
@@ -105,6 +116,7 @@ def _row(group: Group) -> list[str]:
         group.arm,
         ", ".join("?" if r.seed is None else str(r.seed) for r in group.results),
         *(_cell(group.stat(column.metric), column.show, len(group.results)) for column in COLUMNS),
+        ", ".join(map(millions, different(group.results, "params"))) or MISSING,
         "–".join(map(str, dict.fromkeys(epochs[:1] + epochs[-1:]))) or MISSING,
         MISSING if seconds is None else duration(seconds.mean),
         "; ".join(different(group.results, "hardware")) or MISSING,
@@ -116,6 +128,11 @@ def _cell(stat: Stat | None, show: Callable[[float], str], runs: int) -> str:
         return MISSING
     spread = "" if stat.std is None else f" ± {show(stat.std)}"
     return f"{show(stat.mean)}{spread}" + (f" ({stat.runs} of {runs})" if stat.runs < runs else "")
+
+
+def millions(count: int | None) -> str:
+    """A number of parameters for people: 0.46 M."""
+    return MISSING if count is None else f"{count / 1e6:.2f} M"
 
 
 def duration(seconds: float) -> str:
@@ -131,7 +148,7 @@ def duration(seconds: float) -> str:
 def for_terminal(section: Section) -> list[Table]:
     """Tables of rich, without the hardware; a cell may take several lines."""
     (_, arms), *others = _grids(section)
-    header = ("arm", "seeds", *(column.short for column in COLUMNS), "epochs", "time")
+    header = ("arm", "seeds", *(column.short for column in COLUMNS), "params", "epochs", "time")
     tables = [_table(header, [row[:-1] for row in arms]), *(_table(*grid) for grid in others)]
     tables[0].title = as_it_is(section.title)
     return tables
@@ -190,7 +207,20 @@ def comma_separated(sections: Sequence[Section]) -> str:
     A metric has three columns: mean, `…_std` and `…_n`, how many runs have it.
     """
     metrics = [f"{column.metric}{part}" for column in COLUMNS for part in ("", "_std", "_n")]
-    columns = ["dataset", "ratio", "arm", "seeds", *metrics, "epochs", "seconds", "hardware", "source"]
+    columns = [
+        "dataset",
+        "ratio",
+        "arm",
+        "seeds",
+        *metrics,
+        "params",
+        "epochs",
+        "views",
+        "selection",
+        "seconds",
+        "hardware",
+        "source",
+    ]
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, lineterminator="\n")
     writer.writeheader()
@@ -202,6 +232,7 @@ def comma_separated(sections: Sequence[Section]) -> str:
             facts = {
                 "arm": plain(group.arm),
                 "seeds": " ".join("?" if r.seed is None else str(r.seed) for r in group.results),
+                "params": " ".join(map(str, different(group.results, "params"))),
                 "epochs": " ".join(map(str, different(group.results, "epochs"))),
                 "seconds": None if seconds is None else seconds.mean,
                 "hardware": plain("; ".join(different(group.results, "hardware"))),
@@ -209,7 +240,9 @@ def comma_separated(sections: Sequence[Section]) -> str:
             writer.writerow(place | dict(zip(metrics, stats, strict=True)) | facts)
         for entry in section.published:
             facts = {"arm": entry["method"], "source": f"{entry['backbone']}; {entry['read_in']}"}
-            writer.writerow(place | facts | {name: entry.get(name) for name in ("test/acc", "epochs")})
+            writer.writerow(
+                place | facts | {name: entry[name] for name in ("test/acc", "params", "epochs", "views", "selection")}
+            )
     return out.getvalue()
 
 

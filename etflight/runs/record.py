@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
 
 from etflight.runs import wandb
 from etflight.runs.folder import RECORD, lock, read_record, same_folder, writing_to
@@ -62,7 +63,11 @@ class RunRecord(SaveConfigCallback):
         config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         beside = stage == "test" and same_folder(run_folder(trainer), self.trained_in)
         if stage == "fit":
-            self._write(trainer, config, training_facts(seed=config["seed_everything"], data=data_module(trainer)))
+            data = data_module(trainer)
+            cost = cast(Any, pl_module).cost(data.preprocessing.input_size)
+            rank_zero_info(f"{config['model']['backbone']}: {cost}")
+            training = training_facts(seed=config["seed_everything"], data=data)
+            self._write(trainer, config, {**training, "model": cost._asdict()})
         elif not beside:
             known = {} if self.trained_in is None else read_record(self.trained_in)
             further: dict[str, Any] = {name: known[name] for name in ("seed", "data") if name in known}
@@ -145,17 +150,20 @@ def resumed_facts(folder: Path, now: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_sha256(config: Mapping[str, Any]) -> str:
-    """Hash a configuration without what differs between the runs of one arm: seed, name, place, loggers, first stage.
+    """Hash a configuration without what differs between the runs of one arm: seeds, name, place, loggers, first stage.
 
     Args:
         config: All arguments as plain data.
 
     Returns:
-        64 hexadecimal digits, the same for every seed of an arm.
+        64 hexadecimal digits, the same for every seed of an arm, and for every seed of its images.
     """
     outer = {"seed_everything", "name", "ckpt_path", "weights_only"}
     content = {key: value for key, value in config.items() if key not in outer}
     trainer = {key: value for key, value in config["trainer"].items() if key not in ("default_root_dir", "logger")}
+    data = content.get("data")
+    if isinstance(data, Mapping) and "init_args" in data:
+        content["data"] = {**data, "init_args": {k: v for k, v in data["init_args"].items() if k != "seed"}}
     tuning = content.get("fine_tuning")
     if tuning:
         content["fine_tuning"] = {**tuning, "checkpoint": None}

@@ -1,4 +1,4 @@
-"""Studies: the arms, sets, imbalance ratios and seeds of a study, and the command of each run."""
+"""Studies: the arms, sets, imbalance ratios, subsets and seeds of a study, and the command of each run."""
 
 import difflib
 import itertools
@@ -77,6 +77,8 @@ class Study:
         second_stage: For arms that start from the last checkpoint of another (cRT, LWS) the name of that arm.
         post_hoc: For arms that test the last checkpoint of another in their own way, without training, the name of that arm.
         ratios: The imbalance ratios; if empty, the one of the configuration files.
+        data_seeds: The seeds that choose the images (`data.seed`), each with every one of `seeds`; if empty, the one of the configuration
+            files.
     """
 
     sets: Mapping[str, Sequence[Path]]
@@ -85,6 +87,7 @@ class Study:
     second_stage: Mapping[str, str] = field(default_factory=dict)
     post_hoc: Mapping[str, str] = field(default_factory=dict)
     ratios: Sequence[float] = ()
+    data_seeds: Sequence[int] = ()
 
     def stages(self) -> Iterator[list[Cell]]:
         """Yield all runs, stage by stage, each stage after the one it starts from."""
@@ -94,15 +97,18 @@ class Study:
         yield [cell for arm, source in self.post_hoc.items() for cell in self._cells(arm, source, False)]
 
     def _cells(self, arm: str, source: str | None, trains: bool) -> Iterator[Cell]:
-        ratios: list[float | None] = [*self.ratios] or [None]
-        for (name, files), seed, ratio in itertools.product(self.sets.items(), self.seeds, ratios):
-            shift = () if ratio is None else ("--data.imbalance_ratio", f"{ratio:g}")
-            place = f"seed{seed}" if ratio is None else f"ratio{ratio:g}-seed{seed}"
+        ratios = [[("ratio", "--data.imbalance_ratio", f"{ratio:g}")] for ratio in self.ratios] or [[]]
+        subsets = [[("subset", "--data.seed", str(seed))] for seed in self.data_seeds] or [[]]
+        for (name, files), seed, of_ratio, of_subset in itertools.product(
+            self.sets.items(), self.seeds, ratios, subsets
+        ):
+            varied = of_ratio + of_subset
+            place = "-".join([*(f"{word}{value}" for word, _, value in varied), f"seed{seed}"])
             yield Cell(
                 (*files, *self.arms[arm]),
                 arm,
                 seed,
-                shift,
+                tuple(word for _, *words in varied for word in words),
                 ROOT / name / arm / place,
                 None if source is None else ROOT / name / source / place,
                 trains,
@@ -113,8 +119,9 @@ def read_study(path: Path) -> Study:
     """Read and check a study's file.
 
     Args:
-        path: A YAML file with `sets`, `seeds`, `arms`, and perhaps `second_stage`, `post_hoc`, `ratios` and `configs`. `configs` is the
-            folder of the configuration files, relative to this file; the default is "..", because studies lie in `configs/studies`.
+        path: A YAML file with `sets`, `seeds`, `arms`, and perhaps `second_stage`, `post_hoc`, `ratios`, `data_seeds` and `configs`.
+            `configs` is the folder of the configuration files, relative to this file; the default is "..", because studies lie in
+            `configs/studies`.
             `sets` are names of files in `data`, or folders of runs, each with names of files in `data`, `protocols` and `trainer`.
             `arms` are names of files in `arms`, perhaps followed by names in `protocols`: "ce+no_mixup" is called ce_no_mixup.
 
@@ -122,7 +129,7 @@ def read_study(path: Path) -> Study:
         UserError: The file is not plain data, has unknown names or lacks some, or names configuration files that do not exist.
     """
     content = read_yaml(path)
-    needed, optional = {"sets", "seeds", "arms"}, {"second_stage", "post_hoc", "ratios", "configs"}
+    needed, optional = {"sets", "seeds", "arms"}, {"second_stage", "post_hoc", "ratios", "data_seeds", "configs"}
     if not isinstance(content, dict) or set(content) - needed - optional or needed - set(content):
         raise UserError(
             f"{path} is not a study: it must give {', '.join(sorted(needed))}, and may give {', '.join(sorted(optional))}"
@@ -165,13 +172,14 @@ def read_study(path: Path) -> Study:
         seeds=content["seeds"],
         arms=arms,
         ratios=content.get("ratios", ()),
+        data_seeds=content.get("data_seeds", ()),
         **later,
     )
 
 
 # the shape of the value of each name in a study's file (a type, a list of it or a dict of it), and its description for an error
 _SHAPES: dict[str, tuple[Any, str]] = {
-    "seeds": ([int], "integers"),
+    **dict.fromkeys(("seeds", "data_seeds"), ([int], "integers")),
     "arms": ([str], "names of configuration files, without .yaml"),
     "ratios": ([int | float], "numbers"),
     "configs": (str, "the folder of the configuration files"),

@@ -46,6 +46,15 @@ def test_every_run_has_its_own_command(write, etflight_command, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_subsets_vary_with_every_seed(write, etflight_command, tmp_path):
+    write(seeds=[0, 1], data_seeds=[7, 8], ratios=[50], arms=["ce"])
+    lines = etflight_command("study", "study.yaml", "--dry-run", cwd=tmp_path).out.splitlines()
+    assert len(lines) == 2 * 2 * 2
+    assert (
+        "--seed_everything 0 --data.imbalance_ratio 50 --data.seed 8 --name tiny/ce/ratio50-subset8-seed0" in lines[2]
+    )
+
+
 def test_sets_and_arms_are_named_with_what_is_laid_over_them(write, etflight_command, tmp_path):
     sets = {"tiny_short": ["tiny", "short"], "tiny_wide": ["tiny", "short", "wide"]}
     write(arms=["ce", "focal+short"], sets=sets, post_hoc={"la": "focal+short"}, ratios=[2])
@@ -84,6 +93,7 @@ def test_a_part_of_a_study(write, etflight_command, tmp_path):
         ({"seeds": []}, r"seeds is \[\]: give integers"),
         ({"seeds": ["a"]}, "give integers"),
         ({"ratios": ["a"]}, "give numbers"),
+        ({"data_seeds": [0.5]}, "give integers"),
         ({"second_stage": ["ce"]}, "second_stage is"),
         ({"post_hoc": {"la": "focal"}}, "la starts from focal, which is not trained before it"),
         ({"configs": 3}, "configs is 3"),

@@ -21,11 +21,15 @@ def make_run(folder: Path, *, acc: float = 0.5, arm: str = "ce", seed: Any = 0, 
         "command": f"etflight fit -c configs/data/digits.yaml -c configs/arms/{arm}.yaml --seed_everything {seed}",
         "config_sha256": "c" * 64, "commit": "a" * 40, "seed": seed,
         "hardware": {"cpu": "Abacus", "threads": 1, "gpus": [], "device": "cpu", "processes": 1},
+        "model": {"params": 272_000, "multiply_adds": None},
         "data": data | {"validation": "the test set, watched only"},
     }  # fmt: skip
     write_json(folder / "run.json", record | facts)
     shots = {"test/acc_macro": acc, "test/acc_many": 1.0, "test/acc_medium": 0.25, "test/acc_few": acc / 2}
-    write_json(folder / "test_metrics.json", {"test/acc": acc, "test/ece": 0.125, "test/loss": 2.5, **shots})
+    write_json(
+        folder / "test_metrics.json",
+        {"test/acc": acc, "test/ece": 0.125, "test/ece_calibrated": 0.0625, "test/loss": 2.5, **shots},
+    )
     rows = [{"step": 0, "epoch": 0.0, "nc/train/nc1": 2.0, "nc/train/alignment": 0.0}]
     for epoch, val in enumerate((0.25, 0.75, acc)):
         rows.append({"step": 14 * epoch + 13, "epoch": float(epoch), "train/loss": 3.0 - epoch})

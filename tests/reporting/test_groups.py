@@ -70,6 +70,15 @@ def test_the_same_seed_and_other_classes_are_left_out_and_named():
     assert "same seed" in remarks[1]
 
 
+def test_the_same_seed_on_other_images_is_another_run():
+    runs = [result(seed=0, fingerprint=f"set-{choice}") for choice in ("a", "b", "b")]
+    (section,), remarks = group(runs)
+    assert len(section.groups[0].results) == 2
+    assert [word in remark for word, remark in zip(("same seed", "different images"), remarks, strict=True)] == [
+        True
+    ] * 2
+
+
 @pytest.mark.parametrize(
     ("name", "values", "words"),
     [

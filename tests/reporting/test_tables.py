@@ -48,6 +48,8 @@ def test_markdown_shows_mean_and_deviation_and_what_is_missing(sections):
     rows = [dict(zip(cells(published[0]), cells(line), strict=True)) for line in published if line.startswith("|")]
     ldam = next(row for row in rows if row["published method"] == "LDAM-DRW")
     assert (ldam["test acc."], ldam["read in"], ldam["epochs"]) == ("77.73", "BagofTricks-LT gallery", "–")
+    glmc = next(row for row in rows if row["published method"] == "GLMC")
+    assert (glmc["parameters"], glmc["views"], glmc["epoch chosen"]) == ("7.39 M", "2", "unknown")
 
 
 def test_csv_has_full_precision(sections):

@@ -77,7 +77,10 @@ def test_configurations_are_listed():
 def test_published_numbers_are_those_of_the_package():
     rows = [line for line in PAGES["methods/published.md"].splitlines() if line.startswith("|")]
     for record in json.loads((ROOT / "etflight/reporting/published.json").read_text()):
-        row = next(row for row in rows if row.startswith(f"| {record['method']} | {record['backbone']} |"))
+        params = "–" if record["params"] is None else f"{record['params'] / 1e6:.2f}"
+        facts = [params, *("–" if record[name] is None else record[name] for name in ("epochs", "views", "selection"))]
+        start = " | ".join(map(str, (record["method"], record["backbone"], *facts)))
+        row = next(row for row in rows if row.startswith(f"| {start} |") and row.endswith(f"| {record['read_in']} |"))
         assert round(100 * record["test/acc"], 2) in [float(cell) for cell in re.findall(r"[\d.]+", row)]
 
 
