@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etflight.data import ImageDataModule, ImbalancedSampler
-from etflight.data.sampler import POLICIES, NumberedSampler
-from etflight.data.sources import ArraySource, ImageSplit
+from etflight.data.sampler import POLICIES
+from etflight.data.sources import ArraySource
 
 EPOCHS = 4
 
@@ -28,20 +28,6 @@ class Numbered(ImageDataModule):
     def load(self, split):
         numbers = torch.arange(self.size)
         return ArraySource(numbers.to(torch.uint8).view(-1, 1, 1, 1), numbers % 7 % 3)
-
-
-class NumberedDraws(Numbered):
-    """As sets of files, whose sampler numbers what it draws."""
-
-    sampler_class = NumberedSampler
-
-    def make_split(self, name, source, indices):
-        return Positions(source, indices)
-
-
-class Positions(ImageSplit):
-    def __getitems__(self, draws):
-        return super().__getitems__([draw.position for draw in draws])
 
 
 def batches_of(data, processes, rank, epoch, served=0):
@@ -63,8 +49,7 @@ def test_every_process_has_as_many_batches_and_together_they_are_those_of_one_pr
     processes, batch_size = data.draw(st.integers(1, 5), "processes"), data.draw(st.integers(1, 6), "batch size")
     size = data.draw(st.integers(max(3, processes), 5 * processes * batch_size + 3), "images")
     policy, epoch = data.draw(st.sampled_from([*POLICIES, 0.3]), "policy"), data.draw(st.integers(0, EPOCHS - 1))
-    kind = data.draw(st.sampled_from([Numbered, NumberedDraws]))
-    images = kind(size=size, batch_size=batch_size, sampler=policy)
+    images = Numbered(size=size, batch_size=batch_size, sampler=policy)
     parts = [batches_of(images, processes, rank, epoch) for rank in range(processes)]
     (steps,) = {len(part) for part in parts}
 

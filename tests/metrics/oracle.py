@@ -1,9 +1,10 @@
-"""Neural collapse the slow way: NumPy, float64, two passes, pseudo-inverses and double loops. Shares no code with etflight."""
+"""Neural collapse the slow way: NumPy, float64, two passes, pseudo-inverses, all pairs. Shares no code with etflight."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from scipy.spatial.distance import cdist
 
 
 def clusters(K, d, *, counts=None, spread=0.5, seed=0, dtype=torch.float32, offset=1.0):
@@ -20,25 +21,16 @@ def clusters(K, d, *, counts=None, spread=0.5, seed=0, dtype=torch.float32, offs
 
 def two_pass(features, labels, num_classes, *, class_weighted=False):
     h, y = np.asarray(features, dtype=np.float64), np.asarray(labels)
-    d = h.shape[1]
-    counts = np.array([(y == k).sum() for k in range(num_classes)])
-    means = np.full((num_classes, d), np.nan)
-    scatters = np.zeros((num_classes, d, d))
-    for k in range(num_classes):
-        if counts[k]:
-            means[k] = h[y == k].mean(0)
-            centred = h[y == k] - means[k]
-            scatters[k] = centred.T @ centred / counts[k]
+    own = [h[y == k] for k in range(num_classes)]
+    counts = np.array([len(rows) for rows in own])
     present = counts > 0
+    means = np.array([rows.mean(0) if len(rows) else np.full(h.shape[1], np.nan) for rows in own])
+    scatters = np.array([np.atleast_2d(np.cov(rows.T, bias=True)) if len(rows) else 0 * h.T @ h for rows in own])
     share = np.where(present, 1 / present.sum(), 0) if class_weighted else counts / counts.sum()
     variances = np.where(present, np.trace(scatters, axis1=1, axis2=2), np.nan)
+    within = np.einsum("k,kij->ij", share, scatters)
     return SimpleNamespace(
-        counts=counts,
-        means=means,
-        variances=variances,
-        within=np.einsum("k,kij->ij", share, scatters),
-        present=present,
-        K=int(present.sum()),
+        counts=counts, means=means, variances=variances, within=within, present=present, K=present.sum()
     )
 
 
@@ -82,13 +74,11 @@ def nc1_per_class(o, global_mean="class"):
 def cdnv(o, exponent=2, correction=0):
     v, kept = variances(o, correction)
     m = o.means[o.present][kept]
-    values = [
-        (v[i] + v[j]) / (2 * np.linalg.norm(m[i] - m[j]) ** exponent)
-        for i in range(len(m))
-        for j in range(len(m))
-        if i != j
-    ]
-    return np.mean(values)
+    return off_diagonal((v[:, None] + v) / (2 * cdist(m, m) ** exponent)).mean()
+
+
+def off_diagonal(matrix):
+    return matrix[~np.eye(len(matrix), dtype=bool)]
 
 
 def equinorm(rows):
@@ -97,14 +87,7 @@ def equinorm(rows):
 
 
 def cosines(left, right):
-    return np.array(
-        [
-            left[i] @ right[j] / np.linalg.norm(left[i]) / np.linalg.norm(right[j])
-            for i in range(len(left))
-            for j in range(len(right))
-            if i != j
-        ]
-    )
+    return off_diagonal(1 - cdist(left, right, "cosine"))
 
 
 def equiangularity(rows, deviation="etf"):
@@ -125,11 +108,11 @@ def etf_distance(rows):
 
 
 def alignments(m, w):
-    return np.array([a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(m, w, strict=True)])
+    return np.diag(1 - cdist(m, w, "cosine"))
 
 
-def nc3(m, w):
-    return np.linalg.norm(m / np.linalg.norm(m) - w / np.linalg.norm(w)) ** 2
+def nc3(m, w, squared=True):
+    return np.linalg.norm(m / np.linalg.norm(m) - w / np.linalg.norm(w)) ** (2 if squared else 1)
 
 
 def structure_error(left, right):
@@ -139,9 +122,7 @@ def structure_error(left, right):
 
 
 def nearest_centre(o, features):
-    h = np.asarray(features, dtype=np.float64)
-    distances = np.linalg.norm(h[:, None] - o.means[None], axis=2)
-    return np.nanargmin(distances, axis=1)
+    return np.nanargmin(cdist(np.asarray(features, dtype=np.float64), o.means), axis=1)
 
 
 def effective_rank(matrix):
