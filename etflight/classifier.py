@@ -510,11 +510,14 @@ class Classifier(LightningModule):
     on_test_start = on_predict_start = _tell_differences
 
     def on_fit_start(self) -> None:
-        """Say how the data differ from those trained on, and give all processes the frame of the first one.
+        """Say how the data differ from those trained on; give averaged weights the class counts, and all processes the first one's frame.
 
         The descent behind a code amplifies rounding, which may differ between machines.
         """
         self._tell_differences()
+        counts = self.class_counts.clone()
+        with averaged(self.trainer, self):  # an average that was made before the counts were known
+            self.class_counts.copy_(counts)
         if dist.is_available() and dist.is_initialized() and not self.head.weight.requires_grad:
             dist.broadcast(self.head.weight, 0)
 

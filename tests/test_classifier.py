@@ -278,6 +278,16 @@ def test_temperature_is_fitted_on_held_out_validation_and_never_on_the_test_set(
     assert result["test/ece_calibrated"] < result["test/ece"]
 
 
+def test_averaged_weights_are_adjusted_by_the_class_counts_before_the_first_step_too():
+    model = small(head=LinearHead, loss=CrossEntropyLoss, logit_adjustment=1.0)
+    averaging = EMAWeightAveraging(decay=0.9, use_buffers=False)
+    run = trainer(
+        max_epochs=1, limit_train_batches=1, limit_val_batches=1, num_sanity_val_steps=1, callbacks=[averaging]
+    )
+    run.fit(model, Digits(imbalance_ratio=20, batch_size=16))
+    assert "val/acc_head" in run.callback_metrics
+
+
 @pytest.mark.parametrize("adjustment", ["additive", "multiplicative"])
 def test_post_hoc_logit_adjustment_uses_the_frequencies_of_the_checkpoints_counts(adjustment, tmp_path):
     data = Digits(imbalance_ratio=20, batch_size=50)
