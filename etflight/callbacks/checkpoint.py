@@ -15,14 +15,12 @@ from torchmetrics import Metric
 
 from etflight.runs.folder import last_checkpoint
 from etflight.runs.loggers import MetricsCSV, run_folder
-from etflight.utils.checkpoints import damaged
 from etflight.utils.errors import UserError
 from etflight.utils.lightning_private import (
     batches_done,
     set_back_epoch,
     set_back_step,
     set_batches_done,
-    unusable_loops,
 )
 from etflight.utils.torchmetrics_private import add_saved_state
 from etflight.utils.trainer import callbacks_of, data_module, gather, is_trial_run
@@ -180,12 +178,10 @@ class LastCheckpoint(Callback):
         """Give this rank what it had gathered, and find the place in the epoch.
 
         Raises:
-            UserError: The resumed run has another seed or other training images, or the checkpoint's counters are not valid.
+            UserError: The resumed run has another seed or other training images.
         """
         if trainer.state.fn != "fit":
             return
-        if wrong := unusable_loops(trainer, checkpoint.get("loops")):
-            raise damaged(trainer.ckpt_path, wrong)
         added = checkpoint.get(KEY)
         if added is None:
             return

@@ -8,6 +8,7 @@ from jsonargparse.typing import PositiveInt
 
 from etflight.cli.argv import EarlyOptions
 from etflight.utils.errors import UserError
+from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.terminal import readable
 from etflight.utils.yaml import to_yaml
 
@@ -58,12 +59,12 @@ def as_data(options: EarlyOptions, path: Path, checkpoint: dict[str, Any]) -> li
     """
     if options.given["data"]:
         raise UserError("give --data for a set's test images or images for others (--images), not both")
-    known: dict[str, Any] = dict(checkpoint.get("preprocessing") or {})
-    if not known and options.given["data.input_size"] is None:
+    known = Preprocessing.in_checkpoint(checkpoint)
+    if known is None and options.given["data.input_size"] is None:
         raise UserError(
             f"checkpoint {path} does not say how its images were normalised, since it was trained without a data module of etflight's, or "
             "with an earlier version: give --data.input_size '[C, H, W]', --data.mean and --data.std"
         )
     names = checkpoint.get("class_names") or list(map(str, range(checkpoint["hyper_parameters"]["num_classes"])))
-    values = {"paths": [], "names": list(map(readable, names)), **known}
+    values = {"paths": [], "names": list(map(readable, names)), **(known._asdict() if known else {})}
     return ["--data=UnlabelledImages", *(f"--data.{name}={to_yaml(value)}" for name, value in values.items())]

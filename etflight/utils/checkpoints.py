@@ -4,10 +4,8 @@ import inspect
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -16,15 +14,14 @@ from torch import Tensor
 
 from etflight.utils.errors import UserError
 from etflight.utils.files import replacing
-from etflight.utils.limits import refuse_aliases, texts
-from etflight.utils.preprocessing import Preprocessing
+from etflight.utils.limits import fits, refuse_aliases, texts
 
 _MAX_VALUES = 10_000_000
 _EXAMPLE = "a file such as RUN/checkpoints/last.ckpt"
-# the entries that Lightning and this package use without checking their types; a checkpoint may lack some
-_KINDS: dict[str, type] = {
-    "state_dict": dict,
-    "hyper_parameters": dict,
+# the shapes of the entries that Lightning and this package use without checking them, as `fits` takes them; a checkpoint may lack some
+_SHAPES: dict[str, Any] = {
+    "state_dict": {str: Tensor},
+    "hyper_parameters": {str: object},
     "callbacks": dict,
     "loops": dict,
     "etflight": dict,
@@ -33,6 +30,7 @@ _KINDS: dict[str, type] = {
     "epoch": int,
     "global_step": int,
     "pytorch-lightning_version": str,
+    "class_names": ([str], type(None)),
 }
 
 
@@ -48,23 +46,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     from timm.models import load_state_dict  # timm takes a second, which `--help` need not wait for
 
-    file = _local_file(path, "weights", "FILE.safetensors, or one of torch.save")
-    try:
-        _check_size(file)
-        with _silently():
-            state: dict[str, Tensor] = load_state_dict(str(file), weights_only=True)
-    except Exception as error:  # a hostile file can cause any of them
-        raise UserError(
-            f"weights {path} were refused and nothing in it was run: it holds more than tensors and plain data, or is damaged: "
-            "fetch the file again, or save model.state_dict() alone"
-        ) from error
-    if not isinstance(state, dict) or not state or not all(map(_is_dense, state.values())):
+    state: dict[str, Tensor] = _read(
+        path, "weights", "FILE.safetensors or one of torch.save", lambda file: load_state_dict(file, weights_only=True)
+    )
+    if not state or not fits(state, {str: Tensor}):
         raise UserError(f"weights {path} are not a state dict: save one with torch.save(model.state_dict(), FILE)")
     return state
-
-
-def _is_dense(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided
 
 
 def misfit(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
@@ -106,22 +93,9 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         UserError: The file is missing, truncated, not a checkpoint or not on this machine, holds anything but tensors and plain data, was
             made by another program, or names files that a callback would delete.
     """
-    file = _local_file(path, "checkpoint", _EXAMPLE)
-    try:
-        _check_size(file)
-        with _silently():
-            checkpoint = torch.load(file, map_location=map_location, weights_only=True)
-    except UserError:
-        raise
-    except UnpicklingError as error:
-        raise UserError(
-            f"checkpoint {path} was refused and nothing in it was run: it is damaged or holds more than tensors and plain data "
-            "(only load checkpoints that etflight wrote)"
-        ) from error
-    except Exception as error:  # a damaged file can cause any of them
-        raise UserError(
-            f"checkpoint {path} is truncated or damaged, or not a checkpoint: copy it again, or give {_EXAMPLE}"
-        ) from error
+    checkpoint: dict[str, Any] = _read(
+        path, "checkpoint", _EXAMPLE, lambda file: torch.load(file, map_location=map_location, weights_only=True)
+    )
     if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= checkpoint.keys():
         raise UserError(
             f"checkpoint {path} is not one of etflight's: it has no state_dict with hyper_parameters: give {_EXAMPLE} "
@@ -150,15 +124,8 @@ def refuse_others(path: str | Path, checkpoint: Mapping[str, Any], cls: type) ->
         )
 
 
-@contextmanager
-def _silently() -> Iterator[None]:
-    """Suppress torch's warnings within the block; they would come before the error about a refused file."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _local_file(path: str | Path, what: str, example: str) -> Path:
+def _read(path: str | Path, what: str, example: str, load: Callable[[str], Any]) -> Any:
+    """Load a file on this machine, or raise a `UserError` that says what it is and gives an example."""
     if re.match(r"[A-Za-z][\w+.-]+:|.*::", str(path)):  # at least two letters, because C: is a drive
         raise UserError(
             f"{what} {path} is not a file on this machine: download it first, and give the path of the file"
@@ -166,21 +133,21 @@ def _local_file(path: str | Path, what: str, example: str) -> Path:
     if not Path(path).is_file():
         reason = "is a folder" if Path(path).is_dir() else "does not exist"
         raise UserError(f"{what} {path} {reason}: give the path of {example}")
-    return Path(path)
-
-
-def _check_size(file: Path) -> None:
-    """Refuse a file that would unpack to more than its size; torch.save compresses nothing."""
-    if not zipfile.is_zipfile(file):
-        with file.open("rb") as stream:
-            if stream.read(2) == b"PK":
-                raise EOFError("a zip file cut short")
-        return
-    with zipfile.ZipFile(file) as archive:
-        if sum(member.file_size for member in archive.infolist()) > file.stat().st_size:
-            raise UserError(
-                f"checkpoint {file} was refused: it unpacks to more than its size, as no checkpoint of etflight's does"
-            )
+    try:
+        # torch.save compresses nothing, so what unpacks to more is made to fill the memory
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(member.file_size for member in archive.infolist())
+            if unpacked > Path(path).stat().st_size:
+                raise ValueError("it unpacks to more than its size")
+        with warnings.catch_warnings():  # torch's would come before the error
+            warnings.simplefilter("ignore")
+            return load(str(path))
+    except Exception as error:  # a damaged or hostile file can cause any of them
+        raise UserError(
+            f"{what} {path} was refused and nothing in it was run: it is damaged or cut short, or holds more than tensors and plain data: "
+            f"give {example}"
+        ) from error
 
 
 def _check_contents(path: str | Path, checkpoint: dict[str, Any]) -> None:
@@ -188,29 +155,12 @@ def _check_contents(path: str | Path, checkpoint: dict[str, Any]) -> None:
         refuse_aliases(checkpoint, _MAX_VALUES)
     except UserError as error:
         raise damaged(path, str(error)) from None
-    for key, kind in _KINDS.items():
-        if key in checkpoint and not isinstance(checkpoint[key], kind):
-            raise damaged(path, f"its {key} is of type {type(checkpoint[key]).__name__}, not {kind.__name__}")
-    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in checkpoint["state_dict"].items()):
-        raise damaged(path, "its state_dict holds more than named tensors")
-    if not all(isinstance(name, str) for name in checkpoint["hyper_parameters"]):
-        raise damaged(path, "its hyper_parameters have names that are not text")
+    for key, shape in _SHAPES.items():
+        if key in checkpoint and not fits(checkpoint[key], shape):
+            raise damaged(path, f"its {key} is {checkpoint[key]!r:.60}")
     for name in ("num_classes", "backbone"):
         if name not in checkpoint["hyper_parameters"]:
             raise damaged(path, f"its hyper_parameters have no {name}")
-    names, num_classes = checkpoint.get("class_names"), checkpoint["hyper_parameters"]["num_classes"]
-    if names is not None:
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise damaged(path, "its class_names are not a list of names")
-        if len(names) != num_classes:
-            raise damaged(path, f"it has {len(names)} class_names for {num_classes} classes")
-    try:
-        known = Preprocessing.in_checkpoint(checkpoint)
-    except ValueError as error:
-        raise damaged(path, f"in its preprocessing, {error}") from None
-    channels = checkpoint["hyper_parameters"].get("in_chans")
-    if known is not None and channels not in (None, known.input_size[0]):
-        raise damaged(path, f"its preprocessing has {known.input_size[0]} channels, its model {channels}")
     for text in texts(checkpoint.get("callbacks")):
         # Lightning's ModelCheckpoint deletes the files, and folders, that its saved state calls its earlier checkpoints
         if ".." in PurePath(text.replace("\\", "/")).parts or "::" in text or "://" in text:

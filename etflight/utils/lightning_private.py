@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -103,20 +103,3 @@ def set_batches_done(loops: dict[str, Any], done: int) -> None:
     batches["is_last_batch"] = False
     for loader in loops["state_dict"].get("combined_loader", []):
         loader["served"] = done
-
-
-def unusable_loops(trainer: Trainer, saved: Any) -> str | None:
-    """Name the part of a checkpoint's "loops" from which the trainer cannot continue, and its value; None if there is none."""
-    # the loaders check their own states
-    return _unlike(saved, {"fit_loop": trainer.fit_loop.state_dict() | {"state_dict": {}}}, "its loops")
-
-
-def _unlike(saved: Any, own: Any, place: str) -> str | None:
-    if not isinstance(own, dict):
-        fine = type(saved) is type(own) and not (isinstance(saved, int) and saved < 0)
-        return None if fine else f"{place} is {saved!r:.60}"
-    if not isinstance(saved, dict):
-        return f"{place} is {saved!r:.60}"
-    if missing := own.keys() - saved.keys():
-        return f"{place} lacks {min(missing)}"
-    return next((wrong for name in own if (wrong := _unlike(saved[name], own[name], f"{place}.{name}"))), None)

@@ -16,6 +16,27 @@ _MAX_GROWTH = 100  # images and labels are compressed by 2 to 10
 _MAX_SMALL = 2**28  # bytes; every machine has that many, and blank images of a test may be compressed by 1000
 
 
+def fits(value: object, shape: Any) -> bool:
+    """Whether plain data have a shape.
+
+    Args:
+        value: The data.
+        shape: A type, `[shape of each item]`, `{shape of each key: shape of each value}`, or a tuple of such shapes, one of which it is.
+
+    Example:
+        >>> fits({"a": [1, 2]}, {str: [int]}), fits([1, True], [int]), fits(None, (str, type(None)))
+        (True, False, True)
+    """
+    if isinstance(shape, tuple):
+        return any(fits(value, one) for one in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list | tuple) and all(fits(item, shape[0]) for item in value)
+    if isinstance(shape, dict):
+        ((of_keys, of_values),) = shape.items()
+        return isinstance(value, dict) and fits([*value], [of_keys]) and fits([*value.values()], [of_values])
+    return isinstance(value, shape) and (shape is object or not isinstance(value, bool))
+
+
 def texts(value: object) -> Iterator[str]:
     """Yield every string in nested dicts (their keys too), lists and tuples."""
     if isinstance(value, str):

@@ -1,8 +1,11 @@
 """How images are prepared for a model: the data module knows it, the checkpoint keeps it, predict and export need it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
+
+from etflight.utils.errors import UserError
+from etflight.utils.limits import fits
 
 _LARGEST_SIDE = 2**14
 
@@ -38,39 +41,24 @@ class Preprocessing(NamedTuple):
 
     @classmethod
     def in_checkpoint(cls, checkpoint: Mapping[str, Any]) -> Self | None:
-        """Return the preprocessing that a checkpoint holds; None if it holds none.
+        """Return the preprocessing that a checkpoint holds, as `_asdict` gives it; None if it holds none.
 
         Raises:
-            ValueError: The checkpoint's value is invalid.
+            UserError: The checkpoint's value is invalid.
         """
-        known = checkpoint.get("preprocessing")
-        return None if known is None else cls.from_plain(known)
-
-    @classmethod
-    def from_plain(cls, value: object) -> Self:
-        """Make it from the result of `_asdict`, perhaps from a file that somebody else wrote.
-
-        Raises:
-            ValueError: The value is invalid.
-        """
+        value = checkpoint.get("preprocessing")
+        if value is None:
+            return None
         if not isinstance(value, dict) or value.keys() != set(cls._fields):
-            raise ValueError(f"it has to hold {', '.join(cls._fields)}")
+            raise UserError(f"the preprocessing in the checkpoint has to hold {', '.join(cls._fields)}")
         size, mean, std, crop_pct = (value[name] for name in cls._fields)
-        if not _are(int, size, 3) or not all(1 <= side <= _LARGEST_SIDE for side in size):
-            raise ValueError(f"its input_size is {size!r:.60}")
-        for name, numbers in (("mean", mean), ("std", std)):
-            if not _are((int, float), numbers, size[0]) or not all(map(math.isfinite, numbers)):
-                raise ValueError(f"its {name} is {numbers!r:.60} for {size[0]} channels")
-        if min(std) <= 0:
-            raise ValueError(f"its std is {std!r:.60}")
-        if not isinstance(crop_pct, float) or not 0 < crop_pct <= 1:
-            raise ValueError(f"its crop_pct is {crop_pct!r:.60}")
+        number, sized = (int, float), fits(size, [int]) and len(size) == 3
+        for name, fine in (
+            ("input_size", sized and all(1 <= side <= _LARGEST_SIDE for side in size)),
+            ("mean", sized and fits(mean, [number]) and len(mean) == size[0] and all(map(math.isfinite, mean))),
+            ("std", sized and fits(std, [number]) and len(std) == size[0] and all(0 < one < math.inf for one in std)),
+            ("crop_pct", fits(crop_pct, float) and 0 < crop_pct <= 1),
+        ):
+            if not fine:
+                raise UserError(f"in the checkpoint's preprocessing, {name} is {value[name]!r:.60}")
         return cls((size[0], size[1], size[2]), tuple(map(float, mean)), tuple(map(float, std)), crop_pct)
-
-
-def _are(kind: type | tuple[type, ...], values: object, length: int) -> bool:
-    return (
-        isinstance(values, Sequence)
-        and len(values) == length
-        and all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
-    )

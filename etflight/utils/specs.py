@@ -4,8 +4,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from types import NoneType
-from typing import Any, get_args
+from typing import Any
 
 from etflight.utils.errors import UserError
 
@@ -135,19 +134,9 @@ def _check_arguments(cls: type, init_args: dict[str, Any], argument: str) -> Non
             f"{argument}: {cls.__name__} takes no argument {unknown[0]!r}; it takes {', '.join(parameters)}"
         )
     for name, value in init_args.items():
-        if value is None and _needs_value(parameters.get(name)):
+        default = parameters[name].default if name in parameters else None
+        if value is None and default not in (None, inspect.Parameter.empty):
             raise UserError(f"{argument}: {name} of {cls.__name__} is null: give a value, or leave it out")
         numbers = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(number, float) and not abs(number) <= _LARGEST for number in numbers):
             raise UserError(f"{argument}: {name} of {cls.__name__} is {value}: give a number within ±{_LARGEST:g}")
-
-
-def _needs_value(parameter: inspect.Parameter | None) -> bool:
-    """Whether a parameter has a default and a type, and neither is None."""
-    if parameter is None or parameter.default is None or parameter.default is parameter.empty:
-        return False
-    annotation = parameter.annotation
-    undecided = (parameter.empty, Any, NoneType)
-    return not isinstance(annotation, str) and not any(
-        kind in undecided for kind in (annotation, *get_args(annotation))
-    )

@@ -72,12 +72,3 @@ def test_what_torch_has_against_an_argument_becomes_one_line(name, init_args, re
     spec = {"class_path": f"torch.optim.{name}", "init_args": init_args}
     with pytest.raises(UserError, match=reason):
         resolve(spec, torch.optim.Optimizer, "optimizer")([torch.nn.Parameter(torch.ones(1))])
-
-
-def test_an_argument_may_be_null_where_its_type_allows_it_or_is_unknown():
-    head = resolve({"class_path": "etflight.ETFHead", "init_args": {"projection_dim": None}}, Head, "head")(16, 10)
-    assert head.weight.shape == (10, 16)
-    spec = {"class_path": "torch.optim.SGD", "init_args": {"foreach": None}}
-    optimizer = resolve(spec, torch.optim.Optimizer, "optimizer")([torch.nn.Parameter(torch.ones(1))])
-    assert isinstance(optimizer, torch.optim.SGD)
-    assert optimizer.defaults["foreach"] is None

@@ -235,11 +235,3 @@ def test_a_model_built_for_other_classes_or_channels_than_the_data_have_is_refus
         for stage in ("fit", "predict"):
             with pytest.raises(UserError, match=reason):
                 getattr(new_trainer(), stage)(model, datamodule=Digits())
-
-
-def test_a_checkpoint_whose_images_have_other_channels_than_its_model_is_refused(of_channels, tmp_path):
-    saved = torch.load(of_channels / "1.ckpt", weights_only=True)
-    saved["preprocessing"] = torch.load(of_channels / "3.ckpt", weights_only=True)["preprocessing"]
-    torch.save(saved, tmp_path / "mixed.ckpt")
-    with pytest.raises(UserError, match="its preprocessing has 3 channels, its model 1"):
-        Classifier.load_from_checkpoint(tmp_path / "mixed.ckpt")
