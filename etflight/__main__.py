@@ -3,7 +3,6 @@
 import os
 import sys
 import warnings
-from difflib import get_close_matches
 from importlib import import_module
 from io import TextIOWrapper
 
@@ -30,7 +29,8 @@ def run() -> int:
         print(_overview())
         return 0
     if command not in _COMMANDS:
-        print(f"etflight: error: {_instead_of(command)}\n\n{_overview()}", file=sys.stderr)
+        given = f"there is no command {command!r}" if command and command[0] != "-" else "the command comes first"
+        print(f"etflight: error: {given}: give one of these\n\n{_overview()}", file=sys.stderr)
         return 2
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
         warnings.simplefilter("ignore", category)  # they are for the authors of code that is not the user's
@@ -60,14 +60,6 @@ def _overview() -> str:
         "usage: etflight COMMAND ...\n\nImage classifiers with a fixed simplex-ETF head.\n\n"
         f"{rows}\n\netflight COMMAND --help says what a command takes, etflight --version which release this is."
     )
-
-
-def _instead_of(command: str) -> str:
-    """Say what is wrong with a first word that is not a command."""
-    if not command or command.startswith("-"):
-        return f"the command comes first{', before ' * bool(command)}{command}: give one of these"
-    close = " or ".join(get_close_matches(command.lower(), _COMMANDS, n=2))
-    return f"there is no command {command!r}: {f'did you mean {close}?' if close else 'give one of these'}"
 
 
 if __name__ == "__main__":

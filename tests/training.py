@@ -1,5 +1,6 @@
 """Training on the CPU that prints little and saves nothing by itself: in Python, and as words of a command line."""
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,12 @@ def fit_digits(folder: Path, *words: object) -> Path:
     own = ["--trainer.default_root_dir", folder, "--name", "r", *QUIET, *words]
     main(["fit", "--data", "Digits", "--model.backbone", "resnet20_cifar", *map(str, own)])
     return folder / "r"
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a table."""
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
 
 
 def new_trainer(*callbacks: Callback, **options: Any) -> Trainer:

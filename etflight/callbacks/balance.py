@@ -108,19 +108,16 @@ class DoubleCorrection(Callback):
     """Warns in one line when a run corrects class frequencies in two ways that do not take account of each other.
 
     Re-sampling, weights in the loss and logit adjustment each make a model decide as if classes were balanced; two of them favour rare
-    classes beyond that. Only class balance `"batch"` weighs the drawn images, so it works with any sampler. In an evaluation the callback
-    warns if the evaluation repeats a correction that was already made in training, as far as that is known.
+    classes beyond that. Only class balance `"batch"` weighs the drawn images, so it works with any sampler. In an evaluation the loss and
+    what decides count.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Warn on the first process. It is a warning, not an error, because somebody may want to measure exactly that."""
         model = cast(Classifier, pl_module)
-        callbacks = callbacks_of(trainer, Callback)
-        afterwards = post_hoc_corrections(model, callbacks)
-        if stage != "fit" and not afterwards:
-            return
-        data = data_module(trainer)
-        found = training_corrections(model.loss, getattr(data, "sampler", None), callbacks) + afterwards
+        sampler = getattr(data_module(trainer), "sampler", None) if stage == "fit" else None
+        tau: float = model.hparams["logit_adjustment"]
+        found = corrections(model.loss, sampler, callbacks_of(trainer, Callback), tau)
         if len(found) > 1:
             rank_zero_warn(
                 f"class frequencies are corrected {len(found)} times, by {', '.join(found[:-1])} and {found[-1]}: rare classes are "
@@ -128,11 +125,11 @@ class DoubleCorrection(Callback):
             )
 
 
-def training_corrections(loss: Loss, sampler: str | float | None, callbacks: list[Callback]) -> list[str]:
-    """The names of the corrections for class frequencies in a training; corrections that work together count as one.
+def corrections(loss: Loss, sampler: str | float | None, callbacks: list[Callback], tau: float = 0.0) -> list[str]:
+    """The names of the corrections for class frequencies, in training and of decisions; those that work together count as one.
 
     Example:
-        >>> training_corrections(LogitAdjustedLoss(class_balance="global"), "balanced", [])
+        >>> corrections(LogitAdjustedLoss(class_balance="global"), "balanced", [])
         ["sampler 'balanced'", "class balance 'global'", 'LogitAdjustedLoss (tau 1)']
     """
     deferred = [callback for callback in callbacks if isinstance(callback, DeferredBalance)]
@@ -143,15 +140,9 @@ def training_corrections(loss: Loss, sampler: str | float | None, callbacks: lis
         found.append(f"class balance {balances[0]!r}")
     if isinstance(loss, LogitAdjustedLoss | BinaryCrossEntropyLoss) and loss.tau > 0:
         found.append(f"{type(loss).__name__} (tau {loss.tau:g})")
-    return found
-
-
-def post_hoc_corrections(model: Classifier, callbacks: list[Callback]) -> list[str]:
-    """The names of the corrections for class frequencies in an evaluation."""
-    tau: float = model.hparams["logit_adjustment"]
-    found = [f"post-hoc logit_adjustment {tau:g}"] if tau != 0 else []
-    taus = [callback.tau for callback in callbacks if isinstance(callback, TauNormalization)]
-    return found + [f"TauNormalization (tau {tau:g})" for tau in taus if tau > 0]
+    if tau:
+        found.append(f"post-hoc logit_adjustment {tau:g}")
+    return found + [f"TauNormalization (tau {c.tau:g})" for c in callbacks if isinstance(c, TauNormalization) and c.tau]
 
 
 def _draws_images_alike(policy: str | float | None) -> bool:

@@ -3,7 +3,7 @@
 import os
 import random
 from operator import eq
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics import Metric
 
+from etflight.callbacks.collapse import NeuralCollapseMonitor
 from etflight.runs.folder import last_checkpoint
 from etflight.runs.loggers import MetricsCSV, run_folder
 from etflight.utils.errors import UserError
@@ -29,25 +30,6 @@ from etflight.utils.training_data import same_images
 _SAME = {"seed": (eq, "give the same --seed_everything"), "images": (same_images, "give the same --data options")}
 Place = Literal["steps", "epochs", "end"]
 KEY = "etflight"  # the entry of a checkpoint that this callback adds
-
-
-@runtime_checkable
-class RankState(Protocol):
-    """A callback that gathers something within an epoch, and gathers something different on each rank."""
-
-    def rank_state(self) -> dict[str, Any]:
-        """Return the tensors and plain data of this rank; empty between epochs."""
-
-    def load_rank_states(self, states: list[dict[str, Any]]) -> None:
-        """Continue from one rank's state, or from the sum of several."""
-
-
-@runtime_checkable
-class Finishing(Protocol):
-    """A callback with work left after the last step, whose result the last checkpoint must hold."""
-
-    def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do that work, unless it has been done. A collective call."""
 
 
 class LastCheckpoint(Callback):
@@ -117,9 +99,8 @@ class LastCheckpoint(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last steps, after the other callbacks have finished their work."""
-        for callback in callbacks_of(trainer, Callback):
-            if isinstance(callback, Finishing):
-                callback.finish(trainer, pl_module)
+        for monitor in callbacks_of(trainer, NeuralCollapseMonitor):
+            monitor.on_train_end(trainer, pl_module)
         if trainer.global_step > self._saved_step or trainer.current_epoch > self._saved_epoch:
             self.save(trainer, "end")
 
@@ -214,7 +195,7 @@ def _rank_state(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     }
     return {
         "metrics": {name: move_data_to_device(state, torch.device("cpu")) for name, state in metrics.items()},
-        "callbacks": {callback.state_key: callback.rank_state() for callback in _with_rank_state(trainer)},
+        "callbacks": {m.state_key: m.rank_state() for m in callbacks_of(trainer, NeuralCollapseMonitor)},
     }
 
 
@@ -225,14 +206,8 @@ def _load_rank_states(trainer: Trainer, pl_module: LightningModule, states: list
             metric = modules.get(name)
             if isinstance(metric, Metric) and values.keys() == metric.metric_state.keys():
                 add_saved_state(metric, move_data_to_device(values, metric.device))
-    for callback in _with_rank_state(trainer):
-        callback.load_rank_states(
-            [s["callbacks"][callback.state_key] for s in states if callback.state_key in s["callbacks"]]
-        )
-
-
-def _with_rank_state(trainer: Trainer) -> list[Any]:
-    return [callback for callback in callbacks_of(trainer, Callback) if isinstance(callback, RankState)]
+    for monitor in callbacks_of(trainer, NeuralCollapseMonitor):
+        monitor.load_rank_states([s["callbacks"].get(monitor.state_key, {}) for s in states])
 
 
 def _global_batch(trainer: Trainer) -> int:

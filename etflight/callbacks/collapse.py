@@ -10,7 +10,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -163,34 +162,24 @@ class NeuralCollapseMonitor(Callback):
         self._online: PassStatistics | None = None
         self._online_states: list[dict[str, Any]] = []
         self._val: PassStatistics | None = None
-        self._val_agrees: Tensor | None = None
-        self._centres: Moments | None = None
         self._is_ready = True  # whether the next validation batch needs no preparation
         self._values: dict[str, float] = {}
-        self._told: set[str] = set()
 
     # --- when --------------------------------------------------------------------------------------------------------------
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the last fit; a checkpoint is loaded after this."""
-        if stage == "fit":
-            self._swept_at = -1.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the head, the layers and the training images, or raise an error that says what is missing."""
         self._source = EmbeddingSource(pl_module, self.head, self.space, self.layers)
         self._loader = self._val = self._online = None
         self._sweeps_every = 1 if self.every_n_epochs == "auto" else self.every_n_epochs
+        if averaging := callbacks_of(trainer, WeightAveraging):
+            rank_zero_info(f"neural collapse is measured with the averaged weights of {type(averaging[0]).__name__}")
         if not self._sweeps:
             return
         if self.train_dataloader is None and not hasattr(data_module(trainer), "eval_dataloader"):
             raise UserError(
                 "NeuralCollapseMonitor needs the training images without augmentation: give train_dataloader=, or a data "
                 'module with eval_dataloader("train")'
-            )
-        if not is_overridden("forward", pl_module, LightningModule):
-            raise UserError(
-                f"NeuralCollapseMonitor calls {type(pl_module).__name__}'s forward(inputs), which it does not define"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -210,7 +199,6 @@ class NeuralCollapseMonitor(Callback):
         due = self._is_due(trainer)
         if "val" in self.splits and (due or self.every_n_epochs == "auto"):
             self._val = self._new_pass(trainer, "val")
-            self._val_agrees = torch.zeros(2, dtype=torch.float64, device=self._val.device)
         self._is_ready = not due and self._val is None
 
     def on_validation_batch_start(
@@ -235,14 +223,8 @@ class NeuralCollapseMonitor(Callback):
         if self._val is None or dataloader_idx != 0:
             return
         labels = class_indices(batch, "validation")
-        caught = self._found().take(len(labels))
+        self._val.add(self._found().take(len(labels)), labels)
         self._found().detach()
-        self._val.add(caught.features, labels)
-        if self._centres is not None and caught.decision is not None and self._val_agrees is not None:
-            features = caught.features[HEAD].to(self._val.device)
-            nearest = measures.nearest_centre(features, self._centres)
-            agreeing = (nearest == caught.decision.to(nearest.device)).sum()
-            self._val_agrees += torch.stack([agreeing, torch.full_like(agreeing, len(nearest))])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the sweep and the validation pass."""
@@ -251,12 +233,10 @@ class NeuralCollapseMonitor(Callback):
         if self._val is not None:
             with plain_tensors():
                 self._finish(self._val, "val")
-                if self._centres is not None and self._val_agrees is not None:
-                    self._values[f"{self._group(HEAD)}/val/nc4"] = _share(trainer, self._val_agrees)
+                if self._val.centres is not None:
+                    self._values[f"{self._group(HEAD)}/val/nc4"] = _share(trainer, self._val.agrees)
             self._val = None
-        self._centres = None
-        if self._values:
-            pl_module.log_dict(self._publish(trainer.current_epoch + _part_of_epoch(trainer)), sync_dist=True)
+        self._log(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Catch the training forward."""
@@ -276,10 +256,11 @@ class NeuralCollapseMonitor(Callback):
             return
         labels = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
         if isinstance(labels, Tensor) and labels.ndim > 1:
-            self._tell("online neural-collapse statistics leave out batches whose labels are probabilities (mixup)")
+            # Python shows the same warning once
+            rank_zero_warn("online neural-collapse statistics leave out batches whose labels are probabilities (mixup)")
         else:
             labels = class_indices(batch, "training")
-            self._online.add(self._found().take(len(labels)).features, labels)
+            self._online.add(self._found().take(len(labels)), labels)
         self._found().detach()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -292,25 +273,19 @@ class NeuralCollapseMonitor(Callback):
                     self._finish(passed, "train_online")
         elif self._sweeps and self._is_due(trainer) and self._swept_at <= trainer.current_epoch:
             with averaged(trainer, pl_module):
-                self._sweep(trainer, pl_module, trainer.current_epoch + _part_of_epoch(trainer))
-        if self._values:
-            pl_module.log_dict(self._publish(trainer.current_epoch + _part_of_epoch(trainer)), sync_dist=True)
+                self._sweep(trainer, pl_module, _epochs(trainer))
+        self._log(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the final weights."""
-        self.finish(trainer, pl_module)
-
-    def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the final weights, unless they have been measured.
+        """Measure the final weights, unless they have been measured; callbacks that need them may call this earlier.
 
         A training may end within an epoch, or after an epoch that was not due.
         """
-        last = trainer.current_epoch - 1  # Lightning has counted it as completed, even if it was cut short
-        epochs = last + _part_of_epoch(trainer)
+        epochs = _epochs(trainer) - 1  # Lightning has counted the last one as completed, even if it was cut short
         if self._sweeps and self._sweeps_every is not None and self._swept_at < epochs:
             with averaged(trainer, pl_module):
                 self._sweep(trainer, pl_module, epochs)
-            self._log_outside_of_epochs(trainer, epochs, epoch=last, step=trainer.global_step - 1)
+            self._log_outside_of_epochs(trainer, epochs, epoch=trainer.current_epoch - 1, step=trainer.global_step - 1)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
@@ -324,9 +299,10 @@ class NeuralCollapseMonitor(Callback):
     def _release(self) -> None:
         if self._source is not None:
             self._source.detach()
-        self._val = self._online = self._centres = None
+        self._val = self._online = None
         self._is_ready = True
         self._values = {}
+        self._swept_at = -1.0
 
     @property
     def _sweeps(self) -> bool:
@@ -336,7 +312,7 @@ class NeuralCollapseMonitor(Callback):
         """Whether the training images are measured in this epoch."""
         every, epoch = self._sweeps_every, trainer.current_epoch + 1
         if epoch == trainer.max_epochs and callbacks_of(trainer, StochasticWeightAveraging):
-            return False  # its average becomes the model after the last epoch, and `finish` measures that
+            return False  # its average becomes the model after the last epoch, and `on_train_end` measures that
         return (
             every is not None
             and trainer.state.fn == TrainerFn.FITTING
@@ -370,7 +346,9 @@ class NeuralCollapseMonitor(Callback):
     def _before_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._is_ready = True
         if self._sweeps and self._is_due(trainer):
-            self._centres = self._sweep(trainer, pl_module, trainer.current_epoch + _part_of_epoch(trainer))
+            centres = self._sweep(trainer, pl_module, _epochs(trainer))
+            if self._val is not None:
+                self._val.centres = centres
         else:
             self._remember_weights(trainer)
 
@@ -384,16 +362,12 @@ class NeuralCollapseMonitor(Callback):
         trainer_sweep(trainer, pl_module, self._training_images(trainer), source, passed, kept.add, limit)
         with plain_tensors():
             moments = self._finish(passed, "train")
-            agrees = kept.agrees(moments)
-            missing = float(_total(trainer, torch.tensor(float(agrees is None))))
-            if missing:
-                if not kept.without_decision:
-                    self._tell(
-                        f"{self._group(HEAD)}/train/nc4 is left out: the embeddings of a process take more than "
-                        f"{KEEP_BYTES / 2**30:g} GiB"
-                    )
+            share, name = _share(trainer, kept.agrees(moments)), f"{self._group(HEAD)}/train/nc4"
+            if math.isnan(share):
+                most = f"{KEEP_BYTES / 2**30:g} GiB"
+                rank_zero_warn(f"{name} is left out: embeddings take more than {most}, or the model decides nothing")
             else:
-                self._values[f"{self._group(HEAD)}/train/nc4"] = _share(trainer, cast(Tensor, agrees))
+                self._values[name] = share
             if limit is None and epoch == int(epoch):
                 self._write_gram(trainer, moments.means, int(epoch))
                 if self.snapshots:
@@ -430,6 +404,10 @@ class NeuralCollapseMonitor(Callback):
             return f"nc_{name}"
         return "nc" if self.space == "embedding" else "nc_raw"
 
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._values:
+            pl_module.log_dict(self._publish(_epochs(trainer)), sync_dist=True)
+
     def _log_outside_of_epochs(self, trainer: Trainer, at: float, *, epoch: int, step: int) -> None:
         """Log before the first step or after the last, when Lightning's own `log` cannot be used."""
         values = self._publish(at)
@@ -461,14 +439,6 @@ class NeuralCollapseMonitor(Callback):
             self.latest_weight = source.weight.cpu().clone()
             self.latest_bias = None if source.bias is None else source.bias.cpu().clone()
         self.measured_weights = "averaged" if averaging else "current"
-        if averaging and "weights" not in self._told:
-            self._told.add("weights")
-            rank_zero_info(f"neural collapse is measured with the averaged weights of {type(averaging[0]).__name__}")
-
-    def _tell(self, message: str) -> None:
-        if message not in self._told:
-            self._told.add(message)
-            rank_zero_warn(message)
 
     def _found(self) -> EmbeddingSource:
         assert self._source is not None
@@ -492,7 +462,7 @@ class NeuralCollapseMonitor(Callback):
         _write(trainer, "gram", epoch, classes=classes.numpy(), gram=(rows @ rows.T).float().numpy())
 
     def _write_snapshot(self, trainer: Trainer, kept: KeptEmbeddings, epoch: int) -> None:
-        content = kept.snapshot()
+        content = kept.snapshot(trainer)
         if not trainer.is_global_zero or self.latest_weight is None:
             return
         folder = "snapshots" if self.space == "embedding" else "snapshots_raw"
@@ -532,15 +502,11 @@ class NeuralCollapseMonitor(Callback):
         self._online_states = [state for state in states if state]
 
 
-def _total(trainer: Trainer, part: Tensor) -> Tensor:
-    """Sum over ranks."""
-    if trainer.world_size == 1:
-        return part
-    return cast(Tensor, trainer.strategy.reduce(part.to(trainer.strategy.root_device), reduce_op="sum"))
-
-
 def _share(trainer: Trainer, agrees: Tensor) -> float:
-    agreeing, total = _total(trainer, agrees).tolist()
+    """The share of agreeing decisions over all ranks."""
+    if trainer.world_size > 1:
+        agrees = cast(Tensor, trainer.strategy.reduce(agrees.to(trainer.strategy.root_device), reduce_op="sum"))
+    agreeing, total = agrees.tolist()
     return agreeing / total if total else math.nan
 
 
@@ -549,7 +515,7 @@ def _write(trainer: Trainer, folder: str, epoch: int, **content: Any) -> None:
         np.savez_compressed(partial, **content, epoch=np.int64(epoch))
 
 
-def _part_of_epoch(trainer: Trainer) -> float:
-    """The part of the current epoch that has been trained; at the end of training, of the last epoch."""
+def _epochs(trainer: Trainer) -> float:
+    """The number of epochs that have been trained, a fraction within an epoch."""
     done, batches = trainer.fit_loop.batch_idx + 1, trainer.num_training_batches
-    return 1.0 if trainer.is_last_batch or done >= batches else done / batches
+    return trainer.current_epoch + (1.0 if trainer.is_last_batch or done >= batches else done / batches)

@@ -1,14 +1,16 @@
 """Features of a model: caught while it runs, or swept from all images of a split, and added up."""
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from difflib import get_close_matches
 from itertools import islice
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ from etflight.utils.errors import UserError
 from etflight.utils.lightning_private import before_batch_transfer
 from etflight.utils.precision import at_least_float32
 from etflight.utils.torch_private import broadcast_buffers
-from etflight.utils.trainer import take_buffers_of_rank_zero
+from etflight.utils.trainer import gather, take_buffers_of_rank_zero
 
 Space = Literal["embedding", "backbone"]
 HEAD = ""  # the name of the head's own features, beside the names of further layers
@@ -223,13 +225,10 @@ def find_submodule(model: nn.Module, name: str, argument: str) -> nn.Module:
     inner: dict[str, nn.Module] = dict(backbone.named_modules()) if isinstance(backbone, nn.Module) else {}
     found = modules.get(name, inner.get(name))
     if found is None or not name:
-        near = get_close_matches(name, [*modules, *inner], n=3, cutoff=0.4)
-        hint = (
-            f"did you mean {', '.join(near)}?"
-            if near
-            else f"give one of {', '.join(n for n, _ in model.named_children())}"
+        near = get_close_matches(name, [*modules, *inner], n=3, cutoff=0.4) or dict(model.named_children())
+        raise UserError(
+            f"{argument} {name!r} is not a module of {type(model).__name__}: did you mean {', '.join(near)}?"
         )
-        raise UserError(f"{argument} {name!r} is not a module of {type(model).__name__}: {hint}")
     return found
 
 
@@ -345,6 +344,10 @@ class PassStatistics:
         device: The device of the features.
         anchors: Class means `[K, d]` of an earlier pass by the name of the features, for any of them; they keep the sums small.
         scatter: Whether to collect the scatter, which NC1 needs in addition to the class means and variances.
+
+    Attributes:
+        centres: Class statistics, on the device, with whose nearest means the decisions are compared; None compares nothing.
+        agrees: The numbers of decisions that agree with the nearest centre, and of all of them, float64 `[2]`.
     """
 
     def __init__(
@@ -355,14 +358,18 @@ class PassStatistics:
         self.device = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
         self.anchors = anchors
         self.statistics: dict[str, ClassStatistics] = {}
+        self.centres: Moments | None = None
+        self.agrees = torch.zeros(2, dtype=torch.float64, device=self.device)
 
-    def add(self, features: Mapping[str, Tensor], labels: Tensor) -> None:
+    def add(self, caught: Caught, labels: Tensor) -> None:
         """Add a batch."""
         with plain_tensors():
-            for name, values in features.items():
+            for name, values in caught.features.items():
                 if name not in self.statistics:
                     self.statistics[name] = self._new(name, values.shape[1])
                 self.statistics[name].update(values.to(self.device), labels.to(self.device))
+            if self.centres is not None and caught.decision is not None:
+                self.agrees += agreeing(caught.features[HEAD], caught.decision, self.centres)
 
     def add_state(self, state: Mapping[str, dict[str, Tensor]]) -> None:
         """Add the states of another pass over the same split."""
@@ -382,6 +389,13 @@ class PassStatistics:
     def compute(self) -> dict[str, Moments]:
         """Compute the statistics over all ranks, in the same order on each."""
         return {name: self.statistics[name].compute() for name in sorted(self.statistics)}
+
+
+def agreeing(features: Tensor, decision: Tensor, centres: Moments) -> Tensor:
+    """Count the decisions `[B]` that agree with the centre nearest to the features `[B, d]`, and all of them: float64 `[2]`."""
+    nearest = measures.nearest_centre(features.to(centres.means.device), centres)
+    agree = nearest == decision.to(nearest.device)
+    return torch.stack([agree.sum(), torch.full_like(nearest[0], len(nearest))]).double()
 
 
 Each = Callable[[Caught, Tensor], None]
@@ -409,7 +423,7 @@ def sweep(
             with forward_context():
                 source.model(batch[0])
             caught = source.take(len(labels))
-            passed.add(caught.features, labels)
+            passed.add(caught, labels)
             if each is not None:
                 each(caught, labels)
 
@@ -431,7 +445,7 @@ def trainer_sweep(
 
 
 class KeptEmbeddings:
-    """Embeddings of a sweep that are needed after it, in host memory.
+    """Embeddings and decisions of a sweep that are needed after it, in host memory.
 
     Args:
         rank: The rank of this process.
@@ -442,58 +456,39 @@ class KeptEmbeddings:
     def __init__(self, rank: int, world_size: int, per_class: int) -> None:
         self._rank, self._world_size, self._per_class = rank, world_size, per_class
         self._seen = 0
-        self._chosen_of: dict[int, int] = {}
+        self._chosen_of: Counter[int] = Counter()
         self._chosen: list[tuple[int, int, Tensor]] = []
         self._bytes = 0
-        self._parts: list[tuple[Tensor, Tensor]] | None = []
-        self.without_decision = False
+        self._parts: list[tuple[Tensor, Tensor]] = []
 
     def add(self, caught: Caught, labels: Tensor) -> None:
         """Keep a batch, unless memory is short or there is no decision to compare."""
         features = caught.features[HEAD]
-        if caught.decision is None:
-            self.without_decision = True
-            self._parts = None
-        if self._parts is not None:
-            assert caught.decision is not None
-            self._bytes += features.nbytes
-            if self._bytes > KEEP_BYTES:
-                self._parts = None
-            else:
-                self._parts.append((features.cpu(), caught.decision.cpu()))
-        if self._per_class:
-            for row, label in enumerate(labels.tolist()):
-                if self._chosen_of.get(label, 0) < self._per_class:
-                    self._chosen_of[label] = self._chosen_of.get(label, 0) + 1
-                    index = (self._seen + row) * self._world_size + self._rank
-                    self._chosen.append((index, label, features[row].half().cpu()))
+        self._bytes += features.nbytes
+        if self._bytes > KEEP_BYTES:
+            self._parts.clear()
+        elif caught.decision is not None:
+            self._parts.append((features.cpu(), caught.decision.cpu()))
+        for row, label in enumerate(labels.tolist() if self._per_class else []):
+            self._chosen_of[label] += 1
+            if self._chosen_of[label] <= self._per_class:
+                index = (self._seen + row) * self._world_size + self._rank
+                self._chosen.append((index, label, features[row].half().cpu()))
         self._seen += len(labels)
 
-    def agrees(self, moments: Moments) -> Tensor | None:
-        """Count the decisions that agree with the nearest centre, and all of them, `[2]`; None if no embeddings were kept."""
-        if self._parts is None:
-            return None
-        agreeing = total = 0
-        for features, decision in self._parts:
-            nearest = measures.nearest_centre(features.to(moments.means.device), moments).cpu()
-            agreeing += int((nearest == decision).sum())
-            total += len(decision)
-        return torch.tensor([agreeing, total], dtype=torch.float64)
+    def agrees(self, centres: Moments) -> Tensor:
+        """Count the decisions that agree with the nearest centre, and all of them, float64 `[2]`; NaN if not all were kept."""
+        counts = [agreeing(features, decision, centres) for features, decision in self._parts]
+        total = torch.stack(counts).sum(0) if counts else torch.zeros(2, dtype=torch.float64)
+        return total.cpu() if total[1] == self._seen else torch.full((2,), math.nan, dtype=torch.float64)
 
-    def snapshot(self) -> dict[str, Any]:
+    def snapshot(self, trainer: Trainer) -> dict[str, Any]:
         """Return the first `per_class` embeddings of each class over all ranks, in the data's order; a collective call."""
-        parts = [self._chosen]
-        if self._world_size > 1:
-            parts = [[] for _ in range(self._world_size)]
-            dist.all_gather_object(parts, self._chosen)
-        taken: dict[int, int] = {}
+        taken: Counter[int] = Counter()
         rows = []
-        for index, label, embedding in sorted((row for part in parts for row in part), key=lambda row: row[0]):
-            taken[label] = taken.get(label, 0) + 1
-            if taken[label] <= self._per_class:
-                rows.append((index, label, embedding))
-        return {
-            "embeddings": torch.stack([embedding for _, _, embedding in rows]).numpy(),
-            "labels": np.array([label for _, label, _ in rows], dtype=np.int64),
-            "indices": np.array([index for index, _, _ in rows], dtype=np.int64),
-        }
+        for row in sorted((row for part in gather(trainer, self._chosen) for row in part), key=itemgetter(0)):
+            taken[row[1]] += 1
+            if taken[row[1]] <= self._per_class:
+                rows.append(row)
+        indices, labels, embeddings = zip(*rows, strict=True)
+        return {"embeddings": torch.stack(embeddings).numpy(), "labels": np.array(labels), "indices": np.array(indices)}

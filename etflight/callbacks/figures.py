@@ -123,23 +123,19 @@ class CollapseFigures(Callback):
             self._check_triangle(pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw what a monitor that comes later in the list has measured at the end of the last epoch."""
-        self._draw_what_is_due(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw what has been measured, if it is due."""
+        """Draw what has been measured by the end of the last epoch, if it is due."""
         self._draw_what_is_due(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the last measurement, and make the film."""
         for monitor in self._monitors.values():
-            monitor.finish(trainer, pl_module)  # it may come later in the list
+            monitor.on_train_end(trainer, pl_module)  # it may come later in the list
         self._draw_what_is_due(trainer, pl_module, last=True)
         if self.film and trainer.is_global_zero and not is_trial_run(trainer):
             for key, monitor in self._monitors.items():
-                files = self._triangle_files(trainer, monitor)
-                if files:
-                    path, names = _folder(trainer) / f"{key}_triangle.gif", _class_names(trainer, pl_module, monitor)
+                if files := self._triangle_files(trainer, monitor):
+                    path = _folder(trainer) / f"{key}_triangle.gif"
+                    names = _of_classes("class_names", trainer, pl_module, monitor)
                     etflight.plotting.triangle_film(files, cast(Sequence[int], self.triangle), path, class_names=names)
                     rank_zero_info(f"film: {path}")
 
@@ -162,7 +158,7 @@ class CollapseFigures(Callback):
         self, trainer: Trainer, pl_module: LightningModule, monitor: NeuralCollapseMonitor
     ) -> dict[str, "Figure"]:
         prefix = "nc" if monitor.space == "embedding" else "nc_raw"
-        weight, names = monitor.latest_weight, _class_names(trainer, pl_module, monitor)
+        weight, names = monitor.latest_weight, _of_classes("class_names", trainer, pl_module, monitor)
         num_classes = None if weight is None else len(weight)
         figures = {
             "curves": etflight.plotting.collapse_curves(
@@ -178,8 +174,7 @@ class CollapseFigures(Callback):
                 counts=_of_classes("class_counts", trainer, pl_module, monitor),
                 class_names=names,
             )
-        files = self._triangle_files(trainer, monitor)
-        if files:
+        if files := self._triangle_files(trainer, monitor):
             with np.load(files[-1], allow_pickle=False) as shot:
                 figures["triangle"] = etflight.plotting.triangle(
                     shot["embeddings"],
@@ -192,8 +187,11 @@ class CollapseFigures(Callback):
         return figures
 
     def _triangle_files(self, trainer: Trainer, monitor: NeuralCollapseMonitor) -> list[Path]:
-        wanted = self.triangle is not None and monitor.snapshots > 0 and monitor.space == "embedding"
-        return _snapshots(trainer, monitor) if wanted else []
+        """The snapshots of this run for the triangle, in the order of epochs; the folder may also hold those of an earlier run."""
+        if self.triangle is None or not _has_embeddings(monitor):
+            return []
+        files = (run_folder(trainer) / "snapshots" / f"epoch_{int(e):03d}.npz" for e in monitor.epochs if e == int(e))
+        return [file for file in files if file.is_file()]
 
     def _send(self, trainer: Trainer, figures: dict[str, "Figure"]) -> None:
         for key, figure in figures.items():
@@ -201,7 +199,7 @@ class CollapseFigures(Callback):
 
     def _check_triangle(self, pl_module: LightningModule) -> None:
         assert self.triangle is not None
-        monitor = next((m for m in self._monitors.values() if m.snapshots and m.space == "embedding"), None)
+        monitor = next(filter(_has_embeddings, self._monitors.values()), None)
         if monitor is None:
             raise UserError(
                 "CollapseFigures: the triangle needs embeddings: give NeuralCollapseMonitor snapshots, such as snapshots=50"
@@ -217,15 +215,8 @@ def _folder(trainer: Trainer) -> Path:
     return run_folder(trainer) / "figures"
 
 
-def _snapshots(trainer: Trainer, monitor: NeuralCollapseMonitor) -> list[Path]:
-    """The snapshots of this run, in the order of epochs; the folder may also hold those of an earlier run."""
-    files = (run_folder(trainer) / "snapshots" / f"epoch_{int(e):03d}.npz" for e in monitor.epochs if e == int(e))
-    return [file for file in files if file.is_file()]
-
-
-def _class_names(trainer: Trainer, pl_module: LightningModule, monitor: NeuralCollapseMonitor) -> list[str] | None:
-    names = _of_classes("class_names", trainer, pl_module, monitor)
-    return None if names is None else [str(name) for name in names]
+def _has_embeddings(monitor: NeuralCollapseMonitor) -> bool:
+    return monitor.snapshots > 0 and monitor.space == "embedding"
 
 
 def _of_classes(name: str, trainer: Trainer, pl_module: LightningModule, monitor: NeuralCollapseMonitor) -> Any:

@@ -1,7 +1,6 @@
 """Training that starts from given weights, with parts of the model frozen for a while or for good."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -63,13 +62,13 @@ class FineTuning(Callback):
     ) -> None:
         super().__init__()
         if (checkpoint is None) != (not load):
-            have, lack = ("load", "checkpoint") if checkpoint is None else ("checkpoint", "load")
-            raise UserError(f"fine-tuning has a {have}, but no {lack}: give --fine_tuning.{lack} as well, or neither")
+            raise UserError("--fine_tuning.checkpoint and --fine_tuning.load go together: give both, or neither")
         if checkpoint is not None and weights is not None:
             raise UserError("fine-tuning starts from --fine_tuning.checkpoint or --fine_tuning.weights, not from both")
         if unfreeze_epoch is not None and (unfreeze_epoch < 1 or not freeze):
-            what = f"is {unfreeze_epoch}" if freeze else "has nothing to unfreeze"
-            raise UserError(f"--fine_tuning.unfreeze_epoch {what}: give an epoch of 1 or more and --fine_tuning.freeze")
+            raise UserError(
+                f"--fine_tuning.unfreeze_epoch is {unfreeze_epoch}: give an epoch of 1 or more, and --fine_tuning.freeze"
+            )
         self.checkpoint = checkpoint
         self.load = dict(load or {})
         self.freeze = tuple(freeze)
@@ -148,7 +147,6 @@ class FineTuning(Callback):
         rank_zero_info(f"weights of the backbone taken from {path}{classifier}")
 
     def _take_parts(self, path: str, content: Mapping[str, Any], pl_module: LightningModule) -> None:
-        _check_model(path, content["hyper_parameters"], pl_module.hparams)
         for source, target in self.load.items():
             state = _part(content["state_dict"], source)
             module = find_submodule(pl_module, target, "--fine_tuning.load:")
@@ -160,15 +158,6 @@ class FineTuning(Callback):
                 )
             module.load_state_dict(state)
         rank_zero_info(f"weights of {', '.join(self.load)} taken from {path}")
-
-
-def _check_model(path: str | Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    for name, flag in (("num_classes", "--data"), ("backbone", "--model.backbone")):
-        if name in own and saved[name] != own[name]:
-            raise UserError(
-                f"checkpoint {path} has the {name} {saved[name]}, this model {own[name]}: "
-                f"give the {flag} it was trained with, or another checkpoint"
-            )
 
 
 def _part(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -20,13 +20,13 @@ from etflight.utils.training_data import other_images
 
 
 class PostHoc(Callback, ABC):
-    """Validates, tests and predicts with another head.
+    """Validates, tests and predicts with another head of a `Classifier`.
 
     Afterwards the model has its own head again, and no file of the model ever lost it. The temperature in a checkpoint was fitted to the
     logits of the model's own head, so it is 1 meanwhile.
 
     Raises:
-        UserError: It is used in training, where there is nothing to replace yet, or the model is not a `Classifier`.
+        UserError: It is used in training, where there is nothing to replace yet.
     """
 
     _own: tuple[Head, Tensor] | None = None
@@ -42,36 +42,15 @@ class PostHoc(Callback, ABC):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse to train."""
-        name = type(self).__name__
         if stage == "fit":
             raise UserError(
-                f"{name} takes a trained model and trains nothing: "
+                f"{type(self).__name__} takes a trained model and trains nothing: "
                 "etflight test -c CONFIG --ckpt_path RUN/checkpoints/last.ckpt"
             )
-        if not isinstance(pl_module, Classifier):
-            raise UserError(f"{name} replaces the head of an etflight.Classifier; this is a {type(pl_module).__name__}")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace the head."""
-        self._replace(trainer, cast(Classifier, pl_module))
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Replace the head."""
-        self._replace(trainer, cast(Classifier, pl_module))
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Replace the head."""
-        self._replace(trainer, cast(Classifier, pl_module))
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the model its head back."""
-        self._give_back(pl_module)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the model its head back."""
-        self._give_back(pl_module)
-
-    def _replace(self, trainer: Trainer, model: Classifier) -> None:
+        model = cast(Classifier, pl_module)
         with torch.no_grad(), frozen_modes(model):
             head = self.new_head(trainer, model)
         rank_zero_info(f"{type(self).__name__} decides in place of the trained {type(model.head).__name__}")
@@ -79,11 +58,18 @@ class PostHoc(Callback, ABC):
         model.head = head.eval()
         model.temperature = torch.ones_like(model.temperature)
 
-    def _give_back(self, pl_module: LightningModule) -> None:
+    on_test_start = on_predict_start = on_validation_start
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the model its head back."""
         if self._own is not None:
             model = cast(Classifier, pl_module)
             model.head, model.temperature = self._own
             self._own = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the model its head back."""
+        self.teardown(trainer, pl_module, "")
 
 
 class TauNormalization(PostHoc):
@@ -125,7 +111,7 @@ class NearestClassMean(PostHoc):
     The logits are the cosines, so the softmax is never confident.
 
     Raises:
-        UserError: When it starts: the training images are not the checkpoint's, or a class has none.
+        UserError: When it starts: the training images are not the checkpoint's.
 
     Source:
         Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, arXiv 1910.09217, section 4.1,
@@ -135,15 +121,6 @@ class NearestClassMean(PostHoc):
     def new_head(self, trainer: Trainer, model: Classifier) -> Head:
         """Keep the trained embedding, and take the class means as class vectors."""
         data = data_module(trainer)
-        if not hasattr(data, "eval_dataloader"):
-            raise UserError(
-                'NearestClassMean needs the training images: give a data module with eval_dataloader("train")'
-            )
-        counts = torch.as_tensor(data.class_counts)
-        if bool((counts == 0).any()):
-            raise UserError(
-                f"NearestClassMean: class {data.class_names[int(counts.argmin())]} has no training image, so it has no mean"
-            )
         if differ := other_images(model.class_counts.tolist(), model.fingerprint, data):
             raise UserError(
                 f"NearestClassMean: {differ}: give the data options of its training (--data.imbalance_ratio and the like)"

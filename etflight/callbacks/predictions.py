@@ -2,10 +2,10 @@
 
 import csv
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,22 +24,6 @@ from etflight.utils.terminal import readable
 from etflight.utils.trainer import data_module, gather
 
 SUFFIXES = (".csv", ".parquet", ".npz")
-
-
-class Predictions(NamedTuple):
-    """The decisions on N images, with the k most probable classes of each.
-
-    Attributes:
-        images: The N paths, or positions.
-        labels: The classes, int64 `[N, k]`, most probable first.
-        probabilities: Their calibrated probabilities, float32 `[N, k]`.
-        embeddings: The embeddings, float32 `[N, d']`, or None.
-    """
-
-    images: Sequence[str]
-    labels: NDArray[np.int64]
-    probabilities: NDArray[np.float32]
-    embeddings: NDArray[np.float32] | None
 
 
 def skipped_beside(path: Path) -> Path:
@@ -62,7 +46,14 @@ def check_output(path: Path) -> None:
         raise UserError(f"--output {path} needs pyarrow: pip install 'etflight[parquet]', or give .csv or .npz")
 
 
-def write(path: Path, predictions: Predictions, names: Sequence[str]) -> None:
+def write(
+    path: Path,
+    images: Sequence[str],
+    labels: NDArray[np.int64],
+    probabilities: NDArray[np.float32],
+    names: Sequence[str],
+    embeddings: NDArray[np.float32] | None = None,
+) -> None:
     """Write the file completely or not at all.
 
     CSV and Parquet have the columns `image`, `class`, `probability`, then `class_2`, `probability_2` … up to k, and the embedding:
@@ -71,47 +62,39 @@ def write(path: Path, predictions: Predictions, names: Sequence[str]) -> None:
 
     Args:
         path: The file, with one of the endings `SUFFIXES`.
-        predictions: The rows.
+        images: The N paths, or positions.
+        labels: The classes, `[N, k]`, most probable first.
+        probabilities: Their calibrated probabilities, `[N, k]`.
         names: The names of the K classes.
+        embeddings: The embeddings, `[N, d']`, or None.
     """
-    classes = np.array(names)[predictions.labels]
+    classes = np.array(names)[labels]
+    columns: dict[str, Any] = {}
+    for k in range(labels.shape[1]):
+        suffix = f"_{k + 1}" if k else ""
+        columns |= {f"class{suffix}": classes[:, k], f"probability{suffix}": probabilities[:, k]}
     with replacing(path) as partial:
         if path.suffix == ".npz":
-            arrays: dict[str, Any] = {"image": np.array(predictions.images, dtype=np.str_), "label": predictions.labels}
-            arrays |= {"class": classes, "probability": predictions.probabilities}
-            arrays |= {} if predictions.embeddings is None else {"embedding": predictions.embeddings}
+            arrays: dict[str, Any] = {"image": np.array(images, dtype=np.str_), "label": labels}
+            arrays |= {"class": classes, "probability": probabilities}
+            arrays |= {} if embeddings is None else {"embedding": embeddings}
             np.savez(partial, **arrays)
         elif path.suffix == ".parquet":
-            _write_parquet(partial, predictions, classes)
+            import pyarrow
+            from pyarrow import parquet
+
+            columns = {"image": list(map(readable, images)), **columns}
+            columns |= {} if embeddings is None else {"embedding": list(embeddings)}
+            parquet.write_table(pyarrow.table(columns), partial)
         else:
+            width = 0 if embeddings is None else embeddings.shape[1]
+            columns |= {f"embedding_{i}": cast(Any, embeddings)[:, i] for i in range(width)}
+            formats = [*["", ".6f"] * labels.shape[1], *[".7g"] * width]
             with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-                csv.writer(file).writerows(_rows(predictions, classes))
-
-
-def _headings(k: int) -> list[str]:
-    return [f"{name}{f'_{i}' if i > 1 else ''}" for i in range(1, k + 1) for name in ("class", "probability")]
-
-
-def _rows(predictions: Predictions, classes: NDArray[np.str_]) -> Iterator[list[object]]:
-    width = 0 if predictions.embeddings is None else predictions.embeddings.shape[1]
-    yield ["image", *_headings(classes.shape[1]), *(f"embedding_{i}" for i in range(width))]
-    for n, image in enumerate(predictions.images):
-        pairs = zip(classes[n], predictions.probabilities[n], strict=True)
-        numbers = [] if predictions.embeddings is None else predictions.embeddings[n].tolist()
-        yield [image, *(cell for name, p in pairs for cell in (name, f"{p:.6f}")), *(f"{x:.7g}" for x in numbers)]
-
-
-def _write_parquet(path: Path, predictions: Predictions, classes: NDArray[np.str_]) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    pairs = zip(classes.T, predictions.probabilities.T, strict=True)
-    columns = [pyarrow.array(column) for pair in pairs for column in pair]
-    table = {"image": pyarrow.array(map(readable, predictions.images), pyarrow.string())}
-    table |= dict(zip(_headings(classes.shape[1]), columns, strict=True))
-    if predictions.embeddings is not None:
-        table["embedding"] = pyarrow.array(list(predictions.embeddings))
-    parquet.write_table(pyarrow.table(table), path)
+                writer = csv.writer(file)
+                writer.writerow(["image", *columns])
+                for image, *cells in zip(images, *columns.values(), strict=True):
+                    writer.writerow([image, *map(format, cells, formats)])
 
 
 class PredictionTable(Callback):
@@ -182,7 +165,7 @@ class PredictionTable(Callback):
         names = model.class_names or [str(k) for k in range(data.num_classes)]
         images = [data.sample_name("test", i) for i in in_order]
         with writing_to(self.path.parent, "--output"):
-            write(self.path, Predictions(images, labels, probabilities, rest[0] if rest else None), names)
+            write(self.path, images, labels, probabilities, names, *rest)
             rank_zero_info(f"predictions: {self.path} (probabilities: {model.describe_temperature()})")
             self._tell_skipped({data.sample_name("test", i): skipped[i] for i in sorted(skipped)})
 

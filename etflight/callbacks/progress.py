@@ -12,8 +12,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
-from torch import nn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from etflight.classifier import Classifier
 from etflight.losses import Loss
@@ -53,14 +52,11 @@ class Progress(Callback):
         self._tell(trainer)
 
     def _show(self, trainer: Trainer) -> None:
-        shown: dict[str, Any] = {}
-        alignment = _first(trainer.callback_metrics, *_ALIGNMENT)
-        if alignment is not None:
+        shown: Any = trainer.progress_bar_metrics
+        if (alignment := _first(trainer.callback_metrics, *_ALIGNMENT)) is not None:
             shown["alignment"] = f"{alignment:.3f}"
-        left = self._left(trainer)
-        if left is not None:
+        if (left := self._left(trainer)) is not None:
             shown["left"] = left
-        trainer.progress_bar_metrics.update(shown)
 
     def _tell(self, trainer: Trainer) -> None:
         if self._epoch is None:
@@ -68,8 +64,8 @@ class Progress(Callback):
         self._show(trainer)
         if trainer.is_global_zero:
             speed = trainer.progress_bar_metrics.get("images/s")
-            print(describe_epoch(self._epoch, trainer.max_epochs, trainer.callback_metrics, speed, self._left(trainer)))
-            sys.stdout.flush()
+            line = describe_epoch(self._epoch, trainer.max_epochs, trainer.callback_metrics, speed, self._left(trainer))
+            print(line, flush=True)
 
     def _left(self, trainer: Trainer) -> str | None:
         done, total = trainer.global_step - self._started_with, trainer.estimated_stepping_batches
@@ -135,9 +131,7 @@ class Speed(Callback):
         self._images, self._waited_before = 0, _waited(trainer)
         self._started_at = self._counts_from = time.perf_counter()
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting again."""
-        self.on_train_start(trainer, pl_module)
+    on_train_epoch_start = on_train_start
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
@@ -206,7 +200,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 class StepNotice(Callback):
-    """Prints global batch, learning rate and class balance when training starts, and warns of BatchNorm on several GPUs."""
+    """Prints global batch, learning rate and class balance when training starts."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the line on the first process; optimizers exist by now."""
@@ -220,15 +214,6 @@ class StepNotice(Callback):
                 loss=cast(Classifier, pl_module).loss,
             )
         )
-        if (
-            trainer.world_size > 1
-            and trainer.strategy.root_device.type == "cuda"
-            and has_unsynced_batch_norm(pl_module)
-        ):
-            rank_zero_warn(
-                "BatchNorm normalises each process's images separately: add --trainer.sync_batchnorm true for the "
-                "statistics of the global batch"
-            )
 
 
 def describe_step(*, processes: int, batch_size: int, accumulated: int, lr: float | None, loss: Loss) -> str:
@@ -246,18 +231,9 @@ def describe_step(*, processes: int, batch_size: int, accumulated: int, lr: floa
     if lr is not None:
         parts.append(f"learning rate {lr:g} as given (not scaled with the batch)")
     balance = f"class balance {loss.class_balance!r}"
-    if loss.class_balance == "batch":
-        balance += f" (exponent {loss.exponent:g}): counts over all processes of a step"
-        balance += ", not over accumulated micro-batches" if accumulated > 1 else ""
-    elif loss.class_balance == "global":
-        balance += f" (exponent {loss.exponent:g}): the training set's counts"
-    elif loss.class_balance == "effective":
-        balance += f" (exponent {loss.exponent:g}, beta {loss.beta:g}): the training set's counts"
-    if loss.renormalize and loss.class_balance != "none":
-        balance += ", weights divided by their mean over a step"
+    if loss.class_balance != "none":
+        over = "the training set" if loss.class_balance != "batch" else "all processes of a step"
+        balance += f" (exponent {loss.exponent:g}): counts over {over}"
+    if loss.class_balance == "batch" and accumulated > 1:
+        balance += ", not over accumulated micro-batches"
     return "; ".join([*parts, balance])
-
-
-def has_unsynced_batch_norm(model: nn.Module) -> bool:
-    """Whether the model has a BatchNorm layer that sees only its own process's images."""
-    return any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for m in model.modules())

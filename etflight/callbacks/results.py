@@ -15,7 +15,7 @@ from rich.text import Text
 import etflight
 from etflight.callbacks.figures import publish, publish_table
 from etflight.classifier import PRIOR_SHIFTS, Classifier, Evaluation
-from etflight.metrics.accuracy import FEW_BELOW, MANY_ABOVE, MOST_CLASSES, shot_groups, third_groups
+from etflight.metrics.accuracy import FEW_BELOW, MANY_ABOVE, shot_groups, third_groups
 from etflight.runs.folder import writing_to
 from etflight.runs.loggers import run_folder
 from etflight.utils.files import write_json
@@ -62,10 +62,6 @@ class TestResults(Callback):
             publish_table(trainer, "test/classes", _HEADER, rows, folder / "per_class.csv")
             for name, figure in _figures(model, evaluation).items():
                 publish(trainer, f"test/{name}", figure, folder / "figures" / f"{name}.png")
-        if evaluation.confusion is None:
-            rank_zero_info(
-                f"no confusion matrix: {len(model.class_counts)} classes, and at most {MOST_CLASSES} are drawn"
-            )
         if not is_trial_run(trainer):
             rank_zero_info(f"results: {folder / 'test_metrics.json'}, per_class.csv and figures/")
 

@@ -158,19 +158,10 @@ class StopSignals(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End at once on a signal outside training, where there is nothing to save; Lightning would go on to the end."""
-        self._end_at_once(trainer)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do as in `on_validation_start`."""
-        self._end_at_once(trainer)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do as in `on_validation_start`."""
-        self._end_at_once(trainer)
-
-    def _end_at_once(self, trainer: Trainer) -> None:
         if trainer.state.fn != "fit":
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+    on_test_start = on_predict_start = on_validation_start
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave between two epochs."""

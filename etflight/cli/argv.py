@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from etflight.utils.errors import UserError
 from etflight.utils.yaml import read_yaml
 
 
@@ -68,7 +67,7 @@ class EarlyOptions:
         parser.add_argument("--images", nargs="+")
         given, _ = parser.parse_known_args(rest)
         paths = [Path(file) for file in files if not file.lstrip().startswith("{")]
-        return cls(vars(given), paths, [_options_in(path) for path in paths])
+        return cls(vars(given), paths, [read_yaml(path) for path in paths])
 
     def value(self, key: str, kind: type = str) -> Any:
         """The value of an option: that of the command line, or else of the last configuration file that has one of this type."""
@@ -80,15 +79,6 @@ class EarlyOptions:
             if value is not None and isinstance(value, kind):
                 return value
         return None
-
-
-def _options_in(path: Path) -> dict[str, Any]:
-    content = read_yaml(path)
-    if not isinstance(content, dict):
-        raise UserError(
-            f"{path} holds no options: a configuration file begins with the name of one, such as model: or data:"
-        )
-    return content
 
 
 _SETS, _ARMS, _ADDITIONS = "data", "arms", ("trainer", "logger")  # folders of configuration files

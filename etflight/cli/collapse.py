@@ -1,10 +1,8 @@
 """`etflight collapse …`: neural collapse of a trained checkpoint, or of any timm model, without training."""
 
 import math
-import pickle
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +13,6 @@ from jsonargparse import Namespace
 from matplotlib.figure import Figure
 from rich.progress import track
 from rich.table import Table
-from safetensors import SafetensorError
 from timm.data.config import resolve_data_config
 from torch import Tensor
 
@@ -23,15 +20,16 @@ from etflight import plotting
 from etflight.backbones import resnet_cifar
 from etflight.callbacks.features import HEAD, Caught, EmbeddingSource, PassStatistics, sweep
 from etflight.classifier import Classifier
-from etflight.cli.checkpoint_option import add_imports, brief, import_modules, prepare_as_trained
+from etflight.cli.checkpoint_option import add_imports, data_as_trained, import_modules
 from etflight.cli.data_option import data_parser, parse_over_run
 from etflight.cli.parser import OneLineParser
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
 from etflight.metrics import Moments, measures
 from etflight.runs.folder import last_checkpoint, run_of
-from etflight.utils.checkpoints import read_weights
-from etflight.utils.errors import UserError, warn
+from etflight.runs.record import data_facts
+from etflight.utils.checkpoints import misfit, read_weights
+from etflight.utils.errors import UserError, brief
 from etflight.utils.files import write_json
 from etflight.utils.terminal import console
 from etflight.utils.training_data import refuse_other_shape
@@ -60,12 +58,7 @@ _ROWS = {
     "missing_classes": ("without samples", ""),
     "single_sample_classes": ("with one sample", ""),
 }
-_SOURCES = (
-    "RUN (a run folder or a checkpoint in one), --ckpt_path FILE (a checkpoint of etflight), or --timm NAME (any timm model with its own "
-    "classifier)"
-)
 _OWN_WEIGHTS = "give --weights FILE of a model trained on these classes"
-_UNREADABLE = (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError, EOFError, LookupError)
 
 
 class Model(NamedTuple):
@@ -75,13 +68,11 @@ class Model(NamedTuple):
         name: Its name for people.
         source: The network, and where its embeddings and class vectors are.
         class_names: The names of the classes it was trained on, or None.
-        forward_context: A context for its forward passes.
     """
 
     name: str
     source: EmbeddingSource
     class_names: list[str] | None
-    forward_context: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def main(argv: Sequence[str]) -> None:
@@ -96,22 +87,27 @@ def main(argv: Sequence[str]) -> None:
     """
     parser = _parser()
     config = parse_over_run(parser, argv)
-    if sum(source is not None for source in (config.run, config.ckpt_path, config.timm)) != 1:
-        raise UserError(f"collapse measures one model: give {_SOURCES}")
+    if (config.run is None) == (config.timm is None):
+        raise UserError(
+            "collapse measures one model: give RUN (a run folder, or a checkpoint) or --timm NAME (any timm model with its own classifier)"
+        )
     if config.weights is not None and config.timm is None:
-        raise UserError("--weights goes with --timm NAME: an etflight checkpoint is given by --ckpt_path FILE alone")
+        raise UserError("--weights goes with --timm NAME: a checkpoint of etflight is given alone")
     import_modules(config.imports)
-    checkpoint = config.ckpt_path
-    if config.run is not None:
-        checkpoint = str(last_checkpoint(Path(config.run)) if Path(config.run).is_dir() else config.run)
-    classifier = None if checkpoint is None else Classifier.load_from_checkpoint(checkpoint)
-    if classifier is not None:
-        prepare_as_trained(config.data, classifier.preprocessing)
-    data: ImageDataModule = parser.instantiate(config).data
-    device = _device(config.device)
-    model = _from_timm(config, data) if classifier is None else _from_checkpoint(checkpoint, classifier, data)
-    output = Path(config.output or _default_output(config.timm, checkpoint))
-    out = console()
+    data: ImageDataModule
+    if config.run is None:
+        data = parser.instantiate(config).data
+        model = _from_timm(config, data)
+        folder = Path("runs", "collapse", re.sub(r"[^\w.-]+", "_", config.timm))
+    else:
+        run = Path(config.run)
+        checkpoint = last_checkpoint(run) if run.is_dir() else run
+        classifier = Classifier.load_from_checkpoint(checkpoint)
+        data = data_as_trained(parser, config, classifier, str(checkpoint), images=True)
+        model = Model(f"checkpoint {checkpoint}", EmbeddingSource(classifier, "head"), classifier.class_names)
+        folder = (run_of(checkpoint) or checkpoint.parent) / "collapse"
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    output, out = Path(config.output or folder), console()
 
     model.source.model.eval().requires_grad_(False).to(device)
     results: dict[str, dict[str, float]] = {}
@@ -158,38 +154,26 @@ def measure(
     """
     source = model.source
     passed = PassStatistics(source.num_classes, device)
-    centres = None if centres is None else centres.to(passed.device)
-    # numbers of decisions: right, agreeing with the nearest centre, all
-    hits = torch.zeros(3, dtype=torch.float64, device=passed.device)
+    passed.centres = None if centres is None else centres.to(passed.device)
+    right = torch.zeros((), dtype=torch.long, device=device)
 
     def count(caught: Caught, labels: Tensor) -> None:
         if caught.decision is None:
             raise UserError(f"{model.name} does not give one logit per class and image, so there is nothing to measure")
-        decision = caught.decision.to(hits.device)
-        nearest = decision if centres is None else measures.nearest_centre(caught.features[HEAD], centres)
-        hits.add_(torch.stack([(decision == labels).sum(), (decision == nearest).sum(), (labels >= 0).sum()]))
+        right.add_((caught.decision == labels).sum())
 
     loader = track(data.eval_dataloader(split), description=f"measuring {split}", disable=quiet, transient=True)
     batches = (data.eval_transform((images.to(device), labels.to(device))) for images, labels in loader)
-    sweep(batches, source, passed, count, model.forward_context)
+    sweep(batches, source, passed, count)
     moments = passed.compute()[HEAD]
     scalars = measures.summary(moments, source.weight, source.bias)
-    right, agreeing, total = hits.tolist()
-    values = {"acc": right / total, **{name: float(value) for name, value in scalars.items()}}
+    values = {"acc": float(right / moments.counts.sum()), **{name: float(value) for name, value in scalars.items()}}
     if centres is not None:
-        values["nc4"] = agreeing / total
+        values["nc4"] = float(passed.agrees[0] / passed.agrees[1])
     return moments.to("cpu"), values
 
 
 # Models -----------------------------------------------------------------------------------------------------------
-
-
-def _from_checkpoint(path: str, classifier: Classifier, data: ImageDataModule) -> Model:
-    refuse_other_shape(f"checkpoint {path}", classifier.head.num_classes, classifier.hparams["in_chans"], data)
-    for line in classifier.differences(data, images=True):
-        warn(line)
-
-    return Model(f"checkpoint {path}", EmbeddingSource(classifier, "head"), classifier.class_names)
 
 
 def _from_timm(config: Namespace, data: ImageDataModule) -> Model:
@@ -204,18 +188,7 @@ def _from_timm(config: Namespace, data: ImageDataModule) -> Model:
         ) from error
     refuse_other_shape(name, source.num_classes, data.num_channels, data, _OWN_WEIGHTS)
     _adopt_normalisation(network, data)
-
-    @contextmanager
-    def telling_the_size() -> Iterator[None]:
-        try:
-            yield
-        except (RuntimeError, AssertionError, ValueError) as error:
-            raise UserError(
-                f"{name} does not take images of {data} ({brief(error)}): "
-                "give data of the size it was made for (--data.image_size N for FolderImages)"
-            ) from error
-
-    return Model(name, source, None, telling_the_size)
+    return Model(name, source, None)
 
 
 def _classifier_name(network: Any) -> str:
@@ -229,38 +202,27 @@ def _create(name: str, weights: str | None, data: ImageDataModule) -> Any:
         near = get_close_matches(name, timm.list_models(), n=5)
         hint = f"near matches: {', '.join(near)}" if near else "`timm.list_models()` has them all"
         raise UserError(f"no timm model is called {name!r}: {hint}")
+    published: Any = timm.get_pretrained_cfg(name)  # None for a name of the Hub or of a folder
     arguments: dict[str, Any] = {"in_chans": data.num_channels, "pretrained": weights is None}
     state: dict[str, Tensor] = {}
     if weights is not None:
         state = read_weights(weights)
-        arguments["num_classes"] = _classes_in(state, name) or data.num_classes
+        classifier = state.get(f"{published and published.classifier}.weight")
+        arguments["num_classes"] = data.num_classes if classifier is None else len(classifier)
         refuse_other_shape(f"{weights} of {name}", arguments["num_classes"], data.num_channels, data)
-    elif ":" not in name:  # before a download that would be in vain
-        published = timm.get_pretrained_cfg_value(name, "num_classes") or data.num_classes
-        refuse_other_shape(f"timm model {name}", published, data.num_channels, data, _OWN_WEIGHTS)
+    elif published:  # before a download that would be in vain
+        refuse_other_shape(f"timm model {name}", published.num_classes, data.num_channels, data, _OWN_WEIGHTS)
     try:
         network: Any = timm.create_model(name, **arguments)
-    except _UNREADABLE as error:
-        mend = "give --weights FILE with a model of yours" if weights is None else "give the name that made the weights"
-        raise UserError(f"timm model {name!r} cannot be had ({brief(error)}): {mend}") from error
+    except Exception as error:  # of the Hub, its transport and the files
+        raise UserError(f"timm model {name!r} cannot be had ({brief(error)}): give --weights FILE") from error
     if weights is not None:
-        try:
-            network.load_state_dict(state)
-        except RuntimeError as error:
+        if problem := misfit(state, network.state_dict()):
             raise UserError(
-                f"{weights} does not fit {name} for {data.num_channels} channels ({brief(error)}): give the name that made it"
-            ) from error
+                f"{weights} does not fit {name} for {data.num_channels} channels: {problem}: give the name that made it"
+            )
+        network.load_state_dict(state)
     return network
-
-
-def _classes_in(state: dict[str, Tensor], name: str) -> int | None:
-    """The number of classes of the classifier in a state dict, found by timm's name for it; None if it is not found."""
-    try:
-        small: Any = timm.create_model(name, pretrained=False)
-    except _UNREADABLE:
-        return None
-    weight = state.get(f"{_classifier_name(small)}.weight")
-    return None if weight is None else len(weight)
 
 
 def _adopt_normalisation(network: Any, data: ImageDataModule) -> None:
@@ -278,12 +240,7 @@ def _adopt_normalisation(network: Any, data: ImageDataModule) -> None:
 def _record(model: Model, data: ImageDataModule, results: dict[str, dict[str, float]]) -> dict[str, Any]:
     return {
         "model": model.name,
-        "data": {
-            "class": type(data).__name__,
-            "dataset": data.dataset_name,
-            "fingerprint": data.fingerprint,
-            "class_counts": [int(n) for n in data.class_counts],
-        },
+        "data": data_facts(data),
         **{
             split: {name: value if math.isfinite(value) else None for name, value in values.items()}
             for split, values in results.items()
@@ -305,12 +262,6 @@ def _table(model: Model, data: ImageDataModule, results: dict[str, dict[str, flo
     return table
 
 
-def _default_output(timm_name: str, checkpoint: str | None) -> Path:
-    if checkpoint is None:
-        return Path("runs") / "collapse" / re.sub(r"[^\w.-]+", "_", timm_name)
-    return (run_of(Path(checkpoint)) or Path(checkpoint).parent) / "collapse"
-
-
 # The command line ---------------------------------------------------------------------------------------------------
 
 
@@ -323,9 +274,8 @@ def _parser() -> OneLineParser:
         type=str | None,
         nargs="?",
         default=None,
-        help="Run folder, or a checkpoint in one, to measure on its own data, unless --data or -c say otherwise.",
+        help="Run folder or checkpoint to measure; on the data of the run, unless --data or -c say otherwise.",
     )
-    parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint of etflight to measure.")
     parser.add_argument(
         "--timm",
         type=str | None,
@@ -345,20 +295,11 @@ def _parser() -> OneLineParser:
         default=None,
         help="Folder for collapse.json and the figures. Default: collapse in the checkpoint's run folder, or runs/collapse/NAME.",
     )
-    parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1 …; auto: a GPU if there is one.")
+    parser.add_argument(
+        "--device", type=str | None, default=None, help="cpu, cuda, cuda:1 …; by default a GPU if there is one."
+    )
     add_imports(parser)
     return parser
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name} cannot be used ({brief(error)}): give cpu, cuda or auto") from error
-    return device
 
 
 # this import registers our networks in timm

@@ -2,12 +2,11 @@
 
 import json
 from collections.abc import Sequence
-from textwrap import shorten
 from types import ModuleType
 from typing import Any
 
 from etflight.cli.argv import CommandParser
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, brief
 from etflight.utils.wandb_private import as_sent
 
 _EPOCH = "epoch"
@@ -140,21 +139,10 @@ def _save(workspace: Any, report: Any) -> list[str]:
 
     place = f"{workspace.entity}/{workspace.project}"
     try:
-        projects = [project.name for project in wandb.Api().projects(workspace.entity)]
-        if workspace.project not in projects:
-            raise UserError(
-                f"W&B has no project {place}: train with -c configs/logger/wandb.yaml first, or mend the name"
-            )
-        return [workspace.save().url, report.save().url]
-    except UserError:
-        raise
-    except wandb.errors.UsageError as error:
-        raise UserError(f"W&B knows no user here ({_short(error)}): run wandb login, or set WANDB_API_KEY") from error
+        if workspace.project in [project.name for project in wandb.Api().projects(workspace.entity)]:
+            return [workspace.save().url, report.save().url]
     except Exception as error:  # the client raises the errors of several libraries
         raise UserError(
-            f"W&B's server cannot be reached, or refuses {place} ({_short(error)}): try again, or look at it with --dry-run"
+            f"W&B's server cannot be reached, or refuses {place} ({brief(error)}): run wandb login, or look at it with --dry-run"
         ) from error
-
-
-def _short(error: Exception) -> str:
-    return shorten(f"{type(error).__name__}: {error}".partition("\n")[0], 200, placeholder=" …")
+    raise UserError(f"W&B has no project {place}: train with -c configs/logger/wandb.yaml first, or mend the name")

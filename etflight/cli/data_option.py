@@ -43,7 +43,7 @@ def parse(parser: OneLineParser, argv: Sequence[str], run: str | None = None) ->
         run: A run folder, or a checkpoint in one; its data are the default.
 
     Raises:
-        UserError: A data set or a file does not exist, or the run does not tell its data and none are given.
+        UserError: A data set, a file or the run does not exist.
         SystemExit: With status 2 for a usage error, 0 after help.
     """
     files, words = without_files(parser.prog, argv)
@@ -54,10 +54,6 @@ def parse(parser: OneLineParser, argv: Sequence[str], run: str | None = None) ->
             files = [str(config), *files]
         elif not Path(run).exists():
             raise UserError(f"{run} does not exist: give a run folder, such as runs/digits/ce, or a checkpoint in one")
-        elif not files and not any(word.partition("=")[0] == "--data" for word in words):
-            raise UserError(
-                f"{run} is no run folder with a config.yaml that tells its data, and lies in none: give --data"
-            )
     # the parser knows no other section of a configuration file
     return parser.parse_args([*(f"--config={_data_section(Path(file))}" for file in files), *words])
 

@@ -1,13 +1,12 @@
 """`etflight describe …`: what a data set holds and what a configuration makes of it, without model or training."""
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jsonargparse.typing import PositiveInt
 from numpy.typing import NDArray
 from rich.console import Group
 from rich.table import Table
@@ -19,13 +18,13 @@ from etflight.cli.parser import OneLineParser
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
 from etflight.metrics.accuracy import by_frequency, shot_groups
-from etflight.runs.folder import read_record, run_of
+from etflight.runs.folder import check_writable, read_record, run_of
 from etflight.utils.errors import UserError, warn
 from etflight.utils.files import write_json
 from etflight.utils.terminal import as_it_is, console
 from etflight.utils.training_data import fingerprint_in, other_images
 
-RECORD = "describe.json"  # marks a folder as one of this command's
+RECORD = "describe.json"
 HISTOGRAM, SHEET = "class_histogram.png", "contact_sheet.png"
 _MOST_LINES = 60  # of the histogram on the terminal; with more classes, neighbours share a line
 _MOST_CLASSES = 44  # on the contact sheet: two blocks of rows
@@ -44,24 +43,21 @@ def main(argv: Sequence[str]) -> None:
     """
     parser = _parser()
     config = parse_over_run(parser, argv)
-    if config.images_per_class < 1:
-        raise UserError(f"--images_per_class is {config.images_per_class}: give at least 1")
     data: ImageDataModule = parser.instantiate(config).data
     data.prepare_data()
     record = describe(data)
-    if config.run is not None and (differ := other_images((), _trained_on(Path(config.run)), data)):
-        warn(differ)
+    if config.run is not None and (run := run_of(Path(config.run))) is not None:
+        trained_on = fingerprint_in(read_record(run).get("data"))
+        if differ := other_images((), trained_on, data):
+            warn(differ)
     folder = Path(config.output or Path("runs", "describe", f"{record['dataset']}_{record['fingerprint']}"))
-    _claim(folder)
+    check_writable(folder, "--output")
     out = console()
     out.print(_text(record))
-    try:
-        write_json(folder / RECORD, record)
-        histogram = plotting.class_histogram(record["class_counts"]["train"], data.class_names, title=str(data))
-        plotting.save(histogram, folder / HISTOGRAM)
-        plotting.save(sheet(data, config.images_per_class, augmented=config.augmented), folder / SHEET)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written to ({error.strerror or error}): give another --output") from error
+    write_json(folder / RECORD, record)
+    histogram = plotting.class_histogram(record["class_counts"]["train"], data.class_names, title=str(data))
+    plotting.save(histogram, folder / HISTOGRAM)
+    plotting.save(sheet(data, config.images_per_class, augmented=config.augmented), folder / SHEET)
     out.print(f"{folder}: {RECORD}, {HISTOGRAM}, {SHEET}", style="dim", highlight=False, soft_wrap=True)
 
 
@@ -91,12 +87,6 @@ def describe(data: ImageDataModule) -> dict[str, Any]:
         "class_counts": {name: own.tolist() for name, own in counts.items()},
         "shot_groups": {group: members.nonzero().flatten().tolist() for group, members in groups.items()},
     }
-
-
-def _trained_on(path: Path) -> str | None:
-    """The fingerprint of the images that a run was trained on; None if its record does not tell it."""
-    run = run_of(path)
-    return None if run is None else fingerprint_in(read_record(run).get("data"))
 
 
 def sheet(data: ImageDataModule, images_per_class: int, *, augmented: bool = False) -> Any:
@@ -145,22 +135,6 @@ def _augmented(data: ImageDataModule, images: Tensor, labels: Tensor) -> Tensor:
 def _evenly(length: int, most: int) -> NDArray[np.int64]:
     """At most `most` of the numbers 0 … length - 1, evenly chosen, the first and the last among them."""
     return np.linspace(0, length - 1, min(length, most)).round().astype(np.int64)
-
-
-def _claim(folder: Path) -> None:
-    """Refuse to write over files that this command has not written."""
-    if any(os.path.lexists(folder / name) for name in (RECORD, HISTOGRAM, SHEET)) and not _is_ours(folder / RECORD):
-        raise UserError(
-            f"{folder} holds files of these names that etflight describe has not written, so they stay as they are: give another --output"
-        )
-
-
-def _is_ours(record: Path) -> bool:
-    try:
-        content = json.loads(record.read_text())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and {"fingerprint", "shot_groups"} <= content.keys()
 
 
 # On the terminal ----------------------------------------------------------------------------------------------------
@@ -238,7 +212,7 @@ def _parser() -> OneLineParser:
         help=f"Folder for {RECORD}, {HISTOGRAM} and {SHEET}. Default: runs/describe/<data set>_<fingerprint of its subset>.",
     )
     parser.add_argument(
-        "--images_per_class", type=int, default=8, help="Images in a row of the contact sheet, at most."
+        "--images_per_class", type=PositiveInt, default=8, help="Images in a row of the contact sheet, at most."
     )
     parser.add_argument(
         "--augmented",

@@ -7,18 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from etflight.classifier import Classifier
-from etflight.cli.checkpoint_option import add_imports, brief, import_modules, prepare_as_trained
+from etflight.cli.checkpoint_option import add_imports, data_as_trained, import_modules
 from etflight.cli.data_option import data_parser, parse
 from etflight.cli.parser import OneLineParser
-from etflight.data import ImageDataModule
 from etflight.export import graph
 from etflight.export.card import model_card
 from etflight.export.timm import save_timm
-from etflight.runs.folder import last_checkpoint, same_folder
-from etflight.utils.errors import UserError, warn
+from etflight.runs.folder import last_checkpoint, same_folder, writing_to
+from etflight.utils.errors import UserError, brief
 from etflight.utils.preprocessing import Preprocessing
-from etflight.utils.terminal import as_it_is, console, readable
-from etflight.utils.training_data import refuse_other_shape
+from etflight.utils.terminal import as_it_is, console
 
 FORMATS = ("timm", "onnx", "torch-export")
 
@@ -36,20 +34,13 @@ def main(argv: Sequence[str]) -> None:
     parser = _parser()
     config = parse(parser, argv)
     output = Path(config.output)
-    _check_free(output)
-    _check_name(config.push_to_hub)
+    if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output} exists already and stays as it is: give a new folder")
     import_modules(config.imports)
     classifier = Classifier.load_from_checkpoint(config.checkpoint).eval().requires_grad_(False)
     preprocessing = classifier.preprocessing
     if config.get("data") is not None:
-        prepare_as_trained(config.data, preprocessing)
-        data: ImageDataModule = parser.instantiate(config).data
-        refuse_other_shape(
-            f"checkpoint {config.checkpoint}", classifier.head.num_classes, classifier.hparams["in_chans"], data
-        )
-        for line in classifier.differences(data):
-            warn(line)
-        preprocessing = data.preprocessing
+        preprocessing = data_as_trained(parser, config, classifier, config.checkpoint).preprocessing
     if preprocessing is None:
         raise UserError(
             f"checkpoint {config.checkpoint} does not say how its images were normalised, since it was trained without a data module of "
@@ -93,39 +84,17 @@ def _run_of(checkpoint: Path) -> Path | None:
 # The folder ---------------------------------------------------------------------------------------------------------
 
 
-def _check_free(output: Path) -> None:
-    if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output} exists already and stays as it is: give a new folder")
-    if readable(str(output)) != str(output):
-        raise UserError(f"--output {output} is no UTF-8, which safetensors needs: give another folder")
-
-
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
     """A folder to write into. It takes its name when the block ends without an error; otherwise nothing is left of it."""
     partial = output.absolute().with_name(f".{output.absolute().name}.partial{os.getpid()}")
-    try:
+    with writing_to(output, "--output"):
         partial.mkdir(parents=True)
         try:
             yield partial
             partial.rename(output)  # fails if another folder with files has appeared meanwhile
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise UserError(
-            f"--output {output} cannot be written ({error.strerror or error}): give another folder"
-        ) from error
-
-
-def _check_name(repository: str | None) -> None:
-    if repository is None:
-        return
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise UserError(f"--push_to_hub {repository!r}: {brief(error)} Give USER/NAME") from error
 
 
 def _push(folder: Path, repository: str) -> str:

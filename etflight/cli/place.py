@@ -67,15 +67,9 @@ class Place:
         """The last checkpoint of another arm's run; its name differs from this run's only in the arm.
 
         Raises:
-            UserError: The name of this run does not contain its arm, or there is no such checkpoint.
+            UserError: There is no such checkpoint.
         """
-        parts = self.name.split("/")
-        if self.arm not in parts:
-            raise UserError(
-                f"--first_stage {arm}: the run {self.name} is not called by its arm {self.arm}, so the other run cannot be found: "
-                "give --fine_tuning.checkpoint FILE"
-            )
-        run = "/".join(arm if part == self.arm else part for part in parts)
+        run = "/".join(arm if part == self.arm else part for part in self.name.split("/"))
         checkpoint = last_checkpoint(self.root / run)
         if not checkpoint.is_file():
             raise UserError(

@@ -1,12 +1,9 @@
 """The command line: LightningCLI over `Classifier` and the data modules, with run folders and errors for people."""
 
-import os
 import sys
 import warnings
-from argparse import SUPPRESS
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +12,7 @@ from jsonargparse.typing import register_type
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar, StochasticWeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
 from etflight.callbacks import FineTuning, LastCheckpoint, NeuralCollapseMonitor, PostHoc, Speed, StepSeed, StopSignals
@@ -27,7 +24,7 @@ from etflight.callbacks.results import TestResults
 from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
 from etflight.cli import STAGES
 from etflight.cli.argv import EarlyOptions, without_files
-from etflight.cli.checkpoint_option import prepare_as_trained
+from etflight.cli.checkpoint_option import import_modules, prepare_as_trained
 from etflight.cli.parser import OneLineParser
 from etflight.cli.place import Place
 from etflight.cli.predict import add_prediction_arguments, as_data, images_of
@@ -35,7 +32,6 @@ from etflight.cli.unsupported import refuse_unsupported
 from etflight.data.base import ImageDataModule
 from etflight.heads import codes_from_state_dict
 from etflight.optim import PROTOCOL_SGD
-from etflight.runs.folder import same_folder
 from etflight.runs.loggers import FailSafe, MetricsCSV
 from etflight.runs.record import RunRecord
 from etflight.runs.wandb import choose_names
@@ -81,19 +77,6 @@ class Parser(OneLineParser, LightningArgumentParser):
         return added
 
 
-@dataclass(frozen=True)
-class Saved:
-    """What a run takes from the checkpoint that it starts from.
-
-    Attributes:
-        model: The model's arguments, as plain data; empty without a checkpoint.
-        rows: The number of rows of `metrics.csv` when it was saved.
-    """
-
-    model: dict[str, Any] = field(default_factory=dict)
-    rows: int = 0
-
-
 class EtflightCLI(LightningCLI):
     """LightningCLI with run folders, a checkpoint's model as the default, and sizes linked to the data."""
 
@@ -112,9 +95,6 @@ class EtflightCLI(LightningCLI):
             default=None,
             help="Arm whose run on the same set this one starts from: it gives --fine_tuning.checkpoint.",
         )
-        parser.add_argument(
-            "--overlays", type=list[str] | None, help=SUPPRESS
-        )  # null in config.yaml of earlier versions
         parser.add_class_arguments(LastCheckpoint, "checkpoint")
         parser.add_class_arguments(FineTuning, "fine_tuning")
         parser.add_argument(
@@ -160,7 +140,8 @@ class EtflightCLI(LightningCLI):
         files, words = without_files(f"etflight {stage}", argv[1:])
         options = EarlyOptions.of(f"etflight {stage}", files, words)
         self.place = Place.of(stage, options)
-        self.saved, self.verbose = Saved(), True
+        self.saved_model: dict[str, Any] = {}  # the arguments of the checkpoint's model
+        self.saved_rows, self.verbose = 0, True
         self.images = images_of(options) if stage == "predict" else []
         argv = [stage, *(f"--config={file}" for file in files)]
         if self.place.checkpoint is not None:
@@ -172,7 +153,6 @@ class EtflightCLI(LightningCLI):
                 f"{stage} needs a trained model: give --ckpt_path FILE, or --ckpt_path last with the name of its run"
             )
         self.config[stage]["ckpt_path"] = None  # with it, Lightning would let the checkpoint's model win
-        _check_seed(self.config[stage]["seed_everything"])
 
     def _parse_over_checkpoint(
         self, parser: LightningArgumentParser, files: list[str], words: list[str], options: EarlyOptions, path: Path
@@ -186,27 +166,26 @@ class EtflightCLI(LightningCLI):
         backbone = options.value("model.backbone")
         given = {} if backbone is None else {"backbone": backbone}
         model = plain_hyperparameters(content, given)
-        self.saved = Saved(model, int(content.get(CHECKPOINT_KEY, {}).get("metrics_rows", 0)))
+        self.saved_model, self.saved_rows = model, int(content.get(CHECKPOINT_KEY, {}).get("metrics_rows", 0))
 
-        def parse_over(names: Iterable[str]) -> None:
-            parser.set_defaults({f"{stage}.model.{name}": model[name] for name in names})
-            self.config = parser.parse_args([*files, *words])
-
-        unknown = [name for name in PLUGGABLE if not _is_imported(name, model)]
-        for name in unknown:
-            if options.value(f"model.{name}", object) is None:
-                raise UserError(
-                    f"checkpoint {path} needs {model[name]['class_path']} as its {name}: "
-                    f"name it, so that it is imported (--model.{name} {model[name]['class_path']})"
-                )
         # the data decide the sizes, and the state dict holds the counts
-        parse_over(model.keys() - {"num_classes", "in_chans", "class_counts", *unknown})
-        if unknown:  # parsing has imported what the user named, and only that
-            plain_hyperparameters(content, given)
-            chosen = self.config[stage]["model"]
-            parse_over(
-                name for name in unknown if getattr(chosen[name], "class_path", None) == model[name]["class_path"]
-            )
+        defaults = model.keys() - {"num_classes", "in_chans", "class_counts"}
+        for name in PLUGGABLE:
+            if model.get(name) is None or find(model[name], PLUGGABLE[name]) is not None:
+                continue
+            needed, named = model[name]["class_path"], options.value(f"model.{name}", object)
+            if named is None:
+                raise UserError(
+                    f"checkpoint {path} needs {needed} as its {name}: "
+                    f"name it, so that it is imported (--model.{name} {needed})"
+                )
+            if needed in (named, named.get("class_path") if isinstance(named, dict) else None):
+                import_modules([needed.rpartition(".")[0]])
+            else:
+                defaults -= {name}
+        plain_hyperparameters(content, given)  # by now all that the user has named is imported
+        parser.set_defaults({f"{stage}.model.{name}": model[name] for name in defaults})
+        self.config = parser.parse_args([*files, *words])
         if stage != "fit":
             prepare_as_trained(self.config[stage]["data"], Preprocessing.in_checkpoint(content))
 
@@ -214,7 +193,7 @@ class EtflightCLI(LightningCLI):
         """Put the found checkpoint into the configuration, and claim the run folder.
 
         Raises:
-            UserError: The folder is another run's or cannot be written to, the first stage is missing, or `overlays` are given.
+            UserError: The folder is another run's or cannot be written to, or the first stage is missing.
         """
         config, place = self.config[self.subcommand], self.place
         # absolute, because a path that starts with "best", "registry:" or "http" is no file to Lightning
@@ -223,12 +202,8 @@ class EtflightCLI(LightningCLI):
         config["name"] = place.name
         if self.subcommand == "test":  # `TestResults` prints; Lightning's table has all numbers in one column
             self.verbose, config["verbose"] = config["verbose"], False
-        if config.pop("overlays"):
-            raise UserError(
-                "overlays is no option any more: give the files one after another, -c data/SET.yaml -c arms/ARM.yaml"
-            )
         if self.subcommand != "fit":
-            adjusted = config["model"]["logit_adjustment"] != self.saved.model.get("logit_adjustment", 0.0)
+            adjusted = config["model"]["logit_adjustment"] != self.saved_model.get("logit_adjustment", 0.0)
             place.move_to_training(decides_otherwise=adjusted or config["post_hoc"] is not None)
         elif config["first_stage"] and config["fine_tuning"]["checkpoint"] is None and place.checkpoint is None:
             config["fine_tuning"]["checkpoint"] = place.first_stage(config["first_stage"])
@@ -270,7 +245,7 @@ class EtflightCLI(LightningCLI):
         """
         if self.images:
             self.datamodule.paths = self.images
-        if model := self.saved.model:
+        if model := self.saved_model:
             name = f"checkpoint {self.place.checkpoint}"
             refuse_other_shape(name, model["num_classes"], model.get("in_chans", 3), self.datamodule)
 
@@ -279,16 +254,8 @@ class EtflightCLI(LightningCLI):
         refuse_unsupported(self.trainer, self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer; the loggers and callbacks that write the run folder come before the user's own.
-
-        Raises:
-            UserError: A logger would delete `metrics.csv`, or the trainer is to write nothing at all.
-        """
+        """Build the trainer; the loggers and callbacks that write the run folder come before the user's own."""
         config, place = self.config_init[self.subcommand]["trainer"], self.place
-        if config["barebones"]:
-            raise UserError(
-                "--trainer.barebones true turns off the files of a run, which this command is for: leave it out"
-            )
         self.save_config_kwargs = {"name": place.name, "arm": place.arm, "trained_in": place.trained_in}
         users = _as_list(config["callbacks"])
         saves = self.subcommand == "fit" and config["enable_checkpointing"] is not False
@@ -334,13 +301,9 @@ class EtflightCLI(LightningCLI):
     def _loggers(self, users: list[Any]) -> list[Any]:
         """The run's `metrics.csv` in a training, and the user's loggers, which fall silent instead of raising errors."""
         folder = self.place.folder
-        if any(isinstance(user, CSVLogger) and same_folder(folder, Path(user.log_dir)) for user in users):
-            raise UserError(
-                "CSVLogger would delete the run's own metrics.csv: give --trainer.logger.name or leave it out"
-            )
         if self.subcommand != "fit":
             return [FailSafe(user, folder) for user in users]
-        return [MetricsCSV(folder, self.saved.rows), *(FailSafe(user, folder / "metrics.csv") for user in users)]
+        return [MetricsCSV(folder, self.saved_rows), *(FailSafe(user, folder / "metrics.csv") for user in users)]
 
 
 def main(args: Sequence[str] | None = None) -> EtflightCLI:
@@ -382,24 +345,9 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _is_imported(name: str, model: Mapping[str, Any]) -> bool:
-    """Whether the class that a checkpoint names for an argument of the model is imported already; True if it names none."""
-    value = model.get(name)
-    return value is None or find(describe(value, name), PLUGGABLE[name]) is not None
-
-
 def _dataset_name(data: Any) -> str:
     cls: Any = find({"class_path": data.class_path}, ImageDataModule)
     return str(cls.name_with(data.init_args)) if cls else data.class_path.rpartition(".")[2]
-
-
-def _check_seed(seed: bool | int) -> None:
-    """Refuse a seed that no generator takes; true and false leave it to the environment, where data modules look, too."""
-    option, value = ("--seed_everything", str(seed))
-    if isinstance(seed, bool):
-        option, value = "PL_GLOBAL_SEED", os.environ.get("PL_GLOBAL_SEED", "0")
-    if not (value.isdecimal() and int(value) < 2**32):
-        raise UserError(f"{option} is {value}: give a whole number from 0 to {2**32 - 1}")
 
 
 def _quieten() -> None:

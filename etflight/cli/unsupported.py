@@ -1,7 +1,7 @@
 """Features of Lightning with which a run could not keep its promises; they are refused before training."""
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder, StochasticWeightAveraging
 
 from etflight.utils.errors import UserError
 from etflight.utils.lightning_private import forks_processes
@@ -14,28 +14,20 @@ def refuse_unsupported(trainer: Trainer, model: LightningModule) -> None:
     Raises:
         UserError: They would train something other than the run's files say, or not react to signals and errors as documented.
     """
-    clip = trainer.gradient_clip_val or 0
+    clip, accumulated = trainer.gradient_clip_val or 0, trainer.accumulate_grad_batches
     if forks_processes(trainer.strategy):
         raise UserError(
             "this --trainer.strategy starts its processes in the way of notebooks, in which no signal and no error reaches the others: "
             "give --trainer.strategy ddp, which trains the same"
         )
     if clip < 0:
+        raise UserError(f"--trainer.gradient_clip_val is {clip}, which would reverse gradients: give a positive norm")
+    if accumulated < 1:
+        raise UserError(f"--trainer.accumulate_grad_batches is {accumulated}: give 1 (each batch is a step) or more")
+    if any(isinstance(c, LearningRateFinder | BatchSizeFinder) for c in callbacks_of(trainer, Callback)):
         raise UserError(
-            f"--trainer.gradient_clip_val is {clip}, which would reverse gradients: give a positive norm, or 0 for none"
-        )
-    if trainer.accumulate_grad_batches < 1:
-        raise UserError(
-            f"--trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}: give 1 (each batch is a step) or more"
-        )
-    if callbacks_of(trainer, LearningRateFinder):
-        raise UserError(
-            "LearningRateFinder would set a learning rate that neither the schedule nor the run's config.yaml knows of: leave it out, and "
-            "compare short runs with other --model.optimizer.lr, each with a --name of its own (etflight study trains several)"
-        )
-    if callbacks_of(trainer, BatchSizeFinder):
-        raise UserError(
-            "BatchSizeFinder would set a batch size that the run's config.yaml does not know of: leave it out, and give --data.batch_size"
+            "LearningRateFinder and BatchSizeFinder would set what the run's config.yaml does not know of: leave them out, and compare "
+            "short runs with other --model.optimizer.lr or --data.batch_size, each with a --name of its own"
         )
     if callbacks_of(trainer, StochasticWeightAveraging) and model.hparams.get("layer_decay", 1) != 1:
         raise UserError(

@@ -9,19 +9,11 @@ import yaml
 from etflight.classifier import Classifier
 from etflight.reporting.reading import noting, read_table
 from etflight.reporting.results import Result, read_results
-from etflight.utils.errors import UserError
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.terminal import plain
 from etflight.utils.yaml import read_yaml
 
 _MOST_CLASSES = 20  # in the table
-_ON_THE_HUB = {  # the Hub's names of the sets that it has
-    "CIFAR10": "uoft-cs/cifar10",
-    "CIFAR100": "uoft-cs/cifar100",
-    "FashionMNIST": "zalando-datasets/fashion_mnist",
-    "SVHN": "ufldl-stanford/svhn",
-}
-_METRICS = {"test/acc": "accuracy", "test/acc_macro": "balanced accuracy"}  # the Hub lists and compares these
 _OF_RESULTS = (
     "On the test images, from 0 to 1. `acc_macro`, `acc_harmonic` and `acc_worst` are mean, harmonic mean and minimum of the accuracies of "
     "classes; `many`, `medium` and `few` are classes of more than 100, 20 to 100 and fewer than 20 training images, `head`, `middle` and "
@@ -118,36 +110,19 @@ def model_card(
         "## Classes": classes,
     }
     text = "\n".join(f"{title}\n\n{content.strip()}\n" for title, content in sections.items() if content)
-    return f"{_front_matter(name, list(formats), result, licence)}\n{text}", problems
+    return f"{_front_matter(name, list(formats), licence)}\n{text}", problems
 
 
-def _front_matter(name: str, formats: Sequence[str], result: Result | None, licence: str | None) -> str:
+def _front_matter(name: str, formats: Sequence[str], licence: str | None) -> str:
     """The metadata that the Hub reads, in YAML."""
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import ModelCardData
 
-    dataset = None if result is None else result.dataset
-    evaluations = [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type=_ON_THE_HUB.get(dataset, dataset),
-            dataset_name=dataset,
-            dataset_split="test",
-            metric_type="accuracy",
-            metric_name=name_of_metric,
-            metric_value=round(result.metrics[key], 6),
-        )
-        for key, name_of_metric in _METRICS.items()
-        if result is not None and dataset is not None and key in result.metrics
-    ]
     data = ModelCardData(
         license=licence,
         library_name="timm" if "timm" in formats else None,
         pipeline_tag="image-classification",
         tags=["image-classification", "neural-collapse", *formats],
-        datasets=[_ON_THE_HUB[dataset]] if dataset in _ON_THE_HUB else None,
-        metrics=["accuracy"] if evaluations else None,
         model_name=plain(name),
-        eval_results=evaluations or None,
     )
     return f"---\n{data.to_yaml()}\n---\n"
 
@@ -196,12 +171,9 @@ def _data(result: Result) -> str:
 
 def _recipe(run: Path) -> str:
     content: Any = read_yaml(run / "config.yaml")
-    if not isinstance(content, dict):
-        raise UserError(f"{run / 'config.yaml'} is not whole")
-    trainer = content.get("trainer")
+    trainer, of_trainer = content.get("trainer", {}), ("max_epochs", "precision", "accumulate_grad_batches")
     kept = {name: content.get(name) for name in ("seed_everything", "data", "model")}
-    if isinstance(trainer, dict):
-        kept["trainer"] = {name: trainer.get(name) for name in ("max_epochs", "precision", "accumulate_grad_batches")}
+    kept["trainer"] = {name: trainer[name] for name in of_trainer if name in trainer}
     text = yaml.safe_dump(_known(kept), sort_keys=False, allow_unicode=True)
     return f"```yaml\n{text.replace('```', '')}```"
 
@@ -226,14 +198,9 @@ def _classes(run: Path) -> str:
     if not path.is_file():
         return ""
     rows = read_table(path)
-    try:
-        rows = sorted(rows, key=lambda row: float(row["acc"])) if len(rows) > _MOST_CLASSES else rows
-        cells = [[row[name] for name in ("name", "train_images", "acc")] for row in rows[:_MOST_CLASSES]]
-        table = _table(
-            ("class", "training images", "test accuracy"), [(name, n, f"{float(acc):.3f}") for name, n, acc in cells]
-        )
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path} is not whole ({error})") from error
+    rows = sorted(rows, key=lambda row: float(row["acc"])) if len(rows) > _MOST_CLASSES else rows
+    cells = [(row["name"], row["train_images"], f"{float(row['acc']):.3f}") for row in rows[:_MOST_CLASSES]]
+    table = _table(("class", "training images", "test accuracy"), cells)
     lowest = f"The {_MOST_CLASSES} of {len(rows)} classes with the lowest accuracy:\n\n"
     return (lowest if len(rows) > _MOST_CLASSES else "") + table
 

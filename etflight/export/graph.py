@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from textwrap import shorten
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from torch.export import Dim, ExportedProgram
 
 from etflight.classifier import Classifier
 from etflight.heads import Rotation
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, brief
 from etflight.utils.preprocessing import Preprocessing
 
 TOLERANCE = 1e-4  # of logits, relative to the largest
@@ -29,6 +28,7 @@ class Graph(nn.Module):
     """
 
     factor: Tensor
+    temperature: Tensor
     shift: Tensor
 
     @torch.no_grad()
@@ -37,14 +37,16 @@ class Graph(nn.Module):
         self.backbone, self.head = classifier.backbone, copy.deepcopy(classifier.head)
         if isinstance(rotation := getattr(self.head, "rotation", None), Rotation):
             self.head.rotation = _constant(rotation)  # ONNX has no operator that solves equations
-        zero, one = (classifier.calibrated(torch.full((1, self.head.num_classes), value)) for value in (0.0, 1.0))
-        self.register_buffer("factor", one - zero)
-        self.register_buffer("shift", zero)
+        zero, one = (classifier.calibrated(torch.full((1, self.head.num_classes), value).double()) for value in (0, 1))
+        # without multiplicative adjustment exactly 1, so that the logits are the classifier's, bit by bit
+        self.register_buffer("factor", ((one - zero) * classifier.temperature).float())
+        self.register_buffer("temperature", classifier.temperature)
+        self.register_buffer("shift", zero.float())
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `[B, K]`, float32."""
         logits: Tensor = self.head(self.backbone(images))
-        return logits.float() * self.factor + self.shift
+        return logits.float() * self.factor / self.temperature + self.shift
 
 
 def _constant(rotation: Rotation) -> nn.Linear:
@@ -137,9 +139,8 @@ def _speaking_for(kind: str, classifier: Classifier) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Exception as error:  # errors of torch.export, the ONNX exporter and the network's own code
-        reason = shorten(str(error) or type(error).__name__, 300, placeholder=" …")
         name = classifier.hparams["backbone"]
-        raise UserError(f"{name} cannot be written as {kind} ({reason}): give another --format") from error
+        raise UserError(f"{name} cannot be written as {kind} ({brief(error, 300)}): give another --format") from error
 
 
 @torch.no_grad()

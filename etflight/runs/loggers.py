@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, cast
 
 from lightning.pytorch import Trainer
@@ -17,7 +16,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from etflight.utils.errors import UserError, warn
+from etflight.utils.errors import UserError, brief, warn
 from etflight.utils.files import flush_to_disk, replacing
 
 
@@ -37,7 +36,6 @@ class MetricsCSV(Logger):
         self._path = folder / "metrics.csv"
         self._columns: list[str] = []
         self.rows = keep_rows
-        self._opened = False
 
     @property
     def name(self) -> str:
@@ -61,7 +59,7 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float | Tensor], step: int | None = None) -> None:
         """Append one row."""
-        if not self._opened:
+        if not self._columns:
             self._open()
         row = {"step": step, **{key: float(value) for key, value in metrics.items()}}
         new = sorted(row.keys() - set(self._columns))
@@ -80,7 +78,6 @@ class MetricsCSV(Logger):
         kept = self._read()[: self.rows] if self.rows and self._path.is_file() else []
         self.rows = len(kept)
         self._rewrite(list(kept[0]) if kept else ["step", "epoch"], kept)
-        self._opened = True
 
     def _read(self) -> list[dict[str, str]]:
         with self._path.open(newline="") as file:
@@ -149,7 +146,7 @@ class FailSafe:
             if not self._is_silent:
                 self._is_silent = True
                 warn(
-                    f"{type(self._logger).__name__} fell silent ({_short(error)}): this run goes on without it, "
+                    f"{type(self._logger).__name__} fell silent ({brief(error)}): this run goes on without it, "
                     f"all numbers are in {self._numbers}"
                 )
 
@@ -181,13 +178,13 @@ def _start_wandb(logger: Any, numbers: Path) -> Any:
     try:
         run = logger.experiment
     except wandb.errors.UsageError as error:
-        raise UserError(f"W&B cannot start ({_short(error)}): run wandb login, or set WANDB_MODE=offline") from error
+        raise UserError(f"W&B cannot start ({brief(error)}): run wandb login, or set WANDB_MODE=offline") from error
     except wandb.errors.CommError as error:
         os.environ["WANDB_MODE"] = "offline"
         wandb.teardown()  # it reads the environment when it starts
         run = logger.experiment
         warn(
-            f"W&B's server cannot be reached ({_short(error)}): this run is kept on disk, all numbers are in {numbers}; "
+            f"W&B's server cannot be reached ({brief(error)}): this run is kept on disk, all numbers are in {numbers}; "
             f"upload it later: wandb sync {run.settings.sync_dir}"
         )
     atexit.register(_finish_wandb, run)
@@ -200,9 +197,5 @@ def _finish_wandb(run: Any) -> None:
         run.finish()
     except Exception as error:
         warn(
-            f"W&B's server has not received everything ({_short(error)}): upload the rest: wandb sync {run.settings.sync_dir}"
+            f"W&B's server has not received everything ({brief(error)}): upload the rest: wandb sync {run.settings.sync_dir}"
         )
-
-
-def _short(error: Exception) -> str:
-    return shorten(f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(": "), 200, placeholder=" …")

@@ -3,10 +3,11 @@
 import hashlib
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -121,19 +122,22 @@ def facts(*, name: str, arm: str | None, config: Mapping[str, Any], trainer: Tra
     }
 
 
-def training_facts(*, seed: Any, data: object) -> dict[str, Any]:
+def training_facts(*, seed: Any, data: Any) -> dict[str, Any]:
     """Collect what is needed to repeat a training in addition to `facts`: the seed, and the choice of images."""
-    counts = [int(n) for n in getattr(data, "class_counts", [])]
+    validation = "held out" if data.val_is_held_out else "the test set, watched only"
     return {
         "seed": seed,
-        "data": {
-            "class": type(data).__name__,
-            "dataset": getattr(data, "dataset_name", type(data).__name__),
-            "fingerprint": getattr(data, "fingerprint", None),
-            "class_counts": counts,
-            "imbalance_ratio": _imbalance_ratio(data, counts),
-            "validation": "held out" if getattr(data, "val_is_held_out", False) else "the test set, watched only",
-        },
+        "data": {**data_facts(data), "imbalance_ratio": _imbalance_ratio(data), "validation": validation},
+    }
+
+
+def data_facts(data: Any) -> dict[str, Any]:
+    """What tells a data module's training images: the class, the set, the fingerprint, and the number of images of each class."""
+    return {
+        "class": type(data).__name__,
+        "dataset": data.dataset_name,
+        "fingerprint": data.fingerprint,
+        "class_counts": [int(n) for n in data.class_counts],
     }
 
 
@@ -171,12 +175,12 @@ def config_sha256(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _imbalance_ratio(data: object, counts: Sequence[int]) -> float | None:
+def _imbalance_ratio(data: Any) -> float | None:
     """The ratio asked for, which truncated counts only approximate; if none was, the ratio of the images themselves."""
-    asked = float(getattr(data, "imbalance_ratio", 1.0))
-    if asked > 1 and getattr(data, "profile", None) != "none":
-        return asked
-    return float(f"{max(counts) / min(counts):.4g}") if counts and min(counts) > 0 else None
+    if data.imbalance_ratio > 1 and data.profile != "none":
+        return float(data.imbalance_ratio)
+    largest, smallest = max(data.class_counts), min(data.class_counts)
+    return float(f"{largest / smallest:.4g}") if smallest > 0 else None
 
 
 def _commit() -> str | None:
@@ -189,8 +193,5 @@ def _commit() -> str | None:
 
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    name = re.search(r"^model name\s*: (.+)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
+    return name[1] if name else platform.processor() or platform.machine()

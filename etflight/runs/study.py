@@ -1,15 +1,17 @@
 """Studies: the arms, sets, imbalance ratios, subsets and seeds of a study, and the command of each run."""
 
-import difflib
 import itertools
+from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from jsonargparse import ArgumentParser
 
 from etflight.runs.folder import last_checkpoint
 from etflight.utils.errors import UserError
-from etflight.utils.yaml import read_yaml
+from etflight.utils.jsonargparse_private import in_one_line
+from etflight.utils.yaml import read_yaml, require_file
 
 ROOT = Path("runs")  # the trainer's root, as `etflight fit` sets it
 
@@ -115,6 +117,20 @@ class Study:
             )
 
 
+@dataclass
+class _File:
+    """What a study's file gives; see `read_study`."""
+
+    sets: list[str] | dict[str, list[str]]
+    seeds: list[int]
+    arms: list[str]
+    second_stage: dict[str, str] = field(default_factory=dict)
+    post_hoc: dict[str, str] = field(default_factory=dict)
+    ratios: list[float] = field(default_factory=list)
+    data_seeds: list[int] = field(default_factory=list)
+    configs: str = ".."
+
+
 def read_study(path: Path) -> Study:
     """Read and check a study's file.
 
@@ -128,27 +144,23 @@ def read_study(path: Path) -> Study:
     Raises:
         UserError: The file is not plain data, has unknown names or lacks some, or names configuration files that do not exist.
     """
-    content = read_yaml(path)
-    needed, optional = {"sets", "seeds", "arms"}, {"second_stage", "post_hoc", "ratios", "data_seeds", "configs"}
-    if not isinstance(content, dict) or set(content) - needed - optional or needed - set(content):
-        raise UserError(
-            f"{path} is not a study: it must give {', '.join(sorted(needed))}, and may give {', '.join(sorted(optional))}"
-        )
-    _check(path, content)
-    configs = (path.parent / content.get("configs", "..")).resolve()
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(_File)
+    try:
+        content = parser.parse_object(read_yaml(path) or {})
+    except (ArgumentError, TypeError) as error:
+        raise UserError(f"{path} is not a study: {in_one_line(str(error), {})}") from error
+    configs = (path.parent / content.configs).resolve()
 
     def find(name: str, folders: Sequence[str]) -> Path:
-        file: Path
-        for folder in folders:
-            file = configs / folder / f"{name}.yaml"
-            if file.is_file():
-                return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
-        there = [file.stem for folder in folders for file in sorted((configs / folder).glob("*.yaml"))]
-        near = difflib.get_close_matches(name, there, 1)
-        places = " nor ".join(str(configs / folder) for folder in folders)
-        raise UserError(f"{path}: {places} has no {name}.yaml{f', did you mean {near[0]}?' if near else ''}")
+        files: list[Path] = [configs / folder / f"{name}.yaml" for folder in folders]
+        file = next(filter(Path.is_file, files), files[0])
+        require_file(file)
+        return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
 
-    sets = content["sets"] if isinstance(content["sets"], dict) else {name: [name] for name in content["sets"]}
+    sets = content.sets if isinstance(content.sets, dict) else {name: [name] for name in content.sets}
+    if outside := [name for name in sets if not name.isidentifier()]:
+        raise UserError(f"{path}: the set {outside[0]!r} names a folder: give letters, digits and _")
     arms: dict[str, list[Path]] = {}
 
     def named(arm: str) -> str:
@@ -157,10 +169,10 @@ def read_study(path: Path) -> Study:
         arms[name] = [find(first, ["arms"]), *(find(other, ["protocols"]) for other in others)]
         return name
 
-    trained = {named(arm) for arm in content["arms"]}
+    trained = {named(arm) for arm in content.arms}
     later: dict[str, dict[str, str]] = {}
     for stage in ("second_stage", "post_hoc"):
-        later[stage] = {named(arm): source.replace("+", "_") for arm, source in (content.get(stage) or {}).items()}
+        later[stage] = {named(arm): source.replace("+", "_") for arm, source in content[stage].items()}
         for arm, source in later[stage].items():
             if source not in trained:
                 raise UserError(
@@ -169,41 +181,9 @@ def read_study(path: Path) -> Study:
         trained |= set(later[stage])
     return Study(
         sets={name: [find(file, ["data", "protocols", "trainer"]) for file in files] for name, files in sets.items()},
-        seeds=content["seeds"],
+        seeds=content.seeds,
         arms=arms,
-        ratios=content.get("ratios", ()),
-        data_seeds=content.get("data_seeds", ()),
+        ratios=content.ratios,
+        data_seeds=content.data_seeds,
         **later,
     )
-
-
-# the shape of the value of each name in a study's file (a type, a list of it or a dict of it), and its description for an error
-_SHAPES: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(("seeds", "data_seeds"), ([int], "integers")),
-    "arms": ([str], "names of configuration files, without .yaml"),
-    "ratios": ([int | float], "numbers"),
-    "configs": (str, "the folder of the configuration files"),
-    "second_stage": ({str: str}, "arm: the arm it starts from"),
-    "post_hoc": ({str: str}, "arm: the arm whose checkpoint it tests"),
-}
-
-
-def _check(path: Path, content: Mapping[str, Any]) -> None:
-    sets = content["sets"]
-    named = _fits(sets, {str: [str]}) and all(name.isidentifier() and files for name, files in sets.items())
-    shapes = {name: (_fits(content[name], shape), rule) for name, (shape, rule) in _SHAPES.items() if name in content}
-    rule = "names of files in data, or names of letters, digits and _, each with a list of files"
-    shapes["sets"] = (bool(sets) and (named or _fits(sets, [str])), rule)
-    shapes["seeds"] = (shapes["seeds"][0] and bool(content["seeds"]), shapes["seeds"][1])
-    for name, (fits, rule) in shapes.items():
-        if not fits:
-            raise UserError(f"{path}: {name} is {content[name]!r:.80}: give {rule}")
-
-
-def _fits(value: Any, shape: Any) -> bool:
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(_fits(part, shape[0]) for part in value)
-    if isinstance(shape, dict):
-        ((of_names, of_values),) = shape.items()
-        return isinstance(value, dict) and _fits([*value], [of_names]) and _fits([*value.values()], [of_values])
-    return isinstance(value, shape) and not isinstance(value, bool)

@@ -27,6 +27,11 @@ def user_error_in(error: BaseException | None) -> UserError | None:
     return error
 
 
+def brief(error: BaseException, most: int = 200) -> str:
+    """An error's message in one line of at most `most` characters; its type if it has none."""
+    return shorten(str(error) or type(error).__name__, most, placeholder=" …")
+
+
 def warn(text: str) -> None:
     """Print a warning line like the command line's own, on every call and from every process."""
     print(f"etflight: warning: {plain(text)}", file=sys.stderr, flush=True)

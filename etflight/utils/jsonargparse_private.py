@@ -22,19 +22,15 @@ def in_one_line(message: str, bases: Mapping[str, type]) -> str:
         '--data.batch_size: Expected an int, got x'
     """
     key = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message)))
-    if linked := re.search(r'Linked "([^"]+)" must be given via "([^".]+)', message):
-        return f"--{linked[1]} is taken from --{linked[2]}: leave it out"
     if key in bases and "is abstract" in message:
         return f"--{key}: say which: {', '.join(_names(bases[key]))}"
     reason = _innermost(message)
     if alien := re.search(r"Option '([^']+)' is not accepted", reason):
-        return f"--{key}.{alien[1]}: the chosen class takes no argument {alien[1]!r}"
+        return f"--{'.'.join(filter(None, (key, alien[1])))}: the chosen class takes no argument {alien[1]!r}"
     if missing := re.search(r"the following arguments are required: (.+?)(\. Got value.*)?$", reason, re.MULTILINE):
         names = [name.rpartition(".")[2] for name in missing[1].split(", ")]
         options = [f"--{key}.{name}" if key else f"--{name}" if name in bases else name for name in names]
         return f"these arguments are required: {', '.join(options)}"
-    if "Unable to load config" in reason:
-        return f"--{key}: give its options one by one, as --{key}.OPTION VALUE, or a file of them"
     if ambiguous := re.search(r"Multiple subclasses with name .*", reason):
         return f"--{key}: {ambiguous[0]}"
     # an option of numbers may also take a tensor, by the path of its class

@@ -50,11 +50,7 @@ def ignore_own_deprecations() -> None:
 def hide_tips() -> None:
     """Hide the lines in which Lightning advertises other products when a trainer is made; they begin with "Tip:"."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(_is_no_tip)
-
-
-def _is_no_tip(record: logging.LogRecord) -> bool:
-    return "Tip:" not in record.getMessage()
+        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
 
 
 def let_parameters_be_unused(strategy: object) -> None:

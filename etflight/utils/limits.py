@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 from etflight.utils.errors import UserError
 
@@ -72,15 +72,12 @@ def refuse_names(cls: type, arguments: Mapping[str, Any], argument: str) -> None
 
 
 def _takes_text(cls: type, name: str) -> bool:
-    """Whether the annotation of an argument, of the class or of one of its bases, consists of text and numbers only."""
-    for owner in inspect.getmro(cls):
-        constructor = vars(owner).get("__init__")
-        if name in getattr(constructor, "__annotations__", {}):
-            try:
-                return _is_text(get_type_hints(constructor)[name])
-            except (NameError, TypeError):  # an annotation that only a type checker can read
-                return False
-    return False
+    """Whether the annotation of an argument consists of text and numbers only."""
+    try:
+        argument = inspect.signature(cls, eval_str=True).parameters.get(name)
+    except (NameError, TypeError):  # an annotation that only a type checker can read
+        return False
+    return argument is not None and _is_text(argument.annotation)
 
 
 def _is_text(annotation: Any) -> bool:

@@ -1,7 +1,6 @@
 """Reading configuration files as plain data of a bounded size."""
 
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -44,21 +43,11 @@ def require_file(path: Path) -> None:
     """
     if not path.exists() or path.is_dir():
         what = f"{path} is a folder" if path.is_dir() else f"there is no configuration file {path}"
-        raise UserError(f"{what}{_near(path)}")
-
-
-def _near(path: Path) -> str:
-    """Name near matches, beside the path or among the files in a checkout of etflight, and the place of the latter."""
-    shipped = Path(__file__).parents[2] / "configs"
-    own = [file for file in shipped.rglob("*.yaml") if "sweeps" not in file.parts]
-    beside = [file for folder in (path, path.parent) if folder.is_dir() for file in folder.glob("*.y*ml")]
-    names = {"/".join(file.absolute().parts[-3:]): file for file in [*own, *beside]}
-    close = get_close_matches("/".join(path.absolute().parts[-3:]), names, n=2, cutoff=0.8)
-    close = close or [name for name in names if Path(name).stem == path.stem][:2]
-    there = [os.path.relpath(names[name]) for name in close]
-    there = [str(names[name]) if text.startswith("..") else text for name, text in zip(close, there, strict=True)]
-    hint = f": near matches: {', '.join(there)}" if there else ""
-    return f"{hint}; etflight's own are in {shipped if own else 'the folder configs of its repository'}"
+        shipped = Path(__file__).parents[2] / "configs"
+        there = {file.name: file for folder in (shipped.rglob("*.yaml"), path.parent.glob("*.y*ml")) for file in folder}
+        near = ", ".join(str(there[name]) for name in get_close_matches(path.name, there, n=2))
+        hint = f": near matches: {near}" if near else ""
+        raise UserError(f"{what}{hint}; etflight's own are in {shipped if shipped.is_dir() else 'its repository'}")
 
 
 def to_yaml(value: Any) -> str:

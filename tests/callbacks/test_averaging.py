@@ -7,18 +7,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from scipy.optimize import minimize_scalar
 
-from etflight import Classifier
-from etflight.callbacks import (
-    CollapseFigures,
-    DeferredBalance,
-    FineTuning,
-    LastCheckpoint,
-    NeuralCollapseMonitor,
-    Speed,
-    StepSeed,
-    StopSignals,
-)
-from etflight.callbacks.progress import Progress
+from etflight import Classifier, callbacks
 from etflight.data import Digits
 from etflight.runs.loggers import MetricsCSV
 from tests.metrics import oracle
@@ -28,14 +17,18 @@ from tests.training import new_trainer, seen
 def fitted(tmp_path, use_buffers, ema_first):
     torch.manual_seed(0)
     data = Digits(max_count=20, val_fraction=0.3, batch_size=32)
-    last, ema = LastCheckpoint(), EMAWeightAveraging(decay=0.9, use_buffers=use_buffers)
-    watch, raw = NeuralCollapseMonitor(), NeuralCollapseMonitor(space="backbone")
+    last, ema = callbacks.LastCheckpoint(), EMAWeightAveraging(decay=0.9, use_buffers=use_buffers)
+    watch, raw = callbacks.NeuralCollapseMonitor(), callbacks.NeuralCollapseMonitor(space="backbone")
     ours = [
-        StopSignals(last), last, StepSeed(), Speed(), Progress(), FineTuning(freeze=["layer1"], unfreeze_epoch=1),
-        watch, raw, CollapseFigures(every_n_epochs=2), DeferredBalance(epoch=1, class_balance="batch"),
+        callbacks.StopSignals(last), last, callbacks.FineTuning(freeze=["layer1"], unfreeze_epoch=1), watch, raw,
+        callbacks.CollapseFigures(every_n_epochs=2), callbacks.DeferredBalance(epoch=1, class_balance="batch"),
     ]  # fmt: skip
-    callbacks = [ema, *ours] if ema_first else [*ours, ema]
-    trainer = new_trainer(*callbacks, max_epochs=2, logger=MetricsCSV(tmp_path), default_root_dir=tmp_path)
+    trainer = new_trainer(
+        *([ema, *ours] if ema_first else [*ours, ema]),
+        max_epochs=2,
+        logger=MetricsCSV(tmp_path),
+        default_root_dir=tmp_path,
+    )
     model = Classifier(10, "resnet20_cifar", in_chans=1, model_kwargs={"width": 1})
     trainer.fit(model, datamodule=data)
     return data, trainer, model, watch, raw

@@ -1,4 +1,3 @@
-import csv
 import math
 from functools import partial
 
@@ -20,7 +19,7 @@ from etflight.utils.errors import UserError
 from tests.callbacks.plain import TRAIN, VAL, K, Plain, fit, plain_monitor, trainer
 from tests.from_scratch import assert_measures, measure
 from tests.metrics import oracle
-from tests.training import fit_digits, seen
+from tests.training import fit_digits, read_csv, seen
 
 
 def classifier(**kwargs):
@@ -77,8 +76,7 @@ def test_monitored_numbers_are_those_of_the_saved_checkpoint_computed_measure(tm
         assert watch.latest[split].counts.sum() == len(y)
     assert torch.equal(watch.latest_weight, model.head.weight)
 
-    with (tmp_path / "metrics.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["nc/train/nc1"]]
+    rows = [row for row in read_csv(tmp_path / "metrics.csv") if row["nc/train/nc1"]]
     assert [(int(row["step"]), float(row["epoch"])) for row in rows] == [(0, 0), (1, 0), (3, 1)]
     assert [float(row["nc/train/nc1"]) for row in rows] == pytest.approx(watch.history["nc/train/nc1"], rel=1e-6)
     assert rows[0]["nc/val/nc1"] == ""
@@ -204,19 +202,14 @@ def test_only_the_first_validation_loader_is_measured(tmp_path):
     assert "nc/val/nc1" in runs.callback_metrics
 
 
-def test_a_trial_run_of_one_batch_sweeps_one_batch_and_writes_nothing(tmp_path):
+def test_the_sweep_sees_all_training_images_unless_a_trial_run_sweeps_one_batch_and_writes_nothing(tmp_path):
     watch = plain_monitor(snapshots=1)
     fit(tmp_path, watch, CollapseFigures(), fast_dev_run=True)
     assert watch.latest["train"].counts.sum() == 8
     assert not list(tmp_path.iterdir())
-
-
-def test_epochs_without_validation_are_measured_at_their_end(tmp_path):
-    watch = plain_monitor()
-    fit(tmp_path, watch, epochs=4, check_val_every_n_epoch=2)
-    assert watch.epochs == [0, 1, 2, 3, 4]
-    measured = [not math.isnan(value) for value in watch.history["nc/val/nc1"]]
-    assert measured == [False, False, True, False, True]
+    fit(tmp_path, watch, limit_train_batches=1, limit_val_batches=1)
+    assert watch.latest["train"].counts.sum() == len(TRAIN)
+    assert watch.latest["val"].counts.sum() == 8
 
 
 class StopAfter(Callback):
@@ -238,6 +231,7 @@ class StopAfter(Callback):
         ({"max_steps": 9, "val": False}, [0, 1, 1.5]),
         ({"max_steps": 9, "val_check_interval": 2}, [0, 1 / 3, 2 / 3, 1, 4 / 3, 1.5]),
         ({"epochs": 5, "every": 2}, [0, 2, 4, 5]),
+        ({"epochs": 4, "check_val_every_n_epoch": 2}, [0, 1, 2, 3, 4]),
         ({"stop": 18, "every": 2}, [0, 2, 3]),
         ({"stop": 18, "every": 3, "val": False}, [0, 3]),
         ({"stop": 10, "val_check_interval": 4}, [0, 4 / 6, 1 + 4 / 6]),
@@ -265,7 +259,7 @@ def test_the_final_weights_are_measured_wherever_training_ends_and_the_checkpoin
     assert state["callbacks"][watch.state_key]["history"]["nc/train/nc1"] == pytest.approx(
         watch.history["nc/train/nc1"]
     )
-    logged = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    logged = read_csv(tmp_path / "metrics.csv")
     assert state["etflight"]["metrics_rows"] == len(logged)
     final = [row for row in logged if row["nc/train/nc1"]][-1]
     assert float(final["nc/train/nc1"]) == pytest.approx(watch.history["nc/train/nc1"][-1])
@@ -284,22 +278,12 @@ def test_auto_measures_large_sets_seldom_their_validation_images_always_and_says
         assert not any(math.isnan(value) for value in watch.history[f"nc/val/{name}"][1:])
     assert "120 training images is measured every 4 epochs and at the end" in caplog.text
 
-
-def test_auto_leaves_out_a_sweep_that_outlasts_the_training(tmp_path, monkeypatch, caplog):
-    caplog.set_level("INFO")
-    monkeypatch.setattr(collapse, "_SMALL", 1000)
+    # and leaves out a sweep that outlasts the training
     watch = NeuralCollapseMonitor(every_n_epochs="auto")
     trainer(tmp_path, watch, epochs=2, limit_train_batches=1).fit(classifier(), datamodule=digits())
     assert watch.epochs == [1, 2]
     assert {name.split("/")[1] for name in watch.history} == {"val"}
     assert "is not measured, since one sweep over them would take longer" in caplog.text
-
-
-def test_the_sweep_sees_all_training_images_whatever_training_is_limited_to(tmp_path):
-    watch = plain_monitor()
-    fit(tmp_path, watch, limit_train_batches=1, limit_val_batches=1)
-    assert watch.latest["train"].counts.sum() == len(TRAIN)
-    assert watch.latest["val"].counts.sum() == 8
 
 
 def test_splits_choose_and_validation_costs_no_extra_forward(tmp_path):
@@ -441,11 +425,9 @@ def test_snapshots_and_gram_matrices_lie_in_the_run_folder(tmp_path):
 
 
 def test_the_gram_matrix_does_not_grow_with_the_number_of_classes(tmp_path):
-    model, labels = Plain(), torch.arange(400)
+    model, images = Plain(), DataLoader(TensorDataset(torch.randn(400, 6), torch.arange(400)), batch_size=50)
     model.fc = nn.Linear(5, 400)
-    images = DataLoader(TensorDataset(torch.randn(400, 6), labels), batch_size=50)
-    watch = NeuralCollapseMonitor(head="fc", train_dataloader=images, before_training=False)
-    trainer(tmp_path, watch, epochs=1).fit(model, images)
+    trainer(tmp_path, NeuralCollapseMonitor(head="fc", train_dataloader=images), epochs=1).fit(model, images)
     content = np.load(tmp_path / "gram" / "epoch_001.npz")
     assert content["gram"].shape == (101, 101)
     assert content["classes"][[0, -1]].tolist() == [0, 399]
@@ -497,12 +479,9 @@ def test_two_processes_with_an_uneven_last_batch_measure_what_one_does(two_ready
     np.testing.assert_allclose(content["embeddings"], h[expected], rtol=2e-3, atol=1e-3)
 
 
-def one_epoch_without_validation(rank, folder):
-    return train_on_this_rank(rank, folder, epochs=1, limit_val_batches=0)
-
-
 def test_a_sweep_gives_each_process_its_own_statistics_back(two_ready_processes, tmp_path):
-    (history, state, _), (others, other, _) = two_ready_processes(one_epoch_without_validation, [(tmp_path,)] * 2)
+    without_validation = partial(train_on_this_rank, epochs=1, limit_val_batches=0)
+    (history, state, _), (others, other, _) = two_ready_processes(without_validation, [(tmp_path,)] * 2)
     assert history["nc/train/nc1"] == pytest.approx(others["nc/train/nc1"], rel=1e-12)
     buffers = [name for name in state if name.endswith("running_mean")]
     assert buffers
@@ -546,21 +525,17 @@ def test_an_iterable_data_set_is_refused_on_several_processes():
 
 
 def test_what_is_missing_is_said_before_training(tmp_path):
+    x, y = TRAIN.tensors
+    soft = TensorDataset(x, nn.functional.one_hot(y, K).float())
     for watch, message in (
         (NeuralCollapseMonitor(head="fcc"), "did you mean fc"),
         (NeuralCollapseMonitor(head="body"), "class vectors"),
         (NeuralCollapseMonitor(head="fc"), "train_dataloader="),
         (plain_monitor(layers=("body.9",)), "layers 'body.9'"),
+        (NeuralCollapseMonitor(head="fc", train_dataloader=DataLoader(soft)), "class indices"),
     ):
         with pytest.raises(UserError, match=message):
             fit(tmp_path, watch)
-
-
-def test_probabilities_as_labels_of_the_sweep_are_refused(tmp_path):
-    x, y = TRAIN.tensors
-    soft = DataLoader(TensorDataset(x, nn.functional.one_hot(y, K).float()))
-    with pytest.raises(UserError, match="class indices"):
-        fit(tmp_path, NeuralCollapseMonitor(head="fc", train_dataloader=soft))
 
 
 def test_options_that_cannot_be_are_refused_at_once():
@@ -580,6 +555,6 @@ def test_options_that_cannot_be_are_refused_at_once():
 )
 def test_a_fit_from_flags_alone_leaves_the_collapse_of_each_epoch(tmp_path, options, measured):
     run = fit_digits(tmp_path, "--data.max_count", 5, "--trainer.max_epochs", 2, *options)
-    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    rows = read_csv(run / "metrics.csv")
     for name in ("nc/train/nc1", "nc/train/alignment"):
         assert [float(row["epoch"]) for row in rows if row.get(name)] == measured

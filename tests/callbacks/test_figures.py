@@ -48,18 +48,15 @@ def test_figures_show_what_the_monitor_measured(tmp_path, sent):
     np.testing.assert_allclose(dots[:, 1], watch.latest["train"].variances)
 
 
-@pytest.mark.parametrize("first", ["monitor", "figures"])
-def test_figures_come_every_n_epochs_and_at_the_end_wherever_the_callback_stands(tmp_path, sent, first):
-    watch, draw = plain_monitor(), CollapseFigures(every_n_epochs=2)
+@pytest.mark.parametrize(
+    ("every", "first", "epochs"), [(1, "monitor", [2, 4, 5]), (1, "figures", [2, 4, 5]), (3, "monitor", [3, 5])]
+)
+def test_figures_come_every_n_epochs_and_at_the_end_wherever_the_callback_stands(tmp_path, sent, every, first, epochs):
+    watch, draw = plain_monitor(every_n_epochs=every), CollapseFigures(every_n_epochs=2)
     fit(tmp_path, *((watch, draw) if first == "monitor" else (draw, watch)), epochs=5, val=False)
-    assert [step for step, _ in sent] == [12, 24, 30]  # six steps an epoch
-    for (_, figures), epochs in zip(sent, (2, 4, 5), strict=True):
-        assert max(figures["nc/curves"].axes[0].lines[0].get_xdata()) == epochs
-
-
-def test_figures_follow_a_monitor_that_measures_less_often(tmp_path, sent):
-    fit(tmp_path, plain_monitor(every_n_epochs=3), CollapseFigures(every_n_epochs=2), epochs=7, val=False)
-    assert [step for step, _ in sent] == [18, 36, 42]
+    assert [step for step, _ in sent] == [6 * epoch for epoch in epochs]
+    for (_, figures), epoch in zip(sent, epochs, strict=True):
+        assert max(figures["nc/curves"].axes[0].lines[0].get_xdata()) == epoch
 
 
 def test_a_second_fit_with_the_same_callbacks_draws_again(tmp_path, sent):

@@ -215,13 +215,8 @@ def refused(model, checkpoint=None, load=None, freeze=(), **options):
 
 def test_a_checkpoint_of_another_model_is_refused_in_one_line(stage_one, tmp_path):
     assert "gone.ckpt does not exist" in refused(new_model(), tmp_path / "gone.ckpt", **CRT)
-    assert "backbone resnet20_cifar, this model test_vit" in refused(new_model(**VIT), stage_one, **CRT)
+    assert "does not fit backbone of this model" in refused(new_model(**VIT), stage_one, **CRT)
     assert "not [32, 1, 3, 3]" in refused(new_model(model_kwargs={"width": 2}), stage_one, **CRT)
-    content = torch.load(stage_one, weights_only=True)
-    content["hyper_parameters"]["num_classes"] = 7
-    content["class_names"] = None
-    torch.save(content, tmp_path / "seven.ckpt")
-    assert "num_classes 7, this model 10" in refused(new_model(), tmp_path / "seven.ckpt", **CRT)
 
 
 def test_parts_and_epochs_that_are_not_there_are_refused_in_one_line(stage_one):
@@ -236,9 +231,9 @@ def test_parts_and_epochs_that_are_not_there_are_refused_in_one_line(stage_one):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"checkpoint": "c.ckpt"}, "a checkpoint, but no load"),
-        ({"load": {"backbone": "backbone"}}, r"a load, but no checkpoint: give --fine_tuning\.checkpoint"),
-        ({"unfreeze_epoch": 1}, "has nothing to unfreeze: give an epoch of 1 or more and --fine_tuning.freeze"),
+        ({"checkpoint": "c.ckpt"}, "go together"),
+        ({"load": {"backbone": "backbone"}}, "go together"),
+        ({"unfreeze_epoch": 1}, "unfreeze_epoch is 1: give .* --fine_tuning.freeze"),
         ({"unfreeze_epoch": 0, "freeze": ["backbone"]}, "unfreeze_epoch is 0: give an epoch of 1 or more"),
         ({"checkpoint": "c.ckpt", "load": {"a": "b"}, "weights": "w.pth"}, "not from both"),
     ],

@@ -16,6 +16,7 @@ from etflight.callbacks import NearestClassMean, PostHoc, TauNormalization
 from etflight.data import Digits
 from etflight.utils.errors import UserError
 from tests import training
+from tests.left_by_runs import contents
 
 
 def long_tailed(**options):
@@ -89,21 +90,6 @@ def test_ncm_decides_by_the_cosine_with_the_class_means_of_the_training_images(h
     assert_decides_by(*cosines_with_class_means(model), model, NearestClassMean())
 
 
-def ncm_on_this_rank(rank, checkpoint):
-    trainer = new_trainer(NearestClassMean(), devices=2, strategy="ddp")
-    return trainer.test(Classifier.load_from_checkpoint(checkpoint), long_tailed(batch_size=7), verbose=False)[0]
-
-
-def test_ncm_of_two_processes_tests_as_one_does(linear, two_ready_processes, tmp_path):
-    trainer = new_trainer()
-    trainer.strategy.connect(linear)
-    trainer.save_checkpoint(tmp_path / "linear.ckpt")
-    logits, labels = cosines_with_class_means(linear)
-    for results in two_ready_processes(ncm_on_this_rank, [(tmp_path / "linear.ckpt",)] * 2):
-        assert results["test/acc"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
-        assert results["test/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
-
-
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_has_its_head_and_its_temperature_again_afterwards(fails, linear, monkeypatch):
     model = copy.deepcopy(linear)
@@ -170,10 +156,6 @@ def run(etflight_command, tmp_path_factory):
     return cwd, [*DATA, "--ckpt_path", cwd / "runs/ce/checkpoints/last.ckpt"]
 
 
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("method", [["--post_hoc=NearestClassMean"], ["--model.logit_adjustment=1.0"]])
 def test_results_of_another_decision_never_go_to_the_run_of_the_checkpoint(method, run, etflight_command):
     cwd, of_checkpoint = run
@@ -189,9 +171,7 @@ def test_results_of_another_decision_never_go_to_the_run_of_the_checkpoint(metho
     etflight_command.succeed("report", "runs/ce", f"runs/{name}", cwd=cwd)
     for given in (["--name", "ce"], ["--name", "ce", "--ckpt_path", "last"]):
         refused = etflight_command("test", *of_checkpoint, *method, *given, cwd=cwd)
-        assert refused.status == 1
-        assert len(refused.error_lines) == 1
-        assert "own results stay as they are: give the checkpoint by its path, and another --name" in refused.err
+        refused.assert_refused("own results stay as they are: give the checkpoint by its path, and another --name")
     assert contents(cwd / "runs/ce") == before
 
 
@@ -199,9 +179,8 @@ def test_a_training_of_its_own_is_no_place_for_the_results_of_another_checkpoint
     cwd, of_checkpoint = run
     shutil.copytree(cwd / "runs/ce", cwd / "runs/other")
     before = contents(cwd / "runs/other")
-    result = etflight_command("test", *of_checkpoint, "--name", "other", cwd=cwd)
-    assert result.status == 1
-    assert "runs/other holds a training, whose own results stay as they are: give a new --name" in result.err
+    refused = etflight_command("test", *of_checkpoint, "--name", "other", cwd=cwd)
+    refused.assert_refused("runs/other holds a training, whose own results stay as they are: give a new --name")
     assert contents(cwd / "runs/other") == before
 
 
@@ -215,7 +194,5 @@ def test_a_user_method_decides_predictions_too(run, etflight_command):
 
 def test_training_with_a_post_hoc_method_is_one_line_and_leaves_nothing(etflight_command, tmp_path):
     result = etflight_command(*FIT, "--post_hoc", "NearestClassMean", cwd=tmp_path)
-    assert result.status == 1
-    assert len(result.error_lines) == 1
-    assert "takes a trained model and trains nothing: etflight test" in result.error_lines[0]
+    result.assert_refused("takes a trained model and trains nothing: etflight test")
     assert not (tmp_path / "runs").exists()

@@ -1,6 +1,5 @@
 """What somebody sees who watches a training: the bar, a line for each epoch, the speed, what a step is made of."""
 
-import csv
 import re
 import sys
 import time
@@ -8,16 +7,15 @@ import time
 import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
-from torch import nn
 
-from etflight import Classifier, CrossEntropyLoss, DotRegressionLoss, ETFHead
+from etflight import Classifier, CrossEntropyLoss, DotRegressionLoss
 from etflight.callbacks import LastCheckpoint, Speed
-from etflight.callbacks.progress import describe_step, has_unsynced_batch_norm, is_watched
+from etflight.callbacks.progress import describe_step, is_watched
 from etflight.cli.stages import main
 from etflight.data import Digits
 from etflight.runs.loggers import MetricsCSV
 from tests.left_by_runs import differences, read
-from tests.training import new_trainer
+from tests.training import new_trainer, read_csv
 
 FIT = [
     "fit", "--data", "Digits", "--data.max_count", "10", "--data.batch_size", "20", "--model.backbone", "resnet20_cifar",
@@ -31,7 +29,7 @@ def terminal(etflight_command, tmp_path_factory):
     """What a terminal shows, and what is logged."""
     cwd = tmp_path_factory.mktemp("terminal")
     sent = etflight_command.in_terminal(*FIT, cwd=cwd, CI="")
-    rows = list(csv.DictReader((cwd / "runs/r/metrics.csv").open()))
+    rows = read_csv(cwd / "runs/r/metrics.csv")
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sent), rows
 
 
@@ -123,7 +121,7 @@ def fit(folder, pause):
         logger=[MetricsCSV(folder), CSVLogger(folder, name="other", version="")],
     )  # fmt: skip
     runs.fit(Classifier(10, "resnet20_cifar", in_chans=1), datamodule=data)
-    (row,) = csv.DictReader((folder / "speed.csv").open())
+    (row,) = read_csv(folder / "speed.csv")
     return {name: float(value) for name, value in row.items()}
 
 
@@ -155,19 +153,10 @@ def test_the_share_of_waiting_is_the_loaders_and_validation_does_not_count(tmp_p
          "class balance 'batch' (exponent 1): counts over all processes of a step, not over accumulated micro-batches"),
         ((1, 32, 1), 0.003, CrossEntropyLoss(class_balance="global", exponent=0.5),
          "global batch 32 = 1 process x 32 images; learning rate 0.003 as given (not scaled with the batch); "
-         "class balance 'global' (exponent 0.5): the training set's counts"),
-        ((1, 32, 1), None, CrossEntropyLoss(class_balance="effective", beta=0.99, renormalize=True),
-         "global batch 32 = 1 process x 32 images; class balance 'effective' (exponent 1, beta 0.99): the training set's counts, "
-         "weights divided by their mean over a step"),
+         "class balance 'global' (exponent 0.5): counts over the training set"),
+        ((1, 32, 1), None, CrossEntropyLoss(), "global batch 32 = 1 process x 32 images; class balance 'none'"),
     ],
 )  # fmt: skip
 def test_the_line_says_what_one_step_is_made_of(shape, lr, loss, line):
     processes, batch_size, accumulated = shape
     assert describe_step(processes=processes, batch_size=batch_size, accumulated=accumulated, lr=lr, loss=loss) == line
-
-
-def test_batch_norm_counts_as_unsynced_until_it_is_converted():
-    model = Classifier(10, "test_vit", in_chans=1, model_kwargs={"img_size": 8, "patch_size": 4}, head=ETFHead)
-    assert has_unsynced_batch_norm(model)  # the head's own
-    assert not has_unsynced_batch_norm(nn.SyncBatchNorm.convert_sync_batchnorm(model))
-    assert not has_unsynced_batch_norm(model.backbone)

@@ -1,6 +1,5 @@
 """What a test leaves: against scikit-learn, and on two processes."""
 
-import csv
 import json
 from contextlib import redirect_stdout
 from io import StringIO
@@ -14,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from etflight import Classifier, CrossEntropyLoss, LinearHead
 from etflight.callbacks.results import TestResults
-from etflight.data import ArrayImages, Digits
-from tests.training import new_trainer, save_arrays, seen
+from etflight.data import Digits
+from tests.training import new_trainer, read_csv, seen
 
 COUNTS = [128, 91, 65, 47, 33, 24, 17, 12, 8, 6]
 
@@ -55,7 +54,7 @@ def test_the_folder_has_figures_and_a_table_of_scikit_learns_scores_and_the_grou
     folder, _, labels, decisions, _ = tested
     figures = {path.name for path in (folder / "figures").iterdir()}
     assert figures == {"confusion.png", "per_class.png", "reliability.png"}
-    rows = list(csv.DictReader((folder / "per_class.csv").open()))
+    rows = read_csv(folder / "per_class.csv")
     precision, recall, _, support = precision_recall_fscore_support(labels, decisions, zero_division=np.nan)
     for name, expected in {"acc": recall, "precision": precision, "test_images": support}.items():
         np.testing.assert_allclose([float(row[name]) for row in rows], expected, err_msg=name)
@@ -92,32 +91,10 @@ def test_without_training_counts_there_are_no_groups_and_without_room_no_confusi
     run_test(model, DataLoader(TensorDataset(torch.randn(6, 1, 8, 8), torch.arange(6)), batch_size=4), tmp_path)
     assert model.evaluation().confusion is None
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["reliability.png"]
-    assert len(list(csv.DictReader((tmp_path / "per_class.csv").open()))) == 1001
+    assert len(read_csv(tmp_path / "per_class.csv")) == 1001
     assert "many" not in capsys.readouterr().out
 
 
 def test_a_trial_run_leaves_no_file(tmp_path):
     run_test(untrained(), Digits(), tmp_path, verbose=False, fast_dev_run=True)
     assert list(tmp_path.iterdir()) == []
-
-
-def count(rank, path, devices):
-    data = ArrayImages(path=str(path), batch_size=30, mean=[0.5], std=[0.5])
-    model = untrained(class_counts=COUNTS)
-    strategy = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
-    trainer = new_trainer(default_root_dir=path.parent, **strategy)
-    metrics = trainer.test(model, data, verbose=False)[0]
-    return metrics, model.evaluation()
-
-
-def test_two_processes_with_an_uneven_last_batch_count_each_image_once_as_one_does(two_ready_processes, tmp_path):
-    path = tmp_path / "noise.npz"
-    save_arrays(path, test=301)  # 151 and 150: six batches of at most 30, and five
-    metrics, evaluation = count(0, path, 1)
-    assert int(evaluation.classes.samples.sum()) == int(evaluation.confusion.sum()) == 301
-    for their_metrics, theirs in two_ready_processes(count, [(path, 2)] * 2):
-        assert their_metrics == pytest.approx(metrics, rel=1e-6)
-        torch.testing.assert_close(tuple(theirs.classes), tuple(evaluation.classes), rtol=0, atol=0, equal_nan=True)
-        torch.testing.assert_close(theirs.confusion, evaluation.confusion, rtol=0, atol=0)
-        for ours, other in ((evaluation.raw, theirs.raw), (evaluation.calibrated, theirs.calibrated)):
-            torch.testing.assert_close(tuple(other), tuple(ours), rtol=1e-6, atol=0, equal_nan=True)

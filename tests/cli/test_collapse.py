@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -102,9 +101,6 @@ def test_numbers_of_a_run_are_those_computed_from_scratch_on_the_images_it_was_t
 def test_results_of_a_run_lie_in_its_folder_with_figures(run, printed):
     assert {file.name for file in (run / "collapse").iterdir()} == {"collapse.json", *FIGURES}
     assert f"{run / 'collapse'}: collapse.json and 6 figures" in printed
-    for name in FIGURES:
-        with Image.open(run / "collapse" / name) as picture:
-            assert min(picture.size) > 400
 
 
 def nc1(output: Path) -> float:
@@ -118,8 +114,7 @@ def test_a_checkpoint_in_a_run_is_measured_as_the_run(run, last, printed, tmp_pa
 
 
 def test_other_training_images_than_the_checkpoints_are_told_in_one_line(run, last, printed, tmp_path, capsys):
-    given = ["--ckpt_path", last, "--data=Digits", "--data.imbalance_ratio=20", "--data.max_count=40", "--data.seed=3"]
-    collapse.main([*given, "--output", str(tmp_path)])
+    collapse.main([last, "--data.seed=3", "--output", str(tmp_path)])
     (told,) = [text for text in capsys.readouterr().err.splitlines() if "warning" in text]
     assert told.startswith("etflight: warning: Digits has other training images")
     assert nc1(tmp_path) != nc1(run / "collapse")
@@ -134,21 +129,15 @@ def test_a_set_of_the_users_own_file_replaces_that_of_the_run(run, tmp_path, cap
     assert "Digits has 30 training images of class 0, but the checkpoint was trained on 40" in told
 
 
-@pytest.mark.parametrize(
-    ("path", "reason"),
-    [
-        ("nowhere", "nowhere does not exist: give a run folder"),
-        ("empty", "empty is no run folder with a config.yaml that tells its data, and lies in none: give --data"),
-        ("alone.ckpt", "alone.ckpt is no run folder with a config.yaml"),
-    ],
-)
 @pytest.mark.parametrize("command", [collapse, describe])
-def test_a_path_that_tells_no_data_is_one_line(command, path, reason, last, tmp_path, monkeypatch):
+def test_a_path_that_tells_no_data_is_one_line(command, last, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("empty").mkdir()
     shutil.copy(last, "alone.ckpt")
-    with pytest.raises(UserError, match=reason):
-        command.main([path])
+    with pytest.raises(UserError, match="nowhere does not exist: give a run folder"):
+        command.main(["nowhere"])
+    with pytest.raises(SystemExit):
+        command.main(["alone.ckpt"])
+    assert capsys.readouterr().err.startswith("etflight: error: these arguments are required: --data (see")
 
 
 def test_describe_shows_the_data_of_a_run_and_tells_where_they_are_others_now(run, tmp_path, capsys):
@@ -193,11 +182,8 @@ def test_a_head_of_the_users_own_is_imported_on_demand(etflight_command, tmp_pat
     checkpoint = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
     model.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, tmp_path / "my.ckpt")
-    arguments = ["collapse", "--ckpt_path=my.ckpt", "--data=Digits", "--data.max_count=5"]
-    refused = etflight_command(*arguments, cwd=tmp_path)
-    assert refused.status == 1
-    assert len(refused.err.splitlines()) == 1
-    assert f"import its module before (--imports {__name__} in " in refused.error_lines[0]
+    arguments = ["collapse", "my.ckpt", "--data=Digits", "--data.max_count=5"]
+    etflight_command(*arguments, cwd=tmp_path).assert_refused(f"import its module before (--imports {__name__} in ")
     etflight_command.succeed(*arguments, "--imports", __name__, cwd=tmp_path)
     assert (tmp_path / "collapse" / "collapse.json").is_file()
 
@@ -207,16 +193,16 @@ def test_bad_input_ends_in_one_line_that_says_the_mend(run, last, images, tmp_pa
     monkeypatch.setattr(sys, "path", list(sys.path))
     network("test_resnet", tmp_path / "w.safetensors")
     torch.save({"code": print}, tmp_path / "code.pt")
-    ckpt, arrays = f"--ckpt_path={last}", ["--data=ArrayImages", f"--data.path={images}"]
+    arrays = ["--data=ArrayImages", f"--data.path={images}"]
     own = ["--timm=test_resnet", "--weights=w.safetensors"]
     for arguments, status, message in (
         ([], 2, "data"),
-        (["--data=Digits"], 1, r"give RUN \(.*\), --ckpt_path FILE"),
-        ([str(run), ckpt, "--data=Digits"], 1, "measures one model"),
-        ([ckpt, "--weights=w.safetensors", "--data=Digits"], 1, "--weights goes with --timm"),
-        ([ckpt, *arrays], 1, "decides between 10 classes, but ArrayImages .*images.npz has 3"),
-        ([ckpt, "--data=Digits", "--device=tpu9"], 1, "--device tpu9"),
-        ([ckpt, "--data=Digits", "--imports", "no_such"], 1, "--imports no_such"),
+        (["--data=Digits"], 1, r"give RUN \(.*\) or --timm NAME"),
+        ([str(run), "--timm=test_resnet"], 1, "measures one model"),
+        ([last, "--weights=w.safetensors"], 1, "--weights goes with --timm"),
+        ([last, *arrays], 1, "decides between 10 classes, but ArrayImages .*images.npz has 3"),
+        ([last, "--device=tpu9"], 1, "tpu9"),
+        ([last, "--imports", "no_such"], 1, "--imports no_such"),
         ([*own, "--data=Digits"], 1, "decides between 3 classes, but Digits has 10"),
         (["--timm=resnet18", *arrays], 1, "decides between 1000 classes, but .* has 3: give --weights FILE"),
         (["--timm=test_resnett", *arrays], 1, "no timm model is called 'test_resnett': near matches: test_resnet"),
@@ -229,23 +215,5 @@ def test_bad_input_ends_in_one_line_that_says_the_mend(run, last, images, tmp_pa
         except SystemExit as stop:
             got = stop.code
         error = capsys.readouterr().err.strip()
-        assert got == status, (arguments, error)
-        assert error.startswith("etflight: error: ")
-        assert "\n" not in error
-        assert re.search(message, error), (message, error)
-
-
-def test_a_model_without_a_linear_classifier_is_refused(images, tmp_path, monkeypatch):
-    network("test_resnet", tmp_path / "w.safetensors")
-    arguments = ["--timm", "test_resnet", "--weights", str(tmp_path / "w.safetensors"), "--data=ArrayImages"]
-    create = timm.create_model
-
-    def distilled(*args, **kwargs):
-        model = create(*args, **kwargs)
-        model.get_classifier = lambda: (model.fc, model.fc)
-        return model
-
-    monkeypatch.setattr(timm, "create_model", distilled)
-    with pytest.raises(UserError, match="no linear classifier to measure"):
-        collapse.main([*arguments, f"--data.path={images}", "--output", str(tmp_path)])
-    assert not (tmp_path / "collapse.json").exists()
+        assert (got, error.count("\n")) == (status, 0), (arguments, error)
+        assert re.search(f"etflight: error: .*{message}", error), (message, error)

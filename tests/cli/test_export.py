@@ -161,13 +161,6 @@ def test_a_folder_with_files_is_never_touched(run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_checkpoint_of_another_program_is_one_line(tmp_path):
-    torch.save({"model": torch.zeros(2)}, tmp_path / "other.pt")
-    with pytest.raises(UserError, match="not one of etflight's"):
-        export.main([str(tmp_path / "other.pt"), "--output", str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
-
-
 def test_unknown_normalisation_is_asked_for_and_taken_from_the_data(run, tmp_path):
     saved = torch.load(checkpoint(run), weights_only=True)
     del saved["preprocessing"]
@@ -180,7 +173,7 @@ def test_unknown_normalisation_is_asked_for_and_taken_from_the_data(run, tmp_pat
     assert config["pretrained_cfg"]["mean"] == list(Digits.standard_mean)
     saved["preprocessing"] = {"input_size": (1, 8, 8), "mean": [0.5], "std": [0.0], "crop_pct": 1.0}
     torch.save(saved, tmp_path / "old.ckpt")
-    with pytest.raises(UserError, match="its std is"):
+    with pytest.raises(UserError, match="preprocessing, std is"):
         export.main([*argv[:2], str(tmp_path / "other")])
 
 
@@ -205,30 +198,14 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
     return client.return_value
 
 
-def push(run: Path, output: Path) -> None:
-    export.main([checkpoint(run), "--output", str(output), "--push_to_hub", "me/digits"])
-
-
-def test_push_sends_the_folder_to_the_hub(hub, run, tmp_path, capsys):
-    push(run, tmp_path / "out")
+def test_push_sends_the_folder_to_the_hub_or_tells_in_one_line_why_not(hub, run, tmp_path, capsys):
+    argv = [checkpoint(run), "--push_to_hub", "me/digits", "--output"]
+    export.main([*argv, str(tmp_path / "out")])
     (sent,) = hub.upload_folder.call_args_list
     assert (sent.kwargs["folder_path"], sent.kwargs["repo_id"]) == (tmp_path / "out", "me/digits")
     assert "pushed to https://huggingface.co/me/digits" in capsys.readouterr().out
-
-
-def test_a_push_that_fails_is_one_line_and_the_folder_stays(hub, run, tmp_path):
     hub.upload_folder.side_effect = OSError("401 Client Error\n\nInvalid username or password.")
-    with pytest.raises(
-        UserError, match=r"is written, but .* refuses me/digits .*401.*log in with hf auth login"
-    ) as raised:
-        push(run, tmp_path / "out")
+    with pytest.raises(UserError, match=r"is written, but .* refuses me/digits .*401.*hf auth login") as raised:
+        export.main([*argv, str(tmp_path / "again")])
     assert "\n" not in str(raised.value)
-    assert (tmp_path / "out" / "model.safetensors").is_file()
-
-
-@pytest.mark.parametrize("name", ["", "https://huggingface.co/me/digits"])
-def test_a_name_that_the_hub_cannot_have_is_told_before_any_work(name, tmp_path):
-    argv = ["gone.ckpt", "--output", str(tmp_path / "out"), "--push_to_hub", name]
-    with pytest.raises(UserError, match=f"--push_to_hub '{name}': .*Give USER/NAME") as raised:
-        export.main(argv)
-    assert "\n" not in str(raised.value)
+    assert (tmp_path / "again" / "model.safetensors").is_file()

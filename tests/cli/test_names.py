@@ -1,6 +1,5 @@
 """Files, classes and runs may be called anything that a disk takes."""
 
-import csv
 import json
 import os
 from pathlib import Path
@@ -18,7 +17,7 @@ from etflight.cli import collapse, describe, export
 from etflight.cli.stages import main
 from etflight.utils.terminal import readable
 from etflight.utils.yaml import load_yaml, to_yaml
-from tests.training import QUIET
+from tests.training import QUIET, read_csv
 
 NO_TEXT = os.fsdecode(b"caf\xe9")  # the bytes of Latin-1
 NAMES = sorted(
@@ -77,8 +76,7 @@ def test_images_of_any_name_are_predicted_and_named(run, photos, tmp_path):
         output = ["--output", str(tmp_path / f"out.{suffix}")]
         main(["predict", "--images", *images, "--ckpt_path", checkpoint(run), *output, *QUIET])
     expected = decided(run, paths)
-    with (tmp_path / "out.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(tmp_path / "out.csv")
     assert [row["image"] for row in rows] == paths
     assert [row["class"] for row in rows] == expected
     arrays, table = np.load(tmp_path / "out.npz"), parquet.read_table(tmp_path / "out.parquet").to_pydict()
@@ -88,8 +86,7 @@ def test_images_of_any_name_are_predicted_and_named(run, photos, tmp_path):
 
 def test_classes_of_any_name_are_in_the_checkpoint_and_the_table_of_a_test(run):
     assert torch.load(checkpoint(run), weights_only=True)["class_names"] == CLASSES
-    with (run / "per_class.csv").open(newline="", encoding="utf-8") as file:
-        assert [row["name"] for row in csv.DictReader(file)] == CLASSES
+    assert [row["name"] for row in read_csv(run / "per_class.csv")] == CLASSES
 
 
 def test_collapse_and_describe_take_a_run_with_such_names(run, tmp_path):

@@ -26,12 +26,10 @@ def test_seeds_are_averaged_on_the_terminal(runs, tmp_path, etflight_command):
 
 @pytest.mark.parametrize("format", ["md", "tex", "csv", "json"])
 def test_a_result_file_tells_the_same_as_the_runs(format, runs, tmp_path, etflight_command):
-    written = etflight_command("report", *runs, "--format", "json", cwd=tmp_path)
+    written = etflight_command.succeed("report", *runs, "--format", "json", cwd=tmp_path)
     (tmp_path / "results.json").write_text(written.out)
-    one = etflight_command("report", *runs, "--format", format, cwd=tmp_path)
-    other = etflight_command("report", "results.json", "--format", format, cwd=tmp_path)
-    assert one.status == other.status == 0
-    assert one.out == other.out
+    one = etflight_command.succeed("report", *runs, "--format", format, cwd=tmp_path)
+    assert etflight_command.succeed("report", "results.json", "--format", format, cwd=tmp_path).out == one.out
 
 
 def test_what_is_bad_is_named_and_the_others_are_shown(runs, tmp_path, etflight_command):
@@ -41,8 +39,7 @@ def test_what_is_bad_is_named_and_the_others_are_shown(runs, tmp_path, etflight_
     wide = make_run(tmp_path / "wide", seed=9, data={"class": "Digits", "imbalance_ratio": 16, "class_counts": [1] * 7})
     again = make_run(tmp_path / "again", seed=0, acc=0.25)
     bad = ["nowhere", "empty", half.name, wide.name, again.name]
-    result = etflight_command("report", *runs, *bad, "--format", "csv", cwd=tmp_path)
-    assert result.status == 0
+    result = etflight_command.succeed("report", *runs, *bad, "--format", "csv", cwd=tmp_path)
     lines = result.err.splitlines()
     assert len(lines) == len(bad)
     for name, word in zip(bad, ["exist", "run.json", "metrics.csv", "7 classes", "seed 0"], strict=True):
@@ -54,18 +51,14 @@ def test_what_is_bad_is_named_and_the_others_are_shown(runs, tmp_path, etflight_
 def test_nothing_to_show_is_an_error_of_one_line_that_names_everything(tmp_path, etflight_command):
     (tmp_path / "empty").mkdir()
     result = etflight_command("report", "nowhere", "empty", "--format", "md", cwd=tmp_path)
-    assert result.status == 1
+    result.assert_refused("nowhere", "empty")
     assert result.out == ""
-    assert len(result.error_lines) == 1
-    assert "nowhere" in result.error_lines[0]
-    assert "empty" in result.error_lines[0]
 
 
 def test_an_untested_run_is_shown_without_accuracy_and_is_no_result(tmp_path, etflight_command):
     run = make_run(tmp_path / "r")
     (run / "test_metrics.json").unlink()
-    result = etflight_command("report", "r", "--format", "csv", cwd=tmp_path)
-    assert result.status == 0
+    result = etflight_command.succeed("report", "r", "--format", "csv", cwd=tmp_path)
     assert "etflight test" in result.err
     (row,) = csv.DictReader(io.StringIO(result.out))
     assert row["test/acc"] == ""

@@ -1,4 +1,3 @@
-import csv
 import inspect
 import json
 import shlex
@@ -14,7 +13,7 @@ from etflight import Classifier, DotRegressionLoss
 from etflight.cli.stages import main
 from etflight.data import Digits
 from etflight.runs.record import config_sha256, training_facts
-from tests.training import QUIET
+from tests.training import QUIET, read_csv
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--trainer.max_epochs", 1, *QUIET]
@@ -38,7 +37,7 @@ def test_a_run_leaves_its_folder_and_nothing_else(run):
     assert record["seed"] == 0
     assert sum(record["data"]["class_counts"]) == 431
     assert record["data"]["validation"] == "the test set, watched only"
-    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    rows = read_csv(folder / "metrics.csv")
     assert any(row["train/loss"] for row in rows)
     assert {"val/acc", "val/acc_many", "val/acc_few", "val/ece", "val/loss"} <= rows[0].keys()
 
@@ -74,7 +73,7 @@ def test_the_rate_of_each_epoch_is_logged(etflight_command, tmp_path):
     schedule = ["--model.optimizer.lr", 0.4, "--model.lr_scheduler", "torch.optim.lr_scheduler.ExponentialLR"]
     schedule += ["--model.lr_scheduler.gamma", 0.5, "--trainer.max_epochs", 3]
     etflight_command.succeed("fit", *DIGITS, *schedule, *ONE_BATCH, "--name", "r", cwd=tmp_path)
-    rows = csv.DictReader((tmp_path / "runs/r/metrics.csv").open())
+    rows = read_csv(tmp_path / "runs/r/metrics.csv")
     assert [float(row["train/lr"]) for row in rows if row["train/lr"]] == pytest.approx([0.4, 0.2, 0.1])
 
 
@@ -94,7 +93,7 @@ def test_checkpoint_is_plain_data_and_stays_plain_when_saved_again(run, tmp_path
 def test_results_of_the_checkpoint_alone_go_to_its_run(stage, run, etflight_command, tmp_path):
     checkpoint = run[1] / "checkpoints" / "last.ckpt"
     result = etflight_command.succeed(stage, "--data", "Digits", "--ckpt_path", checkpoint, *QUICK[2:], cwd=tmp_path)
-    table = list(csv.DictReader((run[1] / {"test": "per_class.csv", "predict": "predictions.csv"}[stage]).open()))
+    table = read_csv(run[1] / {"test": "per_class.csv", "predict": "predictions.csv"}[stage])
     assert len(table) == {"test": 10, "predict": 500}[stage]
     assert result.out.count("Test: 500 images of 10 classes") == (stage == "test")
     assert "test/acc" not in result.out  # Lightning's own table
@@ -120,10 +119,7 @@ def test_results_go_to_the_run_of_the_checkpoint_whatever_the_configuration_is_c
 def test_a_folder_with_a_checkpoint_is_refused_and_untouched(run, etflight_command):
     cwd, folder = run
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-    result = etflight_command("fit", *DIGITS, "--name", "first", cwd=cwd)
-    assert result.status == 1
-    assert len(result.error_lines) == 1
-    assert "--ckpt_path last" in result.error_lines[0]
+    etflight_command("fit", *DIGITS, "--name", "first", cwd=cwd).assert_refused("--ckpt_path last")
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 
@@ -139,7 +135,7 @@ def test_last_resumes_this_run_and_continues_its_metrics(etflight_command, tmp_p
     assert [len(record.get("resumed", [])) for record in (started, going_on)] == [0, 1]
     assert all(going_on[name] == started[name] for name in ("command", "commit", "started"))
     assert "max_epochs 2" in going_on["resumed"][0]["command"]
-    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    rows = read_csv(run / "metrics.csv")
     assert [row["epoch"] for row in rows if row["train/loss"]] == ["0.0", "1.0"]
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
     assert {path.name for path in (run / "lightning_logs").iterdir()} == {"version_0", "version_1"}
@@ -148,9 +144,7 @@ def test_last_resumes_this_run_and_continues_its_metrics(etflight_command, tmp_p
 
 def test_other_optimizer_settings_are_refused_on_resume(run, etflight_command):
     argv = ["--name", "first", "--ckpt_path", "last", "--model.optimizer.lr", 0.5, "--trainer.max_epochs", 2]
-    result = etflight_command("fit", *DIGITS, *argv, cwd=run[0])
-    assert result.status == 1
-    assert "--model.optimizer differs" in result.error_lines[0]
+    etflight_command("fit", *DIGITS, *argv, cwd=run[0]).assert_refused("--model.optimizer differs")
 
 
 @pytest.fixture
@@ -219,7 +213,5 @@ def test_a_users_own_head_in_the_current_folder_trains_and_tests(etflight_comman
     checkpoint = tmp_path / "runs/mine/checkpoints/last.ckpt"
     assert torch.load(checkpoint, weights_only=True)["hyper_parameters"]["head"]["init_args"] == {"sharpness": 3.0}
     test = ["test", "--data", "Digits", "--ckpt_path", checkpoint, *QUICK[2:]]
-    unnamed = etflight_command(*test, cwd=tmp_path)
-    assert unnamed.status == 1
-    assert "--model.head my_heads.MyHead" in unnamed.error_lines[0]
+    etflight_command(*test, cwd=tmp_path).assert_refused("--model.head my_heads.MyHead")
     etflight_command.succeed(*test, *head, cwd=tmp_path)

@@ -1,6 +1,5 @@
 """The overlay of TensorBoard: the same scalars as in metrics.csv, and the pictures of `figures/`."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from etflight.cli.stages import main
+from tests.training import read_csv
 
 ROOT = Path(__file__).parents[2] / "configs"
 
@@ -34,7 +34,7 @@ def events(run):
 
 
 def test_every_scalar_of_metrics_csv_has_its_value_at_its_step(run, events):
-    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    rows = read_csv(run / "metrics.csv")
     names = rows[0].keys() - {"step", "epoch"}
     assert {"train/loss", "val/acc_few", "nc/train/nc1"} <= names
     for name in names:
@@ -48,7 +48,7 @@ def test_what_a_test_measures_and_the_speed_are_there_too(run, events):
     for name, value in json.loads((run / "test_metrics.json").read_text()).items():
         assert events.Scalars(name)[-1].value == pytest.approx(value, rel=1e-6, nan_ok=True), name
     for name in ("speed/images_per_s", "speed/epoch_s"):
-        rows = csv.DictReader((run / "speed.csv").open())
+        rows = read_csv(run / "speed.csv")
         assert [e.value for e in events.Scalars(name)] == pytest.approx([float(row[name]) for row in rows], rel=1e-6)
 
 
@@ -61,5 +61,5 @@ def test_every_picture_of_the_run_folder_is_there(run, events):
         last = events.Images(tag)[-1]
         with Image.open(run / "figures" / f"{name}.png") as picture:
             assert (last.width, last.height) == picture.size
-    steps = int(list(csv.DictReader((run / "metrics.csv").open()))[-1]["step"]) + 1
+    steps = int(read_csv(run / "metrics.csv")[-1]["step"]) + 1
     assert events.Images("nc/curves")[-1].step == steps

@@ -1,6 +1,5 @@
 """One run folder is one W&B run: what an offline run holds of a training that was stopped, of its rest and of its test."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -9,8 +8,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from etflight.cli import dashboard
 from etflight.runs.wandb import choose_names
-from tests.training import QUIET
+from tests.training import QUIET, read_csv
 from tests.wandb_file import artifacts, config_updates, history, run_record, step_metrics, summary
 
 ROOT = Path(__file__).parents[2] / "configs"
@@ -50,7 +50,7 @@ def test_all_three_go_on_in_one_wandb_run_called_by_experiment_arm_and_seed(run)
 
 def test_every_scalar_of_metrics_csv_is_there_with_the_same_value(run):
     folder, files = run
-    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    rows = read_csv(folder / "metrics.csv")
     sent = {}
     for file in files[:2]:
         for row in history(file):
@@ -61,6 +61,15 @@ def test_every_scalar_of_metrics_csv_is_there_with_the_same_value(run):
         written = [float(row[key]) for row in rows if row[key] not in ("", "nan")]
         numbers = [float(value) for value in sent.get(key, []) if value not in ("NaN", None)]
         assert numbers == pytest.approx(written), key
+
+
+def test_all_that_the_dashboard_shows_is_there(run):
+    keys = {key for file in run[1] for row in history(file) for key in row}
+    logged = keys | {key.rpartition("/")[0] for key in keys if key.endswith("/_type")}
+    parts = (*dashboard.CURVES.values(), dashboard.PICTURES, dashboard.TESTED)
+    missing = {key for part in parts for shown in part.values() for key in shown} - logged
+    assert {key.rpartition("_")[2] for key in missing} <= {"many", "few"}  # no class of this run has so many or few images
+    assert any(update.get("arm") == "etf_dr_balanced" for update in config_updates(run[1][0]))
 
 
 def test_figures_arrive_as_images(run):
@@ -100,7 +109,7 @@ def test_a_test_tells_its_numbers_and_the_classes_as_a_table(run):
     assert {key: sent[key] for key in numbers} == pytest.approx(numbers)
     (path,) = (tested.parent / "files/media/table/test").glob("classes*.table.json")
     table = json.loads(path.read_text())
-    rows = list(csv.DictReader((folder / "per_class.csv").open()))
+    rows = read_csv(folder / "per_class.csv")
     assert table["columns"] == list(rows[0])
     assert [float(row[3]) for row in table["data"]] == [float(row["acc"]) for row in rows]
     assert len(rows) == 10

@@ -158,12 +158,6 @@ def test_a_second_stage_finds_its_first_or_says_what_is_missing(first_stage, etf
     missing = f"crt starts from the run of ce, but there is no {checkpoint}: train that first"
     etflight_command(*crt, cwd=tmp_path).assert_refused(missing)
     mine = etflight_command(*crt, "--name", "mine", cwd=first_stage)
-    mine.assert_refused("the run mine is not called by its arm crt")
+    mine.assert_refused("there is no runs/mine/checkpoints/last.ckpt", "--fine_tuning.checkpoint FILE")
     there = ["--fine_tuning.checkpoint", first_stage / checkpoint]
     assert etflight_command(*crt, "--name", "mine", *there, cwd=tmp_path).status == 0
-
-
-def test_files_that_build_on_others_are_told_to_stand_one_after_another(etflight_command, tmp_path):
-    (tmp_path / "mine.yaml").write_text("overlays: [other.yaml]")
-    result = etflight_command("fit", "-c", "mine.yaml", "--data", "Digits", cwd=tmp_path)
-    result.assert_refused("overlays is no option any more: give the files one after another")

@@ -3,7 +3,6 @@
 The backbone has no BatchNorm and nothing is augmented, so that all runs of one global batch do the same sums in another order.
 """
 
-import csv
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from etflight.data import Digits
 from etflight.utils.errors import UserError
 from tests.command_line import CommandLine, finish, start
 from tests.quiet import FLAGS, trainer
+from tests.training import read_csv
 from tests.wandb_file import history
 
 ROOT = Path(__file__).parents[2]
@@ -138,7 +138,7 @@ def two(fit, cwd):
 
 
 def rows(folder):
-    return list(csv.DictReader((folder / "metrics.csv").open()))
+    return read_csv(folder / "metrics.csv")
 
 
 def weights(folder):
@@ -146,20 +146,15 @@ def weights(folder):
 
 
 def assert_same_rows(actual, expected):
-    assert len(actual) == len(expected) > 0
-    for got, wanted in zip(actual, expected, strict=True):
-        assert got.keys() == wanted.keys()
-        for name, value in wanted.items():
-            if value == "":
-                assert got[name] == "", name
-            else:
-                assert float(got[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-6, nan_ok=True), name
+    actual, expected = (
+        [{k: float(v) if v else v for k, v in row.items()} for row in rows] for rows in (actual, expected)
+    )
+    assert actual == [pytest.approx(row, rel=1e-4, abs=1e-6, nan_ok=True) for row in expected]
+    assert expected
 
 
 def assert_same_weights(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def assert_same_bits(folder, other):
@@ -295,8 +290,7 @@ def test_each_image_counts_the_same_where_processes_have_more_and_fewer(two_read
     """The last batch has 11 images, of which one process has 6."""
     expected = train_an_epoch(0, processes=1)
     for found in two_ready_processes(train_an_epoch, [()] * 2):
-        for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=0, atol=2e-6, msg=name)
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
 
 
 def train_a_frame_of_its_own(rank):

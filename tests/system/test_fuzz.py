@@ -1,6 +1,5 @@
 """Whatever the arguments of data, head, loss, optimizer and schedule: a step runs, or one clear line says why not."""
 
-import csv
 import inspect
 import math
 import shlex
@@ -22,6 +21,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from etflight import heads, losses, optim
 from etflight.data import ArrayImages, Digits, FolderImages
 from etflight.data.sampler import POLICIES
+from tests.training import read_csv
 
 FIT = [
     "fit", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
@@ -170,8 +170,7 @@ def outcome(result, cwd):
     if result.status == 0:
         assert not result.error_lines
         (metrics,) = cwd.rglob("metrics.csv")
-        with metrics.open(newline="") as file:
-            losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+        losses = [float(row["train/loss"]) for row in read_csv(metrics) if row["train/loss"]]
         assert losses
         assert all(map(math.isfinite, losses))
         return "ran"

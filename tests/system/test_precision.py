@@ -1,6 +1,5 @@
 """A network in double or half precision: every command works, and what has to be exact stays so."""
 
-import csv
 import json
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 
 from etflight import ETFHead
 from tests.quiet import FLAGS
+from tests.training import read_csv
 
 DIGITS = ["--data", "Digits", "--data.max_count", 20, "--data.val_fraction", 0.2]
 FIT = ["fit", *DIGITS, *FLAGS, "--model.backbone", "resnet20_cifar", "--name", "r"]
@@ -58,7 +58,7 @@ def test_every_command_works_in_every_precision(precision, dtype, tolerance, tra
         [*fit, 2, "--ckpt_path", "last"],
         ["test", *post_hoc],
         ["predict", *options, *predict],
-        ["collapse", "--ckpt_path", LAST, *DIGITS],
+        ["collapse", LAST, *DIGITS],
         ["export", LAST, "--output", "exported"],
     )
     saved = torch.load(tmp_path / LAST, weights_only=True)["state_dict"]
@@ -66,5 +66,5 @@ def test_every_command_works_in_every_precision(precision, dtype, tolerance, tra
     assert torch.equal(saved["head.weight"].float(), ETFHead(64, 10).weight)  # to the last bit, in half precision, too
     predicted = np.load(tmp_path / "predictions.npz")
     assert np.linalg.norm(predicted["embedding"], axis=1) == pytest.approx(1, abs=1e-6)
-    rows = [row for row in csv.DictReader((tmp_path / "runs/r/metrics.csv").open()) if row["train/loss"]]
+    rows = [row for row in read_csv(tmp_path / "runs/r/metrics.csv") if row["train/loss"]]
     assert all(0 < float(row["train/loss"]) < 2 for row in rows)

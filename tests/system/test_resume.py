@@ -1,6 +1,5 @@
 """A run that was killed and resumed is the run that was never interrupted."""
 
-import csv
 import os
 import signal
 import time
@@ -14,6 +13,7 @@ from tests.cli.test_bad_input import QUICK, folder
 from tests.command_line import ended, start
 from tests.left_by_runs import assert_same_run, read
 from tests.quiet import FLAGS
+from tests.training import read_csv
 
 DIGITS = [
     "--data", "Digits", "--data.imbalance_ratio", 20, "--data.batch_size", 32, "--data.crop_padding", 1,
@@ -125,11 +125,8 @@ def whole(etflight_command, tmp_path_factory):
     """The current folder of a run that was never interrupted, whose number of steps no multiple of its rhythm is."""
     cwd = tmp_path_factory.mktemp("whole")
     etflight_command("fit", *DIGITS, "--name", "whole", "--checkpoint.every_n_steps", 9, cwd=cwd).ran()
+    assert read(cwd / "runs/whole")["global_step"] == 28  # the last steps are saved, too
     return cwd
-
-
-def test_the_last_steps_are_saved_whatever_the_rhythm(whole):
-    assert read(whole / "runs/whole")["global_step"] == 28
 
 
 def test_sigterm_saves_at_the_next_batch_and_exits_143(whole, etflight_command):
@@ -207,7 +204,7 @@ def test_an_epoch_goes_on_where_the_new_batches_leave_no_whole_one(done, etfligh
     result = etflight_command(*fit, "--data.batch_size", 16, *LAST, cwd=tmp_path).ran()
     assert "goes on after 5 batches of 16" in result.err + result.out
     assert read(tmp_path / "runs/r")["global_step"] == done + 1 + 6
-    rows = list(csv.DictReader((tmp_path / "runs/r/metrics.csv").open()))
+    rows = read_csv(tmp_path / "runs/r/metrics.csv")
     assert [row["epoch"] for row in rows if row["val/acc"]] == ["0.0", "1.0"]
 
 

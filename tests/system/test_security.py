@@ -20,7 +20,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
-from safetensors.torch import save_file
 from torchvision.datasets.utils import extract_archive
 
 from etflight import Classifier, LinearHead
@@ -119,21 +118,6 @@ def test_the_payloads_work(cwd, content, etflight_command):
 # --- checkpoints -------------------------------------------------------------------------------------------------------
 
 
-def save_tar(content):
-    """The format before 2018, in which `torch.load` unpickles a member `pickle`."""
-    with tarfile.open("c.ckpt", "w", format=tarfile.PAX_FORMAT) as archive:
-        for name in ("sys_info", "storages", "tensors", "pickle"):
-            data = pickle.dumps(Bomb())
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-
-
-def save_numpy(content):
-    with open("c.ckpt", "wb") as stream:
-        np.savez(stream, state_dict=np.array([Bomb()], dtype=object))
-
-
 def save_half(content):
     torch.save(content, "c.ckpt")
     whole = Path("c.ckpt").read_bytes()
@@ -146,14 +130,6 @@ def save_what_unpacks_to_more(content):
         for member in plain.infolist():
             packed.writestr(member.filename, plain.read(member))
         packed.writestr("archive/data/zeros", bytes(2**24))
-
-
-def save_a_tensor_larger_than_its_storage(content):
-    torch.save({**content, "state_dict": {"x": torch.zeros(10_000)}}, "plain.ckpt")
-    with zipfile.ZipFile("plain.ckpt") as plain, zipfile.ZipFile("c.ckpt", "w") as cut:
-        for member in plain.infolist():
-            data = plain.read(member)
-            cut.writestr(member.filename, data[:4] if len(data) == 40_000 else data)
 
 
 def holds(**changes):
@@ -187,22 +163,14 @@ def endless():
 SCHEDULES = "torch.optim.lr_scheduler"
 CODE = {  # files that run code when they are unpickled
     "zip": (holds(bomb=Bomb()), "refused"),
-    "torch before 1.6": (
-        lambda c: torch.save({**c, "bomb": Bomb()}, "c.ckpt", _use_new_zipfile_serialization=False), "refused"),
     "pickle": (lambda c: Path("c.ckpt").write_bytes(pickle.dumps(Bomb(), 4)), "refused"),
-    "tar": (save_tar, ""),
-    "TorchScript": (lambda c: torch.jit.script(torch.nn.Linear(1, 1)).save("c.ckpt"), ""),
-    "NumPy": (save_numpy, ""),
 }  # fmt: skip
 FOREIGN = {  # what is no checkpoint of ours
     "a state dict of torch.save": (lambda c: torch.save(c["state_dict"], "c.ckpt"), "no state_dict with hyper_parameters"),
-    "a safetensors file": (lambda c: save_file({k: v.contiguous() for k, v in c["state_dict"].items()}, "c.ckpt"), "refused"),
     "the hyper-parameters of another module": (holds(hyper_parameters={"lr": 0.1}), "hyper_parameters have no num_classes"),
     "another hyper-parameter": (asks_for(lr=0.1), "not one of a Classifier: it has the hyper-parameter 'lr'"),
-    "an empty file": (lambda c: Path("c.ckpt").touch(), "damaged"),
     "a zip file cut short": (save_half, "cut short"),
     "a text": (lambda c: Path("c.ckpt").write_text("epoch,loss\n1,0.5\n"), "give a file such as"),
-    "a folder": (lambda c: Path("c.ckpt").mkdir(), "is a folder"),
     "nothing": (lambda c: None, "does not exist"),
 }  # fmt: skip
 NAMED = {  # plain data that name code
@@ -213,42 +181,32 @@ NAMED = {  # plain data that name code
     "an imported class of another kind": (asks_for(head=spec("etflight.DotRegressionLoss")), "DotRegressionLoss"),
     "an abstract class": (asks_for(head=spec("etflight.Head")), "Head"),
     "a class path in its arguments": (asks_for(head=spec("etflight.ETFHead", scale=spec("evilmod.fn"))), "evilmod"),
-    "a class path in a list": (
-        asks_for(lr_scheduler=spec(f"{SCHEDULES}.MultiStepLR", milestones=[spec("evilmod.fn")])), "evilmod"),
     "a function as text": (asks_for(lr_scheduler=spec(f"{SCHEDULES}.LambdaLR", lr_lambda="evilmod.fn")), "evilmod.fn"),
-    "functions as texts": (asks_for(lr_scheduler=spec(f"{SCHEDULES}.LambdaLR", lr_lambda=["evilmod.fn"])), "evilmod.fn"),
     "a class as text": (asks_for(optimizer=spec("torch.optim.SGD", lr="evilmod.Evil")), ""),
     "a class in place of a specification": (asks_for(head="evilmod.Evil"), ""),
     "arguments that are no names": (asks_for(head=spec("etflight.ETFHead") | {"init_args": [1]}), ""),
-    "model_kwargs with a class path": (asks_for(model_kwargs={"act_layer": spec("evilmod.Evil")}), "evilmod"),
     "model_kwargs with a class path as text": (asks_for(model_kwargs={"act_layer": "{class_path: evilmod.Evil}"}), "evilmod"),
     "model_kwargs as text": (asks_for(model_kwargs="{act_layer: {class_path: evilmod.Evil}}"), "evilmod"),
     "an instantiator": (asks_for(_instantiator="evilmod.fn", head=spec("evilmod.fn")), "evilmod.fn"),
     "a class of its own": (asks_for(_class_path="evilmod.Evil"), "_class_path"),
     "a backbone from the hub": (asks_for(backbone="hf-hub:evil/model"), "--model.backbone hf-hub:evil/model"),
-    "a backbone from a folder": (asks_for(backbone="local-dir:evil"), "--model.backbone local-dir:evil"),
     "a backbone that is no text": (asks_for(backbone=["evilmod"]), ""),
 }  # fmt: skip
 MALFORMED = {  # plain data of the wrong shape
     "state_dict of another model": (holds(state_dict={"x": torch.ones(1)}), "weights"),
-    "state_dict of other shapes": (weights(lambda value: torch.ones(3, 3, 3)), "weights"),
     "huge tensors without storage": (weights(lambda value: torch.zeros(1).expand(10**12)), "weights"),
     "state_dict of no tensors": (holds(state_dict={"x": 1}), "state_dict"),
-    "state_dict that is a list": (holds(state_dict=[1]), "state_dict"),
     "hyper_parameters that multiply": (asks_for(model_kwargs={"a": nested(20)}), "values"),
     "hyper_parameters without end": (asks_for(model_kwargs={"a": endless()}), "values"),
     "class_names that are no texts": (holds(class_names=list(range(10))), "class_names"),
     "a global_step that is a text": (holds(global_step="1; rm"), "global_step"),
     "more than its size when unpacked": (save_what_unpacks_to_more, "refused"),
-    "a tensor larger than its storage": (save_a_tensor_larger_than_its_storage, "refused"),
 }  # fmt: skip
 ATTACKS = CODE | FOREIGN | NAMED | MALFORMED
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_hostile_checkpoint_is_refused_by_the_command_line_and_by_python(attack, cwd, content, etflight_command):
-    Path("evil").mkdir()
-    Path("evil/config.json").write_text('{"architecture": "resnet18"}')
     Path("hubconf.py").write_text(EVIL_MODULE)
     write, words = ATTACKS[attack]
     write(content)
@@ -264,7 +222,7 @@ READERS = {
     "validate": [*stage("validate"), "--ckpt_path", "c.ckpt"],
     "predict": [*stage("predict"), "--ckpt_path", "c.ckpt"],
     "predict image files": ["predict", "--images", "a.png", "--output", "p.csv", "--ckpt_path", "c.ckpt"],
-    "collapse": ["collapse", "--data", "Digits", "--ckpt_path", "c.ckpt"],
+    "collapse": ["collapse", "c.ckpt", "--data", "Digits"],
     "export": ["export", "c.ckpt", "--output", "exported"],
     "the last of a run": [*stage("test"), "--name", "r", "--ckpt_path", "last"],
 }
@@ -372,7 +330,6 @@ def of_the_monitor(state):
 
 RESUMED = {
     "a loop that is a number": (lambda last: {"loops": {"fit_loop": 3}}, ""),
-    "loops of nothing": (lambda last: {"loops": {}}, ""),
     "optimizer states of nothing": (lambda last: {"optimizer_states": [{"state": {}, "param_groups": "all"}]}, ""),
     "the monitor's state": (lambda last: of_the_monitor({"epochs": 3, "history": [1]}), ""),
     "a version that is none": (lambda last: {"pytorch-lightning_version": "evil"}, "evil"),
@@ -451,8 +408,6 @@ HOSTILE_ARRAYS = {
     "code in the header": ({"train_images.npy": npy("|u1", "__import__('evilmod').fn()")}, "train_images"),
     "nesting in the header": ({"train_images.npy": npy("|u1", "(" * 5000)}, "train_images"),
     "a label of trillions": ({"train_labels.npy": npy("<i8", (20,), np.full(20, 2**40).tobytes())}, str(2**40)),
-    "a negative shape": ({"train_images.npy": npy("|u1", (-20, -4, 4), bytes(320))}, "train_images"),
-    "no array": ({"train_images.npy": b"hello"}, "train_images"),
 }
 
 
@@ -505,7 +460,7 @@ HOSTILE_YAML = {
 def test_hostile_yaml_is_refused(name, cwd, etflight_command):
     Path("c.yaml").write_text(HOSTILE_YAML[name])
     assert_refused(etflight_command(*stage("fit"), "-c", "c.yaml", cwd=cwd))
-    if name in ("a call", "aliases that multiply"):
+    if name == "a call":  # also in files within files
         assert_refused(etflight_command(*stage("fit"), "--model", "c.yaml", cwd=cwd))
         assert_refused(etflight_command("collapse", "--timm", "resnet18", "--data", "c.yaml", cwd=cwd))
 

@@ -67,14 +67,11 @@ def test_a_run_killed_at_random_moments_is_the_run_that_was_left_alone(processes
     steps, last = tmp_path / "footprints.txt", tmp_path / "runs/killed/checkpoints/last.ckpt"
     partial = last.with_name(".last.partial.ckpt")
 
-    started = time.monotonic()
     left_alone = train(tmp_path, options, "--name", "left_alone")
     assert wait_for(left_alone, steps.exists)
     training_begins = time.monotonic()
-    result = ended(left_alone, timeout=3600).ran()
+    ended(left_alone, timeout=3600).ran()
     seconds = time.monotonic() - training_begins
-    print(f"left alone: {training_begins - started:.0f} s to the first step, {seconds:.0f} s of training")
-
     all_batches = len(steps.read_text().split())
     resumed_from = None
     while tally["kills"] < kills or resumed_from is not None:

@@ -154,17 +154,6 @@ def test_optimizers_step_fused_where_they_can():
     assert fused(gradient_clip_val=0.1) is None  # Lightning clips what is not fused
 
 
-def test_a_fused_step_equals_the_plain_one():
-    parts = []
-    for how in ({}, {"fused": False}):
-        seed_everything(0, verbose=False)
-        model = small(optimizer=partial(SGD, momentum=0.9, lr=0.01, **how))
-        trainer(max_steps=3, limit_val_batches=0).fit(model, datamodule=Digits(batch_size=16))
-        parts.append(model.state_dict())
-    for name, value in parts[0].items():
-        torch.testing.assert_close(value, parts[1][name], rtol=1e-3, atol=1e-5, msg=name)
-
-
 def test_an_optimizer_state_of_another_layout_is_laid_out_anew():
     weights = []
     for layout in (torch.channels_last, torch.contiguous_format):
@@ -214,8 +203,7 @@ def test_a_compiled_backbone_changes_neither_names_nor_results_nor_what_is_watch
     model, monitor, saved = compiled_run(tmp_path / "compiled", True)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert saved["state_dict"].keys() == whole["state_dict"].keys()
-    for name, value in plain.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-3, atol=1e-4)
     assert monitor.history.keys() == expected.history.keys()
     assert "nc_layer1/train/nc1" in monitor.history
     assert monitor.history["nc/val/alignment"] == pytest.approx(expected.history["nc/val/alignment"], abs=1e-3)

@@ -31,10 +31,9 @@ def trials(sweep):
 
 def as_the_agent_starts_it(sweep, args):
     """The words behind `python -m etflight`, as `wandb agent` fills them in."""
-    given = [f"--{name}={value}" for name, value in args.items()]
     assert sweep["command"][:4] == ["${env}", "${interpreter}", "-m", "${program}"]
     assert sweep["command"][-1] == "${args}"
-    return [*sweep["command"][4:-1], *given]
+    return [*sweep["command"][4:-1], *(f"--{name}={value}" for name, value in args.items())]
 
 
 @pytest.fixture
@@ -47,6 +46,7 @@ def here(tmp_path):
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_value_of_a_sweep_trains_for_a_step(path, here, etflight_command):
     sweep = yaml.safe_load(path.read_text())
+    assert sweep["metric"] == {"name": "val/acc_macro", "goal": "maximize"}
     for args in trials(sweep):
         unwatched = ["--trainer.logger", "null", "--trainer.fast_dev_run", "true"]
         etflight_command(*as_the_agent_starts_it(sweep, args), *STEP, *unwatched, cwd=here).ran()
@@ -65,10 +65,8 @@ def test_a_trial_is_recorded_with_its_values_and_goes_on_after_a_stop(here, etfl
     words = as_the_agent_starts_it(sweep, args)
     # the agent's own settings
     env = {"WANDB_SWEEP_ID": "sweep7", "WANDB_RUN_ID": "again", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    first = ended(start("etflight", *words, *STEP, cwd=here, **env))
-    second = etflight_command(*words, *STEP, cwd=here, **env)
-    for result in (first, second):
-        assert result.status == 0, result.err
+    ended(start("etflight", *words, *STEP, cwd=here, **env)).ran()
+    etflight_command(*words, *STEP, cwd=here, **env).ran()
     (folder,) = (here / "runs").glob("*/*/again")
     assert json.loads((folder / "run.json").read_text())["wandb_id"] == "again"
     files = list(folder.glob("wandb/offline-run-*/*.wandb"))
@@ -77,13 +75,3 @@ def test_a_trial_is_recorded_with_its_values_and_goes_on_after_a_stop(here, etfl
     assert config["data"]["init_args"]["val_fraction"] == 0.1  # what is chosen is not chosen on test images
     for name, value in args.items():
         assert str(value) in str(part_of(config, name)), name
-
-
-def test_a_sweep_says_what_it_is_after_and_chooses_by_a_logged_number():
-    for path in SWEEPS:
-        sweep = yaml.safe_load(path.read_text())
-        assert sweep["metric"] == {"name": "val/acc_macro", "goal": "maximize"}
-        assert sweep["method"] in ("grid", "random", "bayes")
-    swept = {name for path in SWEEPS for name in yaml.safe_load(path.read_text())["parameters"]}
-    optimizer = {"model.optimizer.lr", "model.optimizer.weight_decay"}
-    assert swept >= optimizer | {"model.head", "model.loss", "data.imbalance_ratio"}

@@ -1,12 +1,9 @@
 """Names of other libraries that are not public: these tests say which one a release has moved."""
 
 import warnings
-from argparse import ArgumentError
 from types import SimpleNamespace
-from typing import Literal
 
 import pytest
-from jsonargparse import ArgumentParser
 from lightning.fabric.strategies.launchers import subprocess_script
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
@@ -18,20 +15,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric, SumMetric
 
-from etflight.utils.jsonargparse_private import in_one_line
 from etflight.utils.lightning_private import forks_processes, ignore_own_deprecations, on_dead_process
 from etflight.utils.torch_private import broadcast_buffers, has_hooks, leave_out_of_broadcasts
 from etflight.utils.wandb_private import as_sent
 
 
-@pytest.mark.parametrize("name", ["_sync_dist", "_reduce_states", "_apply", "_load_from_state_dict"])
-def test_torchmetrics_has_the_hooks_that_exact_metric_overrides(name):
-    assert callable(vars(Metric)[name])
-
-
-@pytest.mark.parametrize("name", ["_defaults", "_computed", "_update_count"])
-def test_torchmetrics_keeps_the_values_that_exact_metric_changes(name):
-    assert name in vars(SumMetric())
+def test_torchmetrics_has_the_hooks_and_values_that_exact_metric_overrides_and_changes():
+    assert {"_sync_dist", "_reduce_states", "_apply", "_load_from_state_dict"} <= vars(Metric).keys()
+    assert {"_defaults", "_computed", "_update_count"} <= vars(SumMetric()).keys()
 
 
 def test_lightning_modules_have_the_hooks_before_a_batch_moves():
@@ -44,20 +35,12 @@ def test_torch_ddp_leaves_the_named_buffers_of_a_module_alone():
     assert [id(buffer) for buffer in broadcast_buffers(model)] == [id(model.running_var)]
 
 
-@pytest.mark.parametrize(
-    "register",
-    [
-        "register_forward_pre_hook",
-        "register_forward_hook",
-        "register_full_backward_pre_hook",
-        "register_full_backward_hook",
-    ],
-)
-def test_torch_keeps_the_hooks_of_a_module_where_has_hooks_looks(register):
-    model = nn.Linear(1, 1)
-    assert not has_hooks(model)
-    getattr(model, register)(lambda *_: None)
-    assert has_hooks(model)
+def test_torch_keeps_the_hooks_of_a_module_where_has_hooks_looks():
+    for kind in ("forward_pre", "forward", "full_backward_pre", "full_backward"):
+        model = nn.Linear(1, 1)
+        assert not has_hooks(model)
+        getattr(model, f"register_{kind}_hook")(lambda *_: None)
+        assert has_hooks(model)
 
 
 def test_lightning_calls_what_torch_has_deprecated_from_its_pytree():
@@ -127,31 +110,6 @@ def test_lightnings_ddp_strategy_and_wandb_logger_keep_their_options():
 def test_lightning_tells_by_the_class_of_the_launcher_how_processes_start(strategy, forks):
     trainer = Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False, enable_progress_bar=False)
     assert forks_processes(trainer.strategy) == forks
-
-
-@pytest.mark.parametrize(
-    ("argv", "line"),
-    [
-        (["--net", "Nope"], "--net: nothing is called 'Nope'"),
-        (["--net", "Linear"], "--net: Multiple subclasses with name Linear"),
-        (
-            ["--net", "Bilinear"],
-            "these arguments are required: --net.in1_features, --net.in2_features, --net.out_features",
-        ),
-        (["--net", "torch.nn.Identity", "--net.bogus", "1"], "--net.bogus: the chosen class takes no argument 'bogus'"),
-        (["--size", "x"], "--size: Expected an int or null, got x"),
-        (["--size", "0.5"], "--size: Expected an int or null, got 0.5"),
-        (["--mode", "z"], "--mode: Expected one of 'a', 'b', got z"),
-    ],
-)
-def test_jsonargparse_words_its_errors_so_that_they_can_be_put_into_one_line(argv, line):
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(nn.Module, "net", required=False)
-    parser.add_argument("--size", type=int | None)
-    parser.add_argument("--mode", type=Literal["a", "b"])
-    with pytest.raises(ArgumentError) as raised:
-        parser.parse_args(argv)
-    assert in_one_line(str(raised.value), {"net": nn.Module}).startswith(line)
 
 
 def test_wandb_workspaces_turn_into_plain_data():

@@ -1,6 +1,5 @@
 """What a checkpoint knows of its images is what it is used with, or a line says in what it is not."""
 
-import csv
 import json
 from contextlib import redirect_stderr
 from io import StringIO
@@ -17,7 +16,7 @@ from etflight.utils.errors import UserError
 from etflight.utils.preprocessing import Preprocessing
 from tests import training
 from tests.cli.test_bad_input import folder
-from tests.training import new_trainer, save_arrays
+from tests.training import new_trainer, read_csv, save_arrays
 
 MEAN, STD = 0.1, 2.0
 QUIET = [*training.QUIET, "--trainer.logger", "false"]
@@ -77,10 +76,9 @@ def test_an_evaluation_normalises_as_training_did(stage, checkpoint, tmp_path, c
 
 def test_predictions_and_collapse_are_those_of_images_normalised_as_training_did(checkpoint, tmp_path, capsys):
     main(["predict", "--ckpt_path", checkpoint, *OPTIONS, *QUIET, "--output", str(tmp_path / "p.csv")])
-    with (tmp_path / "p.csv").open() as file:
-        found = [int(row["class"]) for row in csv.DictReader(file)]
+    found = [int(row["class"]) for row in read_csv(tmp_path / "p.csv")]
     assert found == decided(checkpoint)[0].argmax(1).tolist()
-    collapse.main(["--ckpt_path", checkpoint, *OPTIONS, "--output", str(tmp_path)])
+    collapse.main([checkpoint, *OPTIONS, "--output", str(tmp_path)])
     record = json.loads((tmp_path / "collapse.json").read_text())
     assert record["test"]["acc"] == pytest.approx(accuracy(checkpoint))
     assert told(capsys) == []
@@ -172,14 +170,6 @@ def test_training_a_loaded_model_on_is_told_of_another_normalisation_and_resumin
             new_trainer(max_epochs=4).fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
 
 
-def test_images_that_a_test_does_not_need_are_not_read_for_the_comparison(checkpoint, monkeypatch):
-    asked = []
-    load = Digits.load
-    monkeypatch.setattr(Digits, "load", lambda self, split: asked.append(split) or load(self, split))
-    new_trainer().test(Classifier.load_from_checkpoint(checkpoint), datamodule=Digits(), verbose=False)
-    assert asked == ["test"]
-
-
 def tell_of_other_data(rank, checkpoint):
     model, trainer = Classifier.load_from_checkpoint(checkpoint), new_trainer(devices=2, strategy="ddp")
     with redirect_stderr(StringIO()) as printed:
@@ -207,23 +197,21 @@ def of_channels(tmp_path_factory):
     return root
 
 
-def use(stage, checkpoint, data, place):
-    if stage == "collapse":
-        collapse.main(["--ckpt_path", checkpoint, *data, "--output", str(place / "out")])
-    elif stage == "export":
-        export.main([checkpoint, *data, "--output", str(place / "out")])
-    else:
-        main([stage, "--ckpt_path", checkpoint, *data, *QUIET, "--trainer.default_root_dir", str(place), "--name", "r"])
-
-
-@pytest.mark.parametrize("stage", ["test", "fit", "collapse", "export"])
-def test_images_of_other_channels_are_refused_with_both_numbers_and_the_mend(stage, of_channels, tmp_path):
+def test_images_of_other_channels_are_refused_with_both_numbers_and_the_mend(of_channels, tmp_path):
     path, other = str(of_channels / "1.ckpt"), str(of_channels / "3.npz")
-    with pytest.raises(UserError) as refused:
-        use(stage, path, ["--data", "ArrayImages", "--data.path", other], tmp_path)
-    assert str(refused.value) == (
-        f"checkpoint {path} takes images of 1 channel, but ArrayImages {other} has 3: give the data it was trained on"
-    )
+    data, output = ["--data", "ArrayImages", "--data.path", other], ["--output", str(tmp_path / "out")]
+    place = [*QUIET, "--trainer.default_root_dir", str(tmp_path), "--name", "r", "--ckpt_path", path]
+    for command, argv in (
+        (main, ["test", *data, *place]),
+        (main, ["fit", *data, *place]),
+        (collapse.main, [path, *data, *output]),
+        (export.main, [path, *data, *output]),
+    ):
+        with pytest.raises(UserError) as refused:
+            command(argv)
+        assert str(refused.value) == (
+            f"checkpoint {path} takes images of 1 channel, but ArrayImages {other} has 3: give the data it was trained on"
+        )
     assert list(tmp_path.rglob("*.*")) == []
 
 
