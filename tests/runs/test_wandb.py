@@ -68,7 +68,8 @@ def test_all_that_the_dashboard_shows_is_there(run):
     logged = keys | {key.rpartition("/")[0] for key in keys if key.endswith("/_type")}
     parts = (*dashboard.CURVES.values(), dashboard.PICTURES, dashboard.TESTED)
     missing = {key for part in parts for shown in part.values() for key in shown} - logged
-    assert {key.rpartition("_")[2] for key in missing} <= {"many", "few"}  # no class of this run has so many or few images
+    # no class of this run has so many or so few images
+    assert {key.rpartition("_")[2] for key in missing} <= {"many", "few"}
     assert any(update.get("arm") == "etf_dr_balanced" for update in config_updates(run[1][0]))
 
 
