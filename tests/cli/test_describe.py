@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from etflight.cli import describe
 from etflight.data import ArrayImages, Digits, FolderImages
@@ -42,9 +41,7 @@ def run(etflight_command, cwd, *argv):
     done = etflight_command.succeed("describe", *argv, cwd=cwd)
     found = Path(cwd, done.out.strip().splitlines()[-1].split(":")[0])
     assert {file.name for file in found.iterdir()} == FILES
-    for name in FILES - {"describe.json"}:
-        with Image.open(found / name) as picture:
-            assert min(picture.size) > 100
+    assert all((found / name).stat().st_size > 1000 for name in FILES - {"describe.json"})
     return found, json.loads((found / "describe.json").read_text()), done.out
 
 

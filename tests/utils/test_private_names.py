@@ -25,10 +25,6 @@ def test_torchmetrics_has_the_hooks_and_values_that_exact_metric_overrides_and_c
     assert {"_defaults", "_computed", "_update_count"} <= vars(SumMetric()).keys()
 
 
-def test_lightning_modules_have_the_hooks_before_a_batch_moves():
-    assert callable(vars(LightningModule)["_on_before_batch_transfer"])
-
-
 def test_torch_ddp_leaves_the_named_buffers_of_a_module_alone():
     model = nn.BatchNorm1d(3)
     leave_out_of_broadcasts(model, ["running_mean", "num_batches_tracked"])
@@ -100,7 +96,8 @@ def test_lightnings_launcher_logs_a_dead_process_as_it_did(monkeypatch):
     assert told == [(1, -9)]
 
 
-def test_lightnings_ddp_strategy_and_wandb_logger_keep_their_options():
+def test_lightnings_modules_ddp_strategy_and_wandb_logger_keep_hooks_and_options():
+    assert callable(vars(LightningModule)["_on_before_batch_transfer"])
     assert DDPStrategy(find_unused_parameters=False)._ddp_kwargs == {"find_unused_parameters": False}
     assert WandbLogger(log_model="all")._log_model == "all"
     assert DummyLogger().experiment.anything("else") is None
