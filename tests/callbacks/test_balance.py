@@ -101,7 +101,7 @@ def test_two_processes_learn_what_one_does(two_ready_processes, tmp_path):
     [
         ({}, "nothing to change"),
         ({"class_balance": "bach"}, "class_balance must be one of none, batch, global, effective, got 'bach'"),
-        ({"sampler": "blanced"}, "did you mean balanced"),
+        ({"sampler": "blanced"}, "give one of instance, sqrt, balanced"),
         *(({"epoch": epoch, **BOTH}, "epoch is") for epoch in (-1, 1.5, float("nan"))),
     ],
 )
