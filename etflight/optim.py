@@ -207,10 +207,10 @@ class WarmupCosine(SequentialLR):
             )
         warmup = _warmup(optimizer, warmup_epochs)
         rest = total_epochs - len(warmup) * warmup_epochs
-        if rest < 1:  # a trial run, which ends before the warm-up
-            super().__init__(optimizer, warmup, [])
-        else:
-            super().__init__(optimizer, [*warmup, CosineAnnealingLR(optimizer, rest)], [warmup_epochs] * len(warmup))
+        main = (
+            [CosineAnnealingLR(optimizer, rest)] if rest > 0 else []
+        )  # else a trial run, which ends before the warm-up
+        super().__init__(optimizer, [*warmup, *main], [warmup_epochs] * len(warmup) * len(main))
 
 
 def _warmup(optimizer: Optimizer, epochs: int) -> list[LRScheduler]:

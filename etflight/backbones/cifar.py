@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from timm.layers.classifier import create_classifier
-from timm.models import build_model_with_cfg, checkpoint_seq
+from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 _STAGES = ("layer1", "layer2", "layer3")
@@ -47,7 +47,6 @@ class CifarNet(nn.Module):
         super().__init__()
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.grad_checkpointing = False
 
         for name, module in stem.items():
             self.add_module(name, module)
@@ -70,10 +69,6 @@ class CifarNet(nn.Module):
         stem = "|".join(self._stem_names)
         return {"stem": rf"^(?:{stem})\.", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block's activations in the backward pass instead of keeping them."""
-        self.grad_checkpointing = enable
-
     def get_classifier(self, name_only: bool = False) -> str | nn.Module:
         """The classifier, or the name of its attribute."""
         return "fc" if name_only else self.fc
@@ -88,11 +83,8 @@ class CifarNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images `[B, in_chans, H, W]` to features `[B, num_features, ⌈H/4⌉, ⌈W/4⌉]`; DenseNets round down."""
-        for name in self._stem_names:
+        for name in (*self._stem_names, *_STAGES):
             x = self.get_submodule(name)(x)
-        for name in _STAGES:
-            stage = self.get_submodule(name)
-            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -233,6 +233,7 @@ LARGEST_SIDE = 2**14  # one such image is 805 MB
 class PhotoRecipe:
     """The field's recipe for photographs, after ImageNet: random squares, mirrored; ImageNet's mean and standard deviation."""
 
+    named_after: ClassVar[str | None] = None
     standard_mean: ClassVar[tuple[float, ...]] = (0.485, 0.456, 0.406)
     standard_std: ClassVar[tuple[float, ...]] = (0.229, 0.224, 0.225)
     standard_flip: ClassVar[bool] = True

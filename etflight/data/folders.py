@@ -94,12 +94,8 @@ class CUB200(PhotoRecipe, ListedFileImages):
             for number, path in self._column("images.txt").items()
             if splits.get(number) == chosen
         )
-        paths, from_one = read_lines(lines, self.label_file(split), self.root)
+        paths, from_one = read_lines(lines, str(self), self.root)
         return paths, from_one - 1
-
-    def label_file(self, split: Split) -> str:
-        """`image_class_labels.txt`."""
-        return str(Path(self.root, "image_class_labels.txt"))
 
     def _column(self, name: str) -> dict[str, str]:
         """A file's value for each image number."""
@@ -146,11 +142,7 @@ class TinyImageNet(PhotoRecipe, ListedFileImages):
         else:
             rows = (line.split("\t")[:2] for line in self._lines("val/val_annotations.txt"))
             lines = [f"val/images/{row[0]} {label_of.get(row[-1], row[-1])}" for row in rows]
-        return read_lines(lines, self.label_file(split), self.root)
-
-    def label_file(self, split: Split) -> str:
-        """`val_annotations.txt`; the folder of the training images."""
-        return str(Path(self.root, "train" if split == "train" else "val/val_annotations.txt"))
+        return read_lines(lines, str(self), self.root)
 
     @property
     def _numbers(self) -> list[str]:

@@ -151,7 +151,6 @@ class ImageNetLT(PhotoRecipe, ListImages):
     list_files: ClassVar[dict[Split, str]] = {split: f"ImageNet_LT_{split}.txt" for split in ("train", "val", "test")}
     published_counts: ClassVar[dict[Split, int]] = {"train": 115_846, "val": 20_000, "test": 50_000}
     published_classes: ClassVar[int | None] = 1000
-    named_after: ClassVar[str | None] = None
 
 
 @dataclass(eq=False)
@@ -170,7 +169,6 @@ class PlacesLT(PhotoRecipe, ListImages):
     list_files: ClassVar[dict[Split, str]] = {split: f"Places_LT_{split}.txt" for split in ("train", "val", "test")}
     published_counts: ClassVar[dict[Split, int]] = {"train": 62_500, "val": 7_300, "test": 36_500}
     published_classes: ClassVar[int | None] = 365
-    named_after: ClassVar[str | None] = None
 
     def class_name(self, folder: str) -> str:
         """The name in both styles: `apartment_building-outdoor`, also for `a/apartment_building/outdoor`."""
@@ -194,7 +192,6 @@ class INaturalist2018(PhotoRecipe, ListImages):
     list_files: ClassVar[dict[Split, str]] = {"train": "iNaturalist18_train.txt", "test": "iNaturalist18_val.txt"}
     published_counts: ClassVar[dict[Split, int]] = {"train": 437_513, "test": 24_426}
     published_classes: ClassVar[int | None] = 8142
-    named_after: ClassVar[str | None] = None
     standard_mean: ClassVar[tuple[float, ...]] = (0.466, 0.471, 0.380)
     standard_std: ClassVar[tuple[float, ...]] = (0.195, 0.194, 0.192)
 

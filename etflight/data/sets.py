@@ -1,6 +1,7 @@
 """The classic sets, read into memory: digits, and what torchvision downloads."""
 
 import gzip
+import json
 import math
 import os
 import socket
@@ -10,6 +11,8 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files as resources
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -77,6 +80,12 @@ class TorchvisionImages(ImageDataModule):
 
     def __str__(self) -> str:
         return f"{type(self).__name__} in {self.root}"
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """The published names."""
+        names: dict[str, list[str]] = json.loads((resources("etflight.data") / "class_names.json").read_text("utf-8"))
+        return names[self.published_name]
 
     @property
     def published(self) -> Any:
@@ -179,9 +188,6 @@ class FashionMNIST(TorchvisionImages):
     files: ClassVar[tuple[str, ...]] = tuple(
         f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
     )
-    class_names: ClassVar[list[str]] = [
-        "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-    ]  # fmt: skip
     num_channels: ClassVar[int] = 1
     standard_mean: ClassVar[tuple[float, ...]] = (0.2860,)
     standard_std: ClassVar[tuple[float, ...]] = (0.3530,)
@@ -252,9 +258,6 @@ class CIFAR10(TorchvisionImages):
         "test": ("test_batch.bin",),
     }
     label_bytes: ClassVar[int] = 1  # the last one is the label
-    class_names: ClassVar[list[str]] = [
-        "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-    ]  # fmt: skip
     num_channels: ClassVar[int] = 3
     standard_mean: ClassVar[tuple[float, ...]] = (0.4914, 0.4822, 0.4465)
     standard_std: ClassVar[tuple[float, ...]] = (0.2023, 0.1994, 0.2010)
@@ -304,18 +307,6 @@ class CIFAR100(CIFAR10):
     files: ClassVar[tuple[str, ...]] = ("cifar-100-binary",)
     binary_files: ClassVar[dict[str, tuple[str, ...]]] = {"train": ("train.bin",), "test": ("test.bin",)}
     label_bytes: ClassVar[int] = 2
-    class_names: ClassVar[list[str]] = [
-        "apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle", "bicycle", "bottle",
-        "bowl", "boy", "bridge", "bus", "butterfly", "camel", "can", "castle", "caterpillar", "cattle",
-        "chair", "chimpanzee", "clock", "cloud", "cockroach", "couch", "crab", "crocodile", "cup", "dinosaur",
-        "dolphin", "elephant", "flatfish", "forest", "fox", "girl", "hamster", "house", "kangaroo", "keyboard",
-        "lamp", "lawn_mower", "leopard", "lion", "lizard", "lobster", "man", "maple_tree", "motorcycle", "mountain",
-        "mouse", "mushroom", "oak_tree", "orange", "orchid", "otter", "palm_tree", "pear", "pickup_truck", "pine_tree",
-        "plain", "plate", "poppy", "porcupine", "possum", "rabbit", "raccoon", "ray", "road", "rocket",
-        "rose", "sea", "seal", "shark", "shrew", "skunk", "skyscraper", "snail", "snake", "spider",
-        "squirrel", "streetcar", "sunflower", "sweet_pepper", "table", "tank", "telephone", "television", "tiger", "tractor",
-        "train", "trout", "tulip", "turtle", "wardrobe", "whale", "willow_tree", "wolf", "woman", "worm",
-    ]  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -334,7 +325,6 @@ class SVHN(TorchvisionImages):
     published_name: ClassVar[str] = "SVHN"
     files: ClassVar[tuple[str, ...]] = ("train_32x32.mat", "test_32x32.mat")
     downloads: ClassVar[tuple[dict[str, str], ...]] = ({"split": "train"}, {"split": "test"})
-    class_names: ClassVar[list[str]] = Digits.class_names
     num_channels: ClassVar[int] = 3
 
     def load(self, split: Split) -> ArraySource:
@@ -395,9 +385,6 @@ class STL10(TorchvisionImages):
     files: ClassVar[tuple[str, ...]] = tuple(
         f"stl10_binary/{name}.bin" for name in ("train_X", "train_y", "test_X", "test_y")
     )
-    class_names: ClassVar[list[str]] = [
-        "airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck",
-    ]  # fmt: skip
     num_channels: ClassVar[int] = 3
 
     def load(self, split: Split) -> ArraySource:
@@ -435,15 +422,6 @@ class GTSRB(TorchvisionImages, ListedFileImages):
     published_name: ClassVar[str] = "GTSRB"
     files: ClassVar[tuple[str, ...]] = (_TRAINING, _TEST, _TEST_LABELS)
     downloads: ClassVar[tuple[dict[str, str], ...]] = SVHN.downloads
-    class_names: ClassVar[list[str]] = [
-        "speed limit 20", "speed limit 30", "speed limit 50", "speed limit 60", "speed limit 70", "speed limit 80",
-        "end of speed limit 80", "speed limit 100", "speed limit 120", "no passing", "no passing of lorries",
-        "right of way at the next crossing", "priority road", "give way", "stop", "no vehicles", "no lorries", "no entry",
-        "danger", "curve to the left", "curve to the right", "double curve", "bumpy road", "slippery road",
-        "road narrows on the right", "road works", "traffic signals", "pedestrians", "children", "bicycles", "ice or snow",
-        "wild animals", "end of all limits", "turn right ahead", "turn left ahead", "ahead only", "straight on or right",
-        "straight on or left", "keep right", "keep left", "roundabout", "end of no passing", "end of no passing of lorries",
-    ]  # fmt: skip
     num_channels: ClassVar[int] = 3
     standard_mean: ClassVar[tuple[float, ...]] = (0.3406, 0.3128, 0.3229)
     standard_std: ClassVar[tuple[float, ...]] = (0.2773, 0.2673, 0.2744)
@@ -461,8 +439,4 @@ class GTSRB(TorchvisionImages, ListedFileImages):
         else:
             _, *rows = (line.split(";") for line in lines_of(self.path(_TEST_LABELS), "fetch it again"))
             lines = [f"{_TEST}/{row[0]} {row[-1]}" for row in rows]
-        return read_lines(lines, self.label_file(split), self.root)
-
-    def label_file(self, split: Split) -> str:
-        """The table of test labels; the folder of the training images."""
-        return str(Path(self.root, _TRAINING if split == "train" else _TEST_LABELS))
+        return read_lines(lines, str(self), self.root)

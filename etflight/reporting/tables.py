@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich import box
@@ -23,33 +23,25 @@ class Column(NamedTuple):
         title: Its name for people.
         short: The same for narrow places.
         metric: Its log name.
-        show: Formats a value of it.
+        form: The format of a value.
     """
 
     title: str
     short: str
     metric: str
-    show: Callable[[float], str]
-
-
-def _per_cent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def _decimals(value: float) -> str:
-    return f"{value:.3f}"
+    form: str
 
 
 COLUMNS = (
-    Column("test acc., last epoch", "test, last", "test/acc", _per_cent),
-    Column("val acc., best epoch", "val, best", "val/acc_best", _per_cent),
-    Column("mean of classes", "macro", "test/acc_macro", _per_cent),
-    Column("many", "many", "test/acc_many", _per_cent),
-    Column("medium", "medium", "test/acc_medium", _per_cent),
-    Column("few", "few", "test/acc_few", _per_cent),
-    Column("ECE", "ECE", "test/ece_calibrated", _per_cent),
-    Column("NC1", "NC1", "nc/train/nc1", _decimals),
-    Column("alignment", "align.", "nc/train/alignment", _decimals),
+    Column("test acc., last epoch", "test, last", "test/acc", ".1%"),
+    Column("val acc., best epoch", "val, best", "val/acc_best", ".1%"),
+    Column("mean of classes", "macro", "test/acc_macro", ".1%"),
+    Column("many", "many", "test/acc_many", ".1%"),
+    Column("medium", "medium", "test/acc_medium", ".1%"),
+    Column("few", "few", "test/acc_few", ".1%"),
+    Column("ECE", "ECE", "test/ece_calibrated", ".1%"),
+    Column("NC1", "NC1", "nc/train/nc1", ".3f"),
+    Column("alignment", "align.", "nc/train/alignment", ".3f"),
 )
 HEADER = ("arm", "seeds", *(column.title for column in COLUMNS), "parameters", "epochs", "time per run", "hardware")
 PUBLISHED_HEADER = (
@@ -115,7 +107,7 @@ def _row(group: Group) -> list[str]:
     return [
         group.arm,
         ", ".join("?" if r.seed is None else str(r.seed) for r in group.results),
-        *(_cell(group.stat(column.metric), column.show, len(group.results)) for column in COLUMNS),
+        *(_cell(group.stat(column.metric), column.form, len(group.results)) for column in COLUMNS),
         ", ".join(map(millions, different(group.results, "params"))) or MISSING,
         "–".join(map(str, dict.fromkeys(epochs[:1] + epochs[-1:]))) or MISSING,
         MISSING if seconds is None else duration(seconds.mean),
@@ -123,11 +115,11 @@ def _row(group: Group) -> list[str]:
     ]
 
 
-def _cell(stat: Stat | None, show: Callable[[float], str], runs: int) -> str:
+def _cell(stat: Stat | None, form: str, runs: int) -> str:
     if stat is None:
         return MISSING
-    spread = "" if stat.std is None else f" ± {show(stat.std)}"
-    return f"{show(stat.mean)}{spread}" + (f" ({stat.runs} of {runs})" if stat.runs < runs else "")
+    shown = " ± ".join(format(value, form).removesuffix("%") for value in (stat.mean, stat.std) if value is not None)
+    return shown + (f" ({stat.runs} of {runs})" if stat.runs < runs else "")
 
 
 def millions(count: int | None) -> str:

@@ -1,5 +1,6 @@
 """Image files of every kind and mode, against the pixels that were written into them; broken and hostile ones; squares."""
 
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -137,25 +138,14 @@ def test_a_jpeg_decodes_to_nearly_its_pixels_and_upright(mode, tmp_path):
     assert np.abs(decoded.numpy().astype(int) - np.rot90(smooth, -1)).max() <= 6
 
 
-def test_a_jpeg_with_a_second_picture_counts_once(tmp_path, monkeypatch):
-    """As phones write them; the second is for other screens."""
-    FEW.resize((40, 32)).save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[OTHER.resize((40, 32))])
-    monkeypatch.setattr("etflight.data.decoding.MAX_PIXELS", 40 * 32)
-    assert decode_file(str(tmp_path / "a.jpg"), 8).shape == (3, 32, 40)
-
-
-def test_an_animation_that_is_decoded_whole_counts_whole(tmp_path, monkeypatch):
+def test_pictures_count_that_are_decoded(tmp_path, monkeypatch):
+    """All of an animation, but only the first of a JPEG as phones write them; the second is for other screens."""
+    FEW.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[OTHER])
     FEW.save(tmp_path / "a.webp", **LOSSLESS_ANIMATION)
     monkeypatch.setattr("etflight.data.decoding.MAX_PIXELS", 2 * H * W - 1)
+    assert decode_file(str(tmp_path / "a.jpg"), 1).shape == (3, H, W)
     with pytest.raises(UserError, match="2 pictures of 7×9 pixels are more than"):
         decode_file(str(tmp_path / "a.webp"), 1)
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_numbers_without_a_range_are_refused(dtype, tmp_path):
-    Image.fromarray(np.zeros((H, W), dtype)).save(tmp_path / "a.tif")
-    with pytest.raises(UserError, match=r"a\.tif cannot be read as an image \(.*without a range\)"):
-        decode_file(str(tmp_path / "a.tif"), 8)
 
 
 def bmp(width: int, height: int) -> bytes:
@@ -192,22 +182,25 @@ def test_a_bomb_is_refused_by_its_header(make, size, tmp_path):
         decode_file(str(tmp_path / "a"), 8)
 
 
+NUMBERS = BytesIO()
+Image.fromarray(np.zeros((H, W), np.float32)).save(NUMBERS, "TIFF")
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (b"", "it is empty"),
         (b"%!PS-Adobe-3.0 EPSF-3.0", "its content is none of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM"),
-        (b"<!DOCTYPE html><title>404</title>", "its content is none of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM"),
+        (NUMBERS.getvalue(), "its pixels are numbers of 32 bits without a range"),
         (None, "No such file or directory"),
     ],
 )
 def test_a_file_that_is_no_image_is_named_with_the_reason(tmp_path, content, reason):
     if content is not None:
         (tmp_path / "a.jpg").write_bytes(content)
-    with pytest.raises(UserError) as caught:
+    message = re.escape(f"{tmp_path}/a.jpg cannot be read as an image ({reason}): replace it or remove it")
+    with pytest.raises(UserError, match=f"^{message}$"):
         decode_file(str(tmp_path / "a.jpg"), 8)
-    expected = f"{tmp_path}/a.jpg cannot be read as an image ({reason}): replace it or remove it"
-    assert str(caught.value) == expected
 
 
 def jpeg(mode="RGB", size=(23, 41), **options):

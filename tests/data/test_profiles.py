@@ -96,10 +96,7 @@ def test_where_there_is_nothing_to_shape_counts_stay():
             {"max_count": 10, "imbalance_ratio": 2.0},
             r"class 0 \(cat\) \(and 1 more\) has 9 training images, 10 .* max_count to 7",
         ),
-        (
-            {"max_count": 9, "profile": "exp"},
-            r"class 1 \(dog\) \(and 1 more\) has 4 training images, 9 .* to 4",
-        ),
+        ({"max_count": 9, "profile": "exp"}, r"class 1 \(dog\) \(and 1 more\) has 4 training images, 9 .* to 4"),
         ({"profile": [9, 5, 7]}, r"class 1 \(dog\) has 4 training images, 5 were asked for: lower its count"),
         ({"profile": [9, 0, 7]}, r"class 1 \(dog\) is left with 0 images"),
         ({"profile": [9, 4]}, "2 counts for 3 classes"),

@@ -54,7 +54,7 @@ def test_what_gtsrb_lacks_is_named(signs, monkeypatch):
     assert_refused(data, "test", r"1 of 43 test images are missing: .*Final_Test/Images/00007\.ppm")
     for row, problem in (("../../../../x.ppm;1;3", "leaves the root"), ("00001.ppm;1;-3", "no path and label")):
         table.write_text(f"Filename;Width;ClassId\n{row}\n")
-        assert_refused(data, "test", rf"GT-final_test\.csv: line 1 \(.*\) .*{problem}")
+        assert_refused(data, "test", rf"GTSRB in .*: line 1 \(.*\) .*{problem}")
     table.unlink()
     assert_refused(data, "test", r"GT-final_test\.csv is missing: .*--data.download true")
     assert_refused(GTSRB(str(signs / "nowhere")), "fit", r"GTSRB/Training is missing: .*--data.download true")
@@ -109,7 +109,7 @@ def test_what_tiny_imagenet_lacks_is_named(tiny_imagenet):
     assert_refused(data, "fit", "11 train images, but 12 were published")
     for line in ("val_0.JPEG\tn99999999\t0", "../../x.JPEG\tn02124075", "val_0.JPEG"):
         (tiny_imagenet / "val/val_annotations.txt").write_text(f"{line}\n")
-        assert_refused(data, "test", r"val_annotations\.txt: line 1 \(.*\) (is no path|leaves)")
+        assert_refused(data, "test", r"TinyImageNet in .*: line 1 \(.*\) (is no path|leaves)")
     (tiny_imagenet / "wnids.txt").write_text("n02124075\n")
     assert_refused(data, "fit", "4 train images, but 12 were published")
     assert_refused(
@@ -154,8 +154,8 @@ def test_cub_is_read_from_its_three_lists(birds, train_a_step):
     ("file", "line", "message"),
     [
         ("train_test_split", "1 0", "11 train images, but 12 were published"),
-        ("image_class_labels", "1 7", r"image_class_labels\.txt: label 6 of train image .*0001\.jpg is outside 0 … 2"),
-        ("image_class_labels", "1 one", r"image_class_labels\.txt: line 1 \(.*one'\) is no path and label"),
+        ("image_class_labels", "1 7", r"CUB200 in .*: label 6 of train image .*0001\.jpg is outside 0 … 2"),
+        ("image_class_labels", "1 one", r"CUB200 in .*: line 1 \(.*one'\) is no path and label"),
         ("image_class_labels", "77 1", "is no path and label"),
         ("train_test_split", "1 2", "11 train images, but 12 were published"),
         ("train_test_split", "77 1", "11 train images, but 12 were published"),

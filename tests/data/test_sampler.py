@@ -2,6 +2,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -99,10 +100,6 @@ def test_the_draw_is_a_function_of_seed_and_epoch_alone():
     assert len({tuple(draw(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
 
 
-def test_labels_may_have_gaps():
-    assert set(ImbalancedSampler([7, 2, 7], "balanced", num_samples=50)) == {0, 1, 2}
-
-
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
@@ -135,12 +132,11 @@ def test_an_initialised_process_group_shards_without_being_told(monkeypatch):
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     assert list(ShardSampler(range(5))) == [1, 3]
     data = Digits()
-    assert [y for _, labels in data.test_dataloader() for y in labels.tolist()] == data.split("test").labels[
-        1::2
-    ].tolist()
+    seen = torch.cat([labels for _, labels in data.test_dataloader()])
+    assert torch.equal(seen, data.split("test").labels[1::2])
 
 
 @pytest.mark.parametrize(("exponent", "drawn"), [(1e300, 0), (-1e300, 2)])
 def test_an_extreme_exponent_draws_only_the_largest_or_the_smallest_class(exponent, drawn):
-    sampler = ImbalancedSampler([0] * 10 + [1] * 3 + [2] * 2, exponent)
+    sampler = ImbalancedSampler([0] * 10 + [4] * 3 + [7] * 2, exponent)  # labels may have gaps
     assert sampler.probabilities().tolist() == [float(k == drawn) for k in range(3)]

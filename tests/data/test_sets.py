@@ -98,7 +98,7 @@ def write_cifar(tmp_path):
         (tmp_path / folder).mkdir()
         records = {}
         for name in (name for names in set_class.binary_files.values() for name in names):
-            K = len(set_class.class_names)
+            K = set_class("").num_classes
             array = np.random.default_rng(len(records)).integers(0, 256, (K, label_bytes + 3072), np.uint8)
             array[:, label_bytes - 1] = np.arange(K)
             array.tofile(tmp_path / folder / name)
