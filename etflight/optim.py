@@ -76,9 +76,10 @@ def _part(model: nn.Module, name: str) -> list[nn.Parameter]:
     parameters = list(parts[name].parameters()) if name in parts else []
     if not parameters:
         trained = [other for other, part in parts.items() if list(part.parameters())]
-        close = get_close_matches(name, trained, cutoff=0.4)
-        hint = f"; near matches: {', '.join(close)}" if close else ", such as backbone or head"
-        raise UserError(f"lr_scale: no part of the model with weights is called {name!r}: give one that has some{hint}")
+        near = ", ".join(get_close_matches(name, trained, cutoff=0.4)) or "backbone or head"
+        raise UserError(
+            f"lr_scale: no part of the model with weights is called {name!r}: give one that has some, such as {near}"
+        )
     return parameters
 
 

@@ -88,7 +88,7 @@ def test_a_part_has_its_own_factor_beside_that_of_its_depth_and_a_part_within_it
 @pytest.mark.parametrize(
     ("scales", "reason"),
     [
-        ({"hed": 2.0}, "'hed'.*near matches: head"),
+        ({"hed": 2.0}, "'hed'.*such as head"),
         ({"loss": 2.0}, "no part of the model with weights"),
         ({"head": 0.0}, "head is 0"),
     ],

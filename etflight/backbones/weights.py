@@ -40,11 +40,6 @@ def load_weights(backbone: nn.Module, path: str | Path) -> list[str]:
             fitting.setdefault(name, value)
     if problem := misfit(fitting, own):
         mend = "give the --model.backbone they were made for, with the names that timm gives them"
-        if all(f"backbone.{name}" in state for name in own):
-            mend = (
-                "they are a checkpoint of etflight: give it as --fine_tuning.checkpoint with "
-                """--fine_tuning.load '{"backbone": "backbone"}'"""
-            )
         raise UserError(f"weights {path} do not fit the backbone: {problem}: {mend}")
     backbone.load_state_dict(fitting)
     return left_out

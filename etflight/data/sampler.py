@@ -178,8 +178,6 @@ class _Sharded(DistributedSampler[int]):
         size, own_rank = world()
         size = size if num_replicas is None else num_replicas
         own_rank = own_rank if rank is None else rank
-        if not 0 <= own_rank < size:
-            raise UserError(f"rank is {own_rank} with num_replicas {size}: give 0 <= rank < num_replicas")
         super().__init__(cast(Any, dataset), num_replicas=size, rank=own_rank, seed=seed)
         self.total_size = total
         self.num_samples = len(range(own_rank, total, size))

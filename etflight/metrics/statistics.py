@@ -201,12 +201,7 @@ class ClassStatistics(ExactMetric):
 
         Args:
             means: The new anchors `[K, d]`.
-
-        Raises:
-            ValueError: They have another shape.
         """
-        if means.shape != (self.num_classes, self.feature_dim):
-            raise ValueError(f"means must be [{self.num_classes}, {self.feature_dim}], got {_describe(means)}")
         self._own_states()
         spare = self.anchor[self.num_classes :]
         anchors = torch.cat([means.detach().to(spare), spare])

@@ -115,20 +115,9 @@ def test_weights_of_another_network_are_told_in_one_line(name, given, reason, tm
     assert "give the --model.backbone they were made for" in message
 
 
-def test_a_first_convolution_that_is_none_is_told_in_one_line(trained, tmp_path):
+def test_a_first_convolution_that_is_none_and_a_file_that_is_not_there_are_told_in_one_line(trained, tmp_path):
     state = trained.state_dict() | {"conv1.0.weight": torch.ones(3), "conv1.weight": torch.ones(3)}
     assert "conv1" in refused("test_resnet", save(state, tmp_path / "w.pth"), in_chans=1)
-
-
-def test_a_checkpoint_of_this_package_is_sent_where_it_belongs(trained, tmp_path):
-    state = {f"backbone.{name}": value for name, value in trained.state_dict().items() if "fc." not in name}
-    path = save({"state_dict": state, "hyper_parameters": {}}, tmp_path / "last.ckpt")
-    assert """as --fine_tuning.checkpoint with --fine_tuning.load '{"backbone": "backbone"}'""" in refused(
-        "test_resnet", path
-    )
-
-
-def test_a_file_that_is_not_there_or_not_here_is_told_in_one_line(tmp_path):
     assert f"{tmp_path} is a folder: give the path of" in refused("test_resnet", tmp_path)
     assert "gone.pth does not exist" in refused("test_resnet", tmp_path / "gone.pth")
     assert "not a file on this machine" in refused("test_resnet", "https://example.org/w.safetensors")

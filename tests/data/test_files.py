@@ -166,16 +166,12 @@ def test_a_corrupt_test_image_ends_a_test_whatever_was_asked(tree, spoil):
         list(folder(tree, skip_corrupt=True).test_dataloader())
 
 
-@pytest.mark.parametrize("spoilt", ["cat", "dog"])
-def test_a_batch_without_a_readable_image_is_left_out_of_evaluation(tree, spoil, capfd, spoilt):
-    spoil(f"val/{spoilt}/0.png", f"val/{spoilt}/1.png")
+def test_a_batch_without_a_readable_image_is_left_out_of_evaluation_and_a_run_without_any_ends(tree, spoil, capfd):
+    spoil("val/cat/0.png", "val/cat/1.png")
     (batch,) = folder(tree, skip_corrupt=True, batch_size=2).val_dataloader()
-    assert batch[1].tolist() == [spoilt == "cat"] * 2
+    assert batch[1].tolist() == [1, 1]
     assert "2 images could not be read" in capfd.readouterr().err
-
-
-def test_where_no_image_can_be_read_the_run_ends(tree, spoil):
-    spoil(*(f"val/{name}/{i}.png" for name in COUNTS["val"] for i in range(2)))
+    spoil("val/dog/0.png", "val/dog/1.png")
     with pytest.raises(UserError, match=r"no image of a whole pass can be read, the first is .*val/cat/0\.png"):
         list(folder(tree, skip_corrupt=True, batch_size=3).val_dataloader())
     spoil(*(f"train/{name}/{i}.png" for name, count in COUNTS["train"].items() for i in range(count)))

@@ -108,12 +108,12 @@ def test_the_draw_is_a_function_of_seed_and_epoch_alone():
         ((LABELS, "progressive"), {}, "number of epochs"),
         ((LABELS, "effective"), {"beta": 1.0}, "beta"),
         ((LABELS,), {"num_samples": 0}, "num_samples"),
-        ((LABELS,), {"num_replicas": 2, "rank": 2}, "rank is 2"),
+        ((LABELS,), {"num_replicas": 2, "rank": 2}, "Invalid rank 2"),
         (([],), {}, "no labels"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(arguments, options, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         ImbalancedSampler(*arguments, **options)
 
 

@@ -3,6 +3,7 @@ import pickle
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -152,19 +153,13 @@ def test_a_pickle_without_the_published_checksum_is_refused_and_never_loaded(tmp
 
 
 def test_the_python_version_gives_the_same_images_as_torchvision(tmp_path, monkeypatch):
-    class Verified:
-        """Stands for torchvision's class after its checksums have passed."""
-
-        base_folder = "cifar-10-batches-py"
-
-        def __init__(self, root, train):
-            self.data = np.random.default_rng(train).integers(0, 256, (20, 32, 32, 3), np.uint8)
-            self.targets = list(range(10)) * 2
-
-    monkeypatch.setattr(CIFAR10, "published", Verified)
-    data = CIFAR10(str(tmp_path))
-    images, labels = data.split("train").__getitems__([4, 13])
-    assert np.array_equal(images.permute(0, 2, 3, 1), Verified("", True).data[[4, 13]])
+    pixels, targets = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8), list(range(10)) * 2
+    verified = staticmethod(
+        lambda root, train: SimpleNamespace(data=pixels, targets=targets)
+    )  # its checksums have passed
+    monkeypatch.setattr(CIFAR10, "published", verified)
+    images, labels = CIFAR10(str(tmp_path)).split("train").__getitems__([4, 13])
+    assert np.array_equal(images.permute(0, 2, 3, 1), pixels[[4, 13]])
     assert labels.tolist() == [4, 3]
 
 
@@ -280,9 +275,7 @@ def test_only_download_downloads(clothes, tmp_path, monkeypatch, set_class):
     assert calls == []
     set_class(str(tmp_path), download=True).prepare_data()
     assert [split for _, _, split in calls] == (["train", "test"] if set_class in (SVHN, GTSRB) else [None])
-    for folder, download, _ in calls:
-        assert download
-        assert tmp_path in (folder, folder.parent)
+    assert all(download and tmp_path in (folder, folder.parent) for folder, download, _ in calls)
 
 
 def test_a_download_moves_in_beside_what_is_there(tmp_path):

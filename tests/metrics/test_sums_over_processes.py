@@ -94,7 +94,7 @@ def refused_on_this_rank(rank, features, labels):
 def test_labels_out_of_range_on_one_process_are_an_error_on_all(two_ready_processes):
     features, labels = clusters(K, D)
     labels[-1] = K
-    two_ready_processes(refused_on_this_rank, [(features[:70], labels[:70]), (features[70:], labels[70:])])
+    two_ready_processes(refused_on_this_rank, list(zip(features.chunk(2), labels.chunk(2), strict=True)))
 
 
 def measure(rank, logits, target):

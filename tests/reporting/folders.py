@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.spatial.distance import cdist
 
 COUNTS = [128, 40, 8]
 K, D, N = 5, 7, 3  # classes, features, embeddings a class of what a monitor leaves
@@ -92,4 +93,4 @@ def leave(folder, epochs=(0, 1, 2), classes=K, snapshots=True, seed=0):
 
 
 def cosines(A, B):
-    return np.array([[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in B] for a in A])
+    return 1 - cdist(A, B, "cosine")
