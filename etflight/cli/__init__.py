@@ -11,6 +11,7 @@ STAGES = {
 }
 OTHERS = {
     "describe": "Show what a data set holds.",
+    "configs": "List the configuration files that come with etflight, or copy them.",
     "study": "Train and test arms over sets, ratios and seeds, and print their table.",
     "report": "Show results of runs side by side, in a table or on a page.",
     "collapse": "Measure neural collapse of a trained model.",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from etflight.utils.shipped import find_config
 from etflight.utils.yaml import read_yaml
 
 
@@ -20,11 +21,14 @@ class CommandParser(ArgumentParser):
 
 
 def without_files(prog: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The configuration files that a command line names (`-c`, `--config`), in their order, and its other words."""
+    """The configuration files that a command line names (`-c`, `--config`), in their order, and its other words.
+
+    A name without such a file stands for the shipped file of that name; the content of a file (in braces) stays as it is.
+    """
     parser = CommandParser(prog=prog, add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     known, rest = parser.parse_known_args(argv)
-    return known.config, rest
+    return [file if file.lstrip().startswith("{") else str(find_config(file)) for file in known.config], rest
 
 
 # options that are needed before a command line can be parsed: they tell where the run is, and which checkpoint's model it starts from

@@ -12,6 +12,7 @@ from etflight.cli import report
 from etflight.cli.argv import CommandParser
 from etflight.runs.study import Cell, read_study
 from etflight.utils.errors import UserError
+from etflight.utils.shipped import find_config
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,6 +40,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.jobs < 1:
         raise UserError(f"--jobs is {arguments.jobs}: give at least 1")
+    arguments.file = find_config(arguments.file)
     whole = list(read_study(arguments.file).stages())
     stages = [[cell for cell in stage if _is_chosen(cell, arguments)] for stage in whole]
     cells = [cell for stage in stages for cell in stage]

@@ -12,6 +12,7 @@ from jsonargparse import get_loader, set_loader
 
 from etflight.utils.errors import UserError
 from etflight.utils.limits import refuse_aliases
+from etflight.utils.shipped import shipped_configs
 
 _MAX_VALUES = 100_000
 _load = get_loader("yaml")
@@ -39,15 +40,14 @@ def require_file(path: Path) -> None:
     """Refuse a configuration file that does not exist.
 
     Raises:
-        UserError: There is no such file; the message has near matches and the place of the shipped ones.
+        UserError: There is no such file; the message has near matches.
     """
     if not path.exists() or path.is_dir():
         what = f"{path} is a folder" if path.is_dir() else f"there is no configuration file {path}"
-        shipped = Path(__file__).parents[2] / "configs"
-        there = {file.name: file for folder in (shipped.rglob("*.yaml"), path.parent.glob("*.y*ml")) for file in folder}
-        near = ", ".join(str(there[name]) for name in get_close_matches(path.name, there, n=2))
+        there = {file.name: file for file in (*shipped_configs(), *path.parent.glob("*.y*ml"))}
+        near = ", ".join(str(there[name]) for name in get_close_matches(path.with_suffix(".yaml").name, there, n=2))
         hint = f": near matches: {near}" if near else ""
-        raise UserError(f"{what}{hint}; etflight's own are in {shipped if shipped.is_dir() else 'its repository'}")
+        raise UserError(f"{what}{hint}; etflight configs lists those that come with it")
 
 
 def to_yaml(value: Any) -> str:

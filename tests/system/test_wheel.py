@@ -28,7 +28,9 @@ def test_the_wheel_trains_a_step_in_an_empty_environment(tmp_path):
     run(python, "-m", "pip", "install", "--quiet", wheel, cwd=tmp_path)
     place = run(python, "-c", "import etflight; print(etflight.__file__)", cwd=tmp_path)
     assert place.startswith(str(tmp_path / "empty"))
-    step = ["fit", "--data", "Digits", "--trainer.max_steps", 1, "--trainer.accelerator", "cpu", "--name", "one"]
-    run(tmp_path / "empty" / "bin" / "etflight", *step, cwd=tmp_path)
-    assert (tmp_path / "runs" / "one" / "checkpoints" / "last.ckpt").is_file()
+    etflight = tmp_path / "empty" / "bin" / "etflight"
+    assert "etf_dr_balanced" in run(etflight, "configs", "arms", cwd=tmp_path)
+    step = ["-c", "configs/data/digits.yaml", "-c", "configs/arms/etf_dr_balanced.yaml", "--trainer.max_steps", 1]
+    run(etflight, "fit", *step, "--trainer.accelerator", "cpu", cwd=tmp_path)
+    assert (tmp_path / "runs/digits/etf_dr_balanced/checkpoints/last.ckpt").is_file()
     shutil.rmtree(tmp_path / "empty")  # gigabytes, which pytest would keep

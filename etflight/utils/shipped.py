@@ -1,0 +1,32 @@
+"""The configuration files that come with the package."""
+
+import os
+from pathlib import Path
+
+SHIPPED = (
+    Path(__file__).parents[1] / "cli" / "shipped"
+)  # a link to configs/ in a checkout, a folder in an installed package
+
+
+def find_config(name: str | Path) -> Path:
+    """Find a configuration file: the user's own, or else the shipped one of that name.
+
+    Args:
+        name: A path; "configs/data/digits.yaml", "data/digits.yaml" and "data/digits" all name the same shipped file.
+
+    Returns:
+        The path of the file; the given one if there is neither.
+    """
+    path = Path(name)
+    if path.exists() or path.is_absolute():
+        return path
+    parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
+    shipped = SHIPPED.joinpath(*parts)
+    shipped = shipped if shipped.suffix == ".yaml" else shipped.with_name(f"{shipped.name}.yaml")
+    inside = os.path.normpath(shipped).startswith(f"{SHIPPED}{os.sep}")
+    return shipped if inside and shipped.is_file() else path
+
+
+def shipped_configs() -> list[Path]:
+    """The paths of all shipped files relative to their folder, sorted."""
+    return sorted(file.relative_to(SHIPPED) for folder in SHIPPED.iterdir() for file in folder.glob("*.yaml"))

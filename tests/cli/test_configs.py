@@ -1,0 +1,55 @@
+"""The configuration files that come with the package, in a folder without any."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from etflight.cli import configs
+from etflight.cli.argv import without_files
+from etflight.utils.errors import UserError
+from etflight.utils.shipped import SHIPPED, find_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_each_is_listed_with_what_its_comment_says(capsys):
+    configs.main([])
+    lines = capsys.readouterr().out.splitlines()
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        start = path.read_text().lstrip("# ")[:20]
+        assert any(line.startswith(f"  {path.stem} ") and start in line for line in lines)
+
+
+def test_some_are_copied_and_none_is_overwritten(tmp_path):
+    configs.main(["arms", "etf_dr", "--copy", "mine"])
+    copied = sorted(path.relative_to(tmp_path / "mine") for path in (tmp_path / "mine").rglob("*.yaml"))
+    assert Path("arms/etf_dr_balanced.yaml") in copied
+    assert all("arms/etf_dr" in str(path) for path in copied)
+    assert yaml.safe_load((tmp_path / "mine/arms/etf_dr.yaml").read_text())["model"]["head"] == "ETFHead"
+    with pytest.raises(UserError, match=r"mine/arms/etf_dr\.yaml exists, and nothing is overwritten"):
+        configs.main(["etf_dr", "--copy", "mine"])
+    with pytest.raises(UserError, match="no configuration file has nothing_like_it in its path"):
+        configs.main(["nothing_like_it"])
+
+
+@pytest.mark.parametrize("name", ["configs/data/digits.yaml", "data/digits.yaml", "data/digits"])
+def test_a_name_stands_for_the_shipped_file_unless_there_is_one(name, tmp_path):
+    assert without_files("etflight fit", ["-c", name, "--name", "x"]) == (
+        [str(SHIPPED / "data/digits.yaml")],
+        ["--name", "x"],
+    )
+    own = tmp_path / name
+    own.parent.mkdir(parents=True)
+    own.write_text("{}")
+    assert find_config(name) == Path(name)
+
+
+@pytest.mark.parametrize("name", ["data/none", "../etflight/cli/stages.py", "{}", "/data/digits", "configs"])
+def test_anything_else_is_the_users(name):
+    assert without_files("etflight fit", ["-c", name])[0] == [name]
