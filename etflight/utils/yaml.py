@@ -45,7 +45,9 @@ def require_file(path: Path) -> None:
     if not path.exists() or path.is_dir():
         what = f"{path} is a folder" if path.is_dir() else f"there is no configuration file {path}"
         there = {file.name: file for file in (*shipped_configs(), *path.parent.glob("*.y*ml"))}
-        near = ", ".join(str(there[name]) for name in get_close_matches(path.with_suffix(".yaml").name, there, n=2))
+        near = ", ".join(
+            str(there[name]) for name in get_close_matches(path.with_suffix(".yaml").name, there, n=2, cutoff=0.8)
+        )
         hint = f": near matches: {near}" if near else ""
         raise UserError(f"{what}{hint}; etflight configs lists those that come with it")
 
