@@ -62,9 +62,7 @@ class ListImages(ListedFileImages):
     def class_names(self) -> list[str]:
         """The names of the classes' folders, or the file's `names` for them; else the labels as text."""
         folders = self._folders
-        known = (
-            [self.class_name(folder) for folder in folders] if folders else [str(k) for k in range(self.num_classes)]
-        )
+        known = [self.class_name(folder) for folder in folders] or [str(k) for k in range(self.num_classes)]
         if len(set(known)) < len(known):  # cars/red, cars/blue, boats/red
             parts = [folder.split("/") for folder in folders]
             known = ["/".join(own[_shared(parts) :]) for own in parts]

@@ -116,14 +116,9 @@ def third_groups(class_counts: Tensor) -> dict[str, Tensor]:
     Returns:
         The masks `head`, `middle`, `tail`; each class is in one of them.
     """
-    place, third = _places(class_counts), len(class_counts) // 3
+    place, third = by_frequency(class_counts).argsort(), len(class_counts) // 3
     head, tail = place < third, place >= len(class_counts) - third
     return {"head": head, "middle": ~(head | tail), "tail": tail}
-
-
-def _places(class_counts: Tensor) -> Tensor:
-    """The place of each class in the order of `by_frequency`, `[K]` from 0."""
-    return by_frequency(class_counts).argsort()
 
 
 def harmonic_mean(accuracy: Tensor) -> Tensor:
@@ -150,7 +145,7 @@ def shifted_accuracy(accuracy: Tensor, class_counts: Tensor, ratio: float) -> Te
         Hong et al. 2021, "Disentangling Label Distribution for Long-tailed Visual Recognition" (LADE): its released code draws test sets
         of these frequencies, truncated, for the ratios 2, 5, 10, 25 and 50. There, some methods' decisions use these frequencies.
     """
-    share = _places(class_counts).double() / max(len(class_counts) - 1, 1)
+    share = by_frequency(class_counts).argsort().double() / max(len(class_counts) - 1, 1)
     weight = torch.where(accuracy.isnan(), 0.0, ratio**-share)
     return (weight * accuracy.nan_to_num()).sum() / weight.sum()
 

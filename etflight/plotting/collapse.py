@@ -49,9 +49,8 @@ def portrait(
     singular = measures.spectrum(stats)
     if weight is not None and len(singular):
         figures["heat_map"] = cosine_heatmap(stats.means, weight, class_names)
-    figures["variability"] = variability_by_size(
-        stats.variances, stats.counts if counts is None else counts, class_names
-    )
+    sizes = stats.counts if counts is None else counts
+    figures["variability"] = variability_by_size(stats.variances, sizes, class_names)
     if len(singular):
         figures["spectrum"] = spectrum(singular)
     return figures
@@ -117,11 +116,9 @@ def spectrum(values: Numbers) -> Figure:
     index = np.arange(1, n + 1)
     flat = np.sqrt(np.mean(singular**2))
     figure, axes = single_axes()
-    few = n <= 60
-    axes.plot(index, singular, "o" if few else "-", color=BLUE, ms=6, lw=2, label="class means, centred", zorder=3)
+    marker = "o" if n <= 60 else ""
+    axes.plot(index, singular, marker=marker, color=BLUE, ms=6, lw=2, label="class means, centred", zorder=3)
     axes.plot([0.5, n + 0.5], [flat, flat], "--", color=VERMILION, lw=1.8, label="simplex ETF of the same size")
-    if few:
-        axes.vlines(index, 0, singular, color=BLUE, lw=2, alpha=0.35)
     axes.margins(x=0, y=0.2)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
