@@ -74,6 +74,7 @@ class TorchvisionImages(ImageDataModule):
     root: str = "data"
     download: bool = False
 
+    num_channels: ClassVar[int] = 3
     published_name: ClassVar[str]  # of its class in torchvision.datasets
     files: ClassVar[tuple[str, ...]]  # files or folders below `root` that can be read without torchvision
     downloads: ClassVar[tuple[dict[str, str], ...]] = ({},)  # options of torchvision's class, one download each
@@ -258,7 +259,6 @@ class CIFAR10(TorchvisionImages):
         "test": ("test_batch.bin",),
     }
     label_bytes: ClassVar[int] = 1  # the last one is the label
-    num_channels: ClassVar[int] = 3
     standard_mean: ClassVar[tuple[float, ...]] = (0.4914, 0.4822, 0.4465)
     standard_std: ClassVar[tuple[float, ...]] = (0.2023, 0.1994, 0.2010)
     standard_crop_padding: ClassVar[int] = 4
@@ -325,7 +325,6 @@ class SVHN(TorchvisionImages):
     published_name: ClassVar[str] = "SVHN"
     files: ClassVar[tuple[str, ...]] = ("train_32x32.mat", "test_32x32.mat")
     downloads: ClassVar[tuple[dict[str, str], ...]] = ({"split": "train"}, {"split": "test"})
-    num_channels: ClassVar[int] = 3
 
     def load(self, split: Split) -> ArraySource:
         """Read one split's MATLAB file.
@@ -385,7 +384,6 @@ class STL10(TorchvisionImages):
     files: ClassVar[tuple[str, ...]] = tuple(
         f"stl10_binary/{name}.bin" for name in ("train_X", "train_y", "test_X", "test_y")
     )
-    num_channels: ClassVar[int] = 3
 
     def load(self, split: Split) -> ArraySource:
         """Read one split's two files.
@@ -422,7 +420,6 @@ class GTSRB(TorchvisionImages, ListedFileImages):
     published_name: ClassVar[str] = "GTSRB"
     files: ClassVar[tuple[str, ...]] = (_TRAINING, _TEST, _TEST_LABELS)
     downloads: ClassVar[tuple[dict[str, str], ...]] = SVHN.downloads
-    num_channels: ClassVar[int] = 3
     standard_mean: ClassVar[tuple[float, ...]] = (0.3406, 0.3128, 0.3229)
     standard_std: ClassVar[tuple[float, ...]] = (0.2773, 0.2673, 0.2744)
     standard_image_size: ClassVar[int] = 32

@@ -66,10 +66,7 @@ class UnlabelledImages(ImageDataModule):
         return _Split(source, indices)
 
     def _checked(self, name: Split) -> ImageSource:
-        source = self.load(name)
-        if len(source.labels) == 0:
-            raise UserError(f"--images {self}: there is no image: give image files, folders or .npz files")
-        return source
+        return self.load(name)
 
 
 class AnyImages(ImageSource):
@@ -81,7 +78,7 @@ class AnyImages(ImageSource):
         crop_pct: Part of the resized image that is kept.
 
     Raises:
-        UserError: A path does not exist, or an array holds no images that the model can take.
+        UserError: A path does not exist, an array holds no images that the model can take, or there is no image.
     """
 
     def __init__(self, paths: Sequence[str], input_size: tuple[int, int, int], crop_pct: float) -> None:
@@ -99,6 +96,8 @@ class AnyImages(ImageSource):
                 self._pictures.append((path, None))
             else:
                 raise UserError(f"--images {path} does not exist: give image files, folders or .npz files")
+        if not self._pictures:
+            raise UserError(f"--images {', '.join(paths)}: there is no image: give image files, folders or .npz files")
         self.labels = torch.full((len(self._pictures),), -1)
 
     @property
