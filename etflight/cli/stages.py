@@ -119,6 +119,7 @@ class EtflightCLI(LightningCLI):
                 "model.optimizer": describe(PROTOCOL_SGD, "optimizer"),
                 "trainer.default_root_dir": "runs",
                 "trainer.enable_autolog_hparams": False,
+                "trainer.enable_model_summary": False,  # one line of `RunRecord` says it
             }
         )
 

@@ -65,8 +65,10 @@ class RunRecord(SaveConfigCallback):
         beside = stage == "test" and same_folder(run_folder(trainer), self.trained_in)
         if stage == "fit":
             data = data_module(trainer)
-            cost = cast(Any, pl_module).cost(data.preprocessing.input_size)
-            rank_zero_info(f"{config['model']['backbone']}: {cost}")
+            model = cast(Any, pl_module)
+            cost = model.cost(data.preprocessing.input_size)
+            parts = (config["model"]["backbone"], type(model.head).__name__, type(model.loss).__name__)
+            rank_zero_info(f"{', '.join(parts)}: {cost}")
             training = training_facts(seed=config["seed_everything"], data=data)
             self._write(trainer, config, {**training, "model": cost._asdict()})
         elif not beside:
