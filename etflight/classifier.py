@@ -799,12 +799,13 @@ class Classifier(LightningModule):
         if (names := checkpoint.get("class_names")) is not None:
             self.class_names = list(map(readable, names))
         state = checkpoint["state_dict"]
-        # older checkpoints do not say, and have 1 where none was fitted
-        self.is_calibrated = (
-            checkpoint.get("temperature", "fitted") == "fitted" and float(state.get("temperature", 1)) != 1
-        )
-        if "temperature" not in checkpoint and "temperature" in state and not self.is_calibrated:
-            state["temperature"] = torch.full_like(state["temperature"], float(self.temperature))
+        temperature = state.get("temperature", torch.ones(()))
+        if "temperature" in checkpoint:
+            self.is_calibrated = checkpoint["temperature"] == "fitted"
+        elif temperature.numel() == 1:  # an older one does not say, and has 1 where none was fitted
+            self.is_calibrated = float(temperature) != 1
+            if not self.is_calibrated:
+                state["temperature"] = self.temperature.clone()
         self.preprocessing = Preprocessing.in_checkpoint(checkpoint) or self.preprocessing
         self.fingerprint = fingerprint_in(checkpoint) or self.fingerprint
         if not self._is_fitting:

@@ -1,5 +1,6 @@
 """`etflight describe …`: what a data set holds and what a configuration makes of it, without model or training."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from etflight.utils.files import write_json
 from etflight.utils.terminal import as_it_is, console
 from etflight.utils.training_data import fingerprint_in, other_images
 
-RECORD = "describe.json"
+RECORD = "describe.json"  # marks a folder as one of this command's
 HISTOGRAM, SHEET = "class_histogram.png", "contact_sheet.png"
 _MOST_LINES = 60  # of the histogram on the terminal; with more classes, neighbours share a line
 _MOST_CLASSES = 44  # on the contact sheet: two blocks of rows
@@ -52,6 +53,9 @@ def main(argv: Sequence[str]) -> None:
             warn(differ)
     folder = Path(config.output or Path("runs", "describe", f"{record['dataset']}_{record['fingerprint']}"))
     check_writable(folder, "--output")
+    written = [folder / name for name in (RECORD, HISTOGRAM, SHEET) if os.path.lexists(folder / name)]
+    if written and not (folder / RECORD).is_file():
+        raise UserError(f"{written[0]} is not of etflight describe, and stays as it is: give another --output")
     out = console()
     out.print(_text(record))
     write_json(folder / RECORD, record)

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,7 +13,7 @@ from jsonargparse.typing import register_type
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar, StochasticWeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
 from etflight.callbacks import FineTuning, LastCheckpoint, NeuralCollapseMonitor, PostHoc, Speed, StepSeed, StopSignals
@@ -32,6 +33,7 @@ from etflight.cli.unsupported import refuse_unsupported
 from etflight.data.base import ImageDataModule
 from etflight.heads import codes_from_state_dict
 from etflight.optim import PROTOCOL_SGD
+from etflight.runs.folder import same_folder
 from etflight.runs.loggers import FailSafe, MetricsCSV
 from etflight.runs.record import RunRecord
 from etflight.runs.wandb import choose_names
@@ -95,6 +97,9 @@ class EtflightCLI(LightningCLI):
             default=None,
             help="Arm whose run on the same set this one starts from: it gives --fine_tuning.checkpoint.",
         )
+        parser.add_argument(
+            "--overlays", type=list[str] | None, help=SUPPRESS
+        )  # null in config.yaml of earlier versions
         parser.add_class_arguments(LastCheckpoint, "checkpoint")
         parser.add_class_arguments(FineTuning, "fine_tuning")
         parser.add_argument(
@@ -194,13 +199,17 @@ class EtflightCLI(LightningCLI):
         """Put the found checkpoint into the configuration, and claim the run folder.
 
         Raises:
-            UserError: The folder is another run's or cannot be written to, or the first stage is missing.
+            UserError: The folder is another run's or cannot be written to, the first stage is missing, or `overlays` are given.
         """
         config, place = self.config[self.subcommand], self.place
         # absolute, because a path that starts with "best", "registry:" or "http" is no file to Lightning
         config["ckpt_path"] = None if place.checkpoint is None else str(place.checkpoint.absolute())
         config["weights_only"] = True
         config["name"] = place.name
+        if config.pop("overlays"):
+            raise UserError(
+                "overlays is no option any more: give one file after another, -c data/SET.yaml -c arms/ARM.yaml"
+            )
         if self.subcommand == "test":  # `TestResults` prints; Lightning's table has all numbers in one column
             self.verbose, config["verbose"] = config["verbose"], False
         if self.subcommand != "fit":
@@ -304,6 +313,10 @@ class EtflightCLI(LightningCLI):
         folder = self.place.folder
         if self.subcommand != "fit":
             return [FailSafe(user, folder) for user in users]
+        if any(isinstance(user, CSVLogger) and same_folder(folder, Path(user.log_dir)) for user in users):
+            raise UserError(
+                "CSVLogger would write into the run's own metrics.csv: give --trainer.logger.name or leave it out"
+            )
         return [MetricsCSV(folder, self.saved_rows), *(FailSafe(user, folder / "metrics.csv") for user in users)]
 
 

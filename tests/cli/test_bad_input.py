@@ -97,6 +97,16 @@ CASES = {
     "a configuration file of another ending": (
         1, ["no configuration file configs/arms/etf_dr.yml: near matches: ", "arms/etf_dr.yaml"],
         lambda t: ["fit", "--config=configs/arms/etf_dr.yml"]),
+    "a logger into the run's own table": (
+        1, ["CSVLogger would write into the run's own metrics.csv: give --trainer.logger.name or leave it out"],
+        lambda t: [*DIGITS, "--trainer.logger", "CSVLogger", "--trainer.logger.name", "", "--trainer.logger.version", ""]),
+    "files of others in the place of a description": (
+        1, ["contact_sheet.png is not of etflight describe, and stays as it is: give another --output"],
+        lambda t: (t / "out").mkdir() or (t / "out/contact_sheet.png").write_text("mine")
+        and ["describe", "--data", "Digits", "--output", t / "out"]),
+    "an option of earlier versions": (
+        1, ["overlays is no option any more: give one file after another"],
+        lambda t: (t / "c.yaml").write_text("overlays: [other.yaml]") and [*DIGITS, "-c", "c.yaml"]),
     "a configuration file that says nothing": (
         2, ["Unexpected config: # later"], lambda t: (t / "c.yaml").write_text("# later") and ["fit", "-c", "c.yaml"]),
     "a configuration file with a section twice": (
