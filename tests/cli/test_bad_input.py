@@ -102,8 +102,8 @@ CASES = {
         lambda t: [*DIGITS, "--trainer.logger", "CSVLogger", "--trainer.logger.name", "", "--trainer.logger.version", ""]),
     "files of others in the place of a description": (
         1, ["contact_sheet.png is not of etflight describe, and stays as it is: give another --output"],
-        lambda t: (t / "out").mkdir() or (t / "out/contact_sheet.png").write_text("mine")
-        and ["describe", "--data", "Digits", "--output", t / "out"]),
+        lambda t: (t / "out").mkdir() or ((t / "out/contact_sheet.png").write_text("mine")
+        and ["describe", "--data", "Digits", "--output", t / "out"])),
     "an option of earlier versions": (
         1, ["overlays is no option any more: give one file after another"],
         lambda t: (t / "c.yaml").write_text("overlays: [other.yaml]") and [*DIGITS, "-c", "c.yaml"]),
