@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # errors only, without the nag for a newer pip
-PIP := $(BIN)/python -m pip --disable-pip-version-check -qqq
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SEED ?= 0
 JOBS ?= 2
 
