@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SEED ?= 0
 JOBS ?= 2
 
-.PHONY: demo reproduce-fashion notebooks test test-all test-slow test-oldest test-newest soak wheel lint bench docs clean
+.PHONY: demo reproduce-fashion notebooks test test-all test-slow test-oldest test-newest soak wheel lint bench gpu docs clean
 
 $(VENV)/.package: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -82,6 +82,10 @@ soak: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest -m benchmark -s
+
+# What only a GPU can show, in pieces of under eight minutes; give it again after a stop. Without a GPU: make gpu DRY=--dry-run
+gpu: $(VENV)/.test
+	$(BIN)/python .ci/gpu $(PIECES) $(DRY)
 
 # The wheel in an empty environment: some minutes, since torch is large.
 wheel: $(VENV)/.test
