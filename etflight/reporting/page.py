@@ -33,6 +33,7 @@ CURVES = {
     "train/lr": "learning rate",
 }
 _MOST_POINTS = 1000  # per curve
+_CLASS = ".class_path"
 
 
 def write_page(path: Path, sections: Sequence[Section]) -> list[str]:
@@ -65,6 +66,7 @@ def write_page(path: Path, sections: Sequence[Section]) -> list[str]:
         "STYLE": _part("page.css"),
         # a script ends at the first "</", even within a text of JSON
         "DATA": json.dumps(content, allow_nan=False).replace("<", r"\u003c"),
+        # whole, 4.9 MB: its Python package has no smaller bundle, and one of our own would be a copy to keep secure
         "PLOTLY": plotly.get_plotlyjs(),
         "SCRIPT": _part("page.js"),
     }
@@ -91,8 +93,8 @@ def _section(section: Section, remarks: list[str]) -> dict[str, Any]:
     runs = [_run(result, configurations, remarks) for result in section.results]
     return {
         "title": plain(section.title),
-        "header": tables.HEADER,
-        "rows": tables.rows(section),
+        "header": tables.HEADER[:-1],  # the hardware stands below, with each run
+        "rows": [row[:-1] for row in tables.rows(section)],
         "published": {"header": tables.PUBLISHED_HEADER, "rows": tables.published(section)},
         "arms": [plain(group.arm) for group in section.groups],
         "notes": tables.notes(section),
@@ -103,7 +105,8 @@ def _section(section: Section, remarks: list[str]) -> dict[str, Any]:
 
 def _run(result: Result, configurations: dict[str, Mapping[str, Any]], remarks: list[str]) -> dict[str, Any]:
     folder = Path(result.source)
-    name = plain(folder)
+    here = folder.absolute().is_relative_to(Path.cwd())
+    name = plain(folder.absolute().relative_to(Path.cwd()) if here else folder)
 
     def part(read: Callable[[Path], Any]) -> Any:
         if (folder / RECORD).is_file():  # else it is a record of a result file
@@ -193,14 +196,34 @@ def _flat(value: Any, key: str = "") -> Iterable[tuple[str, Any]]:
 
 
 def _differences(configurations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The options in which runs differ: the names of the runs, and rows of an option and its value in each run."""
-    keys = dict.fromkeys(key for config in configurations.values() for key in config)
+    """The options in which runs differ: the names of the runs, and rows of an option and its value in each run.
+
+    Where runs have different classes, the class and its options are one row, because the options of one mean nothing to the other.
+    """
+
+    def differ(key: str) -> bool:
+        return len({_shown(config.get(key, tables.MISSING)) for config in configurations.values()}) > 1
+
+    keys = [key for key in dict.fromkeys(key for config in configurations.values() for key in config) if differ(key)]
+    classes = [key.removesuffix(_CLASS) for key in keys if key.endswith(_CLASS)]
     rows = []
-    for key in keys:
-        values = [
-            json.dumps(config[key], default=str, ensure_ascii=False) if key in config else tables.MISSING
-            for config in configurations.values()
-        ]
-        if len(set(values)) > 1 and key != "name":
-            rows.append([plain(key), *(plain(value)[:200] for value in values)])
+    for key in dict.fromkeys(next((name for name in classes if key.startswith(f"{name}.")), key) for key in keys):
+        if key != "name" and not any(key.startswith(f"{name}.") for name in classes):
+            values = [
+                _made(config, key) if key in classes else config.get(key, tables.MISSING)
+                for config in configurations.values()
+            ]
+            rows.append([plain(key), *(plain(_shown(value))[:200] for value in values)])
     return {"runs": list(configurations), "rows": rows}
+
+
+def _made(config: Mapping[str, Any], name: str) -> str:
+    """The class that a configuration has for an argument, with its options."""
+    prefix = f"{name}.init_args."
+    options = [f"{key.removeprefix(prefix)}={_shown(value)}" for key, value in config.items() if key.startswith(prefix)]
+    path = config.get(f"{name}{_CLASS}")
+    return tables.MISSING if path is None else f"{str(path).rpartition('.')[2]}({', '.join(options)})"
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)

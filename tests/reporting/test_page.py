@@ -38,7 +38,22 @@ def test_the_page_holds_tables_curves_classes_and_differences(runs, tmp_path):
     assert curves["nc/train/nc1"] == [[0, 1, 2, 3], [2, 1, 0.5, 0.33333]]  # the first before training
     assert section["runs"][0]["classes"] == {"names": ["a", "b", "c"], "counts": COUNTS, "acc": [1.0, 0.25, 0.5]}
     rows = {row[0]: row[1:] for row in section["differences"]["rows"]}
-    assert rows == {"seed_everything": ["0", "1", "0", "1"], "model.head": ['"ce"', '"ce"', '"etf"', '"etf"']}
+    assert rows == {"seed_everything": ["0", "1", "0", "1"], "model.head": ["ce", "ce", "etf", "etf"]}
+
+
+def test_runs_of_different_classes_differ_in_one_row_for_the_class_with_its_options(tmp_path):
+    heads = {"ce": {"class_path": "etflight.heads.LinearHead", "init_args": {"use_bias": True}},
+             "etf": {"class_path": "etflight.ETFHead", "init_args": {"scale": 16.0, "seed": 0}}, "none": None}  # fmt: skip
+    for arm, head in heads.items():
+        run = make_run(tmp_path / arm, arm=arm)
+        model = {"lr": 0.1, **({"head": head} if head else {})}
+        (run / "config.yaml").write_text(json.dumps({"model": model | ({"bias": 1} if arm == "ce" else {})}))
+    write(tmp_path / "report.html", [tmp_path / arm for arm in heads])
+    rows = content(tmp_path / "report.html")["sections"][0]["differences"]["rows"]
+    assert rows == [
+        ["model.head", "LinearHead(use_bias=true)", "ETFHead(scale=16.0, seed=0)", "–"],
+        ["model.bias", "1", "–", "–"],
+    ]
 
 
 def test_measurements_within_an_epoch_stand_at_their_steps(runs, tmp_path):
