@@ -105,9 +105,7 @@ class CommandLine:
 
     def succeed(self, *argv: object, cwd: Path, **env: str) -> Result:
         """Run a command that has to succeed."""
-        result = self(*argv, cwd=cwd, **env)
-        assert result.status == 0, result.err
-        return result
+        return self(*argv, cwd=cwd, **env).ran()
 
     def in_terminal(self, *argv: object, cwd: Path, **env: str) -> str:
         """What a terminal of 300 columns is sent, control characters included; the command has to succeed."""
@@ -127,7 +125,7 @@ class CommandLine:
             os.close(theirs)
             reader.join()
             os.close(ours)
-        assert result.status == 0, result.err
+        result.ran()
         return b"".join(sent).decode()
 
     def close(self) -> None:

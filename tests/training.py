@@ -1,13 +1,14 @@
 """Training on the CPU that prints little and saves nothing by itself: in Python, and as words of a command line."""
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
 from torch import Tensor
 
 from etflight.data import ImageDataModule
@@ -35,7 +36,15 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 def new_trainer(*callbacks: Callback, **options: Any) -> Trainer:
     """A trainer with these callbacks; `options` are those of `Trainer`."""
     silent = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
-    return Trainer(callbacks=list(callbacks), **{"accelerator": "cpu", **silent, **options})
+    return Trainer(**{"callbacks": list(callbacks), "accelerator": "cpu", **silent, **options})
+
+
+def save_trained(path: Path, model: LightningModule, data: ImageDataModule, **options: Any) -> Path:
+    """Trains a model for an epoch without validation and saves its checkpoint; `options` are those of `Trainer`."""
+    trainer = new_trainer(**{"max_epochs": 1, "limit_val_batches": 0, **options})
+    trainer.fit(model, datamodule=data)
+    trainer.save_checkpoint(path)
+    return path
 
 
 @torch.no_grad()
@@ -55,3 +64,38 @@ def save_arrays(
         content[f"{split}_images"] = noise.integers(0, 256, (size, *shape), dtype=np.uint8)
         content[f"{split}_labels"] = np.arange(size) % classes
     np.savez(path, **content | more)
+
+
+def save_pictures(root: Path, *names: str, size: tuple[int, int] = (8, 8)) -> Path:
+    """Writes an image of noise, as wide and high as `size`, to each of these files below a folder, which it returns."""
+    for seed, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / name)
+    return root
+
+
+def save_folders(root: Path, size: tuple[int, int] = (8, 8), **splits: dict[str, int]) -> Path:
+    """Writes so many images for each class of each split, `split/class/number.png`, below a folder, which it returns."""
+    sizes = [(f"{split}/{name}", number) for split, classes in splits.items() for name, number in classes.items()]
+    return save_pictures(root, *(f"{place}/{i}.png" for place, number in sizes for i in range(number)), size=size)
+
+
+def save_numbered(
+    path: Path, train: Sequence[int] = (40, 20, 10), test: Sequence[int] = (5, 5, 3), **changes: Any
+) -> str:
+    """Writes an `.npz` in MedMNIST's layout and returns its path: so many images of each class, 2×4 pixels, RGB.
+
+    The three values of an image's pixels are its position in the split, that in its class, and its class, modulo 256. `changes`
+    replace arrays or come beside them, None leaves one out.
+    """
+    members: dict[str, Any] = {}
+    for split, counts in (("train", train), ("test", test)):
+        labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+        positions = np.arange(len(labels))
+        places = (labels[:, None] == np.arange(len(counts))).cumsum(0)[positions, labels] - 1
+        pixels = np.stack([positions, places, labels], axis=1).astype(np.uint8)
+        members[f"{split}_images"] = np.broadcast_to(pixels[:, None, None], (len(labels), 2, 4, 3))
+        members[f"{split}_labels"] = labels
+    np.savez(path, **{name: array for name, array in (members | changes).items() if array is not None})
+    return str(path)

@@ -40,10 +40,3 @@ def test_shortcut_subsamples_and_pads_with_zero_channels_without_parameters():
     assert_close(out[:, :2], x[:, :, ::2, ::2].relu(), rtol=0, atol=0)
     assert out[:, 2:].abs().max() == 0
     assert BasicBlock(2, 2).shortcut(x) is x
-
-
-@pytest.mark.parametrize(("size", "in_chans", "width"), [(8, 1, 1), (28, 1, 2), (32, 3, 1)])
-def test_three_stages_quarter_the_resolution(size, in_chans, width):
-    model = make("resnet20_cifar", in_chans=in_chans, width=width)
-    assert model.forward_features(images(size, in_chans)).shape == (2, 64 * width, size // 4, size // 4)
-    assert model.num_features == model.head_hidden_size == 64 * width

@@ -2,7 +2,6 @@
 
 import pickle
 import struct
-import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch.testing import assert_close
 from etflight.backbones import build_backbone, load_weights
 from etflight.utils.errors import UserError
 from tests.backbones.nets import images
+from tests.hostile import Bomb, save_packed
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +98,7 @@ def test_a_classifier_of_several_layers_is_left_out_whole(make, end, tmp_path):
 @pytest.mark.parametrize(
     ("name", "given", "reason"),
     [
-        (
-            "resnet20_cifar",
-            {"model_name": "resnet32_cifar"},
-            "it has a layer1.3.bn1.bias (and 71 more), with no place here",
-        ),
+        ("resnet20_cifar", {"model_name": "resnet32_cifar"}, "it has a layer1.3.bn1.bias (and 71 more), with no place"),
         ("resnet32_cifar", {}, "it has no layer1.3.conv1.weight (and 59 more)"),
         ("resnet20_cifar", {"width": 2}, "its conv1.weight is [32, 3, 3, 3], not [16, 3, 3, 3] (and "),
         ("resnet20_cifar", {"in_chans": 4}, "its conv1.weight is [16, 4, 3, 3], not [16, 3, 3, 3]"),
@@ -123,19 +119,6 @@ def test_a_first_convolution_that_is_none_and_a_file_that_is_not_there_are_told_
     assert "not a file on this machine" in refused("test_resnet", "https://example.org/w.safetensors")
 
 
-class Bomb:
-    def __reduce__(self):
-        return (exec, ("open('ran', 'w').close()",))
-
-
-def packed():
-    """Zeros that a zip file holds in a thousandth of their size."""
-    torch.save({"conv1.weight": torch.zeros(10**6)}, "plain.pth")
-    with zipfile.ZipFile("plain.pth") as plain, zipfile.ZipFile("packed.pth", "w", zipfile.ZIP_DEFLATED) as small:
-        for member in plain.namelist():
-            small.writestr(member, plain.read(member))
-
-
 OUTSIDE = b'{"fc.weight": {"dtype": "F32", "shape": [1000000, 1000000], "data_offsets": [0, 4000000000000]}}'
 HOSTILE = {
     "code.pth": lambda: torch.save({"bomb": Bomb()}, "code.pth"),
@@ -148,7 +131,7 @@ HOSTILE = {
     "long.safetensors": lambda: Path("long.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}"),
     "outside.safetensors": lambda: Path("outside.safetensors").write_bytes(struct.pack("<Q", len(OUTSIDE)) + OUTSIDE + b"x"),
     "sparse.pth": lambda: torch.save({"conv1.weight": torch.eye(3).to_sparse()}, "sparse.pth"),
-    "packed.pth": packed,
+    "packed.pth": lambda: save_packed({"conv1.weight": torch.zeros(10**6)}, "packed.pth"),
     "endless.pth": lambda: torch.save({"conv1.weight": torch.zeros(1).expand(10**12)}, "endless.pth"),
 }  # fmt: skip
 

@@ -23,12 +23,8 @@ def fitted(tmp_path, use_buffers, ema_first):
         callbacks.StopSignals(last), last, callbacks.FineTuning(freeze=["layer1"], unfreeze_epoch=1), watch, raw,
         callbacks.CollapseFigures(every_n_epochs=2), callbacks.DeferredBalance(epoch=1, class_balance="batch"),
     ]  # fmt: skip
-    trainer = new_trainer(
-        *([ema, *ours] if ema_first else [*ours, ema]),
-        max_epochs=2,
-        logger=MetricsCSV(tmp_path),
-        default_root_dir=tmp_path,
-    )
+    order = [ema, *ours] if ema_first else [*ours, ema]
+    trainer = new_trainer(*order, max_epochs=2, logger=MetricsCSV(tmp_path), default_root_dir=tmp_path)
     model = Classifier(10, "resnet20_cifar", in_chans=1, model_kwargs={"width": 1})
     trainer.fit(model, datamodule=data)
     return data, trainer, model, watch, raw

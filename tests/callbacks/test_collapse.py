@@ -100,12 +100,8 @@ def test_raw_features_and_layers_have_their_own_keys_and_no_class_vectors(tmp_pa
     data, model = digits(), classifier()
     trainer(tmp_path, raw, embedding, epochs=1).fit(model, datamodule=data)
     model.eval()
-    features, deep, y = seen(
-        data,
-        "train",
-        model.features,
-        lambda x: torch.nn.Sequential(*list(model.backbone.children())[:5])(x).mean((2, 3)),  # up to layer2
-    )
+    up_to_layer2 = nn.Sequential(*list(model.backbone.children())[:5])
+    features, deep, y = seen(data, "train", model.features, lambda x: up_to_layer2(x).mean((2, 3)))
     assert_equal_values(raw.history, "nc_raw/train", measure(features, y)[0])
     assert_equal_values(embedding.history, "nc_layer2/train", measure(deep, y)[0], rel=1e-4)
     assert {"nc_backbone.layer3/val/cdnv", "nc_layer2/val/cdnv", "nc/val/alignment"} <= set(embedding.history)

@@ -1,5 +1,7 @@
 """Training that starts from a checkpoint or from a file of weights: by hand, unfrozen, resumed, on two processes, refused."""
 
+from functools import partial
+
 import pytest
 import safetensors.torch
 import timm
@@ -21,16 +23,12 @@ from tests.training import QUIET
 CRT = {"load": {"backbone": "backbone"}, "freeze": ["backbone"]}
 LWS = {"load": {"backbone": "backbone", "head": "head.linear"}, "freeze": ["backbone", "head.linear"]}
 VIT = {"backbone": "test_vit", "model_kwargs": {"img_size": 8, "patch_size": 4}}
+new_trainer = partial(training.new_trainer, max_epochs=3, num_sanity_val_steps=0, limit_val_batches=0)
 
 
 def new_model(backbone="resnet20_cifar", head=LinearHead, **options):
     seed_everything(0, verbose=False)
     return Classifier(10, backbone, in_chans=1, head=head, **{"loss": CrossEntropyLoss, **options})
-
-
-def new_trainer(*callbacks, **options):
-    options = {"max_epochs": 3, "num_sanity_val_steps": 0, "limit_val_batches": 0, **options}
-    return training.new_trainer(*callbacks, **options)
 
 
 def full_batch():
@@ -41,10 +39,7 @@ def full_batch():
 def stage_one(tmp_path_factory):
     """A checkpoint whose BatchNorm statistics and weights are not those of a new model."""
     path = tmp_path_factory.mktemp("stage_one") / "last.ckpt"
-    trainer = new_trainer(max_epochs=1)
-    trainer.fit(new_model(), Digits(imbalance_ratio=20, batch_size=100))
-    trainer.save_checkpoint(path)
-    return path
+    return training.save_trained(path, new_model(), Digits(imbalance_ratio=20, batch_size=100))
 
 
 @pytest.fixture

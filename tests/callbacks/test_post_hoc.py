@@ -18,14 +18,11 @@ from etflight.utils.errors import UserError
 from tests import training
 from tests.left_by_runs import contents
 
+new_trainer = partial(training.new_trainer, max_epochs=1, limit_val_batches=0)
+
 
 def long_tailed(**options):
     return Digits(imbalance_ratio=20, **{"max_count": 60, "batch_size": 100, **options})
-
-
-def new_trainer(*callbacks, **options):
-    options = {"max_epochs": 1, "num_sanity_val_steps": 0, "limit_val_batches": 0, **options}
-    return training.new_trainer(*callbacks, **options)
 
 
 def new_model(head):

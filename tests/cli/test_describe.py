@@ -10,30 +10,16 @@ from etflight.cli import describe
 from etflight.data import ArrayImages, Digits, FolderImages
 from etflight.utils.errors import UserError
 from tests.cli.test_bad_input import folder
+from tests.training import save_numbered
 
 ROOT = Path(__file__).parents[2] / "configs"
 FILES = {"describe.json", "class_histogram.png", "contact_sheet.png"}
-COUNTS = {"train": (150, 30, 5), "test": (4, 4, 4)}
 
 
 @pytest.fixture
 def numbered(tmp_path):
-    """`numbered(counts, **arrays)`: an .npz file in which every pixel of image i of class k is (i, k)."""
-
-    def write(train=COUNTS["train"], **more):
-        arrays = {}
-        for split, counts in (("train", train), ("test", COUNTS["test"])):
-            labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
-            places = np.zeros(len(labels), dtype=np.uint8)
-            for k in range(len(counts)):
-                places[labels == k] = np.arange((labels == k).sum()) % 256
-            colours = np.stack([places, labels.astype(np.uint8), np.zeros_like(places)], axis=1)
-            arrays[f"{split}_images"] = np.broadcast_to(colours[:, None, None], (len(labels), 4, 6, 3))
-            arrays[f"{split}_labels"] = labels
-        np.savez(tmp_path / "numbered.npz", **arrays, **more)
-        return tmp_path / "numbered.npz"
-
-    return write
+    """`numbered(train, **arrays)` writes the file of `save_numbered` and returns its path."""
+    return lambda train=(150, 30, 5), **more: save_numbered(tmp_path / "numbered.npz", train, (4, 4, 4), **more)
 
 
 def run(etflight_command, cwd, *argv):
@@ -50,14 +36,14 @@ def test_numbers_are_those_of_the_arrays(numbered, etflight_command, tmp_path):
     found, record, printed = run(etflight_command, tmp_path, "--data", "ArrayImages", "--data.path", path)
     with np.load(path) as arrays:
         labels, pixels = arrays["train_labels"].astype("<i8"), arrays["train_images"].transpose(0, 3, 1, 2)
-    parts = (labels.tobytes() + b"[185, 3, 4, 6]" + pixels.tobytes(), np.arange(185).astype("<i8").tobytes())
+    parts = (labels.tobytes() + b"[185, 3, 2, 4]" + pixels.tobytes(), np.arange(185).astype("<i8").tobytes())
     fingerprint = "-".join(hashlib.sha256(part).hexdigest()[:12] for part in parts)  # all of the set as it is
     assert found == tmp_path / "runs/describe" / f"numbered_{fingerprint}"
     assert record == {
         "class": "ArrayImages",
         "dataset": "numbered",
         "name": f"ArrayImages {path}",
-        "image_shape": [3, 4, 6],
+        "image_shape": [3, 2, 4],
         "class_names": ["[red]ox[/red]", "yak", "emu"],
         "fingerprint": fingerprint,
         "imbalance_ratio": 30,
@@ -87,13 +73,13 @@ def test_held_out_images_are_counted_and_later_files_win_and_the_command_line_ov
 
 
 def test_each_row_of_the_sheet_has_images_of_its_class_from_first_to_last(numbered):
-    data = ArrayImages(str(numbered()))
+    data = ArrayImages(numbered())
     (axes,) = describe.sheet(data, 4).axes
     sheet = axes.images[0].get_array()
     assert [text.get_text() for text in axes.get_yticklabels()] == ["0 (150)", "1 (30)", "2 (5)"]
-    cells = sheet.reshape(3, 5, 4, 7, 3)[:, :4, :, :6]  # rows and columns of 4 × 6 images, a white line after each
+    cells = sheet.reshape(3, 3, 4, 5, 3)[:, :2, :, :4]  # rows and columns of 2 × 4 images, a white line after each
     assert (cells == cells[:, :1, :, :1]).all()
-    places, labels = cells[:, 0, :, 0, 0], cells[:, 0, :, 0, 1]
+    places, labels = cells[:, 0, :, 0, 1], cells[:, 0, :, 0, 2]
     np.testing.assert_array_equal(labels, np.repeat(np.arange(3)[:, None], 4, axis=1))
     np.testing.assert_array_equal(places, [[0, 50, 99, 149], [0, 10, 19, 29], [0, 1, 3, 4]])
 
@@ -113,7 +99,7 @@ def test_a_corrupt_image_ends_it_or_is_left_out_of_its_row_and_told(tmp_path, ca
 
 def test_of_many_classes_an_even_choice_is_shown(numbered, etflight_command, tmp_path):
     path = numbered(tuple(range(210, 0, -1)))
-    data = ArrayImages(str(path))
+    data = ArrayImages(path)
     figure = describe.sheet(data, 2)
     names = [int(text.get_text().split()[0]) for axes in figure.axes for text in axes.get_yticklabels()]
     assert len(names) == 44

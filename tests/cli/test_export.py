@@ -5,7 +5,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest.mock import create_autospec
 
 import huggingface_hub
@@ -21,7 +20,7 @@ from etflight.callbacks import LastCheckpoint
 from etflight.cli import export
 from etflight.data import Digits
 from etflight.utils.errors import UserError
-from tests.training import new_trainer
+from tests.training import new_trainer, save_trained
 
 WITHOUT_ETFLIGHT = """
 import json, sys
@@ -130,9 +129,7 @@ def test_the_card_tells_recipe_results_and_collapse(run, exported):
 
 def test_a_network_of_ours_is_registered_by_the_import_that_the_card_names(tmp_path):
     model = Classifier(10, "resnet20_cifar", in_chans=1, model_kwargs={"width": 2}).eval()
-    trainer = new_trainer(fast_dev_run=True)
-    trainer.fit(model, datamodule=Digits(max_count=20))
-    trainer.save_checkpoint(tmp_path / "m.ckpt")
+    save_trained(tmp_path / "m.ckpt", model, Digits(max_count=20), limit_train_batches=1)
     export.main([str(tmp_path / "m.ckpt"), "--output", str(tmp_path / "new" / "m")])
     assert "import etflight.backbones.resnet_cifar" in (tmp_path / "new" / "m" / "README.md").read_text()
     images = torch.rand(3, 1, 8, 8)
@@ -187,18 +184,11 @@ def test_onnx_without_its_packages_names_the_extra_and_leaves_nothing(run, tmp_p
 # The Hugging Face Hub -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What stands in place of the client, with its signatures."""
+def test_push_sends_the_folder_to_the_hub_or_tells_in_one_line_why_not(run, tmp_path, monkeypatch, capsys):
     client = create_autospec(huggingface_hub.HfApi)
     monkeypatch.setattr(huggingface_hub, "HfApi", client)
-    client.return_value.create_repo.side_effect = lambda name, **_: huggingface_hub.RepoUrl(
-        f"https://huggingface.co/{name}"
-    )
-    return client.return_value
-
-
-def test_push_sends_the_folder_to_the_hub_or_tells_in_one_line_why_not(hub, run, tmp_path, capsys):
+    hub = client.return_value
+    hub.create_repo.side_effect = lambda name, **_: huggingface_hub.RepoUrl(f"https://huggingface.co/{name}")
     argv = [checkpoint(run), "--push_to_hub", "me/digits", "--output"]
     export.main([*argv, str(tmp_path / "out")])
     (sent,) = hub.upload_folder.call_args_list

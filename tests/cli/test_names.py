@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from etflight.cli import collapse, describe, export
 from etflight.cli.stages import main
 from etflight.utils.terminal import readable
 from etflight.utils.yaml import load_yaml, to_yaml
-from tests.training import QUIET, read_csv
+from tests.training import QUIET, read_csv, save_folders, save_pictures
 
 NO_TEXT = os.fsdecode(b"caf\xe9")  # the bytes of Latin-1
 NAMES = sorted(
@@ -30,19 +29,12 @@ CLASSES = [name if name != NO_TEXT else r"caf\udce9" for name in NAMES]
 MODEL = ["--model.backbone", "resnet20_cifar", "--model.head", "LinearHead", "--model.loss", "CrossEntropyLoss"]
 
 
-def picture(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(len(path.name)).integers(0, 255, (8, 8, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The run folder of a training on classes of these names, tested."""
     folder = tmp_path_factory.mktemp("names")
-    for name in NAMES:
-        for split in ("train", "test"):
-            picture(folder / "the set 😀" / split / name / f"{split}.png")
+    one = dict.fromkeys(NAMES, 1)
+    save_folders(folder / "the set 😀", train=one, test=one)
     data = ["--data", "FolderImages", "--data.root", str(folder / "the set 😀"), "--data.image_size", "8"]
     place = ["--trainer.default_root_dir", str(folder / "runs")]
     main(["fit", *data, *MODEL, *QUIET, "--trainer.max_epochs=1", *place, "--name", "r 😀: #'\""])
@@ -57,10 +49,7 @@ def checkpoint(run):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    for name in NAMES:
-        picture(folder / f"{name}.png")
-    return folder
+    return save_pictures(tmp_path_factory.mktemp("photos"), *(f"{name}.png" for name in NAMES))
 
 
 def decided(run, images):

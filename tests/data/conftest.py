@@ -1,31 +1,28 @@
-import numpy as np
+from functools import partial
+
 import pytest
 import torch
 
 from etflight import Classifier, CrossEntropyLoss, LinearHead
-from tests.quiet import trainer
+from tests.training import new_trainer, save_numbered
 
 
 @pytest.fixture
 def arrays(tmp_path):
-    """Writes an `.npz` in MedMNIST's layout and returns its path: 3 classes of 40, 20 and 10, 2×4 pixels, RGB.
+    """`arrays(**changes)` writes the file of `save_numbered` and returns its path."""
+    return partial(save_numbered, tmp_path / "set.npz")
 
-    Pixels of an image all hold its position in the split. Keyword arguments replace arrays, None leaves one out.
-    """
 
-    def write(**changes):
-        members = {}
-        for split, counts in (("train", (40, 20, 10)), ("test", (5, 5, 3))):
-            labels = np.random.default_rng(0).permutation(np.repeat(np.arange(3), counts))
-            pixels = np.arange(len(labels), dtype=np.uint8)[:, None, None, None]
-            members[f"{split}_images"] = np.broadcast_to(pixels, (len(labels), 2, 4, 3))
-            members[f"{split}_labels"] = labels
-        members.update(changes)
-        path = tmp_path / "set.npz"
-        np.savez(path, **{name: array for name, array in members.items() if array is not None})
-        return str(path)
+@pytest.fixture
+def small(monkeypatch):
+    """`small(set_class, K, **counts)`: let it be a set of so many classes and images."""
 
-    return write
+    def shrink(set_class, classes, **counts):
+        monkeypatch.setattr(set_class, "published_classes", classes)
+        monkeypatch.setattr(set_class, "published_counts", counts)
+        return set_class
+
+    return shrink
 
 
 @pytest.fixture
@@ -37,7 +34,7 @@ def train_a_step():
             data.num_classes, "test_resnet", head=LinearHead, loss=CrossEntropyLoss, in_chans=data.num_channels
         )
         before = {name: value.clone() for name, value in model.named_parameters()}
-        trial = trainer(fast_dev_run=True)
+        trial = new_trainer(fast_dev_run=True)
         trial.fit(model, datamodule=data)
         trial.test(model, datamodule=data, verbose=False)
         assert any(not torch.equal(value, before[name]) for name, value in model.named_parameters())

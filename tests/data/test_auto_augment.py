@@ -19,9 +19,8 @@ TORCHVISION = {
 
 
 def some_images(channels, size=32):
-    images = torch.randint(
-        0, 256, (12, channels, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (12, channels, size, size), dtype=torch.uint8, generator=generator)
     images[0] = 7  # one colour
     images[1] = (torch.arange(size) * 5).to(torch.uint8)  # a ramp
     images[2] = images[2] // 4 + 90  # little contrast
@@ -37,12 +36,8 @@ def test_each_operation_at_each_magnitude_is_that_of_torchvision_on_a_single_ima
         levels = magnitudes_of(bins, *images.shape[-2:])
         values = np.array([0.0]) if levels is None else levels.numpy().astype(np.float64)
         for magnitude in np.concatenate([values, -values]) if signed else values:
-            expected = [
-                theirs._apply_image_or_video_transform(
-                    image, name, float(magnitude), theirs.interpolation, theirs._fill
-                )
-                for image in images
-            ]
+            how = name, float(magnitude), theirs.interpolation, theirs._fill
+            expected = [theirs._apply_image_or_video_transform(image, *how) for image in images]
             codes = np.full((1, len(images)), OPERATIONS.index(name))
             pixels = np.trunc(magnitude) if name.startswith("Translate") else magnitude
             changed = augment(images, codes, np.full(codes.shape, pixels))
@@ -63,12 +58,9 @@ def test_sub_policies_come_as_often_as_published(data):
     codes, _ = AutoAugment.parse(f"autoaugment_{data}").draw(draws, 32, 32, np.random.default_rng(0))
     expected = Counter()
     for (first, p, _), (second, q, _) in Published(AutoAugmentPolicy(data)).policies:
-        for pair, odds in (
-            ((first, second), p * q),
-            ((first, "Identity"), p * (1 - q)),
-            (("Identity", second), (1 - p) * q),
-        ):
-            expected[pair] += odds / 25
+        expected[first, second] += p * q / 25
+        expected[first, "Identity"] += p * (1 - q) / 25
+        expected["Identity", second] += (1 - p) * q / 25
     seen = Counter((OPERATIONS[a], OPERATIONS[b]) for a, b in codes.T)
     for pair, odds in expected.items():
         assert abs(seen[pair] / draws - odds) < 5 * (max(odds, 1e-5) / draws) ** 0.5, pair

@@ -12,7 +12,7 @@ from etflight.data import ArrayImages, Digits, ImageDataModule, ImbalancedSample
 from etflight.data.sampler import fingerprint, long_tailed_subset
 from etflight.data.sources import ImageSplit
 from etflight.utils.errors import UserError
-from tests.quiet import trainer
+from tests.training import new_trainer
 
 
 def positions(loader):
@@ -20,15 +20,10 @@ def positions(loader):
     return [int(i) for images, _ in loader for i in images[:, 0, 0, 0]]
 
 
-@pytest.fixture
-def on_rank():
+def on_rank(data, world_size, rank):
     """Gives a data module a world size and a rank, as an attached trainer does."""
-
-    def attach(data, world_size, rank):
-        data._world = lambda: (world_size, rank)
-        return data
-
-    return attach
+    data._world = lambda: (world_size, rank)
+    return data
 
 
 @pytest.mark.parametrize(
@@ -42,7 +37,6 @@ def on_rank():
         ({"val_fraction": 1.0}, "val_fraction is 1.0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"num_workers": -1}, "num_workers is -1"),
-        ({"mixup": -1.0}, "mixup is -1.0"),
         ({"cutmix": -1.0}, "cutmix is -1.0"),
         ({"color_jitter": 1.1}, "color_jitter is 1.1"),
         ({"auto_augment": "autoaugment"}, "auto_augment 'autoaugment' is unknown"),
@@ -95,7 +89,7 @@ def test_what_the_set_cannot_give_is_named_with_the_set(arrays, changes, options
         ArrayImages(arrays(**changes), **options).setup()
 
 
-def test_what_cannot_be_asked_of_a_set_is_refused(arrays, on_rank):
+def test_what_cannot_be_asked_of_a_set_is_refused(arrays):
     with pytest.raises(UserError, match="split 'valid' is unknown: give one of train, val, test"):
         ArrayImages(arrays()).eval_dataloader("valid")
     with pytest.raises(UserError, match="mean has 2 numbers for 3 channels"):
@@ -158,7 +152,7 @@ def test_the_sets_own_validation_split_is_used(arrays):
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_eval_dataloader_has_every_sample_once_over_all_ranks(arrays, on_rank, split, world_size):
+def test_eval_dataloader_has_every_sample_once_over_all_ranks(arrays, split, world_size):
     path = arrays()
     parts = []
     for rank in range(world_size):
@@ -218,9 +212,8 @@ def test_options_override_the_standard_recipe():
     standard, own = Digits(), Digits(crop_padding=1, flip=True, mean=[0.0], std=[1.0])
     assert torch.equal(standard.train_transform(batch, 0)[0], standard.eval_transform(batch)[0])
     augmented = own.train_transform(batch, 0)[0] * 255
-    assert not any(
-        torch.equal(one, other) for one, other in zip(augmented, batch[0], strict=True) if not (one == 0).any()
-    )
+    uncut = [i for i, image in enumerate(augmented) if not (image == 0).any()]
+    assert not any(torch.equal(augmented[i], batch[0][i]) for i in uncut)
 
 
 def test_options_reach_the_module_from_the_command_line(arrays):
@@ -264,7 +257,7 @@ class Recorder(LightningModule):
 
 def fit(data, root, model=None, ckpt_path=None, **options):
     model = model or Recorder()
-    runs = trainer(default_root_dir=root, **{"max_epochs": 3, "num_sanity_val_steps": 0, **options})
+    runs = new_trainer(default_root_dir=root, **{"max_epochs": 3, "num_sanity_val_steps": 0, **options})
     runs.fit(model, data, ckpt_path=ckpt_path)
     return model
 

@@ -4,17 +4,15 @@ import multiprocessing
 import os
 import pickle
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from etflight import Classifier, CrossEntropyLoss, LinearHead
 from etflight.data import FolderImages
 from etflight.data.files import Paths, files_below
 from etflight.data.sampler import Draw
 from etflight.utils.errors import UserError
-from tests.quiet import trainer
+from tests.training import new_trainer, save_folders, save_pictures
 
 COUNTS = {"train": {"cat": 8, "dog": 4}, "val": {"cat": 2, "dog": 2}, "test": {"cat": 2, "dog": 2}}
 
@@ -22,14 +20,7 @@ COUNTS = {"train": {"cat": 8, "dog": 4}, "val": {"cat": 2, "dog": 2}, "test": {"
 @pytest.fixture
 def tree(tmp_path):
     """Photographs of noise; `FolderImages` of it by default shows the middle."""
-    random = np.random.default_rng(0)
-    for split, sizes in COUNTS.items():
-        for name, count in sizes.items():
-            (tmp_path / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = random.integers(0, 256, (24, 32, 3), np.uint8)
-                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
-    return tmp_path
+    return save_folders(tmp_path, (32, 24), **COUNTS)
 
 
 def folder(tree, **options):
@@ -48,12 +39,8 @@ def epoch(data, number=0):
     [
         ({"min_crop_scale": 0.0}, "min_crop_scale is 0.0"),
         ({"crop_pct": float("nan")}, "crop_pct is nan"),
-        ({"image_size": 0}, "image_size is 0"),
-        ({"image_size": 10**30}, "image_size is 1000"),
-        (
-            {"image_size": 10_000, "crop_pct": 0.5},
-            "image_size is 10000: give at least 1 pixel, and for image_size / crop_pct at most 16384",
-        ),
+        ({"image_size": 0}, "image_size is 0: give at least 1 pixel"),
+        ({"image_size": 10_000, "crop_pct": 0.5}, "image_size is 10000: .* for image_size / crop_pct at most 16384"),
     ],
 )
 def test_a_square_that_cannot_be_is_refused(options, message):
@@ -105,20 +92,16 @@ def test_ranks_together_draw_the_squares_of_one_process_also_in_a_resumed_epoch(
 # --- corrupt images -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def spoil(tree):
-    def write(*names):
-        for name in names:
-            (tree / name).write_bytes(b"no image")
-
-    return write
+def spoil(tree, *names):
+    for name in names:
+        (tree / name).write_bytes(b"no image")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_corrupt_training_image_is_replaced_by_the_next_of_its_batch_and_told(tree, spoil, capfd, workers):
+def test_a_corrupt_training_image_is_replaced_by_the_next_of_its_batch_and_told(tree, capfd, workers):
     expected_images, expected_labels = epoch(folder(tree))
     order = list(folder(tree).train_dataloader().sampler)
-    spoil("train/cat/1.png", "train/cat/2.png", "train/dog/3.png")
+    spoil(tree, "train/cat/1.png", "train/cat/2.png", "train/dog/3.png")
     corrupt = [draw.position in (1, 2, 11) for draw in order]
     instead = []
     for slot in range(12):  # batches are of 5, 5 and 2
@@ -133,48 +116,45 @@ def test_a_corrupt_training_image_is_replaced_by_the_next_of_its_batch_and_told(
     assert all(f"{tree}/train/{name}.png" in line for name in ("cat/1", "cat/2", "dog/3"))
 
 
-def test_each_epoch_tells_its_own_corrupt_images(tree, spoil, capfd):
-    spoil(*(f"train/cat/{i}.png" for i in range(5)))
+def test_each_epoch_tells_its_own_corrupt_images(tree, capfd):
+    spoil(tree, *(f"train/cat/{i}.png" for i in range(5)))
     data = folder(tree, skip_corrupt=True, batch_size=12)
     for _ in range(2):
         epoch(data)
         (line,) = capfd.readouterr().err.splitlines()
         assert "5 images could not be read" in line
         assert line.endswith("and 2 more")
-    for i in range(4):
-        Image.new("RGB", (8, 8)).save(tree / f"train/cat/{i}.png")
+    save_pictures(tree, *(f"train/cat/{i}.png" for i in range(4)))
     epoch(data)
     assert "1 image could not be read" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_in_evaluation_a_corrupt_image_is_left_out(tree, spoil, capfd, split):
+def test_in_evaluation_a_corrupt_image_is_left_out(tree, capfd, split):
     before = list(folder(tree, batch_size=3).eval_dataloader(split))
-    spoil(f"{split}/cat/1.png")
+    spoil(tree, f"{split}/cat/1.png")
     after = list(folder(tree, batch_size=3, skip_corrupt=True).eval_dataloader(split))
     kept = [i for i in range(sum(COUNTS[split].values())) if i != 1]
     for place in (0, 1):
         assert torch.equal(torch.cat([b[place] for b in after]), torch.cat([b[place] for b in before])[kept])
-    assert f"1 image could not be read and were skipped: {tree}/{split}/cat/1.png" in capfd.readouterr().err.replace(
-        "was", "were"
-    )
+    assert f"1 image could not be read and was skipped: {tree}/{split}/cat/1.png" in capfd.readouterr().err
 
 
-def test_a_corrupt_test_image_ends_a_test_whatever_was_asked(tree, spoil):
-    spoil("test/cat/1.png")
+def test_a_corrupt_test_image_ends_a_test_whatever_was_asked(tree):
+    spoil(tree, "test/cat/1.png")
     with pytest.raises(UserError, match=r"test/cat/1\.png cannot be read as an image"):
         list(folder(tree, skip_corrupt=True).test_dataloader())
 
 
-def test_a_batch_without_a_readable_image_is_left_out_of_evaluation_and_a_run_without_any_ends(tree, spoil, capfd):
-    spoil("val/cat/0.png", "val/cat/1.png")
+def test_a_batch_without_a_readable_image_is_left_out_of_evaluation_and_a_run_without_any_ends(tree, capfd):
+    spoil(tree, "val/cat/0.png", "val/cat/1.png")
     (batch,) = folder(tree, skip_corrupt=True, batch_size=2).val_dataloader()
     assert batch[1].tolist() == [1, 1]
     assert "2 images could not be read" in capfd.readouterr().err
-    spoil("val/dog/0.png", "val/dog/1.png")
+    spoil(tree, "val/dog/0.png", "val/dog/1.png")
     with pytest.raises(UserError, match=r"no image of a whole pass can be read, the first is .*val/cat/0\.png"):
         list(folder(tree, skip_corrupt=True, batch_size=3).val_dataloader())
-    spoil(*(f"train/{name}/{i}.png" for name, count in COUNTS["train"].items() for i in range(count)))
+    spoil(tree, *(f"train/{name}/{i}.png" for name, count in COUNTS["train"].items() for i in range(count)))
     with pytest.raises(UserError, match=r"no image of a batch of 5 can be read, the first is .*train/"):
         list(folder(tree, skip_corrupt=True).train_dataloader())
 
@@ -197,7 +177,7 @@ def test_memory_is_pinned_where_there_is_a_gpu(tree, monkeypatch):
 
 def fit(data, **options):
     model = Classifier(2, "test_resnet", head=LinearHead, loss=CrossEntropyLoss)
-    trainer(**{"max_epochs": 2, "num_sanity_val_steps": 0, **options}).fit(model, datamodule=data)
+    new_trainer(**{"max_epochs": 2, "num_sanity_val_steps": 0, **options}).fit(model, datamodule=data)
 
 
 def told(capfd, tree):
@@ -206,8 +186,8 @@ def told(capfd, tree):
     return [line.rpartition("/")[0].rpartition(str(tree))[2] for line in lines]
 
 
-def test_a_run_that_stops_within_an_epoch_tells_what_it_skipped_and_validation_what_it_did_not_show(tree, spoil, capfd):
-    spoil(*(f"train/cat/{i}.png" for i in range(7)), "val/cat/0.png")
+def test_a_run_that_stops_within_an_epoch_tells_what_it_skipped_and_validation_what_it_did_not_show(tree, capfd):
+    spoil(tree, *(f"train/cat/{i}.png" for i in range(7)), "val/cat/0.png")
     fit(folder(tree, image_size=32, skip_corrupt=True, batch_size=6), max_steps=1)
     assert told(capfd, tree) == ["/train/cat"]
     fit(folder(tree, image_size=32, skip_corrupt=True, batch_size=6), limit_train_batches=1, limit_val_batches=1)

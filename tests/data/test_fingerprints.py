@@ -5,18 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from etflight.data import ArrayImages, Digits, FolderImages, INaturalist2018, ListImages
 from etflight.data.sampler import fingerprint
 from etflight.utils.training_data import choice_of, content_of, same_images
+from tests.training import save_pictures
 
 
 def pictures(root: Path, *names: str) -> Path:
-    for name in (*names, "test/cat/0.png", "test/dog/0.png"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (4, 4)).save(root / name)
-    return root
+    return save_pictures(root, *names, "test/cat/0.png", "test/dog/0.png")
 
 
 NAMES = ("train/cat/a.png", "train/cat/b.png", "train/dog/a.png")
@@ -49,11 +46,8 @@ def test_images_in_memory_are_known_by_every_pixel_every_label_and_their_shape(a
     assert ArrayImages(arrays()).content == first
     pixel = images.copy()
     pixel[-1, -1, -1, -1] ^= 1
-    for other in (
-        {"train_images": pixel},
-        {"train_labels": labels[::-1]},
-        {"train_images": images.reshape(70, 4, 2, 3)},
-    ):
+    turned = images.reshape(70, 4, 2, 3)
+    for other in ({"train_images": pixel}, {"train_labels": labels[::-1]}, {"train_images": turned}):
         assert ArrayImages(arrays(**other)).content != first
 
 

@@ -8,18 +8,13 @@ from PIL import Image
 from etflight.data import FolderImages
 from etflight.utils.errors import UserError
 from tests.data.refusals import assert_refused
+from tests.training import save_folders
 
 
 @pytest.fixture
 def tree(tmp_path):
-    """train: 4 cats, 3 dogs; test: 1 cat, 2 dogs; one colour per image, higher than wide."""
-    for split, counts in (("train", {"dog": 3, "cat": 4}), ("test", {"dog": 2, "cat": 1})):
-        for name, count in counts.items():
-            folder = tmp_path / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                Image.new("RGB", (8, 12), (10 * i,) * 3).save(folder / f"{i}.png")
-    return tmp_path
+    """Higher than wide."""
+    return save_folders(tmp_path, (8, 12), train={"dog": 3, "cat": 4}, test={"dog": 2, "cat": 1})
 
 
 def test_classes_are_the_sorted_folders_of_train(tree, train_a_step):

@@ -12,8 +12,7 @@ from tests.data.refusals import assert_refused
 
 def picture(file, value, size=(12, 10)):
     file.parent.mkdir(parents=True, exist_ok=True)
-    kind = {".ppm": "PPM", ".jpg": "JPEG", ".JPEG": "JPEG"}[file.suffix]
-    Image.new("RGB", size, (value, value, value)).save(file, kind)
+    Image.new("RGB", size, (value, value, value)).save(file)
 
 
 @pytest.fixture
@@ -64,10 +63,9 @@ WORDNET = {"n02124075": "Egyptian cat", "n04067472": "reel", "n01443537": "goldf
 
 
 @pytest.fixture
-def tiny_imagenet(tmp_path, monkeypatch):
+def tiny_imagenet(tmp_path, small):
     """As it is unpacked, with 3 classes of 4 training and 2 validation images."""
-    monkeypatch.setattr(TinyImageNet, "published_classes", 3)
-    monkeypatch.setattr(TinyImageNet, "published_counts", {"train": 12, "test": 6})
+    small(TinyImageNet, 3, train=12, test=6)
     root = tmp_path / "tiny-imagenet-200"
     annotations = []
     for label, number in enumerate(WORDNET):
@@ -79,9 +77,8 @@ def tiny_imagenet(tmp_path, monkeypatch):
             picture(root / "val/images" / name, 60 * label, (64, 64))
             annotations.append(f"{name}\t{number}\t0\t32\t44\t62")
     (root / "wnids.txt").write_text("\n".join(WORDNET) + "\n")
-    (root / "words.txt").write_text(
-        "".join(f"{number}\t{words}\n" for number, words in {**WORDNET, "n00001740": "entity"}.items())
-    )
+    words = {**WORDNET, "n00001740": "entity"}
+    (root / "words.txt").write_text("".join(f"{number}\t{name}\n" for number, name in words.items()))
     (root / "val/val_annotations.txt").write_text("\n".join(annotations) + "\n")
     picture(root / "test/images/test_0.JPEG", 0)
     return root
@@ -112,16 +109,14 @@ def test_what_tiny_imagenet_lacks_is_named(tiny_imagenet):
         assert_refused(data, "test", r"TinyImageNet in .*: line 1 \(.*\) (is no path|leaves)")
     (tiny_imagenet / "wnids.txt").write_text("n02124075\n")
     assert_refused(data, "fit", "4 train images, but 12 were published")
-    assert_refused(
-        TinyImageNet("nowhere"), "fit", r"wnids\.txt cannot be read \(No such file.*\): unpack the set there"
-    )
+    message = r"wnids\.txt cannot be read \(No such file.*\): unpack the set there"
+    assert_refused(TinyImageNet("nowhere"), "fit", message)
 
 
 @pytest.fixture
-def birds(tmp_path, monkeypatch):
+def birds(tmp_path, small):
     """CUB-200-2011 as it is unpacked, with 3 species of 6 images, every third to test."""
-    monkeypatch.setattr(CUB200, "published_classes", 3)
-    monkeypatch.setattr(CUB200, "published_counts", {"train": 12, "test": 6})
+    small(CUB200, 3, train=12, test=6)
     root = tmp_path / "CUB_200_2011"
     files = {"images": [], "image_class_labels": [], "train_test_split": []}
     for number in range(1, 19):
@@ -154,11 +149,10 @@ def test_cub_is_read_from_its_three_lists(birds, train_a_step):
     ("file", "line", "message"),
     [
         ("train_test_split", "1 0", "11 train images, but 12 were published"),
+        ("train_test_split", "77 1", "11 train images, but 12 were published"),
         ("image_class_labels", "1 7", r"CUB200 in .*: label 6 of train image .*0001\.jpg is outside 0 … 2"),
         ("image_class_labels", "1 one", r"CUB200 in .*: line 1 \(.*one'\) is no path and label"),
         ("image_class_labels", "77 1", "is no path and label"),
-        ("train_test_split", "1 2", "11 train images, but 12 were published"),
-        ("train_test_split", "77 1", "11 train images, but 12 were published"),
         ("images", "1 ../../secret.jpg", "leaves the root"),
         ("images", "1 001.x/none.jpg", r"1 of 12 train images are missing: .*images/001\.x/none\.jpg"),
         ("images", None, r"images\.txt cannot be read \(.*\): unpack the set there, or correct --data\.root"),

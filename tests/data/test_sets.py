@@ -15,6 +15,7 @@ from torchvision import datasets
 from etflight.data import CIFAR10, CIFAR100, GTSRB, STL10, SVHN, Digits, FashionMNIST
 from etflight.data.sets import move_into
 from tests.data.refusals import assert_refused
+from tests.hostile import Bomb
 
 
 def test_digits_are_the_1797_of_scikit_learn_fifty_per_class_to_test_whatever_the_seed():
@@ -133,31 +134,20 @@ def test_what_cifar_lacks_is_named(write_cifar, tmp_path):
     assert_refused(CIFAR10(str(tmp_path)), "fit", r"data_batch_4\.bin is missing")
 
 
-class Marker:
-    """Pickled, it creates a file when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, "w")
-
-
-def test_a_pickle_without_the_published_checksum_is_refused_and_never_loaded(tmp_path):
+def test_a_pickle_without_the_published_checksum_is_refused_and_never_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     for name, _ in [*datasets.CIFAR10.train_list, *datasets.CIFAR10.test_list]:
-        (folder / name).write_bytes(pickle.dumps(Marker(str(tmp_path / "loaded"))))
+        (folder / name).write_bytes(pickle.dumps(Bomb()))
     assert_refused(CIFAR10(str(tmp_path)), "fit", "cifar-10-batches-py is damaged")
-    assert not (tmp_path / "loaded").exists()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_python_version_gives_the_same_images_as_torchvision(tmp_path, monkeypatch):
     pixels, targets = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8), list(range(10)) * 2
-    verified = staticmethod(
-        lambda root, train: SimpleNamespace(data=pixels, targets=targets)
-    )  # its checksums have passed
-    monkeypatch.setattr(CIFAR10, "published", verified)
+    verified = SimpleNamespace(data=pixels, targets=targets)  # its checksums have passed
+    monkeypatch.setattr(CIFAR10, "published", staticmethod(lambda root, train: verified))
     images, labels = CIFAR10(str(tmp_path)).split("train").__getitems__([4, 13])
     assert np.array_equal(images.permute(0, 2, 3, 1), pixels[[4, 13]])
     assert labels.tolist() == [4, 3]
@@ -221,11 +211,10 @@ BOMB = zlib.compress(bytes(2**28 + 1), 1)
     ("spoil", "message"),
     [
         (lambda data: data[:-100], "is damaged"),
-        (lambda data: data[:200], "is damaged"),
         (lambda data: b"\0" * 300, "is damaged"),
         (lambda data: data[:128] + struct.pack("<II", 15, len(BOMB)) + BOMB, ".*refused, no images are like that"),
     ],
-    ids=["cut", "cut early", "empty", "made to fill the memory"],
+    ids=["cut", "empty", "made to fill the memory"],
 )
 def test_a_damaged_or_hostile_matlab_file_is_refused(house_numbers, tmp_path, spoil, message):
     house_numbers()

@@ -14,7 +14,7 @@ from etflight.cli import export
 from etflight.data import ArrayImages
 from etflight.export.card import model_card
 from etflight.utils.preprocessing import Preprocessing
-from tests.training import new_trainer, save_arrays
+from tests.training import save_arrays, save_trained
 
 COLOUR = Preprocessing((3, 16, 16), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 
@@ -51,10 +51,8 @@ def test_what_it_says_to_do_works(channels, formats, tmp_path, monkeypatch, caps
     """Its Python, block by block, with a picture of another size and mode."""
     torch.manual_seed(0)
     save_arrays(tmp_path / "a.npz", shape=(16, 16, channels), classes=2, class_names=np.array(["cat", "dog"]))
-    trainer = new_trainer(max_epochs=1, limit_val_batches=0)
     model = Classifier(2, "test_resnet", in_chans=channels)
-    trainer.fit(model, datamodule=ArrayImages(str(tmp_path / "a.npz"), mean=[0.3], std=[0.4], batch_size=20))
-    trainer.save_checkpoint(tmp_path / "m.ckpt")
+    save_trained(tmp_path / "m.ckpt", model, ArrayImages(str(tmp_path / "a.npz"), mean=[0.3], std=[0.4], batch_size=20))
     export.main([str(tmp_path / "m.ckpt"), "--output", str(tmp_path / "m"), "--format", *formats])
     Image.new("RGBA", (21, 16), "red").save(tmp_path / "m" / "one.png")
     monkeypatch.chdir(tmp_path / "m")

@@ -8,6 +8,10 @@ from typing import Any
 import numpy as np
 from scipy.spatial.distance import cdist
 
+from etflight.reporting.groups import group
+from etflight.reporting.page import write_page
+from etflight.reporting.results import read_results
+
 COUNTS = [128, 40, 8]
 K, D, N = 5, 7, 3  # classes, features, embeddings a class of what a monitor leaves
 EVIL = "</script><img src=x onerror=pwned=1><b>&\"'`${pwned=1}"
@@ -90,6 +94,13 @@ def leave(folder, epochs=(0, 1, 2), classes=K, snapshots=True, seed=0):
             )  # fmt: skip
         made[epoch] = M, W, H.astype(float), labels
     return made
+
+
+def write(path, folders):
+    """The page of these runs; returns what it leaves out."""
+    results, problems = read_results(folders)
+    assert problems == []
+    return write_page(path, group(results)[0])
 
 
 def cosines(A, B):

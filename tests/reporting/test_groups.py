@@ -74,9 +74,7 @@ def test_the_same_seed_on_other_images_is_another_run():
     runs = [result(seed=0, fingerprint=f"set-{choice}") for choice in ("a", "b", "b")]
     (section,), remarks = group(runs)
     assert len(section.groups[0].results) == 2
-    assert [word in remark for word, remark in zip(("same seed", "different images"), remarks, strict=True)] == [
-        True
-    ] * 2
+    assert all(word in remark for word, remark in zip(("same seed", "different images"), remarks, strict=True))
 
 
 @pytest.mark.parametrize(

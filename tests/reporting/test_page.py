@@ -4,22 +4,13 @@ import re
 import pytest
 
 from etflight.cli.report import main as report
-from etflight.reporting.groups import group
-from etflight.reporting.page import write_page
-from etflight.reporting.results import read_results
 from etflight.utils.errors import UserError
-from tests.reporting.folders import COUNTS, EVIL, classes, make_run, make_runs, write_csv
+from tests.reporting.folders import COUNTS, EVIL, classes, make_run, make_runs, write, write_csv
 
 
 @pytest.fixture
 def runs(tmp_path):
     return make_runs(tmp_path)
-
-
-def write(path, folders):
-    results, problems = read_results(folders)
-    assert problems == []
-    return write_page(path, group(results)[0])
 
 
 def content(path):

@@ -14,19 +14,15 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from etflight import heads, losses, optim
 from etflight.data import ArrayImages, Digits, FolderImages
 from etflight.data.sampler import POLICIES
-from tests.training import read_csv
+from tests.training import QUIET, read_csv, save_arrays, save_folders
 
-FIT = [
-    "fit", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
-    "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1",
-]  # fmt: skip
+FIT = ["fit", *QUIET, "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
 PARTS = {
     "model.head": [heads.ETFHead, heads.LinearHead, heads.CosineHead],
     "model.loss": [
@@ -147,18 +143,9 @@ def command_lines(draw):
 def images(tmp_path_factory):
     """The folder of the image files that `DATA` names."""
     folder = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    content = {}
-    for split, size in {"train": 48, "val": 8, "test": 8}.items():
-        content[f"{split}_images"] = generator.integers(0, 256, (size, 9, 7, 3), dtype=np.uint8)
-        content[f"{split}_labels"] = np.arange(size) % 4
-    np.savez(folder / "colour.npz", **content)
-    for split, per_class in (("train", 8), ("test", 2)):
-        for name in ("cat", "dog"):
-            (folder / "folder" / split / name).mkdir(parents=True)
-            for i in range(per_class):
-                pixels = generator.integers(0, 256, (10, 12, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / "folder" / split / name / f"{i}.png")
+    val = {"val_images": np.zeros((8, 9, 7, 3), np.uint8), "val_labels": np.arange(8) % 4}
+    save_arrays(folder / "colour.npz", train=48, test=8, shape=(9, 7, 3), classes=4, **val)
+    save_folders(folder / "folder", (12, 10), train={"cat": 8, "dog": 8}, test={"cat": 2, "dog": 2})
     return folder
 
 

@@ -17,8 +17,7 @@ LAST = "runs/r/checkpoints/last.ckpt"
 
 def run(command, cwd, *commands):
     for argv in commands:
-        result = command(*argv, cwd=cwd)
-        assert result.status == 0, (argv[0], result.err)
+        command(*argv, cwd=cwd).ran()
 
 
 def numbers(folder):
@@ -51,16 +50,9 @@ def test_every_command_works_in_every_precision(precision, dtype, tolerance, tra
     fit += ["--trainer.callbacks+", "NeuralCollapseMonitor", "--trainer.max_epochs"]
     post_hoc = [*options[:-1], "ncm", "--ckpt_path", LAST, "--post_hoc", "NearestClassMean"]
     predict = ["--ckpt_path", "last", "--embeddings", "true", "--output", "predictions.npz"]
-    run(
-        etflight_command,
-        tmp_path,
-        [*fit, 1],
-        [*fit, 2, "--ckpt_path", "last"],
-        ["test", *post_hoc],
-        ["predict", *options, *predict],
-        ["collapse", LAST, *DIGITS],
-        ["export", LAST, "--output", "exported"],
-    )
+    others = ["collapse", LAST, *DIGITS], ["export", LAST, "--output", "exported"]
+    fits = [*fit, 1], [*fit, 2, "--ckpt_path", "last"]
+    run(etflight_command, tmp_path, *fits, ["test", *post_hoc], ["predict", *options, *predict], *others)
     saved = torch.load(tmp_path / LAST, weights_only=True)["state_dict"]
     assert {value.dtype for name, value in saved.items() if "conv" in name} == {dtype}
     assert torch.equal(saved["head.weight"].float(), ETFHead(64, 10).weight)  # to the last bit, in half precision, too

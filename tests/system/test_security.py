@@ -28,6 +28,7 @@ from etflight.data.sets import read_idx
 from etflight.utils.errors import UserError
 from etflight.utils.limits import refuse_names
 from tests.cli.test_stages import QUICK
+from tests.hostile import Bomb, save_packed
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -48,11 +49,6 @@ class Evil(LinearHead):
         fn()
         super().__init__(*args)
 """
-
-
-class Bomb:
-    def __reduce__(self):
-        return (exec, ("open('ran', 'w').close()",))
 
 
 @pytest.fixture
@@ -124,14 +120,6 @@ def save_half(content):
     Path("c.ckpt").write_bytes(whole[: len(whole) // 2])
 
 
-def save_what_unpacks_to_more(content):
-    torch.save(content, "plain.ckpt")
-    with zipfile.ZipFile("plain.ckpt") as plain, zipfile.ZipFile("c.ckpt", "w", zipfile.ZIP_DEFLATED) as packed:
-        for member in plain.infolist():
-            packed.writestr(member.filename, plain.read(member))
-        packed.writestr("archive/data/zeros", bytes(2**24))
-
-
 def holds(**changes):
     """A writer of a checkpoint with other entries."""
     return lambda content: torch.save({**content, **changes}, "c.ckpt")
@@ -200,7 +188,7 @@ MALFORMED = {  # plain data of the wrong shape
     "hyper_parameters without end": (asks_for(model_kwargs={"a": endless()}), "values"),
     "class_names that are no texts": (holds(class_names=list(range(10))), "class_names"),
     "a global_step that is a text": (holds(global_step="1; rm"), "global_step"),
-    "more than its size when unpacked": (save_what_unpacks_to_more, "refused"),
+    "more than its size when unpacked": (lambda c: save_packed(c | {"zeros": torch.zeros(2**22)}, "c.ckpt"), "refused"),
 }  # fmt: skip
 ATTACKS = CODE | FOREIGN | NAMED | MALFORMED
 

@@ -16,7 +16,7 @@ from etflight.utils.errors import UserError
 from etflight.utils.preprocessing import Preprocessing
 from tests import training
 from tests.cli.test_bad_input import folder
-from tests.training import new_trainer, read_csv, save_arrays
+from tests.training import new_trainer, read_csv, save_arrays, save_trained
 
 MEAN, STD = 0.1, 2.0
 QUIET = [*training.QUIET, "--trainer.logger", "false"]
@@ -132,10 +132,9 @@ def test_weights_taken_from_a_checkpoint_are_told_of_another_normalisation(check
 )
 def test_pictures_are_sized_and_cropped_as_training_did(given, line, tmp_path, capsys):
     folder(tmp_path / "pets", {"cat": 4, "dog": 4})
-    trainer = new_trainer(max_epochs=1, limit_train_batches=0)
     model = Classifier(2, "resnet20_cifar", head=LinearHead, loss=CrossEntropyLoss)
-    trainer.fit(model, datamodule=FolderImages(str(tmp_path / "pets"), image_size=12, crop_pct=0.75, batch_size=4))
-    trainer.save_checkpoint(tmp_path / "m.ckpt")
+    trained_on = FolderImages(str(tmp_path / "pets"), image_size=12, crop_pct=0.75, batch_size=4)
+    save_trained(tmp_path / "m.ckpt", model, trained_on, limit_train_batches=0)
     data = ["--data", "FolderImages", "--data.root", str(tmp_path / "pets")]
     place = ["--trainer.default_root_dir", str(tmp_path), "--name", "t"]
     cli = main(["test", "--ckpt_path", str(tmp_path / "m.ckpt"), *data, *given, *QUIET, *place])
@@ -190,10 +189,8 @@ def of_channels(tmp_path_factory):
     root = tmp_path_factory.mktemp("channels")
     for channels in (1, 3):
         save_arrays(root / f"{channels}.npz", shape=(8, 8, channels))
-        data = ArrayImages(str(root / f"{channels}.npz"))
-        trainer = new_trainer(max_epochs=1, limit_train_batches=0)
-        trainer.fit(Classifier(10, "resnet20_cifar", in_chans=channels), datamodule=data)
-        trainer.save_checkpoint(root / f"{channels}.ckpt")
+        data, model = ArrayImages(str(root / f"{channels}.npz")), Classifier(10, "resnet20_cifar", in_chans=channels)
+        save_trained(root / f"{channels}.ckpt", model, data, limit_train_batches=0)
     return root
 
 
