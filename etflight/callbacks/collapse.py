@@ -490,7 +490,7 @@ class NeuralCollapseMonitor(Callback):
         self.epochs = list(state_dict["epochs"])
         self.history = {name: list(series) for name, series in state_dict["history"].items()}
         self._anchors = dict(state_dict["anchors"])
-        self._swept_at = state_dict["swept_at"]
+        self._swept_at = state_dict.get("swept_at", max(self.epochs, default=-1.0))  # earlier versions do not say
 
     def rank_state(self) -> dict[str, Any]:
         """Return this process's statistics of the training forwards in this epoch so far."""
