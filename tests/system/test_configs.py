@@ -124,7 +124,7 @@ def test_an_arm_says_nothing_of_the_protocol():
         second_stage = "first_stage" in content  # which has a short protocol of its own
         allowed = {"model", "data", "trainer", "post_hoc", "fine_tuning", "first_stage"}
         assert content.keys() <= allowed, arm
-        assert second_stage or content.get("model", {}).keys() <= {"head", "loss", "logit_adjustment"}, arm
+        assert second_stage or content.get("model", {}).keys() <= {"head", "loss", "logit_adjustment", "sam_rho"}, arm
         assert second_stage or content.get("data", {"init_args": {}})["init_args"].keys() <= {"sampler"}, arm
         assert second_stage or content.get("trainer", {}).keys() <= {"callbacks+"}, arm
 
