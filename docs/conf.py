@@ -16,7 +16,7 @@ author = copyright = "the authors of etflight"
 version = release = etflight.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.intersphinx", "sphinx_copybutton"]
-exclude_patterns = ["build", "notebooks/results", "notebooks/figures"]
+exclude_patterns = ["notebooks/models", "build", "notebooks/results", "notebooks/figures"]
 myst_enable_extensions = ["dollarmath", "deflist", "colon_fence", "attrs_inline", "fieldlist"]
 myst_heading_anchors = 4
 nb_execution_mode = "off"
