@@ -321,20 +321,19 @@ class Classifier(LightningModule):
 
     def cost(self, image_shape: Sequence[int]) -> "Cost":
         """Count the network's parameters, and its multiply-adds for an image of shape `[C, H, W]`."""
-        from etflight.backbones.cost import (
-            network_cost,
-        )  # torch's counter takes a second, which `--help` need not wait for
+        # torch's counter takes half a second, which `--help` need not wait for
+        from etflight.backbones.cost import network_cost
 
         return network_cost(self.backbone, self.head, image_shape)
 
     def describe_temperature(self) -> str:
         """Say what temperature the probabilities have, and where it comes from."""
         temperature = float(self.temperature)
+        if temperature == 1:  # of a head put in for an evaluation, too, for which none was fitted
+            return "no temperature fitted: see --data.val_fraction"
         if self.is_calibrated:
             return f"temperature {temperature:.3g}, fitted on held-out images"
-        if temperature != 1:
-            return f"temperature {temperature:.3g}, the default of {type(self.loss).__name__}"
-        return "no temperature fitted: see --data.val_fraction"
+        return f"temperature {temperature:.3g}, the default of {type(self.loss).__name__}"
 
     # --- steps -------------------------------------------------------------------------------------------------------------
 

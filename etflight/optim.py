@@ -135,11 +135,12 @@ def at_sharpest_point(parameters: Iterable[nn.Parameter], rho: float, adaptive: 
     with torch.no_grad():
         moved = [parameter for parameter in parameters if parameter.grad is not None]
         own = [parameter.clone() for parameter in moved]
-        sizes = [parameter.abs() if adaptive else torch.ones_like(parameter) for parameter in moved]
-        slopes = [size * cast(Tensor, parameter.grad) for size, parameter in zip(sizes, moved, strict=True)]
+        slopes = [cast(Tensor, parameter.grad) for parameter in moved]
+        if adaptive:
+            slopes = [slope * parameter.abs() for slope, parameter in zip(slopes, moved, strict=True)]
         step = rho / nn.utils.get_total_norm(slopes).clamp(min=torch.finfo(torch.float32).tiny)
-        for parameter, size, slope in zip(moved, sizes, slopes, strict=True):
-            parameter.add_(size * slope * step)
+        for parameter, slope in zip(moved, slopes, strict=True):
+            parameter.add_(slope * step * (parameter.abs() if adaptive else 1))
     try:
         yield
     finally:
@@ -208,10 +209,10 @@ class WarmupCosine(SequentialLR):
             )
         warmup = _warmup(optimizer, warmup_epochs)
         rest = total_epochs - len(warmup) * warmup_epochs
-        main = (
-            [CosineAnnealingLR(optimizer, rest)] if rest > 0 else []
-        )  # else a trial run, which ends before the warm-up
-        super().__init__(optimizer, [*warmup, *main], [warmup_epochs] * len(warmup) * len(main))
+        if rest < 1:  # a trial run, which ends before the warm-up
+            super().__init__(optimizer, warmup, [])
+        else:
+            super().__init__(optimizer, [*warmup, CosineAnnealingLR(optimizer, rest)], [warmup_epochs] * len(warmup))
 
 
 def _warmup(optimizer: Optimizer, epochs: int) -> list[LRScheduler]:

@@ -33,8 +33,15 @@ def add_prediction_arguments(parser: ArgumentParser) -> None:
 
 
 def images_of(options: EarlyOptions) -> list[str]:
-    """The paths of `--images`, or else of a configuration file."""
-    return list(map(str, options.value("images", list) or []))
+    """The paths of `--images`, or else of a configuration file.
+
+    Raises:
+        UserError: A configuration file gives something other than a list.
+    """
+    given = options.value("images", object) or []
+    if not isinstance(given, list):
+        raise UserError(f"images in a configuration file is {given!r:.60}: give a list, as in images: [photos/]")
+    return list(map(str, given))
 
 
 def as_data(options: EarlyOptions, path: Path, checkpoint: dict[str, Any]) -> list[str]:

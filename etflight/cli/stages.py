@@ -158,6 +158,9 @@ class EtflightCLI(LightningCLI):
             raise UserError(
                 f"{stage} needs a trained model: give --ckpt_path FILE, or --ckpt_path last with the name of its run"
             )
+        seed = self.config[stage]["seed_everything"]
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise UserError(f"--seed_everything is {seed}: give a whole number from 0 to {2**32 - 1}")
         self.config[stage]["ckpt_path"] = None  # with it, Lightning would let the checkpoint's model win
 
     def _parse_over_checkpoint(
@@ -213,7 +216,8 @@ class EtflightCLI(LightningCLI):
         if self.subcommand == "test":  # `TestResults` prints; Lightning's table has all numbers in one column
             self.verbose, config["verbose"] = config["verbose"], False
         if self.subcommand != "fit":
-            adjusted = config["model"]["logit_adjustment"] != self.saved_model.get("logit_adjustment", 0.0)
+            before = {"logit_adjustment": 0.0, "adjustment": "additive", **self.saved_model}
+            adjusted = any(config["model"][name] != before[name] for name in ("logit_adjustment", "adjustment"))
             place.move_to_training(decides_otherwise=adjusted or config["post_hoc"] is not None)
         elif config["first_stage"] and config["fine_tuning"]["checkpoint"] is None and place.checkpoint is None:
             config["fine_tuning"]["checkpoint"] = place.first_stage(config["first_stage"])

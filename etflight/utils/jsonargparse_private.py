@@ -22,6 +22,8 @@ def in_one_line(message: str, bases: Mapping[str, type]) -> str:
         '--data.batch_size: Expected an int, got x'
     """
     key = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message)))
+    if linked := re.search(r'Linked "([^"]+)" must be given via "([^".]+)', message):
+        return f"--{linked[1]} is taken from --{linked[2]}: leave it out"
     if key in bases and "is abstract" in message:
         return f"--{key}: say which: {', '.join(_names(bases[key]))}"
     reason = _innermost(message)

@@ -153,7 +153,9 @@ def run(etflight_command, tmp_path_factory):
     return cwd, [*DATA, "--ckpt_path", cwd / "runs/ce/checkpoints/last.ckpt"]
 
 
-@pytest.mark.parametrize("method", [["--post_hoc=NearestClassMean"], ["--model.logit_adjustment=1.0"]])
+@pytest.mark.parametrize(
+    "method", [["--post_hoc=NearestClassMean"], ["--model.logit_adjustment=1.0"], ["--model.adjustment=multiplicative"]]
+)
 def test_results_of_another_decision_never_go_to_the_run_of_the_checkpoint(method, run, etflight_command):
     cwd, of_checkpoint = run
     before = contents(cwd / "runs/ce")

@@ -64,7 +64,8 @@ CASES = {
     "images that nothing makes a network take": (
         1, ["test_convnext does not take images of 1 x 8 x 8", "give larger ones"],
         lambda t: [*DIGITS, "--model.backbone", "test_convnext"]),
-    "a negative seed": (1, ["-5 is not in bounds"], lambda t: [*DIGITS, "--seed_everything", -5]),
+    "a seed beyond 32 bits": (1, ["--seed_everything is 4294967296"], lambda t: [*DIGITS, "--seed_everything", 2**32]),
+    "a negative seed": (1, ["--seed_everything is -5: give a whole number from 0 to"], lambda t: [*DIGITS, "--seed_everything", -5]),
     "a name that two classes have": (
         2, ["--model.lr_scheduler", "etflight.optim.WarmupCosine, mine.WarmupCosine"],
         lambda t: (t / "mine.py").write_text(TWICE)

@@ -22,7 +22,7 @@ CASES = {
     "--trainer.callbacks+ EarlyStopping": "these arguments are required: --trainer.callbacks.monitor",
     "--trainer.callbacks+ EarlyStopping --trainer.callbacks.monitor a --trainer.callbacks.patience x":
         "--trainer.callbacks.patience: Expected an int, got x",
-    "--model.num_classes 7": 'Linked "model.num_classes" must be given via "data.num_classes"',
+    "--model.num_classes 7": "--model.num_classes is taken from --data: leave it out",
     "--model.head.bogus 1": "--model.head.bogus: the chosen class takes no argument 'bogus'",
     "-c wrong.yaml": "--data.imbalance: the chosen class takes no argument 'imbalance'",
     "--bogus 1": "unrecognized arguments: --bogus 1",

@@ -205,6 +205,9 @@ def test_images_may_stand_in_a_configuration_file_or_behind_an_equals_sign(rgb, 
     assert found["run"]["image"].tolist() == [one, two]
     with pytest.raises(UserError, match="not both"):
         predict(rgb, tmp_path / "out.csv", *given["list"], "--data", "Digits")
+    (tmp_path / "text.yaml").write_text(json.dumps({"images": str(two)}))
+    with pytest.raises(UserError, match=r"give a list, as in images: \[photos/\]"):
+        predict(rgb, tmp_path / "out.csv", "-c", tmp_path / "text.yaml")
 
 
 def test_it_says_where_the_temperature_comes_from(rgb, tmp_path, caplog):

@@ -44,6 +44,8 @@ def test_it_says_where_the_temperature_comes_from():
     assert "temperature 0.435, the default of DotRegressionLoss" in card_of(model, onnx=True)
     model.is_calibrated = True
     assert "temperature 0.435, fitted on held-out images" in card_of(model, onnx=True)
+    model.temperature.fill_(1.0)  # as for a head that is put in for an evaluation
+    assert "no temperature fitted" in card_of(model, onnx=True)
 
 
 @pytest.mark.parametrize(("channels", "formats"), [(1, ["timm", "onnx", "torch-export"]), (3, ["timm"])])
