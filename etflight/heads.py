@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import deepcopy
 from typing import Literal, Self, cast, get_args
 
 import torch
@@ -105,13 +106,22 @@ class ETFHead(Head):
         learn_rotation: Whether a learnable `Rotation`, at first the identity, comes last in the embedding. Because of
             `<w_k, R h> = <Rᵀ w_k, h>`, this turns the frame as a rigid body without moving a class vector: see `Rotation`.
         seed: The seed of the frame's rotation, from which `learn_rotation` starts.
+        reserved_classes: The number R of further class vectors, which wait for classes to come: the frame has K + R vectors, and the
+            logits are those of the first K; see `extended`.
+
+    Attributes:
+        weight: The class vectors `[K, d']`, a buffer.
+        reserved: The vectors `[R, d']` of classes to come, a buffer; None without any.
 
     Raises:
-        UserError: No such code exists for K and d', or an argument is out of range.
+        UserError: No such code exists for K + R and d', or an argument is out of range.
 
     Source:
-        Yang et al. 2022, arXiv 2203.09081, section 3.
+        Yang et al. 2022, arXiv 2203.09081, section 3; for reserved classes Yang et al., "Neural Collapse Inspired Feature-Classifier
+        Alignment for Few-Shot Class-Incremental Learning", ICLR 2023, arXiv 2302.03004.
     """
+
+    reserved: Tensor | None
 
     def __init__(
         self,
@@ -127,25 +137,32 @@ class ETFHead(Head):
         learn_scale: bool = False,
         learn_rotation: bool = False,
         seed: int = 0,
+        reserved_classes: int = 0,
     ) -> None:
         super().__init__(in_features, num_classes)
         _check_scale("ETFHead: scale", scale)
+        if reserved_classes < 0:
+            raise UserError(f"ETFHead: reserved_classes is {reserved_classes}: give 0 or more classes to come")
         if code not in get_args(Code):
             raise UserError(f"ETFHead: code must be one of {', '.join(get_args(Code))}, got {code!r}")
         if projection_dim is not None and not 1 <= projection_dim <= _WIDEST:
             raise UserError(
                 f"ETFHead: projection_dim is {projection_dim}: give a width from 1 to {_WIDEST}, or leave it out for no projection"
             )
-        if linear_projection and num_classes > in_features + 1:
+        vectors = num_classes + reserved_classes
+        if linear_projection and vectors > in_features + 1:
             raise UserError(
-                f"ETFHead: a linear projection of {in_features} features has no room for the frame of {num_classes} classes: "
+                f"ETFHead: a linear projection of {in_features} features has no room for the frame of {vectors} classes: "
                 "leave out linear_projection"
             )
         width = in_features if projection_dim is None else projection_dim
         self.normalize = normalize
         self.learn_scale = learn_scale
         self.bias = None
-        self.register_buffer("weight", _class_vectors(code, num_classes, width, seed))
+        frame = _class_vectors(code, vectors, width, seed)
+        # copies, since a state dict would save the whole frame with each view of it
+        self.register_buffer("weight", frame[:num_classes].clone() if reserved_classes else frame)
+        self.register_buffer("reserved", frame[num_classes:].clone() if reserved_classes else None)
         self.projection = _projection(in_features, projection_dim, linear_projection)
         self.batch_norm = nn.BatchNorm1d(width) if batch_norm else nn.Identity()
         self.rotation = Rotation(width) if learn_rotation else nn.Identity()
@@ -159,11 +176,38 @@ class ETFHead(Head):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or convert like any module, but keep the frame's dtype in half precision, which would be too coarse for it."""
-        frame = self.weight
+        frame, reserved = self.weight, self.reserved
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.weight.dtype in (torch.bfloat16, torch.float16):
             self.weight = frame.to(self.weight.device)
+            self.reserved = None if reserved is None else reserved.to(self.weight.device)
         return self
+
+    @property
+    def frame(self) -> Tensor:
+        """The class vectors of all classes, those to come included, `[K + R, d']`."""
+        return self.weight if self.reserved is None else torch.cat([self.weight, self.reserved])
+
+    def extended(self, num_classes: int) -> Self:
+        """Copy this head for more classes: the first reserved vectors become class vectors, everything else is the same.
+
+        Args:
+            num_classes: The number of classes of the copy, from K to K + R.
+
+        Raises:
+            UserError: The frame does not have as many vectors, or the head already has more classes.
+        """
+        frame = self.frame
+        if not self.num_classes <= num_classes <= len(frame):
+            raise UserError(
+                f"ETFHead: {num_classes} classes asked for, but the head has {self.num_classes} and its frame {len(frame)} vectors: "
+                "train with more reserved_classes, or add fewer classes"
+            )
+        head = deepcopy(self)
+        head.num_classes = num_classes
+        head.weight = frame[:num_classes].clone()
+        head.reserved = frame[num_classes:].clone() if num_classes < len(frame) else None
+        return head
 
     def embed(self, features: Tensor) -> Tensor:
         """Compute embeddings `[B, d']` in float32, or float64; they have norm 1 unless `normalize` is False."""

@@ -134,6 +134,47 @@ def test_a_sphere_code_is_not_computed_where_a_state_dict_brings_it():
     assert torch.equal(simplex.weight, ETFHead(16, 10).weight)
 
 
+# --- classes to come ------------------------------------------------------------------------------------------------------
+
+
+def test_reserved_classes_are_the_rest_of_one_frame_and_become_classes_without_any_other_change():
+    head = ETFHead(16, 6, reserved_classes=4, seed=3).train()
+    assert_close(head.frame, simplex_etf(10, 16, seed=3))
+    head(FEATURES)  # its BatchNorm has seen something
+    head.eval()
+    larger = head.extended(8).eval()
+    logits = larger(FEATURES)
+    assert logits.shape == (32, 8)
+    assert_close(logits[:, :6], head(FEATURES))
+    assert_close(logits, larger.embed(FEATURES) @ simplex_etf(10, 16, seed=3)[:8].T)
+    assert larger.extended(10).reserved is None
+    assert head.num_classes == 6
+
+
+def test_a_frame_with_reserved_classes_is_saved_but_never_trained_and_keeps_its_dtype():
+    head = ETFHead(16, 6, reserved_classes=4, batch_norm=False)
+    assert not list(head.parameters())
+    other = ETFHead(16, 6, reserved_classes=4, batch_norm=False, seed=1)
+    other.load_state_dict(head.state_dict())
+    assert torch.equal(other.frame, head.frame)
+    assert head.to(torch.bfloat16).frame.dtype == torch.float32
+
+
+@pytest.mark.parametrize("num_classes", [5, 11])
+def test_more_classes_than_the_frame_has_or_fewer_than_now_are_refused(num_classes):
+    with pytest.raises(
+        UserError, match=f"{num_classes} classes asked for, but the head has 6 and its frame 10 vectors"
+    ):
+        ETFHead(16, 6, reserved_classes=4).extended(num_classes)
+
+
+def test_a_frame_has_room_for_all_classes_to_come_or_is_refused():
+    with pytest.raises(UserError, match="18"):
+        ETFHead(16, 6, reserved_classes=12)
+    with pytest.raises(UserError, match="reserved_classes is -1"):
+        ETFHead(16, 6, reserved_classes=-1)
+
+
 @pytest.mark.parametrize(
     ("projection_dim", "asked", "linear"), [(9, False, True), (16, False, True), (40, False, False), (40, True, True)]
 )

@@ -6,6 +6,7 @@ from etflight.data.folders import CUB200, FolderImages, TinyImageNet
 from etflight.data.lists import ImageNetLT, INaturalist2018, ListImages, PlacesLT
 from etflight.data.sampler import ImbalancedSampler, class_counts
 from etflight.data.sets import CIFAR10, CIFAR100, GTSRB, STL10, SVHN, Digits, FashionMNIST
+from etflight.data.subset import ClassSubset
 from etflight.data.unlabelled import UnlabelledImages
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "STL10",
     "SVHN",
     "ArrayImages",
+    "ClassSubset",
     "Digits",
     "FashionMNIST",
     "FolderImages",

@@ -19,10 +19,12 @@ from torch.utils.data import DataLoader
 from etflight.data.auto_augment import AutoAugment
 from etflight.data.sampler import (
     ImbalancedSampler,
+    NoiseKind,
     Profile,
     ShardSampler,
     fingerprint,
     long_tailed_subset,
+    noisy_labels,
     resolve_policy,
     training_counts,
     world,
@@ -128,6 +130,10 @@ class ImageDataModule(LightningDataModule, ABC):
             of p ∝ n^q; None: instance, every image once.
         val_fraction: Part of each class's training images held out for validation, before the profile; 0: the set's
             own validation split, or else the test set, watched.
+        label_noise: Part of each class's training images that get a wrong label, after the profile, chosen by `seed`. Validation and test
+            labels stay right; the class counts are those of the labels that are trained on.
+        noise_kind: Which wrong labels: "symmetric", any other class alike (Patrini et al., CVPR 2017, arXiv 1609.03683), or "pair", the
+            next class, after the last the first (Han et al., NeurIPS 2018, arXiv 1804.06872).
         batch_size: Images per step and device.
         eval_batch_size: Images per batch and device where nothing is trained; None: four times `batch_size` on a GPU, which
             evaluation does not fill otherwise, and `batch_size` on a CPU, whose cache holds no more. Results do not depend on it.
@@ -163,6 +169,8 @@ class ImageDataModule(LightningDataModule, ABC):
     seed: int = 0
     sampler: str | float | None = None
     val_fraction: float = 0.0
+    label_noise: float = 0.0
+    noise_kind: NoiseKind = "symmetric"
     batch_size: int = 128
     eval_batch_size: int | None = None
     num_workers: int = 0
@@ -194,6 +202,8 @@ class ImageDataModule(LightningDataModule, ABC):
             ("max_count", self.max_count is None or self.max_count >= 1, "give at least 1, or leave it out"),
             ("seed", 0 <= self.seed < 2**32, "give an integer from 0 to 2**32 - 1"),
             ("val_fraction", 0 <= self.val_fraction < 1, "give a part of the training images, from 0 to below 1"),
+            ("label_noise", 0 <= self.label_noise < 1, "give a part of the training labels, from 0 to below 1"),
+            ("noise_kind", self.noise_kind in get_args(NoiseKind), f"give {_names(NoiseKind)}"),
             ("batch_size", 1 <= self.batch_size < 2**31, "give at least 1, and less than 2**31"),
             (
                 "eval_batch_size",
@@ -295,8 +305,11 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @property
     def fingerprint(self) -> str:
-        """`content`, a dash, and twelve more digits that identify the choice of training images within the set."""
-        return f"{self.content}-{fingerprint(self.subset_indices)}"
+        """`content`, a dash, and twelve more digits that identify the choice of training images within the set, and wrong labels."""
+        chosen = self.subset_indices
+        if self.label_noise:
+            chosen = np.concatenate([chosen, self.split("train").labels.numpy()])
+        return f"{self.content}-{fingerprint(chosen)}"
 
     @classmethod
     def name_with(cls, options: Mapping[str, Any]) -> str:
@@ -380,7 +393,11 @@ class ImageDataModule(LightningDataModule, ABC):
             raise UserError(f"{self}: {error}{after}") from None
         if (counts < available).any():
             pool = pool[long_tailed_subset(labels[pool], counts, self.seed)]
-        return {**splits, "train": self.make_split("train", source, pool)}
+        splits["train"] = train = self.make_split("train", source, pool)
+        if self.label_noise:
+            wrong = noisy_labels(train.labels.numpy(), self.num_classes, self.label_noise, self.noise_kind, self.seed)
+            train.labels = torch.from_numpy(wrong)
+        return splits
 
     def label_file(self, split: Split) -> str:
         """The file that holds a split's labels, or else the set; messages about wrong labels name it."""
@@ -438,7 +455,10 @@ class ImageDataModule(LightningDataModule, ABC):
         overfits = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # Lightning sets it
         if overfits:
             # Lightning puts its own sampler here, which takes the images in their order
-            data = self.make_split("train", data.source, data.indices.numpy()[sampler.draw()])
+            order = sampler.draw()
+            labels = data.labels[order]  # the split's own, which need not be its source's
+            data = self.make_split("train", data.source, data.indices.numpy()[order])
+            data.labels = labels
         loader = TrainLoader(data, sampler=sampler, batch_size=self.batch_size, **self._loading())
         loader.trainer = self.trainer
         return loader

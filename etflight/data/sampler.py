@@ -14,6 +14,7 @@ from torch.utils.data.distributed import DistributedSampler
 from etflight.utils.errors import UserError
 
 Profile = Literal["exp", "step", "none"]
+NoiseKind = Literal["symmetric", "pair"]
 Indices = NDArray[np.int64]
 _MOST = 2**53  # beyond it, float64 skips integers; profiles are computed in float64
 
@@ -150,6 +151,29 @@ def long_tailed_subset(labels: ArrayLike, counts: ArrayLike, seed: int = 0) -> I
         rng.shuffle(indices)
         chosen.append(indices[:count])
     return np.concatenate(chosen)
+
+
+def noisy_labels(labels: Indices, num_classes: int, part: float, kind: NoiseKind, seed: int) -> Indices:
+    """Give a part of each class's images a wrong label.
+
+    Args:
+        labels: `[N]`, in 0 … K-1.
+        num_classes: K.
+        part: The part of each class, from 0 to 1; its number of images is rounded.
+        kind: "symmetric": each of the other classes alike; "pair": the next class, after the last the first.
+        seed: Chooses the images, and for "symmetric" their labels.
+
+    Returns:
+        A copy of the labels, `[N]`, of which `rint(part · n_k)` of each class are wrong.
+    """
+    rng = np.random.default_rng(seed)
+    noisy = labels.copy()
+    for k in range(num_classes):
+        own = np.flatnonzero(labels == k)
+        wrong = rng.permutation(own)[: int(np.rint(part * len(own)))]
+        steps = rng.integers(1, num_classes, len(wrong)) if kind == "symmetric" else 1
+        noisy[wrong] = (k + steps) % num_classes
+    return noisy
 
 
 def fingerprint(indices: ArrayLike) -> str:
