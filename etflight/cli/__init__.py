@@ -15,6 +15,7 @@ OTHERS = {
     "study": "Train and test arms over sets, ratios and seeds, and print their table.",
     "report": "Show results of runs side by side, in a table or on a page.",
     "collapse": "Measure neural collapse of a trained model.",
+    "retrieval": "Search images with one model among those of another.",
     "export": "Write a trained model for programs that do not know etflight.",
     "dashboard": "Build a workspace and a report in a W&B project.",
 }

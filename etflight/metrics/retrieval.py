@@ -1,0 +1,69 @@
+"""Retrieval: how well embeddings find images of the same class."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from etflight.utils.errors import UserError
+
+_CHUNK = 512  # queries at a time: with a gallery of 100,000 their similarities take 0.4 GB in float64
+
+
+class RetrievalScores(NamedTuple):
+    """How well queries find gallery images of their class; means over the queries that have any, in [0, 1].
+
+    Attributes:
+        recall_at_1: The part of the queries whose nearest gallery image has their class.
+        mean_average_precision: The mean over queries of the precision at each image of their class.
+    """
+
+    recall_at_1: float
+    mean_average_precision: float
+
+
+def retrieval_scores(
+    queries: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor, *, same_images: bool = False
+) -> RetrievalScores:
+    """Rank the gallery by its cosine with each query.
+
+    Args:
+        queries: Embeddings `[Q, d]`, any float dtype.
+        query_labels: Class indices `[Q]`.
+        gallery: Embeddings `[N, d]`.
+        gallery_labels: Class indices `[N]`.
+        same_images: Whether query i and gallery image i are one image, perhaps embedded by two models; then it does not find itself.
+
+    Returns:
+        The scores, computed in float64. Of equal cosines the first in the gallery comes first.
+
+    Raises:
+        UserError: The shapes do not fit, or no query has an image of its class in the gallery.
+    """
+    if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
+        raise UserError(
+            f"retrieval compares embeddings [Q, d] and [N, d], got {list(queries.shape)} and {list(gallery.shape)}: "
+            "give models with embeddings of one width"
+        )
+    if same_images and len(queries) != len(gallery):
+        raise UserError(f"{len(queries)} queries and {len(gallery)} gallery images cannot be the same images")
+    unit = F.normalize(gallery.double(), dim=1)
+    hits: list[Tensor] = []
+    precisions: list[Tensor] = []
+    for start in range(0, len(queries), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        cosines = F.normalize(queries[rows].double(), dim=1) @ unit.T
+        relevant = query_labels[rows, None] == gallery_labels
+        if same_images:
+            own = torch.arange(len(cosines)), torch.arange(start, start + len(cosines))
+            cosines[own], relevant[own] = -torch.inf, False
+        relevant = relevant.gather(1, cosines.argsort(dim=1, descending=True, stable=True))
+        found = relevant.cumsum(1)
+        asked = found[:, -1] > 0
+        precision = found.double() / torch.arange(1, len(gallery) + 1)
+        hits.append(relevant[asked, 0])
+        precisions.append((precision * relevant).sum(1)[asked] / found[asked, -1])
+    if not sum(map(len, hits)):
+        raise UserError("no query has an image of its class in the gallery: give sets with common classes")
+    return RetrievalScores(float(torch.cat(hits).double().mean()), float(torch.cat(precisions).mean()))

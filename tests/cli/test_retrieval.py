@@ -1,0 +1,94 @@
+"""`etflight retrieval`: one model's embeddings among those of another."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from etflight import Classifier, CrossEntropyLoss, ETFHead
+from etflight.cli import retrieval
+from etflight.data import Digits
+from etflight.metrics.retrieval import retrieval_scores
+from etflight.utils.errors import UserError
+from tests.training import fit_digits, save_arrays, save_trained, seen
+
+ARM = ["--model.loss=CrossEntropyLoss", "--monitor=null", "--data.max_count=20", "--trainer.max_epochs=1"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs of the same frame with other seeds, and one of learnable class vectors."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("a", "b", "c")]
+    heads = [["--model.head=ETFHead"], ["--model.head=ETFHead", "--seed_everything=1"], ["--model.head=CosineHead"]]
+    return [fit_digits(folder, *ARM, *head) for folder, head in zip(folders, heads, strict=True)]
+
+
+def test_each_model_searches_among_the_embeddings_of_each(runs, capsys):
+    retrieval.main([*map(str, runs), "--output", str(runs[0] / "found.json")])
+    record = json.loads((runs[0] / "found.json").read_text())
+    assert "across models" in capsys.readouterr().out
+    models = [Classifier.load_from_checkpoint(run / "checkpoints/last.ckpt").eval() for run in runs]
+    embeddings = []
+    for model in models:
+        embedding, labels = seen(Digits(), "test", lambda x, model=model: model.head.embed(model.features(x)))
+        embeddings.append(embedding)
+    pairs = {(p["query"], p["gallery"]): p for p in record["pairs"] if p["space"] == "embedding"}
+    for i, j in ((0, 0), (0, 1), (2, 1)):
+        scores = retrieval_scores(embeddings[i], labels, embeddings[j], labels, same_images=True)
+        assert pairs[i, j]["mean_average_precision"] == pytest.approx(scores.mean_average_precision, abs=1e-4)
+    # the first and the second have the same class vectors, so there is nothing to rotate
+    turned = {(p["query"], p["gallery"]): p for p in record["pairs"] if p["space"] == "rotated"}
+    assert turned[0, 1]["mean_average_precision"] == pytest.approx(pairs[0, 1]["mean_average_precision"], abs=0.02)
+    assert record["class_vectors_differ"] > 0
+
+
+def test_the_same_frame_is_said_to_be_the_same(runs):
+    retrieval.main([*map(str, runs[:2])])
+    assert json.loads((runs[0] / "retrieval.json").read_text())["class_vectors_differ"] == 0
+
+
+def test_a_rotation_of_one_models_space_is_undone_by_the_rotated_space():
+    torch.manual_seed(0)
+    weight, embedding, labels = torch.randn(10, 16), torch.randn(40, 16), torch.arange(40) % 10
+    turn = torch.linalg.qr(torch.randn(16, 16)).Q
+    models = [
+        retrieval.Embedded(
+            Path(name), retrieval.Outputs(embedding @ R, embedding @ R, embedding @ weight.T, labels), weight @ R
+        )
+        for name, R in (("a", torch.eye(16)), ("b", turn))
+    ]
+    within = retrieval_scores(embedding, labels, embedding, labels, same_images=True)
+    record = retrieval.compare(models)
+    across = {p["space"]: p["mean_average_precision"] for p in record["pairs"] if (p["query"], p["gallery"]) == (0, 1)}
+    # ten class vectors fix the rotation on the ten dimensions that they span
+    assert across["rotated"] > 0.5 * within.mean_average_precision
+    assert across["logits"] == pytest.approx(
+        next(p for p in record["pairs"] if p["space"] == "logits")["mean_average_precision"], abs=1e-9
+    )
+
+
+def test_images_of_other_classes_can_be_searched(runs, tmp_path):
+    save_arrays(tmp_path / "other.npz", classes=4)
+    retrieval.main(
+        [
+            str(runs[0]),
+            str(runs[1]),
+            "--data=ArrayImages",
+            f"--data.path={tmp_path / 'other.npz'}",
+            f"--output={tmp_path / 'r.json'}",
+        ]
+    )
+    assert json.loads((tmp_path / "r.json").read_text())["data"]["dataset"] == "other"
+
+
+def test_models_that_cannot_be_compared_are_one_line(runs, tmp_path):
+    wide = Classifier(10, "resnet20_cifar", ETFHead, CrossEntropyLoss, in_chans=1, model_kwargs={"width": 2})
+    other = save_trained(tmp_path / "wide.ckpt", wide, Digits(max_count=20))
+    with pytest.raises(UserError, match=r"class vectors \[10, 128\], but .* \[10, 64\]"):
+        retrieval.main([str(runs[0]), str(other)])
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        retrieval.main([str(runs[0]), "nowhere"])
+    save_arrays(tmp_path / "colour.npz", shape=(8, 8, 3))
+    with pytest.raises(UserError, match="takes images of 1 channel"):
+        retrieval.main([str(runs[0]), "--data=ArrayImages", f"--data.path={tmp_path / 'colour.npz'}"])
