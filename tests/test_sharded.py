@@ -1,0 +1,101 @@
+"""Class vectors shared out over processes give what a whole matrix gives."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from etflight import class_code, simplex_etf
+from etflight.losses import DotRegressionLoss
+from etflight.sharded import ShardedClassVectors
+from etflight.utils.errors import UserError
+
+K, D, SCALE = 23, 8, 12.0
+SIZES = (5, 3)  # the batches of two processes
+
+
+def samples(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    embedding = F.normalize(torch.randn(sum(SIZES), D, generator=generator, dtype=dtype), dim=1)
+    return embedding, torch.randint(0, K, (sum(SIZES),), generator=generator)
+
+
+def vectors(dtype=torch.float64):
+    return class_code(K, D, dtype=dtype)
+
+
+def whole(embedding, target):
+    """Losses, logits of the targets, decisions and the gradient of a weighted sum of the losses, from the whole matrix."""
+    embedding = embedding.clone().requires_grad_()
+    logits = SCALE * embedding @ vectors(embedding.dtype).T
+    losses = F.cross_entropy(logits, target, reduction="none")
+    (losses * weights(len(target), losses)).sum().backward()
+    return losses.detach(), logits[torch.arange(len(target)), target].detach(), logits.argmax(1), embedding.grad
+
+
+def weights(size, like):
+    return torch.linspace(0.5, 2.0, size).to(like)
+
+
+def sharded(embedding, target, weight):
+    embedding = embedding.clone().requires_grad_()
+    code = ShardedClassVectors(vectors(embedding.dtype), scale=SCALE)
+    losses = code.cross_entropy(embedding, target)
+    (losses * weight).sum().backward()
+    return losses.detach(), code.target_logits(embedding, target).detach(), code.decide(embedding)[0], embedding.grad
+
+
+def _on_rank(rank, embedding, target, weight):
+    return *sharded(embedding, target, weight), tuple(ShardedClassVectors(vectors(), scale=SCALE).shard.shape)
+
+
+def test_one_process_has_all_rows():
+    embedding, target = samples()
+    for found, expected in zip(
+        sharded(embedding, target, weights(8, embedding)), whole(embedding, target), strict=True
+    ):
+        assert_close(found, expected)
+
+
+def test_two_processes_with_batches_of_other_sizes_have_the_losses_decisions_and_gradients_of_the_whole(two_processes):
+    embedding, target = samples()
+    parts = [part.split(SIZES) for part in (embedding, target, weights(8, embedding))]
+    found = two_processes(_on_rank, [tuple(part[rank] for part in parts) for rank in range(2)])
+    assert [result[-1] for result in found] == [(11, D), (12, D)]
+    for values, expected in zip(zip(*found, strict=True), whole(embedding, target), strict=False):
+        assert_close(torch.cat(values), expected)
+
+
+def test_dot_regression_takes_the_targets_logits_with_their_gradient():
+    embedding, target = samples()
+    embedding.requires_grad_()
+    loss = DotRegressionLoss()
+    loss.from_target_logits(ShardedClassVectors(vectors()).target_logits(embedding, target), target, K).backward()
+    found, embedding.grad = embedding.grad, None
+    loss(embedding @ vectors().T, target).backward()
+    assert_close(found, embedding.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_are_in_float32_under_autocast_too(dtype):
+    embedding, target = samples(torch.float32)
+    code = ShardedClassVectors(vectors(torch.float32), scale=SCALE)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        losses = code.cross_entropy(embedding.requires_grad_(), target)
+        losses.sum().backward()
+    expected, *_ = whole(embedding.detach().double(), target)
+    assert_close(losses.detach().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_trained_or_saved():
+    code = ShardedClassVectors(simplex_etf(10, 16))
+    assert not list(code.parameters())
+    assert not code.state_dict()
+
+
+def test_what_cannot_be_is_refused(monkeypatch):
+    with pytest.raises(UserError, match="scale must be positive"):
+        ShardedClassVectors(vectors(), scale=0.0)
+    monkeypatch.setattr("etflight.sharded.world", lambda: (4, 0))
+    with pytest.raises(UserError, match="3 class vectors cannot be shared by 4 processes"):
+        ShardedClassVectors(simplex_etf(3, 4))
