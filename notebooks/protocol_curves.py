@@ -1,0 +1,90 @@
+"""Keeps the curves of finished 200-epoch runs in notebooks/results/cifar10_lt_curves.json, and draws them.
+
+    python -m notebooks.protocol_curves runs/cifar10_lt_protocol/*/seed*
+
+Runs that are no longer there keep what the file has of them.
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+CURVES = Path("notebooks/results/cifar10_lt_curves.json")
+FIGURE = Path("notebooks/figures/cifar10_lt_curves.png")
+LOGGED = ["nc/train/nc1", "nc/train/alignment", "nc/train/nc4", "nc/val/nc1", "nc/val/alignment"] + [
+    f"val/acc_{group}" for group in ("head", "middle", "tail")
+]
+TAIL, HEAD = slice(7, 10), slice(0, 3)  # of the ten classes, largest first
+
+
+def curves(run: Path) -> dict[str, Any]:
+    """The logged numbers and the mean pairwise cosines within head and tail, after so many epochs."""
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["nc/train/nc1"]]
+    found: dict[str, Any] = {"epoch": [int(float(row["epoch"])) + (row["step"] != "0") for row in rows]}
+    for name in LOGGED:
+        found[name] = [round(float(row[name]), 4) if row.get(name) else None for row in rows]
+    grams = [np.load(run / "gram" / f"epoch_{epoch:03}.npz")["gram"] for epoch in found["epoch"]]
+    for group, classes in (("head", HEAD), ("tail", TAIL)):
+        for name, gram_of in (("means", centred_means), ("vectors", vectors)):
+            found[f"cos_{name}_{group}"] = [round(mean_cosine(gram_of(gram)[classes, classes]), 4) for gram in grams]
+    return found
+
+
+def centred_means(gram: np.ndarray) -> np.ndarray:
+    """Inner products of the class means less the mean of all images, which is the last row."""
+    return gram[:10, :10] - gram[:10, [-1]] - gram[[-1], :10] + gram[-1, -1]
+
+
+def vectors(gram: np.ndarray) -> np.ndarray:
+    """Inner products of the class vectors."""
+    return gram[10:20, 10:20]
+
+
+def mean_cosine(gram: np.ndarray) -> float:
+    """The mean cosine between different vectors with this Gram matrix."""
+    norms = np.sqrt(np.diag(gram))
+    cosines = gram / np.outer(norms, norms)
+    return float(cosines[np.triu_indices(len(gram), 1)].mean())
+
+
+def figure(known: dict[str, dict[str, Any]]) -> Figure:
+    """NC1, alignment and the angles between the three rarest classes, over the epochs."""
+    shown = [
+        ("nc/train/nc1", "NC1, training images"),
+        ("nc/train/alignment", "alignment, training images"),
+        ("cos_means_tail", "cosine between the means of the 3 rarest classes"),
+        ("cos_vectors_tail", "cosine between their class vectors"),
+    ]
+    drawn, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
+    for axis, (key, title) in zip(axes.flat, shown, strict=True):
+        for run, values in sorted(known.items()):
+            axis.plot(values["epoch"], values[key], label=run, marker=".", markersize=3)
+        axis.set_title(title, fontsize=10)
+        axis.axvspan(160, 200, color="0.93", zorder=0)
+        if key == "nc/train/nc1":
+            axis.set_yscale("log")
+        if key.startswith("cos_"):
+            axis.axhline(-1 / 9, color="0.5", linestyle=":", linewidth=1)
+    for axis in axes[1]:
+        axis.set_xlabel("epoch")
+    axes[0, 0].legend(fontsize=8)
+    return drawn
+
+
+def main(runs: list[Path]) -> None:
+    known: dict[str, dict[str, Any]] = json.loads(CURVES.read_text()) if CURVES.is_file() else {}
+    for run in runs:
+        known[f"{run.parent.name}, {run.name}"] = curves(run)
+    CURVES.write_text(json.dumps(known) + "\n")
+    figure(known).savefig(FIGURE, dpi=120)
+
+
+if __name__ == "__main__":
+    main(list(map(Path, sys.argv[1:])))
