@@ -16,6 +16,7 @@ OTHERS = {
     "report": "Show results of runs side by side, in a table or on a page.",
     "collapse": "Measure neural collapse of a trained model.",
     "retrieval": "Search images with one model among those of another.",
+    "ood": "Measure how well a trained model tells unknown classes from its own.",
     "export": "Write a trained model for programs that do not know etflight.",
     "dashboard": "Build a workspace and a report in a W&B project.",
 }

@@ -5,9 +5,10 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, Self, cast, get_args
 
 import numpy as np
 import torch
@@ -353,6 +354,12 @@ class ImageDataModule(LightningDataModule, ABC):
                 source = self._checked(name)
                 self._splits[name] = self.make_split(name, source, np.arange(len(source.labels)))
         return self._splits[name]
+
+    def with_test_images(self, images: ImageSplit) -> Self:
+        """A copy of this module that tests on other images, normalised and loaded as its own."""
+        twin = copy(self)
+        twin._splits = {**self._splits, "test": images}
+        return twin
 
     def make_split(self, name: Split, source: ImageSource, indices: NDArray[np.int64]) -> ImageSplit:
         """The data set that loaders read, made of the chosen images."""

@@ -117,12 +117,12 @@ def fit_to(image: Tensor, size: Sequence[int], covered: Sequence[int]) -> Tensor
     """Resize an image until it just covers one size, and crop another size at its centre.
 
     Args:
-        image: Uint8 `[C, h, w]`.
+        image: Uint8 `[…, C, h, w]`.
         size: H and W of the result.
         covered: H and W to cover, at least `size`.
 
     Returns:
-        Uint8 `[C, H, W]`.
+        Uint8 `[…, C, H, W]`.
     """
     # the import of torchvision takes seconds, too
     from torchvision.transforms.v2.functional import center_crop, resize  # type: ignore[attr-defined]
@@ -131,6 +131,34 @@ def fit_to(image: Tensor, size: Sequence[int], covered: Sequence[int]) -> Tensor
     # one side is scaled by the larger factor that is needed, and the other in proportion
     fitted = [tall, tall * width // height] if tall * width >= wide * height else [wide * height // width, wide]
     return center_crop(resize(image, fitted, antialias=True), list(size))
+
+
+def with_channels(image: Tensor, channels: int, what: str) -> Tensor:
+    """Convert images, grey or RGB, perhaps with transparency, which is dropped, to grey or RGB.
+
+    Args:
+        image: `[…, c, H, W]`.
+        channels: The number of channels C of the result.
+        what: The name of the images, for the error.
+
+    Returns:
+        `[…, C, H, W]`.
+
+    Raises:
+        UserError: The channels are neither those of grey nor of RGB, and not C.
+    """
+    own = image.shape[-3]
+    if own == channels:
+        return image
+    if own > 4 or channels not in (1, 3):
+        raise UserError(f"{what}: {own} channels, but the model takes {channels}: give images of as many")
+    if own < 3 or channels == 3:
+        kept = image[..., : 1 if own < 3 else 3, :, :]
+        return kept.expand(*kept.shape[:-3], channels, -1, -1)
+    # the import of torchvision takes seconds, which `--help` need not wait for
+    from torchvision.transforms.v2.functional import rgb_to_grayscale  # type: ignore[attr-defined]
+
+    return rgb_to_grayscale(image[..., :3, :, :].float()).round().to(image.dtype)
 
 
 def random_square(image: Tensor, size: int, min_scale: float) -> Tensor:

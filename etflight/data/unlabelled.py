@@ -12,7 +12,7 @@ from torch import Tensor
 
 from etflight.data.arrays import ArrayImages, refuse_other_layouts
 from etflight.data.base import ImageDataModule, Split
-from etflight.data.decoding import decode_file, fit_to
+from etflight.data.decoding import decode_file, fit_to, with_channels
 from etflight.data.files import Square, files_below, stack
 from etflight.data.sources import UNREADABLE, Batch, ImageSource, ImageSplit
 from etflight.utils.errors import UserError
@@ -120,7 +120,7 @@ class AnyImages(ImageSource):
             if pixels.dtype == np.uint16:
                 pixels = np.rint(pixels / 257).astype(np.uint8)
             picture = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-        return fit_to(_with_channels(picture, channels, self.name(index)), size, self._covered)
+        return fit_to(with_channels(picture, channels, self.name(index)), size, self._covered)
 
     def images(self, indices: Tensor) -> Tensor:
         """Read images one by one.
@@ -165,20 +165,5 @@ def _read_array(path: str, channels: int) -> NDArray[Any]:
         raise UserError(f"{what}: give uint8 or uint16 [N, H, W] or [N, H, W, C]")
     refuse_other_layouts(images, what)
     images = images if images.ndim == 4 else images[..., None]
-    _with_channels(torch.zeros(images.shape[3], 1, 1), channels, f"{what}, [N, H, W, C]")
+    with_channels(torch.zeros(images.shape[3], 1, 1), channels, f"{what}, [N, H, W, C]")
     return images
-
-
-def _with_channels(image: Tensor, channels: int, what: str) -> Tensor:
-    """Convert `[c, H, W]`, grey or RGB, perhaps with transparency, to `[channels, H, W]`."""
-    own = len(image)
-    if own == channels:
-        return image
-    if own > 4 or channels not in (1, 3):
-        raise UserError(f"{what}: {own} channels, but the model takes {channels}: give images of as many")
-    if own < 3 or channels == 3:
-        return image[: 1 if own < 3 else 3].expand(channels, -1, -1)
-    # the import of torchvision takes seconds, which `--help` need not wait for
-    from torchvision.transforms.v2.functional import rgb_to_grayscale  # type: ignore[attr-defined]
-
-    return rgb_to_grayscale(image[:3].float()).round().to(image.dtype)

@@ -617,6 +617,30 @@ def _logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return logits if bias is None else logits + bias.detach().to(logits)
 
 
+# NC5: whether the features of unknown images are orthogonal to the class means ---------------------------------------
+
+
+def nc5(stats: Moments, unknown_mean: Tensor) -> Tensor:
+    """Mean absolute cosine of the class means and the mean feature of unknown images, `mean_k |cos(μ_k, μ_U)|`; neither is centred.
+
+    Not in `summary`, since it needs images of classes that the model does not know. Features after a ReLU are never negative, so their
+    means have positive cosines.
+
+    Args:
+        stats: The class statistics of the training features.
+        unknown_mean: The mean feature `[d]` of the unknown images.
+
+    Returns:
+        Scalar in [0, 1]; 0 if all class means are orthogonal to it.
+
+    Source:
+        Ben Ammar et al., "NECO: NEural Collapse Based Out-of-distribution detection", ICLR 2024, arXiv 2310.06823.
+    """
+    means, mean = stats.means[_present(stats)], unknown_mean.detach().to(stats.means)
+    cosines: Tensor = (means @ mean) / (means.norm(dim=1) * mean.norm())
+    return cosines.abs().mean()
+
+
 # Spectra, and how many directions they fill --------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from etflight.plotting.collapse import cosine_heatmap, portrait, spectrum, varia
 from etflight.plotting.curves import collapse_curves
 from etflight.plotting.evaluation import accuracy_by_size, confusion_matrix, reliability_diagram
 from etflight.plotting.images import class_histogram, contact_sheet
+from etflight.plotting.scores import score_histograms
 from etflight.plotting.three_classes import triangle, triangle_film
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "reliability_diagram",
     "render",
     "save",
+    "score_histograms",
     "spectrum",
     "triangle",
     "triangle_film",
