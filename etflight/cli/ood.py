@@ -16,7 +16,7 @@ from torch import Tensor
 from etflight import plotting
 from etflight.callbacks.collect import Outputs, outputs
 from etflight.classifier import Classifier
-from etflight.cli.checkpoint_option import add_imports, data_as_trained, import_modules
+from etflight.cli.checkpoint_option import add_imports, data_as_trained, import_modules, prepare_as_trained
 from etflight.cli.data_option import data_parser, parse
 from etflight.cli.parser import OneLineParser
 from etflight.data import ImageDataModule
@@ -68,6 +68,7 @@ def main(argv: Sequence[str]) -> None:
     model = Classifier.load_from_checkpoint(checkpoint)
     weight = _class_vectors(model, checkpoint)
     known = data_as_trained(_known_parser(), known_config, model, str(checkpoint), images=True)
+    prepare_as_trained(config.data, known.preprocessing)
     unknown: ImageDataModule = parser.instantiate(config).data
     unknown.prepare_data()
     shared = _shared_classes(model.class_names or known.class_names, unknown)

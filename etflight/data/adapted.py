@@ -19,6 +19,7 @@ class AdaptedSplit(ImageSplit):
 
     def __init__(self, images: ImageSplit, preprocessing: Preprocessing, name: str) -> None:
         super().__init__(images.source, images.indices.numpy())
+        self.labels = images.labels
         self._images, self._set = images, name
         self._channels, *self._size = preprocessing.input_size
         self._covered = [Square(side, preprocessing.crop_pct).side for side in self._size]

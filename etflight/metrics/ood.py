@@ -98,7 +98,7 @@ def mahalanobis(features: Tensor, stats: Moments) -> Tensor:
 
 
 def knn(features: Tensor, train_features: Tensor, k: int = 50) -> Tensor:
-    """Negative distance to the k-th nearest training feature, all scaled to norm 1.
+    """Negative distance to the k-th nearest training feature, all scaled to norm 1; a feature of zeros counts as orthogonal to all.
 
     Args:
         features: The features `[N, d]`.
@@ -143,8 +143,8 @@ class Subspace(NamedTuple):
     def share(self, features: Tensor) -> Tensor:
         """The share of each feature's norm that lies in the subspace, `‖P(h - o)‖ / ‖h - o‖`, in [0, 1]; 0 for the origin itself."""
         centred = features.double() - self.origin
-        inside: Tensor = (centred @ self.basis.T).norm(dim=1)
-        return (inside / centred.norm(dim=1)).nan_to_num(nan=0.0)
+        share: Tensor = (centred @ self.basis.T).norm(dim=1) / centred.norm(dim=1)
+        return share.nan_to_num(nan=0.0)
 
 
 def principal_subspace(train_features: Tensor, components: int) -> Subspace:

@@ -297,3 +297,19 @@ def test_unknown_options_wrong_shapes_and_what_is_missing_are_refused(call):
     features, labels = clusters(5, 12)
     with pytest.raises(ValueError, match=r" is | needs? | must | has "):
         call(collect(features, labels, 5), class_vectors(5, 12)[0])
+
+
+def test_nc5_is_the_mean_cosine_of_class_means_and_the_mean_of_unknown_features(case):
+    stats, o, *_ = case
+    unknown = torch.linspace(-1, 2, stats.means.shape[1])
+    means, mean = o.means[o.present], unknown.double().numpy()
+    cosines = means @ mean / np.linalg.norm(means, axis=1) / np.linalg.norm(mean)
+    close(measures.nc5(stats, unknown), np.abs(cosines).mean())
+
+
+def test_nc5_is_zero_where_unknown_features_are_orthogonal_to_a_frame():
+    frame = simplex_etf(4, 9, dtype=torch.float64)
+    beside = torch.linalg.svd(frame)[2][-1]
+    stats = collect(frame.repeat(2, 1), torch.arange(8) % 4, 4)
+    assert measures.nc5(stats, beside).item() < 1e-12
+    assert measures.nc5(stats, frame[0]).item() == pytest.approx((1 + 3 / 3) / 4)
