@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from etflight.plotting.canvas import BLUE, DPI, VERMILION, Array, Numbers, as_array, tidy
 
-_BINS = 60
+_MOST_BINS = 60
 _TAIL = (
     0.5  # per cent of either kind's images that may lie beyond each end of the axis, where they count in the last bin
 )
@@ -60,4 +60,7 @@ def _edges(both: list[Array]) -> Array:
     high = max(np.percentile(values, 100 - _TAIL) for values in both)
     if not high - low > 1e-9 * max(abs(low), abs(high)):  # one value for all
         low, high = low - 0.5, high + 0.5
-    return np.linspace(low, high, _BINS + 1)
+    bins = min(
+        _MOST_BINS, max(10, int(2 * math.sqrt(min(map(len, both)))))
+    )  # few images would make a comb of many bins
+    return np.linspace(low, high, bins + 1)
