@@ -30,9 +30,9 @@ def test_each_is_small_and_loads_in_timm_with_its_preprocessing(folder):
 @pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)
 def test_each_decides_as_its_record_says(folder):
     model, data = load(folder), CIFAR10(root=str(ROOT / "data"))
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # as the record was taken
         batches = [data.eval_transform(batch) for batch in data.eval_dataloader("test")]
         right = sum((model(images).argmax(1) == labels).sum().item() for images, labels in batches)
     records = json.loads((ROOT / "notebooks/results/cifar10_lt.json").read_text())
     (record,) = [record for record in records if f"cifar10_lt_{record['arm']}" == folder.name and record["seed"] == 0]
-    assert right / 10_000 == pytest.approx(record["test/acc"], abs=1e-3)  # which was taken in bfloat16
+    assert right / 10_000 == pytest.approx(record["test/acc"], abs=3e-4)
