@@ -1,0 +1,141 @@
+"""Measures what docs/when_to_fix.md reports of trained runs, and collects it in notebooks/results/when_to_fix.json.
+
+The runs come from the studies fashion_mnist_10k, unknown_classes and new_classes; what has been measured is not measured again:
+
+    python -m notebooks.when_to_fix
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+RUNS = Path("runs")
+RESULTS = Path("notebooks/results/when_to_fix.json")
+
+# for each set of runs the images that its models have never seen
+UNKNOWN = {
+    "fashion_mnist_10k": {
+        "Digits": ["--data", "Digits", "--adapt", "true"],
+        "omniglot": ["--data", "ArrayImages", "--data.path", "data/omniglot.npz"],
+    },
+    "gtsrb_sessions": {
+        "held_out": [
+            "--data",
+            "ClassSubset",
+            "--data.images",
+            "ArrayImages",
+            "--data.images.path",
+            "data/gtsrb32.npz",
+            "--data.classes",
+            "33-42",
+        ],
+    },
+}
+WAYS = {"digits_sessions": 1, "gtsrb_sessions": 2, "omniglot_sessions": 4}
+SHOTS = 5
+METHODS = {"etf_dr_reserved": ["frame", "ncm"], "ce_bn_norm": ["cosine", "ncm"]}
+
+
+def etflight(*words: object) -> None:
+    """Run a command, and show it."""
+    print("etflight", *words, flush=True)
+    subprocess.run([sys.executable, "-m", "etflight", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+
+
+def runs_of(name: str) -> dict[str, list[Path]]:
+    """The finished runs of a set by arm, in the order of seeds."""
+    found = sorted(file.parent for file in (RUNS / name).glob("*/seed*/test_metrics.json"))
+    return {arm: [run for run in found if run.parent.name == arm] for arm in sorted({run.parent.name for run in found})}
+
+
+def summary(values: Iterable[float]) -> dict[str, Any]:
+    """The values in percent, with mean and standard deviation (n - 1)."""
+    percent = [100 * value for value in values]
+    return {
+        "values": [round(value, 2) for value in percent],
+        "mean": round(statistics.mean(percent), 2),
+        "std": round(statistics.stdev(percent), 2) if len(percent) > 1 else None,
+    }
+
+
+def unknown_classes() -> list[dict[str, Any]]:
+    """AUROC and FPR95 of each score, for each pair of sets and arm."""
+    rows = []
+    for name, sets in UNKNOWN.items():
+        for unknown, words in sets.items():
+            for arm, runs in runs_of(name).items():
+                if arm == "etf_dr_reserved":
+                    continue
+                records = []
+                for run in runs:
+                    folder = run / "unknown" / unknown
+                    if not (folder / "ood.json").is_file():
+                        etflight("ood", run, *words, "--output", folder)
+                    records.append(json.loads((folder / "ood.json").read_text()))
+                for score in records[0]["scores"]:
+                    of_runs = {
+                        number: summary(record["scores"][score][number] for record in records)
+                        for number in ("auroc", "fpr95")
+                    }
+                    rows.append({"known": name, "unknown": unknown, "arm": arm, "score": score, **of_runs})
+                nc5 = [round(record["nc5"], 3) for record in records]
+                rows.append({"known": name, "unknown": unknown, "arm": arm, "nc5": nc5})
+    return rows
+
+
+def new_classes() -> list[dict[str, Any]]:
+    """Accuracies after the last session; the seed of a run also chooses its shots."""
+    rows = []
+    for name, way in WAYS.items():
+        for arm, runs in runs_of(name).items():
+            for method in METHODS.get(arm, []):
+                records = []
+                for seed, run in enumerate(runs):
+                    folder = run / "sessions" / method
+                    if not (folder / "incremental.json").is_file():
+                        options = ["--way", way, "--shots", SHOTS, "--seed", seed, "--method", method]
+                        etflight("incremental", run, *options, "--output", folder)
+                    records.append(json.loads((folder / "incremental.json").read_text()))
+                last = [record["sessions"][-1] for record in records]
+                numbers = {
+                    key: summary(session[key] for session in last)
+                    for key in ("acc", "acc_base", "acc_new", "forgetting")
+                }
+                before = summary(record["sessions"][0]["acc"] for record in records)
+                rows.append({"set": name, "arm": arm, "method": method, "acc_before": before, **numbers})
+    return rows
+
+
+def shared_space() -> list[dict[str, Any]]:
+    """Retrieval within and across the runs of an arm, on classes of the training and on others."""
+    rows = []
+    for name, others in (
+        ("fashion_mnist_10k", {"known": [], "omniglot": UNKNOWN["fashion_mnist_10k"]["omniglot"]}),
+        ("gtsrb_sessions", {"known": [], "held_out": UNKNOWN["gtsrb_sessions"]["held_out"]}),
+    ):
+        for arm, runs in runs_of(name).items():
+            for images, words in others.items():
+                file = RUNS / name / arm / f"retrieval_{images}.json"
+                if not file.is_file():
+                    etflight("retrieval", *runs, *words, "--output", file)
+                record = json.loads(file.read_text())
+                for mean in record["mean_of_all"]:
+                    pairs = [pair for pair in record["pairs"] if pair["space"] == mean["space"]]
+                    row: dict[str, Any] = {"set": name, "images": images, "arm": arm, "space": mean["space"]}
+                    for key in ("recall_at_1", "mean_average_precision"):
+                        row[key] = {
+                            "within": summary(p[key] for p in pairs if p["query"] == p["gallery"]),
+                            "across": summary(p[key] for p in pairs if p["query"] != p["gallery"]),
+                            "mean_of_all": round(100 * mean[key], 2),
+                        }
+                    rows.append(row)
+    return rows
+
+
+if __name__ == "__main__":
+    found = {"unknown_classes": unknown_classes(), "new_classes": new_classes(), "shared_space": shared_space()}
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
