@@ -55,7 +55,7 @@ def run() -> int:
 
 
 def _overview() -> str:
-    rows = "\n".join(f"  {name:<11}{what}" for name, what in _COMMANDS.items())
+    rows = "\n".join(f"  {name:<12}{what}" for name, what in _COMMANDS.items())
     return (
         "usage: etflight COMMAND ...\n\nImage classifiers with a fixed simplex-ETF head.\n\n"
         f"{rows}\n\netflight COMMAND --help says what a command takes, etflight --version which release this is."

@@ -17,6 +17,7 @@ OTHERS = {
     "collapse": "Measure neural collapse of a trained model.",
     "retrieval": "Search images with one model among those of another.",
     "ood": "Measure how well a trained model tells unknown classes from its own.",
+    "incremental": "Teach a trained model new classes from a few images each, session by session.",
     "export": "Write a trained model for programs that do not know etflight.",
     "dashboard": "Build a workspace and a report in a W&B project.",
 }

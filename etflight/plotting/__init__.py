@@ -10,6 +10,7 @@ from etflight.plotting.curves import collapse_curves
 from etflight.plotting.evaluation import accuracy_by_size, confusion_matrix, reliability_diagram
 from etflight.plotting.images import class_histogram, contact_sheet
 from etflight.plotting.scores import score_histograms
+from etflight.plotting.sessions import session_curves
 from etflight.plotting.three_classes import triangle, triangle_film
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "render",
     "save",
     "score_histograms",
+    "session_curves",
     "spectrum",
     "triangle",
     "triangle_film",

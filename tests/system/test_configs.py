@@ -14,7 +14,15 @@ ROOT = Path(__file__).parents[2] / "configs"
 SETS, ARMS = (sorted((ROOT / folder).glob("*.yaml")) for folder in ("data", "arms"))
 ADDITIONS = sorted(path for folder in ("protocols", "trainer", "logger") for path in (ROOT / folder).glob("*.yaml"))
 POST_HOC = {"tau_norm", "ncm"}  # they train nothing
-OF_FILES = {"folder", "folder_photos", "gtsrb", "gtsrb_lite0", "omniglot"}  # which tell their classes
+OF_FILES = {
+    "folder",
+    "folder_photos",
+    "gtsrb",
+    "gtsrb_lite0",
+    "gtsrb_sessions",
+    "omniglot",
+    "omniglot_sessions",
+}  # they tell their classes
 OF_PHOTOGRAPHS = {"imagenet_lt", "places_lt", "inat2018", "cub200", "cub200_scratch"}
 CPU = ["--trainer.accelerator", "cpu"]
 TRIAL = [*CPU, "--data.batch_size", 8, "--trainer.fast_dev_run", "true"]
@@ -37,9 +45,14 @@ def tiny_data(name, folder):
         save_folders(folder / "images", (32, 40), train=four, test=four)
         small = ["--data.image_size", 32, "--data.num_workers", 0, "--model.backbone", "test_resnet"]
         return ["--data.root", folder / "images", *small]
-    shape, classes = ((28, 28), 242) if name == "omniglot" else ((32, 32, 3), 43)
+    shape, classes = ((28, 28), 242) if name.startswith("omniglot") else ((32, 32, 3), 43)
     save_arrays(folder / "images.npz", train=2 * classes, test=8, shape=shape, classes=classes)
-    return ["--data.path", folder / "images.npz"]
+    return [f"--data{'.images' * is_base_session(name)}.path", folder / "images.npz"]
+
+
+def is_base_session(name):
+    """Whether a set is the base session of class-incremental learning, some classes of another set."""
+    return name.endswith("_sessions")
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +87,12 @@ def test_every_set_trains_a_step_in_its_protocol_or_makes_its_network_and_misses
     if config.stem in OF_FILES or config.stem.startswith("digits"):
         images = tiny_data(config.stem, tmp_path) if config.stem in OF_FILES else []
         frame = ["arms/etf_dr_balanced", "protocols/sphere"] if config.stem == "omniglot" else ["arms/etf_dr"]
+        frame = ["arms/etf_dr_reserved"] if is_base_session(config.stem) else frame
         assert_trains(etflight_command(*argv, *experiment(*frame), *images, cwd=tmp_path))
         return
     small = ["--model.backbone", "test_resnet"] if config.stem in OF_PHOTOGRAPHS else []
-    result = etflight_command(*argv, *experiment("arms/ce"), *small, "--data.root", "nowhere", cwd=tmp_path)
+    root = [f"--data{'.images' * is_base_session(config.stem)}.root", "nowhere"]
+    result = etflight_command(*argv, *experiment("arms/ce"), *small, *root, cwd=tmp_path)
     if result.status != 0:  # else a package of this machine has them
         (line,) = result.error_lines
         assert "nowhere" in line or "_train.txt cannot be read (No such file" in line

@@ -56,6 +56,7 @@ ZHONG = (
     "dvlab-research/MiSLAS at bb5ba7e, dcdc6cf: train_stage2.py, config/cifar{10,100}/cifar*_imb001_stage2_mislas.yaml"
 )
 KOROMILAS = "pakoromilas/nc_by_design at 371cb2f: README.md, losses.py, configs/ce_cifar.yaml"
+YANG_2023 = "NeuralCollapseApplications/FSCIL at 7aaffd6: configs/cifar/resnet12_etf_bs512_200e_cifar.py, configs/_base_, ETFHead.py"
 RBL = "its released code and logs for CIFAR-10-LT at 100; in its linear layer ours has no bias"
 LIN = "arXiv 1708.02002, section 5.1: gamma 2 works best; a detector, so no schedule to compare"
 
@@ -109,6 +110,14 @@ SOURCES = {
         {"lr": 0.1, "momentum": 0.9, "nesterov": True, "batch": 128, "epochs": 1241, "mixup": 0.0,
          "head": "LinearHead", "loss": "CrossEntropyLoss", "loss.class_balance": "none", "logit_adjustment": 1},
         {"nesterov": (False, SHARED), "epochs": (200, SHARED), "mixup": MIXUP},
+    ),
+    "etf_dr_reserved": Source(
+        YANG_2023,
+        {"lr": 0.25, "momentum": 0.9, "weight_decay": 5e-4, "batch": 512, "epochs": 200, "head": "ETFHead", "head.projection_dim": 512,
+         "head.reserved_classes": 40, "head.batch_norm": False, "head.scale": 1, "loss": "DotRegressionLoss", "loss.length": 1,
+         "loss.class_balance": "none"},
+        {"lr": (0.1, SHARED), "weight_decay": (2e-4, SHARED), "batch": (128, SHARED),
+         "head.batch_norm": (True, "our projection has BatchNorm where theirs has LayerNorm and a linear path beside it")},
     ),
     "rbl": Source(
         RBL,

@@ -69,7 +69,7 @@ def trained(etflight_command, tmp_path_factory):
     run = folder / "runs/digits/etf_dr_balanced"
     for name in {
         *re.findall(r"(runs/[\w/]+)/checkpoints/last.ckpt", TEXT),
-        *re.findall(r"collapse (runs/[\w/]+)", TEXT),
+        *(word for command in commands(TEXT) for word in command.split() if re.fullmatch(r"runs/[\w/]+", word)),
     }:
         if not (folder / name).exists():
             shutil.copytree(run, folder / name)

@@ -1,0 +1,390 @@
+"""Few-shot class-incremental learning: a trained model takes on new classes from a few images each, without its old images.
+
+The backbone does not change after the base session, so everything here works on its pooled features. Of each earlier class only the mean
+feature is kept. Classes are numbered in the order in which they come.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from etflight.heads import CosineHead, ETFHead, Head
+from etflight.losses import CrossEntropyLoss, Loss
+from etflight.utils.errors import UserError
+
+Method = Literal["frame", "cosine", "ncm"]
+
+
+class Training(NamedTuple):
+    """How the head is trained in a session: SGD with momentum on all samples at once, under a cosine schedule that ends at 0.
+
+    There is no random number in it, so it can be repeated exactly.
+
+    Attributes:
+        steps: The number of steps.
+        lr: The learning rate of the first step.
+        momentum: The momentum.
+        weight_decay: The weight decay.
+    """
+
+    steps: int
+    lr: float
+    momentum: float = 0.9
+    weight_decay: float = 5e-5
+
+
+class Learner(ABC):
+    """A head that learns new classes session by session.
+
+    It is in evaluation mode in training, too: statistics of BatchNorm stay those of the base session, since a few images, with one mean
+    for each earlier class, could only spoil them.
+
+    Args:
+        head: The head of the base session; it stays as it is.
+    """
+
+    def __init__(self, head: Head) -> None:
+        self.head = deepcopy(head).eval().requires_grad_(False).cpu()
+
+    def begin(self, embedding: Tensor, labels: Tensor) -> None:  # noqa: B027  # not every learner needs it
+        """Take what is kept of the base session's images: nothing, unless overridden.
+
+        Args:
+            embedding: The embeddings of all training images, `[N, d']`.
+            labels: Their classes, `[N]`, int64.
+        """
+
+    @abstractmethod
+    def learn(self, shots: Tensor, labels: Tensor, memory: Tensor) -> None:
+        """Take on the next classes.
+
+        Args:
+            shots: The features of the new classes' images, `[n, d]`.
+            labels: The classes of the shots, `[n]`, int64, at least m.
+            memory: The mean features of the m earlier classes, `[m, d]`.
+
+        Raises:
+            UserError: The training diverges.
+        """
+
+    @abstractmethod
+    def logits(self, features: Tensor) -> Tensor:
+        """Compute the logits `[N, seen]` of features `[N, d]`, the largest of which decides."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Return what was learnt, as tensors."""
+
+    @abstractmethod
+    def load(self, state: dict[str, Tensor], seen: int) -> None:
+        """Go back to a state of this learner in which `seen` classes had been seen."""
+
+
+class FrameLearner(Learner):
+    """NC-FSCIL: the class vectors of all classes, those to come too, are a fixed frame; only the embedding before it is trained.
+
+    It minimises `1/S Σ_c 1/n_c Σ_{i in c} L(h_i, w_c)` over the S classes seen so far, where each earlier class has one sample, the
+    embedding of its mean feature, and each new class its shots. L is the loss of the base session: for dot regression `(1 - <w_c, h>)²/2`.
+    All parameters of the head are trained.
+
+    Args:
+        head: An `ETFHead` with reserved classes.
+        loss: The loss of the base session, whose class balance is replaced by the mean over classes above.
+        training: How to train.
+        num_classes: The number of classes that will come to be known, for an early error.
+
+    Raises:
+        UserError: The head has no frame with as many vectors, or nothing to train.
+
+    Source:
+        Yang et al., "Neural Collapse Inspired Feature-Classifier Alignment for Few-Shot Class-Incremental Learning", ICLR 2023, arXiv
+        2302.03004, section 4; the mean over classes is that of its released code (`with_len`). Its learning rate of 0.25 on ten times the
+        loss with weight decay 5e-4 is a rate of 2.5 on the loss with 5e-5.
+    """
+
+    def __init__(self, head: Head, loss: Loss, training: Training, num_classes: int) -> None:
+        if not isinstance(head, ETFHead):
+            raise UserError(
+                f"method frame needs an ETFHead with reserved_classes, but the base session has a {type(head).__name__}: "
+                "give --method cosine or ncm"
+            )
+        if len(head.frame) < num_classes:
+            raise UserError(
+                f"the frame of the base session has {len(head.frame)} vectors for {num_classes} classes: train it with "
+                f"--model.head.reserved_classes {num_classes - head.num_classes}"
+            )
+        super().__init__(head)
+        if not any(True for _ in self.head.parameters()):
+            raise UserError(
+                "method frame trains the projection, but the head of the base session has none: give it one"
+            )
+        self.loss = deepcopy(loss).eval().cpu()
+        self.training = training
+
+    def learn(self, shots: Tensor, labels: Tensor, memory: Tensor) -> None:
+        """Train the embedding so that means and shots meet their vectors of the frame."""
+        head = cast(ETFHead, self.head).extended(int(labels.max()) + 1)
+        features, classes = torch.cat([memory, shots]), torch.cat([torch.arange(len(memory)), labels])
+        head.requires_grad_()
+        _descend(head.parameters(), lambda: session_loss(self.loss, head(features), classes), self.training)
+        self.head = head.requires_grad_(False)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Compute the head's logits."""
+        return cast(Tensor, self.head(features))
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the state dict of the head."""
+        return self.head.state_dict()
+
+    def load(self, state: dict[str, Tensor], seen: int) -> None:
+        """Load a state dict of the head."""
+        self.head = cast(ETFHead, self.head).extended(seen)
+        self.head.load_state_dict(state)
+
+
+class CosineLearner(Learner):
+    """The learnable control: a class vector for each class, compared by cosine; they are trained, the embedding is not.
+
+    The vectors of the base classes are the trained head's, scaled to norm 1 (without biases); those of new classes start at the mean of
+    the normalised embeddings of their shots. All of them are trained by cross-entropy on `scale · cos`, with the samples and the mean over
+    classes of `FrameLearner`.
+
+    Args:
+        head: Any head with class vectors.
+        training: How to train.
+
+    Attributes:
+        scale: The factor of the cosine: that of a `CosineHead`, else 16, the default of one.
+        vectors: The class vectors `[seen, d']`.
+
+    Source:
+        Gidaris & Komodakis, "Dynamic Few-Shot Visual Learning without Forgetting", CVPR 2018, arXiv 1804.09458, section 3.2, for
+        class vectors from means of normalised features.
+    """
+
+    def __init__(self, head: Head, training: Training) -> None:
+        super().__init__(head)
+        self.training = training
+        self.scale = head.cosine_scale if isinstance(head, CosineHead) else 16.0
+        self.vectors = F.normalize(self.head.weight.detach().float(), dim=1)
+
+    def learn(self, shots: Tensor, labels: Tensor, memory: Tensor) -> None:
+        """Add the means of the shots, then train all vectors."""
+        features, classes = torch.cat([memory, shots]), torch.cat([torch.arange(len(memory)), labels])
+        embedding = self._embed(features)
+        start = class_means(self._embed(shots), labels - len(memory))
+        vectors = nn.Parameter(torch.cat([self.vectors, F.normalize(start, dim=1)]))
+        loss = CrossEntropyLoss().eval()
+        _descend([vectors], lambda: session_loss(loss, self._cosines(embedding, vectors), classes), self.training)
+        self.vectors = F.normalize(vectors.detach(), dim=1)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Compute the scaled cosines."""
+        return self._cosines(self._embed(features), self.vectors)
+
+    def _embed(self, features: Tensor) -> Tensor:
+        return F.normalize(self.head.embed(features).float(), dim=1)
+
+    def _cosines(self, embedding: Tensor, vectors: Tensor) -> Tensor:
+        return self.scale * embedding @ F.normalize(vectors, dim=1).T
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the vectors."""
+        return {"vectors": self.vectors}
+
+    def load(self, state: dict[str, Tensor], seen: int) -> None:
+        """Take the vectors."""
+        self.vectors = state["vectors"]
+
+
+class NearestMeanLearner(Learner):
+    """The control that trains nothing: an image belongs to the class whose mean embedding has the largest cosine with its own.
+
+    Args:
+        head: Any head; only its embedding is used.
+
+    Attributes:
+        means: The mean embeddings of the classes seen so far, of new classes those of their shots, `[seen, d']`.
+    """
+
+    def __init__(self, head: Head) -> None:
+        super().__init__(head)
+        self.means = torch.empty(0)
+
+    def begin(self, embedding: Tensor, labels: Tensor) -> None:
+        """Take the mean embedding of each base class."""
+        self.means = class_means(embedding, labels)
+
+    def learn(self, shots: Tensor, labels: Tensor, memory: Tensor) -> None:
+        """Add the mean embeddings of the shots."""
+        self.means = torch.cat([self.means, class_means(self.head.embed(shots), labels - len(memory))])
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Compute the cosines."""
+        return F.normalize(self.head.embed(features).float(), dim=1) @ F.normalize(self.means, dim=1).T
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the means."""
+        return {"means": self.means}
+
+    def load(self, state: dict[str, Tensor], seen: int) -> None:
+        """Take the means."""
+        self.means = state["means"]
+
+
+# What they share ----------------------------------------------------------------------------------------------------
+
+
+def class_means(values: Tensor, labels: Tensor) -> Tensor:
+    """Average the rows of each class, in float64.
+
+    Args:
+        values: `[N, d]`.
+        labels: The classes `[N]`, int64, each of 0 … K-1 at least once.
+
+    Returns:
+        `[K, d]` float32.
+    """
+    counts = labels.bincount()
+    sums = torch.zeros(len(counts), values.shape[1], dtype=torch.float64).index_add_(0, labels, values.double())
+    return (sums / counts[:, None]).float()
+
+
+def session_loss(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor:
+    """Average a loss over the samples of each class, then over the classes.
+
+    Args:
+        loss: The loss, in evaluation mode.
+        logits: `[B, K]`.
+        labels: `[B]`, int64.
+
+    Returns:
+        The scalar loss.
+    """
+    counts = labels.bincount()
+    return (loss.sample_losses(logits, labels) / counts[labels]).sum() / (counts > 0).sum()
+
+
+def _descend(parameters: Iterable[Tensor], objective: Callable[[], Tensor], training: Training) -> None:
+    optimizer = SGD(parameters, training.lr, training.momentum, weight_decay=training.weight_decay)
+    schedule = CosineAnnealingLR(optimizer, training.steps)
+    for _ in range(training.steps):
+        optimizer.zero_grad()
+        loss = objective()
+        if not bool(loss.isfinite()):
+            raise UserError(f"the loss of a session became {loss.item()}: give a smaller --lr than {training.lr:g}")
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+
+
+# Sessions -----------------------------------------------------------------------------------------------------------
+
+
+class Progress(NamedTuple):
+    """What is known after a session; the next one needs nothing else of the past.
+
+    Attributes:
+        learnt: The state of the learner.
+        memory: The mean features of the classes seen so far, `[seen, d]`.
+        results: The results of each session so far, as `score` gives them.
+    """
+
+    learnt: dict[str, Tensor]
+    memory: Tensor
+    results: list[dict[str, Any]]
+
+
+class Features(NamedTuple):
+    """The backbone's features of all images that the sessions need, and their classes in the order in which these come.
+
+    Attributes:
+        base: The mean features of the base classes, `[K_0, d]`.
+        shots: For each session after the base session, the features of its shots, `[n, d]`, and their classes, `[n]`.
+        test: The features of the test images of all classes, `[N, d]`, and their classes, `[N]`.
+    """
+
+    base: Tensor
+    shots: Sequence[tuple[Tensor, Tensor]]
+    test: tuple[Tensor, Tensor]
+
+
+def run_sessions(learner: Learner, features: Features, before: Progress | None = None) -> Iterator[Progress]:
+    """Go through the base session, which is only tested, and the sessions after it.
+
+    Args:
+        learner: The learner as the base session leaves it.
+        features: All features.
+        before: What was known after the last session of an earlier run, which goes on after it.
+
+    Yields:
+        What is known after each session.
+    """
+    memory, results = (features.base, []) if before is None else (before.memory, before.results)
+    if before is not None:
+        learner.load(before.learnt, len(memory))
+    for number in range(len(results), len(features.shots) + 1):
+        if number > 0:
+            shots, labels = features.shots[number - 1]
+            learner.learn(shots, labels, memory)
+            memory = torch.cat([memory, class_means(shots, labels - len(memory))])
+        images, classes = features.test
+        known = classes < len(memory)
+        with torch.no_grad():
+            decisions = learner.logits(images[known]).argmax(dim=1)
+        results = [*results, score(number, decisions, classes[known], len(features.base), results)]
+        yield Progress(learner.state(), memory, results)
+
+
+def score(
+    number: int, decisions: Tensor, labels: Tensor, base: int, earlier: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    """Say how good the decisions after a session are.
+
+    Args:
+        number: The number of the session.
+        decisions: The classes decided for, `[N]`.
+        labels: The right ones, `[N]`.
+        base: The number of base classes.
+        earlier: The results of the sessions before.
+
+    Returns:
+        `session`, `acc` (of all test images of the classes seen so far), `acc_base`, `acc_new` (of the classes that came after the base
+        session; None if there are none), and `forgetting` (the fall of `acc_base` since the base session). Accuracies lie in [0, 1].
+    """
+    right, of_base = decisions == labels, labels < base
+    acc_base = _mean(right[of_base])
+    first = earlier[0]["acc_base"] if earlier else acc_base
+    return {
+        "session": number,
+        "acc": _mean(right),
+        "acc_base": acc_base,
+        "acc_new": None if bool(of_base.all()) else _mean(right[~of_base]),
+        "forgetting": first - acc_base,
+    }
+
+
+def summary(results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Sum up all sessions.
+
+    Args:
+        results: The results of all sessions.
+
+    Returns:
+        `performance_drop` (PD), the fall of `acc` from the base session to the last one, and `average_acc`, the mean of `acc` over
+        all sessions.
+    """
+    accuracies = [row["acc"] for row in results]
+    return {"performance_drop": accuracies[0] - accuracies[-1], "average_acc": sum(accuracies) / len(accuracies)}
+
+
+def _mean(right: Tensor) -> float:
+    return int(right.sum()) / len(right)
