@@ -1,6 +1,7 @@
 """Measures what docs/when_to_fix.md reports of trained runs, and collects it in notebooks/results/when_to_fix.json.
 
-The runs come from the studies fashion_mnist_10k, unknown_classes and new_classes; what has been measured is not measured again:
+The runs come from the studies fashion_mnist_10k, unknown_classes, new_classes and digits_labels. What has been measured is not measured
+again:
 
     python -m notebooks.when_to_fix
 """
@@ -136,6 +137,24 @@ def shared_space() -> list[dict[str, Any]]:
     return rows
 
 
+def labels() -> list[dict[str, Any]]:
+    """Test accuracies of trainings on few and on wrong labels, and on all of them."""
+    rows = []
+    for folder in sorted([*RUNS.glob("digits_*"), RUNS / "fashion_mnist_10k"]):
+        if folder.name == "digits_sessions":
+            continue
+        for arm, runs in runs_of(folder.name).items():
+            records = [json.loads((run / "test_metrics.json").read_text()) for run in runs]
+            numbers = {key: summary(record[f"test/{key}"] for record in records) for key in ("acc", "ece_calibrated")}
+            rows.append({"set": folder.name, "arm": arm, **numbers})
+    return rows
+
+
 if __name__ == "__main__":
-    found = {"unknown_classes": unknown_classes(), "new_classes": new_classes(), "shared_space": shared_space()}
+    found = {
+        "labels": labels(),
+        "unknown_classes": unknown_classes(),
+        "new_classes": new_classes(),
+        "shared_space": shared_space(),
+    }
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
