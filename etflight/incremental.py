@@ -105,7 +105,7 @@ class FrameLearner(Learner):
 
     Source:
         Yang et al., "Neural Collapse Inspired Feature-Classifier Alignment for Few-Shot Class-Incremental Learning", ICLR 2023, arXiv
-        2302.03004, section 4; the mean over classes is that of its released code (`with_len`). Its learning rate of 0.25 on ten times the
+        2302.03004; the mean over classes is that of its released code (`with_len`). Its learning rate of 0.25 on ten times the
         loss with weight decay 5e-4 is a rate of 2.5 on the loss with 5e-5.
     """
 
@@ -166,8 +166,8 @@ class CosineLearner(Learner):
         vectors: The class vectors `[seen, d']`.
 
     Source:
-        Gidaris & Komodakis, "Dynamic Few-Shot Visual Learning without Forgetting", CVPR 2018, arXiv 1804.09458, section 3.2, for
-        class vectors from means of normalised features.
+        Gidaris & Komodakis, "Dynamic Few-Shot Visual Learning without Forgetting", CVPR 2018, arXiv 1804.09458, for class
+        vectors from means of normalised features.
     """
 
     def __init__(self, head: Head, training: Training) -> None:
