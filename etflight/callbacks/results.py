@@ -15,7 +15,7 @@ from rich.text import Text
 import etflight
 from etflight.callbacks.figures import publish, publish_table
 from etflight.classifier import PRIOR_SHIFTS, Classifier, Evaluation
-from etflight.metrics.accuracy import FEW_BELOW, MANY_ABOVE, shot_groups, third_groups
+from etflight.metrics.accuracy import FEW_BELOW, MANY_ABOVE, has_order, shot_groups, third_groups
 from etflight.runs.folder import writing_to
 from etflight.runs.loggers import run_folder
 from etflight.utils.files import write_json
@@ -75,8 +75,8 @@ def _rows(model: Classifier, evaluation: Evaluation) -> list[tuple[object, ...]]
     samples, accuracy, precision = (column.tolist() for column in evaluation.classes)
     counts = model.class_counts
     nobody = [""] * len(counts)
-    known = bool(counts.any())
-    shots, thirds = (_names(g(counts)) if known else nobody for g in (shot_groups, third_groups))
+    shots = _names(shot_groups(counts)) if counts.any() else nobody
+    thirds = _names(third_groups(counts)) if has_order(counts) else nobody
     labels = range(len(counts))
     return list(
         zip(labels, _class_names(model), counts.tolist(), accuracy, precision, samples, shots, thirds, strict=True)
@@ -121,16 +121,15 @@ def _tables(metrics: Mapping[str, float], model: Classifier, evaluation: Evaluat
     yield _row(f"Test: {images} images of {classes} classes, in per cent{adjusted}", metrics, columns)
     if bool(model.class_counts.any()):
         limits = f"many > {MANY_ABOVE}, medium {FEW_BELOW}-{MANY_ABOVE}, few < {FEW_BELOW}"
-        for title, groups in (
-            (f"By training images: {limits} (number of classes)", shot_groups(model.class_counts)),
-            ("By thirds of the classes, most training images first", third_groups(model.class_counts)),
-        ):
-            columns = {f"acc_{name}": f"{name} ({int(members.sum())})" for name, members in groups.items()}
-            yield _row(title, metrics, columns)
+        title = f"By training images: {limits} (number of classes)"
+        yield _row(title, metrics, _sizes(shot_groups(model.class_counts)))
+    if has_order(model.class_counts):
+        title = "By thirds of the classes, most training images first"
+        yield _row(title, metrics, _sizes(third_groups(model.class_counts)))
     yield _row(
         f"Calibration, {model.describe_temperature()}", metrics, {"ece": "ECE", "ece_calibrated": "ECE calibrated"}
     )
-    if bool(model.class_counts.any()):
+    if has_order(model.class_counts):
         table = Table("ratio of the test images", box=SIMPLE_HEAD)
         for ratio in PRIOR_SHIFTS:
             table.add_column(str(ratio), justify="right", min_width=6)
@@ -138,6 +137,11 @@ def _tables(metrics: Mapping[str, float], model: Classifier, evaluation: Evaluat
             cells = [_per_cent(metrics.get(f"test/acc_{way}_{ratio}")) for ratio in PRIOR_SHIFTS]
             table.add_row(f"{way}, {meaning}", *cells)
         yield _titled("If test images were long-tailed, too", table)
+
+
+def _sizes(groups: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """The headings of groups, with the number of classes in each, by the names of their accuracies."""
+    return {f"acc_{name}": f"{name} ({int(members.sum())})" for name, members in groups.items()}
 
 
 def _row(title: str, metrics: Mapping[str, float], columns: Mapping[str, str]) -> Group:

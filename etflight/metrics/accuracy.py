@@ -104,6 +104,11 @@ def shot_groups(class_counts: Tensor) -> dict[str, Tensor]:
     return {"many": many, "medium": ~(many | few), "few": few}
 
 
+def has_order(class_counts: Tensor) -> bool:
+    """Say whether some class of the counts `[K]` has more training images than another: else there is neither head nor tail."""
+    return bool((class_counts != class_counts[0]).any())
+
+
 def third_groups(class_counts: Tensor) -> dict[str, Tensor]:
     """Make masks `[K]` of the K//3 classes with most training images, of the K//3 with fewest, and of those between.
 
@@ -168,7 +173,7 @@ class ShotAccuracy(ExactMetric):
     """Top-1 accuracy over all samples, and over classes: mean (balanced accuracy), worst, harmonic mean, and means over groups.
 
     A group's accuracy is the mean of its classes' accuracies; classes of which no sample was seen are left out of everything that is
-    taken over classes. The groups are `shot_groups` and `third_groups`.
+    taken over classes. The groups are `shot_groups` and, where classes differ in their number of training images, `third_groups`.
 
     Args:
         num_classes: The number of classes K.
@@ -222,9 +227,9 @@ class ShotAccuracy(ExactMetric):
         """Return the accuracies, scalars in [0, 1].
 
         Returns:
-            `acc`, `acc_macro`, `acc_worst`, `acc_harmonic` and, for groups that have classes, `acc_many`, `acc_medium`, `acc_few`,
-            `acc_head`, `acc_middle`, `acc_tail`; for each of the `shifts`, such as 50, `acc_forward_50` and `acc_backward_50`. All are NaN
-            if nothing was seen.
+            `acc`, `acc_macro`, `acc_worst`, `acc_harmonic` and, for groups that have classes, `acc_many`, `acc_medium`, `acc_few`. Where
+            classes differ in their number of training images also `acc_head`, `acc_middle`, `acc_tail` and, for each of the `shifts`,
+            such as 50, `acc_forward_50` and `acc_backward_50`. All are NaN if nothing was seen.
         """
         accuracy = self._scores().accuracy
         worst = accuracy.nan_to_num(torch.inf).min()
@@ -236,10 +241,12 @@ class ShotAccuracy(ExactMetric):
         }
         if self._class_counts is not None:
             counts = self._class_counts.to(accuracy.device)
-            for group, members in (shot_groups(counts) | third_groups(counts)).items():
+            ordered = has_order(counts)
+            groups = shot_groups(counts) | (third_groups(counts) if ordered else {})
+            for group, members in groups.items():
                 if members.any():
                     result[f"acc_{group}"] = accuracy[members].nanmean()
-            for ratio in self.shifts:
+            for ratio in self.shifts if ordered else ():
                 result[f"acc_forward_{ratio}"] = shifted_accuracy(accuracy, counts, ratio)
                 result[f"acc_backward_{ratio}"] = shifted_accuracy(accuracy, counts, 1 / ratio)
         return {name: value.float() for name, value in result.items()}

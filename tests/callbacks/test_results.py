@@ -63,6 +63,16 @@ def test_the_folder_has_figures_and_a_table_of_scikit_learns_scores_and_the_grou
     assert [row["third"] for row in rows] == 3 * ["head"] + 4 * ["middle"] + 3 * ["tail"]
 
 
+def test_of_classes_of_one_size_no_head_and_tail_are_shown(tmp_path):
+    with redirect_stdout(StringIO()) as printed:
+        run_test(untrained(class_counts=[40] * 10), Digits(), tmp_path)
+    assert "By training images" in printed.getvalue()
+    assert "By thirds" not in printed.getvalue()
+    assert "long-tailed" not in printed.getvalue()
+    assert {row["third"] for row in read_csv(tmp_path / "per_class.csv")} == {""}
+    assert "test/acc_head" not in json.loads((tmp_path / "test_metrics.json").read_text())
+
+
 def test_the_model_keeps_what_was_counted(tested):
     folder, model, labels, decisions, _ = tested
     evaluation = model.evaluation()

@@ -74,6 +74,13 @@ def test_without_counts_there_are_no_groups_and_a_class_never_right_makes_worst_
     assert result == {"acc": 0.75, "acc_macro": pytest.approx(2 / 3), "acc_worst": 0, "acc_harmonic": 0}
 
 
+def test_classes_of_one_size_have_neither_head_nor_tail():
+    target = torch.arange(6) % 3
+    equal, unequal = (accuracies(3, counts, target, target, shifts=(4,)) for counts in ([40] * 3, [40, 40, 39]))
+    assert set(equal) == {"acc", "acc_macro", "acc_worst", "acc_harmonic", "acc_medium"}
+    assert set(unequal) - set(equal) == {"acc_head", "acc_middle", "acc_tail", "acc_forward_4", "acc_backward_4"}
+
+
 def test_of_nothing_nothing_is_known():
     assert all(np.isnan(value) for value in accuracies(4, [9, 9, 9, 9], *torch.zeros(2, 0, dtype=torch.long)).values())
     assert Reliability().compute().ece.isnan()
