@@ -164,8 +164,13 @@ function curves(root, content, shown, place, label) {
         line: { color: colour(place(run)), dash: dash(place(run)), width: 1.8 }, marker: { color: colour(place(run)) },
         hovertemplate: "%{text}<br>epoch %{x:.4~g}: %{y:.4~g}<extra></extra>",
       }));
-      const yaxis = name.endsWith("/nc1") ? { type: "log", exponentformat: "power", dtick: 1 } : {};
-      return [data, layout({ xaxis: { title: { text: "epoch" } }, yaxis, uirevision: name })];
+      const yaxis = name.endsWith("/nc1") ? { type: "log", exponentformat: "power" } : {};
+      const values = data.flatMap((trace) => trace.y).filter((value) => value > 0);
+      // over a smaller range there may be no power of ten to label
+      if (yaxis.type && Math.max(...values) >= 100 * Math.min(...values)) yaxis.dtick = 1;
+      const xaxis = { title: { text: "epoch" } };
+      if (Math.max(...data.flatMap((trace) => trace.x)) < 8) xaxis.dtick = 1;
+      return [data, layout({ xaxis, yaxis, uirevision: name })];
     });
   }
 }

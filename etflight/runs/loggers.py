@@ -18,6 +18,7 @@ from torch import Tensor
 
 from etflight.utils.errors import UserError, brief, warn
 from etflight.utils.files import flush_to_disk, replacing
+from etflight.utils.lightning_private import leave_out_anonymous
 
 
 class MetricsCSV(Logger):
@@ -175,6 +176,7 @@ def _start_wandb(logger: Any, numbers: Path) -> Any:
         os.environ.setdefault(name, value)
     if logger.save_dir is not None:  # wandb would use a temporary folder if this one were missing
         Path(logger.save_dir).mkdir(parents=True, exist_ok=True)
+    leave_out_anonymous(logger)
     try:
         run = logger.experiment
     except wandb.errors.UsageError as error:

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 from etflight.runs.folder import last_checkpoint
 from etflight.utils.errors import UserError
 from etflight.utils.jsonargparse_private import in_one_line
+from etflight.utils.shipped import short_name
 from etflight.utils.yaml import read_yaml, require_file
 
 ROOT = Path("runs")  # the trainer's root, as `etflight fit` sets it
@@ -156,7 +157,7 @@ def read_study(path: Path) -> Study:
         files: list[Path] = [configs / folder / f"{name}.yaml" for folder in folders]
         file = next(filter(Path.is_file, files), files[0])
         require_file(file)
-        return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+        return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else short_name(file)
 
     sets = content.sets if isinstance(content.sets, dict) else {name: [name] for name in content.sets}
     if outside := [name for name in sets if not name.isidentifier()]:

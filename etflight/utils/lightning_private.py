@@ -67,6 +67,12 @@ def uploads_checkpoints(logger: WandbLogger) -> bool:
     return bool(logger._log_model)
 
 
+def leave_out_anonymous(logger: WandbLogger) -> None:
+    """Give W&B no `anonymous` unless the user did: it warns of that setting whatever its value. Touches `WandbLogger._wandb_init`."""
+    if logger._wandb_init.get("anonymous") is None:
+        logger._wandb_init.pop("anonymous", None)
+
+
 # --- the state of the loops in a checkpoint ----------------------------------------------------------------------------
 # `checkpoint["loops"]["fit_loop"]` has "epoch_progress", "epoch_loop.batch_progress", and in "state_dict" the loaders' own states
 

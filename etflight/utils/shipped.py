@@ -27,6 +27,22 @@ def find_config(name: str | Path) -> Path:
     return shipped if inside and shipped.is_file() else path
 
 
+def short_name(file: Path) -> Path:
+    """The name by which `find_config` finds a shipped file in any folder that has no file of that name.
+
+    Args:
+        file: An absolute path without links.
+
+    Returns:
+        Such as configs/arms/ce.yaml; the given path if the file is not a shipped one, or the current folder has another of its name.
+    """
+    shipped = SHIPPED.resolve()
+    if not file.is_relative_to(shipped):
+        return file
+    name = Path("configs") / file.relative_to(shipped)
+    return name if find_config(name).resolve() == file else file
+
+
 def shipped_configs() -> list[Path]:
     """The paths of all shipped files relative to their folder, sorted."""
     return sorted(file.relative_to(SHIPPED) for folder in SHIPPED.iterdir() for file in folder.glob("*.yaml"))

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from etflight.cli import configs
+from etflight.cli import configs, study
 from etflight.cli.argv import without_files
 from etflight.utils.errors import UserError
-from etflight.utils.shipped import SHIPPED, find_config
+from etflight.utils.shipped import SHIPPED, find_config, short_name
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,6 +48,23 @@ def test_a_name_stands_for_the_shipped_file_unless_there_is_one(name, tmp_path):
     own.parent.mkdir(parents=True)
     own.write_text("{}")
     assert find_config(name) == Path(name)
+
+
+def test_a_shipped_file_has_a_short_name_unless_another_file_has_it_or_it_is_the_users(tmp_path):
+    file, name = (SHIPPED / "data/digits.yaml").resolve(), Path("configs/data/digits.yaml")
+    assert short_name(file) == name
+    assert find_config(short_name(file)).resolve() == file
+    assert short_name(tmp_path / "data/digits.yaml") == tmp_path / "data/digits.yaml"
+    name.parent.mkdir(parents=True)
+    name.write_text("{}")
+    assert short_name(file) == file
+
+
+def test_a_study_that_came_with_the_package_prints_commands_that_any_installation_can_run(capsys):
+    study.main(["configs/studies/digits.yaml", "--dry-run", "--arms", "ce", "--seeds", "0"])
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "etflight fit -c configs/data/digits.yaml -c configs/arms/ce.yaml --seed_everything 0 --name digits/ce/seed0 --ckpt_path last"
+    )
 
 
 @pytest.mark.parametrize("name", ["data/none", "../etflight/cli/stages.py", "{}", "/data/digits", "configs"])

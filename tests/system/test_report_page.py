@@ -67,6 +67,19 @@ def test_the_page_draws_without_errors_requests_or_overflow(width, scheme, brows
     assert (text - ground if scheme == "dark" else ground - text) > 450  # text can be told from its ground
 
 
+def test_the_axes_of_a_short_curve_have_numbers_and_whole_epochs_also_with_no_power_of_ten_near(browser, tmp_path):
+    run = make_run(tmp_path / "r")
+    write_csv(run / "metrics.csv", [{"step": s, "epoch": s, "nc/train/nc1": v} for s, v in enumerate((19, 17.2, 14.4))])
+    write(tmp_path / "report.html", [run])
+    open_page(browser, tmp_path / "report.html")
+    x, y = browser.execute_script(
+        "const texts = k => [...document.querySelector('.chart').querySelectorAll(k)].map(t => t.textContent);"
+        "return [texts('.xtick text'), texts('.ytick text')]"
+    )
+    assert x == ["1", "2", "3"]
+    assert len(y) >= 2
+
+
 def test_pressing_an_arm_hides_its_curves_and_pictures(browser, page):
     open_page(browser, page)
     count = (

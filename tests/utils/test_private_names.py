@@ -15,7 +15,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric, SumMetric
 
-from etflight.utils.lightning_private import forks_processes, ignore_own_deprecations, on_dead_process
+from etflight.utils.lightning_private import (
+    forks_processes,
+    ignore_own_deprecations,
+    leave_out_anonymous,
+    on_dead_process,
+)
 from etflight.utils.torch_private import broadcast_buffers, has_hooks, leave_out_of_broadcasts
 from etflight.utils.wandb_private import as_sent
 
@@ -112,3 +117,11 @@ def test_lightning_tells_by_the_class_of_the_launcher_how_processes_start(strate
 def test_wandb_workspaces_turn_into_plain_data():
     workspaces = pytest.importorskip("wandb_workspaces.workspaces")
     assert as_sent(workspaces.Workspace(entity="e", project="p", name="mine"))["displayName"] == "mine"
+
+
+def test_lightning_gives_wandb_an_anonymous_setting_that_can_be_left_out(tmp_path):
+    for given, kept in ((None, False), (True, True)):
+        logger = WandbLogger(offline=True, save_dir=tmp_path, anonymous=given)
+        assert "anonymous" in logger._wandb_init
+        leave_out_anonymous(logger)
+        assert ("anonymous" in logger._wandb_init) == kept
