@@ -1,4 +1,4 @@
-"""Keeps the curves of finished 200-epoch runs in notebooks/results/cifar10_lt_curves.json, and draws them.
+"""Keeps the curves of finished 200-epoch runs in notebooks/curves/cifar10_lt.json, and draws them.
 
     python -m notebooks.protocol_curves runs/cifar10_lt_protocol/*/seed*
 
@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-CURVES = Path("notebooks/results/cifar10_lt_curves.json")
+CURVES = Path("notebooks/curves/cifar10_lt.json")
 FIGURE = Path("notebooks/figures/cifar10_lt_curves.png")
 LOGGED = ["nc/train/nc1", "nc/train/alignment", "nc/train/nc4", "nc/val/nc1", "nc/val/alignment"] + [
     f"val/acc_{group}" for group in ("head", "middle", "tail")
