@@ -2,8 +2,9 @@
 
 from typing import NamedTuple
 
-import torch
+import numpy as np
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from etflight.utils.errors import UserError
@@ -36,7 +37,7 @@ def retrieval_scores(
         same_images: Whether query i and gallery image i are one image, perhaps embedded by two models; then it does not find itself.
 
     Returns:
-        The scores, computed in float64. Of equal cosines the first in the gallery comes first.
+        The scores, computed in float64. The order of equal cosines is any.
 
     Raises:
         UserError: The shapes do not fit, or no query has an image of its class in the gallery.
@@ -48,22 +49,28 @@ def retrieval_scores(
         )
     if same_images and len(queries) != len(gallery):
         raise UserError(f"{len(queries)} queries and {len(gallery)} gallery images cannot be the same images")
-    unit = F.normalize(gallery.double(), dim=1)
-    hits: list[Tensor] = []
-    precisions: list[Tensor] = []
+    unit = F.normalize(gallery.double(), dim=1).T.cpu()
+    own, others = query_labels.cpu().numpy(), gallery_labels.cpu().numpy()
+    hits: list[NDArray[np.bool_]] = []
+    precisions: list[NDArray[np.float64]] = []
     for start in range(0, len(queries), _CHUNK):
         rows = slice(start, start + _CHUNK)
-        cosines = F.normalize(queries[rows].double(), dim=1) @ unit.T
-        relevant = query_labels[rows, None] == gallery_labels
+        distances = -(F.normalize(queries[rows].double(), dim=1).cpu() @ unit).numpy()
+        relevant = own[rows, None] == others
         if same_images:
-            own = torch.arange(len(cosines)), torch.arange(start, start + len(cosines))
-            cosines[own], relevant[own] = -torch.inf, False
-        relevant = relevant.gather(1, cosines.argsort(dim=1, descending=True, stable=True))
-        found = relevant.cumsum(1)
-        asked = found[:, -1] > 0
-        precision = found.double() / torch.arange(1, len(gallery) + 1)
+            itself = np.arange(len(distances)), np.arange(start, start + len(distances))
+            distances[itself], relevant[itself] = np.inf, False
+        # NumPy's sort is five times as fast as torch's on a CPU
+        relevant = np.take_along_axis(relevant, np.argsort(distances, axis=1), axis=1)
+        query, place = np.nonzero(relevant)
+        counts = relevant.sum(axis=1)
+        found = (
+            1 + np.arange(len(query)) - np.repeat(counts.cumsum() - counts, counts)
+        )  # up to this place, itself included
+        sums = np.bincount(query, found / (place + 1), minlength=len(counts))
+        asked = counts > 0
         hits.append(relevant[asked, 0])
-        precisions.append((precision * relevant).sum(1)[asked] / found[asked, -1])
+        precisions.append(sums[asked] / counts[asked])
     if not sum(map(len, hits)):
         raise UserError("no query has an image of its class in the gallery: give sets with common classes")
-    return RetrievalScores(float(torch.cat(hits).double().mean()), float(torch.cat(precisions).mean()))
+    return RetrievalScores(float(np.concatenate(hits).mean()), float(np.concatenate(precisions).mean()))
