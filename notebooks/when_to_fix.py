@@ -69,8 +69,6 @@ def unknown_classes() -> list[dict[str, Any]]:
     for name, sets in UNKNOWN.items():
         for unknown, words in sets.items():
             for arm, runs in runs_of(name).items():
-                if arm == "etf_dr_reserved":
-                    continue
                 records = []
                 for run in runs:
                     folder = run / "unknown" / unknown
@@ -116,7 +114,7 @@ def shared_space() -> list[dict[str, Any]]:
     rows = []
     for name, others in (
         ("fashion_mnist_10k", {"known": [], "omniglot": UNKNOWN["fashion_mnist_10k"]["omniglot"]}),
-        ("gtsrb_sessions", {"known": [], "held_out": UNKNOWN["gtsrb_sessions"]["held_out"]}),
+        ("gtsrb_sessions", {"held_out": UNKNOWN["gtsrb_sessions"]["held_out"]}),
     ):
         for arm, runs in runs_of(name).items():
             for images, words in others.items():
