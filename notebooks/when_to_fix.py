@@ -1,4 +1,4 @@
-"""Measures what docs/when_to_fix.md reports of trained runs, and collects it in notebooks/results/when_to_fix.json.
+"""Measures what docs/when_to_fix.md reports of trained runs, and collects it in notebooks/evaluations/when_to_fix.json.
 
 The runs come from the studies fashion_mnist_10k, unknown_classes, new_classes and digits_labels. What has been measured is not measured
 again:
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 RUNS = Path("runs")
-RESULTS = Path("notebooks/results/when_to_fix.json")
+RESULTS = Path("notebooks/evaluations/when_to_fix.json")
 
 # for each set of runs the images that its models have never seen
 UNKNOWN = {
