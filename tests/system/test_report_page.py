@@ -50,7 +50,7 @@ def open_page(browser, path, width=1280, scheme="light"):
     browser.get(path.as_uri())
     messages = (json.loads(entry["message"])["message"] for entry in browser.get_log("performance"))
     sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    own = ("data:", "chrome:")  # no requests, and the browser's own
+    own = ("data:", "chrome:", "chrome-untrusted:")  # no requests, and those of the browser's own pages
     return browser.get_log("browser"), [url for url in sent if not url.startswith(own)]
 
 
