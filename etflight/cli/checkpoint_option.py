@@ -1,13 +1,16 @@
-"""What the commands that take a trained model share: the checkpoint, the modules it needs, and how it wants its images."""
+"""What the commands that take a trained model share: the checkpoint, the modules and the device it needs, and how it wants its images."""
 
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from etflight.classifier import Classifier
 from etflight.data import ImageDataModule
+from etflight.runs.folder import last_checkpoint, run_of
 from etflight.utils.errors import UserError, brief, warn
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.specs import find
@@ -36,6 +39,40 @@ def import_modules(names: Sequence[str]) -> None:
             import_module(name)
         except ImportError as error:
             raise UserError(f"--imports {name}: {brief(error)}: give a module that Python finds from here") from error
+
+
+def add_device(parser: ArgumentParser) -> None:
+    """Add the argument `--device`."""
+    parser.add_argument(
+        "--device", type=str | None, default=None, help="cpu, cuda, cuda:1 …; by default a GPU if there is one."
+    )
+
+
+def device_of(config: Namespace) -> torch.device:
+    """The device that `--device` asks for."""
+    return torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def load_classifier(run: str) -> tuple[Path, Classifier]:
+    """Load a trained model.
+
+    Args:
+        run: A run folder, whose last checkpoint is meant, or a checkpoint.
+
+    Returns:
+        The path of the checkpoint, and its model.
+
+    Raises:
+        UserError: There is no such checkpoint, or it cannot be read.
+    """
+    path = Path(run)
+    checkpoint = last_checkpoint(path) if path.is_dir() else path
+    return checkpoint, Classifier.load_from_checkpoint(checkpoint)
+
+
+def folder_of(checkpoint: Path) -> Path:
+    """The run folder of a checkpoint, or else the folder that it lies in."""
+    return run_of(checkpoint) or checkpoint.parent
 
 
 def data_as_trained(

@@ -19,14 +19,20 @@ from torch import Tensor
 from etflight import plotting
 from etflight.backbones import resnet_cifar
 from etflight.callbacks.features import HEAD, Caught, EmbeddingSource, PassStatistics, sweep
-from etflight.classifier import Classifier
-from etflight.cli.checkpoint_option import add_imports, data_as_trained, import_modules
+from etflight.cli.checkpoint_option import (
+    add_device,
+    add_imports,
+    data_as_trained,
+    device_of,
+    folder_of,
+    import_modules,
+    load_classifier,
+)
 from etflight.cli.data_option import data_parser, parse_over_run
 from etflight.cli.parser import OneLineParser
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
 from etflight.metrics import Moments, measures
-from etflight.runs.folder import last_checkpoint, run_of
 from etflight.runs.record import data_facts
 from etflight.utils.checkpoints import misfit, read_weights
 from etflight.utils.errors import UserError, brief
@@ -100,13 +106,11 @@ def main(argv: Sequence[str]) -> None:
         model = _from_timm(config, data)
         folder = Path("runs", "collapse", re.sub(r"[^\w.-]+", "_", config.timm))
     else:
-        run = Path(config.run)
-        checkpoint = last_checkpoint(run) if run.is_dir() else run
-        classifier = Classifier.load_from_checkpoint(checkpoint)
+        checkpoint, classifier = load_classifier(config.run)
         data = data_as_trained(parser, config, classifier, str(checkpoint), images=True)
         model = Model(f"checkpoint {checkpoint}", EmbeddingSource(classifier, "head"), classifier.class_names)
-        folder = (run_of(checkpoint) or checkpoint.parent) / "collapse"
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        folder = folder_of(checkpoint) / "collapse"
+    device = device_of(config)
     output, out = Path(config.output or folder), console()
 
     model.source.model.eval().requires_grad_(False).to(device)
@@ -295,9 +299,7 @@ def _parser() -> OneLineParser:
         default=None,
         help="Folder for collapse.json and the figures. Default: collapse in the checkpoint's run folder, or runs/collapse/NAME.",
     )
-    parser.add_argument(
-        "--device", type=str | None, default=None, help="cpu, cuda, cuda:1 …; by default a GPU if there is one."
-    )
+    add_device(parser)
     add_imports(parser)
     return parser
 

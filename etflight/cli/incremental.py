@@ -19,7 +19,7 @@ from torch import Tensor
 from etflight import plotting
 from etflight.callbacks.collect import outputs
 from etflight.classifier import Classifier
-from etflight.cli.checkpoint_option import add_imports, data_as_trained, import_modules
+from etflight.cli.checkpoint_option import add_imports, data_as_trained, folder_of, import_modules, load_classifier
 from etflight.cli.data_option import data_parser, parse_over_run
 from etflight.cli.parser import OneLineParser
 from etflight.data import ClassSubset, ImageDataModule
@@ -37,7 +37,7 @@ from etflight.incremental import (
     run_sessions,
     summary,
 )
-from etflight.runs.folder import check_writable, last_checkpoint, run_of, writing_to
+from etflight.runs.folder import check_writable, writing_to
 from etflight.runs.record import data_facts
 from etflight.utils.errors import UserError, brief
 from etflight.utils.files import replacing, write_json
@@ -110,9 +110,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _base(parser: OneLineParser, config: Namespace) -> _Base:
-    run = Path(config.run)
-    checkpoint = last_checkpoint(run) if run.is_dir() else run
-    classifier = Classifier.load_from_checkpoint(checkpoint)
+    checkpoint, classifier = load_classifier(config.run)
     data: ImageDataModule = data_as_trained(parser, config, classifier, str(checkpoint), images=True)
     if not isinstance(data, ClassSubset):
         raise UserError(
@@ -279,7 +277,7 @@ def _report(
 
 def _default_folder(checkpoint: Path, config: Namespace) -> Path:
     name = f"{config.method}_{config.way}way_{config.shots}shot_seed{config.seed}"
-    return (run_of(checkpoint) or checkpoint.parent) / "incremental" / name
+    return folder_of(checkpoint) / "incremental" / name
 
 
 def _check(config: Namespace) -> None:

@@ -16,14 +16,23 @@ from torch import Tensor
 from etflight import plotting
 from etflight.callbacks.collect import Outputs, outputs
 from etflight.classifier import Classifier
-from etflight.cli.checkpoint_option import add_imports, data_as_trained, import_modules, prepare_as_trained
+from etflight.cli.checkpoint_option import (
+    add_device,
+    add_imports,
+    data_as_trained,
+    device_of,
+    folder_of,
+    import_modules,
+    load_classifier,
+    prepare_as_trained,
+)
 from etflight.cli.data_option import data_parser, parse
 from etflight.cli.parser import OneLineParser
 from etflight.data import ImageDataModule
 from etflight.data.adapted import AdaptedSplit
 from etflight.data.sources import ImageSplit
 from etflight.metrics import ClassStatistics, Moments, measures, ood
-from etflight.runs.folder import check_writable, last_checkpoint, read_record, run_of
+from etflight.runs.folder import check_writable, read_record, run_of
 from etflight.runs.record import data_facts
 from etflight.utils.errors import UserError, warn
 from etflight.utils.files import write_json
@@ -62,10 +71,8 @@ def main(argv: Sequence[str]) -> None:
     parser = _parser()
     config = parse(parser, argv)
     import_modules(config.imports)
-    run = Path(config.run)
-    known_config = _config_of_run(run)
-    checkpoint = last_checkpoint(run) if run.is_dir() else run
-    model = Classifier.load_from_checkpoint(checkpoint)
+    known_config = _config_of_run(Path(config.run))
+    checkpoint, model = load_classifier(config.run)
     weight = _class_vectors(model, checkpoint)
     known = data_as_trained(_known_parser(), known_config, model, str(checkpoint), images=True)
     prepare_as_trained(config.data, known.preprocessing)
@@ -74,14 +81,13 @@ def main(argv: Sequence[str]) -> None:
     shared = _shared_classes(model.class_names or known.class_names, unknown)
     adapted, images = _adapted(unknown, known.preprocessing, config.adapt)
     _refuse_known_images(known, unknown)
-    folder = Path(config.output or (run_of(checkpoint) or checkpoint.parent) / "ood" / _folder_name(unknown))
+    folder = Path(config.output or folder_of(checkpoint) / "ood" / _folder_name(unknown))
     check_writable(folder, "--output")
     number = config.components or len(weight) - 1
     k = _neighbour(config.k, known.class_counts.tolist())
 
     out = console()
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model.eval().requires_grad_(False).to(device)
+    device = device_of(config)
     quiet = not out.is_terminal
     train, test = (outputs(model, known, split, device, quiet=quiet) for split in ("train", "test"))
     others = outputs(model, known.with_test_images(images), "test", device, quiet=quiet)
@@ -92,7 +98,7 @@ def main(argv: Sequence[str]) -> None:
     results = {name: ood.separation(*both) for name, both in values.items()}
     record = {
         "model": f"checkpoint {checkpoint}",
-        "seed": read_record(run_of(checkpoint) or checkpoint.parent).get("seed"),
+        "seed": read_record(folder_of(checkpoint)).get("seed"),
         "temperature": float(model.temperature),
         "known": {**data_facts(known), "train_images": len(train.labels), "test_images": len(test.labels)},
         "unknown": {
@@ -327,8 +333,6 @@ def _parser() -> OneLineParser:
         default=None,
         help="Folder for ood.json and the picture. Default: ood/NAME in the run folder, NAME being the unknown set's.",
     )
-    parser.add_argument(
-        "--device", type=str | None, default=None, help="cpu, cuda, cuda:1 …; by default a GPU if there is one."
-    )
+    add_device(parser)
     add_imports(parser)
     return parser

@@ -11,13 +11,19 @@ from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
 from etflight.callbacks.collect import Outputs, outputs
-from etflight.classifier import Classifier
-from etflight.cli.checkpoint_option import add_imports, import_modules, prepare_as_trained
+from etflight.cli.checkpoint_option import (
+    add_device,
+    add_imports,
+    device_of,
+    folder_of,
+    import_modules,
+    load_classifier,
+    prepare_as_trained,
+)
 from etflight.cli.data_option import data_parser, parse, parse_over_run
 from etflight.cli.parser import OneLineParser
 from etflight.data import ImageDataModule
 from etflight.metrics.retrieval import retrieval_scores
-from etflight.runs.folder import last_checkpoint, run_of
 from etflight.utils.errors import UserError
 from etflight.utils.files import write_json
 from etflight.utils.terminal import console
@@ -53,14 +59,14 @@ def main(argv: Sequence[str]) -> None:
     others = any(word.partition("=")[0] in ("--data", "-c", "--config") for word in argv)
     config = parse(parser, argv) if others else parse_over_run(parser, argv)
     import_modules(config.imports)
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(config)
     out = console()
     models: list[Embedded] = []
-    for run in map(Path, config.runs):
-        checkpoint = last_checkpoint(run) if run.is_dir() else run
-        classifier = Classifier.load_from_checkpoint(checkpoint)
-        prepare_as_trained(config.data, classifier.preprocessing)
-        data: ImageDataModule = parser.instantiate(config).data
+    for run in config.runs:
+        checkpoint, classifier = load_classifier(run)
+        own = config.clone()  # each model has its images prepared as in its own training
+        prepare_as_trained(own.data, classifier.preprocessing)
+        data: ImageDataModule = parser.instantiate(own).data
         # other classes may be asked for, since they are only compared with each other
         refuse_other_shape(f"checkpoint {checkpoint}", data.num_classes, classifier.hparams["in_chans"], data)
         found = outputs(classifier.to(device), data, "test", quiet=not out.is_terminal)
@@ -69,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
 
     images = {"dataset": data.dataset_name, "test_images": len(models[0].outputs.labels)}
     record = {"models": [str(model.checkpoint) for model in models], "data": images, **compare(models)}
-    folder = run_of(models[0].checkpoint) or models[0].checkpoint.parent
+    folder = folder_of(models[0].checkpoint)
     output = Path(config.output or folder / "retrieval.json")
     write_json(output, record)
     out.print(_table(record, str(data)))
@@ -153,8 +159,6 @@ def _parser() -> OneLineParser:
         default=None,
         help="JSON file for the scores. Default: retrieval.json in the first run.",
     )
-    parser.add_argument(
-        "--device", type=str | None, default=None, help="cpu, cuda, cuda:1 …; by default a GPU if there is one."
-    )
+    add_device(parser)
     add_imports(parser)
     return parser

@@ -17,15 +17,15 @@ from etflight.utils.errors import UserError
 class ClassSubset(ImageDataModule):
     """Some classes of another set, numbered from 0 in the order given: to keep the others unknown, or for later.
 
-    Which images are used, their augmentation and loading are options of this data module, those of `images` stay at their defaults. Its
-    recipe (`standard_mean` and so on) is that of `images`.
+    Which images are used, their augmentation and loading are options of this data module, those of `images` stay at their defaults. The
+    recipe (normalisation, crop and so on) is that of `images`.
 
     Args:
         images: The set with all classes.
         classes: The labels that are used, such as "0-5" or "7,0-2", where "0-5" means 0, 1, 2, 3, 4 and 5.
 
     Raises:
-        UserError: The labels are malformed, given twice or unknown to the set, or options of the inner set choose or change images.
+        UserError: The labels are malformed, given twice or unknown to the set, or options of the inner set would have no effect.
     """
 
     images: ImageDataModule
@@ -35,9 +35,12 @@ class ClassSubset(ImageDataModule):
         """Check the options."""
         super().__post_init__()
         self.labels = _parse_labels(self.classes)
-        loading = ("batch_size", "eval_batch_size", "num_workers", "mean", "std")
         for option in fields(ImageDataModule):
-            if option.init and option.name not in loading and getattr(self.images, option.name) != option.default:
+            if (
+                option.init
+                and option.name not in ("mean", "std")
+                and getattr(self.images, option.name) != option.default
+            ):
                 raise UserError(
                     f"ClassSubset: images.{option.name} has no effect: give {option.name} to ClassSubset itself"
                 )
@@ -85,6 +88,10 @@ class ClassSubset(ImageDataModule):
     def content(self) -> str:
         """Twelve hexadecimal digits that identify the training images of the whole set."""
         return self.images.content
+
+    def prepare_data(self) -> None:
+        """Let the set download what is missing, if asked to."""
+        self.images.prepare_data()
 
     def load(self, split: Split) -> "_Chosen":
         """Read one split of the set, and keep the images of these classes."""

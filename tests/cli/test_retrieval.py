@@ -82,6 +82,16 @@ def test_images_of_other_classes_can_be_searched(runs, tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["data"]["dataset"] == "other"
 
 
+def test_each_model_has_its_images_normalised_as_in_its_own_training(runs, tmp_path):
+    other = fit_digits(tmp_path, *ARM, "--model.head=ETFHead", "--data.mean=[0.1]", "--data.std=[0.9]")
+    retrieval.main([str(runs[0]), str(other), f"--output={tmp_path / 'both.json'}"])
+    retrieval.main([str(other), f"--output={tmp_path / 'alone.json'}"])
+    both, alone = (json.loads((tmp_path / name).read_text())["pairs"] for name in ("both.json", "alone.json"))
+    (found,) = [pair for pair in both if (pair["space"], pair["query"], pair["gallery"]) == ("embedding", 1, 1)]
+    (expected,) = [pair for pair in alone if pair["space"] == "embedding"]
+    assert found["mean_average_precision"] == expected["mean_average_precision"]
+
+
 def test_models_that_cannot_be_compared_are_one_line(runs, tmp_path):
     wide = Classifier(10, "resnet20_cifar", ETFHead, CrossEntropyLoss, in_chans=1, model_kwargs={"width": 2})
     other = save_trained(tmp_path / "wide.ckpt", wide, Digits(max_count=20))

@@ -81,6 +81,23 @@ def test_options_of_the_inner_set_that_would_have_no_effect_are_refused():
         ClassSubset(Digits(imbalance_ratio=10), "0-5")
 
 
+def test_a_batch_size_of_the_inner_set_is_refused_too():
+    with pytest.raises(UserError, match=r"images\.batch_size has no effect: give batch_size to ClassSubset"):
+        ClassSubset(Digits(batch_size=7), "0-5")
+
+
+def test_the_inner_set_downloads_what_is_missing():
+    asked = []
+
+    class Downloaded(Digits):
+        def prepare_data(self):
+            asked.append(self)
+
+    inner = Downloaded()
+    ClassSubset(inner, "0-5").prepare_data()
+    assert asked == [inner]
+
+
 def test_one_class_can_be_evaluated_but_not_trained_on():
     data = ClassSubset(Digits(), "4")
     assert len(pixels(data, "test")[1]) == 50
