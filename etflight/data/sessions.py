@@ -62,7 +62,7 @@ def few_shot_sessions(
     Example:
         >>> labels = np.array([0, 0, 1, 1, 2, 2, 2, 3, 3])
         >>> [(list(s.new), s.shots.tolist()) for s in few_shot_sessions(labels, 4, base=2, way=1, shots=2)]
-        [([0, 1], []), ([2], [4, 5]), ([3], [7, 8])]
+        [([0, 1], []), ([2], [5, 6]), ([3], [7, 8])]
     """
     left = num_classes - base
     if shots < 1:
