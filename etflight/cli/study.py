@@ -2,10 +2,12 @@
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from etflight.cli import report
@@ -57,9 +59,11 @@ def main(argv: Sequence[str]) -> None:
                 print("etflight", *words)
         return
     failed: list[str] = []
-    for stage in stages:
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            failed += filter(None, pool.map(lambda cell: _run(cell, arguments.jobs), stage))
+    running: set[subprocess.Popen[bytes]] = set()
+    with _sigterm_reaches(running):
+        for stage in stages:
+            with ThreadPoolExecutor(arguments.jobs) as pool:
+                failed += filter(None, pool.map(lambda cell: _run(cell, arguments.jobs, running), stage))
     done = [cell for cell in cells if cell.is_done()]
     if done:
         report.main([str(cell.folder) for cell in done])
@@ -72,8 +76,24 @@ def _is_chosen(cell: Cell, arguments: argparse.Namespace) -> bool:
     return all(only is None or value in only for value, only in chosen)
 
 
-def _run(cell: Cell, jobs: int) -> str | None:
-    """Train and test one run.
+@contextmanager
+def _sigterm_reaches(running: set[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """On SIGTERM, pass it to the processes of the runs, start no further run, and leave when they have saved."""
+
+    def stop(number: int, frame: object) -> None:
+        for process in tuple(running):
+            process.terminate()
+        sys.exit(128 + number)  # out of the pool's map, which cancels what has not started and waits for the others
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(cell: Cell, jobs: int, running: set[subprocess.Popen[bytes]]) -> str | None:
+    """Train and test one run, with its process among the running ones.
 
     Returns:
         What went wrong, or None.
@@ -89,14 +109,16 @@ def _run(cell: Cell, jobs: int) -> str | None:
     for words in [*([cell.fit()] if cell.trains else []), cell.test()]:
         log = cell.folder / f"{words[0]}.log"
         with log.open("a") as output:
-            process = subprocess.run(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "etflight", *words],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env={**threads, **os.environ},
-                check=False,
             )
+            running.add(process)
+            process.wait()
+            running.remove(process)
         if process.returncode:
             last = (log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
             return f"{cell.folder}: {last} (see {log})"

@@ -1,9 +1,12 @@
 """A study as its processes run it."""
 
 import json
+import time
 
 import pytest
 import yaml
+
+from tests.command_line import ended, start
 
 SET = {
     "seed_everything": 0,
@@ -45,3 +48,26 @@ def test_what_can_be_trained_and_tested_is_once_and_what_fails_is_named(etflight
     etflight_command("study", "study.yaml", "--arms", "ce", cwd=tmp_path).ran()
     assert results[0].is_file()
     assert (trained / "metrics.csv").stat().st_mtime_ns == written[trained / "metrics.csv"]
+
+
+@pytest.mark.timeout(600)
+def test_sigterm_reaches_the_run_which_saves_and_starts_no_other(tmp_path):
+    long = {**SET, "trainer": {"max_epochs": 100, "limit_train_batches": 1, "enable_progress_bar": False}}
+    for file, content in {"data/tiny": long, "arms/ce": {"model": ARMS["ce"]}}.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{file}.yaml").write_text(yaml.safe_dump(content))
+    study = {"configs": ".", "sets": ["tiny"], "seeds": [0, 1], "arms": ["ce"]}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+
+    process = start("etflight", "study", "study.yaml", cwd=tmp_path)
+    first = tmp_path / "runs/tiny/ce/seed0"
+    until = time.monotonic() + 200
+    while not list(first.glob("checkpoints/last.ckpt")):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    process.terminate()
+
+    assert ended(process).status == 143
+    assert "SIGTERM: saved step" in (first / "fit.log").read_text()
+    assert not (tmp_path / "runs/tiny/ce/seed1").exists()
