@@ -365,7 +365,10 @@ def _as_list(value: Any) -> list[Any]:
 
 def _dataset_name(data: Any) -> str:
     cls: Any = find({"class_path": data.class_path}, ImageDataModule)
-    return str(cls.name_with(data.init_args)) if cls else data.class_path.rpartition(".")[2]
+    options = dict(vars(data.init_args))
+    if "images" in options:  # of ClassSubset
+        options["images"] = _dataset_name(options["images"])
+    return str(cls.name_with(options)) if cls else data.class_path.rpartition(".")[2]
 
 
 def _quieten() -> None:

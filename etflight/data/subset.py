@@ -1,7 +1,9 @@
 """Some classes of another set, numbered anew."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,10 +60,11 @@ class ClassSubset(ImageDataModule):
     def __str__(self) -> str:
         return f"classes {self.classes} of {self.images}"
 
-    @property
-    def dataset_name(self) -> str:
-        """The name of the set, and its classes."""
-        return f"{self.images.dataset_name} {self.classes}"
+    @classmethod
+    def name_with(cls, options: Mapping[str, Any]) -> str:
+        """The name of the set, and its classes; for `images` its own name will do."""
+        images = options["images"]
+        return f"{images.dataset_name if isinstance(images, ImageDataModule) else images} {options['classes']}"
 
     @property
     def num_channels(self) -> int:

@@ -30,7 +30,7 @@ def test_names_counts_and_recipe_are_those_of_its_classes():
     assert data.num_classes == 3
     assert data.class_counts.tolist() == whole.class_counts[[7, 2, 3]].tolist()
     assert data.preprocessing == whole.preprocessing
-    assert data.dataset_name == "Digits 7,2-3"
+    assert data.dataset_name == ClassSubset.name_with({"images": "Digits", "classes": "7,2-3"}) == "Digits 7,2-3"
 
 
 def test_the_fingerprint_has_the_content_of_the_whole_set_and_the_choice_within_it():
