@@ -1,7 +1,7 @@
 """Measures what docs/when_to_fix.md reports of trained runs, and collects it in notebooks/evaluations/when_to_fix.json.
 
 The runs come from the studies fashion_mnist_10k, unknown_classes, new_classes and digits_labels. What has been measured is not measured
-again:
+again, and numbers of runs that are elsewhere stay:
 
     python -m notebooks.when_to_fix
 """
@@ -36,7 +36,7 @@ UNKNOWN = {
         ],
     },
 }
-WAYS = {"digits_sessions": 1, "gtsrb_sessions": 2, "omniglot_sessions": 4}
+WAYS = {"cifar10_sessions": 1, "digits_sessions": 1, "gtsrb_sessions": 2, "omniglot_sessions": 4}
 SHOTS = 5
 METHODS = {"etf_dr_reserved": ["frame", "ncm"], "ce_bn_norm": ["cosine", "ncm"]}
 
@@ -148,11 +148,20 @@ def labels() -> list[dict[str, Any]]:
     return rows
 
 
+def _identity(row: dict[str, Any]) -> str:
+    return " ".join(value for value in row.values() if isinstance(value, str))
+
+
 if __name__ == "__main__":
-    found = {
+    measured = {
         "labels": labels(),
         "unknown_classes": unknown_classes(),
         "new_classes": new_classes(),
         "shared_space": shared_space(),
     }
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    # rows whose runs are no longer in this folder stay
+    rows = json.loads(RESULTS.read_text())
+    for part, own in measured.items():
+        new = {_identity(row): row for row in own}
+        rows[part] = sorted({**{_identity(row): row for row in rows[part]}, **new}.values(), key=_identity)
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
