@@ -54,7 +54,10 @@ def test_one_linear_layer_decides_as_the_head(name, adjustment):
     prior = torch.arange(5, 55, 5) / torch.arange(5, 55, 5).sum()
     logits = model.head(features)
     logits = (logits - tau * prior.log() if adjustment == "additive" else logits / prior**tau) / 0.3
-    assert torch.equal(found.argmax(1), logits.argmax(1))
+    best, second = logits.topk(2).values.T
+    clear = best - second > 1e-6 * best.abs()  # of closer ones rounding decides, another way on another processor
+    assert clear.sum() >= 1995
+    assert torch.equal(found.argmax(1)[clear], logits.argmax(1)[clear])
     assert layer.calibrated == (name in EXACT)
     if layer.calibrated:
         factor = prior**-tau if adjustment == "multiplicative" else 1.0  # up to 400, and rounding grows with it
