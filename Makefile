@@ -43,9 +43,9 @@ demo: $(VENV)/.package
 	done
 	@$(BIN)/etflight report runs/demo/ce runs/demo/ce_balanced runs/demo/etf_dr_balanced
 	@echo; echo "Next, in this folder:"
-	@echo "  open runs/demo/etf_dr_balanced/figures/                       # how the classes move onto the frame"
-	@echo "  $(BIN)/etflight configs                                     # the sets and methods there are"
-	@echo "  $(BIN)/etflight fit -c configs/data/folder.yaml -c configs/arms/etf_dr_balanced.yaml --data.root photos   # your own images: photos/train/CLASS/, photos/test/CLASS/"
+	@echo "  open runs/demo/etf_dr_balanced/figures/                              # how the classes move onto the frame"
+	@echo "  $(BIN)/etflight configs                                            # the sets and methods there are"
+	@echo "  $(BIN)/etflight fit -c configs/data/folder.yaml --data.root photos # your own images: photos/train/CLASS/, photos/test/CLASS/"
 
 # The Fashion-MNIST table of the README from nothing: some 25 runs of 7 to 15 minutes; give the command again after a stop.
 reproduce-fashion: $(VENV)/.package

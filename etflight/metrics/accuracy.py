@@ -241,7 +241,7 @@ class ShotAccuracy(ExactMetric):
         }
         if self._class_counts is not None:
             counts = self._class_counts.to(accuracy.device)
-            ordered = has_order(counts)
+            ordered = has_order(self._class_counts)
             groups = shot_groups(counts) | (third_groups(counts) if ordered else {})
             for group, members in groups.items():
                 if members.any():

@@ -64,9 +64,8 @@ def retrieval_scores(
         relevant = np.take_along_axis(relevant, np.argsort(distances, axis=1), axis=1)
         query, place = np.nonzero(relevant)
         counts = relevant.sum(axis=1)
-        found = (
-            1 + np.arange(len(query)) - np.repeat(counts.cumsum() - counts, counts)
-        )  # up to this place, itself included
+        before = np.repeat(counts.cumsum() - counts, counts)  # hits of the queries before this one
+        found = 1 + np.arange(len(query)) - before  # hits of this query up to this place
         sums = np.bincount(query, found / (place + 1), minlength=len(counts))
         asked = counts > 0
         hits.append(relevant[asked, 0])
