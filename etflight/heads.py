@@ -331,7 +331,7 @@ class ScaledLinearHead(Head):
         class_scale: The scale of each class, `[K]`, 1 at first.
 
     Source:
-        Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, arXiv 1910.09217, section 4.2;
+        Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, arXiv 1910.09217, section 4;
         the bias is scaled too, as in its released code.
     """
 

@@ -563,8 +563,8 @@ class BinaryCrossEntropyLoss(Loss):
         tau: The strength τ >= 0 of the prior; with 0 there is no bias, and no counts are needed.
 
     Source:
-        BCE3S, the loss of its classifier without the term that spreads class vectors, which a simplex has spread already; the bias as in
-        Menon et al., ICLR 2021, arXiv 2007.07314, for a sigmoid.
+        Fan et al., AAAI 2026, arXiv 2511.14097 (BCE3S), the first of its three terms; the third spreads class vectors, which a simplex
+        has spread already. The bias: Menon et al., ICLR 2021, arXiv 2007.07314, for a sigmoid.
     """
 
     tau: float = 1.0

@@ -82,7 +82,7 @@ class TauNormalization(PostHoc):
         UserError: The exponent is out of range; when it starts: the head is not linear in its class vectors.
 
     Source:
-        Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, arXiv 1910.09217, section 4.1.
+        Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, arXiv 1910.09217, section 4.
     """
 
     def __init__(self, tau: float = 1.0) -> None:
@@ -114,7 +114,7 @@ class NearestClassMean(PostHoc):
         UserError: When it starts: the training images are not the checkpoint's.
 
     Source:
-        Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, arXiv 1910.09217, section 4.1,
+        Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, arXiv 1910.09217, section 4,
         with cosine similarity.
     """
 

@@ -51,7 +51,7 @@ CAO = "kaidic/LDAM-DRW at 6feb304: cifar_train.py, losses.py, models/resnet_cifa
 CUI = "richardaecn/class-balanced-loss at 0ab6eb7: src/cifar_main.py, cifar_im_trainval_cb.sh"
 MENON = "google-research/google-research at 1d4d2f1: logit_adjustment/main.py, utils.py"
 REN = "jiawei-ren/BalancedMetaSoftmax-Classification at 502ba89: config/CIFAR10_LT/balanced_softmax_imba200.yaml"
-KANG = "facebookresearch/classifier-balancing at 22370c6: config/ImageNet_LT/cls_crt.yaml, cls_lws.yaml; arXiv 1910.09217, section 4.1"
+KANG = "facebookresearch/classifier-balancing at 22370c6: config/ImageNet_LT/cls_crt.yaml, cls_lws.yaml; arXiv 1910.09217, section 4"
 ZHONG = (
     "dvlab-research/MiSLAS at bb5ba7e, dcdc6cf: train_stage2.py, config/cifar{10,100}/cifar*_imb001_stage2_mislas.yaml"
 )
