@@ -365,9 +365,7 @@ def _as_list(value: Any) -> list[Any]:
 
 def _dataset_name(data: Any) -> str:
     cls: Any = find({"class_path": data.class_path}, ImageDataModule)
-    options = dict(vars(data.init_args))
-    if "images" in options:  # of ClassSubset
-        options["images"] = _dataset_name(options["images"])
+    options = {name: _dataset_name(v) if hasattr(v, "class_path") else v for name, v in vars(data.init_args).items()}
     return str(cls.name_with(options)) if cls else data.class_path.rpartition(".")[2]
 
 
