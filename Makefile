@@ -76,7 +76,7 @@ test-oldest test-newest: export TORCH := $(TORCH)
 test-oldest test-newest: test-%: $(VENV)/.test
 	PYTHON="$(PYTHON)" JOBS=$(JOBS) .ci/versions $*
 
-# Kills a training at random moments and compares; its tally is in the README.
+# Kills a training at random moments and compares; its tally is in docs/reliability.md.
 soak: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow tests/system/test_soak.py -s
 

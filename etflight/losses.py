@@ -124,6 +124,10 @@ class Loss(nn.Module, ABC):
         """Return the temperature of the probabilities of a model trained with this loss, until one is fitted; 1 unless overridden."""
         return 1.0
 
+    def frequency_correction(self) -> str | None:
+        """Name what corrects class frequencies in the logits, for a warning if they are corrected twice; None if nothing does."""
+        return None
+
     @abstractmethod
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the unweighted losses of the samples.
@@ -431,6 +435,10 @@ class LogitAdjustedLoss(Loss):
         super().__post_init__()
         self._check("tau", 0 <= self.tau < math.inf, "must be finite and not negative")
 
+    def frequency_correction(self) -> str | None:
+        """The shift of the logits."""
+        return f"{type(self).__name__} (tau {self.tau:g})" if self.tau > 0 else None
+
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the cross-entropies `[B]` of adjusted logits."""
         if self.training:
@@ -573,6 +581,10 @@ class BinaryCrossEntropyLoss(Loss):
         """Check the options."""
         super().__post_init__()
         self._check("tau", 0 <= self.tau < math.inf, "must be finite and not negative")
+
+    def frequency_correction(self) -> str | None:
+        """The bias."""
+        return f"{type(self).__name__} (tau {self.tau:g})" if self.tau > 0 else None
 
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the sums `[B]` over classes."""

@@ -35,6 +35,7 @@ UNKNOWN = {
             "33-42",
         ],
     },
+    "cifar10_10k": {"gtsrb": ["--data", "ArrayImages", "--data.path", "data/gtsrb32.npz"]},
 }
 WAYS = {"cifar10_sessions": 1, "digits_sessions": 1, "gtsrb_sessions": 2, "omniglot_sessions": 4}
 SHOTS = 5
@@ -138,7 +139,7 @@ def shared_space() -> list[dict[str, Any]]:
 def labels() -> list[dict[str, Any]]:
     """Test accuracies of trainings on few and on wrong labels, and on all of them."""
     rows = []
-    for folder in sorted([*RUNS.glob("digits_*"), RUNS / "fashion_mnist_10k"]):
+    for folder in sorted([*RUNS.glob("digits_*"), RUNS / "fashion_mnist_10k", RUNS / "cifar10_10k"]):
         if folder.name == "digits_sessions":
             continue
         for arm, runs in runs_of(folder.name).items():

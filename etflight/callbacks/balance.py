@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from etflight.callbacks.post_hoc import TauNormalization
 from etflight.classifier import Classifier
 from etflight.data.sampler import ImbalancedSampler, resolve_policy
-from etflight.losses import BinaryCrossEntropyLoss, ClassBalance, LogitAdjustedLoss, Loss, check_class_balance
+from etflight.losses import ClassBalance, Loss, check_class_balance
 from etflight.utils.errors import UserError
 from etflight.utils.trainer import callbacks_of, data_module, refuse_if_never_reached
 
@@ -129,6 +129,7 @@ def corrections(loss: Loss, sampler: str | float | None, callbacks: list[Callbac
     """The names of the corrections for class frequencies, in training and of decisions; those that work together count as one.
 
     Example:
+        >>> from etflight import LogitAdjustedLoss
         >>> corrections(LogitAdjustedLoss(class_balance="global"), "balanced", [])
         ["sampler 'balanced'", "class balance 'global'", 'LogitAdjustedLoss (tau 1)']
     """
@@ -138,8 +139,8 @@ def corrections(loss: Loss, sampler: str | float | None, callbacks: list[Callbac
     found = [f"sampler {policy!r}" for policy in samplers[:1]]
     if balances and not (samplers and set(balances) == {"batch"}):
         found.append(f"class balance {balances[0]!r}")
-    if isinstance(loss, LogitAdjustedLoss | BinaryCrossEntropyLoss) and loss.tau > 0:
-        found.append(f"{type(loss).__name__} (tau {loss.tau:g})")
+    if named := loss.frequency_correction():
+        found.append(named)
     if tau:
         found.append(f"post-hoc logit_adjustment {tau:g}")
     return found + [f"TauNormalization (tau {c.tau:g})" for c in callbacks if isinstance(c, TauNormalization) and c.tau]
