@@ -54,14 +54,13 @@ def network(kind: str, classes: int) -> tuple[nn.Sequential, CosineHead | ETFHea
     return features, ETFHead(WIDTH, classes, code=code, scale=1.0 if kind == "fixed_dr" else 16.0)
 
 
-def train(kind: str, classes: int, epochs: int, seed: int) -> dict[str, Any]:
+def train(kind: str, classes: int, epochs: int, seed: int, rate: float) -> dict[str, Any]:
     """Train, and test on one view of each class."""
     torch.manual_seed(seed)
     images = pictures(classes)
     draw = torch.Generator().manual_seed(seed)
     features, head = network(kind, classes)
     trained = [p for p in (*features.parameters(), *head.parameters()) if p.requires_grad]
-    rate = RATES[kind]
     optimizer = torch.optim.SGD(trained, lr=rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
     steps = epochs * (classes // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
@@ -110,14 +109,16 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=RATES, default=list(RATES))
     parser.add_argument("--epochs", type=int, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rate", type=float, help=f"learning rate; by default {RATES}")
     arguments = parser.parse_args()
     records = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
-    known = {(r["classes"], r["kind"], r["epochs"], r["seed"]) for r in records}
+    known = {(r["kind"], r["classes"], r["epochs"], r["seed"], r["rate"]) for r in records}
     for classes in arguments.classes:
         for kind in arguments.kinds:
             for seed in arguments.seeds:
-                if (classes, kind, arguments.epochs, seed) not in known:
-                    records.append(train(kind, classes, arguments.epochs, seed))
+                what = (kind, classes, arguments.epochs, seed, arguments.rate or RATES[kind])
+                if what not in known:
+                    records.append(train(*what))
                     print(records[-1], flush=True)
                     RESULTS.write_text(json.dumps(records, indent=1) + "\n")
 
