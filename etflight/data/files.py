@@ -253,7 +253,7 @@ class FileImages(ImageDataModule):
 
     Args:
         root: Folder that holds the files.
-        image_size: Side of the square, in pixels; None: the set's standard recipe, 224 unless its images are smaller.
+        image_size: Side of the square, in pixels; None: the set's standard recipe, 224 for folders and lists.
         min_crop_scale: In training, show a random part of the picture, at least this of its area (RandomResizedCrop); 1: the middle, as in
             evaluation; None: the set's standard recipe.
         crop_pct: In evaluation the shorter side is resized to `image_size / crop_pct` and the middle cropped (timm's name); None: the set's

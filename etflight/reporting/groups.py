@@ -149,6 +149,6 @@ def _one_per_seed(results: list[Result], remarks: list[str]) -> list[Result]:
         if first is not result:
             remarks.append(
                 f"left out: {result.source} is {result.arm} with seed {result.seed}, as {first.source} is: "
-                "the same seed is not counted twice"
+                "the same seed is not counted twice; if their options differ, give it an arm of its own, a file in arms/"
             )
     return list(kept.values())

@@ -56,8 +56,8 @@ PUBLISHED_HEADER = (
 )
 CAPTION = (
     "Mean ± sample standard deviation over seeds, of one seed no ±; – is missing. Accuracies, shot groups (many > 100, medium 20–100, "
-    "few < 20 training images) and ECE in per cent, on the test images, of the checkpoint that was tested; NC1 and alignment of the "
-    "training images at the end."
+    "few < 20 training images) and ECE (with the temperature, where there is one) in per cent, on the test images, of the checkpoint that "
+    "was tested; NC1 and alignment of the training images at the end."
 )
 
 

@@ -44,10 +44,11 @@ def require_file(path: Path) -> None:
     """
     if not path.exists() or path.is_dir():
         what = f"{path} is a folder" if path.is_dir() else f"there is no configuration file {path}"
-        there = {file.name: file for file in (*shipped_configs(), *path.parent.glob("*.y*ml"))}
-        near = ", ".join(
-            str(there[name]) for name in get_close_matches(path.with_suffix(".yaml").name, there, n=2, cutoff=0.8)
-        )
+        there: dict[str, list[str]] = {}  # data/digits.yaml and studies/digits.yaml have one name
+        for file in (*path.parent.glob("*.y*ml"), *shipped_configs()):
+            there.setdefault(file.name, []).append(str(file))
+        names = get_close_matches(path.with_suffix(".yaml").name, there, n=2, cutoff=0.8)
+        near = ", ".join(file for name in names for file in there[name])
         hint = f": near matches: {near}" if near else ""
         raise UserError(f"{what}{hint}; etflight configs lists those that come with it")
 
