@@ -112,7 +112,9 @@ def test_the_profile_chooses_by_the_fields_rule(arrays, seed):
     assert ArrayImages(path).subset_indices.tolist() == list(range(70))  # at ratio 1 the set as it is
 
 
-def test_setup_for_fit_says_once_what_is_trained_on(arrays, caplog):
+def test_setup_for_fit_says_once_what_is_trained_on(arrays, caplog, monkeypatch):
+    logger = logging.getLogger("lightning.pytorch")  # does not propagate, and older pytest does not listen to it
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
     data = ArrayImages(path := arrays(), imbalance_ratio=8)
     with caplog.at_level(logging.INFO):
         data.setup("fit")
