@@ -113,8 +113,10 @@ def test_the_profile_chooses_by_the_fields_rule(arrays, seed):
 
 
 def test_setup_for_fit_says_once_what_is_trained_on(arrays, caplog, monkeypatch):
-    logger = logging.getLogger("lightning.pytorch")  # does not propagate, and older pytest does not listen to it
+    # Whether Lightning's logger propagates depends on when it was imported, and older pytest listens to the root only.
+    logger = logging.getLogger("lightning.pytorch")
     monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(logger, "propagate", False)
     data = ArrayImages(path := arrays(), imbalance_ratio=8)
     with caplog.at_level(logging.INFO):
         data.setup("fit")
