@@ -18,9 +18,10 @@ from etflight.classifier import PRIOR_SHIFTS, Classifier, Evaluation
 from etflight.metrics.accuracy import FEW_BELOW, MANY_ABOVE, has_order, shot_groups, third_groups
 from etflight.runs.folder import writing_to
 from etflight.runs.loggers import run_folder
+from etflight.utils.errors import UserError
 from etflight.utils.files import write_json
 from etflight.utils.terminal import console
-from etflight.utils.trainer import is_trial_run
+from etflight.utils.trainer import data_module, is_trial_run
 
 if TYPE_CHECKING:  # matplotlib, which `--help` need not wait for
     from matplotlib.figure import Figure
@@ -42,6 +43,21 @@ class TestResults(Callback):
 
     def __init__(self, verbose: bool = True) -> None:
         self.verbose = verbose
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the results of a training's own images from being replaced by those of images that are prepared otherwise.
+
+        Raises:
+            UserError: The folder is that of a training and has results, and the data differ from those of the training.
+        """
+        folder = run_folder(trainer)
+        has_results = (folder / "metrics.csv").is_file() and (folder / "test_metrics.json").is_file()
+        if not has_results or is_trial_run(trainer):
+            return
+        for line in cast(Classifier, pl_module).differences(data_module(trainer)):
+            raise UserError(
+                f"{line}; the results in {folder} stay as they are: give the images as in training, or --name"
+            )
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print and write on the first process; all processes take part in adding up the counts."""

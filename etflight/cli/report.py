@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     else:
         out = console()
         for section in sections:
-            out.print(*tables.for_terminal(section), sep="\n")
+            out.print(*tables.for_terminal(section, out), sep="\n")
             for note in [*tables.notes(section), tables.hardware(section)]:
                 out.print(as_it_is(note), style="dim")
         out.print(as_it_is(tables.CAPTION), style="dim")

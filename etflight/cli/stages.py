@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
+from lightning.pytorch.utilities import rank_zero_info
 
 from etflight.callbacks import FineTuning, LastCheckpoint, NeuralCollapseMonitor, PostHoc, Speed, StepSeed, StopSignals
 from etflight.callbacks.balance import DoubleCorrection
@@ -43,6 +44,7 @@ from etflight.utils.jsonargparse_private import why_not_made
 from etflight.utils.lightning_private import on_dead_process
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.specs import describe, find
+from etflight.utils.trainer import is_trial_run
 from etflight.utils.training_data import refuse_other_shape
 from etflight.utils.yaml import guard_parser
 
@@ -266,6 +268,11 @@ class EtflightCLI(LightningCLI):
     def before_fit(self) -> None:
         """Refuse a training that could not be what the run's files say."""
         refuse_unsupported(self.trainer, self.model)
+
+    def after_fit(self) -> None:
+        """Say where everything is."""
+        if not is_trial_run(self.trainer):
+            rank_zero_info(f"run folder: {self.place.folder}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; the loggers and callbacks that write the run folder come before the user's own."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich import box
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -137,21 +139,60 @@ def duration(seconds: float) -> str:
 # Formats --------------------------------------------------------------------------------------------------------------
 
 
-def for_terminal(section: Section) -> list[Table]:
-    """Tables of rich, without the hardware; a cell may take several lines."""
+# what a narrow terminal shows last
+_LESS_NEEDED = (
+    *("params", "time", "epochs", "val, best", "macro", "ECE", "NC1", "align."),
+    *("parameters", "views", "epoch chosen"),
+)
+
+
+def for_terminal(section: Section, out: Console) -> list[Table]:
+    """Tables of rich, without the hardware, without empty columns, and without columns for which the terminal is too narrow."""
     (_, arms), *others = _grids(section)
     header = ("arm", "seeds", *(column.short for column in COLUMNS), "params", "epochs", "time")
-    tables = [_table(header, [row[:-1] for row in arms]), *(_table(*grid) for grid in others)]
+    grids: list[tuple[Sequence[str], list[list[str]]]] = [(header, [row[:-1] for row in arms]), *others]
+    tables = [
+        _fitting_table(names, [[cell.replace("± ", "±") for cell in row] for row in body], out) for names, body in grids
+    ]
     tables[0].title = as_it_is(section.title)
     return tables
 
 
-def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> Table:
+def _fitting_table(header: Sequence[str], body: list[list[str]], out: Console) -> Table:
+    """Each cell on one line if there is room; otherwise its words below each other, and fewer columns if that is not enough."""
+    shown = [i for i in range(len(header)) if any(row[i] != MISSING for row in body)]
+    room = out.options.update(width=10_000)  # rich reports no more than what there is
+    table = _table(header, body, shown, one_line=True)
+    if Measurement.get(out, room, table).maximum <= out.width:
+        return table
+    table = _table(header, body, shown, one_line=False)
+    left_out: list[str] = []
+    for i in sorted((i for i in shown if header[i] in _LESS_NEEDED), key=lambda i: _LESS_NEEDED.index(header[i])):
+        if Measurement.get(out, room, table).minimum <= out.width:
+            break
+        shown.remove(i)
+        left_out.append(header[i].replace(",", ""))
+        table = _table(header, body, shown, one_line=False)
+    if left_out:
+        names = ", ".join(left_out)
+        table.caption = as_it_is(f"left out in {out.width} columns, but not by --format md: {names}")
+    return table
+
+
+def _table(header: Sequence[str], body: Sequence[Sequence[str]], shown: Sequence[int], *, one_line: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for i, title in enumerate(header):
-        table.add_column(title, justify="left" if i < 2 or title == PUBLISHED_HEADER[-1] else "right", overflow="fold")
+    for i in shown:
+        is_text = i in ((0, 1, len(header) - 1) if header is PUBLISHED_HEADER else (1,))
+        words = max(len(word) for text in (header[i], *(row[i] for row in body)) for word in text.split())
+        table.add_column(
+            header[i],
+            justify="left" if i < 2 or is_text else "right",
+            no_wrap=one_line,
+            width=None if one_line or is_text else words,
+            min_width=words,
+        )
     for row in body:
-        table.add_row(*(Text(cell.replace("± ", "±")) for cell in row))
+        table.add_row(*(Text(row[i]) for i in shown))
     return table
 
 

@@ -3,16 +3,19 @@ import html
 import io
 import re
 import statistics
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from etflight.reporting import tables
 from etflight.reporting.groups import group
-from etflight.reporting.results import Result
+from etflight.reporting.results import Result, read_results
 from etflight.utils.terminal import plain
 
+RESULTS = Path(__file__).parents[2] / "notebooks/results"
 ACCURACIES = [0.914, 0.902, 0.9235]
 
 
@@ -51,6 +54,26 @@ def test_markdown_shows_mean_and_deviation_and_what_is_missing(sections):
     assert (ldam["test acc."], ldam["read in"], ldam["epochs"]) == ("77.73", "BagofTricks-LT gallery", "–")
     glmc = next(row for row in rows if row["published method"] == "GLMC")
     assert (glmc["parameters"], glmc["views"], glmc["epoch chosen"]) == ("7.39 M", "2", "unknown")
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 200])
+@pytest.mark.parametrize("name", ["digits", "cifar10_lt"])
+def test_a_terminal_of_any_usual_width_gets_whole_words_and_is_told_what_it_lacks(name, width):
+    sections = group(read_results([RESULTS / f"{name}.json"])[0])[0]
+    for section in sections:
+        out = Console(width=width, record=True, file=io.StringIO())
+        arms = tables.for_terminal(section, out)[0]
+        out.print(arms)
+        shown = out.export_text()
+        assert max(map(len, shown.splitlines())) <= width
+        heads = [str(column.header) for column in arms.columns]
+        missing = {column.short for column in tables.COLUMNS} - set(heads)
+        empty = {c.short for c in tables.COLUMNS if all(g.stat(c.metric) is None for g in section.groups)}
+        told = shown.partition("left out")[2]
+        assert all(head.replace(",", "") in " ".join(told.split()) for head in missing - empty)
+        assert width < 200 or (missing == empty and not told)
+        words = {word for g in section.groups for word in (g.arm, f"{100 * g.stat('test/acc').mean:.1f}")}
+        assert words <= set(shown.split())
 
 
 def test_csv_has_full_precision(sections):

@@ -143,6 +143,28 @@ def test_pictures_are_sized_and_cropped_as_training_did(given, line, tmp_path, c
     assert [text.rpartition("training: ")[2] for text in told(capsys)] == ([] if line is None else [line])
 
 
+def test_results_of_pictures_of_another_size_do_not_replace_those_of_the_training(tmp_path, capsys):
+    folder(tmp_path / "pets", {"cat": 4, "dog": 4})
+    model = Classifier(2, "resnet20_cifar", head=LinearHead, loss=CrossEntropyLoss)
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "metrics.csv").touch()
+    trained_on = FolderImages(str(tmp_path / "pets"), image_size=12, batch_size=4)
+    save_trained(run / "checkpoints/last.ckpt", model, trained_on, limit_train_batches=0)
+    data = ["--data", "FolderImages", "--data.root", str(tmp_path / "pets")]
+    words = ["test", "--ckpt_path", str(run / "checkpoints/last.ckpt"), *data, *QUIET]
+    for _ in range(2):  # the same test again replaces its results
+        main(words)
+        results = (run / "test_metrics.json").read_bytes()
+    with pytest.raises(
+        UserError, match=r"10×10 pixels instead of 12×12 pixels; the results in .*run stay as they are: give"
+    ):
+        main([*words, "--data.image_size=10"])
+    assert (run / "test_metrics.json").read_bytes() == results
+    main([*words, "--data.image_size=10", "--trainer.default_root_dir", str(tmp_path), "--name", "other"])
+    assert (tmp_path / "other/test_metrics.json").is_file()
+
+
 # --- as a library ---------------------------------------------------------------------------------------------------
 
 
