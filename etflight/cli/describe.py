@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     if written and not (folder / RECORD).is_file():
         raise UserError(f"{written[0]} is not of etflight describe, and stays as it is: give another --output")
     out = console()
-    out.print(_text(record))
+    out.print(_text(record, data.describe_ratio()))
     write_json(folder / RECORD, record)
     histogram = plotting.class_histogram(record["class_counts"]["train"], data.class_names, title=str(data))
     plotting.save(histogram, folder / HISTOGRAM)
@@ -144,12 +144,12 @@ def _evenly(length: int, most: int) -> NDArray[np.int64]:
 # On the terminal ----------------------------------------------------------------------------------------------------
 
 
-def _text(record: dict[str, Any]) -> Group:
+def _text(record: dict[str, Any], ratio: str) -> Group:
     channels, height, width = record["image_shape"]
     shape = f"{height} × {width} pixels and {channels} channel{'s'[: channels > 1]}"
     head = (
         f"{record['name']}: {len(record['class_names'])} classes, images of {shape}",
-        f"imbalance ratio {record['imbalance_ratio']:.4g}, subset {record['fingerprint']}, validation: {record['validation']}",
+        f"imbalance ratio {ratio}, subset {record['fingerprint']}, validation: {record['validation']}",
     )
     tables = _splits(record), _groups(record), _histogram(record)
     return Group(*map(as_it_is, head), *(part for table in tables for part in ("", table)), "")

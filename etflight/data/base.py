@@ -406,6 +406,12 @@ class ImageDataModule(LightningDataModule, ABC):
             train.labels = torch.from_numpy(wrong)
         return splits
 
+    def describe_ratio(self) -> str:
+        """The imbalance ratio of the training images, with the one that was asked for where whole counts cannot have it."""
+        ratio = f"{self.class_counts.max() / self.class_counts.min():.4g}"
+        asked = f"{self.imbalance_ratio:.4g}"
+        return ratio if self.imbalance_ratio == 1 or asked == ratio else f"{ratio} ({asked} asked; counts are whole)"
+
     def label_file(self, split: Split) -> str:
         """The file that holds a split's labels, or else the set; messages about wrong labels name it."""
         return str(self)
@@ -430,10 +436,9 @@ class ImageDataModule(LightningDataModule, ABC):
             self.split(name)
         if "train" in self._splits and not self._announced:
             self._announced = True
-            counts = self.class_counts
             rank_zero_info(
-                f"{self}: {counts.sum()} training images, {self.num_classes} classes, "
-                f"imbalance ratio {counts.max() / counts.min():.4g}, subset {self.fingerprint}"
+                f"{self}: {self.class_counts.sum()} training images, {self.num_classes} classes, "
+                f"imbalance ratio {self.describe_ratio()}, subset {self.fingerprint}"
             )
 
     def train_dataloader(self) -> DataLoader[Batch]:

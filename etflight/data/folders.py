@@ -62,7 +62,8 @@ class FolderImages(FileImages):
         parent = Path(self.root) / split
         folders = sorted(folder for folder in parent.glob("[!.]*") if folder.is_dir())
         if not folders:
-            raise UserError(f"{parent} holds no class folder: {LAYOUT}")
+            reason = "holds no class folder" if parent.is_dir() else "does not exist"
+            raise UserError(f"{parent} {reason}: {LAYOUT}")
         return folders
 
 

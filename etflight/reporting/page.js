@@ -321,7 +321,8 @@ function sizes(root, content, shown, place, label) {
       hovertemplate: "%{text}<br>%{x} training images: %{y:.3f}<extra></extra>",
     }));
     const yaxis = { range: [-0.03, 1.03], title: { text: "accuracy" } };
-    return [data, layout({ xaxis: { type: "log", dtick: "D2", title: { text: "training images" } }, yaxis, uirevision: "sizes" })];
+    const tickvals = [0, 1, 2, 3, 4, 5, 6].flatMap((e) => [1, 2, 5].map((digit) => digit * 10 ** e)); // dtick "D2" drops the zeros
+    return [data, layout({ xaxis: { type: "log", tickvals, title: { text: "training images" } }, yaxis, uirevision: "sizes" })];
   });
 }
 

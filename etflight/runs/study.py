@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from etflight.runs.folder import last_checkpoint
 from etflight.utils.errors import UserError
 from etflight.utils.jsonargparse_private import in_one_line
-from etflight.utils.shipped import short_name
+from etflight.utils.shipped import SHIPPED, short_name
 from etflight.utils.yaml import read_yaml, require_file
 
 ROOT = Path("runs")  # the trainer's root, as `etflight fit` sets it
@@ -138,7 +138,7 @@ def read_study(path: Path) -> Study:
     Args:
         path: A YAML file with `sets`, `seeds`, `arms`, and perhaps `second_stage`, `post_hoc`, `ratios`, `data_seeds` and `configs`.
             `configs` is the folder of the configuration files, relative to this file; the default is "..", because studies lie in
-            `configs/studies`.
+            `configs/studies`. Files that are not there are the shipped ones.
             `sets` are names of files in `data`, or folders of runs, each with names of files in `data`, `protocols` and `trainer`.
             `arms` are names of files in `arms`, perhaps followed by names in `protocols`: "ce+no_mixup" is called ce_no_mixup.
 
@@ -154,7 +154,9 @@ def read_study(path: Path) -> Study:
     configs = (path.parent / content.configs).resolve()
 
     def find(name: str, folders: Sequence[str]) -> Path:
-        files: list[Path] = [configs / folder / f"{name}.yaml" for folder in folders]
+        files: list[Path] = [
+            base / folder / f"{name}.yaml" for base in (configs, SHIPPED.resolve()) for folder in folders
+        ]
         file = next(filter(Path.is_file, files), files[0])
         require_file(file)
         return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else short_name(file)

@@ -1,7 +1,9 @@
 """Putting jsonargparse's messages into one line; their wording is not part of its public interface."""
 
+import inspect
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from itertools import takewhile
 
@@ -28,7 +30,10 @@ def in_one_line(message: str, bases: Mapping[str, type]) -> str:
         return f"--{key}: say which: {', '.join(_names(bases[key]))}"
     reason = _innermost(message)
     if alien := re.search(r"Option '([^']+)' is not accepted", reason):
-        return f"--{'.'.join(filter(None, (key, alien[1])))}: the chosen class takes no argument {alien[1]!r}"
+        chosen = re.findall(r"class_path[= ]'([\w.]+)'", reason)
+        name = chosen[-1].rpartition(".")[2] if chosen else "the chosen class"
+        hint = _near(alien[1], _arguments(chosen[-1])) if chosen else ""
+        return f"--{'.'.join(filter(None, (key, alien[1])))}: {name} takes no argument {alien[1]!r}{hint}"
     if missing := re.search(r"the following arguments are required: (.+?)(\. Got value.*)?$", reason, re.MULTILINE):
         names = [name.rpartition(".")[2] for name in missing[1].split(", ")]
         options = [f"--{key}.{name}" if key else f"--{name}" if name in bases else name for name in names]
@@ -74,10 +79,21 @@ def _as_typed(value: str) -> str:
 def _hint(name: str, base: type | None) -> str:
     """Write `; near matches: …` from the names that an option takes, or all of these names if they are few."""
     known = [] if base is None else _names(base)
-    close = get_close_matches(name.rpartition(".")[2], known, n=3, cutoff=0.4)
-    if close:
-        return f"; near matches: {', '.join(close)}"
+    if near := _near(name.rpartition(".")[2], known):
+        return near
     return f"; there are {', '.join(known)}" if 0 < len(known) <= _FEW else ""
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    close = get_close_matches(name, known, n=3, cutoff=0.4)
+    return f"; near matches: {', '.join(close)}" if close else ""
+
+
+def _arguments(path: str) -> list[str]:
+    """The arguments of a class that has been imported."""
+    module, _, name = path.rpartition(".")
+    cls = getattr(sys.modules.get(module), name, None)
+    return list(inspect.signature(cls).parameters) if inspect.isclass(cls) else []
 
 
 def _names(base: type) -> list[str]:

@@ -23,8 +23,10 @@ CASES = {
     "--trainer.callbacks+ EarlyStopping --trainer.callbacks.monitor a --trainer.callbacks.patience x":
         "--trainer.callbacks.patience: Expected an int, got x",
     "--model.num_classes 7": "--model.num_classes is taken from --data: leave it out",
-    "--model.head.bogus 1": "--model.head.bogus: the chosen class takes no argument 'bogus'",
-    "-c wrong.yaml": "--data.imbalance: the chosen class takes no argument 'imbalance'",
+    "--model.head.bogus 1": "--model.head.bogus: ETFHead takes no argument 'bogus'",
+    "--data.imbalance_ration 20": "--data.imbalance_ration: Digits takes no argument 'imbalance_ration'; near matches: imbalance_ratio",
+    "--monitor.every 2": "--monitor.every: NeuralCollapseMonitor takes no argument 'every'; near matches: every_n_epochs",
+    "-c wrong.yaml": "--data.imbalance: Digits takes no argument 'imbalance'; near matches: imbalance_ratio",
     "--bogus 1": "unrecognized arguments: --bogus 1",
     "-c": "argument -c/--config: expected one argument",
 }  # fmt: skip

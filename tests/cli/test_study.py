@@ -46,6 +46,13 @@ def test_every_run_has_its_own_command(write, etflight_command, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_files_that_are_not_beside_a_study_are_the_shipped_ones(write):
+    study = read_study(write(sets=["tiny", "digits"], arms=["ce", "etf_dr", "etf_ce+mixup"]))
+    assert study.sets == {"tiny": [Path("data/tiny.yaml")], "digits": [Path("configs/data/digits.yaml")]}
+    assert study.arms["ce"] == [Path("arms/ce.yaml")]  # the user's own comes first
+    assert study.arms["etf_ce_mixup"] == [Path("configs/arms/etf_ce.yaml"), Path("configs/protocols/mixup.yaml")]
+
+
 def test_subsets_vary_with_every_seed(write, etflight_command, tmp_path):
     write(seeds=[0, 1], data_seeds=[7, 8], ratios=[50], arms=["ce"])
     lines = etflight_command("study", "study.yaml", "--dry-run", cwd=tmp_path).out.splitlines()

@@ -127,6 +127,11 @@ def test_setup_for_fit_says_once_what_is_trained_on(arrays, caplog, monkeypatch)
     assert lines == [f"ArrayImages {path}: 59 training images, 3 classes, imbalance ratio 8, subset {data.fingerprint}"]
 
 
+@pytest.mark.parametrize(("ratio", "text"), [(8, "8"), (9, "10 (9 asked; counts are whole)")])
+def test_the_ratio_that_whole_counts_have_is_told_beside_the_one_asked_for(arrays, ratio, text):
+    assert ArrayImages(arrays(), imbalance_ratio=ratio).describe_ratio() == text
+
+
 def test_validation_is_held_out_per_class_before_the_profile(arrays):
     data = ArrayImages(path := arrays(), val_fraction=0.04, imbalance_ratio=4)
     data.setup("fit")

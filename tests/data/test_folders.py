@@ -58,15 +58,16 @@ def test_a_folder_val_is_the_validation_split(tree):
     data.setup("fit")
     assert data.val_is_held_out
     assert data.split("val").labels.tolist() == [0, 1, 1]
-    assert_refused(data, "test", r"test holds no class folder: put train/<class>/\*.jpg")
+    assert_refused(data, "test", r"test does not exist: put train/<class>/\*.jpg")
 
 
 @pytest.mark.parametrize(
     ("folder", "stage", "message"),
     [
-        ("elsewhere", "fit", r"x/train holds no class folder: put train/<class>"),
+        ("elsewhere", "fit", r"x/train does not exist: put train/<class>"),
         ("x/train/emu", "fit", "train holds no image"),
-        ("x/test/emu", "test", "x/train holds no class folder"),
+        ("x/train", "fit", "x/train holds no class folder"),
+        ("x/test/emu", "test", "x/train does not exist"),
     ],
 )
 def test_what_the_layout_lacks_is_named(tmp_path, folder, stage, message):
