@@ -29,7 +29,8 @@ function element(kind, properties = {}, ...children) {
 }
 
 function table(header, rows, long = []) {
-  const cell = (kind, text, i) => element(kind, { textContent: text, className: long.includes(i) ? "long" : "" });
+  // a line may end before a deviation, not within it
+  const cell = (kind, text, i) => element(kind, { textContent: String(text).replace("± ", "±\u00a0"), className: long.includes(i) ? "long" : "" });
   const body = rows.map((row) => element("tr", {}, ...row.map((text, i) => cell("td", text, i))));
   const head = element("thead", {}, element("tr", {}, ...header.map((text) => cell("th", text))));
   return element("div", { className: "scroll" }, element("table", {}, head, element("tbody", {}, ...body)));
@@ -321,7 +322,10 @@ function sizes(root, content, shown, place, label) {
       hovertemplate: "%{text}<br>%{x} training images: %{y:.3f}<extra></extra>",
     }));
     const yaxis = { range: [-0.03, 1.03], title: { text: "accuracy" } };
-    const tickvals = [0, 1, 2, 3, 4, 5, 6].flatMap((e) => [1, 2, 5].map((digit) => digit * 10 ** e)); // dtick "D2" drops the zeros
+    // dtick "D2" drops the zeros, and classes of nearly one size would have no tick
+    const counts = data.flatMap((run) => run.x);
+    const wide = Math.max(...counts) >= 5 * Math.min(...counts);
+    const tickvals = wide ? [0, 1, 2, 3, 4, 5, 6].flatMap((e) => [1, 2, 5].map((digit) => digit * 10 ** e)) : [...new Set(counts)];
     return [data, layout({ xaxis: { type: "log", tickvals, title: { text: "training images" } }, yaxis, uirevision: "sizes" })];
   });
 }

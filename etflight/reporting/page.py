@@ -91,10 +91,12 @@ def _part(name: str) -> str:
 def _section(section: Section, remarks: list[str]) -> dict[str, Any]:
     configurations: dict[str, Mapping[str, Any]] = {}
     runs = [_run(result, configurations, remarks) for result in section.results]
+    # the hardware stands below, with each run
+    columns = tables.filled_columns(tables.HEADER[:-1], [row[:-1] for row in tables.rows(section)])
     return {
         "title": plain(section.title),
-        "header": tables.HEADER[:-1],  # the hardware stands below, with each run
-        "rows": [row[:-1] for row in tables.rows(section)],
+        "header": list(columns),
+        "rows": list(zip(*columns.values(), strict=True)),
         "published": {"header": tables.PUBLISHED_HEADER, "rows": tables.published(section)},
         "arms": [plain(group.arm) for group in section.groups],
         "notes": tables.notes(section),
@@ -124,7 +126,7 @@ def _run(result: Result, configurations: dict[str, Mapping[str, Any]], remarks: 
         "validation images": result.validation,
         "fingerprint of the training images": result.fingerprint,
         "versions": versions,
-        "commit": result.commit,
+        "commit": result.commit and result.commit[:12],
         "command": result.command,
     }
     return {

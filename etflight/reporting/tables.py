@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from rich import box
@@ -84,6 +84,12 @@ def published(section: Section) -> list[list[str]]:
     ]
 
 
+def filled_columns(header: Sequence[str], body: Sequence[Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """The cells of each column by its heading, without the columns in which all are missing."""
+    columns = zip(header, zip(*body, strict=True), strict=True)
+    return {heading: cells for heading, cells in columns if set(cells) != {MISSING}}
+
+
 def _grids(section: Section) -> list[tuple[Sequence[str], list[list[str]]]]:
     """Header and rows of the arms, and of published numbers if there are any; the first two columns and the last are text."""
     return [(HEADER, rows(section)), *([(PUBLISHED_HEADER, published(section))] if section.published else [])]
@@ -139,6 +145,7 @@ def duration(seconds: float) -> str:
 # Formats --------------------------------------------------------------------------------------------------------------
 
 
+_TEXT = ("seeds", "published method", "backbone", "read in")  # columns of words
 # what a narrow terminal shows last
 _LESS_NEEDED = (
     *("params", "time", "epochs", "val, best", "macro", "ECE", "NC1", "align."),
@@ -150,49 +157,44 @@ def for_terminal(section: Section, out: Console) -> list[Table]:
     """Tables of rich, without the hardware, without empty columns, and without columns for which the terminal is too narrow."""
     (_, arms), *others = _grids(section)
     header = ("arm", "seeds", *(column.short for column in COLUMNS), "params", "epochs", "time")
-    grids: list[tuple[Sequence[str], list[list[str]]]] = [(header, [row[:-1] for row in arms]), *others]
-    tables = [
-        _fitting_table(names, [[cell.replace("± ", "±") for cell in row] for row in body], out) for names, body in grids
-    ]
+    arms = [[cell.replace("± ", "±") for cell in row[:-1]] for row in arms]
+    tables = [_fitting_table(filled_columns(*grid), out) for grid in [(header, arms), *others]]
     tables[0].title = as_it_is(section.title)
     return tables
 
 
-def _fitting_table(header: Sequence[str], body: list[list[str]], out: Console) -> Table:
+def _fitting_table(columns: dict[str, tuple[str, ...]], out: Console) -> Table:
     """Each cell on one line if there is room; otherwise its words below each other, and fewer columns if that is not enough."""
-    shown = [i for i in range(len(header)) if any(row[i] != MISSING for row in body)]
     room = out.options.update(width=10_000)  # rich reports no more than what there is
-    table = _table(header, body, shown, one_line=True)
+    table = _table(columns, one_line=True)
     if Measurement.get(out, room, table).maximum <= out.width:
         return table
-    table = _table(header, body, shown, one_line=False)
+    table = _table(columns, one_line=False)
     left_out: list[str] = []
-    for i in sorted((i for i in shown if header[i] in _LESS_NEEDED), key=lambda i: _LESS_NEEDED.index(header[i])):
+    for heading in filter(columns.__contains__, _LESS_NEEDED):
         if Measurement.get(out, room, table).minimum <= out.width:
             break
-        shown.remove(i)
-        left_out.append(header[i].replace(",", ""))
-        table = _table(header, body, shown, one_line=False)
+        left_out.append(heading.replace(",", ""))
+        table = _table(columns := {name: cells for name, cells in columns.items() if name != heading}, one_line=False)
     if left_out:
         names = ", ".join(left_out)
         table.caption = as_it_is(f"left out in {out.width} columns, but not by --format md: {names}")
     return table
 
 
-def _table(header: Sequence[str], body: Sequence[Sequence[str]], shown: Sequence[int], *, one_line: bool) -> Table:
+def _table(columns: Mapping[str, Sequence[str]], *, one_line: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for i in shown:
-        is_text = i in ((0, 1, len(header) - 1) if header is PUBLISHED_HEADER else (1,))
-        words = max(len(word) for text in (header[i], *(row[i] for row in body)) for word in text.split())
+    for heading, cells in columns.items():
+        longest = max(len(word) for text in (heading, *cells) for word in text.split())
         table.add_column(
-            header[i],
-            justify="left" if i < 2 or is_text else "right",
+            heading,
+            justify="left" if heading in ("arm", *_TEXT) else "right",
             no_wrap=one_line,
-            width=None if one_line or is_text else words,
-            min_width=words,
+            width=None if one_line or heading in _TEXT else longest,
+            min_width=longest,
         )
-    for row in body:
-        table.add_row(*(Text(row[i]) for i in shown))
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*map(Text, row))
     return table
 
 

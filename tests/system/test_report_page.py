@@ -54,6 +54,14 @@ def open_page(browser, path, width=1280, scheme="light"):
     return browser.get_log("browser"), [url for url in sent if not url.startswith(own)]
 
 
+def test_results_and_runs_need_no_scrollbar_at_1280_pixels(browser, page):
+    open_page(browser, page)
+    hidden = browser.execute_script(
+        "return [...document.querySelectorAll('.scroll')].map((e) => e.scrollWidth - e.clientWidth)"
+    )
+    assert (hidden[0], hidden[-1]) == (0, 0)
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_the_page_draws_without_errors_requests_or_overflow(width, scheme, browser, page):
     assert open_page(browser, page, width, scheme) == ([], [page.as_uri()])
