@@ -1,6 +1,8 @@
 """`etflight …` and `python -m etflight …`: errors become one line."""
 
 import os
+import select
+import signal
 import sys
 import warnings
 from importlib import import_module
@@ -17,8 +19,8 @@ def run() -> int:
     """Run the command line of this process.
 
     Returns:
-        The exit status: 0; 1 when something the user gave cannot work; 2 when there is no such command. (The parsers exit with 2 on other
-        usage errors.)
+        The exit status: 0; 1 when something the user gave cannot work; 2 when there is no such command; 130 after Ctrl+C; 141 when nobody
+        reads the output any more. (The parsers exit with 2 on other usage errors.)
     """
     argv = sys.argv[1:]
     command = argv[0] if argv else ""
@@ -44,14 +46,27 @@ def run() -> int:
             import_module(f"etflight.cli.{command}").main(argv[1:])
         else:
             import_module("etflight.cli.stages").main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            return 128 + signal.SIGPIPE  # as of any program that runs into `| head`
         if os.environ.get("ETFLIGHT_DEBUG") == "1":
             raise
         print_error(error)
         return 1
     return 0
+
+
+def _reader_has_left() -> bool:
+    """Whether nobody reads the standard output any more; if so, what is left of it goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), select.POLLERR)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _overview() -> str:

@@ -1,4 +1,7 @@
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -61,3 +64,12 @@ def test_a_process_alone_prints_every_error(tmp_path, monkeypatch, capsys):
     first, second = capsys.readouterr().err.splitlines()
     assert first == "etflight: error: one line"
     assert "halve --data.batch_size" in second
+
+
+def test_a_reader_that_leaves_ends_the_command_in_silence():
+    ours, theirs = os.pipe()
+    os.close(ours)
+    words = [sys.executable, "-m", "etflight", "configs"]
+    ended = subprocess.run(words, stdout=theirs, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(theirs)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
