@@ -39,7 +39,7 @@ UNKNOWN = {
 }
 WAYS = {"cifar10_sessions": 1, "digits_sessions": 1, "gtsrb_sessions": 2, "omniglot_sessions": 4}
 SHOTS = 5
-METHODS = {"etf_dr_reserved": ["frame", "ncm"], "ce_bn_norm": ["cosine", "ncm"]}
+METHODS = {"etf_dr_reserved": ["frame", "ncm"], "etf_ce_reserved": ["ncm"], "ce_bn_norm": ["cosine", "ncm"]}
 
 
 def etflight(*words: object) -> None:
