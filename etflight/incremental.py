@@ -274,16 +274,20 @@ def session_loss(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _descend(parameters: Iterable[Tensor], objective: Callable[[], Tensor], training: Training) -> None:
-    optimizer = SGD(parameters, training.lr, training.momentum, weight_decay=training.weight_decay)
+    trained = list(parameters)
+    optimizer = SGD(trained, training.lr, training.momentum, weight_decay=training.weight_decay)
     schedule = CosineAnnealingLR(optimizer, training.steps)
+    mend = f"give a smaller --lr than {training.lr:g}"
     for _ in range(training.steps):
         optimizer.zero_grad()
         loss = objective()
         if not bool(loss.isfinite()):
-            raise UserError(f"the loss of a session became {loss.item()}: give a smaller --lr than {training.lr:g}")
+            raise UserError(f"the loss of a session became {loss.item()}: {mend}")
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
+    if not all(bool(weights.detach().norm().isfinite()) for weights in trained):
+        raise UserError(f"the weights of a session became too large: {mend}")
 
 
 # Sessions -----------------------------------------------------------------------------------------------------------

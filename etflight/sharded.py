@@ -1,7 +1,8 @@
 """Fixed class vectors that are shared out over processes, for more classes than one device has room for."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,8 @@ class ShardedClassVectors(nn.Module):
         scale: The factor of the products, > 0.
 
     Attributes:
-        shard: This process's rows, a buffer `[k, d]`, which is not saved: `vectors` bring it again, on any number of processes.
+        shard: This process's rows `[k, d]`, which follow the module to a device or dtype. They are no buffer: DDP would give all processes
+            those of the first one, and they are not saved, since `vectors` bring them again, on any number of processes.
         start: The class of its first row.
         num_classes: The number of classes K.
 
@@ -37,8 +39,6 @@ class ShardedClassVectors(nn.Module):
         The sharing of classes is that of An et al., "Partial FC: Training 10 Million Identities on a Single Machine", ICCV Workshops 2021,
         arXiv 2010.05222, with all classes in each step and without gradients of the vectors.
     """
-
-    shard: Tensor
 
     def __init__(self, vectors: Tensor, *, scale: float = 1.0) -> None:
         super().__init__()
@@ -51,7 +51,12 @@ class ShardedClassVectors(nn.Module):
         self.scale = scale
         self.start = len(vectors) * rank // size
         end = len(vectors) * (rank + 1) // size
-        self.register_buffer("shard", vectors[self.start : end].detach().clone(), persistent=False)
+        self.shard = vectors[self.start : end].detach().clone()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.shard = fn(self.shard)
+        return self
 
     def cross_entropy(self, embedding: Tensor, target: Tensor) -> Tensor:
         """Compute the softmax cross-entropy over all K classes.
@@ -62,6 +67,9 @@ class ShardedClassVectors(nn.Module):
 
         Returns:
             The losses `[B]`, differentiable with respect to the embedding. As with any loss, DDP averages the gradients over processes.
+
+        Raises:
+            UserError: On every process, if a target of any is not a class.
         """
         return _CrossEntropy.apply(at_least_float32(embedding), target, self)  # type: ignore[no-any-return]
 
@@ -71,10 +79,13 @@ class ShardedClassVectors(nn.Module):
         Args:
             embedding: This process's embeddings `[B, d]`.
             target: Its class indices `[B]`, int64.
+
+        Raises:
+            UserError: On every process, if a target of any is not a class.
         """
         embedding = at_least_float32(embedding)
         sizes = _sizes(len(target), target.device)
-        targets = _all(target, sizes)
+        targets = self._targets(target, sizes)
         own, rows = self._owned(targets)
         vectors = embedding.new_zeros(len(targets), self.shard.shape[1])
         vectors[own] = self.shard[rows].to(vectors.dtype)
@@ -106,6 +117,14 @@ class ShardedClassVectors(nn.Module):
         with torch.autocast(embedding.device.type, enabled=False):
             return self.scale * (embedding @ self.shard.T.to(embedding.dtype))
 
+    def _targets(self, own: Tensor, sizes: list[int]) -> Tensor:
+        """The targets of all processes."""
+        targets = _all(own, sizes)
+        outside = targets[(targets < 0) | (targets >= self.num_classes)]
+        if len(outside):
+            raise UserError(f"target {int(outside[0])} is not a class: give 0 to {self.num_classes - 1}")
+        return targets
+
     def _owned(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Which samples belong to classes of this process, and the rows of those classes."""
         own = torch.nonzero((targets >= self.start) & (targets < self.start + len(self.shard))).flatten()
@@ -116,7 +135,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, embedding: Tensor, target: Tensor, vectors: ShardedClassVectors) -> Tensor:
         sizes = _sizes(len(target), target.device)
-        targets = _all(target, sizes)
+        targets = vectors._targets(target, sizes)
         logits = vectors._logits(_all(embedding, sizes))
         logits -= _max(logits.amax(dim=1))[:, None]
         own, rows = vectors._owned(targets)

@@ -253,6 +253,7 @@ def test_a_head_that_cannot_learn_more_is_refused(head, message):
 
 
 def test_a_session_that_diverges_says_so():
-    learner = CosineLearner(CosineHead(DIM, BASE), Training(50, 1e38))
-    with pytest.raises(UserError, match=r"the loss of a session became .*: give a smaller --lr than 1e"):
-        learner.learn(*samples()[0])
+    for steps, message in ((50, "the loss of a session became .*"), (1, "the weights of a session became too large")):
+        learner = CosineLearner(CosineHead(DIM, BASE), Training(steps, 1e38))
+        with pytest.raises(UserError, match=rf"{message}: give a smaller --lr than 1e"):
+            learner.learn(*samples()[0])

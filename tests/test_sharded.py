@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from etflight import class_code, simplex_etf
@@ -64,6 +66,49 @@ def test_two_processes_with_batches_of_other_sizes_have_the_losses_decisions_and
     assert [result[-1] for result in found] == [(11, D), (12, D)]
     for values, expected in zip(zip(*found, strict=True), whole(embedding, target), strict=False):
         assert_close(torch.cat(values), expected)
+
+
+class Network(nn.Module):
+    """A layer before class vectors that are shared out."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(D, D, dtype=torch.float64)
+        self.code = ShardedClassVectors(vectors(), scale=SCALE)
+
+    def forward(self, embedding, target):
+        return self.code.cross_entropy(self.layer(embedding), target)
+
+
+def _inside_ddp(rank, embedding, target):
+    network = DistributedDataParallel(Network())
+    for _ in range(2):  # DDP broadcasts buffers when it is made and in each forward
+        losses = network(embedding, target)
+    return losses.detach()
+
+
+def test_ddp_leaves_each_process_its_own_rows(two_processes):
+    embedding, target = samples()
+    parts = [part.split(SIZES) for part in (embedding, target)]
+    found = two_processes(_inside_ddp, [tuple(part[rank] for part in parts) for rank in range(2)])
+    logits = SCALE * Network().layer(embedding) @ vectors().T
+    assert_close(torch.cat(found), F.cross_entropy(logits, target, reduction="none").detach())
+
+
+def test_the_rows_follow_the_module():
+    code = nn.Sequential(ShardedClassVectors(vectors())).to("meta", torch.float32)[0]
+    assert (code.shard.device.type, code.shard.dtype) == ("meta", torch.float32)
+
+
+@pytest.mark.parametrize("outside", [-100, -1, K])
+def test_a_target_that_is_no_class_is_refused(outside):
+    embedding, target = samples()
+    target[3] = outside
+    code = ShardedClassVectors(vectors())
+    for method in (code.cross_entropy, code.target_logits):
+        with pytest.raises(UserError, match=f"target {outside} is not a class: give 0 to {K - 1}"):
+            method(embedding, target)
 
 
 def test_dot_regression_takes_the_targets_logits_with_their_gradient():

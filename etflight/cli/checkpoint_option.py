@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from torch import Tensor
 
 from etflight.classifier import Classifier
 from etflight.data import ImageDataModule
@@ -70,6 +71,21 @@ def load_classifier(run: str) -> tuple[Path, Classifier]:
     return checkpoint, Classifier.load_from_checkpoint(checkpoint)
 
 
+def class_vectors(classifier: Classifier, checkpoint: Path) -> Tensor:
+    """The class vectors `[K, d]` of a classifier, on the CPU.
+
+    Raises:
+        UserError: Its head has none.
+    """
+    weight = getattr(classifier.head, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        raise UserError(
+            f"the head {type(classifier.head).__name__} of checkpoint {checkpoint} has no class vectors weight [K, d]: "
+            "give a model that has"
+        )
+    return weight.detach().cpu()
+
+
 def folder_of(checkpoint: Path) -> Path:
     """The run folder of a checkpoint, or else the folder that it lies in."""
     return run_of(checkpoint) or checkpoint.parent
@@ -112,3 +128,6 @@ def prepare_as_trained(data: Namespace, known: Preprocessing | None) -> None:
     for name, value in cls.options_for(known).items():
         if name in data.init_args and data.init_args[name] is None:
             data.init_args[name] = value
+    for inner in vars(data.init_args).values():
+        if isinstance(inner, Namespace) and "class_path" in inner and "init_args" in inner:
+            prepare_as_trained(inner, known)  # the set that a ClassSubset takes its images from

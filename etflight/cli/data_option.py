@@ -60,9 +60,14 @@ def parse(parser: OneLineParser, argv: Sequence[str], run: str | None = None) ->
 
 def parse_over_run(parser: OneLineParser, argv: Sequence[str]) -> Namespace:
     """Parse a command line with an optional run: the first word that is neither an option nor the value of one. See `parse`."""
-    words = zip(["", *argv], argv, strict=False)  # every option takes one value
+    words = list(argv)
+    while "--imports" in words:  # takes any number of values, every other option one
+        start = words.index("--imports")
+        end = next((i for i in range(start + 1, len(words)) if words[i][:1] == "-"), len(words))
+        del words[start:end]
+    pairs = zip(["", *words], words, strict=False)
     return parse(
-        parser, argv, next((w for before, w in words if w[:1] != "-" and (before[:1] != "-" or "=" in before)), None)
+        parser, argv, next((w for before, w in pairs if w[:1] != "-" and (before[:1] != "-" or "=" in before)), None)
     )
 
 

@@ -19,7 +19,14 @@ from torch import Tensor
 from etflight import plotting
 from etflight.callbacks.collect import outputs
 from etflight.classifier import Classifier
-from etflight.cli.checkpoint_option import add_imports, data_as_trained, folder_of, import_modules, load_classifier
+from etflight.cli.checkpoint_option import (
+    add_imports,
+    class_vectors,
+    data_as_trained,
+    folder_of,
+    import_modules,
+    load_classifier,
+)
 from etflight.cli.data_option import data_parser, parse_over_run
 from etflight.cli.parser import OneLineParser
 from etflight.data import ClassSubset, ImageDataModule
@@ -41,7 +48,7 @@ from etflight.runs.folder import check_writable, writing_to
 from etflight.runs.record import data_facts
 from etflight.utils.errors import UserError, brief
 from etflight.utils.files import replacing, write_json
-from etflight.utils.terminal import console
+from etflight.utils.terminal import as_it_is, console
 
 _LEARNING_RATES = {"frame": 2.5, "cosine": 0.1}  # of the methods that train
 _METADATA = "etflight"  # the entry of a state file that holds what are not tensors
@@ -129,6 +136,7 @@ def _learner(config: Namespace, base: _Base) -> Learner:
         return NearestMeanLearner(head)
     training = Training(config.steps, config.lr)
     if config.method == "cosine":
+        class_vectors(base.classifier, base.checkpoint)  # or an error, if there are none
         return CosineLearner(head, training)
     return FrameLearner(head, base.classifier.loss, training, base.all.num_classes)
 
@@ -137,13 +145,22 @@ def _features(base: _Base, sessions: Sequence[Session], learner: Learner, device
     """Run the backbone over all images once; processes share the images of the base session and of the test."""
     model = base.classifier
     trained_on = outputs(model, base.data, "train", device)
+    _refuse_empty_classes("training", trained_on.labels, base.data)
     learner.begin(trained_on.embedding, trained_on.labels)
     tested_on = outputs(model, base.all, "test", device)
+    _refuse_empty_classes("test", tested_on.labels, base.all)
     return Features(
         class_means(trained_on.features, trained_on.labels),
         [_shots(model.eval(), base.all, session, device) for session in sessions[1:]],
         (tested_on.features, tested_on.labels),
     )
+
+
+def _refuse_empty_classes(kind: str, labels: Tensor, data: ClassSubset) -> None:
+    counts = labels.bincount(minlength=data.num_classes).tolist()
+    if 0 in counts:
+        name = data.class_names[counts.index(0)]
+        raise UserError(f"{data}: class {name} has no {kind} image that can be read: add some, or leave the class out")
 
 
 @torch.no_grad()
@@ -178,6 +195,8 @@ def _settings(config: Namespace, base: _Base) -> dict[str, Any]:
         "lr": config.lr if trains else None,
         "classes": [*base.all.labels],
         "images": base.data.fingerprint,
+        "test_images": base.all.split("test").source.content,
+        "preprocessing": json.loads(json.dumps(base.data.preprocessing._asdict())),  # as it will be read again
         "checkpoint": hashlib.sha256(base.checkpoint.read_bytes()).hexdigest()[:12],
     }
 
@@ -251,7 +270,7 @@ def _report(
         figure = plotting.session_curves(results, [session.seen for session in sessions])
         plotting.save(figure, folder / "sessions.png")
     method, way, shots = settings["method"], settings["way"], settings["shots"]
-    out.print(f"{way}-way {shots}-shot sessions after {base.checkpoint}", soft_wrap=True)
+    out.print(as_it_is(f"{way}-way {shots}-shot sessions after {base.checkpoint}"), soft_wrap=True)
     table = Table(title=f"Method {method}, accuracy in %")
     for title in ("session", "classes", "all", "base", "new", "forgetting"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -265,10 +284,7 @@ def _report(
         f"performance drop {100 * sums['performance_drop']:.1f}, average accuracy {100 * sums['average_acc']:.1f}"
     )
     out.print(
-        f"{folder}: incremental.json, sessions.png and a state for each session",
-        style="dim",
-        highlight=False,
-        soft_wrap=True,
+        as_it_is(f"{folder}: incremental.json, sessions.png and a state for each session"), style="dim", soft_wrap=True
     )
 
 

@@ -19,6 +19,7 @@ from etflight.classifier import Classifier
 from etflight.cli.checkpoint_option import (
     add_device,
     add_imports,
+    class_vectors,
     data_as_trained,
     device_of,
     folder_of,
@@ -32,7 +33,7 @@ from etflight.data import ImageDataModule
 from etflight.data.adapted import AdaptedSplit
 from etflight.data.sources import ImageSplit
 from etflight.metrics import ClassStatistics, Moments, measures, ood
-from etflight.runs.folder import check_writable, read_record, run_of
+from etflight.runs.folder import check_writable, read_record, refuse_other_results, run_of, writing_to
 from etflight.runs.record import data_facts
 from etflight.utils.errors import UserError, warn
 from etflight.utils.files import write_json
@@ -73,18 +74,33 @@ def main(argv: Sequence[str]) -> None:
     import_modules(config.imports)
     known_config = _config_of_run(Path(config.run))
     checkpoint, model = load_classifier(config.run)
-    weight = _class_vectors(model, checkpoint)
-    known = data_as_trained(_known_parser(), known_config, model, str(checkpoint), images=True)
+    weight = class_vectors(model, checkpoint)
+    known = _known_data(known_config, model, checkpoint)
     prepare_as_trained(config.data, known.preprocessing)
     unknown: ImageDataModule = parser.instantiate(config).data
     unknown.prepare_data()
     shared = _shared_classes(model.class_names or known.class_names, unknown)
     adapted, images = _adapted(unknown, known.preprocessing, config.adapt)
     _refuse_known_images(known, unknown)
+    k = _neighbour(config.k, known.class_counts.tolist())
+    _refuse_components(config.components or 0, weight.shape[1])
+    facts = {
+        "model": f"checkpoint {checkpoint}",
+        "k": k,
+        "components": config.components or len(weight) - 1,
+        "unknown": {
+            "class": type(unknown).__name__,
+            "dataset": unknown.dataset_name,
+            "content": unknown.split("test").source.content,
+            "image_shape": list(unknown.split("test").source.image_shape),
+            "adapted": adapted,
+            "test_images": len(images.labels),
+            "shared_classes": shared,
+        },
+    }
     folder = Path(config.output or folder_of(checkpoint) / "ood" / _folder_name(unknown))
     check_writable(folder, "--output")
-    number = config.components or len(weight) - 1
-    k = _neighbour(config.k, known.class_counts.tolist())
+    refuse_other_results(folder / RECORD, facts)
 
     out = console()
     device = device_of(config)
@@ -97,37 +113,30 @@ def main(argv: Sequence[str]) -> None:
     values = {name: (score(test), score(others)) for name, score in scores.functions.items()}
     results = {name: ood.separation(*both) for name, both in values.items()}
     record = {
-        "model": f"checkpoint {checkpoint}",
+        **facts,
         "seed": read_record(folder_of(checkpoint)).get("seed"),
         "temperature": float(model.temperature),
         "known": {**data_facts(known), "train_images": len(train.labels), "test_images": len(test.labels)},
-        "unknown": {
-            "class": type(unknown).__name__,
-            "dataset": unknown.dataset_name,
-            "content": unknown.split("test").source.content,
-            "image_shape": list(unknown.split("test").source.image_shape),
-            "adapted": adapted,
-            "test_images": len(others.labels),
-            "shared_classes": shared,
-        },
-        "k": k,
-        "components": number,
         "scores": {name: result._asdict() for name, result in results.items()},
         "left_out": scores.left_out,
         **{f"nc5{end}": float(measures.nc5(stats[end], _in(others, end).double().mean(0))) for end in spaces},
     }
-    write_json(folder / RECORD, record)
+    with writing_to(folder, "--output"):
+        write_json(folder / RECORD, record)
     panels = {f"{name}: AUROC {100 * results[name].auroc:.1f} %": both for name, both in values.items()}
     known_name, unknown_name = f"known: {known.dataset_name}", f"unknown: {unknown.dataset_name}"
-    plotting.save(plotting.score_histograms(panels, known_name, unknown_name), folder / PICTURE)
+    with writing_to(folder, "--output"):
+        plotting.save(plotting.score_histograms(panels, known_name, unknown_name), folder / PICTURE)
     out.print(_table(f"{known.dataset_name} (known) and {unknown.dataset_name} (unknown)", results))
-    settings = f"temperature {model.temperature:.3g} of msp and energy, k = {k} of knn, {number} components of neco"
+    settings = f"temperature {model.temperature:.3g} of msp and energy, k = {k} of knn"
+    if any(name.startswith("neco") for name in results):
+        settings += f", {facts['components']} components of neco"
     out.print(as_it_is(f"checkpoint {checkpoint}: {settings}"), soft_wrap=True)
     for name, reason in scores.left_out.items():
         out.print(as_it_is(f"{name} is left out: {reason}"), soft_wrap=True)
     nc5 = ", ".join(f"{name} {record[name]:.4g}" for name in ("nc5", f"nc5{RAW}") if name in record)
     out.print(as_it_is(f"{nc5}: mean |cos| of class means and the mean of the unknown images"), soft_wrap=True)
-    out.print(f"{folder}: {RECORD}, {PICTURE}", style="dim", highlight=False, soft_wrap=True)
+    out.print(as_it_is(f"{folder}: {RECORD}, {PICTURE}"), style="dim", soft_wrap=True)
 
 
 # Scores -------------------------------------------------------------------------------------------------------------
@@ -170,12 +179,16 @@ def scores_of(
             functions[f"neco{end}"] = _of_features(end, partial(ood.neco, subspace=subspace))
             functions[f"neco_max_logit{end}"] = _neco_max_logit(end, subspace)
         elif components is None:
-            left_out[f"neco{end}"] = (
-                f"K - 1 = {number} components leave none of {width} dimensions out: give fewer (--components)"
-            )
+            reason = f"K - 1 = {number} components leave none of {width} dimensions out: give fewer (--components)"
+            left_out |= {f"neco{end}": reason, f"neco_max_logit{end}": reason}
         else:
-            raise UserError(f"--components {number} leave none of {width} dimensions out: give less than {width}")
+            _refuse_components(number, width)
     return Scores(functions, left_out)
+
+
+def _refuse_components(number: int, width: int) -> None:
+    if number >= width:
+        raise UserError(f"--components {number} leave none of {width} dimensions out: give less than {width}")
 
 
 def _of_features(end: str, score: Callable[[Tensor], Tensor]) -> Score:
@@ -217,13 +230,19 @@ def _neighbour(given: int | None, class_counts: Sequence[int]) -> int:
 # What is compared ---------------------------------------------------------------------------------------------------
 
 
-def _class_vectors(model: Classifier, checkpoint: Path) -> Tensor:
-    weight = getattr(model.head, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
+def _known_data(config: Namespace, model: Classifier, checkpoint: Path) -> ImageDataModule:
+    """The run's own images.
+
+    Raises:
+        UserError: They cannot be read.
+    """
+    try:
+        return data_as_trained(_known_parser(), config, model, str(checkpoint), images=True)
+    except UserError as error:
+        place = folder_of(checkpoint) / "config.yaml"
         raise UserError(
-            f"the head {type(model.head).__name__} of checkpoint {checkpoint} has no class vectors weight [K, d]: give a model that has"
-        )
-    return weight.detach().cpu()
+            f"the run's own images, which are the known ones: {error} (their place is that of {place})"
+        ) from error
 
 
 def _config_of_run(run: Path) -> Namespace:
@@ -286,7 +305,7 @@ def _folder_name(unknown: ImageDataModule) -> str:
 
 
 def _table(title: str, results: dict[str, ood.Separation]) -> Table:
-    table = Table(title=title)
+    table = Table(title=as_it_is(title))
     table.add_column("score", no_wrap=True)
     for column in ("AUROC", "AUPR known", "AUPR unknown", "FPR95"):
         table.add_column(f"{column} %", justify="right", no_wrap=True)

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jsonargparse import Namespace
 from rich.table import Table
-from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
 from etflight.callbacks.collect import Outputs, outputs
+from etflight.classifier import Classifier
 from etflight.cli.checkpoint_option import (
     add_device,
     add_imports,
+    class_vectors,
     device_of,
     folder_of,
     import_modules,
@@ -24,10 +26,11 @@ from etflight.cli.data_option import data_parser, parse, parse_over_run
 from etflight.cli.parser import OneLineParser
 from etflight.data import ImageDataModule
 from etflight.metrics.retrieval import retrieval_scores
-from etflight.utils.errors import UserError
+from etflight.runs.folder import check_writable, refuse_other_results, writing_to
+from etflight.utils.errors import UserError, warn
 from etflight.utils.files import write_json
-from etflight.utils.terminal import console
-from etflight.utils.training_data import refuse_other_shape
+from etflight.utils.terminal import as_it_is, console
+from etflight.utils.training_data import other_preprocessing, refuse_other_shape
 
 
 class Embedded(NamedTuple):
@@ -61,25 +64,49 @@ def main(argv: Sequence[str]) -> None:
     import_modules(config.imports)
     device = device_of(config)
     out = console()
-    models: list[Embedded] = []
-    for run in config.runs:
-        checkpoint, classifier = load_classifier(run)
-        own = config.clone()  # each model has its images prepared as in its own training
-        prepare_as_trained(own.data, classifier.preprocessing)
-        data: ImageDataModule = parser.instantiate(own).data
-        # other classes may be asked for, since they are only compared with each other
-        refuse_other_shape(f"checkpoint {checkpoint}", data.num_classes, classifier.hparams["in_chans"], data)
-        found = outputs(classifier.to(device), data, "test", quiet=not out.is_terminal)
-        models.append(Embedded(checkpoint, found, classifier.head.weight.detach().cpu()))
-    _refuse_other_widths(models)
+    loaded = [load_classifier(run) for run in config.runs]
+    weights = [class_vectors(classifier, checkpoint) for checkpoint, classifier in loaded]
+    _refuse_other_classes(loaded, weights)
+    sets = [_data_for(parser, config, *model, others=others) for model in loaded]
+    source = sets[0].split("test").source
+    images = {
+        "dataset": sets[0].dataset_name,
+        "content": source.content,
+        "test_images": len(sets[0].split("test").labels),
+    }
+    facts = {"models": [str(checkpoint) for checkpoint, _ in loaded], "data": images}
+    output = Path(config.output or folder_of(loaded[0][0]) / "retrieval.json")
+    check_writable(output.parent, "--output")
+    refuse_other_results(output, facts)
 
-    images = {"dataset": data.dataset_name, "test_images": len(models[0].outputs.labels)}
-    record = {"models": [str(model.checkpoint) for model in models], "data": images, **compare(models)}
-    folder = folder_of(models[0].checkpoint)
-    output = Path(config.output or folder / "retrieval.json")
-    write_json(output, record)
-    out.print(_table(record, str(data)))
-    out.print(f"{output}", style="dim", highlight=False, soft_wrap=True)
+    models = [
+        Embedded(checkpoint, outputs(classifier.to(device), data, "test", quiet=not out.is_terminal), weight)
+        for (checkpoint, classifier), data, weight in zip(loaded, sets, weights, strict=True)
+    ]
+    record = {**facts, **compare(models)}
+    with writing_to(output.parent, "--output"):
+        write_json(output, record)
+    out.print(_table(record, str(sets[0])))
+    out.print(as_it_is(output), style="dim", soft_wrap=True)
+
+
+def _data_for(
+    parser: OneLineParser, config: Namespace, checkpoint: Path, classifier: Classifier, *, others: bool
+) -> ImageDataModule:
+    """The images, prepared as in the model's own training; a line says how they differ from those nevertheless.
+
+    Raises:
+        UserError: They have other channels.
+    """
+    own = config.clone()
+    prepare_as_trained(own.data, classifier.preprocessing)
+    data: ImageDataModule = parser.instantiate(own).data
+    # other classes may be asked for, since they are only compared with each other
+    refuse_other_shape(f"checkpoint {checkpoint}", data.num_classes, classifier.hparams["in_chans"], data)
+    differences = [other_preprocessing(classifier.preprocessing, data)] if others else classifier.differences(data)
+    for line in filter(None, differences):
+        warn(line)
+    return data
 
 
 def compare(models: Sequence[Embedded]) -> dict[str, Any]:
@@ -94,7 +121,7 @@ def compare(models: Sequence[Embedded]) -> dict[str, Any]:
     """
     spaces: dict[str, Callable[[Embedded, Embedded], Tensor]] = {
         "embedding": lambda model, first: model.outputs.embedding,
-        "rotated": _rotated,
+        "rotated": _rotated,  # the part of the embedding that the class vectors span
         "logits": lambda model, first: model.outputs.logits - model.outputs.logits.mean(1, keepdim=True),
     }
     first, labels = models[0], models[0].outputs.labels
@@ -112,22 +139,33 @@ def compare(models: Sequence[Embedded]) -> dict[str, Any]:
 
 
 def _rotated(model: Embedded, first: Embedded) -> Tensor:
-    """The embedding turned so that the model's class vectors come as near as they can to those of the first model."""
-    rotation, _ = orthogonal_procrustes(model.weight.double().numpy(), first.weight.double().numpy())
-    return model.outputs.embedding.double() @ torch.from_numpy(rotation)
+    """The embedding turned so that the model's class vectors come as near as they can to those of the first model.
+
+    Class vectors say nothing of directions that they do not span, so the embedding's part in those is left out.
+    """
+    left, values, right = torch.linalg.svd(model.weight.double().T @ first.weight.double(), full_matrices=False)
+    spanned = values > values[0] * max(model.weight.shape) * torch.finfo(model.weight.dtype).eps
+    rotation: Tensor = left[:, spanned] @ right[spanned]
+    return model.outputs.embedding.double() @ rotation
 
 
-def _refuse_other_widths(models: Sequence[Embedded]) -> None:
-    for model in models[1:]:
-        if model.weight.shape != models[0].weight.shape:
+def _refuse_other_classes(models: Sequence[tuple[Path, Classifier]], weights: Sequence[Tensor]) -> None:
+    first, names = models[0][0], models[0][1].class_names
+    for (checkpoint, classifier), weight in zip(models[1:], weights[1:], strict=True):
+        if weight.shape != weights[0].shape:
             raise UserError(
-                f"{model.checkpoint} has class vectors {list(model.weight.shape)}, but {models[0].checkpoint} "
-                f"{list(models[0].weight.shape)}: give models of the same classes and width"
+                f"{checkpoint} has class vectors {list(weight.shape)}, but {first} {list(weights[0].shape)}: "
+                "give models of the same classes and width"
             )
+        for k, (own, other) in enumerate(zip(names or [], classifier.class_names or [], strict=False)):
+            if own != other:
+                raise UserError(
+                    f"class {k} is {own!r} in {first}, but {other!r} in {checkpoint}: give models of the same classes"
+                )
 
 
 def _table(record: dict[str, Any], images: str) -> Table:
-    table = Table(title=f"Retrieval on {images}, by cosine; the image itself left out")
+    table = Table(title=as_it_is(f"Retrieval on {images}, by cosine; the image itself left out"))
     table.add_column("space", no_wrap=True)
     for title in ("within a model", "across models", "mean of all"):
         table.add_column(f"{title}: R@1", justify="right")

@@ -41,8 +41,8 @@ def few_shot_sessions(
 ) -> list[Session]:
     """Divide the classes of a set into a base session and sessions of a few new classes with a few images each.
 
-    The images of a class depend on the seed and the class alone: with more shots there are those of fewer shots and others, and another
-    `way` does not change them.
+    The images of a class depend on the seed and the class's place in the order alone: with more shots there are those of fewer shots and
+    others, and another `way` does not change them.
 
     Args:
         labels: Classes of all training images, `[N]`, in the order in which the classes come.

@@ -47,6 +47,11 @@ def retrieval_scores(
             f"retrieval compares embeddings [Q, d] and [N, d], got {list(queries.shape)} and {list(gallery.shape)}: "
             "give models with embeddings of one width"
         )
+    for name, embeddings, labels in (("query", queries, query_labels), ("gallery", gallery, gallery_labels)):
+        if labels.shape != embeddings.shape[:1]:
+            raise UserError(
+                f"{name}_labels has shape {list(labels.shape)}, but there are {len(embeddings)} embeddings: give one each"
+            )
     if same_images and len(queries) != len(gallery):
         raise UserError(f"{len(queries)} queries and {len(gallery)} gallery images cannot be the same images")
     unit = F.normalize(gallery.double(), dim=1).T.cpu()

@@ -3,9 +3,10 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import IO, Any
 
 from etflight.utils.errors import UserError
@@ -74,6 +75,33 @@ def claim_for_results(folder: Path, trained_in: Path | None) -> None:
         return
     if (folder / "metrics.csv").is_file() or any((folder / "checkpoints").glob("*.ckpt")):
         raise UserError(f"run folder {folder} holds a training, whose own results stay as they are: give a new --name")
+
+
+def refuse_other_results(file: Path, facts: Mapping[str, Any]) -> None:
+    """Refuse to replace the results of something else.
+
+    Args:
+        file: The JSON file that results are to be written to.
+        facts: What they are of, by name as in the file.
+
+    Raises:
+        UserError: The file exists, and is of something else.
+    """
+    if not os.path.lexists(file):
+        return
+    if file.is_dir():
+        raise UserError(f"{file} is a folder: give --output the name of a file")
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        content = None
+    known = content if isinstance(content, dict) else {}
+    for name, value in json.loads(json.dumps(facts)).items():
+        if known.get(name) != value:
+            saved, now = (shorten(str(of), 80, placeholder=" …") for of in (known.get(name), value))
+            raise UserError(
+                f"{file} holds other results ({name}: {saved}, not {now}), which stay as they are: give --output"
+            )
 
 
 def check_writable(folder: Path, options: str = _PLACE_OF_RUN) -> None:

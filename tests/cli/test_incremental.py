@@ -149,6 +149,21 @@ def test_two_processes_learn_what_one_does_byte_by_byte(runs, folder, printed, t
     assert second == ""
 
 
+def test_sessions_of_otherwise_prepared_images_are_other_sessions(runs, folder):
+    before = contents(folder)
+    with pytest.raises(
+        UserError, match=r"holds sessions with other settings .preprocessing: .*give --output for another"
+    ):
+        learn(runs["frame"], "--data.mean=[0.9]", "--data.std=[3.0]")
+    assert contents(folder) == before
+
+
+def test_a_class_without_images_is_named():
+    data = ClassSubset(images=Digits(), classes="2,0,5")
+    with pytest.raises(UserError, match="classes 2,0,5 of Digits: class 0 has no test image that can be read"):
+        incremental._refuse_empty_classes("test", torch.tensor([0, 2, 2]), data)
+
+
 def test_bad_input_is_one_line(runs, folder, tmp_path):
     save_file({"memory": torch.zeros(1)}, tmp_path / "session_0.safetensors", {"etflight": "[]"})
     for run, words, message in (

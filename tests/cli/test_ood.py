@@ -213,7 +213,7 @@ def test_scores_that_mean_nothing_are_left_out_and_one_space_is_measured_once(tm
     run = training.fit_digits(tmp_path, *DATA, *SHORT, *head)
     ood.main([str(run), *arrays(noise)])
     found = record(run / "ood" / "noise")
-    assert found["left_out"].keys() == {"span_norm", "neco"}
+    assert found["left_out"].keys() == {"span_norm", "neco", "neco_max_logit"}
     assert found["scores"].keys() == (OF_EMBEDDING | RAW) - {"span_norm", "neco", "neco_max_logit"}
     out = capsys.readouterr().out
     assert "span_norm is left out: 10 class vectors span all 9 dimensions" in out
@@ -244,6 +244,30 @@ def test_a_model_without_class_vectors_is_refused_in_one_line(run, noise, tmp_pa
     torch.save(checkpoint, tmp_path / "r" / "checkpoints" / "last.ckpt")
     with pytest.raises(UserError, match=r"head Vectorless of checkpoint .* has no class vectors weight \[K, d\]"):
         ood.main([str(tmp_path / "r"), *arrays(noise)])
+
+
+def test_results_of_other_images_or_options_are_not_replaced(run, noise, tmp_path):
+    folder = tmp_path / "results"
+    words = [str(run), f"--output={folder}"]
+    (tmp_path / "b").mkdir()
+    training.save_arrays(other := tmp_path / "b" / "noise.npz", train=8, test=12, shape=(8, 8), classes=2)
+    for _ in range(2):  # the same once more
+        ood.main([*words, *arrays(noise)])
+    before = (folder / "ood.json").read_bytes()
+    for given, message in ((arrays(other), "unknown: .*, not .*"), (arrays(noise, "--k=3"), "k: 2, not 3")):
+        with pytest.raises(UserError, match=f"holds other results .{message}.*give --output"):
+            ood.main([*words, *given])
+    assert (folder / "ood.json").read_bytes() == before
+
+
+def test_images_of_the_run_that_have_moved_are_told_as_the_runs_own(noise, tmp_path):
+    training.save_arrays(tmp_path / "own.npz", shape=(8, 8))
+    data = ["--data", "ArrayImages", "--data.path", str(tmp_path / "own.npz")]
+    place = ["--trainer.default_root_dir", str(tmp_path), "--name", "own", *training.QUIET, *SHORT]
+    fit([*data, "--model.backbone", "resnet20_cifar", *place])
+    (tmp_path / "own.npz").unlink()
+    with pytest.raises(UserError, match=r"the run's own images, .*own\.npz.*their place is that of .*own/config\.yaml"):
+        ood.main([str(tmp_path / "own"), *arrays(noise)])
 
 
 def test_bad_input_ends_in_one_line_that_says_the_mend(run, noise, tmp_path, monkeypatch, capsys):

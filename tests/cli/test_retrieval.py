@@ -1,12 +1,13 @@
 """`etflight retrieval`: one model's embeddings among those of another."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
-from etflight import Classifier, CrossEntropyLoss, ETFHead
+from etflight import Classifier, CrossEntropyLoss, ETFHead, simplex_etf
 from etflight.cli import retrieval
 from etflight.data import Digits
 from etflight.metrics.retrieval import retrieval_scores
@@ -50,22 +51,44 @@ def test_the_same_frame_is_said_to_be_the_same(runs):
 
 def test_a_rotation_of_one_models_space_is_undone_by_the_rotated_space():
     torch.manual_seed(0)
-    weight, embedding, labels = torch.randn(10, 16), torch.randn(40, 16), torch.arange(40) % 10
-    turn = torch.linalg.qr(torch.randn(16, 16)).Q
+    weight, labels = torch.randn(10, 16).double(), torch.arange(80) % 10
+    # classes that can be told apart, with as much noise in the dimensions that the class vectors do not span
+    embedding = weight[labels] + 1.5 * torch.randn(80, 16).double()
+    turn = torch.linalg.qr(torch.randn(16, 16).double()).Q
     models = [
         retrieval.Embedded(
             Path(name), retrieval.Outputs(embedding @ R, embedding @ R, embedding @ weight.T, labels), weight @ R
         )
-        for name, R in (("a", torch.eye(16)), ("b", turn))
+        for name, R in (("a", torch.eye(16).double()), ("b", turn))
     ]
-    within = retrieval_scores(embedding, labels, embedding, labels, same_images=True)
-    record = retrieval.compare(models)
-    across = {p["space"]: p["mean_average_precision"] for p in record["pairs"] if (p["query"], p["gallery"]) == (0, 1)}
-    # ten class vectors fix the rotation on the ten dimensions that they span
-    assert across["rotated"] > 0.5 * within.mean_average_precision
-    assert across["logits"] == pytest.approx(
-        next(p for p in record["pairs"] if p["space"] == "logits")["mean_average_precision"], abs=1e-9
-    )
+    span = embedding @ torch.linalg.pinv(weight) @ weight
+    expected = retrieval_scores(span, labels, span, labels, same_images=True)
+    pairs = {
+        (p["space"], p["query"], p["gallery"]): p["mean_average_precision"] for p in retrieval.compare(models)["pairs"]
+    }
+    assert pairs["embedding", 0, 1] < 0.5 * pairs["embedding", 0, 0]
+    for query, gallery in product((0, 1), repeat=2):
+        assert pairs["rotated", query, gallery] == pytest.approx(expected.mean_average_precision, abs=1e-9)
+        assert pairs["logits", query, gallery] == pytest.approx(pairs["logits", 0, 0], abs=1e-9)
+
+
+def test_the_rotated_space_does_not_depend_on_rounding_of_the_class_vectors():
+    torch.manual_seed(0)
+    weight, labels = simplex_etf(10, 64), torch.arange(80) % 20  # classes that the vectors do not know
+    embedding = torch.randn(20, 64)[labels] + 0.3 * torch.randn(80, 64)
+    turn = torch.linalg.qr(torch.randn(64, 64)).Q
+    found = []
+    for noise in (0, 1e-7, 1e-6):
+        vectors = weight @ turn + noise * torch.randn(10, 64)
+        models = [
+            retrieval.Embedded(Path(name), retrieval.Outputs(h, h, h @ w.T, labels), w)
+            for name, h, w in (("a", embedding, weight), ("b", embedding @ turn, vectors))
+        ]
+        (pair,) = [
+            p for p in retrieval.compare(models)["pairs"] if (p["space"], p["query"], p["gallery"]) == ("rotated", 1, 0)
+        ]
+        found.append(pair["mean_average_precision"])
+    assert found == pytest.approx([found[0]] * 3, abs=1e-4)
 
 
 def test_images_of_other_classes_can_be_searched(runs, tmp_path):
@@ -90,6 +113,18 @@ def test_each_model_has_its_images_normalised_as_in_its_own_training(runs, tmp_p
     (found,) = [pair for pair in both if (pair["space"], pair["query"], pair["gallery"]) == ("embedding", 1, 1)]
     (expected,) = [pair for pair in alone if pair["space"] == "embedding"]
     assert found["mean_average_precision"] == expected["mean_average_precision"]
+
+
+def test_results_of_other_models_are_not_replaced(runs, tmp_path):
+    output = f"--output={tmp_path / 'r.json'}"
+    for _ in range(2):
+        retrieval.main([str(runs[0]), str(runs[1]), output])
+    before = (tmp_path / "r.json").read_bytes()
+    with pytest.raises(UserError, match=r"r\.json holds other results .models: .*give --output"):
+        retrieval.main([str(runs[0]), str(runs[2]), output])
+    with pytest.raises(UserError, match="is a folder: give --output the name of a file"):
+        retrieval.main([str(runs[0]), f"--output={tmp_path}"])
+    assert (tmp_path / "r.json").read_bytes() == before
 
 
 def test_models_that_cannot_be_compared_are_one_line(runs, tmp_path):

@@ -84,6 +84,14 @@ def test_mahalanobis_is_the_squared_distance_of_scipy_and_orders_as_pytorch_ood(
     np.testing.assert_allclose(score, 2 * len(h) * other, rtol=1e-4)
 
 
+def test_mahalanobis_of_one_dimension():
+    train, labels = torch.tensor([[0.0], [2.0], [9.0], [11.0]]), torch.tensor([0, 0, 1, 1])
+    close(
+        ood.mahalanobis(torch.tensor([[1.0], [4.0], [12.0]]), statistics(train, labels, 2)),
+        torch.tensor([0.0, -9.0, -4.0]),
+    )
+
+
 def test_mahalanobis_leaves_out_missing_classes_and_directions_without_variance(train, features):
     padded = [torch.cat([part, 0.25 * torch.ones(len(part), 2)], dim=1) for part in (train[0], features)]
     score = ood.mahalanobis(

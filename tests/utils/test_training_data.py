@@ -10,6 +10,8 @@ import yaml
 
 from etflight import Classifier, CrossEntropyLoss, LinearHead
 from etflight.cli import collapse, export
+from etflight.cli.checkpoint_option import prepare_as_trained
+from etflight.cli.data_option import data_parser
 from etflight.cli.stages import main
 from etflight.data import ArrayImages, Digits, FolderImages
 from etflight.utils.errors import UserError
@@ -141,6 +143,21 @@ def test_pictures_are_sized_and_cropped_as_training_did(given, line, tmp_path, c
     known = Preprocessing((3, 12, 12), (0.5,) * 3, (0.5,) * 3, 0.75)
     assert (cli.datamodule.preprocessing == known) is (line is None)
     assert [text.rpartition("training: ")[2] for text in told(capsys)] == ([] if line is None else [line])
+
+
+def test_a_subset_of_pictures_is_sized_as_training_did(tmp_path):
+    folder(tmp_path / "pets", {"cat": 4, "dog": 4, "emu": 4})
+    known = Preprocessing((3, 12, 12), (0.5,) * 3, (0.25,) * 3, 0.75)
+    parser = data_parser("describe", "")
+    words = [
+        "--data=ClassSubset",
+        "--data.images=FolderImages",
+        f"--data.images.root={tmp_path / 'pets'}",
+        "--data.classes=0-1",
+    ]
+    config = parser.parse_args(words)
+    prepare_as_trained(config.data, known)
+    assert parser.instantiate(config).data.preprocessing == known
 
 
 def test_results_of_pictures_of_another_size_do_not_replace_those_of_the_training(tmp_path, capsys):
