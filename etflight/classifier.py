@@ -232,7 +232,7 @@ class Classifier(LightningModule):
             self._set_class_counts(torch.as_tensor(class_counts))
         self._lr = math.nan
         self._batches: list[tuple[Batch, int]] = []  # those of this step, for SAM's second pass
-        self._is_second_pass = False
+        self.is_second_pass = False  # of a sharpness-aware step; callbacks leave its forwards out
         self._total_epochs: int | None = None
         self.losses: Any = nn.ModuleDict({f"{stage}_loss": SampleMean() for stage in ("train", "val", "test")})
         self.shots: Any = nn.ModuleDict(
@@ -346,7 +346,7 @@ class Classifier(LightningModule):
         """Compute the loss of one training batch."""
         images, target = batch
         loss = self._training_loss(images, target)
-        if self._is_second_pass:
+        if self.is_second_pass:
             return loss * self._share_of_images(len(images))
         if self.hparams["sam_rho"] > 0:
             self._batches.append((batch, batch_idx))
@@ -689,7 +689,7 @@ class Classifier(LightningModule):
             kept_statistics(self),
         ):
             optimizer.zero_grad()
-            self._is_second_pass = True
+            self.is_second_pass = True
             try:
                 for position, (batch, batch_idx) in enumerate(batches, start=1):
                     waits = position < len(batches) and isinstance(strategy, ParallelStrategy)
@@ -697,7 +697,7 @@ class Classifier(LightningModule):
                         loss = cast(Tensor, strategy.training_step(batch, batch_idx))
                         strategy.backward(loss / self.trainer.accumulate_grad_batches, cast(Optimizer, optimizer))
             finally:
-                self._is_second_pass = False
+                self.is_second_pass = False
         return result
 
     def _refuse_to_repeat(self, optimizer: Optimizer) -> None:

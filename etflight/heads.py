@@ -61,6 +61,11 @@ class Head(nn.Module, ABC):
         self.in_features = in_features
         self.num_classes = num_classes
 
+    @property
+    def class_vectors(self) -> Tensor:
+        """The vectors `[K, d']` with which the embedding is compared: `weight`, unless the head changes it first."""
+        return self.weight
+
     @abstractmethod
     def embed(self, features: Tensor) -> Tensor:
         """Compute the embedding that is compared with the class vectors.
@@ -150,6 +155,14 @@ class ETFHead(Head):
                 f"ETFHead: projection_dim is {projection_dim}: give a width from 1 to {_WIDEST}, or leave it out for no projection"
             )
         vectors = num_classes + reserved_classes
+        if linear_projection and projection_dim is None:
+            raise UserError(
+                "ETFHead: linear_projection without projection_dim is no projection: give its width, or leave it out"
+            )
+        if normalize and (in_features if projection_dim is None else projection_dim) == 1:
+            raise UserError(
+                "ETFHead: an embedding of one number and of norm 1 is ±1, which cannot be trained: give projection_dim 2 or more"
+            )
         if linear_projection and vectors > in_features + 1:
             raise UserError(
                 f"ETFHead: a linear projection of {in_features} features has no room for the frame of {vectors} classes: "
@@ -386,6 +399,11 @@ class CosineHead(Head):
         self.weight = nn.Linear(in_features, num_classes, bias=False).weight
         self.bias = None
 
+    @property
+    def class_vectors(self) -> Tensor:
+        """The unit vectors `[K, d]`; the norms of `weight` decide nothing."""
+        return F.normalize(at_least_float32(self.weight), dim=1)
+
     def embed(self, features: Tensor) -> Tensor:
         """Compute unit embeddings `[B, d]` in float32, or float64."""
         embedding = at_least_float32(self.batch_norm(features))
@@ -393,8 +411,7 @@ class CosineHead(Head):
 
     def forward(self, features: Tensor) -> Tensor:
         """Compute the logits `[B, K]` in float32, or float64."""
-        directions = F.normalize(at_least_float32(self.weight), dim=1)
-        return _exact_product(self.embed(features), directions) * self.cosine_scale
+        return _exact_product(self.embed(features), self.class_vectors) * self.cosine_scale
 
 
 def _class_vectors(code: Code, num_classes: int, width: int, seed: int) -> Tensor:

@@ -20,6 +20,13 @@ TARGET = torch.arange(32) % 10
 ROWS = torch.arange(32)
 
 
+def test_options_that_would_do_nothing_are_refused():
+    with pytest.raises(UserError, match="linear_projection without projection_dim is no projection"):
+        ETFHead(16, 10, linear_projection=True)
+    with pytest.raises(UserError, match="an embedding of one number and of norm 1 is ±1"):
+        ETFHead(16, 2, projection_dim=1)
+
+
 # --- logits ------------------------------------------------------------------------------------------------------------
 
 

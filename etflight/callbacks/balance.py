@@ -51,6 +51,13 @@ class DeferredBalance(Callback):
         self.epoch = epoch
         self.class_balance = class_balance
         self.sampler = None if sampler is None else resolve_policy(sampler)
+        self._before: ClassBalance | None = None  # of the loss
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the loss its own balance back, for another training of the same model."""
+        if self._before is not None:
+            self._loss(pl_module).set_class_balance(self._before)
+            self._before = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse now what would otherwise fail in that epoch; switch to the new balance if the run is resumed after it."""
@@ -70,6 +77,7 @@ class DeferredBalance(Callback):
             return
         changes = []
         if self.class_balance is not None and (loss := self._loss(pl_module)).class_balance != self.class_balance:
+            self._before = loss.class_balance
             loss.set_class_balance(self.class_balance)
             changes.append(f"class balance {self.class_balance!r}")
         if self.sampler is not None and (sampler := self._sampler(trainer)).policy != self.sampler:

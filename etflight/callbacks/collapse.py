@@ -25,6 +25,7 @@ from etflight.callbacks.features import (
     plain_tensors,
     trainer_sweep,
 )
+from etflight.data.base import ImageDataModule
 from etflight.metrics import Moments, measures
 from etflight.runs.loggers import run_folder
 from etflight.utils.errors import UserError
@@ -139,7 +140,11 @@ class NeuralCollapseMonitor(Callback):
         self.before_training = before_training
         self.spectra = spectra
         for name, holds, rule in (
-            ("every_n_epochs", every_n_epochs == "auto" or every_n_epochs >= 1, 'give 1 or more, or "auto"'),
+            (
+                "every_n_epochs",
+                every_n_epochs == "auto" or (isinstance(every_n_epochs, int) and every_n_epochs >= 1),
+                'give 1 or more, or "auto"',
+            ),
             ("splits", len(splits) > 0 and set(splits) <= {"train", "val"}, 'give "train", "val", or both'),
             ("space", space in ("embedding", "backbone"), 'give "embedding" or "backbone"'),
             ("snapshots", snapshots >= 0, "give 0 (none) or more per class"),
@@ -322,6 +327,8 @@ class NeuralCollapseMonitor(Callback):
     def _affordable(self, trainer: Trainer) -> int | None:
         """The epochs from one sweep to the next under "auto"; None if a single sweep would take longer than a third of the training."""
         data = data_module(trainer)
+        if not isinstance(data, ImageDataModule):
+            return 1  # nothing is known of what its images cost
         images, (_, height, width) = int(data.class_counts.sum()), data.preprocessing.input_size
         if images * height * width <= _SMALL or is_trial_run(trainer):
             return 1

@@ -73,6 +73,7 @@ class EmbeddingSource:
         self._input: Tensor | None = None
         self._embedding: Tensor | None = None
         self._decision: Tensor | None = None
+        self._watch: _Watch | None = None
 
     @property
     def num_classes(self) -> int:
@@ -81,8 +82,8 @@ class EmbeddingSource:
 
     @property
     def weight(self) -> Tensor:
-        """The class vectors `[K, d]`."""
-        weight: Tensor = self.head.weight  # type: ignore[assignment]
+        """The class vectors `[K, d]`, as the head compares them with features."""
+        weight: Tensor = self.head.class_vectors if isinstance(self.head, Head) else self.head.weight  # type: ignore[assignment]
         return weight.detach().flatten(1)
 
     @property
@@ -108,7 +109,8 @@ class EmbeddingSource:
         for name, module in self._modules.items():
             self._handles.append(module.register_forward_hook(self._after_layer(name)))
         if isinstance(self.head, Head) and self.space == "embedding":
-            self.head.__dict__["embed"] = self._watched(self.head.embed)
+            self._watch = _Watch(self, self.head.embed)
+            self.head.__dict__["embed"] = self._watch
 
     def detach(self) -> None:
         """Remove the hooks, and forget what was caught."""
@@ -117,7 +119,15 @@ class EmbeddingSource:
         if self._handles and self._modules:
             torch.compiler.set_stance("default")
         self._handles = []
-        self.head.__dict__.pop("embed", None)
+        if self._watch is not None:
+            self._watch.source = None
+            self._watch = None
+        # another source may watch the head, too
+        while isinstance(top := self.head.__dict__.get("embed"), _Watch) and top.source is None:
+            if isinstance(top.embed, _Watch):
+                self.head.__dict__["embed"] = top.embed
+            else:
+                del self.head.__dict__["embed"]
         self._forget()
 
     @contextmanager
@@ -150,10 +160,14 @@ class EmbeddingSource:
         self._input = self._embedding = self._decision = None
 
     def _before_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._watches():
+            return
         first = args[0] if args else next(iter(kwargs.values()))
         self._input, self._embedding = _as_vectors(first.detach()), None
 
     def _after_head(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self._watches():
+            return
         features = self._input
         if isinstance(module, Head) and self.space == "embedding":
             # a head of the user's own may not go through `embed`
@@ -166,17 +180,38 @@ class EmbeddingSource:
 
     def _after_layer(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            self._features[name] = pool(output[0] if isinstance(output, tuple | list) else output)
+            if self._watches():
+                self._features[name] = pool(output[0] if isinstance(output, tuple | list) else output)
 
         return keep
 
-    def _watched(self, embed: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def watched(features: Tensor) -> Tensor:
-            embedding = embed(features)
+    def keep_embedding(self, embedding: Tensor) -> None:
+        """Keep what the head has computed."""
+        if self._watches():
             self._embedding = embedding.detach()
-            return embedding
 
-        return watched
+    def _watches(self) -> bool:
+        """Whether forwards count: those of the second pass of a sharpness-aware step are of other weights."""
+        return not getattr(self.model, "is_second_pass", False)
+
+
+class _Watch:
+    """Stands for a head's `embed` and shows its results to a source, until that no longer looks.
+
+    Attributes:
+        source: The source, or None.
+        embed: What it stands for: the head's own, or the watch of another source.
+    """
+
+    def __init__(self, source: EmbeddingSource, embed: Callable[[Tensor], Tensor]) -> None:
+        self.source: EmbeddingSource | None = source
+        self.embed = embed
+
+    def __call__(self, features: Tensor) -> Tensor:
+        embedding = self.embed(features)
+        if self.source is not None:
+            self.source.keep_embedding(embedding)
+        return embedding
 
 
 def _as_vectors(values: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ class Progress(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        self._epoch: int | None = None
+        # a run that goes on within an epoch does not begin it again
+        self._epoch: int | None = trainer.current_epoch if trainer.fit_loop.restarted_mid_epoch else None
         self._started_at, self._started_with = time.perf_counter(), trainer.global_step
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -121,15 +122,16 @@ class Speed(Callback):
     The progress bar shows speed and waiting in the epoch so far every `log_every_n_steps`. Each epoch leaves `speed/images_per_s`,
     `speed/data_wait`, `speed/peak_memory_gb` and `speed/epoch_s` in `<run folder>/speed.csv` and in every logger except `metrics.csv`,
     which is the same for every repetition of a run. `speed/epoch_s` is the seconds that the whole epoch took; only it includes
-    validation and what callbacks do with it. The images are counted over all processes. Waiting time and memory are those of the first
-    process: the memory of its GPU if it has one, or else host memory without the loader's workers. The callback only reads clocks: it
-    never waits for the device and keeps nothing in checkpoints.
+    validation and what callbacks do with it, and an epoch within which the run was resumed has none. The images are counted over all
+    processes. Waiting time and memory are those of the first process: the memory of its GPU if it has one, or else host memory without the
+    loader's workers. The callback only reads clocks: it never waits for the device and keeps nothing in checkpoints.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start counting; a resumed run may be within an epoch."""
         self._images, self._waited_before = 0, _waited(trainer)
         self._started_at = self._counts_from = time.perf_counter()
+        self._is_whole = not trainer.fit_loop.restarted_mid_epoch
 
     on_train_epoch_start = on_train_start
 
@@ -171,9 +173,10 @@ class Speed(Callback):
             "speed/images_per_s": speed,
             "speed/data_wait": waiting,
             "speed/peak_memory_gb": peak_memory(trainer.strategy.root_device) / 1e9,
-            "speed/epoch_s": time.perf_counter() - self._started_at,
         }
-        row = {"epoch": trainer.current_epoch, "step": trainer.global_step, **values}
+        if self._is_whole:
+            values["speed/epoch_s"] = time.perf_counter() - self._started_at
+        row = {"epoch": trainer.current_epoch, "step": trainer.global_step, "speed/epoch_s": "", **values}
         path = run_folder(trainer) / "speed.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", newline="") as file:

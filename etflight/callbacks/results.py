@@ -22,6 +22,7 @@ from etflight.utils.errors import UserError
 from etflight.utils.files import write_json
 from etflight.utils.terminal import console
 from etflight.utils.trainer import data_module, is_trial_run
+from etflight.utils.training_data import content_of
 
 if TYPE_CHECKING:  # matplotlib, which `--help` need not wait for
     from matplotlib.figure import Figure
@@ -45,19 +46,22 @@ class TestResults(Callback):
         self.verbose = verbose
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the results of a training's own images from being replaced by those of images that are prepared otherwise.
+        """Keep results of another set, or of images that are prepared otherwise, out of the folder of a training.
 
         Raises:
-            UserError: The folder is that of a training and has results, and the data differ from those of the training.
+            UserError: The folder is that of a training, and the set is another, or there are results and images are prepared otherwise.
         """
-        folder = run_folder(trainer)
-        has_results = (folder / "metrics.csv").is_file() and (folder / "test_metrics.json").is_file()
-        if not has_results or is_trial_run(trainer):
+        folder, data, model = run_folder(trainer), data_module(trainer), cast(Classifier, pl_module)
+        if not (folder / "metrics.csv").is_file() or is_trial_run(trainer):
             return
-        for line in cast(Classifier, pl_module).differences(data_module(trainer)):
+        mend = "give the images as in training, or --name"
+        known, own = content_of(model.fingerprint), content_of(getattr(data, "fingerprint", None))
+        if known and own and known != own:
             raise UserError(
-                f"{line}; the results in {folder} stay as they are: give the images as in training, or --name"
+                f"{data} is not the set that {folder} was trained on, so its results do not go there: {mend}"
             )
+        if (folder / "test_metrics.json").is_file() and (differences := model.differences(data)):
+            raise UserError(f"{differences[0]}; the results in {folder} stay as they are: {mend}")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print and write on the first process; all processes take part in adding up the counts."""

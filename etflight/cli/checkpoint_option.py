@@ -83,7 +83,7 @@ def class_vectors(classifier: Classifier, checkpoint: Path) -> Tensor:
             f"the head {type(classifier.head).__name__} of checkpoint {checkpoint} has no class vectors weight [K, d]: "
             "give a model that has"
         )
-    return weight.detach().cpu()
+    return classifier.head.class_vectors.detach().cpu()
 
 
 def folder_of(checkpoint: Path) -> Path:

@@ -33,11 +33,12 @@ from etflight.cli.parser import OneLineParser
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
 from etflight.metrics import Moments, measures
+from etflight.runs.folder import check_writable, refuse_other_results, writing_to
 from etflight.runs.record import data_facts
 from etflight.utils.checkpoints import misfit, read_weights
 from etflight.utils.errors import UserError, brief
 from etflight.utils.files import write_json
-from etflight.utils.terminal import console
+from etflight.utils.terminal import as_it_is, console
 from etflight.utils.training_data import refuse_other_shape
 
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -112,6 +113,9 @@ def main(argv: Sequence[str]) -> None:
         folder = folder_of(checkpoint) / "collapse"
     device = device_of(config)
     output, out = Path(config.output or folder), console()
+    facts = {"model": model.name, "data": data_facts(data)}
+    check_writable(output, "--output")
+    refuse_other_results(output / "collapse.json", facts)
 
     model.source.model.eval().requires_grad_(False).to(device)
     results: dict[str, dict[str, float]] = {}
@@ -124,11 +128,12 @@ def main(argv: Sequence[str]) -> None:
         portrait = plotting.portrait(moments, model.source.weight.cpu(), counts=data.class_counts, class_names=names)
         figures |= {f"{split}_{name}": figure for name, figure in portrait.items()}
 
-    write_json(output / "collapse.json", _record(model, data, results))
-    for name, figure in figures.items():
-        plotting.save(figure, output / f"{name}.png")
+    with writing_to(output, "--output"):
+        write_json(output / "collapse.json", {**facts, **_finite(results)})
+        for name, figure in figures.items():
+            plotting.save(figure, output / f"{name}.png")
     out.print(_table(model, data, results))
-    out.print(f"{output}: collapse.json and {len(figures)} figures", style="dim", highlight=False, soft_wrap=True)
+    out.print(as_it_is(f"{output}: collapse.json and {len(figures)} figures"), style="dim", soft_wrap=True)
 
 
 def measure(
@@ -241,19 +246,16 @@ def _adopt_normalisation(network: Any, data: ImageDataModule) -> None:
 # Results ----------------------------------------------------------------------------------------------------------
 
 
-def _record(model: Model, data: ImageDataModule, results: dict[str, dict[str, float]]) -> dict[str, Any]:
+def _finite(results: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """The results, with None for what JSON cannot hold."""
     return {
-        "model": model.name,
-        "data": data_facts(data),
-        **{
-            split: {name: value if math.isfinite(value) else None for name, value in values.items()}
-            for split, values in results.items()
-        },
+        split: {name: value if math.isfinite(value) else None for name, value in values.items()}
+        for split, values in results.items()
     }
 
 
 def _table(model: Model, data: ImageDataModule, results: dict[str, dict[str, float]]) -> Table:
-    table = Table(title=f"Neural collapse of {model.name} on {data}")
+    table = Table(title=as_it_is(f"Neural collapse of {model.name} on {data}"))
     table.add_column("measure", no_wrap=True)
     for split in results:
         table.add_column(split, justify="right", no_wrap=True)

@@ -111,4 +111,5 @@ class Place:
             if self.stage == "fit":
                 claim(self.folder, self.checkpoint)
             else:
-                claim_for_results(self.folder, self.trained_in)
+                assert self.checkpoint is not None  # parsing has seen to that
+                claim_for_results(self.folder, self.trained_in, self.checkpoint)

@@ -100,8 +100,8 @@ def _run(cell: Cell, jobs: int, running: set[subprocess.Popen[bytes]]) -> str | 
     """
     if cell.is_done():
         return None
-    if cell.source is not None and not cell.source.is_dir():
-        return f"{cell.folder} starts from {cell.source}, which has not been trained"
+    if cell.source is not None and not (cell.source / "test_metrics.json").is_file():
+        return f"{cell.folder} starts from {cell.source}, which has not been trained and tested to its end"
     cell.folder.mkdir(parents=True, exist_ok=True)
     print(f"{cell.folder} …", flush=True)
     # otherwise each process would take all cores, and they would wait for each other

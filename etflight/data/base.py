@@ -410,7 +410,9 @@ class ImageDataModule(LightningDataModule, ABC):
         """The imbalance ratio of the training images, with the one that was asked for where whole counts cannot have it."""
         ratio = f"{self.class_counts.max() / self.class_counts.min():.4g}"
         asked = f"{self.imbalance_ratio:.4g}"
-        return ratio if self.imbalance_ratio == 1 or asked == ratio else f"{ratio} ({asked} asked; counts are whole)"
+        if self.imbalance_ratio == 1 or self.profile == "none" or asked == ratio:
+            return ratio
+        return f"{ratio} ({asked} asked; {'labels are noisy' if self.label_noise else 'counts are whole'})"
 
     def label_file(self, split: Split) -> str:
         """The file that holds a split's labels, or else the set; messages about wrong labels name it."""

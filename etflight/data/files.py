@@ -81,14 +81,17 @@ class Paths:
 def files_below(folder: str, suffixes: Collection[str] | None = None) -> list[str]:
     """The paths of the files below a folder, relative to it and sorted by folder and name, part by part.
 
-    Only files with one of these suffixes, in upper or lower case, are listed, or all without `suffixes`; hidden files never are.
+    Only files with one of these suffixes, in upper or lower case, are listed, or all without `suffixes`; hidden files, and files in hidden
+    folders, where editors keep originals and thumbnails, never are.
     """
-    found = [
-        os.path.relpath(os.path.join(parent, name), folder)
-        for parent, _, names in os.walk(folder)
-        for name in names
-        if (suffixes is None or os.path.splitext(name)[1].lower() in suffixes) and not name.startswith(".")
-    ]
+    found: list[str] = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [
+            os.path.relpath(os.path.join(parent, name), folder)
+            for name in names
+            if (suffixes is None or os.path.splitext(name)[1].lower() in suffixes) and not name.startswith(".")
+        ]
     return sorted(found, key=lambda path: path.split(os.sep))
 
 

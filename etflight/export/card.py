@@ -1,5 +1,6 @@
 """The model card: everything that a stranger needs to know of an exported model, in Markdown."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,8 @@ def _classes(run: Path) -> str:
     if not path.is_file():
         return ""
     rows = read_table(path)
-    rows = sorted(rows, key=lambda row: float(row["acc"])) if len(rows) > _MOST_CLASSES else rows
+    if len(rows) > _MOST_CLASSES:  # a class without test images has no accuracy
+        rows = sorted((row for row in rows if not math.isnan(float(row["acc"]))), key=lambda row: float(row["acc"]))
     cells = [(row["name"], row["train_images"], f"{float(row['acc']):.3f}") for row in rows[:_MOST_CLASSES]]
     table = _table(("class", "training images", "test accuracy"), cells)
     lowest = f"The {_MOST_CLASSES} of {len(rows)} classes with the lowest accuracy:\n\n"

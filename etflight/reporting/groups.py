@@ -3,7 +3,7 @@
 import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -90,6 +90,7 @@ def _stat(values: Iterable[float | None]) -> Stat | None:
 def group(results: Iterable[Result]) -> tuple[list[Section], list[str]]:
     """The sections of results, in their order, and remarks on what is doubtful about them.
 
+    Runs of one arm whose names begin with other sets, and whose configurations differ, are arms of their own, called "arm (set)".
     Two sets of one name have a section each. A run whose record does not say which set it used goes into the section of the only set of
     that name, or into one of its own if there are several. A run is left out if its arm already has its seed, or if it has another
     number of classes than the first run of its section.
@@ -104,7 +105,7 @@ def group(results: Iterable[Result]) -> tuple[list[Section], list[str]]:
         return r.dataset, r.ratio, r.content if len(contents[r.dataset]) > 1 else None
 
     for (dataset, ratio, content), members in _split(results, place).items():
-        arms = _split(_of_same_classes(members, remarks), lambda r: r.arm)
+        arms = _split(_apart(_of_same_classes(members, remarks)), lambda r: r.arm)
         groups = [Group(arm, _one_per_seed(same, remarks)) for arm, same in arms.items()]
         beside = [entry for entry in published if (entry["dataset"], entry["ratio"]) == (dataset, ratio)]
         section = Section(f"{dataset} {content}" if content else dataset, ratio, groups, beside)
@@ -126,6 +127,23 @@ def _split(results: Iterable[Result], key: Callable[[Result], Any]) -> dict[Any,
     for result in results:
         parts.setdefault(key(result), []).append(result)
     return parts
+
+
+def _apart(results: list[Result]) -> list[Result]:
+    """The results, where those of one arm on sets of other names and configurations (digits_ten, digits_thirty) are called apart."""
+    called: dict[int, Result] = {}
+    for arm, same in _split(results, lambda r: r.arm).items():
+        parts = _split(same, lambda r: r.set_name)
+        hashes = [{r.config_sha256 for r in part} for part in parts.values()]
+        # a set may go by two names, and a configuration changes when the package gets a new option
+        known = None not in parts and not any(None in part for part in hashes)
+        if (
+            known
+            and all(one.isdisjoint(other) for i, one in enumerate(hashes) for other in hashes[:i])
+            and len(parts) > 1
+        ):
+            called |= {id(r): replace(r, arm=f"{arm} ({r.set_name})") for r in same}
+    return [called.get(id(result), result) for result in results]
 
 
 def _of_same_classes(results: list[Result], remarks: list[str]) -> list[Result]:

@@ -26,6 +26,7 @@ class Result:
         dataset: Name of the data set.
         ratio: Largest over smallest class count.
         arm: Stem of the configuration file.
+        name: The run's name, such as digits/ce/seed0.
         seed: The run's seed.
         epochs: The epochs that were trained to their end.
         commit: The code's commit.
@@ -46,6 +47,7 @@ class Result:
     dataset: str | None = None
     ratio: float | None = None
     arm: str
+    name: str | None = None
     seed: Any = None
     epochs: int | None = None
     commit: str | None = None
@@ -59,6 +61,12 @@ class Result:
     seconds: float | None = None
     hardware: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def set_name(self) -> str | None:
+        """The part of the run's name before its arm; None if there is none."""
+        before, found, _ = f"/{self.name or ''}/".partition(f"/{self.arm}/")
+        return before.strip("/") or None if found else None
 
     @property
     def content(self) -> str | None:
@@ -103,7 +111,7 @@ def read_results(paths: Iterable[Path]) -> tuple[list[Result], list[str]]:
 
 _FACTS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # the kind of value that belongs there, and a check of a value
     **dict.fromkeys(
-        ("dataset", "arm", "commit", "config_sha256", "fingerprint", "command", "validation", "hardware"),
+        ("dataset", "arm", "name", "commit", "config_sha256", "fingerprint", "command", "validation", "hardware"),
         ("a text", lambda value: isinstance(value, str)),
     ),
     "seed": ("an integer", lambda value: type(value) is int),
@@ -179,6 +187,7 @@ def _from_run(folder: Path) -> Result:
         "dataset": data.get("dataset") or data.get("class"),
         "ratio": data.get("imbalance_ratio"),
         "arm": record.get("arm") or record.get("name") or folder.name,
+        "name": record.get("name"),
         "seed": None if record.get("seed") is False else record.get("seed"),
         "epochs": epochs,
         "fingerprint": data.get("fingerprint"),

@@ -54,6 +54,10 @@ def claim(folder: Path, resume_from: Path | None) -> None:
         raise UserError(
             f"run folder {folder} already holds a checkpoint: give --ckpt_path last to resume it, or a new --name"
         )
+    if os.path.lexists(folder / "test_metrics.json"):
+        raise UserError(
+            f"run folder {folder} has the results of a test but no checkpoint: give a new --name, or remove it"
+        )
     for name in ("config.yaml", "metrics.csv"):
         if os.path.lexists(folder / name) and not (folder / RECORD).is_file():
             raise UserError(
@@ -61,18 +65,24 @@ def claim(folder: Path, resume_from: Path | None) -> None:
             )
 
 
-def claim_for_results(folder: Path, trained_in: Path | None) -> None:
+def claim_for_results(folder: Path, trained_in: Path | None, checkpoint: Path) -> None:
     """Refuse a folder in which results would replace those of another training, or be mistaken for them.
 
     Args:
         folder: The folder for the results.
         trained_in: The run folder of the model they belong to; None if there is none.
+        checkpoint: The file of the model.
 
     Raises:
-        UserError: The folder belongs to another training.
+        UserError: The folder belongs to another training, or has results of another checkpoint.
     """
     if same_folder(folder, trained_in):
         return
+    known, tested = read_record(folder).get("checkpoint"), str(checkpoint.absolute())
+    if known not in (None, tested) and (folder / "test_metrics.json").is_file():
+        raise UserError(
+            f"run folder {folder} has the results of another checkpoint, {known}, which stay as they are: give a new --name"
+        )
     if (folder / "metrics.csv").is_file() or any((folder / "checkpoints").glob("*.ckpt")):
         raise UserError(f"run folder {folder} holds a training, whose own results stay as they are: give a new --name")
 

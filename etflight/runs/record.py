@@ -94,7 +94,10 @@ class RunRecord(SaveConfigCallback):
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = self._lock or lock(folder)
             write_json(folder / RECORD, record)
-            self.parser.save(self.config, folder / "config.yaml", skip_unset=False, overwrite=True, multifile=False)
+            saved = self.config.clone()
+            if "checkpoint" not in further:  # with the one that a training goes on from, the file could not repeat it
+                saved.ckpt_path = None
+            self.parser.save(saved, folder / "config.yaml", skip_unset=False, overwrite=True, multifile=False)
 
 
 def facts(*, name: str, arm: str | None, config: Mapping[str, Any], trainer: Trainer) -> dict[str, Any]:

@@ -127,7 +127,9 @@ def _print_once(text: str) -> None:
 def _mark_of_job() -> Path:
     """The path of the file that the first process to print an error creates."""
     names = _SLURM_JOB if "SLURM_JOB_ID" in os.environ else _OTHER_JOB
-    job = hashlib.sha256("|".join(os.environ.get(name, "") for name in names).encode()).hexdigest()[:16]
+    # all processes of a job have its command; a batch job may run several commands
+    parts = [*(os.environ.get(name, "") for name in names), *sys.argv]
+    job = hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"etflight-{os.getuid()}-{job}"
 
 

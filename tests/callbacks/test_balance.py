@@ -63,6 +63,11 @@ def test_the_loss_and_the_sampler_change_in_the_named_epoch_and_not_before():
         assert watch.labels[epoch] == labels[sampler.draw()].tolist()
 
 
+def test_the_next_training_of_the_model_begins_with_the_losss_own_balance():
+    model = train(DeferredBalance(epoch=1, class_balance="batch"), epochs=2, limit_train_batches=1)
+    assert model.loss.class_balance == "none"
+
+
 @pytest.mark.parametrize(("given", "first"), [(0, 0), (0.8, 4), (0.29, 1)])
 def test_an_epoch_below_1_is_a_part_of_all(given, first):
     watch = Watch()

@@ -1,4 +1,5 @@
 import math
+from copy import deepcopy
 from functools import partial
 
 import numpy as np
@@ -9,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from etflight import Classifier, CrossEntropyLoss, ETFHead, LinearHead
+from etflight import Classifier, CosineHead, CrossEntropyLoss, ETFHead, LinearHead
 from etflight.callbacks import CollapseFigures, LastCheckpoint, NeuralCollapseMonitor, collapse, features
 from etflight.callbacks.features import every_sample_once
 from etflight.data import Digits
@@ -485,6 +486,45 @@ def test_a_sweep_gives_each_process_its_own_statistics_back(two_ready_processes,
 
 
 # --- loaders and errors ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first_to_go", [0, 1])
+def test_several_sources_watch_one_head(first_to_go):
+    """Each catches what the head computed, BatchNorm of the batch included, whichever comes or goes first."""
+    model = nn.Sequential(nn.Linear(8, 16), ETFHead(16, 5)).train()
+    images, sources = torch.randn(6, 8), [features.EmbeddingSource(model, "1") for _ in range(2)]
+    expected = deepcopy(model)[1].embed(model[0](images)).detach()
+    for _ in range(3):
+        twin = deepcopy(model)
+        for source in sources:
+            source.attach()
+        model(images)
+        for source in sources:
+            torch.testing.assert_close(source.take(6).features[""], expected)
+        sources[first_to_go].detach()
+        model(images)
+        torch.testing.assert_close(sources[1 - first_to_go].take(6).features[""], expected)
+        sources[1 - first_to_go].detach()
+        assert "embed" not in model[1].__dict__
+        model.load_state_dict(twin.state_dict())
+
+
+def test_the_vectors_of_a_cosine_head_are_those_that_it_compares():
+    head = CosineHead(16, 5)
+    with torch.no_grad():
+        head.weight *= torch.arange(1, 6)[:, None]
+    source = features.EmbeddingSource(nn.Sequential(head), "0")
+    torch.testing.assert_close(source.weight, nn.functional.normalize(head.weight.detach(), dim=1))
+
+
+def test_online_leaves_out_the_second_pass_of_a_sharpness_aware_step(tmp_path):
+    """Its forwards are of other weights than those of the step."""
+    found = []
+    for rho in (0.0, 0.5):
+        monitor = NeuralCollapseMonitor(splits=["train"], online=True, before_training=False)
+        trainer(tmp_path, monitor, epochs=1, limit_train_batches=1).fit(classifier(sam_rho=rho), datamodule=digits())
+        found.append(monitor.history["nc/train_online/nc1_ratio"])
+    assert found[0] == found[1]
 
 
 def test_a_convolution_of_1_x_1_is_a_head():

@@ -10,11 +10,11 @@ from lightning.pytorch.loggers import CSVLogger
 
 from etflight import Classifier, CrossEntropyLoss, DotRegressionLoss
 from etflight.callbacks import LastCheckpoint, Speed
-from etflight.callbacks.progress import describe_step, is_watched
+from etflight.callbacks.progress import Progress, describe_step, is_watched
 from etflight.cli.stages import main
 from etflight.data import Digits
 from etflight.runs.loggers import MetricsCSV
-from tests.left_by_runs import differences, read
+from tests.left_by_runs import Interrupt, InterruptError, differences, read
 from tests.training import new_trainer, read_csv
 
 FIT = [
@@ -140,6 +140,24 @@ def test_the_share_of_waiting_is_the_loaders_and_validation_does_not_count(tmp_p
     one, other = read(tmp_path / "quick"), read(tmp_path / "slow")
     assert [line for line in differences(one, other) if "speed" in line.lower()] == []
     assert "Speed" not in one["callbacks"]
+
+
+def test_an_epoch_within_which_a_run_goes_on_has_its_line_but_no_time_of_its_own(tmp_path, capsys):
+    def train(*callbacks, **resume):
+        runs = new_trainer(
+            LastCheckpoint(every_n_steps=1), Speed(), Progress(), *callbacks, max_epochs=2, limit_train_batches=4, limit_val_batches=0,
+            default_root_dir=tmp_path,
+        )  # fmt: skip
+        runs.fit(Classifier(10, "resnet20_cifar", in_chans=1), datamodule=Digits(), **resume)
+
+    with pytest.raises(InterruptError):
+        train(Interrupt(2))
+    capsys.readouterr()
+    train(ckpt_path=tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    rows = read_csv(tmp_path / "speed.csv")
+    assert [(row["epoch"], row["speed/epoch_s"] != "") for row in rows] == [("0", False), ("1", True)]
+    lines = [line[:9] for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert lines == ["epoch 1/2", "epoch 2/2"]
 
 
 # --- what a step is made of --------------------------------------------------------------------------------------------

@@ -120,6 +120,13 @@ def test_other_training_images_than_the_checkpoints_are_told_in_one_line(run, la
     assert nc1(tmp_path) != nc1(run / "collapse")
 
 
+def test_measurements_of_other_images_are_not_replaced(run, printed):
+    before = (run / "collapse/collapse.json").read_bytes()
+    with pytest.raises(UserError, match=r"collapse\.json holds other results .data: .*give --output"):
+        collapse.main([str(run), "--data.imbalance_ratio=1"])
+    assert (run / "collapse/collapse.json").read_bytes() == before
+
+
 def test_a_set_of_the_users_own_file_replaces_that_of_the_run(run, tmp_path, capsys):
     (tmp_path / "own.yaml").write_text("data: {class_path: Digits, init_args: {imbalance_ratio: 1, max_count: 30}}")
     collapse.main(["-c", str(tmp_path / "own.yaml"), "--output", str(tmp_path), str(run)])

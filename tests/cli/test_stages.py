@@ -1,6 +1,7 @@
 import inspect
 import json
 import shlex
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from etflight import Classifier, DotRegressionLoss
 from etflight.cli.stages import main
 from etflight.data import Digits
 from etflight.runs.record import config_sha256, training_facts
-from tests.training import QUIET, read_csv
+from tests.training import QUIET, read_csv, save_arrays
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--trainer.max_epochs", 1, *QUIET]
@@ -123,6 +124,47 @@ def test_a_folder_with_a_checkpoint_is_refused_and_untouched(run, etflight_comma
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 
+def test_results_of_another_set_do_not_go_into_the_run(run, etflight_command, tmp_path):
+    save_arrays(tmp_path / "noise.npz")
+    words = [
+        "test",
+        "--data",
+        "ArrayImages",
+        "--data.path",
+        tmp_path / "noise.npz",
+        "--ckpt_path",
+        run[1] / "checkpoints/last.ckpt",
+    ]
+    etflight_command(*words, *QUIET, cwd=run[0]).assert_refused(
+        "is not the set that", "runs/first", "give the images as in training"
+    )
+    etflight_command.succeed(*words, *QUIET, "--name", "noise", cwd=run[0])
+    assert (run[0] / "runs/noise/test_metrics.json").is_file()
+
+
+def test_results_of_another_checkpoint_are_not_replaced(run, etflight_command, tmp_path):
+    shutil.copy(run[1] / "checkpoints/last.ckpt", tmp_path / "other.ckpt")
+    words = [
+        "test",
+        "--data",
+        "Digits",
+        "--data.imbalance_ratio",
+        20,
+        "--post_hoc",
+        "NearestClassMean",
+        "--name",
+        "ncm",
+        *QUIET,
+    ]
+    for _ in range(2):  # the same again is replaced
+        etflight_command.succeed(*words, "--ckpt_path", run[1] / "checkpoints/last.ckpt", cwd=run[0])
+    refused = etflight_command(*words, "--ckpt_path", tmp_path / "other.ckpt", cwd=run[0])
+    refused.assert_refused("runs/ncm", "has the results of another checkpoint", "give a new --name")
+    etflight_command("fit", *DIGITS, "--name", "ncm", cwd=run[0]).assert_refused(
+        "runs/ncm", "has the results of a test but no checkpoint"
+    )
+
+
 def test_last_resumes_this_run_and_continues_its_metrics(etflight_command, tmp_path):
     """The logger is one that asks for a folder, which it gets in that of the run."""
     fit = ["fit", *DIGITS, *ONE_BATCH, "--trainer.logger", "TensorBoardLogger", "--name", "r", "--ckpt_path", "last"]
@@ -135,6 +177,7 @@ def test_last_resumes_this_run_and_continues_its_metrics(etflight_command, tmp_p
     assert [len(record.get("resumed", [])) for record in (started, going_on)] == [0, 1]
     assert all(going_on[name] == started[name] for name in ("command", "commit", "started"))
     assert "max_epochs 2" in going_on["resumed"][0]["command"]
+    assert yaml.safe_load((run / "config.yaml").read_text())["ckpt_path"] is None  # so the file repeats the run
     rows = read_csv(run / "metrics.csv")
     assert [row["epoch"] for row in rows if row["train/loss"]] == ["0.0", "1.0"]
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 1

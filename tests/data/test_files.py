@@ -216,7 +216,7 @@ def test_missing_files_are_those_that_do_not_exist(tmp_path):
 
 
 def test_files_below_a_folder_are_sorted_part_by_part(tmp_path):
-    for name in ("b.png", "a/z.PNG", "a-1.png", "a/.hidden.png", "notes.txt", "a/b/c.jpg"):
+    for name in ("b.png", "a/z.PNG", "a-1.png", "a/.hidden.png", "a/.originals/z.png", "notes.txt", "a/b/c.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).touch()
     assert files_below(str(tmp_path), {".png", ".jpg"}) == ["a/b/c.jpg", "a/z.PNG", "a-1.png", "b.png"]

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from etflight.reporting.groups import group
@@ -58,6 +60,24 @@ def test_an_older_record_stands_beside_newer_ones_of_the_only_set_of_its_name():
     _, remarks = group([result(seed=0, fingerprint="1"), result(seed=1, fingerprint="aaa-2")])
     assert len(remarks) == 1
     assert "different images (1, 2)" in remarks[0]
+
+
+def test_runs_of_one_arm_on_two_sets_of_configurations_are_not_averaged_and_none_is_left_out():
+    runs = [
+        result(
+            seed=seed, name=f"digits_{images}/ce/seed{seed}", config_sha256=images, acc=0.25 if images == "ten" else 0.5
+        )
+        for images in ("ten", "thirty")
+        for seed in (0, 1)
+    ]
+    (section,), remarks = group(runs)
+    assert remarks == []
+    found = [(g.arm, [r.seed for r in g.results], g.stat("test/acc").mean) for g in section.groups]
+    assert found == [("ce (digits_ten)", [0, 1], 0.25), ("ce (digits_thirty)", [0, 1], 0.5)]
+    # one experiment under two names, or one name before and after the package got an option
+    for facts in ({"config_sha256": "same"}, {"name": "digits_ten/ce/seed0"}):
+        again, _ = group([replace(run, **facts) for run in runs[1:3]])
+        assert [g.arm for section in again for g in section.groups] == ["ce"]
 
 
 def test_the_same_seed_and_other_classes_are_left_out_and_named():

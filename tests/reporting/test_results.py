@@ -23,7 +23,7 @@ def test_a_run_folder_gives_its_record(tmp_path):
     record = only(make_run(tmp_path / "r", acc=0.5)).record()
     assert record == RECORD | {
         "command": "etflight fit -c configs/data/digits.yaml -c configs/arms/ce.yaml --seed_everything 0",
-        "test/ece": 0.125, "test/ece_calibrated": 0.0625, "test/loss": 2.5, "test/acc_macro": 0.5,
+        "name": "r", "test/ece": 0.125, "test/ece_calibrated": 0.0625, "test/loss": 2.5, "test/acc_macro": 0.5,
         "test/acc_many": 1.0, "test/acc_medium": 0.25, "test/acc_few": 0.25, "val/acc": 0.5, "val/acc_best": 0.75, "val/acc_best_epoch": 2,
         "nc/train/nc1": 1 / 3, "nc/train/alignment": 0.8, "num_classes": 3, "params": 272_000,
         "validation": "the test set, watched only", "seconds": 9.0, "hardware": "Abacus, 1 thread",

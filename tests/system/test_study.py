@@ -6,6 +6,8 @@ import time
 import pytest
 import yaml
 
+from etflight.cli.study import main
+from etflight.utils.errors import UserError
 from tests.command_line import ended, start
 
 SET = {
@@ -48,6 +50,23 @@ def test_what_can_be_trained_and_tested_is_once_and_what_fails_is_named(etflight
     etflight_command("study", "study.yaml", "--arms", "ce", cwd=tmp_path).ran()
     assert results[0].is_file()
     assert (trained / "metrics.csv").stat().st_mtime_ns == written[trained / "metrics.csv"]
+
+
+def test_nothing_starts_from_a_training_that_has_not_ended(tmp_path, monkeypatch, capsys):
+    for file, content in {"data/tiny": SET, **{f"arms/{arm}": {"model": ARMS[arm]} for arm in ("ce", "la")}}.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{file}.yaml").write_text(yaml.safe_dump(content))
+    study = {"configs": ".", "sets": ["tiny"], "seeds": [0], "arms": ["ce"], "post_hoc": {"la": "ce"}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    (tmp_path / "runs/tiny/ce/seed0/checkpoints").mkdir(parents=True)  # a training that was stopped
+    (tmp_path / "runs/tiny/ce/seed0/checkpoints/last.ckpt").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError,
+        match="starts from runs/tiny/ce/seed0, which has not been trained and tested to its end",
+    ):
+        main(["study.yaml", "--arms", "la"])
+    assert not (tmp_path / "runs/tiny/la").exists()
 
 
 @pytest.mark.timeout(600)

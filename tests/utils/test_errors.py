@@ -56,6 +56,13 @@ def test_the_file_of_an_earlier_job_with_the_same_address_silences_nobody(job, c
     assert "process 1 of this job was killed by SIGKILL" in capsys.readouterr().err.splitlines()[1]
 
 
+def test_another_command_of_the_same_batch_job_tells_its_own_cause(job, monkeypatch, capsys):
+    for arm in ("ce", "etf_dr"):
+        monkeypatch.setattr("sys.argv", ["etflight", "fit", "-c", f"arms/{arm}"])
+        print_error(UserError(f"the cause of {arm}"))
+    assert capsys.readouterr().err == "etflight: error: the cause of ce\netflight: error: the cause of etf_dr\n"
+
+
 def test_a_process_alone_prints_every_error(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("MASTER_PORT", raising=False)
     monkeypatch.delenv("SLURM_NTASKS", raising=False)
