@@ -243,7 +243,7 @@ class Classifier(LightningModule):
         )
         self.confusion = Confusion(num_classes) if num_classes <= MOST_CLASSES else None
         self.temperature_fit = TemperatureFit()
-        # these are broadcast once, when training starts: in every forward it would cost 205 MB at K = 100,000
+        # the vectors are broadcast once, when training starts: in every forward it would cost 205 MB at K = 100,000
         own = [name for name, _ in self.named_buffers() if name in ("head.weight", "head.reserved", "_bad_step")]
         leave_out_of_broadcasts(self, own)
 

@@ -160,9 +160,7 @@ class ETFHead(Head):
                 "ETFHead: linear_projection without projection_dim is no projection: give its width, or leave it out"
             )
         if normalize and (in_features if projection_dim is None else projection_dim) == 1:
-            raise UserError(
-                "ETFHead: an embedding of one number and of norm 1 is ±1, which cannot be trained: give projection_dim 2 or more"
-            )
+            raise UserError("ETFHead: an embedding of one number and of norm 1 is ±1: give projection_dim 2 or more")
         if linear_projection and vectors > in_features + 1:
             raise UserError(
                 f"ETFHead: a linear projection of {in_features} features has no room for the frame of {vectors} classes: "

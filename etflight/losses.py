@@ -153,13 +153,18 @@ class Loss(nn.Module, ABC):
             The scalar loss.
 
         Raises:
-            UserError: The training counts are needed, but have not been set; the shapes do not fit.
+            UserError: The training counts are needed, but have not been set; the shapes or the numbers of classes do not fit.
         """
         if target.shape != (logits.shape if target.is_floating_point() else logits.shape[:1]):
             raise UserError(
                 f"{type(self).__name__}: the target is {target.dtype} {list(target.shape)} for logits {list(logits.shape)}: give class "
                 "indices [B], int64, or probabilities [B, K]"
             )
+        for name, given in (("class_counts", self._class_counts), ("class_weights", self._given_weights)):
+            if self.training and given is not None and len(given) != logits.shape[1]:
+                raise UserError(
+                    f"{type(self).__name__}: there are {len(given)} {name} for logits of {logits.shape[1]} classes: give one for each class"
+                )
         logits = at_least_float32(logits)
         if not self._is_balancing():
             return self.sample_losses(logits, target).mean()
@@ -333,7 +338,7 @@ class FocalLoss(Loss):
     """Focal loss: cross-entropy that gives less weight to samples that are already right.
 
     `L = -(1 - p_y)^γ log p_y` with the softmax p; for probabilities `Σ_k t_k L_k`. γ = 0 is cross-entropy. With the class balance
-    "effective" it is the class-balanced focal loss of Cui et al. 2019.
+    "effective" it is the class-balanced focal loss of Cui et al. 2019, with a softmax where theirs has a sigmoid for each class.
 
     Args:
         gamma: The exponent γ >= 0.

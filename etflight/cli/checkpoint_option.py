@@ -83,7 +83,8 @@ def class_vectors(classifier: Classifier, checkpoint: Path) -> Tensor:
             f"the head {type(classifier.head).__name__} of checkpoint {checkpoint} has no class vectors weight [K, d]: "
             "give a model that has"
         )
-    return classifier.head.class_vectors.detach().cpu()
+    vectors: Tensor = classifier.head.class_vectors
+    return vectors.detach().cpu()
 
 
 def folder_of(checkpoint: Path) -> Path:
