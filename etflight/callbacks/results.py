@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -55,7 +55,7 @@ class TestResults(Callback):
         if not (folder / "metrics.csv").is_file() or is_trial_run(trainer):
             return
         mend = "give the images as in training, or --name"
-        known, own = content_of(model.fingerprint), content_of(getattr(data, "fingerprint", None))
+        known, own = content_of(model.fingerprint), _content(data)
         if known and own and known != own:
             raise UserError(
                 f"{data} is not the set that {folder} was trained on, so its results do not go there: {mend}"
@@ -84,6 +84,14 @@ class TestResults(Callback):
                 publish(trainer, f"test/{name}", figure, folder / "figures" / f"{name}.png")
         if not is_trial_run(trainer):
             rank_zero_info(f"results: {folder / 'test_metrics.json'}, per_class.csv and figures/")
+
+
+def _content(data: Any) -> str | None:
+    """What identifies the set; None if it is unknown."""
+    try:
+        return content_of(getattr(data, "fingerprint", None))
+    except UserError:  # training images may be missing, since a test does not need them
+        return None
 
 
 # Class by class -----------------------------------------------------------------------------------------------------
