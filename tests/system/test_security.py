@@ -256,7 +256,7 @@ def test_lightning_takes_no_file_for_a_url_or_a_name_of_its_own(cwd, content, et
     Path("http").mkdir()
     torch.save(content, "http/c.ckpt")  # Lightning fetches whatever starts with http
     for path in ("best", "http/c.ckpt"):
-        result = etflight_command(*stage("test"), "--ckpt_path", path, cwd=cwd).ran()
+        result = etflight_command(*stage("test"), "--ckpt_path", path, "--name", path[:4], cwd=cwd).ran()
         assert str(cwd / path) in result.err + result.out
 
 
