@@ -100,8 +100,13 @@ def assert_all_is_to_be_synced(warning, cwd):
     assert folder.is_relative_to(cwd / "runs/w"), warning
     (file,) = folder.glob("*.wandb")
     written = [float(row["train/loss"]) for row in read_csv(cwd / "runs/w" / "metrics.csv") if row["train/loss"]]
-    assert [row["train/loss"] for row in history(file) if "train/loss" in row] == pytest.approx(written)
     assert len(written) == EPOCHS
+    for _ in range(60):  # W&B's own process may still be writing
+        kept = [row["train/loss"] for row in history(file) if "train/loss" in row]
+        if len(kept) == EPOCHS:
+            break
+        time.sleep(0.5)
+    assert kept == pytest.approx(written)
 
 
 @pytest.mark.parametrize("server", ["refuses", "does not answer"])
