@@ -121,11 +121,10 @@ def main(argv: Sequence[str]) -> None:
         "left_out": scores.left_out,
         **{f"nc5{end}": float(measures.nc5(stats[end], _in(others, end).double().mean(0))) for end in spaces},
     }
-    with writing_to(folder, "--output"):
-        write_json(folder / RECORD, record)
     panels = {f"{name}: AUROC {100 * results[name].auroc:.1f} %": both for name, both in values.items()}
     known_name, unknown_name = f"known: {known.dataset_name}", f"unknown: {unknown.dataset_name}"
     with writing_to(folder, "--output"):
+        write_json(folder / RECORD, record)
         plotting.save(plotting.score_histograms(panels, known_name, unknown_name), folder / PICTURE)
     out.print(_table(f"{known.dataset_name} (known) and {unknown.dataset_name} (unknown)", results))
     settings = f"temperature {model.temperature:.3g} of msp and energy, k = {k} of knn"
