@@ -64,16 +64,12 @@ class TestResults(Callback):
             raise UserError(f"{differences[0]}; the results in {folder} stay as they are: {mend}")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print and write on the first process; all processes take part in adding up the counts."""
+        """Write and print on the first process; all processes take part in adding up the counts."""
         model = cast(Classifier, pl_module)
         evaluation = model.evaluation()
         if not trainer.is_global_zero:
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
-        if self.verbose:
-            out = console()
-            for table in _tables(metrics, model, evaluation):
-                out.print(table)
         folder = run_folder(trainer)
         with writing_to(folder):
             if not is_trial_run(trainer):
@@ -82,6 +78,10 @@ class TestResults(Callback):
             publish_table(trainer, "test/classes", _HEADER, rows, folder / "per_class.csv")
             for name, figure in _figures(model, evaluation).items():
                 publish(trainer, f"test/{name}", figure, folder / "figures" / f"{name}.png")
+        if self.verbose:  # last, since a reader of the output may leave
+            out = console()
+            for table in _tables(metrics, model, evaluation):
+                out.print(table)
         if not is_trial_run(trainer):
             rank_zero_info(f"results: {folder / 'test_metrics.json'}, per_class.csv and figures/")
 

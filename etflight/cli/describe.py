@@ -57,11 +57,11 @@ def main(argv: Sequence[str]) -> None:
     if written and not (folder / RECORD).is_file():
         raise UserError(f"{written[0]} is not of etflight describe, and stays as it is: give another --output")
     out = console()
-    out.print(_text(record, data.describe_ratio()))
     write_json(folder / RECORD, record)
     histogram = plotting.class_histogram(record["class_counts"]["train"], data.class_names, title=str(data))
     plotting.save(histogram, folder / HISTOGRAM)
     plotting.save(sheet(data, config.images_per_class, augmented=config.augmented), folder / SHEET)
+    out.print(_text(record, data.describe_ratio()))
     out.print(f"{folder}: {RECORD}, {HISTOGRAM}, {SHEET}", style="dim", highlight=False, soft_wrap=True)
 
 

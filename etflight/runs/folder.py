@@ -107,8 +107,12 @@ def refuse_other_results(file: Path, facts: Mapping[str, Any]) -> None:
         content = None
     known = content if isinstance(content, dict) else {}
     for name, value in json.loads(json.dumps(facts)).items():
-        if known.get(name) != value:
-            saved, now = (shorten(str(of), 80, placeholder=" …") for of in (known.get(name), value))
+        saved = known.get(name)
+        if saved != value:
+            if isinstance(saved, dict) and isinstance(value, dict):  # the first part that differs
+                part = next(key for key in {**value, **saved} if saved.get(key) != value.get(key))
+                name, saved, value = f"{name} {part}", saved.get(part), value.get(part)
+            saved, now = (shorten(str(of), 80, placeholder=" …") for of in (saved, value))
             raise UserError(
                 f"{file} holds other results ({name}: {saved}, not {now}), which stay as they are: give --output"
             )

@@ -122,7 +122,7 @@ def test_other_training_images_than_the_checkpoints_are_told_in_one_line(run, la
 
 def test_measurements_of_other_images_are_not_replaced(run, printed):
     before = (run / "collapse/collapse.json").read_bytes()
-    with pytest.raises(UserError, match=r"collapse\.json holds other results .data: .*give --output"):
+    with pytest.raises(UserError, match=r"collapse\.json holds other results .data fingerprint: .*give --output"):
         collapse.main([str(run), "--data.imbalance_ratio=1"])
     assert (run / "collapse/collapse.json").read_bytes() == before
 

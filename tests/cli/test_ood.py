@@ -254,7 +254,7 @@ def test_results_of_other_images_or_options_are_not_replaced(run, noise, tmp_pat
     for _ in range(2):  # the same once more
         ood.main([*words, *arrays(noise)])
     before = (folder / "ood.json").read_bytes()
-    for given, message in ((arrays(other), "unknown: .*, not .*"), (arrays(noise, "--k=3"), "k: 2, not 3")):
+    for given, message in ((arrays(other), "unknown content: .*, not .*"), (arrays(noise, "--k=3"), "k: 2, not 3")):
         with pytest.raises(UserError, match=f"holds other results .{message}.*give --output"):
             ood.main([*words, *given])
     assert (folder / "ood.json").read_bytes() == before
