@@ -148,6 +148,11 @@ class NeuralCollapseMonitor(Callback):
             ("splits", len(splits) > 0 and set(splits) <= {"train", "val"}, 'give "train", "val", or both'),
             ("space", space in ("embedding", "backbone"), 'give "embedding" or "backbone"'),
             ("snapshots", snapshots >= 0, "give 0 (none) or more per class"),
+            (
+                "snapshots",
+                not snapshots or ("train" in splits and not online),
+                'they are taken from the sweep over the training images: give "train" among splits, and no online',
+            ),
         ):
             if not holds:
                 raise UserError(f"NeuralCollapseMonitor: {name} is {getattr(self, name)!r}: {rule}")

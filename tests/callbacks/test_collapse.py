@@ -575,7 +575,15 @@ def test_what_is_missing_is_said_before_training(tmp_path):
 
 
 def test_options_that_cannot_be_are_refused_at_once():
-    for wrong in ({"every_n_epochs": 0}, {"splits": ["test"]}, {"splits": []}, {"space": "pixels"}, {"snapshots": -1}):
+    for wrong in (
+        {"every_n_epochs": 0},
+        {"splits": ["test"]},
+        {"splits": []},
+        {"space": "pixels"},
+        {"snapshots": -1},
+        {"snapshots": 2, "online": True},
+        {"snapshots": 2, "splits": ["val"]},
+    ):
         with pytest.raises(UserError, match=next(iter(wrong))):
             NeuralCollapseMonitor(**wrong)
 
