@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from etflight.heads import CosineHead, ETFHead, Head
 from etflight.losses import CrossEntropyLoss, Loss
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, brief
 
 Method = Literal["frame", "cosine", "ncm"]
 
@@ -331,10 +331,17 @@ def run_sessions(learner: Learner, features: Features, before: Progress | None =
 
     Yields:
         What is known after each session.
+
+    Raises:
+        UserError: `before` is not of this learner, or a session diverges.
     """
     memory, results = (features.base, []) if before is None else (before.memory, before.results)
     if before is not None:
-        learner.load(before.learnt, len(memory))
+        try:
+            learner.load(before.learnt, len(memory))
+        except (KeyError, RuntimeError) as error:
+            what = f"the state after session {len(results) - 1}"
+            raise UserError(f"{what} is damaged, or of another learner ({brief(error)}): remove it") from error
     for number in range(len(results), len(features.shots) + 1):
         if number > 0:
             shots, labels = features.shots[number - 1]

@@ -152,6 +152,10 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled():  # asked for by create_graph
+            raise UserError(
+                "cross-entropy over sharded class vectors has no second derivatives: leave out create_graph"
+            )
         (gradient,) = ctx.saved_tensors
         vectors, sizes = ctx.vectors, ctx.sizes
         weights = vectors.scale * _all(grad.contiguous(), sizes)

@@ -132,6 +132,13 @@ def test_products_are_in_float32_under_autocast_too(dtype):
     assert_close(losses.detach().double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_second_derivatives_are_refused_and_not_dropped():
+    embedding, target = samples()
+    losses = ShardedClassVectors(vectors(), scale=SCALE).cross_entropy(embedding.requires_grad_(), target)
+    with pytest.raises(UserError, match="no second derivatives: leave out create_graph"):
+        torch.autograd.grad(losses.sum(), embedding, create_graph=True)
+
+
 def test_nothing_is_trained_or_saved():
     code = ShardedClassVectors(simplex_etf(10, 16))
     assert not list(code.parameters())

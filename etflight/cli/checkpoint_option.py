@@ -109,6 +109,7 @@ def data_as_trained(
     """
     prepare_as_trained(config.data, classifier.preprocessing)
     data: ImageDataModule = parser.instantiate(config).data
+    data.prepare_data()
     takes = classifier.head.num_classes, classifier.hparams["in_chans"]
     refuse_other_shape(f"checkpoint {checkpoint}", *takes, data)
     for line in classifier.differences(data, images=images):

@@ -105,15 +105,15 @@ def main(argv: Sequence[str]) -> None:
     if config.run is None:
         data = parser.instantiate(config).data
         model = _from_timm(config, data)
-        folder = Path("runs", "collapse", re.sub(r"[^\w.-]+", "_", config.timm))
+        folder, name = Path("runs", "collapse", re.sub(r"[^\w.-]+", "_", config.timm)), model.name
     else:
         checkpoint, classifier = load_classifier(config.run)
         data = data_as_trained(parser, config, classifier, str(checkpoint), images=True)
         model = Model(f"checkpoint {checkpoint}", EmbeddingSource(classifier, "head"), classifier.class_names)
-        folder = folder_of(checkpoint) / "collapse"
+        folder, name = folder_of(checkpoint) / "collapse", f"checkpoint {checkpoint.resolve()}"
     device = device_of(config)
     output, out = Path(config.output or folder), console()
-    facts = {"model": model.name, "data": data_facts(data)}
+    facts = {"model": name, "data": {**data_facts(data), "folder": data.split("test").source.folder}}
     check_writable(output, "--output")
     refuse_other_results(output / "collapse.json", facts)
 

@@ -1,6 +1,5 @@
 """`etflight describe …`: what a data set holds and what a configuration makes of it, without model or training."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from etflight.cli.parser import OneLineParser
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
 from etflight.metrics.accuracy import by_frequency, shot_groups
-from etflight.runs.folder import check_writable, read_record, run_of
+from etflight.runs.folder import check_writable, read_record, refuse_other_results, run_of
 from etflight.utils.errors import UserError, warn
 from etflight.utils.files import write_json
 from etflight.utils.terminal import as_it_is, console
@@ -53,9 +52,7 @@ def main(argv: Sequence[str]) -> None:
             warn(differ)
     folder = Path(config.output or Path("runs", "describe", f"{record['dataset']}_{record['fingerprint']}"))
     check_writable(folder, "--output")
-    written = [folder / name for name in (RECORD, HISTOGRAM, SHEET) if os.path.lexists(folder / name)]
-    if written and not (folder / RECORD).is_file():
-        raise UserError(f"{written[0]} is not of etflight describe, and stays as it is: give another --output")
+    refuse_other_results(folder / RECORD, {}, (HISTOGRAM, SHEET))
     out = console()
     write_json(folder / RECORD, record)
     histogram = plotting.class_histogram(record["class_counts"]["train"], data.class_names, title=str(data))

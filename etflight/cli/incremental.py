@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import torch
@@ -44,12 +45,13 @@ from etflight.incremental import (
     run_sessions,
     summary,
 )
-from etflight.runs.folder import check_writable, writing_to
+from etflight.runs.folder import check_writable, refuse_other_results, writing_to
 from etflight.runs.record import data_facts
 from etflight.utils.errors import UserError, brief
 from etflight.utils.files import replacing, write_json
 from etflight.utils.terminal import as_it_is, console
 
+RECORD, FIGURE = "incremental.json", "sessions.png"
 _LEARNING_RATES = {"frame": 2.5, "cosine": 0.1}  # of the methods that train
 _METADATA = "etflight"  # the entry of a state file that holds what are not tensors
 
@@ -98,6 +100,7 @@ def main(argv: Sequence[str]) -> None:
     folder = Path(config.output) if config.output else _default_folder(base.checkpoint, config)
     check_writable(folder, "--output")
     settings = _settings(config, base)
+    refuse_other_results(folder / RECORD, {"settings": settings}, (FIGURE,))
     fabric = Fabric(accelerator=config.accelerator, devices=config.devices)
     fabric.launch()
     before: Progress | None = fabric.broadcast(_last_state(folder, settings) if fabric.is_global_zero else None)
@@ -196,6 +199,7 @@ def _settings(config: Namespace, base: _Base) -> dict[str, Any]:
         "classes": [*base.all.labels],
         "images": base.data.fingerprint,
         "test_images": base.all.split("test").source.content,
+        "folder": base.all.split("test").source.folder,
         "preprocessing": json.loads(json.dumps(base.data.preprocessing._asdict())),  # as it will be read again
         "checkpoint": hashlib.sha256(base.checkpoint.read_bytes()).hexdigest()[:12],
     }
@@ -227,7 +231,7 @@ def _last_state(folder: Path, settings: dict[str, Any]) -> Progress | None:
     known, done = _read_state(path)
     for name, value in settings.items():
         if known.get(name) != value:
-            saved, now = (brief(ValueError(str(content)), 60) for content in (known.get(name), value))
+            saved, now = (shorten(str(content), 80, placeholder=" …") for content in (known.get(name), value))
             raise UserError(
                 f"{folder} holds sessions with other settings ({name}: {saved}, not {now}), which stay as they are: "
                 "give --output for another folder"
@@ -266,9 +270,9 @@ def _report(
     ]
     with writing_to(folder, "--output"):
         record = {"checkpoint": str(base.checkpoint), "data": data_facts(base.data), "settings": settings}
-        write_json(folder / "incremental.json", {**record, **sums, "sessions": rows})
+        write_json(folder / RECORD, {**record, **sums, "sessions": rows})
         figure = plotting.session_curves(results, [session.seen for session in sessions])
-        plotting.save(figure, folder / "sessions.png")
+        plotting.save(figure, folder / FIGURE)
     method, way, shots = settings["method"], settings["way"], settings["shots"]
     out.print(as_it_is(f"{way}-way {shots}-shot sessions after {base.checkpoint}"), soft_wrap=True)
     table = Table(title=f"Method {method}, accuracy in %")
@@ -283,9 +287,7 @@ def _report(
     out.print(
         f"performance drop {100 * sums['performance_drop']:.1f}, average accuracy {100 * sums['average_acc']:.1f}"
     )
-    out.print(
-        as_it_is(f"{folder}: incremental.json, sessions.png and a state for each session"), style="dim", soft_wrap=True
-    )
+    out.print(as_it_is(f"{folder}: {RECORD}, {FIGURE} and a state for each session"), style="dim", soft_wrap=True)
 
 
 # The command line ---------------------------------------------------------------------------------------------------

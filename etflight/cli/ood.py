@@ -34,7 +34,7 @@ from etflight.data.adapted import AdaptedSplit
 from etflight.data.sources import ImageSplit
 from etflight.metrics import ClassStatistics, Moments, measures, ood
 from etflight.runs.folder import check_writable, read_record, refuse_other_results, run_of, writing_to
-from etflight.runs.record import data_facts
+from etflight.runs.record import data_facts, test_facts
 from etflight.utils.errors import UserError, warn
 from etflight.utils.files import write_json
 from etflight.utils.preprocessing import Preprocessing
@@ -83,24 +83,26 @@ def main(argv: Sequence[str]) -> None:
     adapted, images = _adapted(unknown, known.preprocessing, config.adapt)
     _refuse_known_images(known, unknown)
     k = _neighbour(config.k, known.class_counts.tolist())
-    _refuse_components(config.components or 0, weight.shape[1])
+    if (config.components or 0) >= (width := weight.shape[1]):
+        raise UserError(
+            f"--components {config.components} leave none of {width} dimensions out: give less than {width}"
+        )
     facts = {
-        "model": f"checkpoint {checkpoint}",
+        "model": f"checkpoint {checkpoint.resolve()}",
         "k": k,
         "components": config.components or len(weight) - 1,
         "unknown": {
             "class": type(unknown).__name__,
-            "dataset": unknown.dataset_name,
-            "content": unknown.split("test").source.content,
+            **test_facts(unknown),
             "image_shape": list(unknown.split("test").source.image_shape),
+            "crop_pct": unknown.split("test").source.crop_pct,
             "adapted": adapted,
-            "test_images": len(images.labels),
             "shared_classes": shared,
         },
     }
     folder = Path(config.output or folder_of(checkpoint) / "ood" / _folder_name(unknown))
     check_writable(folder, "--output")
-    refuse_other_results(folder / RECORD, facts)
+    refuse_other_results(folder / RECORD, facts, (PICTURE,))
 
     out = console()
     device = device_of(config)
@@ -153,9 +155,6 @@ def scores_of(
         temperature: The model's temperature, of `msp` and `energy`.
         k: The neighbour of `knn`.
         components: The number of principal components of `neco`; None: K - 1.
-
-    Raises:
-        UserError: There are not so many components.
     """
     functions: dict[str, Score] = {
         "msp": lambda out: ood.msp(out.logits, temperature),
@@ -177,17 +176,10 @@ def scores_of(
             subspace = ood.principal_subspace(features, number)
             functions[f"neco{end}"] = _of_features(end, partial(ood.neco, subspace=subspace))
             functions[f"neco_max_logit{end}"] = _neco_max_logit(end, subspace)
-        elif components is None:
-            reason = f"K - 1 = {number} components leave none of {width} dimensions out: give fewer (--components)"
-            left_out |= {f"neco{end}": reason, f"neco_max_logit{end}": reason}
         else:
-            _refuse_components(number, width)
+            reason = f"{number} components leave none of {width} dimensions out: give fewer (--components)"
+            left_out |= {f"neco{end}": reason, f"neco_max_logit{end}": reason}
     return Scores(functions, left_out)
-
-
-def _refuse_components(number: int, width: int) -> None:
-    if number >= width:
-        raise UserError(f"--components {number} leave none of {width} dimensions out: give less than {width}")
 
 
 def _of_features(end: str, score: Callable[[Tensor], Tensor]) -> Score:
@@ -293,7 +285,8 @@ def _shared_classes(known: Sequence[str], unknown: ImageDataModule) -> list[str]
 
 def _refuse_known_images(known: ImageDataModule, unknown: ImageDataModule) -> None:
     own, others = known.split("test"), unknown.split("test")
-    if own.source.content == others.source.content and len(np.intersect1d(own.indices, others.indices)):
+    same = (own.source.content, own.source.folder) == (others.source.content, others.source.folder)
+    if same and len(np.intersect1d(own.indices, others.indices)):
         raise UserError(
             f"--data {unknown} holds test images of the run itself, which are known: give images of other classes"
         )

@@ -27,10 +27,11 @@ from etflight.cli.parser import OneLineParser
 from etflight.data import ImageDataModule
 from etflight.metrics.retrieval import retrieval_scores
 from etflight.runs.folder import check_writable, refuse_other_results, writing_to
+from etflight.runs.record import test_facts
 from etflight.utils.errors import UserError, warn
 from etflight.utils.files import write_json
 from etflight.utils.terminal import as_it_is, console
-from etflight.utils.training_data import other_preprocessing, refuse_other_shape
+from etflight.utils.training_data import different_class, other_preprocessing, refuse_other_shape
 
 
 class Embedded(NamedTuple):
@@ -68,13 +69,11 @@ def main(argv: Sequence[str]) -> None:
     weights = [class_vectors(classifier, checkpoint) for checkpoint, classifier in loaded]
     _refuse_other_classes(loaded, weights)
     sets = [_data_for(parser, config, *model, others=others) for model in loaded]
-    source = sets[0].split("test").source
-    images = {
-        "dataset": sets[0].dataset_name,
-        "content": source.content,
-        "test_images": len(sets[0].split("test").labels),
+    facts = {
+        "models": [str(checkpoint.resolve()) for checkpoint, _ in loaded],
+        "data": test_facts(sets[0]),
+        "preprocessing": [data.preprocessing._asdict() for data in sets],
     }
-    facts = {"models": [str(checkpoint) for checkpoint, _ in loaded], "data": images}
     output = Path(config.output or folder_of(loaded[0][0]) / "retrieval.json")
     check_writable(output.parent, "--output")
     refuse_other_results(output, facts)
@@ -101,6 +100,8 @@ def _data_for(
     own = config.clone()
     prepare_as_trained(own.data, classifier.preprocessing)
     data: ImageDataModule = parser.instantiate(own).data
+    data.prepare_data()
+    data.split("test")  # so that nothing below reads the training images, which are not needed
     # other classes may be asked for, since they are only compared with each other
     refuse_other_shape(f"checkpoint {checkpoint}", data.num_classes, classifier.hparams["in_chans"], data)
     differences = [other_preprocessing(classifier.preprocessing, data)] if others else classifier.differences(data)
@@ -134,7 +135,8 @@ def compare(models: Sequence[Embedded]) -> dict[str, Any]:
             pairs.append({"space": name, "query": i, "gallery": j, **scores._asdict()})
         mean = torch.stack(embedded).mean(0)
         means.append({"space": name, **retrieval_scores(mean, labels, mean, labels, same_images=True)._asdict()})
-    differ = max(float((model.weight - first.weight).abs().max()) for model in models)
+    weights = torch.stack([model.weight for model in models])
+    differ = float((weights.amax(0) - weights.amin(0)).max())
     return {"class_vectors_differ": differ, "pairs": pairs, "mean_of_all": means}
 
 
@@ -157,11 +159,11 @@ def _refuse_other_classes(models: Sequence[tuple[Path, Classifier]], weights: Se
                 f"{checkpoint} has class vectors {list(weight.shape)}, but {first} {list(weights[0].shape)}: "
                 "give models of the same classes and width"
             )
-        for k, (own, other) in enumerate(zip(names or [], classifier.class_names or [], strict=False)):
-            if own != other:
-                raise UserError(
-                    f"class {k} is {own!r} in {first}, but {other!r} in {checkpoint}: give models of the same classes"
-                )
+        if differ := different_class(names, classifier.class_names):
+            k, own, other = differ
+            raise UserError(
+                f"class {k} is {own!r} in {first}, but {other!r} in {checkpoint}: give models of the same classes"
+            )
 
 
 def _table(record: dict[str, Any], images: str) -> Table:

@@ -129,6 +129,7 @@ class FileSource(ImageSource):
         self.labels = labels.long()
         self.square = square
         self.crop_pct = square.crop_pct
+        self.folder = os.path.realpath(paths.root)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -40,10 +40,12 @@ class ImageSource(ABC):
     Attributes:
         labels: Int64 `[N]`.
         crop_pct: The part of the resized shorter side that was kept, in (0, 1]; timm's name.
+        folder: The absolute path of the folder that image files are in; None for images in memory.
     """
 
     labels: Tensor
     crop_pct: float = 1.0
+    folder: str | None = None
 
     @abstractmethod
     def images(self, indices: Tensor) -> Tensor:

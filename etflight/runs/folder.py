@@ -3,7 +3,7 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
@@ -87,17 +87,24 @@ def claim_for_results(folder: Path, trained_in: Path | None, checkpoint: Path) -
         raise UserError(f"run folder {folder} holds a training, whose own results stay as they are: give a new --name")
 
 
-def refuse_other_results(file: Path, facts: Mapping[str, Any]) -> None:
+def refuse_other_results(file: Path, facts: Mapping[str, Any], pictures: Sequence[str] = ()) -> None:
     """Refuse to replace the results of something else.
 
     Args:
         file: The JSON file that results are to be written to.
         facts: What they are of, by name as in the file.
+        pictures: The names of the pictures that are to be written beside it.
 
     Raises:
-        UserError: The file exists, and is of something else.
+        UserError: The file exists, and is of something else; or a picture exists without it.
     """
     if not os.path.lexists(file):
+        for picture in pictures:
+            if os.path.lexists(file.parent / picture):
+                raise UserError(
+                    f"{file.parent / picture} has no {file.name} beside it, so it is not of this command and stays as it is: "
+                    "give another --output"
+                )
         return
     if file.is_dir():
         raise UserError(f"{file} is a folder: give --output the name of a file")
@@ -107,15 +114,15 @@ def refuse_other_results(file: Path, facts: Mapping[str, Any]) -> None:
         content = None
     known = content if isinstance(content, dict) else {}
     for name, value in json.loads(json.dumps(facts)).items():
-        saved = known.get(name)
-        if saved != value:
-            if isinstance(saved, dict) and isinstance(value, dict):  # the first part that differs
-                part = next(key for key in {**value, **saved} if saved.get(key) != value.get(key))
-                name, saved, value = f"{name} {part}", saved.get(part), value.get(part)
-            saved, now = (shorten(str(of), 80, placeholder=" …") for of in (saved, value))
-            raise UserError(
-                f"{file} holds other results ({name}: {saved}, not {now}), which stay as they are: give --output"
-            )
+        pairs = {name: (known.get(name), value)}
+        if isinstance(saved := known.get(name), dict) and isinstance(value, dict):
+            pairs = {f"{name} {part}": (saved.get(part), value.get(part)) for part in {**value, **saved}}
+        for what, pair in pairs.items():
+            if pair[0] != pair[1]:
+                before, now = (shorten(str(of), 80, placeholder=" …") for of in pair)
+                raise UserError(
+                    f"{file} holds other results ({what}: {before}, not {now}), which stay as they are: give --output"
+                )
 
 
 def check_writable(folder: Path, options: str = _PLACE_OF_RUN) -> None:

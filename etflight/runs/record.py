@@ -146,6 +146,20 @@ def data_facts(data: Any) -> dict[str, Any]:
     }
 
 
+def test_facts(data: Any) -> dict[str, Any]:
+    """What tells a data module's test images: the set, their content, the folder of image files, and how many there are.
+
+    The content of image files covers their names only, so their folder tells apart sets whose files have the same names.
+    """
+    images = data.split("test")
+    return {
+        "dataset": data.dataset_name,
+        "content": images.source.content,
+        "folder": images.source.folder,
+        "test_images": len(images.labels),
+    }
+
+
 def resumed_facts(folder: Path, now: Mapping[str, Any]) -> dict[str, Any]:
     """Update the record of a run that is resumed: how it began stays, and `resumed` gets one more entry.
 

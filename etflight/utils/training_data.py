@@ -32,13 +32,18 @@ def refuse_other_shape(
             raise UserError(f"{model} {takes.format(own)}, but {data} has {other}: {mend}")
 
 
+def different_class(one: Sequence[str] | None, other: Sequence[str] | None) -> tuple[int, str, str] | None:
+    """Return the first class whose names differ, and both names; None if there is none, or if either has mere numbers or no names."""
+    if one is None or other is None or [str(k) for k in range(len(one))] in (list(one), list(other)):
+        return None
+    pairs = zip(one, other, strict=False)
+    return next(((k, own, its) for k, (own, its) in enumerate(pairs) if own != its), None)
+
+
 def other_names(known: Sequence[str] | None, data: Any) -> str | None:
     """Describe the first class whose name differs between training and data; None if there is none, or if either has mere numbers."""
-    own = getattr(data, "class_names", None)
-    if known is None or own is None or [str(k) for k in range(len(known))] in (list(known), list(own)):
-        return None
-    pairs = enumerate(zip(known, own, strict=False))
-    return next((f"class {k} is {a!r} in the checkpoint, but {b!r} in the data" for k, (a, b) in pairs if a != b), None)
+    differ = different_class(known, getattr(data, "class_names", None))
+    return differ and "class {} is {!r} in the checkpoint, but {!r} in the data".format(*differ)
 
 
 def other_preprocessing(known: Preprocessing | None, data: Any) -> str | None:

@@ -90,7 +90,7 @@ CASES = {
         1, ["CSVLogger would write into the run's own metrics.csv: give --trainer.logger.name or leave it out"],
         lambda t: [*DIGITS, "--trainer.logger", "CSVLogger", "--trainer.logger.name", "", "--trainer.logger.version", ""]),
     "files of others in the place of a description": (
-        1, ["contact_sheet.png is not of etflight describe, and stays as it is: give another --output"],
+        1, ["contact_sheet.png has no describe.json beside it, so it is not of this command and stays as it is: give another --output"],
         lambda t: (t / "out").mkdir() or ((t / "out/contact_sheet.png").write_text("mine")
         and ["describe", "--data", "Digits", "--output", t / "out"])),
     "an option of earlier versions": (

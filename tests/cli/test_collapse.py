@@ -95,6 +95,7 @@ def test_numbers_of_a_run_are_those_computed_from_scratch_on_the_images_it_was_t
         "dataset": "Digits",
         "fingerprint": data.fingerprint,
         "class_counts": data.class_counts.tolist(),
+        "folder": None,
     }
 
 

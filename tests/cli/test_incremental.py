@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from etflight import Classifier
@@ -149,13 +150,39 @@ def test_two_processes_learn_what_one_does_byte_by_byte(runs, folder, printed, t
     assert second == ""
 
 
-def test_sessions_of_otherwise_prepared_images_are_other_sessions(runs, folder):
+def test_sessions_of_otherwise_prepared_images_are_other_sessions(runs, folder, tmp_path):
     before = contents(folder)
-    with pytest.raises(
-        UserError, match=r"holds sessions with other settings .preprocessing: .*give --output for another"
+    shutil.copy(folder / "session_0.safetensors", tmp_path)  # as a stopped command leaves it
+    for words, message in (
+        ([], "holds other results .settings preprocessing: .*give --output"),
+        (["--output", tmp_path], "holds sessions with other settings .preprocessing: .*give --output for another"),
     ):
-        learn(runs["frame"], "--data.mean=[0.9]", "--data.std=[3.0]")
+        with pytest.raises(UserError, match=message):
+            learn(runs["frame"], "--data.mean=[0.9]", "--data.std=[3.0]", *words)
     assert contents(folder) == before
+
+
+def test_results_of_another_method_or_of_somebody_else_stay(runs, folder, tmp_path):
+    for name in ("incremental.json", "sessions.png"):  # the states have been deleted
+        shutil.copy(folder / name, tmp_path / name)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"holds other results .settings method: frame, not ncm.*give --output"):
+        learn(runs["frame"], "--method", "ncm", "--output", tmp_path)
+    (tmp_path / "incremental.json").write_text("mine")
+    with pytest.raises(UserError, match=r"incremental\.json holds other results"):
+        learn(runs["frame"], "--output", tmp_path)
+    (tmp_path / "incremental.json").unlink()
+    with pytest.raises(UserError, match=r"sessions\.png has no incremental\.json beside it"):
+        learn(runs["frame"], "--output", tmp_path)
+    assert contents(tmp_path) == {"sessions.png": before["sessions.png"]}
+
+
+def test_a_state_without_what_the_method_has_learnt_is_named(runs, folder, tmp_path):
+    name = "session_0.safetensors"
+    with safe_open(folder / name, "pt") as file:
+        save_file({"memory": file.get_tensor("memory")}, tmp_path / name, file.metadata())
+    with pytest.raises(UserError, match="state after session 0 is damaged, or of another learner"):
+        learn(runs["frame"], "--output", tmp_path)
 
 
 def test_a_class_without_images_is_named():
@@ -170,7 +197,7 @@ def test_bad_input_is_one_line(runs, folder, tmp_path):
         ("frame", ["--shots", 0], "shots is 0: a session without images teaches nothing"),
         ("frame", ["--way", 3], "way is 3, which does not divide the 4 new classes: give one of 1, 2, 4"),
         ("frame", ["--shots", 500], r"class 6 \(3\) has \d+ training images, but 500 shots were asked for"),
-        ("frame", ["--steps", 6], "holds sessions with other settings .steps: 5, not 6.*give --output for another"),
+        ("frame", ["--steps", 6], "holds other results .settings steps: 5, not 6.*give --output"),
         ("frame", ["--lr", 0], "--lr is 0.0: give a positive, finite number"),
         ("frame", ["--lr", "1e35", "--output", tmp_path / "n"], "the loss of a session became .*: give a smaller --lr"),
         ("frame", ["--method", "ncm", "--lr", 1], "--lr: method ncm trains nothing"),

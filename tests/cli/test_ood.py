@@ -134,7 +134,9 @@ def test_the_record_says_what_was_compared(run, noise, printed):
     assert found["unknown"] == {
         "class": "ArrayImages",
         "dataset": "noise",
+        "folder": None,
         "image_shape": [1, 8, 8],
+        "crop_pct": 1.0,
         "adapted": False,
         "test_images": 30,
         "shared_classes": [],
@@ -207,6 +209,14 @@ def test_classes_of_the_same_name_are_told_in_one_line(tmp_path, capsys):
     assert set(record(tmp_path / "r" / "ood" / "unknown")["unknown"]["shared_classes"]) == {"Dog"}
 
 
+def test_more_components_than_pooled_features_leave_the_embeddings_score(tmp_path, noise):
+    run = training.fit_digits(tmp_path, *DATA, *SHORT, "--model.head=ETFHead", "--model.head.projection_dim=100")
+    ood.main([str(run), *arrays(noise), "--components=80"])
+    found = record(run / "ood" / "noise")
+    assert "neco" in found["scores"]
+    assert found["left_out"]["neco_raw"].startswith("80 components leave none of 64 dimensions out")
+
+
 def test_scores_that_mean_nothing_are_left_out_and_one_space_is_measured_once(tmp_path, noise, capsys):
     """A learned head whose class vectors span all that its features can be."""
     head = ["--model.head=ETFHead", "--model.head.projection_dim=9"]
@@ -258,6 +268,28 @@ def test_results_of_other_images_or_options_are_not_replaced(run, noise, tmp_pat
         with pytest.raises(UserError, match=f"holds other results .{message}.*give --output"):
             ood.main([*words, *given])
     assert (folder / "ood.json").read_bytes() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "histograms.png").write_text("mine")
+    with pytest.raises(UserError, match=r"histograms\.png has no ood\.json beside it.*give another --output"):
+        ood.main([str(run), *arrays(noise), f"--output={tmp_path / 'mine'}"])
+
+
+def test_files_of_the_same_names_in_other_folders_are_other_images(tmp_path):
+    """As the corruptions of one set are laid out, a folder for each."""
+    places = [tmp_path / name / "3" for name in ("own", "fog", "blur")]
+    for place in places:
+        training.save_folders(place, train={"a": 3, "b": 3}, test={"a": 2, "b": 2})
+    words = [["--data=FolderImages", "--data.image_size=8", f"--data.root={place}"] for place in places]
+    own = ["--model.backbone=resnet20_cifar", "--trainer.default_root_dir", str(tmp_path), "--name=r"]
+    fit([*words[0], *own, *training.QUIET, *SHORT])
+    run = str(tmp_path / "r")
+    with pytest.raises(UserError, match="holds test images of the run itself"):
+        ood.main([run, *words[0]])
+    ood.main([run, *words[1]])
+    with pytest.raises(UserError, match=r"holds other results .unknown folder: .*fog/3, not .*blur/3"):
+        ood.main([run, *words[2]])
+    with pytest.raises(UserError, match=r"holds other results .unknown crop_pct: 1.0, not 0.5"):
+        ood.main([run, *words[1], "--data.crop_pct=0.5"])
 
 
 def test_images_of_the_run_that_have_moved_are_told_as_the_runs_own(noise, tmp_path):

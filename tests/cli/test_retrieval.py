@@ -91,6 +91,25 @@ def test_the_rotated_space_does_not_depend_on_rounding_of_the_class_vectors():
     assert found == pytest.approx([found[0]] * 3, abs=1e-4)
 
 
+def test_the_difference_of_class_vectors_is_the_largest_of_any_two_models():
+    weight, h = torch.zeros(4, 4), torch.eye(4)
+    models = [
+        retrieval.Embedded(Path("m"), retrieval.Outputs(h, h, h, torch.arange(4) % 2), weight + shift)
+        for shift in (0, 1, -1)
+    ]
+    assert retrieval.compare(models)["class_vectors_differ"] == 2
+
+
+def test_only_test_images_are_read_and_fetched_if_they_are_missing(runs, tmp_path, monkeypatch):
+    happened = []
+    load = Digits.load
+    monkeypatch.setattr(Digits, "load", lambda self, split: happened.append(split) or load(self, split))
+    monkeypatch.setattr(Digits, "prepare_data", lambda self: happened.append("fetched"))
+    one_class = ["--data=ClassSubset", "--data.images=Digits", "--data.classes=4"]
+    retrieval.main([str(runs[0]), *one_class, f"--output={tmp_path / 'r.json'}"])
+    assert happened == ["fetched", "test"]
+
+
 def test_images_of_other_classes_can_be_searched(runs, tmp_path):
     save_arrays(tmp_path / "other.npz", classes=4)
     retrieval.main(
@@ -122,6 +141,8 @@ def test_results_of_other_models_are_not_replaced(runs, tmp_path):
     before = (tmp_path / "r.json").read_bytes()
     with pytest.raises(UserError, match=r"r\.json holds other results .models: .*give --output"):
         retrieval.main([str(runs[0]), str(runs[2]), output])
+    with pytest.raises(UserError, match=r"r\.json holds other results .preprocessing: "):
+        retrieval.main([str(runs[0]), str(runs[1]), output, "--data.mean=[0.9]"])
     with pytest.raises(UserError, match="is a folder: give --output the name of a file"):
         retrieval.main([str(runs[0]), f"--output={tmp_path}"])
     assert (tmp_path / "r.json").read_bytes() == before
@@ -132,6 +153,16 @@ def test_models_that_cannot_be_compared_are_one_line(runs, tmp_path):
     other = save_trained(tmp_path / "wide.ckpt", wide, Digits(max_count=20))
     with pytest.raises(UserError, match=r"class vectors \[10, 128\], but .* \[10, 64\]"):
         retrieval.main([str(runs[0]), str(other)])
+    renamed = {}
+    for name in ("cat", "dog"):
+        model = Classifier(10, "resnet20_cifar", ETFHead, CrossEntropyLoss, in_chans=1)
+        model.class_names = [name, *map(str, range(1, 10))]
+        checkpoint = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
+        model.on_save_checkpoint(checkpoint)
+        torch.save(checkpoint, renamed.setdefault(name, tmp_path / f"{name}.ckpt"))
+    with pytest.raises(UserError, match=r"class 0 is 'cat' in .*cat\.ckpt, but 'dog' in .*dog\.ckpt"):
+        retrieval.main([*map(str, renamed.values()), "--data=Digits"])
+    retrieval.main([str(runs[0]), str(renamed["cat"]), f"--output={tmp_path / 'r.json'}"])  # mere numbers are no names
     with pytest.raises(UserError, match="nowhere does not exist"):
         retrieval.main([str(runs[0]), "nowhere"])
     save_arrays(tmp_path / "colour.npz", shape=(8, 8, 3))
