@@ -108,6 +108,7 @@ class TrainLoader(DataLoader[Batch]):
 
 
 Split = Literal["train", "val", "test"]
+_LEAST_PART = 8  # a smaller part of a batch than an eighth is not trained on
 
 
 @dataclass(eq=False, kw_only=True)
@@ -446,7 +447,8 @@ class ImageDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Training images in the order of the sampling policy, shared by the ranks, which all have the same number of batches.
 
-        An epoch's last images are left out only if some rank would get none of them, or a batch of one.
+        An epoch's last images are left out if they fill less than an eighth of a batch, or if some rank would get none of them, or a batch
+        of one: BatchNorm would normalise so few by their own statistics, and their gradient would count as much as that of a whole batch.
 
         Raises:
             UserError: There are fewer images than ranks.
@@ -464,7 +466,7 @@ class ImageDataModule(LightningDataModule, ABC):
             rank=rank,
         )
         full = self.batch_size * world_size
-        if len(data) > full and len(data) % full < 2 * world_size:
+        if len(data) > full and len(data) % full < max(2 * world_size, full / _LEAST_PART):
             sampler.leave_out(len(data) % full)
         overfits = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # Lightning sets it
         if overfits:
