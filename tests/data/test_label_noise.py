@@ -44,8 +44,9 @@ def test_the_training_knows_nothing_of_the_true_labels():
     data = Digits(label_noise=0.4, imbalance_ratio=10, sampler="balanced")
     noisy = data.split("train").labels.numpy()
     assert data.class_counts.tolist() == np.bincount(noisy, minlength=10).tolist()
-    own, of_noisy = data.train_dataloader().sampler, ImbalancedSampler(noisy, "balanced")
-    assert list(own) == list(of_noisy) != list(ImbalancedSampler(data.split("train").source.labels, "balanced"))
+    own, of_noisy = data.train_dataloader().sampler.draw(), ImbalancedSampler(noisy, "balanced").draw()
+    of_true = ImbalancedSampler(data.split("train").source.labels, "balanced").draw()
+    assert own.tolist() == of_noisy.tolist() != of_true.tolist()
 
 
 def test_classes_of_another_set_can_have_wrong_labels_among_themselves():
