@@ -104,6 +104,7 @@ def main(argv: Sequence[str]) -> None:
     data: ImageDataModule
     if config.run is None:
         data = parser.instantiate(config).data
+        data.prepare_data()
         model = _from_timm(config, data)
         folder, name = Path("runs", "collapse", re.sub(r"[^\w.-]+", "_", config.timm)), model.name
     else:
