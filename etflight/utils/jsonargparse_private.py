@@ -32,8 +32,11 @@ def in_one_line(message: str, bases: Mapping[str, type]) -> str:
     if alien := re.search(r"Option '([^']+)' is not accepted", reason):
         chosen = re.findall(r"class_path[= ]'([\w.]+)'", reason)
         name = chosen[-1].rpartition(".")[2] if chosen else "the chosen class"
-        hint = _near(alien[1], _arguments(chosen[-1])) if chosen else ""
-        return f"--{'.'.join(filter(None, (key, alien[1])))}: {name} takes no argument {alien[1]!r}{hint}"
+        known = _arguments(chosen[-1]) if chosen else []
+        option = f"--{'.'.join(filter(None, (key, alien[1])))}"
+        if alien[1] in known:  # the parser leaves out what the model gives its parts
+            return f"{option}: {name} gets it from the data and the network: leave it out"
+        return f"{option}: {name} takes no argument {alien[1]!r}{_near(alien[1], known)}"
     if missing := re.search(r"the following arguments are required: (.+?)(\. Got value.*)?$", reason, re.MULTILINE):
         names = [name.rpartition(".")[2] for name in missing[1].split(", ")]
         options = [f"--{key}.{name}" if key else f"--{name}" if name in bases else name for name in names]

@@ -24,6 +24,7 @@ CASES = {
         "--trainer.callbacks.patience: Expected an int, got x",
     "--model.num_classes 7": "--model.num_classes is taken from --data: leave it out",
     "--model.head.bogus 1": "--model.head.bogus: ETFHead takes no argument 'bogus'",
+    "--model.head.num_classes 7": "--model.head.num_classes: ETFHead gets it from the data and the network: leave it out",
     "--data.imbalance_ration 20": "--data.imbalance_ration: Digits takes no argument 'imbalance_ration'; near matches: imbalance_ratio",
     "--monitor.every 2": "--monitor.every: NeuralCollapseMonitor takes no argument 'every'; near matches: every_n_epochs",
     "-c wrong.yaml": "--data.imbalance: Digits takes no argument 'imbalance'; near matches: imbalance_ratio",
