@@ -1,0 +1,152 @@
+"""Searches the strong recipe of CIFAR-10-LT for the best arm with a fixed frame, by successive halving on held-out training images.
+
+Each stage trains its candidates on 90 % of the training images, ranks them by the accuracy on the other tenth (500 images a class), and
+hands the best to the next, longer stage; the control goes through all of them. The test images are not touched. What has been tried is
+in notebooks/evaluations/search_recipe.json, and is not tried again; a stopped run goes on:
+
+    OMP_NUM_THREADS=1 python -m notebooks.search_recipe --jobs 2
+"""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from argparse import ArgumentParser
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+LOG = Path("notebooks/evaluations/search_recipe.json")
+RUNS = Path("cifar10_lt_search")
+SEED = 0
+SHOWN = ["val/acc", "val/acc_head", "val/acc_middle", "val/acc_tail", "val/ece", "nc/train/alignment", "nc/train/nc1"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An arm and what changes it.
+
+    Attributes:
+        arm: The name of the arm.
+        options: Further options.
+        passes: Forward and backward passes of a step; it gets so many times fewer epochs.
+        first: The candidate whose run it goes on from, as the arm itself says; such an arm is trained without the recipe.
+    """
+
+    arm: str
+    options: tuple[str, ...] = ()
+    passes: int = 1
+    first: str | None = None
+
+
+SQRT = ("--data.sampler", "sqrt", "--model.loss.tau", "0.5")
+AFTERWARDS = ("--model.logit_adjustment", "1")
+CONTROL = "balanced_softmax"
+CANDIDATES = {
+    CONTROL: Candidate("balanced_softmax"),
+    "balanced_softmax, half by sampling": Candidate("balanced_softmax", SQRT),
+    "etf_ce_la, scale 16": Candidate("etf_ce_la"),
+    "etf_ce_la, scale 30": Candidate("etf_ce_la", ("--model.head.scale", "30")),
+    "etf_ce_la, learnt scale": Candidate("etf_ce_la", ("--model.head.learn_scale", "true")),
+    "etf_ce_la, half by sampling": Candidate("etf_ce_la", SQRT),
+    "etf_bce": Candidate("etf_bce"),
+    "etf_nonl": Candidate("etf_nonl"),
+    "rbl": Candidate("rbl"),
+    "etf_ce_la_sam": Candidate("etf_ce_la_sam", passes=2),
+    "ce, adjusted afterwards": Candidate("ce", AFTERWARDS),
+    "etf_ce, adjusted afterwards": Candidate("etf_ce", AFTERWARDS),
+    "etf_mislas": Candidate("etf_mislas", first="etf_ce, adjusted afterwards"),
+}
+STAGES = ((30, len(CANDIDATES)), (80, 5))  # epochs, and how many candidates
+
+
+def folder(name: str, epochs: int) -> Path:
+    """The run folder of a candidate, under `runs`."""
+    return RUNS / f"epochs{epochs}" / re.sub(r"\W+", "_", name)
+
+
+def command(name: str, epochs: int) -> list[str]:
+    """The arguments of `etflight` that train a candidate in the stage of so many epochs."""
+    candidate = CANDIDATES[name]
+    recipe = ["protocols/strong"] if candidate.first is None else []
+    files = ["data/cifar10_lt", "trainer/every_tenth", f"arms/{candidate.arm}", *recipe]
+    if candidate.first is None:
+        trained = epochs // candidate.passes
+        # the averaged weights cover the same part of the run as in 200 epochs
+        decay = 1 - 0.001 * 200 / trained
+        length = ["--trainer.max_epochs", str(trained), "--trainer.callbacks.init_args.decay", f"{decay:.5f}"]
+    else:
+        length = ["--fine_tuning.checkpoint", f"runs/{folder(candidate.first, epochs)}/checkpoints/last.ckpt"]
+    return [
+        "fit",
+        *(word for file in files for word in ("-c", f"configs/{file}.yaml")),
+        *candidate.options,
+        *length,
+        *("--data.val_fraction", "0.1"),
+        *("--trainer.check_val_every_n_epoch", "5"),
+        *("--monitor.every_n_epochs", "5"),
+        *("--seed_everything", str(SEED)),
+        *("--name", str(folder(name, epochs))),
+        *("--ckpt_path", "last"),
+    ]
+
+
+def train(name: str, epochs: int) -> dict[str, Any]:
+    """Train a candidate, or go on with it, and return what the log keeps."""
+    print(name, epochs, flush=True)
+    run = "runs" / folder(name, epochs)
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / "search.log").open("a") as output:
+        words = [sys.executable, "-m", "etflight", *command(name, epochs)]
+        subprocess.run(words, check=True, stdout=output, stderr=subprocess.STDOUT)
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    last = {key: next(float(row[key]) for row in reversed(rows) if row.get(key)) for key in SHOWN}
+    record = json.loads((run / "run.json").read_text())
+    return {
+        "candidate": name,
+        "epochs": epochs,
+        **{key: round(value, 4) for key, value in last.items()},
+        **{key: record[key] for key in ("seed", "command", "commit")},
+        "hardware": record["hardware"]["cpu"],
+    }
+
+
+def best(log: Iterable[dict[str, Any]], count: int) -> list[str]:
+    """The control and the best others of a stage, so many together, and those that one of them goes on from."""
+    ranked = sorted(log, key=lambda entry: -entry["val/acc"])
+    others = [entry["candidate"] for entry in ranked if entry["candidate"] != CONTROL]
+    chosen = [CONTROL, *others[: count - 1]]
+    return list(dict.fromkeys([first for name in chosen if (first := CANDIDATES[name].first)] + chosen))
+
+
+def main() -> None:
+    """Run what has not been run yet, and keep the log after each run."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on one thread each")
+    jobs = parser.parse_args().jobs
+    log: list[dict[str, Any]] = json.loads(LOG.read_text()) if LOG.is_file() else []
+    lock = Lock()
+
+    def run(name: str, epochs: int) -> None:
+        entry = train(name, epochs)
+        with lock:
+            log.append(entry)
+            LOG.write_text(json.dumps(log, indent=2) + "\n")
+
+    for stage, (epochs, count) in enumerate(STAGES):
+        before = [entry for entry in log if stage and entry["epochs"] == STAGES[stage - 1][0]]
+        names = best(before, count) if stage else list(CANDIDATES)
+        for later in (False, True):  # those that go on from another come after it
+            done = {entry["candidate"] for entry in log if entry["epochs"] == epochs}
+            due = [n for n in names if n not in done and (CANDIDATES[n].first is not None) == later]
+            with ThreadPoolExecutor(jobs) as pool:
+                list(pool.map(run, due, [epochs] * len(due)))
+
+
+if __name__ == "__main__":
+    main()
