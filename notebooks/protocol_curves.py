@@ -55,17 +55,23 @@ def mean_cosine(gram: np.ndarray) -> float:
 
 
 def figure(known: dict[str, dict[str, Any]]) -> Figure:
-    """NC1, alignment and the angles between the three rarest classes, over the epochs."""
+    """NC1, alignment and the angles between the three rarest classes, over the epochs: a colour for each arm, a line for each seed."""
     shown = [
         ("nc/train/nc1", "NC1, training images"),
         ("nc/train/alignment", "alignment, training images"),
         ("cos_means_tail", "cosine between the means of the 3 rarest classes"),
         ("cos_vectors_tail", "cosine between their class vectors"),
     ]
+    arms = sorted({run.partition(", ")[0] for run in known})
+    colour = dict(zip(arms, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
     drawn, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
     for axis, (key, title) in zip(axes.flat, shown, strict=True):
         for run, values in sorted(known.items()):
-            axis.plot(values["epoch"], values[key], label=run, marker=".", markersize=3)
+            arm = run.partition(", ")[0]
+            label = arm if run == min(other for other in known if other.startswith(f"{arm}, ")) else None
+            axis.plot(
+                values["epoch"], values[key], label=label, color=colour[arm], marker=".", markersize=3, linewidth=1
+            )
         axis.set_title(title, fontsize=10)
         axis.axvspan(160, 200, color="0.93", zorder=0)
         if key == "nc/train/nc1":
