@@ -68,7 +68,7 @@ def figure(known: dict[str, dict[str, Any]]) -> Figure:
     for axis, (key, title) in zip(axes.flat, shown, strict=True):
         for run, values in sorted(known.items()):
             arm = run.partition(", ")[0]
-            label = arm if run == min(other for other in known if other.startswith(f"{arm}, ")) else None
+            label = None if arm in axis.get_legend_handles_labels()[1] else arm
             axis.plot(
                 values["epoch"], values[key], label=label, color=colour[arm], marker=".", markersize=3, linewidth=1
             )
