@@ -87,6 +87,8 @@ def describe_error(error: BaseException) -> str:
         )
     if "DataLoader worker" in message:
         return f"a loader process died ({message[:160]}), often for want of memory: give a smaller --data.num_workers"
+    if "InvalidCxxCompiler" in message:  # of torch.compile on a CPU
+        return "torch.compile finds no C++ compiler that works: install g++, name yours in CXX, or give --model.compile false"
     if type(error).__name__ == "MisconfigurationException":  # Lightning's own, whose text is for people
         return message
     return f"{type(error).__name__}: {message} (ETFLIGHT_DEBUG=1 shows where)"

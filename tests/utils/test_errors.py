@@ -4,9 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import torch._inductor.config
 
 from etflight.utils import errors
-from etflight.utils.errors import UserError, print_dead_process, print_error, user_error_in
+from etflight.utils.errors import UserError, describe_error, print_dead_process, print_error, user_error_in
 
 
 def test_the_users_error_is_found_below_whatever_wrapped_it():
@@ -17,6 +19,15 @@ def test_the_users_error_is_found_below_whatever_wrapped_it():
     assert user_error_in(outer) is inner
     assert user_error_in(TypeError("alone")) is None
     assert user_error_in(None) is None
+
+
+def test_where_no_compiler_is_torch_compile_names_the_mend(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    compiled = torch.compile(lambda x: x.sin() + 1, backend="inductor")
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/g++")})
+    with no_compiler, pytest.raises(Exception, match="InvalidCxxCompiler") as caught:
+        compiled(torch.zeros(3))
+    assert "install g++" in describe_error(caught.value)
 
 
 @pytest.fixture
