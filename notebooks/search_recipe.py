@@ -50,6 +50,7 @@ CANDIDATES = {
     CONTROL: Candidate("balanced_softmax"),
     "balanced_softmax, half by sampling": Candidate("balanced_softmax", SQRT),
     "etf_ce_la, scale 16": Candidate("etf_ce_la"),
+    "etf_ce_la, scale 8": Candidate("etf_ce_la", ("--model.head.scale", "8")),
     "etf_ce_la, scale 30": Candidate("etf_ce_la", ("--model.head.scale", "30")),
     "etf_ce_la, learnt scale": Candidate("etf_ce_la", ("--model.head.learn_scale", "true")),
     "etf_ce_la, half by sampling": Candidate("etf_ce_la", SQRT),
