@@ -123,8 +123,9 @@ class Classifier(LightningModule):
         in_chans: The number of channels of the images.
         pretrained: Whether the backbone starts from timm's weights.
         model_kwargs: Further arguments of timm's model, such as `{"width": 2}` for the CIFAR ResNets.
-        logit_adjustment: The τ of post-hoc logit adjustment (Menon et al. 2021): validation, test and predict decide by `z - τ log π`, with
-            the training frequencies π that the checkpoint holds. Training and the logged losses do not use it.
+        logit_adjustment: The τ of post-hoc logit adjustment (Menon et al. 2021): validation, test and predict decide by `z - τ T log π`,
+            with the training frequencies π that the checkpoint holds and the temperature T whose softmax the loss implies: 1 for
+            cross-entropy, the loss's `default_temperature` for others. Training and the logged losses do not use it.
         adjustment: "additive" as above, or "multiplicative", which decides by `z π^(-τ)` (Hasegawa & Sato, ICLR 2024).
         layer_decay: The factor of the learning rate from a layer of the backbone to the one before it, above 0 and up to 1; the head has
             the optimizer's own rate. With 1 all layers have that rate. It is meant for fine-tuning.
@@ -445,7 +446,9 @@ class Classifier(LightningModule):
                 "logit_adjustment needs the training counts, which this model does not hold: give class_counts, or leave it out"
             )
         log_p = log_prior(self.class_counts.to(logits))
-        return logits - tau * log_p if self.hparams["adjustment"] == "additive" else logits * (-tau * log_p).exp()
+        if self.hparams["adjustment"] == "multiplicative":
+            return logits * (-tau * log_p).exp()
+        return logits - tau * self.loss.default_temperature(self.head) * log_p
 
     # --- epochs ------------------------------------------------------------------------------------------------------------
 
@@ -803,7 +806,8 @@ class Classifier(LightningModule):
             self.is_calibrated = checkpoint["temperature"] == "fitted"
         elif temperature.numel() == 1:  # an older one does not say, and has 1 where none was fitted
             self.is_calibrated = float(temperature) != 1
-            if not self.is_calibrated:
+            # the buffer is not a number if the class vectors were to come from the checkpoint
+            if not self.is_calibrated and self.temperature.isfinite():
                 state["temperature"] = self.temperature.clone()
         self.preprocessing = Preprocessing.in_checkpoint(checkpoint) or self.preprocessing
         self.fingerprint = fingerprint_in(checkpoint) or self.fingerprint
@@ -832,17 +836,20 @@ class Classifier(LightningModule):
             )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights as any module does.
+        """Load weights as any module does; the loss takes the training counts among them.
 
         Raises:
             UserError: They are those of another model.
         """
         try:
-            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+            result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         except RuntimeError as error:
             raise UserError(
                 f"the checkpoint's weights are those of another model: {shorten(str(error), 300, placeholder=' …')}"
             ) from error
+        if bool(self.class_counts.any()):
+            self.loss.set_class_counts(self.class_counts)
+        return result
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -874,8 +881,6 @@ class Classifier(LightningModule):
             model = cls(**plain_hyperparameters(checkpoint, kwargs))
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"], strict=strict is not False)
-        if bool(model.class_counts.any()):
-            model.loss.set_class_counts(model.class_counts)
         return model
 
 

@@ -81,7 +81,7 @@ class Loss(nn.Module, ABC):
         self.class_balance = class_balance
 
     def set_class_counts(self, class_counts: Tensor) -> None:
-        """Set the training counts `[K]`, which some losses and balances need; the tensor is kept, not copied.
+        """Set the training counts `[K]`, which some losses and balances need; the first step moves them to its device.
 
         Raises:
             UserError: They are not counts, or no class has an image.
@@ -116,6 +116,12 @@ class Loss(nn.Module, ABC):
                 "train with a data module that has class_counts, or call set_class_counts"
             )
         return self._class_counts
+
+    def _counts_like(self, logits: Tensor) -> Tensor:
+        """The training counts `[K]`, of the dtype and on the device of `logits`."""
+        # moved once: a copy from the host in every step would wait for the device
+        self._class_counts = self.training_counts().to(logits.device)
+        return self._class_counts.to(logits.dtype)
 
     def check_head(self, head: nn.Module) -> None:
         """Raise `UserError` if this loss cannot train that head; most losses can train any head."""
@@ -195,7 +201,7 @@ class Loss(nn.Module, ABC):
             counts = step_counts
             weights = counts.sum() / (counts > 0).sum() / counts.clamp(min=1e-12)
         else:
-            counts = self.training_counts().to(step_counts)
+            counts = self._counts_like(step_counts)
             weights = counts.sum() / len(counts) / counts.clamp(min=1e-12)
             if self.class_balance == "effective":
                 log_beta = math.log(self.beta) if self.beta > 0 else -math.inf
@@ -414,7 +420,7 @@ class LDAMLoss(Loss):
         return _at_target(F.softplus(excess), target)
 
     def _margins(self, logits: Tensor) -> Tensor:
-        counts = _positive(self.training_counts().to(logits))
+        counts = _positive(self._counts_like(logits))
         return self.max_margin * (counts.min() / counts) ** 0.25
 
 
@@ -447,7 +453,7 @@ class LogitAdjustedLoss(Loss):
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the cross-entropies `[B]` of adjusted logits."""
         if self.training:
-            logits = logits + self.tau * log_prior(self.training_counts().to(logits))
+            logits = logits + self.tau * log_prior(self._counts_like(logits))
         return F.cross_entropy(logits, target, reduction="none")
 
 
@@ -493,7 +499,7 @@ class LabelAwareSmoothingLoss(Loss):
         return -_at_target((1 - smoothing) * log_p + smoothing * log_p.mean(dim=1, keepdim=True), target)
 
     def _smoothing(self, logits: Tensor) -> Tensor:
-        counts = _positive(self.training_counts().to(logits))
+        counts = _positive(self._counts_like(logits))
         fraction = (counts - counts.min()) / (counts.max() - counts.min()).clamp(min=1e-12)
         match self.shape:
             case "concave":
@@ -603,7 +609,7 @@ class BinaryCrossEntropyLoss(Loss):
     def _bias(self, logits: Tensor) -> Tensor | float:
         if self.tau == 0:
             return 0.0
-        counts = self.training_counts().to(logits) if self.training else torch.ones_like(logits[0])
+        counts = self._counts_like(logits) if self.training else torch.ones_like(logits[0])
         counts = _positive(counts)
         return self.tau * (counts / (counts.sum() - counts)).log()
 

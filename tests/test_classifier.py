@@ -12,7 +12,7 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from etflight import Classifier, CrossEntropyLoss, DotRegressionLoss, ETFHead, LinearHead
+from etflight import Classifier, CrossEntropyLoss, DotRegressionLoss, ETFHead, LinearHead, LogitAdjustedLoss, NONLLoss
 from etflight.data import Digits
 from etflight.optim import WarmupCosine
 from etflight.utils.errors import UserError
@@ -276,6 +276,37 @@ def test_temperature_is_fitted_on_held_out_validation_and_never_on_the_test_set(
     result = run.test(held_out, Digits(batch_size=32, val_fraction=0.2), verbose=False)[0]
     assert torch.equal(held_out.temperature, before)
     assert result["test/ece_calibrated"] < result["test/ece"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "temperature"),
+    [
+        (CrossEntropyLoss, 1.0),
+        (NONLLoss, 0.1),
+        (
+            DotRegressionLoss,
+            (1 + 1 / 9) / math.log(9 * 0.99 / 0.01),
+        ),  # probability 0.99 at the class vector, ten classes
+    ],
+)
+def test_post_hoc_logit_adjustment_divides_the_probabilities_of_any_loss_by_the_prior(loss, temperature):
+    counts = torch.tensor([500, 300, 200, 100, 60, 40, 20, 10, 5, 5])
+    model = small(head=ETFHead, loss=loss, class_counts=counts.tolist(), logit_adjustment=1.0).eval()
+    with torch.no_grad():
+        divided = (model(IMAGES).double() / temperature).softmax(1) / counts
+        torch.testing.assert_close(
+            model.predict_step((IMAGES, TARGET), 0).double(),
+            divided / divided.sum(1, keepdim=True),
+            rtol=1e-4,
+            atol=1e-6,
+        )
+
+
+def test_weights_that_are_loaded_bring_the_loss_its_counts():
+    trained = small(head=LinearHead, loss=LogitAdjustedLoss, class_counts=list(range(10, 110, 10)))
+    fresh = small(head=LinearHead, loss=LogitAdjustedLoss)
+    fresh.load_state_dict(trained.state_dict())
+    assert torch.equal(fresh.loss.training_counts(), trained.class_counts)
 
 
 def test_averaged_weights_are_adjusted_by_the_class_counts_before_the_first_step_too():

@@ -350,6 +350,15 @@ def test_what_are_no_counts_is_refused(counts, reason):
         LDAMLoss().set_class_counts(torch.tensor(counts))
 
 
+@pytest.mark.parametrize(
+    "make", [*COUNTING, *(partial(CrossEntropyLoss, class_balance=balance) for balance in ("global", "effective"))]
+)
+def test_the_first_step_takes_the_counts_to_its_device_and_no_other_step_waits_for_them(make):
+    loss = counted(make(), COUNTS.clone())
+    loss(LOGITS.to("meta"), TARGET.to("meta"))
+    assert loss.training_counts().device == torch.device("meta")
+
+
 @pytest.mark.parametrize("balance", BALANCES)
 def test_from_target_logits_equals_the_loss_of_all_logits(balance):
     head = ETFHead(8, K).eval()

@@ -26,7 +26,8 @@ class PostHoc(Callback, ABC):
     logits of the model's own head, so it is 1 meanwhile.
 
     Raises:
-        UserError: It is used in training, where there is nothing to replace yet.
+        UserError: It is used in training, where there is nothing to replace yet, or on a model with a `logit_adjustment`, which is for
+            the logits of the model's own head.
     """
 
     _own: tuple[Head, Tensor] | None = None
@@ -41,7 +42,12 @@ class PostHoc(Callback, ABC):
         """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse to train."""
+        """Refuse to train, and to be adjusted."""
+        if tau := cast(Classifier, pl_module).hparams["logit_adjustment"]:
+            raise UserError(
+                f"logit_adjustment {tau:g} is for the logits of the trained head, in place of which {type(self).__name__} decides: "
+                "give --model.logit_adjustment 0"
+            )
         if stage == "fit":
             raise UserError(
                 f"{type(self).__name__} takes a trained model and trains nothing: "

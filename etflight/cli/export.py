@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from etflight.classifier import Classifier
-from etflight.cli.checkpoint_option import add_imports, data_as_trained, import_modules
+from etflight.cli.checkpoint_option import add_imports, data_as_trained, import_modules, load_classifier
 from etflight.cli.data_option import data_parser, parse
 from etflight.cli.parser import OneLineParser
 from etflight.export import graph
@@ -37,18 +37,19 @@ def main(argv: Sequence[str]) -> None:
     if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} exists already and stays as it is: give a new folder")
     import_modules(config.imports)
-    classifier = Classifier.load_from_checkpoint(config.checkpoint).eval().requires_grad_(False)
+    checkpoint, classifier = load_classifier(config.run)
+    classifier.eval().requires_grad_(False)
     preprocessing = classifier.preprocessing
     if config.get("data") is not None:
-        preprocessing = data_as_trained(parser, config, classifier, config.checkpoint).preprocessing
+        preprocessing = data_as_trained(parser, config, classifier, str(checkpoint)).preprocessing
     if preprocessing is None:
         raise UserError(
-            f"checkpoint {config.checkpoint} does not say how its images were normalised, since it was trained without a data module of "
+            f"checkpoint {checkpoint} does not say how its images were normalised, since it was trained without a data module of "
             "etflight's, or with an earlier version: give its data, as in --data FashionMNIST or -c RUN/config.yaml"
         )
     with _new_folder(output) as folder:
         calibrated = _write(config.format, classifier, preprocessing, folder)
-        run = _run_of(Path(config.checkpoint))
+        run = _run_of(checkpoint)
         name = output.name if run is None else run.name
         card, problems = model_card(name, classifier, preprocessing, calibrated, run, config.license)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -120,7 +121,9 @@ def _parser() -> OneLineParser:
         required=False,
     )
     parser.add_argument(
-        "checkpoint", type=str, help="Checkpoint of etflight; averaged weights (EMA) where it has them."
+        "run",
+        type=str,
+        help="Run folder, whose last checkpoint is taken, or a checkpoint; averaged weights (EMA) where it has them.",
     )
     parser.add_argument("--output", type=str, required=True, help="Folder to write; it must be new or empty.")
     parser.add_argument(

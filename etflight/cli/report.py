@@ -43,7 +43,6 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "-o",
         "--output",
-        "--html",
         type=Path,
         metavar="FILE.html",
         help="write a page with tables, curves, heat maps and triangle views, all inside one file (needs the extra etflight[report])",

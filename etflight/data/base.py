@@ -307,11 +307,16 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @property
     def fingerprint(self) -> str:
-        """`content`, a dash, and twelve more digits that identify the choice of training images within the set, and wrong labels."""
+        """`content`, a dash, and twelve more digits that identify the choice of training images within the set, and labels of its own."""
         chosen = self.subset_indices
-        if self.label_noise:
+        if self._labels_are_free:
             chosen = np.concatenate([chosen, self.split("train").labels.numpy()])
         return f"{self.content}-{fingerprint(chosen)}"
+
+    @property
+    def _labels_are_free(self) -> bool:
+        """Whether the labels do not follow from the choice of images."""
+        return bool(self.label_noise)
 
     @classmethod
     def name_with(cls, options: Mapping[str, Any]) -> str:

@@ -92,6 +92,10 @@ class ClassSubset(ImageDataModule):
         """Twelve hexadecimal digits that identify the training images of the whole set."""
         return self.images.content
 
+    @property
+    def _labels_are_free(self) -> bool:
+        return super()._labels_are_free or self.labels != sorted(self.labels)
+
     def prepare_data(self) -> None:
         """Let the set download what is missing, if asked to."""
         self.images.prepare_data()

@@ -510,6 +510,8 @@ def nc3(
     Scalar in [0, 4] (squared); 0 under perfect collapse. From Papyan, Han & Donoho 2020, section "Self-duality"; squared in
     Yang et al. 2022.
     """
+    if int(_present(stats).sum()) < 2:
+        return _undefined(stats)
     means, vectors = _chosen(stats, weight, "both", global_mean, True, center_weight)
     distance: Tensor = (means / means.norm() - vectors / vectors.norm()).norm()
     return distance.square() if squared else distance

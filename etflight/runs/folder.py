@@ -77,6 +77,12 @@ def claim_for_results(folder: Path, trained_in: Path | None, checkpoint: Path) -
         UserError: The folder belongs to another training, or has results of another checkpoint.
     """
     if same_folder(folder, trained_in):
+        last = last_checkpoint(folder)
+        if last.is_file() and checkpoint.is_file() and not last.samefile(checkpoint):
+            raise UserError(
+                f"{checkpoint} is not the last checkpoint of run folder {folder}, whose results are those of {last.name}: "
+                "give its own results a --name"
+            )
         return
     known, tested = read_record(folder).get("checkpoint"), str(checkpoint.absolute())
     if known not in (None, tested) and (folder / "test_metrics.json").is_file():

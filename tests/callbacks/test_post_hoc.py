@@ -191,6 +191,15 @@ def test_a_user_method_decides_predictions_too(run, etflight_command):
     assert "Contrary decides in place of the trained LinearHead" in result.out + result.err
 
 
+def test_logits_of_another_head_are_not_adjusted(run, etflight_command):
+    cwd, of_checkpoint = run
+    both = ["--post_hoc", "NearestClassMean", "--model.logit_adjustment", 1, "--name", "both"]
+    refused = etflight_command("test", *of_checkpoint, *both, cwd=cwd)
+    refused.assert_refused(
+        "logit_adjustment 1 is for the logits of the trained head", "give --model.logit_adjustment 0"
+    )
+
+
 def test_training_with_a_post_hoc_method_is_one_line_and_leaves_nothing(etflight_command, tmp_path):
     result = etflight_command(*FIT, "--post_hoc", "NearestClassMean", cwd=tmp_path)
     result.assert_refused("takes a trained model and trains nothing: etflight test")

@@ -165,6 +165,21 @@ def test_results_of_another_checkpoint_are_not_replaced(run, etflight_command, t
     )
 
 
+def test_results_of_an_earlier_epoch_do_not_pass_for_those_of_the_last(run, etflight_command, tmp_path):
+    training = shutil.copytree(run[1], tmp_path / "runs/first")
+    earlier = shutil.copy(training / "checkpoints/last.ckpt", training / "checkpoints/epoch=0-step=1.ckpt")
+    words = ["test", "--data", "Digits", "--data.imbalance_ratio", 20, "--ckpt_path", earlier, *QUIET]
+    before = {p: p.stat().st_mtime_ns for p in training.rglob("*")}
+    refused = etflight_command(*words, cwd=tmp_path)
+    refused.assert_refused(
+        "epoch=0-step=1.ckpt is not the last checkpoint of run folder", "give its own results a --name"
+    )
+    assert {p: p.stat().st_mtime_ns for p in training.rglob("*")} == before
+    etflight_command.succeed(*words, "--name", "earlier", cwd=tmp_path)
+    record = json.loads((tmp_path / "runs/earlier/run.json").read_text())
+    assert record["checkpoint"] == str(earlier)
+
+
 def test_last_resumes_this_run_and_continues_its_metrics(etflight_command, tmp_path):
     """The logger is one that asks for a folder, which it gets in that of the run."""
     fit = ["fit", *DIGITS, *ONE_BATCH, "--trainer.logger", "TensorBoardLogger", "--name", "r", "--ckpt_path", "last"]

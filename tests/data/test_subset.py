@@ -40,6 +40,11 @@ def test_the_fingerprint_has_the_content_of_the_whole_set_and_the_choice_within_
     assert fives != sixes
 
 
+def test_the_same_classes_in_another_order_are_other_training_data():
+    assert ClassSubset(Digits(), "0,1").fingerprint == ClassSubset(Digits(), "0-1").fingerprint
+    assert ClassSubset(Digits(), "1,0").fingerprint != ClassSubset(Digits(), "0,1").fingerprint
+
+
 def test_profile_and_validation_images_are_taken_within_the_classes():
     data = ClassSubset(Digits(), "3-5", imbalance_ratio=10, max_count=50, val_fraction=0.1)
     assert data.class_counts.tolist() == [50, 15, 5]

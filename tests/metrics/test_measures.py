@@ -257,7 +257,7 @@ def test_fewer_than_two_classes_give_nan_and_no_error(counts):
     features, labels = clusters(3, 4, counts=counts)
     weight, bias = class_vectors(3, 4)
     result = measures.summary(collect(features, labels, 3), weight, bias)
-    undefined = {"nc1", "nc1_ratio", "cdnv", "nc2_equinorm"} | {"etf_distance", "cos_means", "cos_cross_std"}
+    undefined = {"nc1", "nc1_ratio", "cdnv", "nc2_equinorm"} | {"nc3", "etf_distance", "cos_means", "cos_cross_std"}
     assert not {key for key in undefined | {"effective_rank"} if not result[key].isnan()}
     assert result["missing_classes"] == counts.count(0)
 
