@@ -16,6 +16,8 @@ from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.trainer import data_module, refuse_if_never_reached
 from etflight.utils.training_data import other_preprocessing
 
+_NEAR = 0.05  # between means, or deviations, of pixels in [0, 1]; common roundings of the same differ by less
+
 
 class FineTuning(Callback):
     """Starts training from a file of weights or parts of a checkpoint, and keeps parts of the model as they are.
@@ -36,7 +38,8 @@ class FineTuning(Callback):
         load: Which part of the checkpoint goes into which part of this model.
         freeze: Parts of this model that do not train; names inside the backbone, such as "layer1", work too.
         weights: A file for the backbone, `.safetensors` or written by `torch.save`, with the names that timm gives the backbone's
-            weights; its classifier is left out. Images must be normalised (`mean`, `std` of the data) like those it was trained on.
+            weights; its classifier is left out. Images must be normalised (`mean`, `std` of the data) like those it was trained on; a
+            warning says where timm expects something else.
         unfreeze_epoch: The first epoch, counted from 0, in which the frozen parts train too; with None they never do.
         freeze_statistics: Whether frozen parts are in evaluation mode; if not, they are in training mode without gradients, so BatchNorm
             normalises by the batch and keeps updating its statistics (MiSLAS' `shift_bn`).
@@ -110,6 +113,10 @@ class FineTuning(Callback):
             return
         if self.weights is not None:
             self._take_weights(self.weights, pl_module)
+        if self.weights is not None or pl_module.hparams.get("pretrained"):
+            expected = _other_normalisation(pl_module, data_module(trainer))
+            if expected and trainer.is_global_zero:
+                warn(f"timm's weights expect {expected}: give these, unless your weights are others")
         if self.checkpoint is not None:
             content = read_checkpoint(self.checkpoint)
             self._take_parts(self.checkpoint, content, pl_module)
@@ -158,6 +165,19 @@ class FineTuning(Callback):
                 )
             module.load_state_dict(state)
         rank_zero_info(f"weights of {', '.join(self.load)} taken from {path}")
+
+
+def _other_normalisation(model: LightningModule, data: Any) -> str | None:
+    """The options that normalise images as timm says for the weights of the backbone, where the data do it otherwise; else None."""
+    known = getattr(getattr(model, "backbone", None), "pretrained_cfg", None) or {}
+    own = getattr(data, "preprocessing", None)
+    options = []
+    for name in ("mean", "std") if own is not None else ():
+        expected, there = known.get(name) or (), getattr(own, name)
+        near = all(abs(one - other) < _NEAR for one, other in zip(expected, there, strict=False))
+        if len(expected) == len(there) and not near:
+            options.append(f"--data.{name} '{list(expected)}'")
+    return " ".join(options) or None
 
 
 def _part(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

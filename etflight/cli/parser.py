@@ -1,5 +1,6 @@
 """A parser that says in one line what is wrong with a command line."""
 
+import re
 import sys
 from collections.abc import Mapping
 from typing import ClassVar, NoReturn
@@ -35,5 +36,18 @@ class OneLineParser(ArgumentParser):
             super().error(message, ex)
         words = (*self.prog.split(), *getattr(self, "args", ()))
         command = " ".join(["etflight", *[word for word in words if word in STAGES | OTHERS][:1]])
-        print(f"etflight: error: {in_one_line(message, self.bases)} (see {command} --help)", file=sys.stderr)
+        text = in_one_line(message, self.bases) + self._meant(message)
+        print(f"etflight: error: {text} (see {command} --help)", file=sys.stderr)
         raise SystemExit(2)
+
+    def _meant(self, message: str) -> str:
+        """Write `; did you mean --model.optimizer?` for an unknown `--optimizer`, which is that of LightningCLI."""
+        unknown = re.search(r"unrecognized arguments: --(\w+)", message)
+        if unknown is None:
+            return ""
+        full = dict.fromkeys(
+            f"--{group}.{name}"
+            for group, _, rest in (key.partition(".") for key, _ in self.get_defaults().items())
+            if (name := rest.partition(".")[0]) == unknown[1]
+        )
+        return f"; did you mean {' or '.join(full)}?" if full else ""

@@ -80,6 +80,20 @@ class Parser(OneLineParser, LightningArgumentParser):
             self.set_defaults(save_dir=".")
         return added
 
+    def add_method_arguments(self, *args: Any, skip: set[str | int] | None = None, **kwargs: Any) -> list[str]:
+        """Add those of the trainer's method, with our own words for the checkpoint, which `Place` finds and `SafeCheckpointIO` reads."""
+        ours = {"ckpt_path", "weights_only"}
+        added: list[str] = super().add_method_arguments(*args, skip={*(skip or ()), *ours}, **kwargs)
+        what = "to go on from" if self.stage == "fit" else "with the trained model"
+        self.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help=f"Checkpoint {what}: a file, or `last` for that of the run's own folder.",
+        )
+        self.add_argument("--weights_only", type=bool | None, default=None, help=SUPPRESS)  # nothing else is ever read
+        return [*added, *ours]
+
 
 class EtflightCLI(LightningCLI):
     """LightningCLI with run folders, a checkpoint's model as the default, and sizes linked to the data."""
@@ -99,9 +113,6 @@ class EtflightCLI(LightningCLI):
             default=None,
             help="Arm whose run on the same set this one starts from: it gives --fine_tuning.checkpoint.",
         )
-        parser.add_argument(
-            "--overlays", type=list[str] | None, help=SUPPRESS
-        )  # null in config.yaml of earlier versions
         parser.add_class_arguments(LastCheckpoint, "checkpoint")
         parser.add_class_arguments(FineTuning, "fine_tuning")
         parser.add_argument(
@@ -204,17 +215,13 @@ class EtflightCLI(LightningCLI):
         """Put the found checkpoint into the configuration, and claim the run folder.
 
         Raises:
-            UserError: The folder is another run's or cannot be written to, the first stage is missing, or `overlays` are given.
+            UserError: The folder is another run's or cannot be written to, or the first stage is missing.
         """
         config, place = self.config[self.subcommand], self.place
         # absolute, because a path that starts with "best", "registry:" or "http" is no file to Lightning
         config["ckpt_path"] = None if place.checkpoint is None else str(place.checkpoint.absolute())
         config["weights_only"] = True
         config["name"] = place.name
-        if config.pop("overlays"):
-            raise UserError(
-                "overlays is no option any more: give one file after another, -c data/SET.yaml -c arms/ARM.yaml"
-            )
         if self.subcommand == "test":  # `TestResults` prints; Lightning's table has all numbers in one column
             self.verbose, config["verbose"] = config["verbose"], False
         if self.subcommand != "fit":

@@ -46,13 +46,16 @@ def main(argv: Sequence[str]) -> None:
     whole = list(read_study(arguments.file).stages())
     stages = [[cell for cell in stage if _is_chosen(cell, arguments)] for stage in whole]
     cells = [cell for stage in stages for cell in stage]
-    if not cells:
-        there = [cell for stage in whole for cell in stage]
-        names = {kind: sorted({str(getattr(cell, kind)) for cell in there}) for kind in ("set_name", "arm", "seed")}
-        sets, arms, seeds = (", ".join(each) for each in names.values())
-        raise UserError(
-            f"{arguments.file} has none of these sets, arms and seeds: it has the sets {sets}, the arms {arms}, the seeds {seeds}"
-        )
+    for kind, attribute, asked in (
+        ("set", "set_name", arguments.sets),
+        ("arm", "arm", arguments.arms),
+        ("seed", "seed", arguments.seeds),
+    ):
+        there = sorted({getattr(cell, attribute) for stage in whole for cell in stage})
+        if unknown := [name for name in asked or [] if name not in there]:
+            raise UserError(
+                f"{arguments.file} has no {kind} {unknown[0]}: give some of {', '.join(map(str, there))} to --{kind}s"
+            )
     if arguments.dry_run:
         for cell in cells:
             for words in [*([cell.fit()] if cell.trains else []), cell.test()]:

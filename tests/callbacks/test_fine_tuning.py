@@ -14,7 +14,7 @@ import etflight.backbones  # noqa: F401  registers the models
 from etflight import Classifier, CrossEntropyLoss, LinearHead, ScaledLinearHead
 from etflight.callbacks import FineTuning
 from etflight.cli.stages import main
-from etflight.data import Digits
+from etflight.data import ArrayImages, Digits
 from etflight.utils.errors import UserError
 from tests import training
 from tests.left_by_runs import assert_resumes, read
@@ -131,6 +131,25 @@ def test_the_backbone_stays_as_it_was_given_until_its_epoch_and_all_of_it_moves_
     assert not [name for name, value in given.items() if torch.equal(states.states[2][name], value)]
     # a validation after every step has put each module back into its own mode
     assert states.modes == [(epoch, {epoch == 2}) for epoch in (0, 0, 1, 1, 2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("std", "said"),
+    [
+        (0.502, ""),  # another rounding of timm's 0.5
+        (
+            0.229,
+            "etflight: warning: timm's weights expect --data.std '[0.5, 0.5, 0.5]': give these, unless your weights are others\n",
+        ),
+    ],
+)
+def test_images_normalised_otherwise_than_the_weights_expect_are_told(std, said, tmp_path, capsys):
+    save_weights(tmp_path / "w.safetensors", "test_resnet")
+    training.save_arrays(tmp_path / "a.npz", shape=(8, 8, 3), classes=3)
+    data = ArrayImages(tmp_path / "a.npz", mean=[0.498] * 3, std=[std] * 3, batch_size=8)
+    model = Classifier(3, "test_resnet", head=LinearHead, loss=CrossEntropyLoss)
+    new_trainer(FineTuning(weights=str(tmp_path / "w.safetensors")), fast_dev_run=True).fit(model, data)
+    assert capsys.readouterr().err == said
 
 
 def test_parts_alone_stay_and_a_parameter_that_never_trains_is_not_set_free_with_its_part():

@@ -93,9 +93,6 @@ CASES = {
         1, ["contact_sheet.png has no describe.json beside it, so it is not of this command and stays as it is: give another --output"],
         lambda t: (t / "out").mkdir() or ((t / "out/contact_sheet.png").write_text("mine")
         and ["describe", "--data", "Digits", "--output", t / "out"])),
-    "an option of earlier versions": (
-        1, ["overlays is no option any more: give one file after another"],
-        lambda t: (t / "c.yaml").write_text("overlays: [other.yaml]") and [*DIGITS, "-c", "c.yaml"]),
     "a configuration file that says nothing": (
         2, ["Unexpected config: # later"], lambda t: (t / "c.yaml").write_text("# later") and ["fit", "-c", "c.yaml"]),
     "a configuration file with a section twice": (

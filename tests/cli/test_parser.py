@@ -29,6 +29,7 @@ CASES = {
     "--monitor.every 2": "--monitor.every: NeuralCollapseMonitor takes no argument 'every'; near matches: every_n_epochs",
     "-c wrong.yaml": "--data.imbalance: Digits takes no argument 'imbalance'; near matches: imbalance_ratio",
     "--bogus 1": "unrecognized arguments: --bogus 1",
+    "--optimizer AdamW": "unrecognized arguments: --optimizer AdamW; did you mean --model.optimizer?",
     "-c": "argument -c/--config: expected one argument",
 }  # fmt: skip
 

@@ -85,8 +85,11 @@ def test_a_part_of_a_study(write, etflight_command, tmp_path):
     result = etflight_command("study", "study.yaml", "--dry-run", "--arms", "focal", "--seeds", "4", cwd=tmp_path)
     assert [line.split()[1] for line in result.out.splitlines()] == ["fit", "test"]
     assert "tiny/focal/seed4" in result.out
-    nothing = etflight_command("study", "study.yaml", "--arms", "la", cwd=tmp_path)
-    nothing.assert_refused("has none of these sets, arms and seeds: ", "the arms ce, focal, the seeds 3, 4")
+    for given, unknown in (
+        (["--arms", "ce", "la"], "study.yaml has no arm la: give some of ce, focal to --arms"),
+        (["--seeds", "5"], "study.yaml has no seed 5: give some of 3, 4 to --seeds"),
+    ):
+        etflight_command("study", "study.yaml", *given, cwd=tmp_path).assert_refused(unknown)
 
 
 @pytest.mark.parametrize(
