@@ -47,7 +47,7 @@ demo: $(VENV)/.package
 	@echo "  $(BIN)/etflight configs                                            # the sets and methods there are"
 	@echo "  $(BIN)/etflight fit -c configs/data/folder.yaml --data.root photos # your own images: photos/train/CLASS/, photos/test/CLASS/"
 
-# The Fashion-MNIST table of the README from nothing: some 25 runs of 7 to 15 minutes; give the command again after a stop.
+# The arms of the Fashion-MNIST table, three seeds each, trained from nothing: some 25 runs of 7 to 15 minutes; give the command again after a stop.
 reproduce-fashion: $(VENV)/.package
 	$(BIN)/etflight study configs/studies/fashion_mnist_lt.yaml --jobs $(JOBS)
 

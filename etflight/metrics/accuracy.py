@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class Confusion(ExactMetric):
 
     Args:
         num_classes: K; `Classifier` keeps the counts of at most `MOST_CLASSES`.
+        kwargs: Arguments of `torchmetrics.Metric`.
 
     Example:
         >>> metric = Confusion(2)
@@ -60,23 +61,28 @@ class Confusion(ExactMetric):
 
     counts: Tensor
 
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.add_sum("counts", num_classes, num_classes)
 
     def update(self, predicted: Tensor, target: Tensor) -> None:
         """Add a batch.
 
         Args:
-            predicted: The predicted class indices `[B]`, int64, in [0, K).
-            target: The true class indices, likewise.
+            predicted: The predicted class indices `[B]`, int64, in [0, K), or logits or probabilities `[B, K]`.
+            target: The true class indices `[B]`, int64, in [0, K).
         """
-        cells = target * len(self.counts) + predicted
+        cells = target * len(self.counts) + _decisions(predicted)
         self.counts.view(-1).index_add_(0, cells, torch.ones_like(cells))
 
     def compute(self) -> Tensor:
         """Return the counts, int64 `[K, K]`, true classes in rows."""
         return self.counts.clone()
+
+
+def _decisions(predicted: Tensor) -> Tensor:
+    """Class indices `[B]`, of logits or probabilities `[B, K]` those of the largest."""
+    return predicted.argmax(dim=1) if predicted.ndim == 2 else predicted
 
 
 MANY_ABOVE = 100
@@ -178,10 +184,11 @@ class ShotAccuracy(ExactMetric):
     Args:
         num_classes: The number of classes K.
         shifts: The ratios of long-tailed test frequencies, for `shifted_accuracy` forward and backward.
+        class_counts: The number of training images of each class, `[K]`; see `set_class_counts`.
+        kwargs: Arguments of `torchmetrics.Metric`.
 
     Example:
-        >>> metric = ShotAccuracy(3)
-        >>> metric.set_class_counts(torch.tensor([500, 50, 5]))
+        >>> metric = ShotAccuracy(3, class_counts=torch.tensor([500, 50, 5]))
         >>> metric.update(torch.tensor([0, 1, 1, 0]), torch.tensor([0, 0, 1, 2]))
         >>> accuracies = {name: round(value.item(), 2) for name, value in metric.compute().items()}
         >>> {name: accuracies[name] for name in ("acc", "acc_macro", "acc_many", "acc_medium", "acc_few", "acc_worst")}
@@ -192,12 +199,14 @@ class ShotAccuracy(ExactMetric):
     total: Tensor
     predicted: Tensor
 
-    def __init__(self, num_classes: int, shifts: Sequence[int] = ()) -> None:
-        super().__init__()
+    def __init__(
+        self, num_classes: int, shifts: Sequence[int] = (), *, class_counts: Tensor | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
         for name in ("correct", "total", "predicted"):
             self.add_sum(name, num_classes)
         self.shifts = shifts
-        self._class_counts: Tensor | None = None
+        self._class_counts = class_counts
 
     def set_class_counts(self, class_counts: Tensor) -> None:
         """Set the training counts `[K]` that define the groups; without them there are no groups."""
@@ -207,9 +216,10 @@ class ShotAccuracy(ExactMetric):
         """Add a batch.
 
         Args:
-            predicted: The predicted class indices `[B]`, int64, in [0, K).
-            target: The true class indices, likewise.
+            predicted: The predicted class indices `[B]`, int64, in [0, K), or logits or probabilities `[B, K]`.
+            target: The true class indices `[B]`, int64, in [0, K).
         """
+        predicted = _decisions(predicted)
         self.total.index_add_(0, target, torch.ones_like(target))
         self.predicted.index_add_(0, predicted, torch.ones_like(predicted))
         self.correct.index_add_(0, target, (predicted == target).long())
@@ -281,6 +291,7 @@ class Reliability(ExactMetric):
 
     Args:
         bins: The number of bins M >= 1; the field's comparisons have 15.
+        kwargs: Arguments of `torchmetrics.Metric`.
 
     Source:
         Guo et al. 2017, "On Calibration of Modern Neural Networks".
@@ -297,8 +308,8 @@ class Reliability(ExactMetric):
     correct: Tensor
     confidence: Tensor
 
-    def __init__(self, bins: int = 15) -> None:
-        super().__init__()
+    def __init__(self, bins: int = 15, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.add_sum("counts", bins)
         self.add_sum("correct", bins)
         self.add_sum("confidence", bins, dtype=torch.double)

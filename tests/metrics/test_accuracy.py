@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import brentq, minimize_scalar
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_score, recall_score
+from torchmetrics import MetricCollection
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from etflight.metrics import Confusion, Reliability, ShotAccuracy, TemperatureFit
@@ -53,6 +54,19 @@ def test_accuracies_equal_those_of_scikit_learn():
             "acc_tail": recall[[0, 4]].mean(),
         }
     )
+
+
+def test_logits_count_as_their_decisions_and_counts_may_be_given_at_once():
+    predicted, target = decided()
+    counts = torch.tensor([19, 500, 101, 100, 1, 20, 40])
+    logits = 3 * F.one_hot(predicted, 7) + torch.rand(300, 7, generator=torch.Generator().manual_seed(1))
+    metric, confusion, of_decisions = ShotAccuracy(7, class_counts=counts), Confusion(7), Confusion(7)
+    both = MetricCollection([metric, confusion], compute_groups=False)
+    both.update(logits, target)
+    of_decisions.update(predicted, target)
+    result = {name: value.item() for name, value in metric.compute().items()}
+    assert result == accuracies(7, counts.tolist(), predicted, target)
+    assert torch.equal(confusion.compute(), of_decisions.compute())
 
 
 def test_scores_and_confusion_of_each_class_equal_those_of_scikit_learn():

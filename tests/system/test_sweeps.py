@@ -74,4 +74,7 @@ def test_a_trial_is_recorded_with_its_values_and_goes_on_after_a_stop(here, etfl
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["data"]["init_args"]["val_fraction"] == 0.1  # what is chosen is not chosen on test images
     for name, value in args.items():
-        assert str(value) in str(part_of(config, name)), name
+        found, given = part_of(config, name), yaml.safe_load(str(value))
+        chosen, options = (given["class_path"], given["init_args"]) if isinstance(given, dict) else (given, {})
+        assert str(chosen) in str(found), name
+        assert options.items() <= (found["init_args"].items() if options else set()), name
