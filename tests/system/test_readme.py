@@ -67,12 +67,16 @@ def trained(etflight_command, tmp_path_factory):
     for argv in (["fit", *config, *short], ["test", *config, "--ckpt_path", "last"]):
         etflight_command(*argv, cwd=folder).ran()
     run = folder / "runs/digits/etf_dr_balanced"
+    checkpoints = set(re.findall(r"runs/[\w/]+/checkpoints/\w+\.ckpt", TEXT))
     for name in {
-        *re.findall(r"(runs/[\w/]+)/checkpoints/last.ckpt", TEXT),
+        *(name.rpartition("/checkpoints/")[0] for name in checkpoints),
         *(word for command in commands(TEXT) for word in command.split() if re.fullmatch(r"runs/[\w/]+", word)),
     }:
         if not (folder / name).exists():
             shutil.copytree(run, folder / name)
+    for name in checkpoints:
+        if not (folder / name).exists():
+            shutil.copy(run / "checkpoints/last.ckpt", folder / name)
     own = [
         block
         for path in DOCS
