@@ -448,7 +448,8 @@ class Classifier(LightningModule):
         log_p = log_prior(self.class_counts.to(logits))
         if self.hparams["adjustment"] == "multiplicative":
             return logits * (-tau * log_p).exp()
-        return logits - tau * self.loss.default_temperature(self.head) * log_p
+        unit: float = self.loss.default_temperature(self.head)
+        return logits - tau * unit * log_p
 
     # --- epochs ------------------------------------------------------------------------------------------------------------
 
