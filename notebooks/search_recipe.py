@@ -54,6 +54,8 @@ CANDIDATES = {
     "etf_ce_la, scale 30": Candidate("etf_ce_la", ("--model.head.scale", "30")),
     "etf_ce_la, learnt scale": Candidate("etf_ce_la", ("--model.head.learn_scale", "true")),
     "etf_ce_la, half by sampling": Candidate("etf_ce_la", SQRT),
+    "etf_ce_la, half by sampling, scale 8": Candidate("etf_ce_la", (*SQRT, "--model.head.scale", "8")),
+    "etf_ce_la, half by sampling, learnt scale": Candidate("etf_ce_la", (*SQRT, "--model.head.learn_scale", "true")),
     "etf_ce_la, projection to 256": Candidate("etf_ce_la", ("--model.head.projection_dim", "256")),
     "etf_bce": Candidate("etf_bce"),
     "etf_nonl": Candidate("etf_nonl"),
