@@ -44,6 +44,7 @@ class Candidate:
 
 
 SQRT = ("--data.sampler", "sqrt", "--model.loss.tau", "0.5")
+LEARNT_COSINES = ("--model.loss", "LogitAdjustedLoss")  # with BatchNorm and normalisation, as the frame has them
 AFTERWARDS = ("--model.logit_adjustment", "1")
 CONTROL = "balanced_softmax"
 CANDIDATES = {
@@ -55,6 +56,10 @@ CANDIDATES = {
     "etf_ce_la, learnt scale": Candidate("etf_ce_la", ("--model.head.learn_scale", "true")),
     "etf_ce_la, half by sampling": Candidate("etf_ce_la", SQRT),
     "etf_ce_la, half by sampling, scale 8": Candidate("etf_ce_la", (*SQRT, "--model.head.scale", "8")),
+    "etf_ce_la, half by sampling, scale 5": Candidate("etf_ce_la", (*SQRT, "--model.head.scale", "5")),
+    "learnt cosines, half by sampling, scale 8": Candidate(
+        "ce_bn_norm", (*LEARNT_COSINES, *SQRT, "--model.head.cosine_scale", "8")
+    ),
     "etf_ce_la, half by sampling, learnt scale": Candidate("etf_ce_la", (*SQRT, "--model.head.learn_scale", "true")),
     "etf_ce_la, projection to 256": Candidate("etf_ce_la", ("--model.head.projection_dim", "256")),
     "etf_bce": Candidate("etf_bce"),
