@@ -124,6 +124,23 @@ def test_results_are_those_of_the_records(heading):
     assert checked >= 10
 
 
+def test_the_search_is_told_as_its_log_has_it():
+    """With every candidate, those that lost too."""
+    log = json.loads((ROOT / "notebooks/evaluations/search_recipe.json").read_text())
+    keys = [f"val/{key}" for key in ("acc", "acc_head", "acc_middle", "acc_tail", "ece")]
+    kept = {
+        (
+            run["candidate"],
+            str(run["epochs"]),
+            *(f"{100 * run[key]:.1f}" for key in keys),
+            f"{run['nc/train/alignment']:.2f}",
+        )
+        for run in log
+    }
+    _, *rows = table_under("The strong recipe, searched", "results.md")
+    assert {tuple(cell.replace("`", "") for cell in row) for row in rows} == kept
+
+
 def test_expected_measures_are_those_of_the_records():
     sets = {"digits": "digits", "Fashion-MNIST": "fashion_mnist_lt", "CIFAR-10": "cifar10_lt_short"}
     _, *rows = table_under("What to expect at the end", "concepts/reading.md")
