@@ -430,7 +430,8 @@ class LogitAdjustedLoss(Loss):
 
     `L = CE(z + τ log π, t)` with `π_k = n_k / N`. τ = 1 is *balanced softmax* (Ren et al., NeurIPS 2020, arXiv 2007.10740), τ = 0
     cross-entropy. The shift is the same for every target, so probabilities need no rule of their own. A class without training images
-    counts as the rarest that has some. `Classifier(logit_adjustment=τ)` adjusts a model afterwards instead, whatever its loss.
+    counts as the rarest that has some. With a sampler that draws class k in proportion to `n_k^q`, τ = q adjusts for what is drawn.
+    `Classifier(logit_adjustment=τ)` adjusts a model afterwards instead, whatever its loss.
 
     Args:
         tau: The strength τ >= 0 of the adjustment.

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from etflight.callbacks.post_hoc import TauNormalization
 from etflight.classifier import Classifier
 from etflight.data.sampler import ImbalancedSampler, resolve_policy
-from etflight.losses import ClassBalance, Loss, check_class_balance
+from etflight.losses import ClassBalance, LogitAdjustedLoss, Loss, check_class_balance
 from etflight.utils.errors import UserError
 from etflight.utils.trainer import callbacks_of, data_module, refuse_if_never_reached
 
@@ -116,8 +116,8 @@ class DoubleCorrection(Callback):
     """Warns in one line when a run corrects class frequencies in two ways that do not take account of each other.
 
     Re-sampling, weights in the loss and logit adjustment each make a model decide as if classes were balanced; two of them favour rare
-    classes beyond that. Only class balance `"batch"` weighs the drawn images, so it works with any sampler. In an evaluation the loss and
-    what decides count.
+    classes beyond that. Class balance `"batch"` weighs the drawn images, so it works with any sampler, and `LogitAdjustedLoss` does with
+    one whose exponent is its τ. In an evaluation the loss and what decides count.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -148,10 +148,22 @@ def corrections(loss: Loss, sampler: str | float | None, callbacks: list[Callbac
     if balances and not (samplers and set(balances) == {"batch"}):
         found.append(f"class balance {balances[0]!r}")
     if named := loss.frequency_correction():
-        found.append(named)
+        if samplers and not deferred and _is_of_what_is_drawn(loss, samplers[0]):
+            found[0] += f" with {named}"
+        else:
+            found.append(named)
     if tau:
         found.append(f"post-hoc logit_adjustment {tau:g}")
     return found + [f"TauNormalization (tau {c.tau:g})" for c in callbacks if isinstance(c, TauNormalization) and c.tau]
+
+
+_EXPONENTS: dict[str | float, float] = {"instance": 1.0, "sqrt": 0.5, "balanced": 0.0, "reverse": -1.0}
+
+
+def _is_of_what_is_drawn(loss: Loss, policy: str | float | None) -> bool:
+    """Whether the loss adjusts logits for exactly the class frequencies that are drawn: `τ log n` is the logarithm of `n^q` for τ = q."""
+    known = resolve_policy(cast("str | float", policy))
+    return isinstance(loss, LogitAdjustedLoss) and _EXPONENTS.get(known, known) == loss.tau
 
 
 def _draws_images_alike(policy: str | float | None) -> bool:

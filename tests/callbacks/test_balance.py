@@ -140,6 +140,11 @@ def test_an_epoch_a_loss_or_a_loader_that_cannot_be_had_is_refused_before_traini
         (DotRegressionLoss(class_balance="batch"), "balanced", {}, 1),  # weights of what was drawn
         (CrossEntropyLoss(class_balance="batch"), None, {"sampler": "balanced"}, 1),
         (LogitAdjustedLoss(class_balance="batch"), None, {}, 2),
+        (LogitAdjustedLoss(tau=0.5), "sqrt", {}, 1),  # the frequencies of what was drawn
+        (LogitAdjustedLoss(tau=0.3), 0.3, {}, 1),
+        (LogitAdjustedLoss(tau=0.5), "balanced", {}, 2),
+        (LogitAdjustedLoss(tau=0.5), "progressive", {}, 2),
+        (LogitAdjustedLoss(tau=0.5), None, {"sampler": "sqrt"}, 2),
         (BinaryCrossEntropyLoss(), 0.5, {}, 2),
         (BinaryCrossEntropyLoss(tau=0), 0.5, {}, 1),
         (LogitAdjustedLoss(), None, {"sampler": "reverse"}, 2),
