@@ -1,7 +1,7 @@
 """Searches the strong recipe of CIFAR-10-LT for the best arm with a fixed frame, by successive halving on held-out training images.
 
 Each stage trains its candidates on 90 % of the training images, ranks them by the accuracy on the other tenth (500 images a class), and
-hands the best to the next, longer stage; the control goes through all of them. The test images are not touched. What has been tried is
+hands the best to the next, longer stage; the controls go through all of them. The test images are not touched. What has been tried is
 in notebooks/evaluations/search_recipe.json, and is not tried again; a stopped run goes on:
 
     OMP_NUM_THREADS=1 python -m notebooks.search_recipe --jobs 2
@@ -46,9 +46,9 @@ class Candidate:
 SQRT = ("--data.sampler", "sqrt", "--model.loss.tau", "0.5")
 LEARNT_COSINES = ("--model.loss", "LogitAdjustedLoss")  # with BatchNorm and normalisation, as the frame has them
 AFTERWARDS = ("--model.logit_adjustment", "1")
-CONTROL = "balanced_softmax"
+CONTROLS = ("balanced_softmax", "balanced_softmax, half by sampling")
 CANDIDATES = {
-    CONTROL: Candidate("balanced_softmax"),
+    "balanced_softmax": Candidate("balanced_softmax"),
     "balanced_softmax, half by sampling": Candidate("balanced_softmax", SQRT),
     "etf_ce_la, scale 16": Candidate("etf_ce_la"),
     "etf_ce_la, scale 8": Candidate("etf_ce_la", ("--model.head.scale", "8")),
@@ -126,10 +126,10 @@ def train(name: str, epochs: int) -> dict[str, Any]:
 
 
 def best(log: Iterable[dict[str, Any]], count: int) -> list[str]:
-    """The control and the best others of a stage, so many together, and those that one of them goes on from."""
+    """The controls and the best others of a stage, so many together, and those that one of them goes on from."""
     ranked = sorted(log, key=lambda entry: -entry["val/acc"])
-    others = [entry["candidate"] for entry in ranked if entry["candidate"] != CONTROL]
-    chosen = [CONTROL, *others[: count - 1]]
+    others = [entry["candidate"] for entry in ranked if entry["candidate"] not in CONTROLS]
+    chosen = [*CONTROLS, *others[: count - len(CONTROLS)]]
     return list(dict.fromkeys([first for name in chosen if (first := CANDIDATES[name].first)] + chosen))
 
 
