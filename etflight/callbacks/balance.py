@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from etflight.callbacks.post_hoc import TauNormalization
 from etflight.classifier import Classifier
-from etflight.data.sampler import ImbalancedSampler, resolve_policy
+from etflight.data.sampler import EXPONENTS, ImbalancedSampler, resolve_policy
 from etflight.losses import ClassBalance, LogitAdjustedLoss, Loss, check_class_balance
 from etflight.utils.errors import UserError
 from etflight.utils.trainer import callbacks_of, data_module, refuse_if_never_reached
@@ -157,13 +157,11 @@ def corrections(loss: Loss, sampler: str | float | None, callbacks: list[Callbac
     return found + [f"TauNormalization (tau {c.tau:g})" for c in callbacks if isinstance(c, TauNormalization) and c.tau]
 
 
-_EXPONENTS: dict[str | float, float] = {"instance": 1.0, "sqrt": 0.5, "balanced": 0.0, "reverse": -1.0}
-
-
 def _is_of_what_is_drawn(loss: Loss, policy: str | float | None) -> bool:
     """Whether the loss adjusts logits for exactly the class frequencies that are drawn: `τ log n` is the logarithm of `n^q` for τ = q."""
     known = resolve_policy(cast("str | float", policy))
-    return isinstance(loss, LogitAdjustedLoss) and _EXPONENTS.get(known, known) == loss.tau
+    exponent = EXPONENTS.get(known, known) if isinstance(known, str) else known
+    return isinstance(loss, LogitAdjustedLoss) and exponent == loss.tau
 
 
 def _draws_images_alike(policy: str | float | None) -> bool:

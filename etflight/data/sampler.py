@@ -181,7 +181,7 @@ def fingerprint(indices: ArrayLike) -> str:
     return hashlib.sha256(np.asarray(indices).astype("<i8").tobytes()).hexdigest()[:12]
 
 
-_EXPONENTS = {"sqrt": 0.5, "balanced": 0.0}
+EXPONENTS = {"sqrt": 0.5, "balanced": 0.0}
 POLICIES = ("instance", "sqrt", "balanced", "effective", "progressive", "reverse")
 
 
@@ -302,7 +302,7 @@ class ImbalancedSampler(_Sharded):
                 t = min(self.epoch / max(cast(int, self.num_epochs) - 1, 1), 1.0)
                 p = (1 - t) * n / n.sum() + t / n.size
             case str(name):
-                p = n ** _EXPONENTS[name]
+                p = n ** EXPONENTS[name]
             case exponent:
                 p = (n / (n.max() if exponent > 0 else n.min())) ** exponent  # at most 1, whatever the exponent
         return cast(NDArray[np.float64], p / p.sum())
