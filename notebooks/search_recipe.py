@@ -34,13 +34,17 @@ class Candidate:
         arm: The name of the arm.
         options: Further options.
         passes: Forward and backward passes of a step; it gets so many times fewer epochs.
+        batch_size: Images of a step.
         first: The candidate whose run it goes on from, as the arm itself says; such an arm is trained without the recipe.
+        enters: The epochs of the stage in which it is first tried; later ones are for what the first stage suggested.
     """
 
     arm: str
     options: tuple[str, ...] = ()
     passes: int = 1
+    batch_size: int = 128
     first: str | None = None
+    enters: int = 30
 
 
 SQRT = ("--data.sampler", "sqrt", "--model.loss.tau", "0.5")
@@ -69,8 +73,15 @@ CANDIDATES = {
     "ce, adjusted afterwards": Candidate("ce", AFTERWARDS),
     "etf_ce, adjusted afterwards": Candidate("etf_ce", AFTERWARDS),
     "etf_mislas": Candidate("etf_mislas", first="etf_ce, adjusted afterwards"),
+    "etf_ce_la, half by sampling, scale 8, batches of 64": Candidate(
+        "etf_ce_la", (*SQRT, "--model.head.scale", "8"), batch_size=64, enters=80
+    ),
+    "balanced_softmax, half by sampling, batches of 64": Candidate("balanced_softmax", SQRT, batch_size=64, enters=80),
+    "etf_ce_la, half by sampling, scale 8, mixup 0.2": Candidate(
+        "etf_ce_la", (*SQRT, "--model.head.scale", "8", "--data.mixup", "0.2"), enters=80
+    ),
 }
-STAGES = ((30, len(CANDIDATES)), (80, 5))  # epochs, and how many candidates
+STAGES = ((30, 0), (80, 5))  # epochs, and how many of the stage before go on
 
 
 def folder(name: str, epochs: int) -> Path:
@@ -86,8 +97,10 @@ def command(name: str, epochs: int) -> list[str]:
     if candidate.first is None:
         trained = epochs // candidate.passes
         # the averaged weights cover the same part of the run as in 200 epochs
-        decay = 1 - 0.001 * 200 / trained
+        decay = 1 - 0.001 * 200 / trained * candidate.batch_size / 128
         length = ["--trainer.max_epochs", str(trained), "--trainer.callbacks.init_args.decay", f"{decay:.5f}"]
+        if candidate.batch_size != 128:
+            length += ["--data.batch_size", str(candidate.batch_size)]
     else:
         length = ["--fine_tuning.checkpoint", f"runs/{folder(candidate.first, epochs)}/checkpoints/last.ckpt"]
     return [
@@ -149,7 +162,8 @@ def main() -> None:
 
     for stage, (epochs, count) in enumerate(STAGES):
         before = [entry for entry in log if stage and entry["epochs"] == STAGES[stage - 1][0]]
-        names = best(before, count) if stage else list(CANDIDATES)
+        names = [name for name, candidate in CANDIDATES.items() if candidate.enters == epochs]
+        names += best(before, count) if stage else []
         for later in (False, True):  # those that go on from another come after it
             done = {entry["candidate"] for entry in log if entry["epochs"] == epochs}
             due = [n for n in names if n not in done and (CANDIDATES[n].first is not None) == later]
