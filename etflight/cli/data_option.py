@@ -7,10 +7,13 @@ from typing import Any
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 
 from etflight.cli.argv import without_files
+from etflight.cli.checkpoint_option import import_modules
 from etflight.cli.parser import OneLineParser
 from etflight.data import ImageDataModule
 from etflight.runs.folder import run_of
 from etflight.utils.errors import UserError
+from etflight.utils.limits import refuse_names
+from etflight.utils.specs import find
 from etflight.utils.yaml import guard_parser, read_yaml, to_yaml
 
 
@@ -43,19 +46,20 @@ def parse(parser: OneLineParser, argv: Sequence[str], run: str | None = None) ->
         run: A run folder, or a checkpoint in one; its data are the default.
 
     Raises:
-        UserError: A data set, a file or the run does not exist.
+        UserError: A data set, a file or the run does not exist, or the run's data are of a class that has not been imported.
         SystemExit: With status 2 for a usage error, 0 after help.
     """
     files, words = without_files(parser.prog, argv)
     if run is not None:
         folder = run_of(Path(run))
         config = folder / "config.yaml" if folder is not None else None
-        if config is not None and config.is_file():
+        if config is not None and config.is_file() and config not in map(Path, files):
+            _refuse_imports(config)
             files = [str(config), *files]
         elif not Path(run).exists():
             raise UserError(f"{run} does not exist: give a run folder, such as runs/digits/ce, or a checkpoint in one")
     # the parser knows no other section of a configuration file
-    return parser.parse_args([*(f"--config={_data_section(Path(file))}" for file in files), *words])
+    return parser.parse_args([*(f"--config={to_yaml(_data_section(Path(file)))}" for file in files), *words])
 
 
 def parse_over_run(parser: OneLineParser, argv: Sequence[str]) -> Namespace:
@@ -64,6 +68,7 @@ def parse_over_run(parser: OneLineParser, argv: Sequence[str]) -> Namespace:
     while "--imports" in words:  # takes any number of values, every other option one
         start = words.index("--imports")
         end = next((i for i in range(start + 1, len(words)) if words[i][:1] == "-"), len(words))
+        import_modules(words[start + 1 : end])
         del words[start:end]
     pairs = zip(["", *words], words, strict=False)
     return parse(
@@ -71,6 +76,35 @@ def parse_over_run(parser: OneLineParser, argv: Sequence[str]) -> Namespace:
     )
 
 
-def _data_section(path: Path) -> str:
+def _data_section(path: Path) -> dict[str, Any]:
     content: Any = read_yaml(path)
-    return to_yaml({"data": content["data"]} if isinstance(content, dict) and "data" in content else {})
+    return {"data": content["data"]} if isinstance(content, dict) and "data" in content else {}
+
+
+def _refuse_imports(config: Path) -> None:
+    """Refuse a run's configuration for which code would be imported: the user has named the run, and not this file.
+
+    Raises:
+        UserError: Its data are of a class that has not been imported, or an argument of theirs could name code.
+    """
+
+    def check(spec: Any) -> None:
+        spec = {"class_path": spec} if isinstance(spec, str) else spec
+        path, arguments = (
+            (spec.get("class_path"), spec.get("init_args") or {}) if isinstance(spec, dict) else (None, {})
+        )
+        if not isinstance(path, str) or not isinstance(arguments, dict):
+            return  # the parser says what is wrong with it
+        cls = find({"class_path": path if "." in path else f"etflight.data.{path}"}, ImageDataModule)
+        if cls is None or spec.keys() - {"class_path", "init_args"}:
+            raise UserError(
+                f"{config} has data of {path!r}, which has not been imported: import its module (--imports MODULE), or give -c {config} if "
+                "you trust that file"
+            )
+        inner = {name: value for name, value in arguments.items() if isinstance(value, dict) and "class_path" in value}
+        refuse_names(cls, {name: value for name, value in arguments.items() if name not in inner}, str(config))
+        for value in inner.values():
+            check(value)
+
+    for data in _data_section(config).values():
+        check(data)

@@ -66,8 +66,7 @@ def refuse_names(cls: type, arguments: Mapping[str, Any], argument: str) -> None
         suspicious = next((text for text in texts(value) if not re.fullmatch(r"[\w-]*", text)), None)
         if suspicious is not None and not _takes_text(cls, name):
             raise UserError(
-                f"{argument}: the text {suspicious!r} for {name} of {cls.__name__} could name code, which no checkpoint may: "
-                "nothing was imported"
+                f"{argument}: the text {suspicious!r} for {name} of {cls.__name__} could name code: nothing was imported"
             )
 
 

@@ -289,6 +289,34 @@ def test_texts_that_can_only_be_texts_are_taken():
             refuse_names(Mine, {"kind": value}, "head")
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        "evilmod.Evil",
+        spec("evilmod.Evil"),
+        spec("Digits", sampler="evilmod.fn"),
+        spec("etflight.data.ClassSubset", images="evilmod.Evil", classes=[0]),
+        spec("etflight.data.ClassSubset", images=spec("evilmod.Evil"), classes=[0]),
+        {**spec("Digits"), "dict_kwargs": spec("evilmod.Evil")},
+    ],
+)
+def test_data_that_a_run_names_are_not_imported(data, cwd, etflight_command):
+    Path("r").mkdir()
+    Path("r/config.yaml").write_text(json.dumps({"data": data}))
+    Path("r/metrics.csv").touch()
+    assert_refused(etflight_command("describe", "r", cwd=cwd))
+
+
+def test_data_that_a_run_names_are_taken_from_the_user(cwd, etflight_command):
+    Path("mine.py").write_text("from etflight.data import Digits\nclass Mine(Digits):\n    pass\n")
+    Path("r").mkdir()
+    Path("r/config.yaml").write_text(json.dumps({"data": "mine.Mine"}))
+    Path("r/metrics.csv").touch()
+    etflight_command("describe", "r", cwd=cwd).assert_refused("'mine.Mine'", "-c r/config.yaml")
+    assert "mine" not in sys.modules
+    etflight_command("describe", "r", "-c", "r/config.yaml", cwd=cwd).ran()
+
+
 def test_a_backbone_from_elsewhere_is_taken_from_the_user(cwd, content, etflight_command):
     Path("mine").mkdir()
     Path("mine/config.json").write_text('{"architecture": "resnet20_cifar"}')
