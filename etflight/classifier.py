@@ -882,7 +882,7 @@ class Classifier(LightningModule):
             model = cls(**plain_hyperparameters(checkpoint, kwargs))
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"], strict=strict is not False)
-        return model
+        return model.to(next(iter(checkpoint["state_dict"].values())).device)
 
 
 @contextmanager

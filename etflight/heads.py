@@ -276,7 +276,8 @@ class Rotation(nn.Module):
         A = at_least_float32(self.generator)
         S = (A - A.T) / 2
         one = torch.eye(len(A), dtype=A.dtype, device=A.device)
-        return cast(Tensor, torch.linalg.solve(one - S, one + S))
+        # I - S is never singular; `solve` would wait for the device to know
+        return cast(Tensor, torch.linalg.solve_ex(one - S, one + S)[0])
 
     def forward(self, embedding: Tensor) -> Tensor:
         """Rotate rows `[B, d]` in float32, even under autocast, or in float64."""

@@ -138,7 +138,8 @@ def at_sharpest_point(parameters: Iterable[nn.Parameter], rho: float, adaptive: 
         slopes = [cast(Tensor, parameter.grad) for parameter in moved]
         if adaptive:
             slopes = [slope * parameter.abs() for slope, parameter in zip(slopes, moved, strict=True)]
-        step = rho / nn.utils.get_total_norm(slopes).clamp(min=torch.finfo(torch.float32).tiny)
+        norm = nn.utils.get_total_norm(slopes)
+        step = rho / norm.clamp(min=torch.finfo(norm.dtype).tiny)
         for parameter, slope in zip(moved, slopes, strict=True):
             parameter.add_(slope * step * (parameter.abs() if adaptive else 1))
     try:

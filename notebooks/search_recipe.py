@@ -105,10 +105,7 @@ def command(name: str, epochs: int) -> list[str]:
     recipe = ["protocols/strong"] if candidate.first is None else []
     files = ["data/cifar10_lt", "trainer/every_tenth", f"arms/{candidate.arm}", *recipe]
     if candidate.first is None:
-        trained = epochs // candidate.passes
-        # the averaged weights cover the same part of the run as in 200 epochs
-        decay = 1 - 0.001 * 200 / trained * candidate.batch_size / 128
-        length = ["--trainer.max_epochs", str(trained), "--trainer.callbacks.init_args.decay", f"{decay:.5f}"]
+        length = ["--trainer.max_epochs", str(epochs // candidate.passes)]
         if candidate.batch_size != 128:
             length += ["--data.batch_size", str(candidate.batch_size)]
     else:

@@ -94,6 +94,7 @@ def arguments_for_size(name: str, shape: Sequence[int], model_kwargs: dict[str, 
                 model.eval()(torch.zeros(1, *shape))
         except Exception:  # timm's thousand models raise errors of all kinds
             continue
-        if all(side % part == 0 for part in getattr(getattr(model, "patch_embed", None), "patch_size", ())):
+        patches = getattr(getattr(model, "patch_embed", None), "patch_size", ())
+        if all(side % part == 0 for part in ([patches] if isinstance(patches, int) else patches)):
             return arguments
     return None

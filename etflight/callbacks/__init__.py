@@ -1,5 +1,6 @@
 """Lightning callbacks."""
 
+from etflight.callbacks.averaging import ExponentialMovingAverage
 from etflight.callbacks.balance import DeferredBalance
 from etflight.callbacks.checkpoint import LastCheckpoint, StepSeed
 from etflight.callbacks.collapse import NeuralCollapseMonitor
@@ -12,6 +13,7 @@ from etflight.callbacks.stop_signals import StopSignals
 __all__ = [
     "CollapseFigures",
     "DeferredBalance",
+    "ExponentialMovingAverage",
     "FineTuning",
     "LastCheckpoint",
     "NearestClassMean",

@@ -1,7 +1,5 @@
-"""What the commands that take a trained model share: the checkpoint, the modules and the device it needs, and how it wants its images."""
+"""What the commands that take a trained model share: the checkpoint, the device, and how it wants its images."""
 
-from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +10,10 @@ from torch import Tensor
 from etflight.classifier import Classifier
 from etflight.data import ImageDataModule
 from etflight.runs.folder import last_checkpoint, run_of
-from etflight.utils.errors import UserError, brief, warn
+from etflight.utils.errors import UserError, warn
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.specs import find
 from etflight.utils.training_data import refuse_other_shape
-
-
-def add_imports(parser: ArgumentParser) -> None:
-    """Add the argument `--imports`."""
-    parser.add_argument(
-        "--imports",
-        type=str,
-        nargs="*",
-        default=[],
-        help="Modules with heads or losses of your own that the checkpoint names.",
-    )
-
-
-def import_modules(names: Sequence[str]) -> None:
-    """Import the modules that the user has named.
-
-    Raises:
-        UserError: Python does not find a module.
-    """
-    for name in names:
-        try:
-            import_module(name)
-        except ImportError as error:
-            raise UserError(f"--imports {name}: {brief(error)}: give a module that Python finds from here") from error
 
 
 def add_device(parser: ArgumentParser) -> None:

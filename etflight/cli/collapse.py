@@ -21,15 +21,13 @@ from etflight.backbones import resnet_cifar
 from etflight.callbacks.features import HEAD, Caught, EmbeddingSource, PassStatistics, sweep
 from etflight.cli.checkpoint_option import (
     add_device,
-    add_imports,
     data_as_trained,
     device_of,
     folder_of,
-    import_modules,
     load_classifier,
 )
 from etflight.cli.data_option import data_parser, parse_over_run
-from etflight.cli.parser import OneLineParser
+from etflight.cli.parser import OneLineParser, add_imports
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
 from etflight.metrics import Moments, measures
@@ -100,7 +98,6 @@ def main(argv: Sequence[str]) -> None:
         )
     if config.weights is not None and config.timm is None:
         raise UserError("--weights goes with --timm NAME: a checkpoint of etflight is given alone")
-    import_modules(config.imports)
     data: ImageDataModule
     if config.run is None:
         data = parser.instantiate(config).data

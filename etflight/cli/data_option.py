@@ -7,8 +7,7 @@ from typing import Any
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 
 from etflight.cli.argv import without_files
-from etflight.cli.checkpoint_option import import_modules
-from etflight.cli.parser import OneLineParser
+from etflight.cli.parser import OneLineParser, import_modules
 from etflight.data import ImageDataModule
 from etflight.runs.folder import run_of
 from etflight.utils.errors import UserError

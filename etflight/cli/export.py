@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from etflight.classifier import Classifier
-from etflight.cli.checkpoint_option import add_imports, data_as_trained, import_modules, load_classifier
+from etflight.cli.checkpoint_option import data_as_trained, load_classifier
 from etflight.cli.data_option import data_parser, parse
-from etflight.cli.parser import OneLineParser
+from etflight.cli.parser import OneLineParser, add_imports, import_modules
 from etflight.export import graph
 from etflight.export.card import model_card
 from etflight.export.timm import save_timm

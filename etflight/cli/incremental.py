@@ -21,15 +21,13 @@ from etflight import plotting
 from etflight.callbacks.collect import outputs
 from etflight.classifier import Classifier
 from etflight.cli.checkpoint_option import (
-    add_imports,
     class_vectors,
     data_as_trained,
     folder_of,
-    import_modules,
     load_classifier,
 )
 from etflight.cli.data_option import data_parser, parse_over_run
-from etflight.cli.parser import OneLineParser
+from etflight.cli.parser import OneLineParser, add_imports
 from etflight.data import ClassSubset, ImageDataModule
 from etflight.data.sessions import Session, few_shot_sessions
 from etflight.incremental import (
@@ -85,7 +83,6 @@ def main(argv: Sequence[str]) -> None:
     parser = _parser()
     config = parse_over_run(parser, argv)
     _check(config)
-    import_modules(config.imports)
     base = _base(parser, config)
     sessions = few_shot_sessions(
         base.all.split("train").labels.numpy(),

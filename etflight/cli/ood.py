@@ -18,17 +18,15 @@ from etflight.callbacks.collect import Outputs, outputs
 from etflight.classifier import Classifier
 from etflight.cli.checkpoint_option import (
     add_device,
-    add_imports,
     class_vectors,
     data_as_trained,
     device_of,
     folder_of,
-    import_modules,
     load_classifier,
     prepare_as_trained,
 )
 from etflight.cli.data_option import data_parser, parse
-from etflight.cli.parser import OneLineParser
+from etflight.cli.parser import OneLineParser, add_imports, import_modules
 from etflight.data import ImageDataModule
 from etflight.data.adapted import AdaptedSplit
 from etflight.data.sources import ImageSplit

@@ -1,15 +1,16 @@
-"""A parser that says in one line what is wrong with a command line."""
+"""A parser that says in one line what is wrong with a command line, and `--imports`."""
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import ClassVar, NoReturn
 
 from jsonargparse import ArgumentParser
 
 from etflight.cli import OTHERS, STAGES
 from etflight.data import ImageDataModule
-from etflight.utils.errors import user_error_in
+from etflight.utils.errors import UserError, brief, user_error_in
 from etflight.utils.jsonargparse_private import in_one_line
 
 
@@ -51,3 +52,27 @@ class OneLineParser(ArgumentParser):
             if (name := rest.partition(".")[0]) == unknown[1]
         )
         return f"; did you mean {' or '.join(full)}?" if full else ""
+
+
+def add_imports(parser: ArgumentParser) -> None:
+    """Add the argument `--imports`."""
+    parser.add_argument(
+        "--imports",
+        type=str,
+        nargs="*",
+        default=[],
+        help="Modules with heads, losses or data of your own that the checkpoint or its run names.",
+    )
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Import the modules that the user has named.
+
+    Raises:
+        UserError: Python does not find a module.
+    """
+    for name in names:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise UserError(f"--imports {name}: {brief(error)}: give a module that Python finds from here") from error

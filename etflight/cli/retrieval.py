@@ -14,16 +14,14 @@ from etflight.callbacks.collect import Outputs, outputs
 from etflight.classifier import Classifier
 from etflight.cli.checkpoint_option import (
     add_device,
-    add_imports,
     class_vectors,
     device_of,
     folder_of,
-    import_modules,
     load_classifier,
     prepare_as_trained,
 )
 from etflight.cli.data_option import data_parser, parse, parse_over_run
-from etflight.cli.parser import OneLineParser
+from etflight.cli.parser import OneLineParser, add_imports, import_modules
 from etflight.data import ImageDataModule
 from etflight.metrics.retrieval import retrieval_scores
 from etflight.runs.folder import check_writable, refuse_other_results, writing_to

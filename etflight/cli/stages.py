@@ -26,8 +26,8 @@ from etflight.callbacks.results import TestResults
 from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
 from etflight.cli import STAGES
 from etflight.cli.argv import EarlyOptions, without_files
-from etflight.cli.checkpoint_option import import_modules, prepare_as_trained
-from etflight.cli.parser import OneLineParser
+from etflight.cli.checkpoint_option import prepare_as_trained
+from etflight.cli.parser import OneLineParser, import_modules
 from etflight.cli.place import Place
 from etflight.cli.predict import add_prediction_arguments, as_data, images_of
 from etflight.cli.unsupported import refuse_unsupported

@@ -4,20 +4,22 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from scipy.optimize import minimize_scalar
 
 from etflight import Classifier, callbacks
+from etflight.callbacks import ExponentialMovingAverage
 from etflight.data import Digits
 from etflight.runs.loggers import MetricsCSV
+from etflight.utils.errors import UserError
 from tests.metrics import oracle
 from tests.training import new_trainer, seen
 
 
-def fitted(tmp_path, use_buffers, ema_first):
+def fitted(tmp_path, ema, ema_first):
     torch.manual_seed(0)
     data = Digits(max_count=20, val_fraction=0.3, batch_size=32)
-    last, ema = callbacks.LastCheckpoint(), EMAWeightAveraging(decay=0.9, use_buffers=use_buffers)
+    last = callbacks.LastCheckpoint()
     watch, raw = callbacks.NeuralCollapseMonitor(), callbacks.NeuralCollapseMonitor(space="backbone")
     ours = [
         callbacks.StopSignals(last), last, callbacks.FineTuning(freeze=["layer1"], unfreeze_epoch=1), watch, raw,
@@ -34,9 +36,9 @@ def nc1(h, y):
     return oracle.nc1(oracle.two_pass(h.double(), y, 10))
 
 
-@pytest.mark.parametrize(("use_buffers", "ema_first"), [(True, True), (False, False)])
-def test_the_checkpoint_has_the_temperature_and_the_numbers_of_its_own_weights(tmp_path, use_buffers, ema_first):
-    data, trainer, trained, watch, raw = fitted(tmp_path, use_buffers, ema_first)
+@pytest.mark.parametrize("average", [EMAWeightAveraging, ExponentialMovingAverage])
+def test_the_checkpoint_has_the_temperature_and_the_numbers_of_its_own_weights(tmp_path, average):
+    data, trainer, trained, watch, raw = fitted(tmp_path, average(decay=0.9), average is EMAWeightAveraging)
     model = Classifier.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
     model.eval()
     data.trainer = None
@@ -58,3 +60,46 @@ def test_the_checkpoint_has_the_temperature_and_the_numbers_of_its_own_weights(t
     assert raw.history["nc_raw/val/nc1"][-1] == pytest.approx(nc1(features, labels), rel=1e-3)
     embeddings, labels = seen(data, "train", model.embed)
     assert watch.history["nc/train/nc1"][-1] == pytest.approx(nc1(embeddings, labels), rel=1e-4)
+
+
+class States(Callback):
+    """Keeps the weights and buffers after every step."""
+
+    def __init__(self):
+        self.after = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.after.append({name: value.clone() for name, value in pl_module.state_dict().items()})
+
+
+def test_weights_and_running_statistics_are_averaged_and_what_is_constant_stays(tmp_path):
+    torch.manual_seed(0)
+    states, last = States(), callbacks.LastCheckpoint()
+    trainer = new_trainer(
+        states, last, ExponentialMovingAverage(0.8), max_epochs=2, limit_val_batches=0, default_root_dir=tmp_path
+    )
+    trainer.fit(
+        Classifier(10, "resnet20_cifar", in_chans=1, model_kwargs={"width": 1}), datamodule=Digits(max_count=20)
+    )
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert len(states.after) > 3
+    moved = 0
+    for name, first in states.after[0].items():
+        expected = first.double()
+        for state in states.after[1:]:
+            expected = 0.8 * expected + 0.2 * state[name].double()
+        if all(torch.equal(first, state[name]) for state in states.after):
+            assert torch.equal(saved[name], first), name
+        elif first.is_floating_point():
+            torch.testing.assert_close(saved[name].double(), expected, rtol=1e-4, atol=1e-6, msg=name)
+            moved += not torch.allclose(saved[name], states.after[-1][name], rtol=1e-3)
+        else:
+            assert torch.equal(saved[name], states.after[-1][name]), name
+    assert moved > 50
+    assert torch.equal(saved["head.weight"], states.after[0]["head.weight"])
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, math.nan])
+def test_a_decay_that_averages_nothing_is_refused(decay):
+    with pytest.raises(UserError, match=r"decay of the moving average is .*: give a number from 0"):
+        ExponentialMovingAverage(decay)

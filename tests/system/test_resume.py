@@ -30,7 +30,7 @@ trainer:
       init_args: {before_training: false}
     - class_path: etflight.callbacks.NeuralCollapseMonitor
       init_args: {online: true, space: backbone}
-    - class_path: lightning.pytorch.callbacks.EMAWeightAveraging
+    - class_path: etflight.callbacks.ExponentialMovingAverage
       init_args: {decay: 0.9}
     - class_path: lightning.pytorch.callbacks.LearningRateMonitor
 """

@@ -32,7 +32,7 @@ WATCHED = """
 trainer:
   callbacks:
     - class_path: etflight.callbacks.NeuralCollapseMonitor
-    - class_path: lightning.pytorch.callbacks.EMAWeightAveraging
+    - class_path: etflight.callbacks.ExponentialMovingAverage
       init_args: {decay: 0.9}
     - class_path: lightning.pytorch.callbacks.LearningRateMonitor
     - class_path: tests.left_by_runs.Footprints

@@ -1,0 +1,42 @@
+"""The exponential moving average of the weights."""
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor
+
+from etflight.utils.errors import UserError
+
+
+class ExponentialMovingAverage(WeightAveraging):
+    """Validates, tests and saves the exponential moving average of the weights, as `EMAWeightAveraging` of Lightning does.
+
+    Unlike there, BatchNorm's running statistics are averaged as the weights are, so they fit each other while the learning rate is high;
+    what stays the same is not moved by rounding, such as fixed class vectors; whole numbers, such as the images of a class, are copied;
+    and the average is on the device that trains.
+
+    Args:
+        decay: How much of the average a step keeps, from 0 to less than 1; 0.999 averages about 1,000 steps.
+
+    Raises:
+        UserError: The decay is out of its range.
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise UserError(
+                f"decay of the moving average is {decay}: give a number from 0 to less than 1, such as 0.999"
+            )
+        super().__init__(use_buffers=True, multi_avg_fn=self._average)
+        self.decay = decay
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the average on the device that trains, where the model is not yet."""
+        self._device = trainer.strategy.root_device
+        super().setup(trainer, pl_module, stage)
+
+    def _average(self, averages: list[Tensor], current: list[Tensor], number: Tensor) -> None:
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, current, 1 - self.decay)  # equal numbers stay as they are
+        else:
+            torch._foreach_copy_(averages, current)
