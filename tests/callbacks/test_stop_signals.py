@@ -39,7 +39,7 @@ def get_on(seconds):
 
 
 def test_a_process_in_a_call_that_never_ends_is_ended_once_it_was_told(watched):
-    assert not watched.ended.wait(1.5)  # nobody has told it
+    assert not watched.ended.wait(0.8)  # nobody has told it
     signal.raise_signal(signal.SIGTERM)
     assert watched.ended.wait(30)
     assert watched.numbers == [signal.SIGTERM]
@@ -47,21 +47,21 @@ def test_a_process_in_a_call_that_never_ends_is_ended_once_it_was_told(watched):
 
 def test_a_process_that_gets_on_is_left_alone_however_long_it_takes(watched):
     signal.raise_signal(signal.SIGTERM)
-    get_on(2.5)
+    get_on(1.2)
     assert not watched.numbers
 
 
 def test_a_call_may_take_twice_as_long_as_the_longest_before_it(watched):
-    time.sleep(1.5)
+    time.sleep(0.6)
     signal.raise_signal(signal.SIGTERM)
-    assert not watched.ended.wait(2.2)
+    assert not watched.ended.wait(0.9)
     assert watched.ended.wait(30)
 
 
 def test_who_is_busy_is_not_cut_short(watched):
     watched.busy = True
     signal.raise_signal(signal.SIGTERM)
-    assert not watched.ended.wait(1.5)
+    assert not watched.ended.wait(0.8)
     watched.busy = False
     assert watched.ended.wait(30)
 

@@ -4,8 +4,6 @@ import importlib
 import json
 import pkgutil
 import re
-import subprocess
-import sys
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -149,11 +147,3 @@ def test_expected_measures_are_those_of_the_records():
         runs = [run for run in records(sets[re.match(r"[\w-]+", what)[0]]) if run["arm"] == arm]
         for key, cell in zip(("train/nc1", "val/nc1", "train/alignment", "train/etf_distance"), cells, strict=True):
             assert float(cell) == float(f"{fmean(run[f'nc/{key}'] for run in runs):.2g}"), (what, key)
-
-
-def test_sphinx_builds_without_a_warning(tmp_path):
-    """Every link between pages leads somewhere, every name that is referred to exists."""
-    for module in ("sphinx", "myst_nb", "furo", "sphinx_copybutton", "latex2mathml"):
-        pytest.importorskip(module, reason="the extra docs is not installed")
-    argv = ["-W", "--keep-going", "-q", "-d", str(tmp_path / "trees"), str(ROOT / "docs"), str(tmp_path / "html")]
-    subprocess.run([sys.executable, "-m", "sphinx", *argv], check=True, cwd=ROOT)

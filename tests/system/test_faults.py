@@ -109,12 +109,9 @@ def assert_all_is_to_be_synced(warning, cwd):
     assert kept == pytest.approx(written)
 
 
-@pytest.mark.parametrize("server", ["refuses", "does not answer"])
-def test_wandb_goes_on_offline_where_its_server_cannot_be_reached(server, etflight_command, tmp_path):
+def test_wandb_goes_on_offline_where_its_server_does_not_answer(etflight_command, tmp_path):
     with socket.create_server(("127.0.0.1", 0), backlog=100) as listener:
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        if server == "refuses":
-            listener.close()
         result = etflight_command("fit", *WANDB, "--name", "w", cwd=tmp_path, WANDB_BASE_URL=address, **ACCOUNT).ran()
     (warning,) = warnings_in(result)
     assert_all_is_to_be_synced(warning, tmp_path)
@@ -126,7 +123,7 @@ def test_wandb_keeps_what_a_server_that_went_away_has_not_taken(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     process = start(
         "etflight", "fit", *WANDB, *wait_for(tmp_path / "gone"), "--name", "w", cwd=tmp_path,
-        **ACCOUNT | {"WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "15", "WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "1"},
+        **ACCOUNT | {"WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "4", "WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "1"},
         WANDB_BASE_URL=f"http://127.0.0.1:{server.server_port}",
     )  # fmt: skip
     assert server.seen_rows.wait(120)
