@@ -1,8 +1,5 @@
 """The command line, and a one-line description of each command."""
 
-from collections.abc import Sequence
-from typing import Any
-
 STAGES = {
     "fit": "Train a classifier.",
     "validate": "Measure a trained classifier on the validation images.",
@@ -21,10 +18,3 @@ OTHERS = {
     "export": "Write a trained model for programs that do not know etflight.",
     "dashboard": "Build a workspace and a report in a W&B project.",
 }
-
-
-def main(args: Sequence[str] | None = None) -> Any:
-    """Run `etflight fit | validate | test | predict …`; see `etflight.cli.stages.main`."""
-    from etflight.cli.stages import main as run  # Lightning takes seconds, which other commands need not wait for
-
-    return run(args)

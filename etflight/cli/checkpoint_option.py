@@ -10,7 +10,7 @@ from torch import Tensor
 from etflight.classifier import Classifier
 from etflight.data import ImageDataModule
 from etflight.runs.folder import last_checkpoint, run_of
-from etflight.utils.errors import UserError, warn
+from etflight.utils.errors import UserError, brief, warn
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.specs import find
 from etflight.utils.training_data import refuse_other_shape
@@ -24,8 +24,17 @@ def add_device(parser: ArgumentParser) -> None:
 
 
 def device_of(config: Namespace) -> torch.device:
-    """The device that `--device` asks for."""
-    return torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device that `--device` asks for.
+
+    Raises:
+        UserError: There is no such device.
+    """
+    try:
+        device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {config.device}: {brief(error)}: give cpu, or a device of this machine") from error
+    return device
 
 
 def load_classifier(run: str) -> tuple[Path, Classifier]:

@@ -40,6 +40,7 @@ from etflight.utils.terminal import as_it_is, console
 from etflight.utils.training_data import refuse_other_shape
 
 SPLITS: tuple[Split, ...] = ("train", "test")
+PICTURES = tuple(f"{split}_{name}.png" for split in SPLITS for name in ("heat_map", "variability", "spectrum"))
 
 # rows of the table: the meaning of each measure, and its value under perfect collapse
 _ROWS = {
@@ -113,7 +114,7 @@ def main(argv: Sequence[str]) -> None:
     output, out = Path(config.output or folder), console()
     facts = {"model": name, "data": {**data_facts(data), "folder": data.split("test").source.folder}}
     check_writable(output, "--output")
-    refuse_other_results(output / "collapse.json", facts)
+    refuse_other_results(output / "collapse.json", facts, PICTURES)
 
     model.source.model.eval().requires_grad_(False).to(device)
     results: dict[str, dict[str, float]] = {}

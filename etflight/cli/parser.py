@@ -4,7 +4,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from jsonargparse import ArgumentParser
 
@@ -22,6 +22,10 @@ class OneLineParser(ArgumentParser):
     """
 
     bases: ClassVar[Mapping[str, type]] = {"data": ImageDataModule}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.allow_abbrev = False  # what is read before parsing (`EarlyOptions`) knows whole names only
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong in one line and exit with status 2.

@@ -58,11 +58,7 @@ def claim(folder: Path, resume_from: Path | None) -> None:
         raise UserError(
             f"run folder {folder} has the results of a test but no checkpoint: give a new --name, or remove it"
         )
-    for name in ("config.yaml", "metrics.csv"):
-        if os.path.lexists(folder / name) and not (folder / RECORD).is_file():
-            raise UserError(
-                f"run folder {folder} has a {name} but no {RECORD}, so it is not one of etflight's and stays as it is: give a new --name"
-            )
+    _refuse_files_of_others(folder)
 
 
 def claim_for_results(folder: Path, trained_in: Path | None, checkpoint: Path) -> None:
@@ -91,6 +87,15 @@ def claim_for_results(folder: Path, trained_in: Path | None, checkpoint: Path) -
         )
     if (folder / "metrics.csv").is_file() or any((folder / "checkpoints").glob("*.ckpt")):
         raise UserError(f"run folder {folder} holds a training, whose own results stay as they are: give a new --name")
+    _refuse_files_of_others(folder)
+
+
+def _refuse_files_of_others(folder: Path) -> None:
+    for name in ("config.yaml", "metrics.csv"):
+        if os.path.lexists(folder / name) and not (folder / RECORD).is_file():
+            raise UserError(
+                f"run folder {folder} has a {name} but no {RECORD}, so it is not one of etflight's and stays as it is: give a new --name"
+            )
 
 
 def refuse_other_results(file: Path, facts: Mapping[str, Any], pictures: Sequence[str] = ()) -> None:

@@ -78,6 +78,12 @@ class RunRecord(SaveConfigCallback):
         # W&B can group runs by the arm
         wandb.introduce(trainer, {**config, "arm": self.arm or self.name}, keeps_config=beside)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove the results of the checkpoint that this training goes on from: they are not those of its last epoch."""
+        if trainer.is_global_zero:
+            for name in ("test_metrics.json", "per_class.csv"):
+                (run_folder(trainer) / name).unlink(missing_ok=True)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Upload the last checkpoint to W&B if that was asked for; other callbacks have saved it by now."""
         if trainer.is_global_zero:

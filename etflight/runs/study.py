@@ -169,6 +169,8 @@ def read_study(path: Path) -> Study:
     def named(arm: str) -> str:
         first, *others = arm.split("+")
         name = arm.replace("+", "_")
+        if len(Path(name).parts) != 1 or name == "..":
+            raise UserError(f"{path}: the arm {arm!r} names a folder: give the name of a file in arms, without .yaml")
         arms[name] = [find(first, ["arms"]), *(find(other, ["protocols"]) for other in others)]
         return name
 

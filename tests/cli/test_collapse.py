@@ -201,6 +201,8 @@ def test_bad_input_ends_in_one_line_that_says_the_mend(run, last, images, tmp_pa
     monkeypatch.setattr(sys, "path", list(sys.path))
     network("test_resnet", tmp_path / "w.safetensors")
     torch.save({"code": print}, tmp_path / "code.pt")
+    Path("mine").mkdir()
+    Path("mine/test_spectrum.png").touch()
     arrays = ["--data=ArrayImages", f"--data.path={images}"]
     own = ["--timm=test_resnet", "--weights=w.safetensors"]
     for arguments, status, message in (
@@ -209,7 +211,9 @@ def test_bad_input_ends_in_one_line_that_says_the_mend(run, last, images, tmp_pa
         ([str(run), "--timm=test_resnet"], 1, "measures one model"),
         ([last, "--weights=w.safetensors"], 1, "--weights goes with --timm"),
         ([last, *arrays], 1, "decides between 10 classes, but ArrayImages .*images.npz has 3"),
-        ([last, "--device=tpu9"], 1, "tpu9"),
+        ([last, "--device=tpu9"], 1, "--device tpu9: .*: give cpu"),
+        ([last, "--device=cuda:99"], 1, "--device cuda:99: .*: give cpu"),
+        ([last, "--output", "mine"], 1, "mine/test_spectrum.png has no collapse.json beside it"),
         ([last, "--imports", "no_such"], 1, "--imports no_such"),
         ([*own, "--data=Digits"], 1, "decides between 3 classes, but Digits has 10"),
         (["--timm=resnet18", *arrays], 1, "decides between 1000 classes, but .* has 3: give --weights FILE"),

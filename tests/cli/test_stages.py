@@ -200,6 +200,36 @@ def test_last_resumes_this_run_and_continues_its_metrics(etflight_command, tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}
 
 
+def test_results_of_a_checkpoint_are_removed_once_its_training_goes_on(etflight_command, tmp_path):
+    constant = ["--model.lr_scheduler", "torch.optim.lr_scheduler.ConstantLR", "--model.lr_scheduler.factor", 1]
+    fit = ["fit", *DIGITS, *constant, "--name", "on", "--ckpt_path", "last", "--trainer.max_epochs"]
+    etflight_command(*fit, 1, cwd=tmp_path).ran()
+    folder = tmp_path / "runs/on"
+    test = ["test", *DIGITS, "--ckpt_path", "runs/on/checkpoints/last.ckpt"]
+    etflight_command(*test, cwd=tmp_path).ran()
+    results = [folder / "test_metrics.json", folder / "per_class.csv"]
+    etflight_command(*fit, 1, cwd=tmp_path)  # has nothing left to train
+    assert all(path.is_file() for path in results)
+    etflight_command(*fit, 2, cwd=tmp_path).ran()
+    assert not any(path.exists() for path in results)
+
+
+def test_a_folder_of_somebody_elses_gets_no_results(run, etflight_command):
+    folder = run[0] / "runs/mine"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("mine: true")
+    checkpoint = run[1] / "checkpoints/last.ckpt"
+    refused = etflight_command("test", *DIGITS, "--name", "mine", "--ckpt_path", checkpoint, cwd=run[0])
+    refused.assert_refused("runs/mine has a config.yaml but no run.json")
+    assert (folder / "config.yaml").read_text() == "mine: true"
+
+
+@pytest.mark.parametrize("option", ["--nam", "--ckpt", "--trainer.default_root"])
+def test_no_option_may_be_shortened(option, etflight_command, tmp_path):
+    etflight_command("fit", *DIGITS, option, "x", cwd=tmp_path).assert_refused(option)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_other_optimizer_settings_are_refused_on_resume(run, etflight_command):
     argv = ["--name", "first", "--ckpt_path", "last", "--model.optimizer.lr", 0.5, "--trainer.max_epochs", 2]
     etflight_command("fit", *DIGITS, *argv, cwd=run[0]).assert_refused("--model.optimizer differs")
