@@ -52,14 +52,14 @@ def main(argv: Sequence[str]) -> None:
             warn(differ)
     folder = Path(config.output or Path("runs", "describe", f"{record['dataset']}_{record['fingerprint']}"))
     check_writable(folder, "--output")
-    refuse_other_results(folder / RECORD, {}, (HISTOGRAM, SHEET))
+    refuse_other_results(folder / RECORD, {"dataset": record["dataset"]}, (HISTOGRAM, SHEET))
     out = console()
     write_json(folder / RECORD, record)
     histogram = plotting.class_histogram(record["class_counts"]["train"], data.class_names, title=str(data))
     plotting.save(histogram, folder / HISTOGRAM)
     plotting.save(sheet(data, config.images_per_class, augmented=config.augmented), folder / SHEET)
     out.print(_text(record, data.describe_ratio()))
-    out.print(f"{folder}: {RECORD}, {HISTOGRAM}, {SHEET}", style="dim", highlight=False, soft_wrap=True)
+    out.print(as_it_is(f"{folder}: {RECORD}, {HISTOGRAM}, {SHEET}"), style="dim", soft_wrap=True)
 
 
 def describe(data: ImageDataModule) -> dict[str, Any]:

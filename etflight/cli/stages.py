@@ -285,8 +285,9 @@ class EtflightCLI(LightningCLI):
         """Build the trainer; the loggers and callbacks that write the run folder come before the user's own."""
         config, place = self.config_init[self.subcommand]["trainer"], self.place
         self.save_config_kwargs = {"name": place.name, "arm": place.arm, "trained_in": place.trained_in}
-        users = _as_list(config["callbacks"])
-        saves = self.subcommand == "fit" and config["enable_checkpointing"] is not False
+        fits = self.subcommand == "fit"
+        users = [user for user in _as_list(config["callbacks"]) if fits or not isinstance(user, Checkpoint)]
+        saves = fits and config["enable_checkpointing"] is not False
         callbacks = self._callbacks(users, saves=saves)
         # else Lightning would add a checkpoint of its own
         kwargs["enable_checkpointing"] = saves and any(isinstance(callback, Checkpoint) for callback in users)

@@ -63,7 +63,7 @@ def class_histogram(counts: Numbers, class_names: Sequence[str] | None = None, *
     else:
         _curve(axes, sizes, groups)
     axes.legend(handles=[Patch(color=_GROUPS[g][0], label=_GROUPS[g][1]) for g in groups], frameon=False, fontsize=9)
-    axes.set_title("Training images of each class" if title is None else title, fontsize=11)
+    axes.set_title("Training images of each class" if title is None else title, fontsize=11, parse_math=False)
     return figure
 
 
@@ -128,7 +128,7 @@ def contact_sheet(
         axes.tick_params(length=0, labelsize=9)
         axes.spines[:].set_visible(False)
     if title is not None:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(title, fontsize=11, parse_math=False)
     return figure
 
 

@@ -34,15 +34,16 @@ def score_histograms(panels: Mapping[str, tuple[Numbers, Numbers]], known: str, 
     grid = figure.subplots(rows, columns, squeeze=False).flat
     for axes in grid[len(panels) :]:
         axes.remove()
+    names = [name.replace("$", r"\$") for name in (known, unknown)]  # a bare dollar would start a formula
     for axes, (title, scores) in zip(grid, panels.items(), strict=False):
         both = [as_array(part) for part in scores]
         edges = _edges(both)
-        for values, colour, name in zip(both, (BLUE, VERMILION), (known, unknown), strict=True):
+        for values, colour, name in zip(both, (BLUE, VERMILION), names, strict=True):
             inside = values.clip(edges[0], edges[-1])
             axes.hist(
                 inside, edges, density=True, histtype="stepfilled", color=(colour, 0.45), edgecolor=colour, lw=1, label=name
             )  # fmt: skip
-        axes.set_title(title, fontsize=10)
+        axes.set_title(title, fontsize=10, parse_math=False)
         axes.set_yticks([])
         axes.locator_params(axis="x", nbins=5)
         axes.tick_params(axis="x", labelsize=8)

@@ -126,8 +126,12 @@ def test_a_configuration_describes_the_images_that_fit_trains_on(etflight_comman
     assert record["class_counts"]["train"] == trained["class_counts"]
 
 
-def test_own_files_are_replaced(numbered, etflight_command, tmp_path):
-    argv = ["--data", "ArrayImages", "--data.path", numbered(), "--output", "out"]
+def test_own_files_are_replaced_and_no_others(numbered, etflight_command, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/describe.json").write_text('{"mine": 1}')
+    other = etflight_command("describe", "--data", "Digits", "--output", "mine", cwd=tmp_path)
+    other.assert_refused("mine/describe.json holds other results")
+    argv = ["--data", "ArrayImages", "--data.path", numbered(), "--output", "$out_{^ [b]"]
     for ratio in (1, 2):
         _, record, _ = run(etflight_command, tmp_path, *argv, "--data.imbalance_ratio", ratio, "--data.max_count", 5)
     assert record["class_counts"]["train"] == [5, 3, 2]

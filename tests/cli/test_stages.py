@@ -224,6 +224,15 @@ def test_a_folder_of_somebody_elses_gets_no_results(run, etflight_command):
     assert (folder / "config.yaml").read_text() == "mine: true"
 
 
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_a_file_with_a_callback_that_saves_serves_every_stage(stage, run, etflight_command, tmp_path):
+    (tmp_path / "best.yaml").write_text("trainer: {callbacks: [{class_path: ModelCheckpoint}]}")
+    etflight_command(
+        stage, *DIGITS, "-c", "best.yaml", "--ckpt_path", run[1] / "checkpoints/last.ckpt", "--name", "other",
+        cwd=tmp_path,
+    ).ran()  # fmt: skip
+
+
 @pytest.mark.parametrize("option", ["--nam", "--ckpt", "--trainer.default_root"])
 def test_no_option_may_be_shortened(option, etflight_command, tmp_path):
     etflight_command("fit", *DIGITS, option, "x", cwd=tmp_path).assert_refused(option)

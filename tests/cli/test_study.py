@@ -104,6 +104,8 @@ def test_a_part_of_a_study(write, etflight_command, tmp_path):
         ({"sets": {"short": "short"}}, "sets: Expected a list"),
         ({"sets": {"short": ["no"]}}, r"data/no\.yaml"),
         ({"sets": {"../elsewhere": ["tiny"]}}, "give letters, digits and _"),
+        ({"arms": ["/elsewhere/ce"]}, "the arm '/elsewhere/ce' names a folder"),
+        ({"arms": ["../arms/ce"]}, "the arm '../arms/ce' names a folder"),
         ({"arms": ["ce+shrt"]}, r"protocols/shrt\.yaml"),
         ({"epochs": 3}, "is not a study: .* no argument 'epochs'"),
     ],

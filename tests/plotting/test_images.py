@@ -51,3 +51,13 @@ def test_large_images_are_shown_by_their_means():
     sheet = axes.images[0].get_array()[:96, :48].transpose(2, 0, 1)
     blocks = images[0].double().numpy().reshape(3, 96, 2, 48, 2).mean((2, 4))
     np.testing.assert_allclose(sheet, blocks, atol=0.51)
+
+
+def test_a_dollar_in_a_title_is_a_dollar():
+    title = "d$_^$"
+    for figure in (
+        plotting.class_histogram([1, 2], title=title),
+        plotting.contact_sheet(torch.zeros(1, 3, 4, 4), torch.tensor([0]), ["one"], [1], title=title),
+        plotting.score_histograms({title: ([0.1, 0.2], [0.3, 0.4])}, title, title),
+    ):
+        plotting.render(figure)
