@@ -137,6 +137,12 @@ def test_the_search_is_told_as_its_log_has_it():
     }
     _, *rows = table_under("The strong recipe, searched", "results.md")
     assert {tuple(cell.replace("`", "") for cell in row) for row in rows} == kept
+    text = (ROOT / "docs/results.md").read_text()
+    adjusted = [run for run in log if "adjusted" in run]
+    assert len(adjusted) > 3
+    for run in adjusted:
+        cells = [f"{100 * accuracies[0]:.1f}" for accuracies in run["adjusted"].values()]
+        assert f"{run['candidate']} | {' | '.join(cells)} |" in re.sub(r"[`*]", "", text), run["candidate"]
 
 
 def test_expected_measures_are_those_of_the_records():

@@ -13,9 +13,9 @@ import etflight.optim
 CONFIGS = Path(__file__).parents[2] / "configs"
 # controls and variants of our own
 OWN = {
-    "ce", "ce_balanced", "ce_balanced_sampling", "ce_bn_norm", "ce_bn_norm_balanced", "ce_cosine", "ce_frozen", "etf_bce", "etf_ce",
-    "etf_ce_la", "etf_ce_la_rotation", "etf_ce_la_sam", "etf_ce_learn_scale", "etf_ce_reserved", "etf_ce_unscaled", "etf_dr",
-    "etf_dr_rotation", "etf_dr_sqrt_balanced", "etf_mislas",
+    "balanced_softmax_sqrt", "ce", "ce_balanced", "ce_balanced_sampling", "ce_bn_norm", "ce_bn_norm_balanced", "ce_cosine", "ce_frozen",
+    "etf_bce", "etf_ce", "etf_ce_la", "etf_ce_la_rotation", "etf_ce_la_sam", "etf_ce_la_sqrt", "etf_ce_learn_scale", "etf_ce_reserved",
+    "etf_ce_unscaled", "etf_dr", "etf_dr_rotation", "etf_dr_sqrt_balanced", "etf_mislas",
 }  # fmt: skip
 
 
