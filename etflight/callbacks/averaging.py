@@ -1,9 +1,9 @@
 """The exponential moving average of the weights."""
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from etflight.utils.errors import UserError
 
@@ -28,7 +28,7 @@ class ExponentialMovingAverage(WeightAveraging):
                 f"decay of the moving average is {decay}: give a number from 0 to less than 1, such as 0.999"
             )
         super().__init__(use_buffers=True, multi_avg_fn=self._average)
-        self.decay = decay
+        self._average_floats = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # leaves equal numbers as they are
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the average on the device that trains, where the model is not yet."""
@@ -37,6 +37,7 @@ class ExponentialMovingAverage(WeightAveraging):
 
     def _average(self, averages: list[Tensor], current: list[Tensor], number: Tensor) -> None:
         if averages[0].is_floating_point():
-            torch._foreach_lerp_(averages, current, 1 - self.decay)  # equal numbers stay as they are
+            self._average_floats(averages, current, number)
         else:
-            torch._foreach_copy_(averages, current)
+            for average, now in zip(averages, current, strict=True):
+                average.copy_(now)

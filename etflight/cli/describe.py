@@ -14,7 +14,7 @@ from torch import Tensor
 
 from etflight import plotting
 from etflight.cli.data_option import data_parser, parse_over_run
-from etflight.cli.parser import OneLineParser
+from etflight.cli.parser import OneLineParser, add_imports
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
 from etflight.metrics.accuracy import by_frequency, shot_groups
@@ -221,4 +221,5 @@ def _parser() -> OneLineParser:
         default=False,
         help="Whether the contact sheet shows images as a training step gets them, not as they are stored.",
     )
+    add_imports(parser)
     return parser

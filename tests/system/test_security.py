@@ -315,6 +315,7 @@ def test_data_that_a_run_names_are_taken_from_the_user(cwd, etflight_command):
     etflight_command("describe", "r", cwd=cwd).assert_refused("'mine.Mine'", "-c r/config.yaml")
     assert "mine" not in sys.modules
     etflight_command("describe", "r", "-c", "r/config.yaml", cwd=cwd).ran()
+    etflight_command("describe", "r", "--imports", "mine", cwd=cwd).ran()
 
 
 def test_a_backbone_from_elsewhere_is_taken_from_the_user(cwd, content, etflight_command):
