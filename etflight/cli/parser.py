@@ -15,7 +15,11 @@ from etflight.utils.jsonargparse_private import in_one_line
 
 
 class OneLineParser(ArgumentParser):
-    """A parser with one-line usage errors.
+    """A parser with one-line usage errors, and without abbreviated options.
+
+    Args:
+        *args: Positional arguments of `jsonargparse.ArgumentParser`.
+        **kwargs: Its keyword arguments.
 
     Attributes:
         bases: The base class of what an option takes, for each option that takes a class by its name.
