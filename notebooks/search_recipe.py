@@ -53,6 +53,7 @@ class Candidate:
 
 SQRT = ("--data.sampler", "sqrt", "--model.loss.tau", "0.5")
 LEARNT_COSINES = ("--model.loss", "LogitAdjustedLoss")  # with BatchNorm and normalisation, as the frame has them
+DECAY = ("--model.optimizer.weight_decay", "1e-3")
 AFTERWARDS = ("--model.logit_adjustment", "1")
 FIRST = {
     "balanced_softmax": Candidate("balanced_softmax"),
@@ -79,6 +80,10 @@ FIRST = {
 }
 LATER = {
     "etf_ce_la, scale 8, batches of 64": Candidate("etf_ce_la", ("--model.head.scale", "8"), batch_size=64),
+    "balanced_softmax, half by sampling, weight decay 1e-3": Candidate("balanced_softmax", (*SQRT, *DECAY)),
+    "etf_ce_la, half by sampling, scale 8, weight decay 1e-3": Candidate(
+        "etf_ce_la", (*SQRT, "--model.head.scale", "8", *DECAY)
+    ),
 }
 CANDIDATES = FIRST | LATER
 STAGES = {
@@ -90,6 +95,8 @@ STAGES = {
         "etf_ce_la, scale 8, batches of 64",
         "etf_ce_la, half by sampling, scale 8",
         "learnt cosines, half by sampling, scale 8",
+        "etf_ce_la, half by sampling, scale 8, weight decay 1e-3",
+        "balanced_softmax, half by sampling, weight decay 1e-3",
     ],
 }
 
