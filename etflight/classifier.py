@@ -43,6 +43,7 @@ from etflight.optim import (
     match_layouts,
     rate_groups,
     scale_rates,
+    spare_from_decay,
 )
 from etflight.utils.checkpoints import read_checkpoint, refuse_others
 from etflight.utils.errors import UserError, warn
@@ -648,6 +649,7 @@ class Classifier(LightningModule):
         else:
             optimizer = make(rate_groups(self, self.backbone, decay, scales), **fused)
             scale_rates(optimizer)
+        spare_from_decay(optimizer, (self.head.get_parameter(name) for name in self.head.no_weight_decay()))
         if isinstance(optimizer, LBFGS):
             self._adapt_to_lbfgs()
         if self.hparams["lr_scheduler"] is None:

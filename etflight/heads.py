@@ -66,6 +66,10 @@ class Head(nn.Module, ABC):
         """The vectors `[K, d']` with which the embedding is compared: `weight`, unless the head changes it first."""
         return self.weight
 
+    def no_weight_decay(self) -> set[str]:
+        """The names of the parameters that weight decay would pull to an arbitrary value, as timm's networks name theirs."""
+        return set()
+
     @abstractmethod
     def embed(self, features: Tensor) -> Tensor:
         """Compute the embedding that is compared with the class vectors.
@@ -184,6 +188,10 @@ class ETFHead(Head):
     def scale(self) -> float | Tensor:
         """The factor of the cosine: a number, or if learned a scalar tensor (the parameter is its logarithm, so it stays positive)."""
         return self._scale if self._log_scale is None else self._log_scale.exp()
+
+    def no_weight_decay(self) -> set[str]:
+        """The learnt scale, which decay would pull to 1, and the rotation, which it would turn back to the identity."""
+        return {"_log_scale", "rotation.generator"} & {name for name, _ in self.named_parameters()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or convert like any module, but keep the frame's dtype in half precision, which would be too coarse for it."""

@@ -95,6 +95,16 @@ def keeps_scales(optimizer: Optimizer) -> bool:
     return all(math.isclose(rate, rates[0], rel_tol=1e-6) for rate in rates)
 
 
+def spare_from_decay(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Move parameters to groups of their own without weight decay; an optimizer that decays none stays as it is."""
+    spared = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        own = [parameter for parameter in group["params"] if id(parameter) in spared]
+        if own and group.get("weight_decay"):
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in spared]
+            optimizer.add_param_group({**group, "params": own, "weight_decay": 0.0})
+
+
 def start_momentum(optimizer: Optimizer) -> None:
     """Give parameters that had no gradient so far a momentum of 0.
 

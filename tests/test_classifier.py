@@ -49,6 +49,22 @@ def test_one_step_lowers_the_loss_by_the_optimizers_rule():
         torch.testing.assert_close(after.detach(), hand)
 
 
+@pytest.mark.parametrize("scales", [None, {"head": 0.5}])
+def test_weights_decay_but_neither_a_learnt_scale_nor_a_rotation(scales):
+    head = partial(ETFHead, scale=16.0, learn_scale=True, learn_rotation=True)
+    optimizer = partial(SGD, lr=0.01, weight_decay=0.5)
+    model, twin = (small(head=head, loss=CrossEntropyLoss, optimizer=optimizer, lr_scale=scales) for _ in range(2))
+    F.cross_entropy(twin.train()(IMAGES), TARGET).backward()
+    trainer(max_steps=1, limit_val_batches=0).fit(model, DataLoader(TensorDataset(IMAGES, TARGET), batch_size=16))
+    for name, p in twin.named_parameters():
+        rate = 0.01 * (0.5 if scales and name.startswith("head.") else 1)
+        decay = 0 if name in ("head._log_scale", "head.rotation.generator") else 0.5
+        expected = p.detach() - rate * (p.grad + decay * p.detach())
+        torch.testing.assert_close(
+            model.get_parameter(name).detach(), expected, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
 def test_the_frame_neither_trains_nor_decays_nor_is_averaged():
     model = small(optimizer=partial(SGD, lr=0.1, weight_decay=0.1))
     before = model.head.weight.clone()
