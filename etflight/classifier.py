@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
-from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -51,6 +51,7 @@ from etflight.utils.lightning_private import hide_tips, ignore_own_deprecations
 from etflight.utils.limits import refuse_names
 from etflight.utils.precision import at_least_float32
 from etflight.utils.preprocessing import Preprocessing
+from etflight.utils.ranks import in_process_group
 from etflight.utils.specs import describe, find, is_plain, objections, resolve
 from etflight.utils.terminal import readable
 from etflight.utils.torch_private import has_hooks, leave_out_of_broadcasts
@@ -420,7 +421,7 @@ class Classifier(LightningModule):
 
         It corrects the averaging of gradients over processes, which counts each process the same whatever the size of its batch.
         """
-        if not (dist.is_available() and dist.is_initialized()):
+        if not in_process_group():
             return 1.0
         dtype = torch.promote_types(self.temperature.dtype, torch.float32)
         total = torch.full((), float(images), dtype=dtype, device=self.device)
@@ -522,7 +523,7 @@ class Classifier(LightningModule):
         counts = self.class_counts.clone()
         with averaged(self.trainer, self):  # an average that was made before the counts were known
             self.class_counts.copy_(counts)
-        if dist.is_available() and dist.is_initialized() and not self.head.weight.requires_grad:
+        if in_process_group() and not self.head.weight.requires_grad:
             dist.broadcast(self.head.weight, 0)
 
     def on_train_start(self) -> None:
@@ -857,7 +858,7 @@ class Classifier(LightningModule):
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
         cls,
-        checkpoint_path: str | Path | IO[bytes],
+        checkpoint_path: str | Path,
         map_location: Any = "cpu",
         hparams_file: None = None,
         strict: bool | None = None,
@@ -877,8 +878,8 @@ class Classifier(LightningModule):
         Raises:
             UserError: The file cannot be read, or names a class which is not imported.
         """
-        checkpoint = read_checkpoint(cast(str, checkpoint_path), map_location)
-        refuse_others(cast(str, checkpoint_path), checkpoint, cls)
+        checkpoint = read_checkpoint(checkpoint_path, map_location)
+        refuse_others(checkpoint_path, checkpoint, cls)
         code = codes_from_state_dict() if "head.weight" in checkpoint["state_dict"] else nullcontext()
         with code, objections({"class_path": cls.__name__, "init_args": {}}, f"checkpoint {checkpoint_path}"):
             model = cls(**plain_hyperparameters(checkpoint, kwargs))

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from etflight.data.sampler import world
 from etflight.utils.errors import UserError
 from etflight.utils.precision import at_least_float32
+from etflight.utils.ranks import world
 
 
 class ShardedClassVectors(nn.Module):

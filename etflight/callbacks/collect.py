@@ -10,7 +10,7 @@ from torch import Tensor
 from etflight.callbacks.features import frozen_modes
 from etflight.classifier import Classifier
 from etflight.data.base import ImageDataModule, Split
-from etflight.data.sampler import world
+from etflight.utils.ranks import world
 
 
 class Outputs(NamedTuple):

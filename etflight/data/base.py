@@ -28,12 +28,12 @@ from etflight.data.sampler import (
     noisy_labels,
     resolve_policy,
     training_counts,
-    world,
 )
 from etflight.data.sources import Batch, ImageSource, ImageSplit
 from etflight.data.transforms import TrainTransform, normalize
 from etflight.utils.errors import UserError
 from etflight.utils.preprocessing import Preprocessing
+from etflight.utils.ranks import world
 from etflight.utils.terminal import readable
 
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence, Sized
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
-import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data.distributed import DistributedSampler
 
 from etflight.utils.errors import UserError
+from etflight.utils.ranks import world
 
 Profile = Literal["exp", "step", "none"]
 NoiseKind = Literal["symmetric", "pair"]
@@ -183,13 +183,6 @@ def fingerprint(indices: ArrayLike) -> str:
 
 EXPONENTS = {"sqrt": 0.5, "balanced": 0.0}
 POLICIES = ("instance", "sqrt", "balanced", "effective", "progressive", "reverse")
-
-
-def world() -> tuple[int, int]:
-    """World size and rank: torch.distributed's when it is initialised, else `(1, 0)`."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size(), dist.get_rank()
-    return 1, 0
 
 
 class _Sharded(DistributedSampler[int]):

@@ -13,6 +13,11 @@ def in_process_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def world() -> tuple[int, int]:
+    """World size and rank, `(1, 0)` without a process group."""
+    return (dist.get_world_size(), dist.get_rank()) if in_process_group() else (1, 0)
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum tensors of one shape over all processes; the gradient is summed as well, so every process must call its backward."""
     return cast(Tensor, _Sum.apply(values)) if in_process_group() else values

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import nn
 
 from etflight.utils.errors import UserError
+from etflight.utils.ranks import world
 from etflight.utils.torch_private import broadcast_buffers
 
 _Kind = TypeVar("_Kind")
@@ -82,7 +83,7 @@ def take_buffers_of_rank_zero(module: nn.Module) -> None:
     BatchNorm's running statistics differ from rank to rank, and DDP does not equalise them before each evaluation: not while
     gradients accumulate, and not when averaged weights have just been swapped in.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if world()[0] == 1:
         return
     for buffer in broadcast_buffers(module):
         dist.broadcast(buffer, src=0)
