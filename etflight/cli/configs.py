@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 
 from etflight.cli.argv import CommandParser
+from etflight.runs.folder import check_writable
 from etflight.utils.errors import UserError
 from etflight.utils.shipped import SHIPPED, shipped_configs
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
         argv: Options.
 
     Raises:
-        UserError: No file has such a name, or one to be written exists.
+        UserError: No file has such a name, one to be written exists, or the folder cannot be written to.
     """
     parser = CommandParser(
         prog="etflight configs",
@@ -65,6 +66,7 @@ def _purpose(path: Path) -> str:
 
 
 def _copy(chosen: Sequence[Path], folder: Path) -> None:
+    check_writable(folder, "--copy")
     there = [path for path in chosen if (folder / path).exists()]
     if there:
         raise UserError(f"{folder / there[0]} exists, and nothing is overwritten: give another folder")

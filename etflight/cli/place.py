@@ -8,7 +8,15 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from etflight.callbacks.predictions import check_output
 from etflight.cli.argv import EarlyOptions, set_and_arm
-from etflight.runs.folder import check_writable, claim, claim_for_results, last_checkpoint, run_of, same_folder
+from etflight.runs.folder import (
+    check_writable,
+    claim,
+    claim_for_results,
+    last_checkpoint,
+    read_record,
+    run_of,
+    same_folder,
+)
 from etflight.runs.wandb import name_in_sweep
 from etflight.utils.errors import UserError
 
@@ -44,7 +52,7 @@ class Place:
         Raises:
             UserError: The stage needs a checkpoint, and there is no `last`.
         """
-        set_name, arm = set_and_arm(options.files)
+        set_name, arm = set_and_arm([_file_of_arm(file) for file in options.files])
         default = (set_name or (options.value("data") or "run").rpartition(".")[2].lower(), arm)
         name = options.value("name") or "/".join(filter(None, default))
         if stage == "fit":
@@ -113,3 +121,9 @@ class Place:
             else:
                 assert self.checkpoint is not None  # parsing has seen to that
                 claim_for_results(self.folder, self.trained_in, self.checkpoint)
+
+
+def _file_of_arm(file: Path) -> Path:
+    """For the `config.yaml` of a run folder, a file that is called as the arm of that run; any other file is itself."""
+    arm = read_record(file.parent).get("arm") if file.name == "config.yaml" else None
+    return Path("arms", f"{arm}.yaml") if isinstance(arm, str) else file

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.dry_run:
         for cell in cells:
             for words in [*([cell.fit()] if cell.trains else []), cell.test()]:
-                print("etflight", *words)
+                print(shlex.join(["etflight", *words]))
         return
     failed: list[str] = []
     running: set[subprocess.Popen[bytes]] = set()

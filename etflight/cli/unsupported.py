@@ -24,6 +24,11 @@ def refuse_unsupported(trainer: Trainer, model: LightningModule) -> None:
         raise UserError(f"--trainer.gradient_clip_val is {clip}, which would reverse gradients: give a positive norm")
     if accumulated < 1:
         raise UserError(f"--trainer.accumulate_grad_batches is {accumulated}: give 1 (each batch is a step) or more")
+    if trainer.check_val_every_n_epoch is not None and trainer.check_val_every_n_epoch < 1:
+        raise UserError(
+            f"--trainer.check_val_every_n_epoch is {trainer.check_val_every_n_epoch}: give 1 or more, or --trainer.limit_val_batches 0 "
+            "to leave validation out"
+        )
     if any(isinstance(c, LearningRateFinder | BatchSizeFinder) for c in callbacks_of(trainer, Callback)):
         raise UserError(
             "LearningRateFinder and BatchSizeFinder would set what the run's config.yaml does not know of: leave them out, and compare "

@@ -68,6 +68,13 @@ def why_not_made(message: str) -> str | None:
 
 def _innermost(message: str) -> str:
     """The lines about the innermost key, without those about other types that an outer key could have."""
+    message = re.sub(
+        r"Not of type PositiveInt: (?:(?:(\S+) )?does not conform to .*|invalid literal for int\(\) with base 10: '(.*)')",
+        lambda found: (
+            f"Expected a positive int{f'. Got value: {found[1] or found[2]}' if found[1] or found[2] else ''}"
+        ),
+        message,
+    )
     lines = [line for line in re.split(r'Parser key "[^"]+":', message)[-1].splitlines() if line.strip()]
     depth = len(lines[0]) - len(lines[0].lstrip())
     return "\n".join(takewhile(lambda line: line.startswith(" " * depth), lines))

@@ -143,6 +143,8 @@ def test_a_path_that_tells_no_data_is_one_line(command, last, tmp_path, monkeypa
     shutil.copy(last, "alone.ckpt")
     with pytest.raises(UserError, match="nowhere does not exist: give a run folder"):
         command.main(["nowhere"])
+    with pytest.raises(UserError, match=r"\. has no config\.yaml that tells the data"):
+        command.main(["."])
     with pytest.raises(SystemExit):
         command.main(["alone.ckpt"])
     assert capsys.readouterr().err.startswith("etflight: error: these arguments are required: --data (see")

@@ -36,6 +36,9 @@ def test_some_are_copied_and_none_is_overwritten(tmp_path):
         configs.main(["etf_dr", "--copy", "mine"])
     with pytest.raises(UserError, match="no configuration file has nothing_like_it in its path"):
         configs.main(["nothing_like_it"])
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is not a folder"):
+        configs.main(["etf_dr", "--copy", "file"])
 
 
 @pytest.mark.parametrize("name", ["configs/data/digits.yaml", "data/digits.yaml", "data/digits"])

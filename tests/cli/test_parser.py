@@ -2,7 +2,7 @@
 
 import pytest
 
-from etflight.cli import describe, export
+from etflight.cli import describe, export, ood
 from etflight.cli.stages import main
 
 FIT = ["fit", "--data", "Digits"]
@@ -52,10 +52,13 @@ def test_a_usage_error_is_one_line(words, tmp_path, monkeypatch, capsys):
     [
         (main, ["fit"], "these arguments are required: --data (see etflight fit --help)"),
         (describe.main, ["--data", "ListImages"], "these arguments are required: --data.root, --data.lists (see etflight describe"),
+        (describe.main, ["--data", "Digits", "--images_per_class", "0"], "--images_per_class: Expected a positive int, got 0 (see"),
+        (describe.main, ["--data", "Digits", "--images_per_class", "2.5"], "--images_per_class: Expected a positive int, got 2.5 (see"),
+        (ood.main, ["runs", "--data", "Digits", "--k", "0"], "--k: Expected a positive int or null, got 0 (see"),
         (export.main, ["c.ckpt"], "these arguments are required: output (see etflight export --help)"),
     ],
 )  # fmt: skip
-def test_what_is_missing_is_told_as_the_option_that_gives_it(command, argv, line, capsys):
+def test_other_commands_tell_the_option_that_is_missing_or_wrong(command, argv, line, capsys):
     with pytest.raises(SystemExit):
         command(argv)
     assert capsys.readouterr().err.startswith(f"etflight: error: {line}")

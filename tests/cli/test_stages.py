@@ -11,6 +11,8 @@ import yaml
 
 import etflight
 from etflight import Classifier, DotRegressionLoss
+from etflight.cli.argv import EarlyOptions
+from etflight.cli.place import Place
 from etflight.cli.stages import main
 from etflight.data import Digits
 from etflight.runs.record import config_sha256, training_facts
@@ -68,6 +70,16 @@ def test_the_record_tells_the_configuration_but_for_what_tells_seeds_apart(run):
 )
 def test_the_ratio_on_record_is_the_one_asked_for_or_that_of_the_images(options, ratio):
     assert training_facts(seed=0, data=Digits(**options))["data"]["imbalance_ratio"] == ratio
+
+
+def test_a_training_from_the_configuration_of_another_run_is_of_its_arm(tmp_path):
+    file, more = tmp_path / "config.yaml", tmp_path / "no_mixup.yaml"
+    (tmp_path / "run.json").write_text('{"arm": "ce"}')
+    file.write_text("name: digits/ce")
+    more.write_text("{}")
+    for files, arm in (([file], "ce"), ([file, more], "ce_no_mixup"), ([more], "no_mixup")):
+        options = EarlyOptions.of("etflight fit", list(map(str, files)), ["--name", "again"])
+        assert Place.of("fit", options).arm == arm
 
 
 def test_the_rate_of_each_epoch_is_logged(etflight_command, tmp_path):

@@ -126,6 +126,7 @@ REFUSED = {
     "averaging with a rate for each layer": ([*AVERAGING, "--model.layer_decay", 0.5], "layer_decay would have no effect"),
     "no file at all": (["--trainer.barebones", "true"], "barebones"),
     "no batch makes a step": (["--trainer.accumulate_grad_batches", 0], "--trainer.accumulate_grad_batches is 0"),
+    "an epoch that never comes": (["--trainer.check_val_every_n_epoch", 0], "--trainer.limit_val_batches 0 to leave validation out"),
     "gradients turned round": (["--trainer.gradient_clip_val", -1], "--trainer.gradient_clip_val is -1"),
     "spawned processes": (["--trainer.strategy", "ddp_spawn", "--trainer.devices", 2], SPAWNED),
     "a notebook's processes": (["--trainer.strategy", "ddp_notebook", "--trainer.devices", 2], SPAWNED),
