@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+_CONTEXT = mp.get_context("forkserver")  # one process imports what all of them need
+_CONTEXT.set_forkserver_preload(["lightning.pytorch", "etflight"])
+
 
 class WorkerError(RuntimeError):
     """Something went wrong in a process of the pool; carries that process's traceback as text."""
@@ -43,7 +46,7 @@ class ProcessPool:
             self._folder = tempfile.TemporaryDirectory()
             for rank in range(self.world_size):
                 start = (rank, self.world_size, f"{self._folder.name}/store", self.timeout)
-                self._ranks.append(mp.get_context("spawn").Pool(1, _join, start))
+                self._ranks.append(_CONTEXT.Pool(1, _join, start))
         try:
             answers = [pool.apply_async(_call, (m,)) for pool, m in zip(self._ranks, messages, strict=True)]
             return self._collect(answers)
