@@ -16,7 +16,7 @@ from etflight import Classifier, CrossEntropyLoss, DotRegressionLoss, ETFHead, L
 from etflight.data import Digits
 from etflight.optim import WarmupCosine
 from etflight.utils.errors import UserError
-from tests.quiet import trainer
+from tests.training import new_trainer as trainer
 
 IMAGES, TARGET = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10
 

@@ -20,7 +20,7 @@ from etflight import (
 from etflight.data import Digits
 from etflight.penalties import center_pull, feature_penalty
 from etflight.utils.errors import UserError
-from tests.quiet import trainer
+from tests.training import new_trainer as trainer
 
 K, B = 5, 12
 GENERATOR = torch.Generator().manual_seed(0)

@@ -14,8 +14,8 @@ from etflight import Classifier, CrossEntropyLoss, LinearHead
 from etflight.data import Digits
 from etflight.optim import at_sharpest_point
 from etflight.utils.errors import UserError
-from tests.quiet import trainer
 from tests.system.test_ddp import GLOBAL_BATCH, small_vit
+from tests.training import new_trainer as trainer
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES, TARGET = torch.randn(16, 1, 8, 8, generator=GENERATOR, dtype=torch.float64), torch.arange(16) % 10
@@ -23,7 +23,7 @@ IMAGES, TARGET = torch.randn(16, 1, 8, 8, generator=GENERATOR, dtype=torch.float
 
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("factor", [1.0, 1024.0])
-def test_the_ascent_has_length_rho_and_leaves_no_trace(adaptive, factor):
+def test_at_the_sharpest_point_parameters_have_moved_by_rho_and_afterwards_are_as_before(adaptive, factor):
     parameters = [nn.Parameter(torch.randn(*shape, dtype=torch.float64)) for shape in ((3, 4), (5,), (2,))]
     own = [parameter.detach().clone() for parameter in parameters]
     for parameter in parameters[:2]:

@@ -84,7 +84,7 @@ def test_monitored_numbers_are_those_of_the_saved_checkpoint_computed_measure(tm
     assert float(rows[2]["nc/val/nc4"]) == pytest.approx(watch.history["nc/val/nc4"][-1])
 
 
-def test_three_lines_in_somebody_elses_module(tmp_path):
+def test_the_monitor_measures_a_lightning_module_that_is_no_classifier(tmp_path):
     watch = plain_monitor()
     model, runs = fit(tmp_path, watch)
     values, centres = plain_values(model, TRAIN)

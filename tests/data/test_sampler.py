@@ -122,6 +122,9 @@ def test_shards_hold_every_image_once_without_padding(world_size, length):
     shards = [ShardSampler(range(length), world_size, rank) for rank in range(world_size)]
     assert sorted(i for shard in shards for i in shard) == list(range(length))
     assert [len(shard) for shard in shards] == [len(list(shard)) for shard in shards]
+
+
+def test_fewer_images_than_ranks_cannot_be_shared():
     with pytest.raises(UserError, match="2 images cannot be shared by 3 ranks"):
         ShardSampler(range(2), 3, 0)
 

@@ -95,7 +95,7 @@ def test_classes_of_one_size_have_neither_head_nor_tail():
     assert set(unequal) - set(equal) == {"acc_head", "acc_middle", "acc_tail", "acc_forward_4", "acc_backward_4"}
 
 
-def test_of_nothing_nothing_is_known():
+def test_without_any_images_accuracies_and_ece_are_nan_and_the_temperature_is_1():
     assert all(np.isnan(value) for value in accuracies(4, [9, 9, 9, 9], *torch.zeros(2, 0, dtype=torch.long)).values())
     assert Reliability().compute().ece.isnan()
     fit = TemperatureFit()

@@ -107,7 +107,7 @@ def test_every_set_trains_a_step_in_its_protocol_or_makes_its_network_and_misses
     ],
     ids=["fine_tuning", "lite0_weights", "projection"],
 )
-def test_protocols_change_what_they_say(parts, has_weights, etflight_command, tmp_path):
+def test_protocols_that_need_files_or_sets_of_their_own_train(parts, has_weights, etflight_command, tmp_path):
     argv = [*tiny_data(parts[0].removeprefix("data/"), tmp_path), *TRIAL]
     if has_weights:
         file = tmp_path / "weights.safetensors"

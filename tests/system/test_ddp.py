@@ -23,15 +23,15 @@ from etflight import Classifier, ETFHead
 from etflight.data import Digits
 from etflight.utils.errors import UserError
 from tests.command_line import CommandLine, finish, start
-from tests.quiet import FLAGS, trainer
-from tests.training import read_csv
+from tests.training import QUIET, read_csv
+from tests.training import new_trainer as trainer
 from tests.wandb_file import history
 
 ROOT = Path(__file__).parents[2]
 GLOBAL_BATCH = 60  # for one, two and three processes alike
 EPOCHS = 3
 RECIPE = [
-    *FLAGS, "--data.sampler", "balanced", "--data.eval_batch_size", 71, "--model.backbone", "test_vit",
+    *QUIET, "--data.sampler", "balanced", "--data.eval_batch_size", 71, "--model.backbone", "test_vit",
     "--model.model_kwargs", '{"img_size": 8, "patch_size": 4}', "--model.head.batch_norm", "false",
     "--model.loss.class_balance", "batch", "--model.optimizer.lr", 0.05, "--trainer.callbacks+", "NeuralCollapseMonitor",
 ]  # fmt: skip
@@ -234,7 +234,7 @@ def test_a_checkpoint_of_two_processes_tests_and_predicts_the_same_on_one_and_on
     two, etflight_command, numbered, data, cwd
 ):
     for stage in ("test", "predict"):
-        argv = [stage, *data, *FLAGS, "--ckpt_path", two[0] / "checkpoints/last.ckpt"]
+        argv = [stage, *data, *QUIET, "--ckpt_path", two[0] / "checkpoints/last.ckpt"]
         etflight_command(*argv, "--name", "on_1", cwd=cwd).ran()
         numbered(*argv, "--name", "on_3", *shared_by(3), cwd=cwd, processes=3)
     of_one, of_three = cwd / "runs/on_1", cwd / "runs/on_3"

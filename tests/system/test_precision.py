@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from etflight import ETFHead
-from tests.quiet import FLAGS
-from tests.training import read_csv
+from tests.training import QUIET, read_csv
 
 DIGITS = ["--data", "Digits", "--data.max_count", 20, "--data.val_fraction", 0.2]
-FIT = ["fit", *DIGITS, *FLAGS, "--model.backbone", "resnet20_cifar", "--name", "r"]
+FIT = ["fit", *DIGITS, *QUIET, "--model.backbone", "resnet20_cifar", "--name", "r"]
 LAST = "runs/r/checkpoints/last.ckpt"
 
 
@@ -28,7 +27,7 @@ def numbers(folder):
 def trained(etflight_command, tmp_path_factory):
     """A run in float32, and what it is tested with."""
     cwd = tmp_path_factory.mktemp("float32")
-    test = ["test", *DIGITS, *FLAGS, "--ckpt_path", "last", "--name", "r"]
+    test = ["test", *DIGITS, *QUIET, "--ckpt_path", "last", "--name", "r"]
     run(etflight_command, cwd, [*FIT, "--trainer.max_epochs", 3], test)
     return cwd, numbers(cwd / "runs/r")
 
@@ -39,13 +38,13 @@ def trained(etflight_command, tmp_path_factory):
 )
 def test_every_command_works_in_every_precision(precision, dtype, tolerance, trained, etflight_command, tmp_path):
     cwd, expected = trained
-    others = ["test", *DIGITS, *FLAGS, "--trainer.precision", precision, "--name", precision, "--ckpt_path"]
+    others = ["test", *DIGITS, *QUIET, "--trainer.precision", precision, "--name", precision, "--ckpt_path"]
     run(etflight_command, cwd, [*others, LAST])
     tested = numbers(cwd / "runs" / precision)
     for name in ("test/loss", "test/acc", "test/ece", "test/ece_calibrated"):
         assert tested[name] == pytest.approx(expected[name], rel=tolerance, abs=tolerance / 2), name
 
-    options = [*DIGITS, *FLAGS, "--trainer.precision", precision, "--name", "r"]
+    options = [*DIGITS, *QUIET, "--trainer.precision", precision, "--name", "r"]
     fit = [*FIT, "--trainer.precision", precision, "--data.mixup", 0.5, "--model.loss.class_balance", "batch"]
     fit += ["--trainer.callbacks+", "NeuralCollapseMonitor", "--trainer.max_epochs"]
     post_hoc = [*options[:-1], "ncm", "--ckpt_path", LAST, "--post_hoc", "NearestClassMean"]

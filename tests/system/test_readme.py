@@ -39,7 +39,7 @@ def test_every_file_it_names_exists():
     assert not [path for path in named if not (ROOT / path).exists()]
 
 
-def test_the_map_of_the_house_has_every_room():
+def test_contributings_map_names_every_file_and_folder_of_the_package():
     drawn = re.search(r"```\netflight/\n(.*?)```", CONTRIBUTING, flags=re.DOTALL)[1]
     named = {name for line in drawn.splitlines() for name in re.findall(r"(\w+(?:/|\.py))(?=,|  | *$)", line[:60])}
     there = {f"{path.name}/" if path.is_dir() else path.name for path in (ROOT / "etflight").iterdir()}

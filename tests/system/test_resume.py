@@ -12,13 +12,12 @@ from etflight import LinearHead
 from tests.cli.test_bad_input import QUICK, folder
 from tests.command_line import ended, start
 from tests.left_by_runs import assert_same_run, read
-from tests.quiet import FLAGS
-from tests.training import read_csv
+from tests.training import QUIET, read_csv
 
 DIGITS = [
     "--data", "Digits", "--data.imbalance_ratio", 20, "--data.batch_size", 32, "--data.crop_padding", 1,
     "--model.backbone", "resnet20_cifar", "--model.loss.class_balance", "batch", "--model.lr_scheduler", "WarmupCosine",
-    "--model.lr_scheduler.warmup_epochs", 2, "--trainer.max_epochs", 2, "--trainer.log_every_n_steps", 1, *FLAGS,
+    "--model.lr_scheduler.warmup_epochs", 2, "--trainer.max_epochs", 2, "--trainer.log_every_n_steps", 1, *QUIET,
 ]  # fmt: skip
 EACH_STEP = ["--checkpoint.every_n_steps", 1]
 LAST = ["--ckpt_path", "last"]

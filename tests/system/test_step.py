@@ -16,8 +16,8 @@ from etflight.callbacks import LastCheckpoint, NeuralCollapseMonitor, Speed, Ste
 from etflight.data import Digits
 from etflight.optim import match_layouts
 from etflight.runs.folder import last_checkpoint
-from tests.quiet import trainer
 from tests.tensors import HostReads
+from tests.training import new_trainer as trainer
 
 
 def small(**options):

@@ -9,10 +9,10 @@ from lightning.pytorch import Callback
 
 from etflight.callbacks import stop_signals
 from tests.command_line import ended, start
-from tests.quiet import FLAGS
+from tests.training import QUIET
 
 FIT = [
-    "fit", "--data", "Digits", "--data.max_count", 10, "--data.batch_size", 8, "--model.backbone", "resnet20_cifar", *FLAGS,
+    "fit", "--data", "Digits", "--data.max_count", 10, "--data.batch_size", 8, "--model.backbone", "resnet20_cifar", *QUIET,
     "--trainer.strategy", "ddp", "--trainer.devices", 2, "--name", "r",
     "--trainer.callbacks+", "tests.system.test_stop_signals.StopsTakingPart",
 ]  # fmt: skip

@@ -13,10 +13,11 @@ from etflight.data import Digits
 from etflight.utils.errors import UserError
 from tests.cli.test_bad_input import folder
 from tests.left_by_runs import assert_same_run, read
-from tests.quiet import FLAGS, trainer
+from tests.training import QUIET
+from tests.training import new_trainer as trainer
 
 # 3 batches an epoch
-FIT = ["fit", "--data", "Digits", "--data.max_count", 6, "--data.batch_size", 20, *FLAGS, "--name"]
+FIT = ["fit", "--data", "Digits", "--data.max_count", 6, "--data.batch_size", 20, *QUIET, "--name"]
 RESNET = ["--model.backbone", "resnet20_cifar"]
 VIT = [
     "--model.backbone", "test_vit", "--model.model_kwargs", '{"img_size": 8, "patch_size": 4}', "--model.head.batch_norm", "false",
@@ -161,7 +162,7 @@ class Labels(Callback):
 
 def test_a_few_batches_to_overfit_are_always_the_same_and_of_all_classes(etflight_command, tmp_path):
     data = folder(tmp_path / "images", dict.fromkeys("abc", 8))  # sorted by class
-    small = ["--data.batch_size", 4, "--data.num_workers", 1, *RESNET, *FLAGS]
+    small = ["--data.batch_size", 4, "--data.num_workers", 1, *RESNET, *QUIET]
     three_times = ["--trainer.overfit_batches", 2, "--trainer.max_epochs", 3]
     labels = ["--trainer.callbacks+", "tests.system.test_trainer_options.Labels"]
     etflight_command("fit", *data, *small, *three_times, *labels, cwd=tmp_path).ran()

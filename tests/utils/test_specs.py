@@ -21,7 +21,7 @@ def test_a_class_and_a_partial_become_plain_data_and_come_back():
 @pytest.mark.parametrize(
     "path", ["os.system", "etflight.heads.nothing", "ETFHead", "heads.ETFHead", "etflight.DotRegressionLoss"]
 )
-def test_nothing_else_is_found(path):
+def test_a_path_that_leads_to_no_head_is_refused(path):
     with pytest.raises(UserError, match="head"):
         resolve({"class_path": path, "init_args": {}}, Head, "head")
 
