@@ -338,6 +338,11 @@ class Classifier(LightningModule):
             return f"temperature {temperature:.3g}, fitted on held-out images"
         return f"temperature {temperature:.3g}, the default of {type(self.loss).__name__}"
 
+    @property
+    def names_or_labels(self) -> list[str]:
+        """The names of the classes, or the labels as text where they are unknown, `[K]`."""
+        return self.class_names or [str(k) for k in range(self.hparams["num_classes"])]
+
     # --- steps -------------------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

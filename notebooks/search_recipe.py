@@ -54,6 +54,7 @@ class Candidate:
 SQRT = ("--data.sampler", "sqrt", "--model.loss.tau", "0.5")
 LEARNT_COSINES = ("--model.loss", "LogitAdjustedLoss")  # with BatchNorm and normalisation, as the frame has them
 DECAY = ("--model.optimizer.weight_decay", "1e-3")
+MORE_DECAY = ("--model.optimizer.weight_decay", "2e-3")
 AFTERWARDS = ("--model.logit_adjustment", "1")
 FIRST = {
     "balanced_softmax": Candidate("balanced_softmax"),
@@ -84,6 +85,9 @@ LATER = {
     "etf_ce_la, half by sampling, scale 8, weight decay 1e-3": Candidate(
         "etf_ce_la", (*SQRT, "--model.head.scale", "8", *DECAY)
     ),
+    "etf_ce_la, half by sampling, scale 8, weight decay 2e-3": Candidate(
+        "etf_ce_la", (*SQRT, "--model.head.scale", "8", *MORE_DECAY)
+    ),
 }
 CANDIDATES = FIRST | LATER
 STAGES = {
@@ -97,6 +101,7 @@ STAGES = {
         "learnt cosines, half by sampling, scale 8",
         "etf_ce_la, half by sampling, scale 8, weight decay 1e-3",
         "balanced_softmax, half by sampling, weight decay 1e-3",
+        "etf_ce_la, half by sampling, scale 8, weight decay 2e-3",
     ],
 }
 

@@ -51,13 +51,18 @@ class DeferredBalance(Callback):
         self.epoch = epoch
         self.class_balance = class_balance
         self.sampler = None if sampler is None else resolve_policy(sampler)
-        self._before: ClassBalance | None = None  # of the loss
+        self._own: ClassBalance | None = None  # of the loss before training
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the loss's own balance, before any other callback of this kind changes it."""
+        if self.class_balance is not None:
+            self._own = self._loss(pl_module).class_balance
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the loss its own balance back, for another training of the same model."""
-        if self._before is not None:
-            self._loss(pl_module).set_class_balance(self._before)
-            self._before = None
+        if self._own is not None:
+            self._loss(pl_module).set_class_balance(self._own)
+            self._own = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse now what would otherwise fail in that epoch; switch to the new balance if the run is resumed after it."""
@@ -73,18 +78,27 @@ class DeferredBalance(Callback):
         self._apply_if_due(trainer, pl_module)
 
     def _apply_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.current_epoch < self._first_epoch(trainer):
-            return
         changes = []
-        if self.class_balance is not None and (loss := self._loss(pl_module)).class_balance != self.class_balance:
-            self._before = loss.class_balance
-            loss.set_class_balance(self.class_balance)
+        if (
+            self._decides(trainer, "class_balance")
+            and (loss := self._loss(pl_module)).class_balance != self.class_balance
+        ):
+            loss.set_class_balance(cast(ClassBalance, self.class_balance))
             changes.append(f"class balance {self.class_balance!r}")
-        if self.sampler is not None and (sampler := self._sampler(trainer)).policy != self.sampler:
-            sampler.set_policy(self.sampler)
+        if self._decides(trainer, "sampler") and (sampler := self._sampler(trainer)).policy != self.sampler:
+            sampler.set_policy(cast("str | float", self.sampler))
             changes.append(f"sampler {self.sampler!r}")
         if changes:
             rank_zero_info(f"from epoch {trainer.current_epoch} on: {', '.join(changes)}")
+
+    def _decides(self, trainer: Trainer, name: str) -> bool:
+        """Whether this callback is the last one due, by epochs, of those that set the `name` part."""
+        due = [
+            other
+            for other in callbacks_of(trainer, DeferredBalance)
+            if getattr(other, name) is not None and other._first_epoch(trainer) <= trainer.current_epoch
+        ]
+        return bool(due) and max(due, key=lambda other: other._first_epoch(trainer)) is self
 
     def _first_epoch(self, trainer: Trainer) -> int:
         if self.epoch >= 1 or self.epoch == 0:

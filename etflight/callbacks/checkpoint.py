@@ -193,10 +193,13 @@ def _rank_state(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         for name, metric in pl_module.named_modules()
         if isinstance(metric, Metric) and metric.update_called
     }
-    return {
-        "metrics": {name: move_data_to_device(state, torch.device("cpu")) for name, state in metrics.items()},
+    state = {
+        "metrics": metrics,
         "callbacks": {m.state_key: m.rank_state() for m in callbacks_of(trainer, NeuralCollapseMonitor)},
     }
+    # other processes get it, and would put it on the device that it comes from
+    on_cpu: dict[str, Any] = move_data_to_device(state, torch.device("cpu"))
+    return on_cpu
 
 
 def _load_rank_states(trainer: Trainer, pl_module: LightningModule, states: list[dict[str, Any]]) -> None:

@@ -87,6 +87,7 @@ class NeuralCollapseMonitor(Callback):
         epochs: The number of finished epochs at each measurement, 0 before training; a fraction within an epoch.
         history: The values at `epochs` by log name, NaN if not measured. Checkpoints hold it, and the anchors.
         latest: The last class statistics by split ("train", "val", "train_online"), on the CPU.
+        weight_of: The class vectors `[K, d]` with which `latest` was measured, by split.
         latest_weight: The class vectors `[K, d]` of the last measurement, on the CPU.
         latest_bias: The biases `[K]`, or None.
         measured_weights: "averaged" or "current".
@@ -162,6 +163,7 @@ class NeuralCollapseMonitor(Callback):
         self.latest: dict[str, Moments] = {}
         self.latest_weight: Tensor | None = None
         self.latest_bias: Tensor | None = None
+        self.weight_of: dict[str, Tensor | None] = {}
         self.measured_weights: Literal["averaged", "current"] = "current"
 
         self._anchors: dict[str, Tensor] = {}
@@ -175,6 +177,11 @@ class NeuralCollapseMonitor(Callback):
         self._is_ready = True  # whether the next validation batch needs no preparation
         self._values: dict[str, float] = {}
 
+    @property
+    def prefix(self) -> str:
+        """The first part of the log names of the head's measures."""
+        return "nc" if self.space == "embedding" else "nc_raw"
+
     # --- when --------------------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -184,6 +191,12 @@ class NeuralCollapseMonitor(Callback):
         self._sweeps_every = 1 if self.every_n_epochs == "auto" else self.every_n_epochs
         if averaging := callbacks_of(trainer, WeightAveraging):
             rank_zero_info(f"neural collapse is measured with the averaged weights of {type(averaging[0]).__name__}")
+        others = {m.head for m in callbacks_of(trainer, NeuralCollapseMonitor) if m.space == self.space} - {self.head}
+        if others:
+            raise UserError(
+                f"two NeuralCollapseMonitors would log the heads {self.head} and {min(others)} under the same names: "
+                "measure one head in a training"
+            )
         if not self._sweeps:
             return
         if self.train_dataloader is None and not hasattr(data_module(trainer), "eval_dataloader"):
@@ -360,7 +373,7 @@ class NeuralCollapseMonitor(Callback):
         if self._sweeps and self._is_due(trainer):
             centres = self._sweep(trainer, pl_module, _epochs(trainer))
             if self._val is not None:
-                self._val.centres = centres
+                self._val.centres = measures.Centres.of(centres)
         else:
             self._remember_weights(trainer)
 
@@ -408,13 +421,11 @@ class NeuralCollapseMonitor(Callback):
             }
             self._anchors[f"{split}/{name}"] = moments.means.to("cpu", torch.float32)
             if name == HEAD:
-                self.latest[split] = moments.to("cpu")
+                self.latest[split], self.weight_of[split] = moments.to("cpu"), self.latest_weight
         return computed[HEAD]
 
     def _group(self, name: str) -> str:
-        if name != HEAD:
-            return f"nc_{name}"
-        return "nc" if self.space == "embedding" else "nc_raw"
+        return self.prefix if name == HEAD else f"nc_{name}"
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._values:
@@ -477,8 +488,9 @@ class NeuralCollapseMonitor(Callback):
         content = kept.snapshot(trainer)
         if not trainer.is_global_zero or self.latest_weight is None:
             return
-        folder = "snapshots" if self.space == "embedding" else "snapshots_raw"
-        _write(trainer, folder, epoch, **content, weight=self.latest_weight.float().numpy())
+        _write(
+            trainer, self.prefix.replace("nc", "snapshots"), epoch, **content, weight=self.latest_weight.float().numpy()
+        )
 
     # --- checkpoints -------------------------------------------------------------------------------------------------------
 

@@ -381,7 +381,7 @@ class PassStatistics:
         scatter: Whether to collect the scatter, which NC1 needs in addition to the class means and variances.
 
     Attributes:
-        centres: Class statistics, on the device, with whose nearest means the decisions are compared; None compares nothing.
+        centres: Class means, on the device, with the nearest of which the decisions are compared; None compares nothing.
         agrees: The numbers of decisions that agree with the nearest centre, and of all of them, float64 `[2]`.
     """
 
@@ -393,7 +393,7 @@ class PassStatistics:
         self.device = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
         self.anchors = anchors
         self.statistics: dict[str, ClassStatistics] = {}
-        self.centres: Moments | None = None
+        self.centres: measures.Centres | None = None
         self.agrees = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     def add(self, caught: Caught, labels: Tensor) -> None:
@@ -426,7 +426,7 @@ class PassStatistics:
         return {name: self.statistics[name].compute() for name in sorted(self.statistics)}
 
 
-def agreeing(features: Tensor, decision: Tensor, centres: Moments) -> Tensor:
+def agreeing(features: Tensor, decision: Tensor, centres: measures.Centres) -> Tensor:
     """Count the decisions `[B]` that agree with the centre nearest to the features `[B, d]`, and all of them: float64 `[2]`."""
     nearest = measures.nearest_centre(features.to(centres.means.device), centres)
     agree = nearest == decision.to(nearest.device)
@@ -511,8 +511,9 @@ class KeptEmbeddings:
                 self._chosen.append((index, label, features[row].half().cpu()))
         self._seen += len(labels)
 
-    def agrees(self, centres: Moments) -> Tensor:
-        """Count the decisions that agree with the nearest centre, and all of them, float64 `[2]`; NaN if not all were kept."""
+    def agrees(self, moments: Moments) -> Tensor:
+        """Count the decisions that agree with the nearest class mean, and all of them, float64 `[2]`; NaN if not all were kept."""
+        centres = measures.Centres.of(moments)
         counts = [agreeing(features, decision, centres) for features, decision in self._parts]
         total = torch.stack(counts).sum(0) if counts else torch.zeros(2, dtype=torch.float64)
         return total.cpu() if total[1] == self._seen else torch.full((2,), math.nan, dtype=torch.float64)

@@ -115,9 +115,7 @@ class CollapseFigures(Callback):
             )
         self._monitors = {}
         for monitor in monitors:
-            prefix = "nc" if monitor.space == "embedding" else "nc_raw"
-            key = prefix if prefix not in self._monitors else f"{prefix}_{monitor.head.replace('.', '_')}"
-            self._monitors[key] = monitor
+            self._monitors.setdefault(monitor.prefix, monitor)
         self._drawn = {key: max(m.epochs, default=0.0) for key, m in self._monitors.items()}
         if self.triangle is not None:
             self._check_triangle(pl_module)
@@ -157,20 +155,19 @@ class CollapseFigures(Callback):
     def _draw(
         self, trainer: Trainer, pl_module: LightningModule, monitor: NeuralCollapseMonitor
     ) -> dict[str, "Figure"]:
-        prefix = "nc" if monitor.space == "embedding" else "nc_raw"
         weight, names = monitor.latest_weight, _of_classes("class_names", trainer, pl_module, monitor)
         num_classes = None if weight is None else len(weight)
         figures = {
             "curves": etflight.plotting.collapse_curves(
-                monitor.history, monitor.epochs, prefix=prefix, num_classes=num_classes
+                monitor.history, monitor.epochs, prefix=monitor.prefix, num_classes=num_classes
             )
         }
         split = next((split for split in _SPLITS if split in monitor.latest), None)
         if split is not None:
-            meets = f"{prefix}/{split}/alignment" in monitor.history
+            meets = f"{monitor.prefix}/{split}/alignment" in monitor.history
             figures |= etflight.plotting.portrait(
                 monitor.latest[split],
-                weight if meets else None,
+                monitor.weight_of[split] if meets else None,
                 counts=_of_classes("class_counts", trainer, pl_module, monitor),
                 class_names=names,
             )

@@ -136,9 +136,8 @@ class NearestClassMean(PostHoc):
         trainer_sweep(trainer, model, data.eval_dataloader("train"), source, passed)
         means = passed.compute()[HEAD].means.to(model.device)
         if len(empty := (~means.isfinite().all(1)).nonzero().flatten()):
-            names = model.class_names or list(map(str, range(len(means))))
             raise UserError(
-                f"NearestClassMean: class {names[int(empty[0])]} has no training image that can be read, so it has no mean"
+                f"NearestClassMean: class {model.names_or_labels[int(empty[0])]} has no training image that can be read, so it has no mean"
             )
         return _Replacement(model.head, F.normalize(means, dim=1), cosine=True)
 

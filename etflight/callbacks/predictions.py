@@ -21,7 +21,7 @@ from etflight.runs.folder import writing_to
 from etflight.utils.errors import UserError, warn
 from etflight.utils.files import replacing, write_csv
 from etflight.utils.terminal import readable
-from etflight.utils.trainer import data_module, gather
+from etflight.utils.trainer import data_module, gather, is_trial_run
 
 SUFFIXES = (".csv", ".parquet", ".npz")
 
@@ -155,17 +155,16 @@ class PredictionTable(Callback):
         skipped = {i: reason for _, _, part in ranks for i, reason in part.items()}
         if not any(indices for indices, _, _ in ranks):
             raise UserError(f"none of the {len(skipped)} images can be read: {skipped[min(skipped)]}")
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or is_trial_run(trainer):
             return
         columns = [torch.cat(parts) for parts in zip(*(parts for _, parts, _ in ranks if parts), strict=True)]
         order = np.argsort([i for indices, _, _ in ranks for i in indices])
         in_order = sorted(i for indices, _, _ in ranks for i in indices)
         labels, probabilities, *rest = (column[order].numpy() for column in columns)
         model = cast(Classifier, pl_module)
-        names = model.class_names or [str(k) for k in range(data.num_classes)]
         images = [data.sample_name("test", i) for i in in_order]
         with writing_to(self.path.parent, "--output"):
-            write(self.path, images, labels, probabilities, names, *rest)
+            write(self.path, images, labels, probabilities, model.names_or_labels, *rest)
             rank_zero_info(f"predictions: {self.path} (probabilities: {model.describe_temperature()})")
             self._tell_skipped({data.sample_name("test", i): skipped[i] for i in sorted(skipped)})
 

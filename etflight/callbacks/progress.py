@@ -8,15 +8,18 @@ import sys
 import time
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from etflight.classifier import Classifier
 from etflight.losses import Loss
 from etflight.runs.loggers import MetricsCSV, run_folder
+from etflight.utils.files import write_csv
 from etflight.utils.trainer import data_module, is_trial_run, shows_after
 
 _ALIGNMENT = ("nc/train/alignment", "nc/train_online/alignment", "nc/val/alignment")
@@ -121,19 +124,25 @@ class Speed(Callback):
 
     The progress bar shows speed and waiting in the epoch so far every `log_every_n_steps`. Each epoch leaves `speed/images_per_s`,
     `speed/data_wait`, `speed/peak_memory_gb` and `speed/epoch_s` in `<run folder>/speed.csv` and in every logger except `metrics.csv`,
-    which is the same for every repetition of a run. `speed/epoch_s` is the seconds that the whole epoch took; only it includes
-    validation and what callbacks do with it, and an epoch within which the run was resumed has none. The images are counted over all
-    processes. Waiting time and memory are those of the first process: the memory of its GPU if it has one, or else host memory without the
+    which is the same for every repetition of a run. `speed/epoch_s` is the seconds from the end of one epoch to
+    that of the next; only it includes validation and what other callbacks do, if they come before this one, and an epoch within which the
+    run was resumed has none. The images are counted over all processes. Waiting time and memory are those of the first process: the
+    memory of its GPU if it has one, or else host memory without the
     loader's workers. The callback only reads clocks: it never waits for the device and keeps nothing in checkpoints.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting; a resumed run may be within an epoch."""
-        self._images, self._waited_before = 0, _waited(trainer)
-        self._started_at = self._counts_from = time.perf_counter()
+        """Start counting, perhaps within an epoch of a resumed run; take rows of epochs to come out of the file."""
+        self._began_at = time.perf_counter()
         self._is_whole = not trainer.fit_loop.restarted_mid_epoch
+        if trainer.is_global_zero and not is_trial_run(trainer):
+            _forget(run_folder(trainer) / "speed.csv", trainer.current_epoch)
+        self.on_train_epoch_start(trainer, pl_module)
 
-    on_train_epoch_start = on_train_start
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start counting the images of the epoch."""
+        self._images, self._waited_before, self._counts_from = 0, _waited(trainer), time.perf_counter()
+        self._seconds = math.nan
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
@@ -141,7 +150,7 @@ class Speed(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restart the clock."""
-        if not trainer.sanity_checking:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._counts_from += time.perf_counter() - self._stopped_at
 
     def on_train_batch_end(
@@ -150,17 +159,18 @@ class Speed(Callback):
         """Count the images, and show the speed whenever the progress bar gets new numbers."""
         views = getattr(data_module(trainer), "views", 1)
         self._images += len(batch[0]) // views * trainer.world_size
+        self._seconds = time.perf_counter() - self._counts_from
         if shows_after(trainer, batch_idx):
             self._measure(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch."""
         self._log(trainer, *self._measure(trainer))
+        self._began_at, self._is_whole = time.perf_counter(), True
 
     def _measure(self, trainer: Trainer) -> tuple[float, float]:
         """Return images per second and the share of waiting in this epoch so far, and show both in the progress bar."""
-        seconds = time.perf_counter() - self._counts_from
-        speed, waiting = self._images / seconds, (_waited(trainer) - self._waited_before) / seconds
+        speed, waiting = self._images / self._seconds, (_waited(trainer) - self._waited_before) / self._seconds
         shown: Any = {"images/s": f"{speed:.0f}", "waiting": f"{waiting:.0%}"}
         trainer.progress_bar_metrics.update(shown)
         return speed, waiting
@@ -175,7 +185,7 @@ class Speed(Callback):
             "speed/peak_memory_gb": peak_memory(trainer.strategy.root_device) / 1e9,
         }
         if self._is_whole:
-            values["speed/epoch_s"] = time.perf_counter() - self._started_at
+            values["speed/epoch_s"] = time.perf_counter() - self._began_at
         row = {"epoch": trainer.current_epoch, "step": trainer.global_step, "speed/epoch_s": "", **values}
         path = run_folder(trainer) / "speed.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,6 +197,19 @@ class Speed(Callback):
         for logger in trainer.loggers:
             if not isinstance(logger, MetricsCSV):
                 logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=trainer.global_step - 1)
+
+
+def _forget(path: Path, epoch: int) -> None:
+    """Leave only the whole rows of earlier epochs in a `speed.csv`: a training that starts again, or goes on, writes the others anew."""
+    if not path.is_file():
+        return
+    with path.open(newline="") as file:
+        header, *rows = list(csv.reader(file)) or [[]]
+    kept = [row for row in rows if len(row) == len(header) and row[0].isdigit() and int(row[0]) < epoch]
+    if kept:
+        write_csv(path, header, kept)
+    else:
+        path.unlink()
 
 
 def _waited(trainer: Trainer) -> float:

@@ -107,12 +107,8 @@ def _rows(model: Classifier, evaluation: Evaluation) -> list[tuple[object, ...]]
     thirds = _names(third_groups(counts)) if has_order(counts) else nobody
     labels = range(len(counts))
     return list(
-        zip(labels, _class_names(model), counts.tolist(), accuracy, precision, samples, shots, thirds, strict=True)
+        zip(labels, model.names_or_labels, counts.tolist(), accuracy, precision, samples, shots, thirds, strict=True)
     )
-
-
-def _class_names(model: Classifier) -> list[str]:
-    return model.class_names or [str(k) for k in range(len(model.class_counts))]
 
 
 def _names(groups: Mapping[str, torch.Tensor]) -> list[str]:

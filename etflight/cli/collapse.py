@@ -162,7 +162,7 @@ def measure(
     """
     source = model.source
     passed = PassStatistics(source.num_classes, device)
-    passed.centres = None if centres is None else centres.to(passed.device)
+    passed.centres = None if centres is None else measures.Centres.of(centres.to(passed.device))
     right = torch.zeros((), dtype=torch.long, device=device)
 
     def count(caught: Caught, labels: Tensor) -> None:

@@ -58,7 +58,10 @@ class Place:
         if stage == "fit":
             name = name_in_sweep(name)
         root = Path(options.value("trainer.default_root_dir") or "runs").expanduser()
-        place = cls(stage, root, name, bool(options.given["name"]), arm or set_name, root / name)
+        folder = root / name
+        if ".." in folder.parts:  # checkpoints hold Lightning's places of files, and one with ".." in it is refused
+            folder = folder.resolve()
+        place = cls(stage, root, name, bool(options.given["name"]), arm or set_name, folder)
         asked = options.value("ckpt_path")
         last = last_checkpoint(place.folder)
         if asked not in (None, "last"):

@@ -317,7 +317,7 @@ class EtflightCLI(LightningCLI):
         # the callback that saves comes before anything of the next step has happened, but after those that make the final weights
         callbacks = [StopSignals(last), *averaging, *_as_list(last)]
         if self.subcommand == "fit":
-            callbacks += [StepSeed(), Speed(), Progress(), config["fine_tuning"]]
+            callbacks += [StepSeed(), Progress(), config["fine_tuning"]]
             if not any(isinstance(callback, NeuralCollapseMonitor) for callback in users):
                 callbacks += _as_list(config["monitor"])
         callbacks += [*_as_list(config["post_hoc"]), *(callback for callback in users if callback not in averaging)]
@@ -325,6 +325,8 @@ class EtflightCLI(LightningCLI):
         if self.subcommand == "predict":
             output = Path(config["output"] or folder / "predictions.csv")
             callbacks.append(PredictionTable(output, config["top_k"], config["embeddings"]))
+        if self.subcommand == "fit":
+            callbacks.append(Speed())  # last, so that an epoch is over when all others have done with it
         return callbacks
 
     def _loggers(self, users: list[Any]) -> list[Any]:
@@ -336,7 +338,8 @@ class EtflightCLI(LightningCLI):
             raise UserError(
                 "CSVLogger would write into the run's own metrics.csv: give --trainer.logger.name or leave it out"
             )
-        return [MetricsCSV(folder, self.saved_rows), *(FailSafe(user, folder / "metrics.csv") for user in users)]
+        rows = self.saved_rows if same_folder(folder, self.place.trained_in) else 0
+        return [MetricsCSV(folder, rows), *(FailSafe(user, folder / "metrics.csv") for user in users)]
 
 
 def main(args: Sequence[str] | None = None) -> EtflightCLI:

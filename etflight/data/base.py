@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import islice
 from typing import Any, ClassVar, Literal, Self, cast, get_args
 
 import numpy as np
@@ -79,11 +80,13 @@ class TrainLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         self._served, self._resume_at = self._resume_at, 0
-        if isinstance(self.sampler, ImbalancedSampler) and self.batch_size is not None:
-            self.sampler.skip = self._served * self.batch_size
+        skips = isinstance(self.sampler, ImbalancedSampler) and self.batch_size is not None
+        if skips:
+            cast(Any, self.sampler).skip = self._served * cast(int, self.batch_size)
         start = time.perf_counter()
         try:
-            for batch in super().__iter__():
+            # Lightning puts another sampler in its place under overfit_batches
+            for batch in islice(super().__iter__(), 0 if skips else self._served, None):
                 self.waited += time.perf_counter() - start
                 self._served += 1
                 if self._served == self._length:
@@ -491,8 +494,7 @@ class ImageDataModule(LightningDataModule, ABC):
             UserError: There are fewer images than ranks.
         """
         data = self.split(split)
-        on_cpu = self.trainer is None or self.trainer.strategy.root_device.type == "cpu"
-        batch_size = self.eval_batch_size or self.batch_size * (1 if on_cpu else 4)
+        batch_size = self.eval_batch_size or self.batch_size * (1 if self._device() == "cpu" else 4)
         return EvalLoader(data, sampler=ShardSampler(data, *self._world()), batch_size=batch_size, **self._loading())
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -562,12 +564,18 @@ class ImageDataModule(LightningDataModule, ABC):
     def _world(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else world()
 
+    def _device(self) -> str:
+        """The kind of device that gets the images; without a trainer, the one that the commands take."""
+        if self.trainer is None:
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return str(self.trainer.strategy.root_device.type)
+
     def _loading(self) -> dict[str, Any]:
         """The arguments that all loaders share."""
         return {
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
+            "pin_memory": self._device() == "cuda",
             "collate_fn": _as_it_is,
         }
 

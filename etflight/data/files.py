@@ -21,7 +21,7 @@ from etflight.data.sampler import Draw, ImbalancedSampler, NumberedSampler
 from etflight.data.sources import Batch, ImageSource, ImageSplit
 from etflight.data.transforms import step_randomness
 from etflight.utils.errors import UserError, warn
-from etflight.utils.preprocessing import Preprocessing
+from etflight.utils.preprocessing import LARGEST_SIDE, LEAST_CROP, Preprocessing
 
 _CHUNK = 1024  # files of a thread's turn
 _THREADS = 8  # they wait for a network file system together
@@ -231,9 +231,6 @@ def stack(pictures: Sequence[Tensor]) -> Tensor:
     return cast(Tensor, default_collate(list(pictures)))
 
 
-LARGEST_SIDE = 2**14  # one such image is 805 MB
-
-
 class PhotoRecipe:
     """The field's recipe for photographs, after ImageNet: random squares, mirrored; ImageNet's mean and standard deviation."""
 
@@ -281,7 +278,7 @@ class FileImages(ImageDataModule):
         """Check the options that need no file."""
         super().__post_init__()
         rule = "give a part of the resized side, from 0.1 to 1"
-        self._refuse_unless(0.1 <= self._or_standard("crop_pct") <= 1, "crop_pct", rule)
+        self._refuse_unless(LEAST_CROP <= self._or_standard("crop_pct") <= 1, "crop_pct", rule)
         rule = "give a part of the picture's area, above 0 and at most 1"
         self._refuse_unless(0 < self._or_standard("min_crop_scale") <= 1, "min_crop_scale", rule)
         rule = f"give at least 1 pixel, and for image_size / crop_pct at most {LARGEST_SIDE}"

@@ -66,7 +66,7 @@ class ListImages(ListedFileImages):
         if len(set(known)) < len(known):  # cars/red, cars/blue, boats/red
             parts = [folder.split("/") for folder in folders]
             known = ["/".join(own[_shared(parts) :]) for own in parts]
-        return [readable(name) for name in known] if self.names is None else read_names(Path(self.names), known)
+        return list(map(readable, known if self.names is None else read_names(Path(self.names), known)))
 
     def class_name(self, folder: str) -> str:
         """The name of the class whose images lie in this folder."""

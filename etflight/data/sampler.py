@@ -168,8 +168,8 @@ def noisy_labels(labels: Indices, num_classes: int, part: float, kind: NoiseKind
     """
     rng = np.random.default_rng(seed)
     noisy = labels.copy()
-    for k in range(num_classes):
-        own = np.flatnonzero(labels == k)
+    by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels, minlength=num_classes))[:-1])
+    for k, own in enumerate(by_class):
         wrong = rng.permutation(own)[: int(np.rint(part * len(own)))]
         steps = rng.integers(1, num_classes, len(wrong)) if kind == "symmetric" else 1
         noisy[wrong] = (k + steps) % num_classes

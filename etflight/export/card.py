@@ -8,8 +8,9 @@ from typing import Any
 import yaml
 
 from etflight.classifier import Classifier
-from etflight.reporting.reading import noting, read_table
+from etflight.reporting.reading import noting, read_classes
 from etflight.reporting.results import Result, read_results
+from etflight.utils.errors import UserError
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.terminal import plain
 from etflight.utils.yaml import read_yaml
@@ -172,6 +173,8 @@ def _data(result: Result) -> str:
 
 def _recipe(run: Path) -> str:
     content: Any = read_yaml(run / "config.yaml")
+    if not isinstance(content, dict) or not isinstance(content.get("trainer", {}), dict):
+        raise UserError(f"{run / 'config.yaml'} is not whole (it holds no configuration)")
     trainer, of_trainer = content.get("trainer", {}), ("max_epochs", "precision", "accumulate_grad_batches")
     kept = {name: content.get(name) for name in ("seed_everything", "data", "model")}
     kept["trainer"] = {name: trainer[name] for name in of_trainer if name in trainer}
@@ -198,10 +201,10 @@ def _classes(run: Path) -> str:
     path = run / "per_class.csv"
     if not path.is_file():
         return ""
-    rows = read_table(path)
+    rows = read_classes(path)
     if len(rows) > _MOST_CLASSES:  # a class without test images has no accuracy
-        rows = sorted((row for row in rows if not math.isnan(float(row["acc"]))), key=lambda row: float(row["acc"]))
-    cells = [(row["name"], row["train_images"], f"{float(row['acc']):.3f}") for row in rows[:_MOST_CLASSES]]
+        rows = sorted((row for row in rows if not math.isnan(row.acc)), key=lambda row: row.acc)
+    cells = [(row.name, row.train_images, f"{row.acc:.3f}") for row in rows[:_MOST_CLASSES]]
     table = _table(("class", "training images", "test accuracy"), cells)
     lowest = f"The {_MOST_CLASSES} of {len(rows)} classes with the lowest accuracy:\n\n"
     return (lowest if len(rows) > _MOST_CLASSES else "") + table

@@ -34,7 +34,7 @@ class Graph(nn.Module):
     @torch.no_grad()
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
-        self.backbone, self.head = classifier.backbone, copy.deepcopy(classifier.head)
+        self.backbone, self.head = copy.deepcopy(classifier.backbone), copy.deepcopy(classifier.head)
         if isinstance(rotation := getattr(self.head, "rotation", None), Rotation):
             self.head.rotation = _constant(rotation)  # ONNX has no operator that solves equations
         zero, one = (classifier.calibrated(torch.full((1, self.head.num_classes), value).double()) for value in (0, 1))

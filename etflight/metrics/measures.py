@@ -22,7 +22,7 @@ without a meaning, for class vectors that are missing or of another shape than t
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ GlobalMean = Literal["class", "sample"]
 Of = Literal["means", "weights", "both"]
 
 _TILE = 1024  # the number of classes whose pairs are held at once
-_MOST_DISTANCES = 2**24  # the number of distances from samples to centres that are held at once
+_MOST_DISTANCES = 2**24  # the number of distances that are held at once
 
 
 def summary(
@@ -547,7 +547,37 @@ def structure_error(
 # NC4: whether the head decides like the nearest class centre ---------------------------------------------------------
 
 
-def nearest_centre(features: Tensor, stats: Moments) -> Tensor:
+class Centres(NamedTuple):
+    """The means of n classes, prepared for `nearest_centre` of many batches.
+
+    Attributes:
+        classes: The classes that have samples, `[n]` int64.
+        origin: The mean of their means, `[d]`.
+        means: Their means less the origin, `[n, d]`.
+        offsets: Half of the squared norms of these, `[n]`.
+    """
+
+    classes: Tensor
+    origin: Tensor
+    means: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, stats: Moments) -> Self:
+        """Prepare the means of class statistics.
+
+        Raises:
+            ValueError: No class has samples.
+        """
+        classes = _present(stats).nonzero().squeeze(1)
+        if len(classes) == 0:
+            raise ValueError("no class has samples: there is no centre")
+        origin = stats.means[classes].mean(0)
+        means = stats.means[classes] - origin
+        return cls(classes, origin, means, 0.5 * means.square().sum(1))
+
+
+def nearest_centre(features: Tensor, stats: Moments | Centres) -> Tensor:
     """The class whose mean is nearest, `argmin_k ‖h - μ_k‖`, among classes that have samples.
 
     Args:
@@ -563,17 +593,17 @@ def nearest_centre(features: Tensor, stats: Moments) -> Tensor:
     Source:
         Papyan, Han & Donoho 2020, section "Convergence to nearest class center".
     """
-    classes = _present(stats).nonzero().squeeze(1)
-    if len(classes) == 0:
-        raise ValueError("no class has samples: there is no centre")
-    origin = stats.means[classes].mean(0)
-    centres = stats.means[classes] - origin
-    offsets = 0.5 * centres.square().sum(1)
+    classes, origin, means, offsets = Centres.of(stats) if isinstance(stats, Moments) else stats
     nearest = []
-    for part in torch.split(features.detach(), max(1, _MOST_DISTANCES // len(classes))):
-        scores = (part.to(centres) - origin) @ centres.T - offsets
+    for part in parts_by_distances(features.detach(), len(classes)):
+        scores = (part.to(means) - origin) @ means.T - offsets
         nearest.append(classes[scores.argmax(1)])
     return torch.cat(nearest)
+
+
+def parts_by_distances(features: Tensor, others: int) -> tuple[Tensor, ...]:
+    """Rows in parts whose distances to so many others fit into memory."""
+    return torch.split(features, max(1, _MOST_DISTANCES // others))
 
 
 def agreement(decision: Tensor, nearest: Tensor) -> Tensor:

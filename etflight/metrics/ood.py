@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision, binary_roc
 
+from etflight.metrics.measures import parts_by_distances
 from etflight.metrics.statistics import Moments
 from etflight.utils.errors import UserError
-
-_MOST_DISTANCES = 2**24  # the number of distances that are held at once
 
 # Scores of logits ---------------------------------------------------------------------------------------------------
 
@@ -94,7 +93,7 @@ def mahalanobis(features: Tensor, stats: Moments) -> Tensor:
     white = directions[:, kept] / variances[kept].sqrt()
     origin = means.mean(0)  # with it the distances lose fewer digits
     centres = (means - origin) @ white
-    parts = _parts(features, len(centres))
+    parts = parts_by_distances(features, len(centres))
     return torch.cat([-torch.cdist((part.double() - origin) @ white, centres).amin(1).square() for part in parts])
 
 
@@ -124,7 +123,7 @@ def knn(features: Tensor, train_features: Tensor, k: int = 50) -> Tensor:
             f"there is no neighbour k = {k} among {len(train_features)} training images: give 1 to that many"
         )
     known = F.normalize(train_features.double(), dim=1).T
-    cosines = (F.normalize(part.double(), dim=1) @ known for part in _parts(features, len(train_features)))
+    cosines = (F.normalize(part.double(), dim=1) @ known for part in parts_by_distances(features, len(train_features)))
     kth = torch.cat([part.topk(k, dim=1).values[:, -1] for part in cosines])
     distances: Tensor = (2 - 2 * kth).clamp(min=0).sqrt()
     return -distances
@@ -237,11 +236,6 @@ def largest_cosine(embedding: Tensor, weight: Tensor) -> Tensor:
         `[N]`, in [-1, 1]; 0 for an embedding of zeros.
     """
     return (F.normalize(embedding.double(), dim=1) @ F.normalize(weight.detach().double(), dim=1).T).amax(1)
-
-
-def _parts(features: Tensor, others: int) -> tuple[Tensor, ...]:
-    """Rows in parts whose distances to so many others fit into memory."""
-    return torch.split(features, max(1, _MOST_DISTANCES // others))
 
 
 # How well a score separates -----------------------------------------------------------------------------------------

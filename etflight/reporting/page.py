@@ -12,8 +12,9 @@ from typing import Any
 from etflight.reporting import tables
 from etflight.reporting.frames import frames
 from etflight.reporting.groups import Section
-from etflight.reporting.reading import finite, noting, read_json, read_table, series
-from etflight.reporting.results import RECORD, Result
+from etflight.reporting.reading import finite, noting, read_classes, read_json, read_table, series
+from etflight.reporting.results import Result
+from etflight.runs.folder import RECORD
 from etflight.utils.errors import UserError
 from etflight.utils.files import replacing
 from etflight.utils.terminal import plain
@@ -167,15 +168,12 @@ def _classes(folder: Path) -> dict[str, Any] | None:
     path = folder / "per_class.csv"
     if not path.is_file():
         return None
-    rows = read_table(path)
-    try:
-        return {
-            "names": [plain(row["name"]) for row in rows],
-            "counts": [int(row["train_images"]) for row in rows],
-            "acc": [finite(float(row["acc"])) for row in rows],
-        }
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path} is not whole ({type(error).__name__}: {error})") from error
+    rows = read_classes(path)
+    return {
+        "names": [plain(row.name) for row in rows],
+        "counts": [row.train_images for row in rows],
+        "acc": [finite(row.acc) for row in rows],
+    }
 
 
 def _versions(folder: Path) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from etflight.utils.errors import UserError
 
@@ -51,6 +51,32 @@ def read_table(path: Path) -> list[dict[str, str]]:
     if not text.endswith("\n"):
         raise UserError(f"{path} is not whole (it is empty, or its last row is cut off)")
     return rows
+
+
+class ClassRow(NamedTuple):
+    """What a test found of one class.
+
+    Attributes:
+        name: The name of the class.
+        train_images: The number of its training images.
+        acc: The accuracy on its test images, NaN without any.
+    """
+
+    name: str
+    train_images: int
+    acc: float
+
+
+def read_classes(path: Path) -> list[ClassRow]:
+    """The rows of a `per_class.csv`.
+
+    Raises:
+        UserError: The file cannot be read, or lacks a column or a number.
+    """
+    try:
+        return [ClassRow(row["name"], int(row["train_images"]), float(row["acc"])) for row in read_table(path)]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} is not whole ({type(error).__name__}: {error})") from error
 
 
 def series(path: Path, rows: list[dict[str, str]], name: str, over: str = "epoch") -> list[tuple[float, float]]:

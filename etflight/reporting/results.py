@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from etflight.reporting.reading import finite, noting, read_json, read_table, series
+from etflight.runs.folder import RECORD
 from etflight.utils.errors import UserError
 from etflight.utils.training_data import choice_of, content_of
 
-RECORD = "run.json"
 ALWAYS = ("dataset", "ratio", "arm", "seed", "epochs", "commit", "config_sha256", "fingerprint", "command")
 _AT_THE_END = re.compile(r"nc\w*/\w+/(nc1|alignment|etf_distance)|val/acc")
 _ALWAYS_DEFINED = {f"test/{name}" for name in ("acc", "acc_macro", "acc_many", "acc_medium", "acc_few", "ece")}

@@ -1,5 +1,6 @@
 """The run folder `<default_root_dir>/<name>/`: one run, one folder, the same with every logger."""
 
+import csv
 import fcntl
 import json
 import os
@@ -45,7 +46,8 @@ def claim(folder: Path, resume_from: Path | None) -> None:
     """Refuse a folder whose files training would overwrite; a run that was stopped before its first checkpoint may start again.
 
     Raises:
-        UserError: The folder holds a checkpoint and `resume_from` is not one of its own, or it holds files of another program.
+        UserError: The folder holds a checkpoint and `resume_from` is not one of its own, or the results or curves of a training whose
+            checkpoint has gone, or files of another program.
     """
     own = folder / "checkpoints"
     if resume_from is not None and resume_from.resolve().parent == own.resolve():
@@ -53,6 +55,10 @@ def claim(folder: Path, resume_from: Path | None) -> None:
     if any(not path.name.startswith(".") for path in own.glob("*.ckpt")):
         raise UserError(
             f"run folder {folder} already holds a checkpoint: give --ckpt_path last to resume it, or a new --name"
+        )
+    if _finished_epochs(folder) > 1:  # one may have been logged before its checkpoint was saved
+        raise UserError(
+            f"run folder {folder} has the curves of a training but no checkpoint: give a new --name, or remove it"
         )
     if os.path.lexists(folder / "test_metrics.json"):
         raise UserError(
@@ -88,6 +94,15 @@ def claim_for_results(folder: Path, trained_in: Path | None, checkpoint: Path) -
     if (folder / "metrics.csv").is_file() or any((folder / "checkpoints").glob("*.ckpt")):
         raise UserError(f"run folder {folder} holds a training, whose own results stay as they are: give a new --name")
     _refuse_files_of_others(folder)
+
+
+def _finished_epochs(folder: Path) -> int:
+    """The number of epochs in a run's `metrics.csv`; 0 without one that can be read."""
+    try:
+        with (folder / "metrics.csv").open(newline="") as file:
+            return sum(1 for row in csv.DictReader(file) if row.get("train/loss"))
+    except (OSError, ValueError, csv.Error):
+        return 0
 
 
 def _refuse_files_of_others(folder: Path) -> None:

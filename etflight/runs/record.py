@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from etflight.runs import wandb
 from etflight.runs.folder import RECORD, lock, read_record, same_folder, writing_to
 from etflight.runs.loggers import run_folder
-from etflight.utils.files import write_json
+from etflight.utils.files import replacing, write_json
 from etflight.utils.trainer import data_module
 
 PACKAGES = ("etflight", "torch", "lightning", "torchmetrics", "torchvision", "timm", "numpy")
@@ -38,7 +38,8 @@ class RunRecord(SaveConfigCallback):
         config: The parsed configuration.
         name: The name of the run.
         arm: The name of the arm that its configuration files describe, or None.
-        trained_in: The run folder of the checkpoint that is tested, or None; the record of the test takes seed and images from it.
+        trained_in: The run folder of the checkpoint that is tested or resumed from, or None; the record of a test takes seed and images
+            from it.
     """
 
     def __init__(
@@ -103,7 +104,8 @@ class RunRecord(SaveConfigCallback):
             saved = self.config.clone()
             if "checkpoint" not in further:  # with the one that a training goes on from, the file could not repeat it
                 saved.ckpt_path = None
-            self.parser.save(saved, folder / "config.yaml", skip_unset=False, overwrite=True, multifile=False)
+            with replacing(folder / "config.yaml") as partial:
+                self.parser.save(saved, partial, skip_unset=False, overwrite=True, multifile=False)
 
 
 def facts(*, name: str, arm: str | None, config: Mapping[str, Any], trainer: Trainer) -> dict[str, Any]:

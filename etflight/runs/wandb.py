@@ -22,7 +22,7 @@ _HIGHEST = [f"val/acc{part}" for part in ("", *(f"_{name}" for name in (
 _LOWEST = ["train/loss", "val/loss", "val/ece", "val/ece_calibrated"]
 _HIGHEST_OF_COLLAPSE = ("alignment", "nc4")
 _LOWEST_OF_COLLAPSE = ("nc1", "nc1_ratio", "cdnv", "nc2_equinorm", "nc2_equiangularity", "etf_distance", "nc3")
-_AXES = ("train/*", "val/*", "test/*", "nc/*", "nc_raw/*", "speed/*")  # drawn over epochs
+_AXES = ("train/*", "val/*", "test/*", "nc/*", "nc_*", "speed/*")  # drawn over epochs
 
 
 def name_in_sweep(name: str) -> str:

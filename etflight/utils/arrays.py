@@ -26,7 +26,7 @@ def read_arrays(path: Path, *names: str) -> dict[str, NDArray[Any]]:
             refuse_growth(str(path), sum(part.file_size for part in archive.infolist()), path.stat().st_size)
         with np.load(path, allow_pickle=False) as content:
             arrays = {name: content[name] for name in names}
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file can cause any of them
         raise UserError(f"{path} is not whole ({' '.join(str(error).split()) or type(error).__name__})") from error
     if any(array.dtype.kind not in "iuf" for array in arrays.values()):
         raise UserError(f"{path} is not whole (it holds something other than numbers)")

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, Self
 from etflight.utils.errors import UserError
 from etflight.utils.limits import fits
 
-_LARGEST_SIDE = 2**14
+LARGEST_SIDE = 2**14  # one such image is 805 MB
+LEAST_CROP = 0.1  # with less, the image would be resized to a side of more than ten times what is kept
 
 
 class Preprocessing(NamedTuple):
@@ -20,7 +21,7 @@ class Preprocessing(NamedTuple):
         input_size: C, H and W.
         mean: The mean of each channel, C numbers.
         std: The standard deviation of each channel, C numbers > 0.
-        crop_pct: The part of the resized image that is kept, in (0, 1]; timm's name.
+        crop_pct: The part of the resized image that is kept, from 0.1 to 1; timm's name.
     """
 
     input_size: tuple[int, int, int]
@@ -54,11 +55,11 @@ class Preprocessing(NamedTuple):
         size, mean, std, crop_pct = (value[name] for name in cls._fields)
         number, sized = (int, float), fits(size, [int]) and len(size) == 3
         for name, fine in (
-            ("input_size", sized and all(1 <= side <= _LARGEST_SIDE for side in size)),
+            ("input_size", sized and all(1 <= side <= LARGEST_SIDE for side in size)),
             ("mean", sized and fits(mean, [number]) and len(mean) == size[0] and all(map(math.isfinite, mean))),
             ("std", sized and fits(std, [number]) and len(std) == size[0] and all(0 < one < math.inf for one in std)),
-            ("crop_pct", fits(crop_pct, float) and 0 < crop_pct <= 1),
+            ("crop_pct", fits(crop_pct, number) and LEAST_CROP <= crop_pct <= 1),
         ):
             if not fine:
                 raise UserError(f"in the checkpoint's preprocessing, {name} is {value[name]!r:.60}")
-        return cls((size[0], size[1], size[2]), tuple(map(float, mean)), tuple(map(float, std)), crop_pct)
+        return cls((size[0], size[1], size[2]), tuple(map(float, mean)), tuple(map(float, std)), float(crop_pct))

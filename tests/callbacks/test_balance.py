@@ -68,6 +68,14 @@ def test_the_next_training_of_the_model_begins_with_the_losss_own_balance():
     assert model.loss.class_balance == "none"
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_several_changes_the_last_that_is_due_holds_in_any_order(order):
+    watch, changes = Watch(), [DeferredBalance(1, "global", "sqrt"), DeferredBalance(3, "effective")]
+    model = train(*changes[::order], watch, epochs=4, limit_train_batches=1)
+    assert [balance for _, balance in watch.balances] == ["none", "global", "global", "effective"]
+    assert model.loss.class_balance == "none"
+
+
 @pytest.mark.parametrize(("given", "first"), [(0, 0), (0.8, 4), (0.29, 1)])
 def test_an_epoch_below_1_is_a_part_of_all(given, first):
     watch = Watch()

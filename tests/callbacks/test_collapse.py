@@ -574,6 +574,13 @@ def test_what_is_missing_is_said_before_training(tmp_path):
             fit(tmp_path, watch)
 
 
+def test_two_heads_under_the_same_names_are_refused(tmp_path):
+    other = NeuralCollapseMonitor(head="body.0", train_dataloader=DataLoader(TRAIN))
+    for monitors in ([plain_monitor(), other], [other, plain_monitor()]):
+        with pytest.raises(UserError, match="under the same names: measure one head in a training"):
+            fit(tmp_path, *monitors)
+
+
 def test_options_that_cannot_be_are_refused_at_once():
     for wrong in (
         {"every_n_epochs": 0},

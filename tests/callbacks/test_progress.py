@@ -106,20 +106,27 @@ class Sleepy(Digits):
 
 
 class Pause(Callback):
-    """Takes time in validation, which is none of training's."""
+    """Takes time in validation, which is none of training's, and when the epoch has ended."""
 
     def on_validation_epoch_end(self, *_):
-        time.sleep(1.5)
+        time.sleep(1.0)
+
+    def on_train_epoch_end(self, *_):
+        time.sleep(0.5)
 
 
 def fit(folder, pause):
     data = Sleepy(batch_size=16, views=2)
     data.pause = pause
     runs = new_trainer(
-        LastCheckpoint(), Speed(), Pause(), max_epochs=1, limit_train_batches=5, limit_val_batches=1, val_check_interval=3,
+        LastCheckpoint(), Pause(), Speed(), max_epochs=1, limit_train_batches=5, limit_val_batches=1, val_check_interval=3,
         num_sanity_val_steps=0, log_every_n_steps=2, default_root_dir=folder,
         logger=[MetricsCSV(folder), CSVLogger(folder, name="other", version="")],
     )  # fmt: skip
+    folder.mkdir()
+    (folder / "speed.csv").write_text(
+        "epoch,step,speed/epoch_s\n0,5,3.5\n7,40,2"
+    )  # of a training whose checkpoint has gone
     runs.fit(Classifier(10, "resnet20_cifar", in_chans=1), datamodule=data)
     (row,) = read_csv(folder / "speed.csv")
     return {name: float(value) for name, value in row.items()}
@@ -140,6 +147,12 @@ def test_the_share_of_waiting_is_the_loaders_and_validation_does_not_count(tmp_p
     one, other = read(tmp_path / "quick"), read(tmp_path / "slow")
     assert [line for line in differences(one, other) if "speed" in line.lower()] == []
     assert "Speed" not in one["callbacks"]
+
+
+def test_a_validation_alone_is_not_timed(tmp_path):
+    model = Classifier(10, "resnet20_cifar", in_chans=1)
+    new_trainer(Speed(), limit_val_batches=1, default_root_dir=tmp_path).validate(model, Digits(), verbose=False)
+    assert not (tmp_path / "speed.csv").exists()
 
 
 def test_an_epoch_within_which_a_run_goes_on_has_its_line_but_no_time_of_its_own(tmp_path, capsys):

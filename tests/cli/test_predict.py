@@ -69,6 +69,12 @@ def expected(checkpoint: Path, *pixels: np.ndarray) -> tuple[torch.Tensor, torch
         return model.probabilities(images), model.embed(images)
 
 
+def test_a_trial_run_leaves_no_table(rgb, tmp_path):
+    picture().save(tmp_path / "one.png")
+    predict(rgb, tmp_path / "table.csv", "--images", tmp_path / "one.png", "--trainer.fast_dev_run", "true")
+    assert not (tmp_path / "table.csv").exists()
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_any_mode_and_size_is_brought_to_what_the_model_wants(rgb, grey, channels, tmp_path):
     """Some of them: all are decoded in tests/data/test_decoding.py."""

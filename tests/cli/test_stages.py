@@ -82,6 +82,15 @@ def test_a_training_from_the_configuration_of_another_run_is_of_its_arm(tmp_path
         assert Place.of("fit", options).arm == arm
 
 
+def test_a_run_below_the_folder_above_can_be_read_again_with_lightnings_checkpoints(etflight_command, tmp_path):
+    here, root = tmp_path / "here", ["--trainer.default_root_dir", "../out"]
+    here.mkdir()
+    fit = ["fit", *DIGITS, *ONE_BATCH, *root, "--trainer.callbacks+", "ModelCheckpoint", "--name", "r"]
+    etflight_command.succeed(*fit, cwd=here)
+    etflight_command.succeed("test", *DIGITS, "--ckpt_path", "../out/r/checkpoints/last.ckpt", cwd=here)
+    assert (tmp_path / "out/r/test_metrics.json").is_file()
+
+
 def test_the_rate_of_each_epoch_is_logged(etflight_command, tmp_path):
     schedule = ["--model.optimizer.lr", 0.4, "--model.lr_scheduler", "torch.optim.lr_scheduler.ExponentialLR"]
     schedule += ["--model.lr_scheduler.gamma", 0.5, "--trainer.max_epochs", 3]

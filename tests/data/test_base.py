@@ -307,6 +307,16 @@ def test_a_run_resumed_within_an_epoch_sees_the_batches_it_would_have_seen(
         assert torch.equal(seen[1], expected[1])
 
 
+def test_an_epoch_of_a_few_images_alone_goes_on_where_it_stopped(arrays, tmp_path):
+    options = {"overfit_batches": 4, "limit_val_batches": 0, "max_epochs": 2}
+    whole = fit(ArrayImages(arrays(), batch_size=16), tmp_path, **options)
+    fit(ArrayImages(arrays(), batch_size=16), tmp_path, Recorder(3), **options)
+    resumed = fit(ArrayImages(arrays(), batch_size=16), tmp_path, ckpt_path=tmp_path / "middle.ckpt", **options)
+    assert [step for step, _ in resumed.steps] == list(range(3, 8))
+    for (_, seen), (_, expected) in zip(resumed.steps, whole.steps[3:], strict=True):
+        assert torch.equal(seen[0], expected[0])
+
+
 def test_progressive_sampling_takes_its_epochs_from_the_trainer(arrays, tmp_path):
     data = ArrayImages(arrays(), sampler="progressive")
     with pytest.raises(UserError, match="number of epochs"):

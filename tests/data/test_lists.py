@@ -73,12 +73,13 @@ def test_a_class_is_called_by_the_part_of_the_path_that_tells_it_from_others(lis
     ("text", "names"),
     [
         ("house cat\nthe ant\n", ["house cat", "the ant"]),
+        ("house cat\nl'été\n", ["house cat", r"l'\udce9t\udce9"]),
         ("cat house cat\nant the ant\n", ["the ant", "house cat"]),
     ],
-    ids=["in the order of the labels", "beside their folders"],
+    ids=["in the order of the labels", "not in UTF-8", "beside their folders"],
 )
 def test_a_file_gives_the_names(lists, tmp_path, text, names):
-    (tmp_path / "names.txt").write_text(text)
+    (tmp_path / "names.txt").write_bytes(text.encode("latin-1"))
     assert ListImages(**lists(train=TRAIN, test=TEST), names=str(tmp_path / "names.txt")).class_names == names
 
 

@@ -32,6 +32,7 @@ def test_every_head_gives_the_calibrated_probabilities(name, tmp_path: Path):
         nn.Flatten(), nn.Linear(64, 64)
     ).eval()  # what comes before a head is traced elsewhere
     program = graph.trace(model, TINY)
+    assert all(parameter.requires_grad for parameter in model.parameters())  # so that its training can go on
     graph.save_torch_export(program, model, {}, tmp_path / "m.pt2")
     graph.save_onnx(program, model, {}, tmp_path / "m.onnx")
     images = torch.randn(7, 1, 8, 8)

@@ -16,7 +16,7 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 
 from etflight.geometry import simplex_etf
-from etflight.metrics import ClassStatistics, ood
+from etflight.metrics import ClassStatistics, measures, ood
 from etflight.utils.errors import UserError
 from tests.metrics.oracle import clusters
 
@@ -25,7 +25,7 @@ K, D = 4, 9
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch):
-    monkeypatch.setattr(ood, "_MOST_DISTANCES", 300)  # so that each score is put together from several parts
+    monkeypatch.setattr(measures, "_MOST_DISTANCES", 300)  # so that each score is put together from several parts
 
 
 @pytest.fixture

@@ -193,6 +193,14 @@ def test_a_run_killed_before_its_first_checkpoint_may_start_again(etflight_comma
     etflight_command("fit", *DIGITS, "--name", "r", cwd=tmp_path).ran()
 
 
+def test_the_curves_of_a_training_whose_checkpoint_has_gone_stay_as_they_are(etflight_command, tmp_path):
+    fit = ["fit", *DIGITS, "--trainer.enable_checkpointing", "false", "--trainer.max_epochs", 2, "--name", "r"]
+    etflight_command(*fit, cwd=tmp_path).ran()
+    before = contents(tmp_path)
+    etflight_command(*fit, cwd=tmp_path).assert_refused("runs/r has the curves of a training but no checkpoint")
+    assert contents(tmp_path) == before
+
+
 def test_two_processes_do_not_train_in_one_folder(etflight_command, tmp_path):
     fit = ["fit", *DIGITS, "--name", "shared"]
     folder = tmp_path / "runs/shared"

@@ -18,9 +18,17 @@ def growing(path):
         archive.infolist()[0].file_size = 2**30  # what the archive says of it
 
 
+def changed_inside(path):
+    np.savez_compressed(path, gram=np.arange(900.0))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+
+
 DAMAGE = {
     "missing": lambda path: None,
     "cut off": cut_off,
+    "changed inside": changed_inside,
     "text": lambda path: path.write_text("text"),
     "another array": lambda path: np.savez(path, labels=[1]),
     "objects": lambda path: np.savez(path, gram=np.array([{}])),
