@@ -50,6 +50,8 @@ def save(picture: Figure | Image.Image, path: str | Path) -> None:
         picture: The figure or its pixels.
         path: The file; its suffix says the format.
     """
+    if isinstance(picture, Figure) and Path(path).suffix == ".png":
+        picture = render(picture)  # savefig would draw it twice, once to place its parts
     with replacing(path) as partial:
         picture.savefig(partial) if isinstance(picture, Figure) else picture.save(partial)
 
