@@ -14,7 +14,7 @@ import subprocess
 import sys
 from argparse import ArgumentParser
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -41,6 +41,7 @@ class Candidate:
         options: Further options.
         passes: Forward and backward passes of a step; it gets so many times fewer epochs.
         batch_size: Images of a step.
+        weight_decay: The weight decay.
         first: The candidate whose run it goes on from, as the arm itself says; such an arm is trained without the recipe.
     """
 
@@ -48,13 +49,12 @@ class Candidate:
     options: tuple[str, ...] = ()
     passes: int = 1
     batch_size: int = 128
+    weight_decay: str = "5e-4"
     first: str | None = None
 
 
 SQRT = ("--data.sampler", "sqrt", "--model.loss.tau", "0.5")
 LEARNT_COSINES = ("--model.loss", "LogitAdjustedLoss")  # with BatchNorm and normalisation, as the frame has them
-DECAY = ("--model.optimizer.weight_decay", "1e-3")
-MORE_DECAY = ("--model.optimizer.weight_decay", "2e-3")
 AFTERWARDS = ("--model.logit_adjustment", "1")
 FIRST = {
     "balanced_softmax": Candidate("balanced_softmax"),
@@ -81,13 +81,10 @@ FIRST = {
 }
 LATER = {
     "etf_ce_la, scale 8, batches of 64": Candidate("etf_ce_la", ("--model.head.scale", "8"), batch_size=64),
-    "balanced_softmax, half by sampling, weight decay 1e-3": Candidate("balanced_softmax", (*SQRT, *DECAY)),
-    "etf_ce_la, half by sampling, scale 8, weight decay 1e-3": Candidate(
-        "etf_ce_la", (*SQRT, "--model.head.scale", "8", *DECAY)
-    ),
-    "etf_ce_la, half by sampling, scale 8, weight decay 2e-3": Candidate(
-        "etf_ce_la", (*SQRT, "--model.head.scale", "8", *MORE_DECAY)
-    ),
+} | {
+    f"{name}, weight decay {decay}": replace(FIRST[name], weight_decay=decay)
+    for name in ("balanced_softmax, half by sampling", "etf_ce_la, half by sampling, scale 8")
+    for decay in ("1e-3", "2e-3")
 }
 CANDIDATES = FIRST | LATER
 STAGES = {
@@ -117,7 +114,8 @@ def command(name: str, epochs: int) -> list[str]:
     recipe = ["protocols/strong"] if candidate.first is None else []
     files = ["data/cifar10_lt", "trainer/every_tenth", f"arms/{candidate.arm}", *recipe]
     if candidate.first is None:
-        length = ["--trainer.max_epochs", str(epochs // candidate.passes)]
+        length = ["--model.optimizer.weight_decay", candidate.weight_decay]
+        length += ["--trainer.max_epochs", str(epochs // candidate.passes)]
         if candidate.batch_size != 128:
             length += ["--data.batch_size", str(candidate.batch_size)]
     else:
