@@ -54,6 +54,8 @@ def test_weights_decay_but_neither_a_learnt_scale_nor_a_rotation(scales):
     head = partial(ETFHead, scale=16.0, learn_scale=True, learn_rotation=True)
     optimizer = partial(SGD, lr=0.01, weight_decay=0.5)
     model, twin = (small(head=head, loss=CrossEntropyLoss, optimizer=optimizer, lr_scale=scales) for _ in range(2))
+    for one in (model, twin):
+        one.head.rotation.generator.data[0] = 0.1  # at first it is 0, which cannot decay
     F.cross_entropy(twin.train()(IMAGES), TARGET).backward()
     trainer(max_steps=1, limit_val_batches=0).fit(model, DataLoader(TensorDataset(IMAGES, TARGET), batch_size=16))
     for name, p in twin.named_parameters():

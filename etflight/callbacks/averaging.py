@@ -34,10 +34,6 @@ class ExponentialMovingAverage(WeightAveraging):
         """Make the average on the device that trains, where the model is not yet."""
         self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
-        if (
-            self._average_model is not None
-        ):  # torch asks it for its value in each step, which on a GPU would wait for the step
-            self._average_model.n_averaged = self._average_model.n_averaged.cpu()
 
     def _average(self, averages: list[Tensor], current: list[Tensor], number: Tensor) -> None:
         if averages[0].is_floating_point():

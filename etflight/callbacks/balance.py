@@ -64,6 +64,10 @@ class DeferredBalance(Callback):
             self._loss(pl_module).set_class_balance(self._own)
             self._own = None
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the loss its own balance back; Lightning does not call `teardown` then."""
+        self.teardown(trainer, pl_module, "fit")
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse now what would otherwise fail in that epoch; switch to the new balance if the run is resumed after it."""
         refuse_if_never_reached(trainer, self._first_epoch(trainer), "DeferredBalance: epoch")
@@ -92,13 +96,13 @@ class DeferredBalance(Callback):
             rank_zero_info(f"from epoch {trainer.current_epoch} on: {', '.join(changes)}")
 
     def _decides(self, trainer: Trainer, name: str) -> bool:
-        """Whether this callback is the last one due, by epochs, of those that set the `name` part."""
+        """Whether this callback is the last one due, by epochs and then by their order, of those that set the `name` part."""
         due = [
             other
             for other in callbacks_of(trainer, DeferredBalance)
             if getattr(other, name) is not None and other._first_epoch(trainer) <= trainer.current_epoch
         ]
-        return bool(due) and max(due, key=lambda other: other._first_epoch(trainer)) is self
+        return bool(due) and max(reversed(due), key=lambda other: other._first_epoch(trainer)) is self
 
     def _first_epoch(self, trainer: Trainer) -> int:
         if self.epoch >= 1 or self.epoch == 0:

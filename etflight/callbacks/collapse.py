@@ -191,12 +191,12 @@ class NeuralCollapseMonitor(Callback):
         self._sweeps_every = 1 if self.every_n_epochs == "auto" else self.every_n_epochs
         if averaging := callbacks_of(trainer, WeightAveraging):
             rank_zero_info(f"neural collapse is measured with the averaged weights of {type(averaging[0]).__name__}")
-        others = {m.head for m in callbacks_of(trainer, NeuralCollapseMonitor) if m.space == self.space} - {self.head}
-        if others:
-            raise UserError(
-                f"two NeuralCollapseMonitors would log the heads {self.head} and {min(others)} under the same names: "
-                "measure one head in a training"
-            )
+        for other in callbacks_of(trainer, NeuralCollapseMonitor):
+            if other.head != self.head and self._logged() & other._logged():
+                raise UserError(
+                    f"two NeuralCollapseMonitors would log the heads {self.head} and {other.head} under the same names: "
+                    "measure one head in a training"
+                )
         if not self._sweeps:
             return
         if self.train_dataloader is None and not hasattr(data_module(trainer), "eval_dataloader"):
@@ -423,6 +423,11 @@ class NeuralCollapseMonitor(Callback):
             if name == HEAD:
                 self.latest[split], self.weight_of[split] = moments.to("cpu"), self.latest_weight
         return computed[HEAD]
+
+    def _logged(self) -> set[str]:
+        """The first parts of the names under which the head's measures are logged."""
+        own = {"train": "train_online"} if self.online else {}
+        return {f"{self.prefix}/{own.get(split, split)}" for split in self.splits}
 
     def _group(self, name: str) -> str:
         return self.prefix if name == HEAD else f"nc_{name}"

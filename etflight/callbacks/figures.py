@@ -115,7 +115,8 @@ class CollapseFigures(Callback):
             )
         self._monitors = {}
         for monitor in monitors:
-            self._monitors.setdefault(monitor.prefix, monitor)
+            second = f"{monitor.prefix}_{'online' if monitor.online else 'sweep'}"
+            self._monitors[second if monitor.prefix in self._monitors else monitor.prefix] = monitor
         self._drawn = {key: max(m.epochs, default=0.0) for key, m in self._monitors.items()}
         if self.triangle is not None:
             self._check_triangle(pl_module)

@@ -205,6 +205,8 @@ def _forget(path: Path, epoch: int) -> None:
         return
     with path.open(newline="") as file:
         header, *rows = list(csv.reader(file)) or [[]]
+    if header[:3] != ["epoch", "step", "speed/epoch_s"]:
+        return  # without a run folder, it may be somebody else's
     kept = [row for row in rows if len(row) == len(header) and row[0].isdigit() and int(row[0]) < epoch]
     if kept:
         write_csv(path, header, kept)

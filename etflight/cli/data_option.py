@@ -57,7 +57,7 @@ def parse(parser: OneLineParser, argv: Sequence[str], run: str | None = None) ->
             files = [str(config), *files]
         elif not Path(run).exists():
             raise UserError(f"{run} does not exist: give a run folder, such as runs/digits/ce, or a checkpoint in one")
-        elif folder is not None and not files and not any(word.startswith("--data") for word in words):
+        elif folder is not None and not files and not any(w.startswith(("--data", "-h", "--help")) for w in words):
             raise UserError(
                 f"{folder} has no config.yaml that tells the data: give a run folder, such as runs/digits/ce, or --data"
             )

@@ -52,7 +52,8 @@ class Place:
         Raises:
             UserError: The stage needs a checkpoint, and there is no `last`.
         """
-        set_name, arm = set_and_arm([_file_of_arm(file) for file in options.files])
+        files, has_arm = options.files, any(file.parent.name == "arms" for file in options.files)
+        set_name, arm = set_and_arm(files if has_arm else [_file_of_arm(file) for file in files])
         default = (set_name or (options.value("data") or "run").rpartition(".")[2].lower(), arm)
         name = options.value("name") or "/".join(filter(None, default))
         if stage == "fit":

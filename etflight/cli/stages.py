@@ -34,7 +34,7 @@ from etflight.cli.unsupported import refuse_unsupported
 from etflight.data.base import ImageDataModule
 from etflight.heads import codes_from_state_dict
 from etflight.optim import PROTOCOL_SGD
-from etflight.runs.folder import same_folder
+from etflight.runs.folder import is_own_checkpoint, same_folder
 from etflight.runs.loggers import FailSafe, MetricsCSV
 from etflight.runs.record import RunRecord
 from etflight.runs.wandb import choose_names
@@ -338,7 +338,7 @@ class EtflightCLI(LightningCLI):
             raise UserError(
                 "CSVLogger would write into the run's own metrics.csv: give --trainer.logger.name or leave it out"
             )
-        rows = self.saved_rows if same_folder(folder, self.place.trained_in) else 0
+        rows = self.saved_rows if is_own_checkpoint(folder, self.place.checkpoint) else 0
         return [MetricsCSV(folder, rows), *(FailSafe(user, folder / "metrics.csv") for user in users)]
 
 

@@ -494,7 +494,8 @@ class ImageDataModule(LightningDataModule, ABC):
             UserError: There are fewer images than ranks.
         """
         data = self.split(split)
-        batch_size = self.eval_batch_size or self.batch_size * (1 if self._device() == "cpu" else 4)
+        on_cpu = self.trainer is None or self.trainer.strategy.root_device.type == "cpu"
+        batch_size = self.eval_batch_size or self.batch_size * (1 if on_cpu else 4)
         return EvalLoader(data, sampler=ShardSampler(data, *self._world()), batch_size=batch_size, **self._loading())
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -564,18 +565,17 @@ class ImageDataModule(LightningDataModule, ABC):
     def _world(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else world()
 
-    def _device(self) -> str:
-        """The kind of device that gets the images; without a trainer, the one that the commands take."""
+    def _may_go_to_cuda(self) -> bool:
         if self.trainer is None:
-            return "cuda" if torch.cuda.is_available() else "cpu"
-        return str(self.trainer.strategy.root_device.type)
+            return torch.cuda.is_available()
+        return bool(self.trainer.strategy.root_device.type == "cuda")
 
     def _loading(self) -> dict[str, Any]:
         """The arguments that all loaders share."""
         return {
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
-            "pin_memory": self._device() == "cuda",
+            "pin_memory": self._may_go_to_cuda(),
             "collate_fn": _as_it_is,
         }
 

@@ -42,17 +42,23 @@ def same_folder(one: Path, other: Path | None) -> bool:
     return other is not None and one.resolve() == other.resolve()
 
 
+def is_own_checkpoint(folder: Path, checkpoint: Path | None) -> bool:
+    """Whether a checkpoint lies in this run folder."""
+    return checkpoint is not None and checkpoint.resolve().parent == (folder / "checkpoints").resolve()
+
+
 def claim(folder: Path, resume_from: Path | None) -> None:
     """Refuse a folder whose files training would overwrite; a run that was stopped before its first checkpoint may start again.
+
+    It may not with the curves of more than one epoch, which are those of a training whose checkpoint has gone.
 
     Raises:
         UserError: The folder holds a checkpoint and `resume_from` is not one of its own, or the results or curves of a training whose
             checkpoint has gone, or files of another program.
     """
-    own = folder / "checkpoints"
-    if resume_from is not None and resume_from.resolve().parent == own.resolve():
+    if is_own_checkpoint(folder, resume_from):
         return
-    if any(not path.name.startswith(".") for path in own.glob("*.ckpt")):
+    if any(not path.name.startswith(".") for path in (folder / "checkpoints").glob("*.ckpt")):
         raise UserError(
             f"run folder {folder} already holds a checkpoint: give --ckpt_path last to resume it, or a new --name"
         )

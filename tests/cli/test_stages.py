@@ -73,11 +73,13 @@ def test_the_ratio_on_record_is_the_one_asked_for_or_that_of_the_images(options,
 
 
 def test_a_training_from_the_configuration_of_another_run_is_of_its_arm(tmp_path):
-    file, more = tmp_path / "config.yaml", tmp_path / "no_mixup.yaml"
+    file, more, other = tmp_path / "config.yaml", tmp_path / "no_mixup.yaml", tmp_path / "arms/crt.yaml"
+    other.parent.mkdir()
+    other.write_text("{}")
     (tmp_path / "run.json").write_text('{"arm": "ce"}')
     file.write_text("name: digits/ce")
     more.write_text("{}")
-    for files, arm in (([file], "ce"), ([file, more], "ce_no_mixup"), ([more], "no_mixup")):
+    for files, arm in (([file], "ce"), ([file, more], "ce_no_mixup"), ([more], "no_mixup"), ([file, other], "crt")):
         options = EarlyOptions.of("etflight fit", list(map(str, files)), ["--name", "again"])
         assert Place.of("fit", options).arm == arm
 

@@ -34,7 +34,12 @@ class Numbered(ImageDataModule):
 def batches_of(data, processes, rank, epoch, served=0):
     """What one process is served, image by image, of the data module's own loader."""
     data.trainer = SimpleNamespace(
-        world_size=processes, global_rank=rank, max_epochs=EPOCHS, num_training_batches=10**6, overfit_batches=0
+        world_size=processes,
+        global_rank=rank,
+        max_epochs=EPOCHS,
+        num_training_batches=10**6,
+        overfit_batches=0,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
     loader = data.train_dataloader()
     loader.load_state_dict({"served": served})
