@@ -56,8 +56,8 @@ notebooks: export OMP_NUM_THREADS = 1
 notebooks: $(VENV)/.test
 	$(BIN)/python -m notebooks.execute
 
-# a file at a time to each process, since its tests share what is costly to set up
-PYTEST := $(BIN)/python -m pytest -m "not slow and not benchmark" -n $(JOBS) --dist loadfile
+# a file at a time to each process, since its tests share what is costly to set up; in their order, by which quick ones come last
+PYTEST := $(BIN)/python -m pytest -m "not slow and not benchmark" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.test
 	$(PYTEST) --ignore tests/system

@@ -14,9 +14,8 @@ from typing import Self
 ROOT = Path(__file__).parent.parent
 SERVER = """
 import json, os, sys, traceback, wandb
-import etflight.cli.stages, etflight.backbones, torch, sklearn.datasets
+import etflight.cli.stages, etflight.backbones, sklearn.datasets
 from etflight.__main__ import run
-torch.set_num_threads(1)
 for line in sys.stdin:
     job = json.loads(line)
     pid = os.fork()
@@ -136,7 +135,7 @@ class CommandLine:
 def start(*words: object, cwd: Path, **env: str) -> subprocess.Popen[str]:
     """`python -m …` as a new process in a session of its own, so that all its processes can be killed at once."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **env}
+    environment |= {"GLOO_SOCKET_IFNAME": "lo", **env}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-m", *map(str, words)], cwd=cwd, env=environment, text=True, start_new_session=True,

@@ -1,18 +1,13 @@
+import os
 from collections.abc import Iterator
 
+# before torch is imported, here and in every process that a test starts: beside other work a second thread mostly waits
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
-import torch
 
 from tests.command_line import CommandLine
 from tests.distributed import ProcessPool, import_module
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

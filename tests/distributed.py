@@ -12,7 +12,6 @@ from datetime import timedelta
 from multiprocessing.pool import AsyncResult, Pool
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
@@ -87,7 +86,6 @@ def import_module(rank: int, name: str) -> None:
 
 
 def _join(rank: int, world_size: int, store: str, timeout: float) -> None:
-    torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)  # tells a Lightning trainer that its processes are there already
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     if loopback:  # the host's own name need not resolve

@@ -30,7 +30,6 @@ def test_outputs_are_those_of_each_image_once_in_order_and_leave_the_model_as_it
 
 
 def _outputs(rank):
-    torch.set_num_threads(1)
     return tuple(outputs(new_model(), Digits(), "test"))
 
 
