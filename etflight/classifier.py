@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast, get_args
 
 import torch
@@ -46,7 +45,7 @@ from etflight.optim import (
     spare_from_decay,
 )
 from etflight.utils.checkpoints import read_checkpoint, refuse_others
-from etflight.utils.errors import UserError, warn
+from etflight.utils.errors import UserError, brief, warn
 from etflight.utils.lightning_private import hide_tips, ignore_own_deprecations
 from etflight.utils.limits import refuse_names
 from etflight.utils.precision import at_least_float32
@@ -55,7 +54,7 @@ from etflight.utils.ranks import in_process_group
 from etflight.utils.specs import describe, find, is_plain, objections, resolve
 from etflight.utils.terminal import readable
 from etflight.utils.torch_private import has_hooks, leave_out_of_broadcasts
-from etflight.utils.trainer import averaged, take_buffers_of_rank_zero
+from etflight.utils.trainer import averaged, data_module, take_buffers_of_rank_zero
 from etflight.utils.training_data import (
     fingerprint_in,
     other_images,
@@ -469,7 +468,7 @@ class Classifier(LightningModule):
         ignore_own_deprecations()
         if stage == "fit" and (compile := self.hparams["compile"]):
             self.backbone.compile(mode="default" if compile is True else compile)
-        data = getattr(self.trainer, "datamodule", None)
+        data = data_module(self.trainer)
         if data is not None:
             self._take_facts(data, stage)
         if stage == "fit" and isinstance(weights := self.hparams["class_weights"], Mapping):
@@ -506,7 +505,7 @@ class Classifier(LightningModule):
         return [line for line in found if line]
 
     def _tell_differences(self) -> None:
-        data = getattr(self.trainer, "datamodule", None)
+        data = data_module(self.trainer)
         held_out = self.trainer.state.fn == "validate" and getattr(data, "val_fraction", 0) > 0
         if data is not None and self.global_rank == 0:
             for line in self.differences(data, images=held_out):
@@ -617,7 +616,7 @@ class Classifier(LightningModule):
 
     @property
     def _fits_temperature(self) -> bool:
-        held_out = getattr(getattr(self.trainer, "datamodule", None), "val_is_held_out", False)
+        held_out = getattr(data_module(self.trainer), "val_is_held_out", False)
         return bool(held_out) and self._is_fitting
 
     @property
@@ -809,27 +808,16 @@ class Classifier(LightningModule):
             checkpoint["state_dict"]["class_counts"] = counts  # in the averaged weights they are rounded down
         if (names := checkpoint.get("class_names")) is not None:
             self.class_names = list(map(readable, names))
-        state = checkpoint["state_dict"]
-        temperature = state.get("temperature", torch.ones(()))
-        if "temperature" in checkpoint:
-            self.is_calibrated = checkpoint["temperature"] == "fitted"
-        elif temperature.numel() == 1:  # an older one does not say, and has 1 where none was fitted
-            self.is_calibrated = float(temperature) != 1
-            # the buffer is not a number if the class vectors were to come from the checkpoint
-            if not self.is_calibrated and self.temperature.isfinite():
-                state["temperature"] = self.temperature.clone()
+        self.is_calibrated = checkpoint.get("temperature") == "fitted"
         self.preprocessing = Preprocessing.in_checkpoint(checkpoint) or self.preprocessing
         self.fingerprint = fingerprint_in(checkpoint) or self.fingerprint
         if not self._is_fitting:
             return
-        data = getattr(self.trainer, "datamodule", None)
+        data = data_module(self.trainer)
         counts = checkpoint["state_dict"].get("class_counts", torch.zeros(0)).flatten().tolist()
         differ = other_preprocessing(self.preprocessing, data) or other_images(counts, self.fingerprint, data)
         if differ:
             raise UserError(f"{differ}: give the same --data options to resume the run, or start a new one")
-        self.fingerprint = (
-            getattr(data, "fingerprint", None) or self.fingerprint
-        )  # an older one does not identify the set
         saved = checkpoint.get("hyper_parameters", {})
         for name in ("optimizer", "lr_scheduler", "layer_decay", "lr_scale"):
             if name in saved and saved[name] != self.hparams[name]:
@@ -853,9 +841,7 @@ class Classifier(LightningModule):
         try:
             result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         except RuntimeError as error:
-            raise UserError(
-                f"the checkpoint's weights are those of another model: {shorten(str(error), 300, placeholder=' …')}"
-            ) from error
+            raise UserError(f"the checkpoint's weights are those of another model: {brief(error, 300)}") from error
         if bool(self.class_counts.any()):
             self.loss.set_class_counts(self.class_counts)
         return result

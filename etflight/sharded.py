@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from etflight.utils.errors import UserError
 from etflight.utils.precision import at_least_float32
-from etflight.utils.ranks import world
+from etflight.utils.ranks import max_over_ranks, sum_over_ranks, world
 
 
 class ShardedClassVectors(nn.Module):
@@ -89,7 +89,7 @@ class ShardedClassVectors(nn.Module):
         own, rows = self._owned(targets)
         vectors = embedding.new_zeros(len(targets), self.shard.shape[1])
         vectors[own] = self.shard[rows].to(vectors.dtype)
-        return (embedding * _sum(vectors)[_mine(sizes)]).sum(1) * self.scale
+        return (embedding * sum_over_ranks(vectors)[_mine(sizes)]).sum(1) * self.scale
 
     @torch.no_grad()
     def decide(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,9 +104,9 @@ class ShardedClassVectors(nn.Module):
         embedding = at_least_float32(embedding)
         sizes = _sizes(len(embedding), embedding.device)
         value, index = self._logits(_all(embedding, sizes)).max(dim=1)
-        largest = _max(value.clone())
+        largest = max_over_ranks(value)
         index = torch.where(value == largest, index + self.start, self.num_classes)
-        return -_max(-index)[_mine(sizes)], largest[_mine(sizes)]
+        return -max_over_ranks(-index)[_mine(sizes)], largest[_mine(sizes)]
 
     def extra_repr(self) -> str:
         """Return the sizes, for `print`."""
@@ -137,13 +137,13 @@ class _CrossEntropy(torch.autograd.Function):
         sizes = _sizes(len(target), target.device)
         targets = vectors._targets(target, sizes)
         logits = vectors._logits(_all(embedding, sizes))
-        logits -= _max(logits.amax(dim=1))[:, None]
+        logits -= max_over_ranks(logits.amax(dim=1))[:, None]
         own, rows = vectors._owned(targets)
         sums = logits.new_zeros(2, len(targets))  # of the exponentials, and of the targets' logits
         sums[1, own] = logits[own, rows]
         probabilities = logits.exp_()
         sums[0] = probabilities.sum(dim=1)
-        _sum(sums)
+        sums = sum_over_ranks(sums)
         probabilities /= sums[0][:, None]
         probabilities[own, rows] -= 1  # by now the gradient of the losses with respect to the logits
         ctx.vectors, ctx.sizes = vectors, sizes
@@ -161,7 +161,7 @@ class _CrossEntropy(torch.autograd.Function):
         weights = vectors.scale * _all(grad.contiguous(), sizes)
         with torch.autocast(gradient.device.type, enabled=False):
             own = (gradient * weights[:, None]) @ vectors.shard.to(gradient.dtype)
-        return _sum(own)[_mine(sizes)], None, None
+        return sum_over_ranks(own)[_mine(sizes)], None, None
 
 
 # Collectives, which do nothing on a single process ---------------------------------------------------------------
@@ -174,7 +174,7 @@ def _sizes(own: int, device: torch.device) -> list[int]:
         return [own]
     sizes = torch.zeros(size, dtype=torch.int64, device=device)
     sizes[rank] = own
-    return _sum(sizes).tolist()
+    return sum_over_ranks(sizes).tolist()
 
 
 def _mine(sizes: list[int]) -> slice:
@@ -192,17 +192,3 @@ def _all(own: Tensor, sizes: list[int]) -> Tensor:
     ranks = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(ranks, padded)
     return torch.cat([rows[:size] for rows, size in zip(ranks, sizes, strict=True)])
-
-
-def _sum(values: Tensor) -> Tensor:
-    """The sum over processes, in place."""
-    if world()[0] > 1:
-        dist.all_reduce(values)
-    return values
-
-
-def _max(values: Tensor) -> Tensor:
-    """The maximum over processes, in place."""
-    if world()[0] > 1:
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values

@@ -514,10 +514,8 @@ def _gradients_on_rank(rank, logits, targets):
 
 
 def test_two_uneven_processes_have_the_gradient_of_the_whole_batch(two_processes):
-    first, second = two_processes(
-        _gradients_on_rank,
-        [(LOGITS[part], (TARGET[part], MIXED[part])) for part in (slice(0, 4), slice(4, B))],
-    )  # the first has images of one class
+    parts = slice(0, 4), slice(4, B)  # the first has images of one class
+    first, second = two_processes(_gradients_on_rank, [(LOGITS[part], (TARGET[part], MIXED[part])) for part in parts])
     wholes = [loss_and_gradient(make, LOGITS, target, B, 1) for make in DISTRIBUTED for target in (TARGET, MIXED)]
     for (loss, gradient), (other, others), (whole, expected) in zip(first, second, wholes, strict=True):
         assert (4 * loss + 8 * other) / B == pytest.approx(whole, rel=1e-9)

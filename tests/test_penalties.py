@@ -100,10 +100,8 @@ class OtherHead(LinearHead):
 
 
 ETF_CE = {"head": ETFHead, "loss": CrossEntropyLoss}
-PROJECTING = {
-    "head": partial(ETFHead, projection_dim=96),
-    "loss": CrossEntropyLoss,
-}  # has a BatchNorm within and one behind
+# with a BatchNorm within and one behind
+PROJECTING = {"head": partial(ETFHead, projection_dim=96), "loss": CrossEntropyLoss}
 LINEAR = {"head": partial(LinearHead, feature_batch_norm=True), "loss": CrossEntropyLoss}
 
 

@@ -3,7 +3,6 @@
 import difflib
 import math
 from collections.abc import Sequence
-from textwrap import shorten
 from typing import Any
 
 import timm
@@ -16,7 +15,7 @@ from etflight.backbones import resnet_cifar as resnet_cifar
 from etflight.backbones import resnet_wide as resnet_wide
 from etflight.backbones.batch_norm import SyncBatchNorm
 from etflight.backbones.weights import load_weights
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, brief
 
 __all__ = ["SyncBatchNorm", "arguments_for_size", "build_backbone", "load_weights"]
 
@@ -53,8 +52,7 @@ def build_backbone(
         raise
     except Exception as error:  # errors of timm, the hub, torch.load and the network's own code
         file = (kwargs.get("pretrained_cfg_overlay") or {}).get("file") or kwargs.get("checkpoint_path")
-        reason = f"{file}: " * bool(file) + (str(error) or type(error).__name__)
-        reason = shorten(reason, 300, placeholder=" …").rstrip(".")  # also joins its lines
+        reason = f"{file}: " * bool(file) + brief(error, 300).rstrip(".")
         raise UserError(f"backbone {name!r} cannot be built: {reason}; {_mend(name, pretrained)}") from error
     width: Any = getattr(backbone, "head_hidden_size", None) or backbone.num_features
     return backbone, int(width)

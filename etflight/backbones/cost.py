@@ -44,11 +44,7 @@ def network_cost(backbone: nn.Module, head: nn.Module, image_shape: Sequence[int
             copy.deepcopy(backbone).to("meta").eval()(torch.zeros(1, *image_shape, device="meta"))
             weight = cast(torch.Tensor, head.weight)
             copy.deepcopy(head).eval()(torch.zeros(1, cast(int, head.in_features), device=weight.device))
-    except (
-        AssertionError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ):  # images of this size do not fit, for one: training says so
+    # images of this size do not fit, for one: training says so
+    except (AssertionError, RuntimeError, TypeError, ValueError):
         return Cost(params, None)
     return Cost(params, counter.get_total_flops() // 2)

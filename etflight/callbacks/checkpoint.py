@@ -2,7 +2,6 @@
 
 import os
 import random
-from operator import eq
 from typing import Any, Literal
 
 import numpy as np
@@ -23,11 +22,11 @@ from etflight.utils.lightning_private import (
     set_back_step,
     set_batches_done,
 )
+from etflight.utils.ranks import gather_objects
 from etflight.utils.torchmetrics_private import add_saved_state
-from etflight.utils.trainer import callbacks_of, data_module, gather, is_trial_run
-from etflight.utils.training_data import same_images
+from etflight.utils.trainer import callbacks_of, data_module, is_trial_run
 
-_SAME = {"seed": (eq, "give the same --seed_everything"), "images": (same_images, "give the same --data options")}
+_MENDS = {"seed": "give the same --seed_everything", "images": "give the same --data options"}
 Place = Literal["steps", "epochs", "end"]
 KEY = "etflight"  # the entry of a checkpoint that this callback adds
 
@@ -151,7 +150,7 @@ class LastCheckpoint(Callback):
         checkpoint[KEY] = {
             **_identity(trainer),
             "global_batch": _global_batch(trainer),
-            "ranks": gather(trainer, _rank_state(trainer, pl_module)),
+            "ranks": gather_objects(_rank_state(trainer, pl_module)),
             "metrics_rows": next((log.rows for log in trainer.loggers if isinstance(log, MetricsCSV)), 0),
         }
 
@@ -167,10 +166,9 @@ class LastCheckpoint(Callback):
         if added is None:
             return
         for name, value in _identity(trainer).items():
-            same, mend = _SAME[name]
-            if not same(added.get(name), value):
+            if added[name] != value:
                 raise UserError(
-                    f"the run being resumed has the {name} {added.get(name)}, not {value}: {mend}, or start a new run"
+                    f"the run being resumed has the {name} {added[name]}, not {value}: {_MENDS[name]}, or start a new run"
                 )
         ranks = added["ranks"]
         if len(ranks) == trainer.world_size:

@@ -56,7 +56,7 @@ class NeuralCollapseMonitor(Callback):
     - before the first step: a sweep, logged at step 0.
 
     Under `WeightAveraging` (EMA) the averaged weights are measured, wherever that callback stands in the list; `online` is the exception
-    and sees the current ones. `measured_weights` says which. On several processes the sweep runs the model itself, without DDP, with
+    and sees the current ones. On several processes the sweep runs the model itself, without DDP, with
     rank 0's buffers. Models whose parameters are sharded are not supported.
 
     Each sweep of the embedding leaves `<run folder>/gram/epoch_XXX.npz`, where XXX counts finished epochs: `classes` `[n]`, all of them or
@@ -90,7 +90,6 @@ class NeuralCollapseMonitor(Callback):
         weight_of: The class vectors `[K, d]` with which `latest` was measured, by split.
         latest_weight: The class vectors `[K, d]` of the last measurement, on the CPU.
         latest_bias: The biases `[K]`, or None.
-        measured_weights: "averaged" or "current".
 
     Raises:
         UserError: An option is invalid, the model has no such head or layer, or the training images cannot be reached.
@@ -164,7 +163,6 @@ class NeuralCollapseMonitor(Callback):
         self.latest_weight: Tensor | None = None
         self.latest_bias: Tensor | None = None
         self.weight_of: dict[str, Tensor | None] = {}
-        self.measured_weights: Literal["averaged", "current"] = "current"
 
         self._anchors: dict[str, Tensor] = {}
         self._sweeps_every: int | None = None  # in epochs; None for never
@@ -375,7 +373,7 @@ class NeuralCollapseMonitor(Callback):
             if self._val is not None:
                 self._val.centres = measures.Centres.of(centres)
         else:
-            self._remember_weights(trainer)
+            self._remember_weights()
 
     def _sweep(self, trainer: Trainer, pl_module: LightningModule, epoch: float) -> Moments:
         """Sweep over the training images, and return the statistics of the embedding, on the device."""
@@ -383,7 +381,7 @@ class NeuralCollapseMonitor(Callback):
         source, passed = self._found(), self._new_pass(trainer, "train")
         limit = int(trainer.num_training_batches) if is_trial_run(trainer) else None
         kept = KeptEmbeddings(trainer.global_rank, trainer.world_size, self.snapshots)
-        self._remember_weights(trainer)
+        self._remember_weights()
         trainer_sweep(trainer, pl_module, self._training_images(trainer), source, passed, kept.add, limit)
         with plain_tensors():
             moments = self._finish(passed, "train")
@@ -446,9 +444,8 @@ class NeuralCollapseMonitor(Callback):
     def _publish(self, epoch: float) -> dict[str, float]:
         """Put the collected values into the history, and return them."""
         values, self._values = self._values, {}
-        while (
-            self.epochs and self.epochs[-1] > epoch
-        ):  # another fit began, or one that was resumed from an earlier epoch
+        # another fit began, or one that was resumed from an earlier epoch
+        while self.epochs and self.epochs[-1] > epoch:
             self.epochs.pop()
             for series in self.history.values():
                 series.pop()
@@ -460,13 +457,12 @@ class NeuralCollapseMonitor(Callback):
             self.history.setdefault(name, [math.nan] * len(self.epochs))[-1] = value
         return values
 
-    def _remember_weights(self, trainer: Trainer | None = None) -> None:
-        """Keep the class vectors that are measured; a trainer is given if the averaged weights are in the model now."""
-        source, averaging = self._found(), [] if trainer is None else callbacks_of(trainer, WeightAveraging)
+    def _remember_weights(self) -> None:
+        """Keep the class vectors that are measured."""
+        source = self._found()
         with plain_tensors():
             self.latest_weight = source.weight.cpu().clone()
             self.latest_bias = None if source.bias is None else source.bias.cpu().clone()
-        self.measured_weights = "averaged" if averaging else "current"
 
     def _found(self) -> EmbeddingSource:
         assert self._source is not None
@@ -519,7 +515,7 @@ class NeuralCollapseMonitor(Callback):
         self.epochs = list(state_dict["epochs"])
         self.history = {name: list(series) for name, series in state_dict["history"].items()}
         self._anchors = dict(state_dict["anchors"])
-        self._swept_at = state_dict.get("swept_at", max(self.epochs, default=-1.0))  # earlier versions do not say
+        self._swept_at = state_dict["swept_at"]
 
     def rank_state(self) -> dict[str, Any]:
         """Return this process's statistics of the training forwards in this epoch so far."""

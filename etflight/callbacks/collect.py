@@ -3,14 +3,13 @@
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from rich.progress import track
 from torch import Tensor
 
 from etflight.callbacks.features import frozen_modes
 from etflight.classifier import Classifier
 from etflight.data.base import ImageDataModule, Split
-from etflight.utils.ranks import world
+from etflight.utils.ranks import gather_objects
 
 
 class Outputs(NamedTuple):
@@ -63,11 +62,7 @@ def outputs(
 
 def _over_ranks(own: Outputs) -> Outputs:
     """The outputs of all ranks in the order of the images, of which rank r of W has r, r + W, r + 2W and so on."""
-    size, _ = world()
-    if size == 1:
-        return own
-    ranks: list[Outputs] = [own] * size
-    dist.all_gather_object(ranks, own)
-    place = torch.cat([torch.arange(len(part.labels)) * size + rank for rank, part in enumerate(ranks)])
+    ranks = gather_objects(own)
+    place = torch.cat([torch.arange(len(part.labels)) * len(ranks) + rank for rank, part in enumerate(ranks)])
     order = place.argsort()
     return Outputs(*(torch.cat(values)[order] for values in zip(*ranks, strict=True)))

@@ -24,8 +24,9 @@ from etflight.metrics.statistics import INTEGERS
 from etflight.utils.errors import UserError
 from etflight.utils.lightning_private import before_batch_transfer
 from etflight.utils.precision import at_least_float32
+from etflight.utils.ranks import gather_objects
 from etflight.utils.torch_private import broadcast_buffers
-from etflight.utils.trainer import gather, take_buffers_of_rank_zero
+from etflight.utils.trainer import take_buffers_of_rank_zero
 
 Space = Literal["embedding", "backbone"]
 HEAD = ""  # the name of the head's own features, beside the names of further layers
@@ -522,7 +523,7 @@ class KeptEmbeddings:
         """Return the first `per_class` embeddings of each class over all ranks, in the data's order; a collective call."""
         taken: Counter[int] = Counter()
         rows = []
-        for row in sorted((row for part in gather(trainer, self._chosen) for row in part), key=itemgetter(0)):
+        for row in sorted((row for part in gather_objects(self._chosen) for row in part), key=itemgetter(0)):
             taken[row[1]] += 1
             if taken[row[1]] <= self._per_class:
                 rows.append(row)

@@ -20,8 +20,9 @@ from etflight.data.sources import UNREADABLE
 from etflight.runs.folder import writing_to
 from etflight.utils.errors import UserError, warn
 from etflight.utils.files import replacing, write_csv
+from etflight.utils.ranks import gather_objects
 from etflight.utils.terminal import readable
-from etflight.utils.trainer import data_module, gather, is_trial_run
+from etflight.utils.trainer import data_module, is_trial_run
 
 SUFFIXES = (".csv", ".parquet", ".npz")
 
@@ -151,7 +152,7 @@ class PredictionTable(Callback):
         data, places = data_module(trainer), range(trainer.global_rank, 2**62, trainer.world_size)
         skipped = {i: _reason(data, i) for i, fine in zip(places, self._readable, strict=False) if not fine}
         indices = [i for i, fine in zip(places, self._readable, strict=False) if fine]
-        ranks = gather(trainer, (indices, [torch.cat(parts) for parts in zip(*self._batches, strict=True)], skipped))
+        ranks = gather_objects((indices, [torch.cat(parts) for parts in zip(*self._batches, strict=True)], skipped))
         skipped = {i: reason for _, _, part in ranks for i, reason in part.items()}
         if not any(indices for indices, _, _ in ranks):
             raise UserError(f"none of the {len(skipped)} images can be read: {skipped[min(skipped)]}")

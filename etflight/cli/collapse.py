@@ -16,8 +16,8 @@ from rich.table import Table
 from timm.data.config import resolve_data_config
 from torch import Tensor
 
+import etflight.backbones  # noqa: F401  registers our networks in timm
 from etflight import plotting
-from etflight.backbones import resnet_cifar
 from etflight.callbacks.features import HEAD, Caught, EmbeddingSource, PassStatistics, sweep
 from etflight.cli.checkpoint_option import (
     add_device,
@@ -303,7 +303,3 @@ def _parser() -> OneLineParser:
     add_device(parser)
     add_imports(parser)
     return parser
-
-
-# this import registers our networks in timm
-_ = resnet_cifar

@@ -6,7 +6,7 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 
-from etflight.cli.argv import without_files
+from etflight.cli.argv import CommandParser, without_files
 from etflight.cli.parser import OneLineParser, import_modules
 from etflight.data import ImageDataModule
 from etflight.runs.folder import run_of
@@ -45,10 +45,11 @@ def parse(parser: OneLineParser, argv: Sequence[str], run: str | None = None) ->
         run: A run folder, or a checkpoint in one; its data are the default.
 
     Raises:
-        UserError: A data set, a file or the run does not exist, or the run's data are of a class that has not been imported.
+        UserError: A data set, a file, the run or a module of `--imports` does not exist, or the run's data are of a class that has not
+            been imported.
         SystemExit: With status 2 for a usage error, 0 after help.
     """
-    files, words = without_files(parser.prog, argv)
+    files, words = without_files(parser.prog, _without_imports(parser.prog, argv))
     if run is not None:
         folder = run_of(Path(run))
         config = folder / "config.yaml" if folder is not None else None
@@ -67,16 +68,19 @@ def parse(parser: OneLineParser, argv: Sequence[str], run: str | None = None) ->
 
 def parse_over_run(parser: OneLineParser, argv: Sequence[str]) -> Namespace:
     """Parse a command line with an optional run: the first word that is neither an option nor the value of one. See `parse`."""
-    words = list(argv)
-    while "--imports" in words:  # takes any number of values, every other option one
-        start = words.index("--imports")
-        end = next((i for i in range(start + 1, len(words)) if words[i][:1] == "-"), len(words))
-        import_modules(words[start + 1 : end])
-        del words[start:end]
+    words = _without_imports(parser.prog, argv)
     pairs = zip(["", *words], words, strict=False)
-    return parse(
-        parser, argv, next((w for before, w in pairs if w[:1] != "-" and (before[:1] != "-" or "=" in before)), None)
-    )
+    run = next((w for before, w in pairs if w[:1] != "-" and (before[:1] != "-" or "=" in before)), None)
+    return parse(parser, words, run)
+
+
+def _without_imports(prog: str, argv: Sequence[str]) -> list[str]:
+    """Import the modules that `--imports` names, since the other words, which are returned, may need them."""
+    parser = CommandParser(prog=prog, add_help=False, allow_abbrev=False)
+    parser.add_argument("--imports", action="extend", nargs="*", default=[])
+    known, rest = parser.parse_known_args(argv)
+    import_modules(known.imports)
+    return rest
 
 
 def _data_section(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from etflight.classifier import Classifier
 from etflight.cli.checkpoint_option import data_as_trained, load_classifier
 from etflight.cli.data_option import data_parser, parse
-from etflight.cli.parser import OneLineParser, add_imports, import_modules
+from etflight.cli.parser import OneLineParser, add_imports
 from etflight.export import graph
 from etflight.export.card import model_card
 from etflight.export.timm import save_timm
@@ -36,7 +36,6 @@ def main(argv: Sequence[str]) -> None:
     output = Path(config.output)
     if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} exists already and stays as it is: give a new folder")
-    import_modules(config.imports)
     checkpoint, classifier = load_classifier(config.run)
     classifier.eval().requires_grad_(False)
     preprocessing = classifier.preprocessing
@@ -45,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     if preprocessing is None:
         raise UserError(
             f"checkpoint {checkpoint} does not say how its images were normalised, since it was trained without a data module of "
-            "etflight's, or with an earlier version: give its data, as in --data FashionMNIST or -c RUN/config.yaml"
+            "etflight's: give its data, as in --data FashionMNIST or -c RUN/config.yaml"
         )
     with _new_folder(output) as folder:
         calibrated = _write(config.format, classifier, preprocessing, folder)

@@ -26,7 +26,7 @@ from etflight.cli.checkpoint_option import (
     prepare_as_trained,
 )
 from etflight.cli.data_option import data_parser, parse
-from etflight.cli.parser import OneLineParser, add_imports, import_modules
+from etflight.cli.parser import OneLineParser, add_imports
 from etflight.data import ImageDataModule
 from etflight.data.adapted import AdaptedSplit
 from etflight.data.sources import ImageSplit
@@ -69,7 +69,6 @@ def main(argv: Sequence[str]) -> None:
     """
     parser = _parser()
     config = parse(parser, argv)
-    import_modules(config.imports)
     known_config = _config_of_run(Path(config.run))
     checkpoint, model = load_classifier(config.run)
     weight = class_vectors(model, checkpoint)

@@ -62,8 +62,8 @@ def as_data(options: EarlyOptions, path: Path, checkpoint: dict[str, Any]) -> li
     known = Preprocessing.in_checkpoint(checkpoint)
     if known is None and options.given["data.input_size"] is None:
         raise UserError(
-            f"checkpoint {path} does not say how its images were normalised, since it was trained without a data module of etflight's, or "
-            "with an earlier version: give --data.input_size '[C, H, W]', --data.mean and --data.std"
+            f"checkpoint {path} does not say how its images were normalised, since it was trained without a data module of etflight's: "
+            "give --data.input_size '[C, H, W]', --data.mean and --data.std"
         )
     names = checkpoint.get("class_names") or list(map(str, range(checkpoint["hyper_parameters"]["num_classes"])))
     values = {"paths": [], "names": list(map(readable, names)), **(known._asdict() if known else {})}

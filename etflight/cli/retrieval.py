@@ -21,7 +21,7 @@ from etflight.cli.checkpoint_option import (
     prepare_as_trained,
 )
 from etflight.cli.data_option import data_parser, parse, parse_over_run
-from etflight.cli.parser import OneLineParser, add_imports, import_modules
+from etflight.cli.parser import OneLineParser, add_imports
 from etflight.data import ImageDataModule
 from etflight.metrics.retrieval import retrieval_scores
 from etflight.runs.folder import check_writable, refuse_other_results, writing_to
@@ -60,7 +60,6 @@ def main(argv: Sequence[str]) -> None:
     # with a set of its own, no option of the run's data (its long tail, its files) counts
     others = any(word.partition("=")[0] in ("--data", "-c", "--config") for word in argv)
     config = parse(parser, argv) if others else parse_over_run(parser, argv)
-    import_modules(config.imports)
     device = device_of(config)
     out = console()
     loaded = [load_classifier(run) for run in config.runs]

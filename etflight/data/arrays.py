@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from etflight.data.base import ImageDataModule, Split
 from etflight.data.sources import ArraySource, number_of_classes
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, brief
 from etflight.utils.limits import refuse_growth
 from etflight.utils.terminal import readable
 
@@ -125,8 +125,9 @@ class ArrayImages(ImageDataModule):
         except UserError:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{self.path}: {name} cannot be read ({reason}): store plain arrays of numbers") from None
+            raise UserError(
+                f"{self.path}: {name} cannot be read ({brief(error)}): store plain arrays of numbers"
+            ) from None
 
     def _labels(self, split: Split) -> NDArray[np.int64]:
         labels = self.array(f"{split}_labels")

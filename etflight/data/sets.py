@@ -16,7 +16,6 @@ from importlib.resources import files as resources
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from textwrap import shorten
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -29,7 +28,7 @@ from etflight.data.files import ListedFileImages, Paths, files_below
 from etflight.data.lists import lines_of, read_lines
 from etflight.data.sampler import long_tailed_subset
 from etflight.data.sources import ArraySource
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, brief
 from etflight.utils.limits import inflate, refuse_growth
 
 TEST_IMAGES_PER_CLASS = 50
@@ -112,9 +111,8 @@ class TorchvisionImages(ImageDataModule):
             with careful_downloads():
                 self.fetch()
         except Exception as error:  # errors of the network, of archives, and of torchvision
-            reason = shorten(str(error) or type(error).__name__, 300, placeholder=" …")
             raise UserError(
-                f"{self}: the download failed ({reason}): try again, or put the files there yourself"
+                f"{self}: the download failed ({brief(error, 300)}): try again, or put the files there yourself"
             ) from error
 
     def fetch(self) -> None:

@@ -104,12 +104,11 @@ def save_onnx(program: ExportedProgram, classifier: Classifier, facts: Mapping[s
     """
     try:
         import onnxruntime
-        import onnxscript
+        import onnxscript  # noqa: F401  torch's exporter needs it
     except ImportError as error:
         raise UserError(
             f"--format onnx needs {error.name}: install the extra (pip install 'etflight[export]'), or leave it out"
         ) from error
-    _ = onnxscript  # torch's exporter needs it
     with _speaking_for("ONNX", classifier):
         written = torch.onnx.export(
             program, (), input_names=["images"], output_names=["logits"], dynamic_shapes=({0: "batch"},), verbose=False

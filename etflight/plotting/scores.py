@@ -9,9 +9,8 @@ from matplotlib.figure import Figure
 from etflight.plotting.canvas import BLUE, DPI, VERMILION, Array, Numbers, as_array, tidy
 
 _MOST_BINS = 60
-_TAIL = (
-    0.5  # per cent of either kind's images that may lie beyond each end of the axis, where they count in the last bin
-)
+# per cent of either kind's images that may lie beyond each end of the axis, where they count in the last bin
+_TAIL = 0.5
 
 
 def score_histograms(panels: Mapping[str, tuple[Numbers, Numbers]], known: str, unknown: str) -> Figure:
@@ -61,7 +60,6 @@ def _edges(both: list[Array]) -> Array:
     high = max(np.percentile(values, 100 - _TAIL) for values in both)
     if not high - low > 1e-9 * max(abs(low), abs(high)):  # one value for all
         low, high = low - 0.5, high + 0.5
-    bins = min(
-        _MOST_BINS, max(10, int(2 * math.sqrt(min(map(len, both)))))
-    )  # few images would make a comb of many bins
+    # few images would make a comb of many bins
+    bins = min(_MOST_BINS, max(10, int(2 * math.sqrt(min(map(len, both))))))
     return np.linspace(low, high, bins + 1)

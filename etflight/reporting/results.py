@@ -31,7 +31,7 @@ class Result:
         epochs: The epochs that were trained to their end.
         commit: The code's commit.
         config_sha256: The same for all seeds of an arm (`etflight.runs.record.config_sha256`).
-        fingerprint: The fingerprint of the training images: of their set, in records that know it, and of the choice.
+        fingerprint: The fingerprint of the training images: of their set, and of the choice.
         command: The command that trained it.
         num_classes: K.
         params: The number of the network's parameters, without fixed class vectors.

@@ -1,11 +1,13 @@
-"""Sums and maxima over all processes; without a process group they are the values themselves."""
+"""Sums, maxima and objects of all processes; without a process group they are the process's own."""
 
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+_Kind = TypeVar("_Kind")
 
 
 def in_process_group() -> bool:
@@ -30,6 +32,14 @@ def max_over_ranks(values: Tensor) -> Tensor:
         values = values.clone()
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
+
+
+def gather_objects(own: _Kind) -> list[_Kind]:
+    """Gather an object of each process, in the order of ranks; a collective call."""
+    ranks = [own] * world()[0]
+    if len(ranks) > 1:
+        dist.all_gather_object(ranks, own)
+    return ranks
 
 
 class _Sum(Function):

@@ -3,9 +3,8 @@
 import os
 from pathlib import Path
 
-SHIPPED = (
-    Path(__file__).parents[1] / "cli" / "shipped"
-)  # a link to configs/ in a checkout, a folder in an installed package
+# a link to configs/ in a checkout, a folder in an installed package
+SHIPPED = Path(__file__).parents[1] / "cli" / "shipped"
 
 
 def find_config(name: str | Path) -> Path:

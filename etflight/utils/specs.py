@@ -88,7 +88,7 @@ def resolve(spec: Spec, base: type, argument: str) -> Maker:
     if cls is None:
         raise UserError(
             f"{argument}: no {base.__name__} called {path} has been imported: import its module before "
-            f"(--imports {path.rpartition('.')[0]} in etflight collapse and export, --model.{argument} {path} elsewhere)"
+            f"(--imports {path.rpartition('.')[0]}; in fit, validate, test and predict --model.{argument} {path})"
         )
     _check_arguments(cls, init_args, argument)
     maker = Maker(cls, **init_args)

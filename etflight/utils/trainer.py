@@ -56,14 +56,6 @@ def refuse_if_never_reached(trainer: Trainer, epoch: int, what: str) -> None:
         )
 
 
-def gather(trainer: Trainer, own: _Kind) -> list[_Kind]:
-    """Gather an object of each process, in the order of ranks; a collective call."""
-    ranks = [own] * trainer.world_size
-    if trainer.world_size > 1:
-        dist.all_gather_object(ranks, own)
-    return ranks
-
-
 @contextmanager
 def averaged(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     """Let the module hold the averaged weights (EMA) within the block, as in a validation; nothing changes if nothing is averaged."""

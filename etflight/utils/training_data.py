@@ -68,7 +68,7 @@ def other_images(counts: Sequence[int], fingerprint: str | None, data: Any) -> s
         name = (getattr(data, "class_names", None) or range(len(own)))[k]
         return f"{data} has {own[k]} training images of class {name}, but the checkpoint was trained on {counts[k]}"
     other = getattr(data, "fingerprint", None)
-    if fingerprint is None or other is None or same_images(fingerprint, other):
+    if fingerprint is None or other is None or fingerprint == other:
         return None
     return f"{data} has other training images ({other}) than the checkpoint was trained on ({fingerprint})"
 
@@ -76,25 +76,15 @@ def other_images(counts: Sequence[int], fingerprint: str | None, data: Any) -> s
 def fingerprint_in(known: object) -> str | None:
     """The fingerprint of the training images in a checkpoint or in a run's record of its data; None if there is none."""
     facts = known if isinstance(known, Mapping) else {}
-    of_run = facts.get("etflight")  # older checkpoints have it only here
-    found = facts.get("fingerprint") or (of_run.get("images") if isinstance(of_run, Mapping) else None)
+    found = facts.get("fingerprint")
     return found if isinstance(found, str) and re.fullmatch(r"[\w.-]{1,80}", found) else None
 
 
 def content_of(fingerprint: str | None) -> str | None:
-    """The part of a data module's fingerprint that identifies the set; None for an older fingerprint without it."""
-    content, dash, _ = (fingerprint or "").rpartition("-")
-    return content if dash else None
+    """The part of a data module's fingerprint that identifies the set."""
+    return fingerprint and fingerprint.partition("-")[0]
 
 
 def choice_of(fingerprint: str | None) -> str | None:
     """The part of a fingerprint that identifies the choice of training images within the set."""
-    return fingerprint and fingerprint.rpartition("-")[2]
-
-
-def same_images(one: object, other: object) -> bool:
-    """Whether two fingerprints mean the same training images; if one does not identify its set, whether they mean the same choice."""
-    if not isinstance(one, str) or not isinstance(other, str):
-        return one == other
-    unknown = None in (content_of(one), content_of(other))
-    return choice_of(one) == choice_of(other) if unknown else one == other
+    return fingerprint and fingerprint.partition("-")[2]

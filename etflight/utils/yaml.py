@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader
 
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, brief
 from etflight.utils.limits import refuse_aliases
 from etflight.utils.shipped import shipped_configs
 
@@ -33,7 +33,7 @@ def read_yaml(path: Path) -> Any:
     try:
         return load_yaml(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError, UserError) as error:
-        raise UserError(f"{path} cannot be read as a configuration file: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} cannot be read as a configuration file: {brief(error, 500)}") from error
 
 
 def require_file(path: Path) -> None:

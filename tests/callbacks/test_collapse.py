@@ -609,9 +609,3 @@ def test_a_fit_from_flags_alone_leaves_the_collapse_of_each_epoch(tmp_path, opti
     rows = read_csv(run / "metrics.csv")
     for name in ("nc/train/nc1", "nc/train/alignment"):
         assert [float(row["epoch"]) for row in rows if row.get(name)] == measured
-
-
-def test_the_state_of_an_earlier_version_is_continued():
-    monitor = NeuralCollapseMonitor()
-    monitor.load_state_dict({"epochs": [0.0, 2.0], "history": {"nc1": [3.0, 2.0]}, "anchors": {}})
-    assert monitor.state_dict()["swept_at"] == 2.0

@@ -124,9 +124,8 @@ def fit(folder, pause):
         logger=[MetricsCSV(folder), CSVLogger(folder, name="other", version="")],
     )  # fmt: skip
     folder.mkdir()
-    (folder / "speed.csv").write_text(
-        "epoch,step,speed/epoch_s\n0,5,3.5\n7,40,2"
-    )  # of a training whose checkpoint has gone
+    # of a training whose checkpoint has gone
+    (folder / "speed.csv").write_text("epoch,step,speed/epoch_s\n0,5,3.5\n7,40,2")
     runs.fit(Classifier(10, "resnet20_cifar", in_chans=1), datamodule=data)
     (row,) = read_csv(folder / "speed.csv")
     return {name: float(value) for name, value in row.items()}

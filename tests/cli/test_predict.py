@@ -219,12 +219,9 @@ def test_images_may_stand_in_a_configuration_file_or_behind_an_equals_sign(rgb, 
 def test_it_says_where_the_temperature_comes_from(rgb, tmp_path, caplog):
     picture().save(tmp_path / "one.png")
     saved = torch.load(rgb, weights_only=True)
-    del saved["temperature"]  # as in an older checkpoint, which has 1 unless a temperature was fitted
-    torch.save(saved, tmp_path / "fitted.ckpt")
-    saved["state_dict"]["temperature"].fill_(1.0)
-    torch.save(saved, tmp_path / "unfitted.ckpt")
-    for name, told in (("fitted", "temperature 0.2, fitted"), ("unfitted", "temperature 0.284, the default")):
-        path = tmp_path / f"{name}.ckpt"
+    for kind, told in (("fitted", "temperature 0.2, fitted"), ("default", "temperature 0.2, the default")):
+        path = tmp_path / f"{kind}.ckpt"
+        torch.save({**saved, "temperature": kind}, path)
         caplog.clear()
         predict(path, tmp_path / f"{path.stem}.csv", "--images", tmp_path / "one.png")
         (line,) = [message for message in caplog.messages if message.startswith("predictions:")]

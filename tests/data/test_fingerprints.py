@@ -8,7 +8,7 @@ import pytest
 
 from etflight.data import ArrayImages, Digits, FolderImages, INaturalist2018, ListImages
 from etflight.data.sampler import fingerprint
-from etflight.utils.training_data import choice_of, content_of, same_images
+from etflight.utils.training_data import choice_of, content_of
 from tests.training import save_pictures
 
 
@@ -73,13 +73,6 @@ def test_choices_of_one_set_share_its_content_and_differ_in_the_rest():
     for data in (whole, tail, other):
         assert data.fingerprint == f"{data.content}-{fingerprint(data.subset_indices)}"
         assert (content_of(data.fingerprint), choice_of(data.fingerprint)) == tuple(data.fingerprint.split("-"))
-
-
-def test_what_an_older_fingerprint_does_not_know_is_not_held_against_it():
-    same = [("a-1", "a-1"), ("1", "a-1"), ("a-1", "1"), (None, None)]
-    other = [("a-1", "b-1"), ("a-1", "a-2"), ("2", "a-1"), (None, "a-1"), (17, "a-1")]
-    assert all(same_images(*pair) for pair in same)
-    assert not any(same_images(*pair) for pair in other)
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,8 @@ ROOT = Path(__file__).parents[2] / "configs"
 SETS, ARMS = (sorted((ROOT / folder).glob("*.yaml")) for folder in ("data", "arms"))
 ADDITIONS = sorted(path for folder in ("protocols", "trainer", "logger") for path in (ROOT / folder).glob("*.yaml"))
 POST_HOC = {"tau_norm", "ncm"}  # they train nothing
-OF_FILES = {
-    "folder",
-    "folder_photos",
-    "gtsrb",
-    "gtsrb_lite0",
-    "gtsrb_sessions",
-    "omniglot",
-    "omniglot_sessions",
-}  # they tell their classes
+# their files tell the classes
+OF_FILES = {"folder", "folder_photos", "gtsrb", "gtsrb_lite0", "gtsrb_sessions", "omniglot", "omniglot_sessions"}
 OF_PHOTOGRAPHS = {"imagenet_lt", "places_lt", "inat2018", "cub200", "cub200_scratch"}
 CPU = ["--trainer.accelerator", "cpu"]
 TRIAL = [*CPU, "--data.batch_size", 8, "--trainer.fast_dev_run", "true"]
