@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -24,16 +24,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from etflight import penalties
 from etflight.heads import ETFHead, Head, codes_from_state_dict
 from etflight.losses import DotRegressionLoss, Loss, class_weights_of, log_prior
-from etflight.metrics.accuracy import (
-    MOST_CLASSES,
-    ClassScores,
-    Confusion,
-    Reliability,
-    ReliabilityBins,
-    SampleMean,
-    ShotAccuracy,
-    TemperatureFit,
-)
+from etflight.metrics.accuracy import SampleMean, TemperatureFit
+from etflight.metrics.evaluation import Evaluation, EvaluationMetrics
 from etflight.optim import (
     PROTOCOL_SGD,
     at_sharpest_point,
@@ -82,22 +74,6 @@ Adjustment = Literal["additive", "multiplicative"]
 Compile = bool | Literal["reduce-overhead", "max-autotune"]
 # the first type makes the parser find Lightning's ReduceLROnPlateau by this name instead of torch's
 ScheduleCallable = Callable[[Optimizer], MonitoredReduceLROnPlateau] | Callable[[Optimizer], LRScheduler]
-
-
-class Evaluation(NamedTuple):
-    """The counts of a test.
-
-    Attributes:
-        classes: The scores of each class.
-        confusion: The counts int64 `[K, K]`, true classes in rows; None above `etflight.metrics.accuracy.MOST_CLASSES` classes.
-        raw: The bins of the probabilities without a temperature.
-        calibrated: The bins of the probabilities with the model's temperature.
-    """
-
-    classes: ClassScores
-    confusion: Tensor | None
-    raw: ReliabilityBins
-    calibrated: ReliabilityBins
 
 
 class Classifier(LightningModule):
@@ -237,13 +213,12 @@ class Classifier(LightningModule):
         self.is_second_pass = False  # of a sharpness-aware step; callbacks leave its forwards out
         self._total_epochs: int | None = None
         self.losses: Any = nn.ModuleDict({f"{stage}_loss": SampleMean() for stage in ("train", "val", "test")})
-        self.shots: Any = nn.ModuleDict(
-            {"val_": ShotAccuracy(num_classes), "test_": ShotAccuracy(num_classes, PRIOR_SHIFTS)}
+        self.evaluation_metrics: Any = nn.ModuleDict(
+            {
+                "val": EvaluationMetrics(num_classes),
+                "test": EvaluationMetrics(num_classes, PRIOR_SHIFTS, confusion=True),
+            }
         )
-        self.calibration: Any = nn.ModuleDict(
-            {f"{stage}_{name}": Reliability() for stage in ("val", "test") for name in ("ece", "ece_calibrated")}
-        )
-        self.confusion = Confusion(num_classes) if num_classes <= MOST_CLASSES else None
         self.temperature_fit = TemperatureFit()
         # the vectors are broadcast once, when training starts: in every forward it would cost 205 MB at K = 100,000
         own = [name for name, _ in self.named_buffers() if name in ("head.weight", "head.reserved", "_bad_step")]
@@ -370,9 +345,7 @@ class Classifier(LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one test batch to the metrics."""
-        logits = self._evaluate(batch, "test")
-        if self.confusion is not None:
-            self.confusion.update(logits.argmax(dim=1), batch[1])
+        self._evaluate(batch, "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute the calibrated probabilities `[B, K]`."""
@@ -437,9 +410,7 @@ class Classifier(LightningModule):
         logits: Tensor = self(images)
         self.losses[f"{stage}_loss"].update(self.loss(logits, target), len(images))
         logits = self._adjusted(logits)
-        self.shots[f"{stage}_"].update(logits.argmax(dim=1), target)
-        self.calibration[f"{stage}_ece"].update(logits, target)
-        self.calibration[f"{stage}_ece_calibrated"].update(logits / self.temperature, target)
+        self.evaluation_metrics[stage].update(logits, target, self.temperature)
         return logits
 
     def _adjusted(self, logits: Tensor) -> Tensor:
@@ -553,13 +524,11 @@ class Classifier(LightningModule):
         if self.trainer.state.fn == "fit":
             self._stop_at_bad_loss()
             take_buffers_of_rank_zero(self)  # by now callbacks have put averaged weights into the model
-        self._start("val")
+        self.evaluation_metrics["val"].start(self.class_counts)
 
     def on_test_epoch_start(self) -> None:
         """Reset the metrics, and set the shot groups of the training counts; the new counts are kept for `evaluation`."""
-        self._start("test")
-        if self.confusion is not None:
-            self.confusion.reset()
+        self.evaluation_metrics["test"].start(self.class_counts)
 
     def on_train_epoch_end(self) -> None:
         """Log the loss; never let a checkpoint be written after a loss that is not finite."""
@@ -585,7 +554,7 @@ class Classifier(LightningModule):
             self.temperature.copy_(temperature)
             self.is_calibrated = True
         self.temperature_fit.reset()
-        self._start("val")
+        self.evaluation_metrics["val"].start(self.class_counts)
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics."""
@@ -593,26 +562,12 @@ class Classifier(LightningModule):
 
     def _log_epoch(self, stage: str) -> None:
         self.log(f"{stage}/loss", self.losses[f"{stage}_loss"])
-        for name, value in self.shots[f"{stage}_"].compute().items():
+        for name, value in self.evaluation_metrics[stage].compute().items():
             self.log(f"{stage}/{name}", value, prog_bar=name == "acc", sync_dist=True)
-        for name in ("ece", "ece_calibrated"):
-            self.log(f"{stage}/{name}", self.calibration[f"{stage}_{name}"].compute().ece.float(), sync_dist=True)
-
-    def _start(self, stage: str) -> None:
-        for name in ("ece", "ece_calibrated"):
-            self.calibration[f"{stage}_{name}"].reset()
-        self.shots[f"{stage}_"].reset()
-        if bool(self.class_counts.any()):
-            self.shots[f"{stage}_"].set_class_counts(self.class_counts)
 
     def evaluation(self) -> Evaluation:
         """Return the counts of the last test epoch over all processes; every process must call it."""
-        return Evaluation(
-            self.shots["test_"].per_class(),
-            None if self.confusion is None else self.confusion.compute(),
-            self.calibration["test_ece"].compute(),
-            self.calibration["test_ece_calibrated"].compute(),
-        )
+        return cast(Evaluation, self.evaluation_metrics["test"].counts())
 
     @property
     def _fits_temperature(self) -> bool:

@@ -14,8 +14,9 @@ from rich.text import Text
 
 import etflight
 from etflight.callbacks.figures import publish, publish_table
-from etflight.classifier import PRIOR_SHIFTS, Classifier, Evaluation
+from etflight.classifier import PRIOR_SHIFTS, Classifier
 from etflight.metrics.accuracy import FEW_BELOW, MANY_ABOVE, has_order, shot_groups, third_groups
+from etflight.metrics.evaluation import Evaluation
 from etflight.runs.folder import writing_to
 from etflight.runs.loggers import run_folder
 from etflight.utils.errors import UserError

@@ -49,7 +49,7 @@ class Confusion(ExactMetric):
     """Counts of (true, predicted) pairs.
 
     Args:
-        num_classes: K; `Classifier` keeps the counts of at most `MOST_CLASSES`.
+        num_classes: K; `EvaluationMetrics` keeps the counts of at most `MOST_CLASSES`.
         kwargs: Arguments of `torchmetrics.Metric`.
 
     Example:

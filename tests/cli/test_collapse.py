@@ -193,8 +193,8 @@ def test_a_head_of_the_users_own_is_imported_on_demand(etflight_command, tmp_pat
     model.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, tmp_path / "my.ckpt")
     arguments = ["collapse", "my.ckpt", "--data=Digits", "--data.max_count=5"]
-    etflight_command(*arguments, cwd=tmp_path).assert_refused(f"import its module before (--imports {__name__} in ")
-    etflight_command.succeed(*arguments, "--imports", __name__, cwd=tmp_path)
+    etflight_command(*arguments, cwd=tmp_path).assert_refused(f"import its module before (--imports {__name__}; ")
+    etflight_command.succeed(*arguments, f"--imports={__name__}", cwd=tmp_path)
     assert (tmp_path / "collapse" / "collapse.json").is_file()
 
 
