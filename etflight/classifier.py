@@ -43,7 +43,7 @@ from etflight.utils.limits import refuse_names
 from etflight.utils.precision import at_least_float32
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.ranks import in_process_group
-from etflight.utils.specs import describe, find, is_plain, objections, resolve
+from etflight.utils.specs import find_class, from_spec, is_plain, objections, to_spec
 from etflight.utils.terminal import readable
 from etflight.utils.torch_private import has_hooks, leave_out_of_broadcasts
 from etflight.utils.trainer import averaged, data_module, take_buffers_of_rank_zero
@@ -166,7 +166,7 @@ class Classifier(LightningModule):
         self.save_hyperparameters(ignore=buffers)
         self.hparams.pop("_instantiator", None)  # it names a function that loading would import and call
         parts = {name: self.hparams[name] for name in PLUGGABLE if self.hparams[name] is not None}
-        plain: dict[str, Any] = {name: describe(part, name) for name, part in parts.items()}
+        plain: dict[str, Any] = {name: to_spec(part, name) for name, part in parts.items()}
         if isinstance(class_weights, Mapping):  # in YAML the name 3 is a number
             plain["class_weights"] = {str(name): weight for name, weight in class_weights.items()}
         self.save_hyperparameters(plain, ignore=buffers)
@@ -732,7 +732,7 @@ class Classifier(LightningModule):
     # --- plain data in, plain data out -------------------------------------------------------------------------------------
 
     def _build(self, name: str) -> Any:
-        return resolve(self.hparams[name], PLUGGABLE[name], name)
+        return from_spec(self.hparams[name], PLUGGABLE[name], name)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the weights alone do not tell; refuse to save a model that has become useless.
@@ -887,12 +887,12 @@ def plain_hyperparameters(checkpoint: dict[str, Any], given: Mapping[str, Any] |
     given = given or {}
     saved = {k: v for k, v in checkpoint["hyper_parameters"].items() if k != "_instantiator" and k not in given}
     for name, value in saved.items():
-        spec = describe(value, name) if name in PLUGGABLE and value is not None else None
+        spec = to_spec(value, name) if name in PLUGGABLE and value is not None else None
         if not is_plain(spec["init_args"] if spec else value):
             raise UserError(f"the checkpoint's hyper-parameter {name} is not plain data: {value!r}")
         if spec is None:
             refuse_names(Classifier, {name: _without_weights(value) if name == "model_kwargs" else value}, "model")
-        elif (cls := find(spec, PLUGGABLE[name])) is not None:
+        elif (cls := find_class(spec, PLUGGABLE[name])) is not None:
             refuse_names(cls, spec["init_args"], name)
     if isinstance(backbone := saved.get("backbone"), str) and ":" in backbone:
         raise UserError(

@@ -87,7 +87,7 @@ def test_the_numpy_frame_is_the_same_frame():
         (class_code, (100, 8), "seed of a frame is -1"),
     ],
 )
-def test_what_cannot_be_is_refused_with_sizes_and_ways_out(make, arguments, reason):
+def test_impossible_sizes_are_refused_with_ways_out(make, arguments, reason):
     with pytest.raises(UserError, match=reason):
         make(*arguments, seed=-1 if "seed" in reason else 0)
 

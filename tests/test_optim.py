@@ -50,6 +50,6 @@ def test_warm_ups_that_are_longer_than_training_or_none():
         (lambda o: WarmupCosine(o, total_epochs=5, warmup_epochs=-1), "negative"),
     ],
 )
-def test_schedules_that_cannot_be_are_refused(make, reason):
+def test_invalid_schedules_are_refused(make, reason):
     with pytest.raises(UserError, match=reason):
         make(SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))

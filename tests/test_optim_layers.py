@@ -93,7 +93,7 @@ def test_a_part_has_its_own_factor_beside_that_of_its_depth_and_a_part_within_it
         ({"head": 0.0}, "head is 0"),
     ],
 )
-def test_a_part_or_a_factor_that_is_none_is_refused(scales, reason):
+def test_an_unknown_part_or_an_invalid_factor_is_refused(scales, reason):
     with pytest.raises(UserError, match=f"lr_scale.*{reason}"):
         fit(model(lr_scale=scales))
 
@@ -128,7 +128,7 @@ def test_a_schedule_that_knows_one_rate_only_is_refused(schedule):
 
 
 @pytest.mark.parametrize("decay", [0.0, -0.5, 1.5, float("nan")])
-def test_a_factor_that_is_none_is_refused(decay):
+def test_a_layer_decay_out_of_range_is_refused(decay):
     with pytest.raises(UserError, match="layer_decay is"):
         model(decay=decay)
 

@@ -175,6 +175,6 @@ def test_a_pull_to_class_means_says_that_it_needs_classes(mix):
 
 @pytest.mark.parametrize("option", ["feature_penalty", "center_pull"])
 @pytest.mark.parametrize("factor", [-0.1, float("nan"), float("inf")])
-def test_factors_that_are_none_are_refused(option, factor):
+def test_negative_or_infinite_penalties_are_refused(option, factor):
     with pytest.raises(UserError, match=f"{option} is {factor}: give a finite factor"):
         small(**{option: factor})

@@ -89,7 +89,7 @@ def test_a_schedule_waits_for_a_validation_that_comes_every_second_epoch(tmp_pat
         (partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0), "val/loss", 1),  # which has no monitor
     ],
 )
-def test_a_loss_can_be_followed(schedule, followed, validation, tmp_path):
+def test_the_schedule_can_monitor_a_loss(schedule, followed, validation, tmp_path):
     seen = fit(schedule, tmp_path, epochs=4, limit_val_batches=validation)
     assert seen["train/lr"] == rates_of_torch(seen[followed], "min")
 

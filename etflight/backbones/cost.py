@@ -13,8 +13,9 @@ class Cost(NamedTuple):
     """The size of a network and the work of its forward pass.
 
     Attributes:
-        params: The number of parameters, trained or frozen; fixed class vectors are none.
-        multiply_adds: Those of the matrix products and convolutions of one image; None if they cannot be counted without computing.
+        params: The number of parameters, trained or frozen; fixed class vectors are not counted.
+        multiply_adds: The number of multiply-adds in the matrix products and convolutions of one image; None if it cannot be counted
+            without computing.
     """
 
     params: int

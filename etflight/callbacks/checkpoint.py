@@ -27,7 +27,7 @@ from etflight.utils.torchmetrics_private import add_saved_state
 from etflight.utils.trainer import callbacks_of, data_module, is_trial_run
 
 _MENDS = {"seed": "give the same --seed_everything", "images": "give the same --data options"}
-Place = Literal["steps", "epochs", "end"]
+SavePoint = Literal["steps", "epochs", "end"]
 KEY = "etflight"  # the entry of a checkpoint that this callback adds
 
 
@@ -56,7 +56,7 @@ class LastCheckpoint(Callback):
         if every_n_steps is not None and every_n_steps < 1:
             raise UserError(f"LastCheckpoint: every_n_steps is {every_n_steps}: give 1 or more, or leave it out")
         self.every_n_steps = every_n_steps
-        self._between: Place | None = None
+        self._between: SavePoint | None = None
         self._saved_step = 0
         self._saved_epoch = 0
         self._has_just_validated = False
@@ -117,7 +117,7 @@ class LastCheckpoint(Callback):
         """Whether a checkpoint is being written."""
         return self._between is not None
 
-    def save(self, trainer: Trainer, between: Place) -> None:
+    def save(self, trainer: Trainer, between: SavePoint) -> None:
         """Save now; a collective call.
 
         Args:
@@ -176,7 +176,7 @@ class LastCheckpoint(Callback):
         elif trainer.global_rank == 0:
             _load_rank_states(trainer, pl_module, ranks)
         if added["global_batch"] != _global_batch(trainer):
-            _move_in_epoch(trainer, checkpoint["loops"]["fit_loop"], added["global_batch"])
+            _rescale_batches_done(trainer, checkpoint["loops"]["fit_loop"], added["global_batch"])
 
 
 def _identity(trainer: Trainer) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def _global_batch(trainer: Trainer) -> int:
     return int(getattr(data, "batch_size", 0)) * trainer.world_size
 
 
-def _move_in_epoch(trainer: Trainer, loops: dict[str, Any], saved_global_batch: int) -> None:
+def _rescale_batches_done(trainer: Trainer, loops: dict[str, Any], saved_global_batch: int) -> None:
     """Recount the epoch's batches, each of which now holds another number of images.
 
     A few images may come twice, but none is left out.

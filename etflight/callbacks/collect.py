@@ -6,7 +6,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from etflight.callbacks.features import frozen_modes
+from etflight.callbacks.features import evaluation_mode
 from etflight.classifier import Classifier
 from etflight.data.base import ImageDataModule, Split
 from etflight.utils.ranks import gather_objects
@@ -50,7 +50,7 @@ def outputs(
     model.to(device)
     parts: list[Outputs] = []
     loader = track(data.eval_dataloader(split), description=f"computing {split}", disable=quiet, transient=True)
-    with frozen_modes(model):
+    with evaluation_mode(model):
         for images, labels in loader:
             images, labels = data.eval_transform((images.to(device), labels))
             features = model.features(images)

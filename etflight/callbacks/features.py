@@ -234,12 +234,12 @@ def _embed_aside(head: Head, features: Tensor | None) -> Tensor | None:
     """Compute the embedding in evaluation mode, so that running statistics stay unchanged."""
     if features is None:
         return None
-    with frozen_modes(head):
+    with evaluation_mode(head):
         return head.__class__.embed(head, features)
 
 
 @contextmanager
-def frozen_modes(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode within the block; afterwards each submodule is back in its own mode."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -316,7 +316,7 @@ def undisturbed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     try:
         with (
             isolate_rng(include_cuda=trainer.strategy.root_device.type == "cuda"),
-            frozen_modes(pl_module),
+            evaluation_mode(pl_module),
             _buffers_of_rank_zero(trainer, pl_module),
         ):
             yield
@@ -434,14 +434,14 @@ def agreeing(features: Tensor, decision: Tensor, centres: measures.Centres) -> T
     return torch.stack([agree.sum(), torch.full_like(nearest[0], len(nearest))]).double()
 
 
-Each = Callable[[Caught, Tensor], None]
+OnBatch = Callable[[Caught, Tensor], None]
 
 
 def sweep(
     batches: Iterable[Any],
     source: EmbeddingSource,
     passed: PassStatistics,
-    each: Each | None = None,
+    on_batch: OnBatch | None = None,
     forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
     """Run the source's model over batches, and add the features of its head and layers to the statistics.
@@ -450,7 +450,7 @@ def sweep(
         batches: Batches `(inputs, labels, …)`, on the model's device and transformed.
         source: The source, of a model in evaluation mode.
         passed: The statistics to add to.
-        each: A function that is called with what was caught of each forward and the labels of its batch.
+        on_batch: A function that is called with what was caught of each forward and the labels of its batch.
         forward_context: The context in which the model runs, such as a trainer's precision.
     """
     with plain_tensors(), source.attached():
@@ -460,8 +460,8 @@ def sweep(
                 source.model(batch[0])
             caught = source.take(len(labels))
             passed.add(caught, labels)
-            if each is not None:
-                each(caught, labels)
+            if on_batch is not None:
+                on_batch(caught, labels)
 
 
 def trainer_sweep(
@@ -470,14 +470,14 @@ def trainer_sweep(
     loader: Iterable[Any],
     source: EmbeddingSource,
     passed: PassStatistics,
-    each: Each | None = None,
+    on_batch: OnBatch | None = None,
     limit: int | None = None,
 ) -> None:
     """Sweep over `limit` batches with a trainer's device, precision and batch transforms; leave no trace in trainer and model."""
     with plain_tensors(), undisturbed(trainer, pl_module):
         # the loader's iterator draws a random number, so it is made here
         batches = (to_device(trainer, pl_module, raw) for raw in islice(loader, limit))
-        sweep(batches, source, passed, each, trainer.precision_plugin.forward_context)
+        sweep(batches, source, passed, on_batch, trainer.precision_plugin.forward_context)
 
 
 class KeptEmbeddings:

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from etflight.callbacks.features import HEAD, EmbeddingSource, PassStatistics, frozen_modes, trainer_sweep
+from etflight.callbacks.features import HEAD, EmbeddingSource, PassStatistics, evaluation_mode, trainer_sweep
 from etflight.classifier import Classifier
 from etflight.heads import Head, LinearHead, ScaledLinearHead
 from etflight.utils.errors import UserError
@@ -57,7 +57,7 @@ class PostHoc(Callback, ABC):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace the head."""
         model = cast(Classifier, pl_module)
-        with torch.no_grad(), frozen_modes(model):
+        with torch.no_grad(), evaluation_mode(model):
             head = self.new_head(trainer, model)
         rank_zero_info(f"{type(self).__name__} decides in place of the trained {type(model.head).__name__}")
         self._own = model.head, model.temperature

@@ -245,7 +245,7 @@ class StepNotice(Callback):
 
 
 def describe_step(*, processes: int, batch_size: int, accumulated: int, lr: float | None, loss: Loss) -> str:
-    """Write the line, here for two processes with 64 images each.
+    """Describe an optimizer step in one line: its global batch, learning rate and class balance.
 
     Example:
         >>> from etflight import CrossEntropyLoss

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from etflight.callbacks.checkpoint import LastCheckpoint
+from etflight.callbacks.checkpoint import LastCheckpoint, SavePoint
 from etflight.runs.loggers import run_folder
 from etflight.utils.errors import UserError, print_error
 
@@ -118,20 +118,20 @@ class StopSignals(Callback):
         """Start the watch over a process that may have to wait for others."""
         self._received = self._agreed = 0
         self._pending = None
-        self._relax()
+        self._stop_watchdog()
         if trainer.world_size > 1:
             self._watchdog = Watchdog(self._is_saving, partial(_give_up, trainer))
             self._watchdog.start()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """End the watch."""
-        self._relax()
+        self._stop_watchdog()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """End the watch: the process ends by itself."""
-        self._relax()
+        self._stop_watchdog()
 
-    def _relax(self) -> None:
+    def _stop_watchdog(self) -> None:
         if self._watchdog is not None:
             self._watchdog.stop()
 
@@ -151,10 +151,10 @@ class StopSignals(Callback):
         """Take the place of Lightning's handlers, which call collectives and save in the middle of whatever runs."""
         for number in (signal.SIGUSR1, signal.SIGUSR2):
             handler = signal.getsignal(number)
-            if callable(handler) and handler not in (signal.default_int_handler, self._note):
+            if callable(handler) and handler not in (signal.default_int_handler, self._remember_signal):
                 self._requeue[number] = handler
         for handled in (signal.SIGTERM, *self._requeue):
-            signal.signal(handled, self._note)
+            signal.signal(handled, self._remember_signal)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End at once on a signal outside training, where there is nothing to save; Lightning would go on to the end."""
@@ -174,7 +174,7 @@ class StopSignals(Callback):
         if self._agreed and (self._last is None or self._last.is_safe_between_steps(trainer, batch_idx)):
             self._leave(trainer, "steps")
 
-    def _note(self, number: int, frame: object) -> None:
+    def _remember_signal(self, number: int, frame: object) -> None:
         self._received = max(self._received, number)
 
     def _agree(self, trainer: Trainer) -> None:
@@ -188,8 +188,8 @@ class StopSignals(Callback):
         flag = torch.tensor(self._received)
         self._pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True), flag)
 
-    def _leave(self, trainer: Trainer, between: Any) -> None:
-        self._relax()
+    def _leave(self, trainer: Trainer, between: SavePoint) -> None:
+        self._stop_watchdog()
         name = signal.Signals(self._agreed).name
         if self._last is not None:
             self._last.save(trainer, between)

@@ -20,7 +20,7 @@ class CommandParser(ArgumentParser):
         raise SystemExit(2)
 
 
-def without_files(prog: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_config_files(prog: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The configuration files that a command line names (`-c`, `--config`), in their order, and its other words.
 
     A name without such a file stands for the shipped file of that name; the content of a file (in braces) stays as it is.

@@ -12,7 +12,7 @@ from etflight.data import ImageDataModule
 from etflight.runs.folder import last_checkpoint, run_of
 from etflight.utils.errors import UserError, brief, warn
 from etflight.utils.preprocessing import Preprocessing
-from etflight.utils.specs import find
+from etflight.utils.specs import find_class
 from etflight.utils.training_data import refuse_other_shape
 
 
@@ -107,7 +107,7 @@ def prepare_as_trained(data: Namespace, known: Preprocessing | None) -> None:
         data: The parsed option of the data module, changed in place; an option that is null counts as not given.
         known: What the checkpoint knows of its images, or None.
     """
-    cls: Any = find({"class_path": data.class_path}, ImageDataModule)
+    cls: Any = find_class({"class_path": data.class_path}, ImageDataModule)
     if cls is None or known is None:
         return
     for name, value in cls.options_for(known).items():

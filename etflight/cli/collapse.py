@@ -1,6 +1,5 @@
 """`etflight collapse …`: neural collapse of a trained checkpoint, or of any timm model, without training."""
 
-import math
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -128,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
         figures |= {f"{split}_{name}": figure for name, figure in portrait.items()}
 
     with writing_to(output, "--output"):
-        write_json(output / "collapse.json", {**facts, **_finite(results)})
+        write_json(output / "collapse.json", {**facts, **results})
         for name, figure in figures.items():
             plotting.save(figure, output / f"{name}.png")
     out.print(_table(model, data, results))
@@ -243,14 +242,6 @@ def _adopt_normalisation(network: Any, data: ImageDataModule) -> None:
 
 
 # Results ----------------------------------------------------------------------------------------------------------
-
-
-def _finite(results: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
-    """The results, with None for what JSON cannot hold."""
-    return {
-        split: {name: value if math.isfinite(value) else None for name, value in values.items()}
-        for split, values in results.items()
-    }
 
 
 def _table(model: Model, data: ImageDataModule, results: dict[str, dict[str, float]]) -> Table:

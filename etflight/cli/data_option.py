@@ -6,13 +6,13 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 
-from etflight.cli.argv import CommandParser, without_files
+from etflight.cli.argv import CommandParser, split_config_files
 from etflight.cli.parser import OneLineParser, import_modules
 from etflight.data import ImageDataModule
 from etflight.runs.folder import run_of
 from etflight.utils.errors import UserError
 from etflight.utils.limits import refuse_names
-from etflight.utils.specs import find
+from etflight.utils.specs import find_class
 from etflight.utils.yaml import guard_parser, read_yaml, to_yaml
 
 
@@ -49,7 +49,7 @@ def parse(parser: OneLineParser, argv: Sequence[str], run: str | None = None) ->
             been imported.
         SystemExit: With status 2 for a usage error, 0 after help.
     """
-    files, words = without_files(parser.prog, _without_imports(parser.prog, argv))
+    files, words = split_config_files(parser.prog, _without_imports(parser.prog, argv))
     if run is not None:
         folder = run_of(Path(run))
         config = folder / "config.yaml" if folder is not None else None
@@ -102,7 +102,7 @@ def _refuse_imports(config: Path) -> None:
         )
         if not isinstance(path, str) or not isinstance(arguments, dict):
             return  # the parser says what is wrong with it
-        cls = find({"class_path": path if "." in path else f"etflight.data.{path}"}, ImageDataModule)
+        cls = find_class({"class_path": path if "." in path else f"etflight.data.{path}"}, ImageDataModule)
         if cls is None or spec.keys() - {"class_path", "init_args"}:
             raise UserError(
                 f"{config} has data of {path!r}, which has not been imported: import its module (--imports MODULE), or give -c {config} if "

@@ -25,7 +25,7 @@ from etflight.callbacks.progress import Progress, StepNotice, is_watched
 from etflight.callbacks.results import TestResults
 from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
 from etflight.cli import STAGES
-from etflight.cli.argv import EarlyOptions, without_files
+from etflight.cli.argv import EarlyOptions, split_config_files
 from etflight.cli.checkpoint_option import prepare_as_trained
 from etflight.cli.parser import OneLineParser, import_modules
 from etflight.cli.place import Place
@@ -43,7 +43,7 @@ from etflight.utils.errors import UserError, print_dead_process, user_error_in
 from etflight.utils.jsonargparse_private import why_not_made
 from etflight.utils.lightning_private import on_dead_process
 from etflight.utils.preprocessing import Preprocessing
-from etflight.utils.specs import describe, find
+from etflight.utils.specs import find_class, to_spec
 from etflight.utils.trainer import is_trial_run
 from etflight.utils.training_data import refuse_other_shape
 from etflight.utils.yaml import guard_parser
@@ -134,7 +134,7 @@ class EtflightCLI(LightningCLI):
         parser.link_arguments("data.num_channels", "model.in_chans", apply_on="instantiate")
         parser.set_defaults(
             {
-                "model.optimizer": describe(PROTOCOL_SGD, "optimizer"),
+                "model.optimizer": to_spec(PROTOCOL_SGD, "optimizer"),
                 "trainer.default_root_dir": "runs",
                 "trainer.enable_autolog_hparams": False,
                 "trainer.enable_model_summary": False,  # one line of `RunRecord` says it
@@ -156,7 +156,7 @@ class EtflightCLI(LightningCLI):
             parser.parse_args(argv)  # exits after help, or with a usage error
             raise UserError(f"the command comes first: give one of {', '.join(STAGES)} in front of its options")
         stage = argv[0]
-        files, words = without_files(f"etflight {stage}", argv[1:])
+        files, words = split_config_files(f"etflight {stage}", argv[1:])
         options = EarlyOptions.of(f"etflight {stage}", files, words)
         self.place = Place.of(stage, options)
         self.saved_model: dict[str, Any] = {}  # the arguments of the checkpoint's model
@@ -193,7 +193,7 @@ class EtflightCLI(LightningCLI):
         # the data decide the sizes, and the state dict holds the counts
         defaults = model.keys() - {"num_classes", "in_chans", "class_counts"}
         for name in PLUGGABLE:
-            if model.get(name) is None or find(model[name], PLUGGABLE[name]) is not None:
+            if model.get(name) is None or find_class(model[name], PLUGGABLE[name]) is not None:
                 continue
             needed, named = model[name]["class_path"], options.value(f"model.{name}", object)
             if named is None:
@@ -382,7 +382,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _dataset_name(data: Any) -> str:
-    cls: Any = find({"class_path": data.class_path}, ImageDataModule)
+    cls: Any = find_class({"class_path": data.class_path}, ImageDataModule)
     options = {name: _dataset_name(v) if hasattr(v, "class_path") else v for name, v in vars(data.init_args).items()}
     return str(cls.name_with(options)) if cls else data.class_path.rpartition(".")[2]
 

@@ -141,16 +141,16 @@ def augment(images: Tensor, codes: Codes, magnitudes: Magnitudes) -> Tensor:
         order = np.argsort(kinds, kind="stable")
         present, sizes = np.unique(kinds, return_counts=True)
         ends = sizes.cumsum()
-        groups = torch.tensor_split(images.index_select(0, _sent(order, images.device)), ends[:-1].tolist())
+        groups = torch.tensor_split(images.index_select(0, _to_device(order, images.device)), ends[:-1].tolist())
         changed = [
             _FUNCTIONS[kind](group, step[order[end - len(group) : end]], strengths[order[end - len(group) : end]])
             for kind, group, end in zip(present, groups, ends, strict=True)
         ]
-        images = torch.cat(changed).index_select(0, _sent(np.argsort(order), images.device))
+        images = torch.cat(changed).index_select(0, _to_device(np.argsort(order), images.device))
     return images
 
 
-def _sent(values: NDArray[Any], device: torch.device) -> Tensor:
+def _to_device(values: NDArray[Any], device: torch.device) -> Tensor:
     return torch.from_numpy(values).to(device, non_blocking=True)
 
 
@@ -168,7 +168,7 @@ def _move(images: Tensor, codes: Codes, magnitudes: Magnitudes) -> Tensor:
     theta[:, 0, 2] = shear_x * height / 2 - np.where(codes == _TRANSLATE_X, magnitudes, 0.0)
     theta[:, 1, 2] = shear_y * width / 2 - np.where(codes == _TRANSLATE_Y, magnitudes, 0.0)
     scaled = theta.astype(np.float32) / np.array([[0.5 * width], [0.5 * height]], np.float32)
-    by_x, by_y, shift = _sent(scaled, images.device).view(batch, 2, 3, 1, 1).unbind(2)
+    by_x, by_y, shift = _to_device(scaled, images.device).view(batch, 2, 3, 1, 1).unbind(2)
     x, y = (torch.arange(size, device=images.device) - (size - 1) / 2 for size in (width, height))
     grid = torch.addcmul(by_x * x, by_y, y.view(-1, 1)).add_(shift).permute(0, 2, 3, 1)
     moved = F.grid_sample(images.to(torch.float32), grid, mode="nearest", padding_mode="zeros", align_corners=False)
@@ -186,9 +186,9 @@ def _pixels(values: Tensor) -> Tensor:
 
 def _enhance(images: Tensor, codes: Codes, magnitudes: Magnitudes) -> Tensor:
     """Change brightness, colour or contrast: mix with black, with the grey image, or with its mean."""
-    change = _sent(magnitudes, images.device).view(-1, 1, 1, 1)
+    change = _to_device(magnitudes, images.device).view(-1, 1, 1, 1)
     grey = _grey(images)
-    code = _sent(codes, images.device).view(-1, 1, 1, 1)
+    code = _to_device(codes, images.device).view(-1, 1, 1, 1)
     other = grey.where(code == _COLOR, grey.mean((2, 3), keepdim=True)).mul_(code != _BRIGHTNESS)
     factor = 1.0 + change
     mixed = _plus_product(images.mul(factor.to(torch.float32)), other, (1.0 - factor).to(torch.float32))
@@ -212,18 +212,18 @@ def _sharpen(images: Tensor, _: Codes, magnitudes: Magnitudes) -> Tensor:
     # the kernel, 1s around a 5, as two sums of three; several times as quick as a convolution, and whole numbers
     rows = result[..., :-2, :] + result[..., 1:-1, :] + result[..., 2:, :]
     blurred = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]).add_(inside, alpha=4).div_(13).round_()
-    change = _sent(1.0 - (1.0 + magnitudes), images.device).to(torch.float32).view(-1, 1, 1, 1)
+    change = _to_device(1.0 - (1.0 + magnitudes), images.device).to(torch.float32).view(-1, 1, 1, 1)
     inside.copy_(_plus_product(inside, blurred.sub_(inside), change))
     return _pixels(result)
 
 
 def _posterize(images: Tensor, _: Codes, bits: Magnitudes) -> Tensor:
     masks = (256 - 2 ** (8 - bits)).astype(np.uint8)
-    return images & _sent(masks, images.device).view(-1, 1, 1, 1)
+    return images & _to_device(masks, images.device).view(-1, 1, 1, 1)
 
 
 def _solarize(images: Tensor, _: Codes, thresholds: Magnitudes) -> Tensor:
-    bound = _sent((255.0 * thresholds).astype(np.float32), images.device).view(-1, 1, 1, 1)
+    bound = _to_device((255.0 * thresholds).astype(np.float32), images.device).view(-1, 1, 1, 1)
     return torch.where(images >= bound, ~images, images)
 
 

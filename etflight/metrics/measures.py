@@ -602,7 +602,7 @@ def nearest_centre(features: Tensor, stats: Moments | Centres) -> Tensor:
 
 
 def parts_by_distances(features: Tensor, others: int) -> tuple[Tensor, ...]:
-    """Rows in parts whose distances to so many others fit into memory."""
+    """Split rows so that the distances of each part to `others` points fit into memory."""
     return torch.split(features, max(1, _MOST_DISTANCES // others))
 
 

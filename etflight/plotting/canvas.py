@@ -82,7 +82,7 @@ def names_or_numbers(class_names: Sequence[str] | None, num_classes: int) -> lis
     return [str(k) for k in range(num_classes)] if class_names is None else list(class_names)
 
 
-def class_sizes(
+def plottable_classes(
     values: Numbers, counts: Numbers, class_names: Sequence[str] | None
 ) -> tuple[Array, Array, list[str], NDArray[np.int64]]:
     """The values and numbers of training images of all classes, their names, and the classes that can be shown."""

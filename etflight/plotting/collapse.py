@@ -16,10 +16,10 @@ from etflight.plotting.canvas import (
     Matrix,
     Numbers,
     as_array,
-    class_sizes,
     heat_map,
     name_points,
     names_or_numbers,
+    plottable_classes,
     points_by_size,
     single_axes,
 )
@@ -142,7 +142,7 @@ def variability_by_size(variances: Numbers, counts: Numbers, class_names: Sequen
     Returns:
         A figure whose first collection holds the points `(count, variance)`.
     """
-    y, x, names, shown = class_sizes(variances, counts, class_names)
+    y, x, names, shown = plottable_classes(variances, counts, class_names)
     positive, zero = shown[y[shown] > 0], shown[y[shown] <= 0]
     figure, axes = points_by_size(x[positive], y[positive])
     axes.margins(y=0.12)

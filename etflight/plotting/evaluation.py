@@ -15,10 +15,10 @@ from etflight.plotting.canvas import (
     Matrix,
     Numbers,
     as_array,
-    class_sizes,
     heat_map,
     name_points,
     names_or_numbers,
+    plottable_classes,
     points_by_size,
     tidy,
 )
@@ -102,7 +102,7 @@ def accuracy_by_size(accuracy: Numbers, counts: Numbers, class_names: Sequence[s
     Returns:
         A figure whose first collection holds the points `(count, accuracy)`.
     """
-    y, x, names, shown = class_sizes(accuracy, counts, class_names)
+    y, x, names, shown = plottable_classes(accuracy, counts, class_names)
     figure, axes = points_by_size(x[shown], y[shown])
     lowest = max(0.0, np.floor(10 * y[shown].min() - 0.5) / 10) if len(shown) else 0.0
     axes.set_ylim(lowest - 0.04 * (1 - lowest), 1 + 0.08 * (1 - lowest))

@@ -19,9 +19,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
-from etflight.runs import wandb
 from etflight.runs.folder import RECORD, lock, read_record, same_folder, writing_to
 from etflight.runs.loggers import run_folder
+from etflight.runs.wandb import ID, configure_runs, log_checkpoint, recorded_id
 from etflight.utils.files import replacing, write_json
 from etflight.utils.trainer import data_module
 
@@ -77,7 +77,7 @@ class RunRecord(SaveConfigCallback):
             further: dict[str, Any] = {name: known[name] for name in ("seed", "data") if name in known}
             self._write(trainer, config, {**further, "checkpoint": config["ckpt_path"]})
         # W&B can group runs by the arm
-        wandb.introduce(trainer, {**config, "arm": self.arm or self.name}, keeps_config=beside)
+        configure_runs(trainer, {**config, "arm": self.arm or self.name}, keeps_config=beside)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the results of the checkpoint that this training goes on from: they are not those of its last epoch."""
@@ -88,15 +88,15 @@ class RunRecord(SaveConfigCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Upload the last checkpoint to W&B if that was asked for; other callbacks have saved it by now."""
         if trainer.is_global_zero:
-            wandb.log_checkpoint(trainer)
+            log_checkpoint(trainer)
 
     def _write(self, trainer: Trainer, config: dict[str, Any], further: dict[str, Any]) -> None:
         folder = run_folder(trainer)
         record = {**facts(name=self.name, arm=self.arm, config=config, trainer=trainer), **further}
         if same_folder(folder, self.trained_in):
             record |= resumed_facts(folder, record)
-        if (known := wandb.recorded_id(folder)) is not None:
-            record[wandb.ID] = known
+        if (known := recorded_id(folder)) is not None:
+            record[ID] = known
         with writing_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = self._lock or lock(folder)
@@ -145,7 +145,7 @@ def training_facts(*, seed: Any, data: Any) -> dict[str, Any]:
 
 
 def data_facts(data: Any) -> dict[str, Any]:
-    """What tells a data module's training images: the class, the set, the fingerprint, and the number of images of each class."""
+    """The facts that identify a data module's training images: class, set, fingerprint, and the number of images of each class."""
     return {
         "class": type(data).__name__,
         "dataset": data.dataset_name,
@@ -155,7 +155,7 @@ def data_facts(data: Any) -> dict[str, Any]:
 
 
 def test_facts(data: Any) -> dict[str, Any]:
-    """What tells a data module's test images: the set, their content, the folder of image files, and how many there are.
+    """The facts that identify a data module's test images: the set, their content, the folder of image files, and how many there are.
 
     The content of image files covers their names only, so their folder tells apart sets whose files have the same names.
     """

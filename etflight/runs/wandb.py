@@ -64,7 +64,7 @@ def recorded_id(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def introduce(trainer: Trainer, config: Mapping[str, Any], *, keeps_config: bool = False) -> None:
+def configure_runs(trainer: Trainer, config: Mapping[str, Any], *, keeps_config: bool = False) -> None:
     """Give W&B the configuration, the axes and the best values for its summary, and write the run's id into `run.json`.
 
     Args:

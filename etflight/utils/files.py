@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,9 +44,18 @@ def flush_to_disk(path: Path) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file so that a reader sees the old one or the new one, never half of it."""
+    """Write a JSON file so that a reader sees the old one or the new one, never half of it; numbers that are not finite become null."""
     with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
+        partial.write_text(json.dumps(_finite(content), indent=2, default=str) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """The value, with None for the numbers that JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

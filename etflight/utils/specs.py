@@ -12,7 +12,7 @@ Spec = dict[str, Any]
 _LARGEST = 1e30  # what an optimizer computes from it still fits float32
 
 
-def describe(factory: object, argument: str) -> Spec:
+def to_spec(factory: object, argument: str) -> Spec:
     """Describe a class, or a `functools.partial` of one with keyword arguments, as plain data.
 
     Args:
@@ -75,7 +75,7 @@ class Maker(partial[Any]):
         return objections({"class_path": self.func.__qualname__, "init_args": given}, self.argument)
 
 
-def resolve(spec: Spec, base: type, argument: str) -> Maker:
+def from_spec(spec: Spec, base: type, argument: str) -> Maker:
     """Return the class of a spec with its arguments bound, looked up only among subclasses of `base` that are already imported.
 
     Nothing is imported and nothing but the constructor can be called, so a spec from a file that somebody else wrote is safe.
@@ -84,7 +84,7 @@ def resolve(spec: Spec, base: type, argument: str) -> Maker:
         UserError: There is no such class, it does not take the arguments, or a number is NaN or beyond 1e30.
     """
     path, init_args = spec["class_path"], spec["init_args"]
-    cls = find(spec, base)
+    cls = find_class(spec, base)
     if cls is None:
         raise UserError(
             f"{argument}: no {base.__name__} called {path} has been imported: import its module before "
@@ -96,7 +96,7 @@ def resolve(spec: Spec, base: type, argument: str) -> Maker:
     return maker
 
 
-def find(spec: Spec, base: type) -> type | None:
+def find_class(spec: Spec, base: type) -> type | None:
     """The class of a spec, or None if no such subclass of `base` has been imported."""
     return next((cls for cls in family(base) if _is_named(cls, spec["class_path"])), None)
 

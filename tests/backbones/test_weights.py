@@ -111,7 +111,7 @@ def test_weights_of_another_network_are_told_in_one_line(name, given, reason, tm
     assert "give the --model.backbone they were made for" in message
 
 
-def test_a_first_convolution_that_is_none_and_a_file_that_is_not_there_are_told_in_one_line(trained, tmp_path):
+def test_an_unknown_first_convolution_and_a_missing_file_are_told_in_one_line(trained, tmp_path):
     state = trained.state_dict() | {"conv1.0.weight": torch.ones(3), "conv1.weight": torch.ones(3)}
     assert "conv1" in refused("test_resnet", save(state, tmp_path / "w.pth"), in_chans=1)
     assert f"{tmp_path} is a folder: give the path of" in refused("test_resnet", tmp_path)

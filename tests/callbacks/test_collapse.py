@@ -581,7 +581,7 @@ def test_two_heads_under_the_same_names_are_refused(tmp_path):
             fit(tmp_path, *monitors)
 
 
-def test_options_that_cannot_be_are_refused_at_once():
+def test_invalid_options_are_refused_at_once():
     for wrong in (
         {"every_n_epochs": 0},
         {"splits": ["test"]},

@@ -108,7 +108,7 @@ def test_the_model_has_its_head_and_its_temperature_again_afterwards(fails, line
 
 
 @pytest.mark.parametrize("tau", [-0.1, float("nan"), float("inf")])
-def test_a_tau_that_cannot_be_is_refused(tau):
+def test_a_negative_or_infinite_tau_is_refused(tau):
     with pytest.raises(UserError, match=f"tau must be finite and not negative, got {tau}"):
         TauNormalization(tau)
 

@@ -73,7 +73,7 @@ def test_of_classes_of_one_size_no_head_and_tail_are_shown(tmp_path):
     assert "test/acc_head" not in json.loads((tmp_path / "test_metrics.json").read_text())
 
 
-def test_the_model_keeps_what_was_counted(tested):
+def test_evaluation_returns_the_counts_behind_the_metrics(tested):
     folder, model, labels, decisions, _ = tested
     evaluation = model.evaluation()
     assert evaluation.confusion.tolist() == confusion_matrix(labels, decisions).tolist()

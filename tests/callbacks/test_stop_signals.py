@@ -58,7 +58,7 @@ def test_a_call_may_take_twice_as_long_as_the_longest_before_it(watched):
     assert watched.ended.wait(30)
 
 
-def test_who_is_busy_is_not_cut_short(watched):
+def test_a_process_that_is_saving_is_not_ended(watched):
     watched.busy = True
     signal.raise_signal(signal.SIGTERM)
     assert not watched.ended.wait(0.8)

@@ -104,7 +104,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_clear_line(case, etflight_command, tmp_path):
+def test_bad_input_ends_in_one_clear_line(case, etflight_command, tmp_path):
     status, words, prepare = CASES[case]
     argv = prepare(tmp_path)
     before = set(tmp_path.rglob("*"))

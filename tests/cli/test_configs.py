@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from etflight.cli import configs, study
-from etflight.cli.argv import without_files
+from etflight.cli.argv import split_config_files
 from etflight.utils.errors import UserError
 from etflight.utils.shipped import SHIPPED, find_config, short_name
 
@@ -43,7 +43,7 @@ def test_some_are_copied_and_none_is_overwritten(tmp_path):
 
 @pytest.mark.parametrize("name", ["configs/data/digits.yaml", "data/digits.yaml", "data/digits"])
 def test_a_name_stands_for_the_shipped_file_unless_there_is_one(name, tmp_path):
-    assert without_files("etflight fit", ["-c", name, "--name", "x"]) == (
+    assert split_config_files("etflight fit", ["-c", name, "--name", "x"]) == (
         [str(SHIPPED / "data/digits.yaml")],
         ["--name", "x"],
     )
@@ -71,5 +71,5 @@ def test_a_study_that_came_with_the_package_prints_commands_that_any_installatio
 
 
 @pytest.mark.parametrize("name", ["data/none", "../etflight/cli/stages.py", "{}", "/data/digits", "configs"])
-def test_anything_else_is_the_users(name):
-    assert without_files("etflight fit", ["-c", name])[0] == [name]
+def test_names_that_are_not_shipped_files_stay_as_given(name):
+    assert split_config_files("etflight fit", ["-c", name])[0] == [name]

@@ -160,7 +160,7 @@ def test_labels_and_normalisation_of_the_unknown_set_do_not_count(run, noise, tm
     assert record(tmp_path)["scores"] == record(run / "ood" / "noise")["scores"]
 
 
-def test_settings_are_the_users(run, noise, tmp_path, printed):
+def test_k_and_components_change_only_their_scores(run, noise, tmp_path, printed):
     ood.main([str(run), *arrays(noise), "--k=1", "--components=2", "--output", str(tmp_path)])
     own, usual = record(tmp_path), record(run / "ood" / "noise")
     assert (own["k"], own["components"]) == (1, 2)

@@ -80,7 +80,7 @@ def test_sets_and_arms_are_named_with_what_is_laid_over_them(write, etflight_com
     )
 
 
-def test_a_part_of_a_study(write, etflight_command, tmp_path):
+def test_options_choose_a_part_of_a_study(write, etflight_command, tmp_path):
     write(seeds=[3, 4], arms=["ce", "focal"])
     result = etflight_command("study", "study.yaml", "--dry-run", "--arms", "focal", "--seeds", "4", cwd=tmp_path)
     assert [line.split()[1] for line in result.out.splitlines()] == ["fit", "test"]

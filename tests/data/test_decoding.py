@@ -138,7 +138,7 @@ def test_a_jpeg_decodes_to_nearly_its_pixels_and_upright(mode, tmp_path):
     assert np.abs(decoded.numpy().astype(int) - np.rot90(smooth, -1)).max() <= 6
 
 
-def test_pictures_count_that_are_decoded(tmp_path, monkeypatch):
+def test_only_decoded_frames_count_towards_the_pixel_limit(tmp_path, monkeypatch):
     """All of an animation, but only the first of a JPEG as phones write them; the second is for other screens."""
     FEW.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[OTHER])
     FEW.save(tmp_path / "a.webp", **LOSSLESS_ANIMATION)

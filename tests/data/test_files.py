@@ -43,7 +43,7 @@ def epoch(data, number=0):
         ({"image_size": 10_000, "crop_pct": 0.5}, "image_size is 10000: .* for image_size / crop_pct at most 16384"),
     ],
 )
-def test_a_square_that_cannot_be_is_refused(options, message):
+def test_invalid_sizes_are_refused(options, message):
     with pytest.raises(UserError, match=f"FolderImages: {message}"):
         FolderImages("x", **options)
 

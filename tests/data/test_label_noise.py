@@ -58,6 +58,6 @@ def test_classes_of_another_set_can_have_wrong_labels_among_themselves():
     ("options", "message"),
     [({"label_noise": 1.0}, "label_noise is 1.0"), ({"noise_kind": "asymmetric"}, "give symmetric, pair")],
 )
-def test_noise_that_cannot_be_is_refused(options, message):
+def test_invalid_label_noise_is_refused(options, message):
     with pytest.raises(UserError, match=message):
         Digits(**options)

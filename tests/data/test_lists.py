@@ -109,7 +109,7 @@ def test_a_file_of_other_names_is_refused(lists, tmp_path, content, problem):
         ("b/../../a.jpg 0", "leaves the root"),
     ],
 )
-def test_a_line_that_cannot_be_meant_is_quoted_with_its_number(tmp_path, line, problem):
+def test_a_wrong_line_is_quoted_with_its_number(tmp_path, line, problem):
     (tmp_path / "list.txt").write_text(f"\nx/..y/a..jpg 3\n{line}\nz.jpg 1\n")
     with pytest.raises(UserError, match=rf"list\.txt: line 3 \(.*\) {problem}") as caught:
         read_list(tmp_path / "list.txt", "root")

@@ -76,19 +76,15 @@ def test_files_are_read_as_the_set_reads_them(tmp_path, capsys):
         ("0-99999999999", "give labels of the set"),
     ],
 )
-def test_classes_that_cannot_be_are_refused(classes, message):
+def test_invalid_classes_are_refused(classes, message):
     with pytest.raises(UserError, match=message):
         ClassSubset(Digits(), classes)
 
 
-def test_options_of_the_inner_set_that_would_have_no_effect_are_refused():
-    with pytest.raises(UserError, match=r"images\.imbalance_ratio has no effect: give imbalance_ratio to ClassSubset"):
-        ClassSubset(Digits(imbalance_ratio=10), "0-5")
-
-
-def test_a_batch_size_of_the_inner_set_is_refused_too():
-    with pytest.raises(UserError, match=r"images\.batch_size has no effect: give batch_size to ClassSubset"):
-        ClassSubset(Digits(batch_size=7), "0-5")
+@pytest.mark.parametrize(("option", "value"), [("imbalance_ratio", 10), ("batch_size", 7)])
+def test_options_of_the_inner_set_that_would_have_no_effect_are_refused(option, value):
+    with pytest.raises(UserError, match=rf"images\.{option} has no effect: give {option} to ClassSubset"):
+        ClassSubset(Digits(**{option: value}), "0-5")
 
 
 def test_the_inner_set_downloads_what_is_missing():

@@ -49,7 +49,7 @@ def test_it_says_where_the_temperature_comes_from():
 
 
 @pytest.mark.parametrize(("channels", "formats"), [(1, ["timm", "onnx", "torch-export"]), (3, ["timm"])])
-def test_what_it_says_to_do_works(channels, formats, tmp_path, monkeypatch, capsys):
+def test_the_code_in_the_card_runs(channels, formats, tmp_path, monkeypatch, capsys):
     """Its Python, block by block, with a picture of another size and mode."""
     torch.manual_seed(0)
     save_arrays(tmp_path / "a.npz", shape=(16, 16, channels), classes=2, class_names=np.array(["cat", "dog"]))

@@ -28,7 +28,7 @@ def test_each_is_small_and_loads_in_timm_with_its_preprocessing(folder):
 
 @pytest.mark.skipif(not (ROOT / "data/cifar-10-batches-bin").is_dir(), reason="CIFAR-10 is not in data/")
 @pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)
-def test_each_decides_as_its_record_says(folder):
+def test_committed_models_reach_their_recorded_accuracy(folder):
     model, data = load(folder), CIFAR10(root=str(ROOT / "data"))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # as the record was taken
         batches = [data.eval_transform(batch) for batch in data.eval_dataloader("test")]

@@ -65,7 +65,7 @@ def test_what_was_not_recorded_is_unknown(tmp_path):
 def test_what_is_undefined_or_overflowed_is_missing(tmp_path):
     run = make_run(tmp_path / "r")
     write_csv(run / "metrics.csv", [{"epoch": 0.0, "train/loss": 1.0, "nc/train/nc1": "nan", "val/acc": 0.5}])
-    write_json(run / "test_metrics.json", {"test/acc": 0.5, "test/loss": float("inf"), "test/acc_worst": float("nan")})
+    (run / "test_metrics.json").write_text('{"test/acc": 0.5, "test/loss": Infinity, "test/acc_worst": null}')
     assert only(run).metrics == {"test/acc": 0.5, "val/acc": 0.5, "val/acc_best": 0.5, "val/acc_best_epoch": 1}
 
 

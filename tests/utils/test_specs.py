@@ -6,16 +6,16 @@ import torch
 
 from etflight import ETFHead, Head
 from etflight.utils.errors import UserError
-from etflight.utils.specs import describe, is_plain, resolve
+from etflight.utils.specs import from_spec, is_plain, to_spec
 
 
 def test_a_class_and_a_partial_become_plain_data_and_come_back():
-    spec = describe(partial(ETFHead, scale=4.0), "head")
+    spec = to_spec(partial(ETFHead, scale=4.0), "head")
     assert spec == {"class_path": "etflight.heads.ETFHead", "init_args": {"scale": 4.0}}
-    head = resolve(spec, Head, "head")(16, 10)
+    head = from_spec(spec, Head, "head")(16, 10)
     assert isinstance(head, ETFHead)
     assert head.scale == 4.0
-    assert describe(ETFHead, "head")["init_args"] == {}
+    assert to_spec(ETFHead, "head")["init_args"] == {}
 
 
 @pytest.mark.parametrize(
@@ -23,15 +23,15 @@ def test_a_class_and_a_partial_become_plain_data_and_come_back():
 )
 def test_a_path_that_leads_to_no_head_is_refused(path):
     with pytest.raises(UserError, match="head"):
-        resolve({"class_path": path, "init_args": {}}, Head, "head")
+        from_spec({"class_path": path, "init_args": {}}, Head, "head")
 
 
 def test_arguments_are_checked_by_name_and_must_be_plain():
     with pytest.raises(UserError, match="takes no argument 'sale'"):
-        resolve({"class_path": "etflight.ETFHead", "init_args": {"sale": 1}}, Head, "head")
+        from_spec({"class_path": "etflight.ETFHead", "init_args": {"sale": 1}}, Head, "head")
     nested = {"scale": {"class_path": "os.system", "init_args": {}}}
     with pytest.raises(UserError, match="not plain"):
-        resolve({"class_path": "etflight.ETFHead", "init_args": nested}, Head, "head")
+        from_spec({"class_path": "etflight.ETFHead", "init_args": nested}, Head, "head")
 
 
 def test_what_no_file_could_name_is_refused():
@@ -40,7 +40,7 @@ def test_what_no_file_could_name_is_refused():
 
     for bad in (lambda i, k: None, partial(ETFHead, 16), print, partial(lambda: None), 3, Local):
         with pytest.raises(UserError, match="head="):
-            describe(bad, "head")
+            to_spec(bad, "head")
 
 
 def test_plain_means_no_objects_and_no_class_paths_at_any_depth():
@@ -64,4 +64,4 @@ def test_plain_means_no_objects_and_no_class_paths_at_any_depth():
 def test_what_torch_has_against_an_argument_becomes_one_line(name, init_args, reason):
     spec = {"class_path": f"torch.optim.{name}", "init_args": init_args}
     with pytest.raises(UserError, match=reason):
-        resolve(spec, torch.optim.Optimizer, "optimizer")([torch.nn.Parameter(torch.ones(1))])
+        from_spec(spec, torch.optim.Optimizer, "optimizer")([torch.nn.Parameter(torch.ones(1))])
