@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from etflight import Classifier, CrossEntropyLoss, LinearHead
 from etflight.optim import WarmupCosine, WarmupMultiStep, rate_groups
 from etflight.utils.errors import UserError
-from tests.callbacks.test_fine_tuning import new_trainer
+from tests.training import new_trainer
 
 
 def model(backbone="resnet20_cifar", decay=0.5, **options):

@@ -14,7 +14,7 @@ from etflight import Classifier, CrossEntropyLoss, LinearHead
 from etflight.data import Digits
 from etflight.optim import at_sharpest_point
 from etflight.utils.errors import UserError
-from tests.system.test_ddp import GLOBAL_BATCH, small_vit
+from tests.training import GLOBAL_BATCH, small_vit
 from tests.training import new_trainer as trainer
 
 GENERATOR = torch.Generator().manual_seed(0)

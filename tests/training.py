@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,21 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
+from etflight import Classifier, ETFHead
 from etflight.data import ImageDataModule
 
 QUIET = [
     "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
 ]  # fmt: skip
+QUICK = ["--trainer.max_epochs", 1, *QUIET]
+DIGITS = ["--data", "Digits", "--data.imbalance_ratio", 20, "--model.backbone", "resnet20_cifar", *QUICK]
+GLOBAL_BATCH = 60  # divided alike by one, two and three processes
+
+
+def small_vit(model: Callable[..., Classifier] = Classifier, seed: int = 0) -> Classifier:
+    """Ten classes of digits, without batch normalisation anywhere."""
+    head = partial(ETFHead, batch_norm=False, seed=seed)
+    return model(10, "test_vit", head, in_chans=1, model_kwargs={"img_size": 8, "patch_size": 4})
 
 
 def fit_digits(folder: Path, *words: object) -> Path:
@@ -79,6 +90,12 @@ def save_folders(root: Path, size: tuple[int, int] = (8, 8), **splits: dict[str,
     """Writes so many images for each class of each split, `split/class/number.png`, below a folder, which it returns."""
     sizes = [(f"{split}/{name}", number) for split, classes in splits.items() for name, number in classes.items()]
     return save_pictures(root, *(f"{place}/{i}.png" for place, number in sizes for i in range(number)), size=size)
+
+
+def image_folder(root: Path, sizes: dict[str, int]) -> list[Any]:
+    """Writes so many training and test images for each class, and returns the words of a command line that is run beside the folder."""
+    save_folders(root, train=sizes, test=sizes)
+    return ["--data", "FolderImages", "--data.root", root.name, "--data.image_size", 8]
 
 
 def save_numbered(

@@ -18,8 +18,8 @@ from etflight.heads import Head
 from etflight.runs.loggers import MetricsCSV, run_folder
 from etflight.utils.errors import UserError
 from tests.callbacks.plain import TRAIN, VAL, K, Plain, fit, plain_monitor, trainer
-from tests.from_scratch import assert_measures, measure
 from tests.metrics import oracle
+from tests.metrics.oracle import assert_measures, measure
 from tests.training import fit_digits, read_csv, seen
 
 

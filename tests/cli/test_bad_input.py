@@ -9,8 +9,7 @@ import torch
 
 import etflight.cli
 from etflight import Classifier
-from tests.cli.test_stages import QUICK
-from tests.training import read_csv, save_arrays, save_folders
+from tests.training import QUICK, QUIET, read_csv, save_arrays
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FIT = ["fit", *QUICK, "--model.backbone", "resnet20_cifar"]
@@ -28,16 +27,11 @@ def arrays(path, train=40, classes=4, **more):
     return ["--data", "ArrayImages", "--data.path", path.name]
 
 
-def folder(root, sizes):
-    save_folders(root, train=sizes, test=sizes)
-    return ["--data", "FolderImages", "--data.root", root.name, "--data.image_size", 8]
-
-
 def untrained(tmp_path, num_classes, **more):
     model = Classifier(num_classes, "resnet20_cifar", in_chans=1)
     content = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams), **more}
     torch.save(content, tmp_path / "c.ckpt")
-    return ["test", "--data", "Digits", "--ckpt_path", "c.ckpt", *QUICK[2:]]
+    return ["test", "--data", "Digits", "--ckpt_path", "c.ckpt", *QUIET]
 
 
 TWICE = """
@@ -123,7 +117,7 @@ def test_classes_of_other_names_are_told_in_one_line_and_tested(names, told, etf
     """Numbers are what a set gives that knows no names."""
     untrained(tmp_path, 4, class_names=list("abcd"), **{"pytorch-lightning_version": "2.6.6"})
     flags = arrays(tmp_path / "a.npz", class_names=np.array(list(names)))
-    result = etflight_command.succeed("test", *flags, "--ckpt_path", "c.ckpt", "--name", "t", *QUICK[2:], cwd=tmp_path)
+    result = etflight_command.succeed("test", *flags, "--ckpt_path", "c.ckpt", "--name", "t", *QUIET, cwd=tmp_path)
     lines = [line for line in result.err.splitlines() if "in the checkpoint" in line]
     assert [line.startswith("etflight: warning: ") and told in line for line in lines] == [True] * bool(told)
     assert [row["name"] for row in read_csv(tmp_path / "runs/t/per_class.csv")] == list("abcd")

@@ -19,8 +19,8 @@ from etflight.data import Digits
 from etflight.losses import CrossEntropyLoss
 from etflight.utils.errors import UserError
 from tests import training
-from tests.from_scratch import assert_measures, measure
 from tests.metrics import oracle
+from tests.metrics.oracle import assert_measures, measure
 
 FIGURES = {f"{split}_{name}.png" for split in ("train", "test") for name in ("heat_map", "spectrum", "variability")}
 

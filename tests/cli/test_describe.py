@@ -9,8 +9,7 @@ import pytest
 from etflight.cli import describe
 from etflight.data import ArrayImages, Digits, FolderImages
 from etflight.utils.errors import UserError
-from tests.cli.test_bad_input import folder
-from tests.training import save_numbered
+from tests.training import image_folder, save_numbered
 
 ROOT = Path(__file__).parents[2] / "configs"
 FILES = {"describe.json", "class_histogram.png", "contact_sheet.png"}
@@ -86,7 +85,7 @@ def test_each_row_of_the_sheet_has_images_of_its_class_from_first_to_last(number
 
 def test_a_corrupt_image_ends_it_or_is_left_out_of_its_row_and_told(tmp_path, capfd):
     root = tmp_path / "images"
-    folder(root, {"cat": 3, "dog": 4})
+    image_folder(root, {"cat": 3, "dog": 4})
     file = root / "train/cat/1.png"
     file.write_bytes(b"no image")
     data = FolderImages(str(root), image_size=4)

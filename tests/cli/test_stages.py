@@ -16,12 +16,10 @@ from etflight.cli.place import Place
 from etflight.cli.stages import main
 from etflight.data import Digits
 from etflight.runs.record import config_sha256, training_facts
-from tests.training import QUIET, read_csv, save_arrays
+from tests.training import DIGITS, QUIET, read_csv, save_arrays
 
 ROOT = Path(__file__).parents[2]
-QUICK = ["--trainer.max_epochs", 1, *QUIET]
 ONE_BATCH = ["--trainer.limit_train_batches", 1, "--trainer.limit_val_batches", 1]
-DIGITS = ["--data", "Digits", "--data.imbalance_ratio", 20, "--model.backbone", "resnet20_cifar", *QUICK]
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +114,7 @@ def test_checkpoint_is_plain_data_and_stays_plain_when_saved_again(run, tmp_path
 @pytest.mark.parametrize("stage", ["test", "predict"])
 def test_results_of_the_checkpoint_alone_go_to_its_run(stage, run, etflight_command, tmp_path):
     checkpoint = run[1] / "checkpoints" / "last.ckpt"
-    result = etflight_command.succeed(stage, "--data", "Digits", "--ckpt_path", checkpoint, *QUICK[2:], cwd=tmp_path)
+    result = etflight_command.succeed(stage, "--data", "Digits", "--ckpt_path", checkpoint, *QUIET, cwd=tmp_path)
     table = read_csv(run[1] / {"test": "per_class.csv", "predict": "predictions.csv"}[stage])
     assert len(table) == {"test": 10, "predict": 500}[stage]
     assert result.out.count("Test: 500 images of 10 classes") == (stage == "test")
@@ -127,7 +125,7 @@ def test_results_of_the_checkpoint_alone_go_to_its_run(stage, run, etflight_comm
 def test_results_go_to_the_run_of_the_checkpoint_whatever_the_configuration_is_called(run, etflight_command, tmp_path):
     checkpoint = run[1] / "checkpoints" / "last.ckpt"
     files = ["-c", ROOT / "configs/data/digits.yaml", "-c", ROOT / "configs/arms/etf_dr.yaml"]
-    argv = ["test", *files, "--ckpt_path", checkpoint, *QUICK[2:]]
+    argv = ["test", *files, "--ckpt_path", checkpoint, *QUIET]
     (run[1] / "test_metrics.json").unlink(missing_ok=True)
     etflight_command.succeed(*argv, cwd=tmp_path)
     assert (run[1] / "test_metrics.json").is_file()
@@ -332,6 +330,6 @@ def test_a_users_own_head_in_the_current_folder_trains_and_tests(etflight_comman
     etflight_command.succeed("fit", *DIGITS, *head, *own, cwd=tmp_path)
     checkpoint = tmp_path / "runs/mine/checkpoints/last.ckpt"
     assert torch.load(checkpoint, weights_only=True)["hyper_parameters"]["head"]["init_args"] == {"sharpness": 3.0}
-    test = ["test", "--data", "Digits", "--ckpt_path", checkpoint, *QUICK[2:]]
+    test = ["test", "--data", "Digits", "--ckpt_path", checkpoint, *QUIET]
     etflight_command(*test, cwd=tmp_path).assert_refused("--model.head my_heads.MyHead")
     etflight_command.succeed(*test, *head, cwd=tmp_path)

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from scipy.spatial.distance import cdist
 
@@ -130,3 +131,19 @@ def effective_rank(matrix):
     p = s / s.sum()
     p = p[p > 1e-14]
     return np.exp(-(p * np.log(p)).sum())
+
+
+def measure(embeddings, labels, weight=None):
+    """The measures of torch tensors by name, those of class vectors only with `weight`; and the oracle's class statistics."""
+    o = two_pass(embeddings.double(), labels, int(labels.max()) + 1)
+    values = {"nc1": nc1(o), "nc1_ratio": nc1_ratio(o), "cdnv": cdnv(o)}
+    if weight is not None:
+        means, rows = centred(o), vectors(o, weight)
+        aligned = alignments(means, rows)
+        values |= {"alignment": aligned.mean(), "alignment_std": aligned.std(), "nc3": nc3(means, rows)}
+    return values, o
+
+
+def assert_measures(found, expected, rel=1e-6):
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=rel, abs=1e-9), name

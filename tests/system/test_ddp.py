@@ -11,7 +11,6 @@ import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +18,15 @@ import pytest
 import torch
 import yaml
 
-from etflight import Classifier, ETFHead
+from etflight import Classifier
 from etflight.data import Digits
 from etflight.utils.errors import UserError
 from tests.command_line import CommandLine, finish, start
-from tests.training import QUIET, read_csv
+from tests.training import GLOBAL_BATCH, QUIET, read_csv, small_vit
 from tests.training import new_trainer as trainer
 from tests.wandb_file import history
 
 ROOT = Path(__file__).parents[2]
-GLOBAL_BATCH = 60  # for one, two and three processes alike
 EPOCHS = 3
 RECIPE = [
     *QUIET, "--data.sampler", "balanced", "--data.eval_batch_size", 71, "--model.backbone", "test_vit",
@@ -269,13 +267,6 @@ class BadOnTheSecondProcess(Classifier):
     def forward(self, images):
         logits = super().forward(images)
         return logits * torch.nan if self.global_rank == 1 and self.global_step == 3 else logits
-
-
-def small_vit(model=Classifier, seed=0):
-    return model(
-        10, "test_vit", partial(ETFHead, batch_norm=False, seed=seed), in_chans=1,
-        model_kwargs={"img_size": 8, "patch_size": 4},
-    )  # fmt: skip
 
 
 def train_an_epoch(rank, processes=2):

@@ -19,17 +19,16 @@ from torchvision import datasets
 from etflight.data import FashionMNIST, sets
 from etflight.runs.folder import check_writable, lock
 from etflight.utils.errors import UserError
-from tests.cli.test_bad_input import QUICK, folder
 from tests.command_line import ended, start
 from tests.data.test_sets import idx
 from tests.left_by_runs import contents
-from tests.training import read_csv
+from tests.training import QUICK, QUIET, image_folder, read_csv
 from tests.wandb_file import history
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 3
 DIGITS = [
-    "--data", "Digits", "--data.max_count", 10, "--model.backbone", "resnet20_cifar", *QUICK[2:],
+    "--data", "Digits", "--data.max_count", 10, "--model.backbone", "resnet20_cifar", *QUIET,
     "--trainer.max_epochs", EPOCHS,
 ]  # fmt: skip
 
@@ -226,7 +225,7 @@ def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch):
 
 
 def test_a_truncated_image_is_named_once_by_two_processes(tmp_path):
-    data = folder(tmp_path / "images", {"cat": 6, "dog": 6})
+    data = image_folder(tmp_path / "images", {"cat": 6, "dog": 6})
     file = tmp_path / "images/train/dog/3.png"
     file.write_bytes(file.read_bytes()[:-30])
     options = ["--data.batch_size", 4, "--data.num_workers", 2, "--model.backbone", "resnet20_cifar", *QUICK]

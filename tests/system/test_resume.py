@@ -9,10 +9,9 @@ import torch
 from lightning.pytorch import Callback
 
 from etflight import LinearHead
-from tests.cli.test_bad_input import QUICK, folder
 from tests.command_line import ended, start
 from tests.left_by_runs import assert_same_run, read
-from tests.training import QUIET, read_csv
+from tests.training import QUICK, QUIET, image_folder, read_csv
 
 DIGITS = [
     "--data", "Digits", "--data.imbalance_ratio", 20, "--data.batch_size", 32, "--data.crop_padding", 1,
@@ -209,7 +208,7 @@ def test_an_epoch_goes_on_where_the_new_batches_leave_no_whole_one(done, etfligh
 
 def test_another_folder_is_refused_on_resume_and_the_same_one_elsewhere_goes_on(etflight_command, tmp_path):
     for name, classes in (("pets", ("cat", "dog")), ("birds", ("auk", "tit")), ("moved/pets", ("cat", "dog"))):
-        folder(tmp_path / name, dict.fromkeys(classes, 4))
+        image_folder(tmp_path / name, dict.fromkeys(classes, 4))
 
     def fit(root, epochs):
         data = ["--data", "FolderImages", "--data.root", root, "--data.image_size", 8, "--data.batch_size", 4]

@@ -27,8 +27,8 @@ from etflight.data import ArrayImages, FashionMNIST
 from etflight.data.sets import read_idx
 from etflight.utils.errors import UserError
 from etflight.utils.limits import refuse_names
-from tests.cli.test_stages import QUICK
 from tests.hostile import Bomb, save_packed
+from tests.training import QUICK
 
 ROOT = Path(__file__).parents[2]
 SMALL = [

@@ -11,9 +11,8 @@ from torch.optim import LBFGS
 from etflight import Classifier
 from etflight.data import Digits
 from etflight.utils.errors import UserError
-from tests.cli.test_bad_input import folder
 from tests.left_by_runs import assert_same_run, read
-from tests.training import QUIET
+from tests.training import QUIET, image_folder
 from tests.training import new_trainer as trainer
 
 # 3 batches an epoch
@@ -161,7 +160,7 @@ class Labels(Callback):
 
 
 def test_a_few_batches_to_overfit_are_always_the_same_and_of_all_classes(etflight_command, tmp_path):
-    data = folder(tmp_path / "images", dict.fromkeys("abc", 8))  # sorted by class
+    data = image_folder(tmp_path / "images", dict.fromkeys("abc", 8))  # sorted by class
     small = ["--data.batch_size", 4, "--data.num_workers", 1, *RESNET, *QUIET]
     three_times = ["--trainer.overfit_batches", 2, "--trainer.max_epochs", 3]
     labels = ["--trainer.callbacks+", "tests.system.test_trainer_options.Labels"]

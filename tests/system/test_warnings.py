@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from tests.cli.test_stages import DIGITS
+from tests.training import DIGITS
 
 LIBRARY = """
 import etflight

@@ -17,8 +17,7 @@ from etflight.data import ArrayImages, Digits, FolderImages
 from etflight.utils.errors import UserError
 from etflight.utils.preprocessing import Preprocessing
 from tests import training
-from tests.cli.test_bad_input import folder
-from tests.training import new_trainer, read_csv, save_arrays, save_trained
+from tests.training import image_folder, new_trainer, read_csv, save_arrays, save_trained
 
 MEAN, STD = 0.1, 2.0
 QUIET = [*training.QUIET, "--trainer.logger", "false"]
@@ -133,7 +132,7 @@ def test_weights_taken_from_a_checkpoint_are_told_of_another_normalisation(check
     ],
 )
 def test_pictures_are_sized_and_cropped_as_training_did(given, line, tmp_path, capsys):
-    folder(tmp_path / "pets", {"cat": 4, "dog": 4})
+    image_folder(tmp_path / "pets", {"cat": 4, "dog": 4})
     model = Classifier(2, "resnet20_cifar", head=LinearHead, loss=CrossEntropyLoss)
     trained_on = FolderImages(str(tmp_path / "pets"), image_size=12, crop_pct=0.75, batch_size=4)
     save_trained(tmp_path / "m.ckpt", model, trained_on, limit_train_batches=0)
@@ -146,7 +145,7 @@ def test_pictures_are_sized_and_cropped_as_training_did(given, line, tmp_path, c
 
 
 def test_a_subset_of_pictures_is_sized_as_training_did(tmp_path):
-    folder(tmp_path / "pets", {"cat": 4, "dog": 4, "emu": 4})
+    image_folder(tmp_path / "pets", {"cat": 4, "dog": 4, "emu": 4})
     known = Preprocessing((3, 12, 12), (0.5,) * 3, (0.25,) * 3, 0.75)
     parser = data_parser("describe", "")
     words = [
@@ -161,7 +160,7 @@ def test_a_subset_of_pictures_is_sized_as_training_did(tmp_path):
 
 
 def test_results_of_pictures_of_another_size_do_not_replace_those_of_the_training(tmp_path, capsys):
-    folder(tmp_path / "pets", {"cat": 4, "dog": 4})
+    image_folder(tmp_path / "pets", {"cat": 4, "dog": 4})
     model = Classifier(2, "resnet20_cifar", head=LinearHead, loss=CrossEntropyLoss)
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
