@@ -17,6 +17,7 @@ from etflight.cli.data_option import data_parser, parse_over_run
 from etflight.cli.parser import OneLineParser, add_imports
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
+from etflight.data.profiles import positions_by_class
 from etflight.metrics.accuracy import by_frequency, shot_groups
 from etflight.runs.folder import check_writable, read_record, refuse_other_results, run_of
 from etflight.utils.errors import UserError, warn
@@ -109,7 +110,7 @@ def sheet(data: ImageDataModule, images_per_class: int, *, augmented: bool = Fal
     counts, split = data.class_counts, data.split("train")
     order = by_frequency(torch.from_numpy(counts)).numpy()
     shown = order[_evenly(len(order), _MOST_CLASSES)]
-    by_class = np.split(np.argsort(split.labels.numpy(), kind="stable"), np.cumsum(counts)[:-1])
+    by_class = positions_by_class(split.labels.numpy(), len(counts))
     chosen = [by_class[k][_evenly(counts[k], images_per_class)] for k in shown]
     # corrupt images are missing here, if they are to be skipped
     images, labels = split.__getitems__(np.concatenate(chosen).tolist())

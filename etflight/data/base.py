@@ -19,17 +19,15 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from etflight.data.auto_augment import AutoAugment
-from etflight.data.sampler import (
-    ImbalancedSampler,
+from etflight.data.profiles import (
     NoiseKind,
     Profile,
-    ShardSampler,
     fingerprint,
     long_tailed_subset,
     noisy_labels,
-    resolve_policy,
     training_counts,
 )
+from etflight.data.sampler import ImbalancedSampler, ShardSampler, resolve_policy
 from etflight.data.sources import Batch, ImageSource, ImageSplit
 from etflight.data.transforms import TrainTransform, normalize
 from etflight.utils.errors import UserError

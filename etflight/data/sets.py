@@ -26,7 +26,7 @@ from torch import Tensor
 from etflight.data.base import ImageDataModule, Split
 from etflight.data.files import ListedFileImages, Paths, files_below
 from etflight.data.lists import lines_of, read_lines
-from etflight.data.sampler import long_tailed_subset
+from etflight.data.profiles import long_tailed_subset
 from etflight.data.sources import ArraySource
 from etflight.utils.errors import UserError, brief
 from etflight.utils.limits import inflate, refuse_growth

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule
 
 from etflight.data import ArrayImages, Digits, ImageDataModule, ImbalancedSampler, class_counts
-from etflight.data.sampler import fingerprint, long_tailed_subset
+from etflight.data.profiles import fingerprint, long_tailed_subset
 from etflight.data.sources import ImageSplit
 from etflight.utils.errors import UserError
 from tests.training import new_trainer

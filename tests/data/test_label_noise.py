@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from etflight.data import ClassSubset, Digits, ImbalancedSampler
-from etflight.data.sampler import noisy_labels
+from etflight.data.profiles import noisy_labels
 from etflight.utils.errors import UserError
 
 TRUE = Digits().split("train").labels.numpy()

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etflight.data import class_counts
-from etflight.data.sampler import fingerprint, long_tailed_subset, training_counts
+from etflight.data.profiles import fingerprint, long_tailed_subset, training_counts
 from etflight.utils.errors import UserError
 
 
