@@ -1,6 +1,5 @@
 """The table that `etflight predict` writes (CSV, Parquet or NumPy's `.npz`, by its ending), and the callback that gathers it."""
 
-import csv
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -74,28 +73,26 @@ def write(
     for k in range(labels.shape[1]):
         suffix = f"_{k + 1}" if k else ""
         columns |= {f"class{suffix}": classes[:, k], f"probability{suffix}": probabilities[:, k]}
-    with replacing(path) as partial:
-        if path.suffix == ".npz":
-            arrays: dict[str, Any] = {"image": np.array(images, dtype=np.str_), "label": labels}
-            arrays |= {"class": classes, "probability": probabilities}
-            arrays |= {} if embeddings is None else {"embedding": embeddings}
+    if path.suffix == ".npz":
+        arrays: dict[str, Any] = {"image": np.array(images, dtype=np.str_), "label": labels}
+        arrays |= {"class": classes, "probability": probabilities}
+        arrays |= {} if embeddings is None else {"embedding": embeddings}
+        with replacing(path) as partial:
             np.savez(partial, **arrays)
-        elif path.suffix == ".parquet":
-            import pyarrow
-            from pyarrow import parquet
+    elif path.suffix == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
 
-            columns = {"image": list(map(readable, images)), **columns}
-            columns |= {} if embeddings is None else {"embedding": list(embeddings)}
+        columns = {"image": list(map(readable, images)), **columns}
+        columns |= {} if embeddings is None else {"embedding": list(embeddings)}
+        with replacing(path) as partial:
             parquet.write_table(pyarrow.table(columns), partial)
-        else:
-            width = 0 if embeddings is None else embeddings.shape[1]
-            columns |= {f"embedding_{i}": cast(Any, embeddings)[:, i] for i in range(width)}
-            formats = [*["", ".6f"] * labels.shape[1], *[".7g"] * width]
-            with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-                writer = csv.writer(file)
-                writer.writerow(["image", *columns])
-                for image, *cells in zip(images, *columns.values(), strict=True):
-                    writer.writerow([image, *map(format, cells, formats)])
+    else:
+        width = 0 if embeddings is None else embeddings.shape[1]
+        columns |= {f"embedding_{i}": cast(Any, embeddings)[:, i] for i in range(width)}
+        formats = [*["", ".6f"] * labels.shape[1], *[".7g"] * width]
+        rows = zip(images, *columns.values(), strict=True)
+        write_csv(path, ["image", *columns], ([image, *map(format, cells, formats)] for image, *cells in rows))
 
 
 class PredictionTable(Callback):

@@ -59,6 +59,6 @@ def _finite(value: Any) -> Any:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a table so that a reader sees the old file or the new one, never half of it."""
-    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    """Write a table so that a reader sees the old file or the new one, never half of it; file names keep bytes that are not UTF-8."""
+    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([header, *rows])
