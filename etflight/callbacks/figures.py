@@ -81,7 +81,6 @@ class CollapseFigures(Callback):
         every_n_epochs: Draw when a measurement passes a multiple of this number, and at the end of training.
         triangle: Three labels for the triangle and, at the end of training, for its film `figures/nc_triangle.gif`; needs a monitor with
             `snapshots`.
-        film: Whether to make the film.
 
     Raises:
         UserError: An option is invalid, the trainer has no monitor, or the triangle is asked for without snapshots.
@@ -91,7 +90,7 @@ class CollapseFigures(Callback):
         >>> callbacks = [NeuralCollapseMonitor(snapshots=50), CollapseFigures(every_n_epochs=20, triangle=(0, 1, 8))]
     """
 
-    def __init__(self, every_n_epochs: int = 10, triangle: Sequence[int] | None = None, film: bool = True) -> None:
+    def __init__(self, every_n_epochs: int = 10, triangle: Sequence[int] | None = None) -> None:
         super().__init__()
         if every_n_epochs < 1:
             raise UserError(f"CollapseFigures: every_n_epochs is {every_n_epochs!r}: give 1 or more")
@@ -99,7 +98,6 @@ class CollapseFigures(Callback):
             raise UserError(f"CollapseFigures: triangle is {list(triangle)!r}: give three different labels, from 0")
         self.every_n_epochs = every_n_epochs
         self.triangle = None if triangle is None else tuple(triangle)
-        self.film = film
         self._monitors: dict[str, NeuralCollapseMonitor] = {}
         self._drawn: dict[str, float] = {}
 
@@ -130,7 +128,7 @@ class CollapseFigures(Callback):
         for monitor in self._monitors.values():
             monitor.on_train_end(trainer, pl_module)  # it may come later in the list
         self._draw_what_is_due(trainer, pl_module, last=True)
-        if self.film and trainer.is_global_zero and not is_trial_run(trainer):
+        if trainer.is_global_zero and not is_trial_run(trainer):
             for key, monitor in self._monitors.items():
                 if files := self._triangle_files(trainer, monitor):
                     path = _folder(trainer) / f"{key}_triangle.gif"
