@@ -95,8 +95,8 @@ class Classifier(LightningModule):
         optimizer: A class that makes an optimizer from parameters.
         lr_scheduler: A class that makes a schedule, stepped each epoch, from an optimizer; None keeps the rate. `ReduceLROnPlateau` is
             Lightning's, which follows its `monitor`, any number that is logged; torch's follows `val/loss`.
-        class_counts: The number of training images of each class, `[K]`, for shot groups and "global" class balance; by default the data
-            module's.
+        class_counts: The number of training images of each class, `[K]`, for shot groups and "global" class balance, where there is no data
+            module that tells them.
         in_chans: The number of channels of the images.
         pretrained: Whether the backbone starts from timm's weights.
         model_kwargs: Further arguments of timm's model, such as `{"width": 2}` for the CIFAR ResNets.
@@ -437,6 +437,10 @@ class Classifier(LightningModule):
             UserError: The data module has another number of classes or channels, or no class of a name in `class_weights`.
         """
         ignore_own_deprecations()
+        if stage == "fit":  # an earlier training may have ended anywhere
+            self._bad_step.fill_(_NEVER)
+            for metric in (*self.losses.values(), self.temperature_fit):
+                metric.reset()
         if stage == "fit" and (compile := self.hparams["compile"]):
             self.backbone.compile(mode="default" if compile is True else compile)
         data = data_module(self.trainer)
@@ -524,11 +528,15 @@ class Classifier(LightningModule):
         if self.trainer.state.fn == "fit":
             self._stop_at_bad_loss()
             take_buffers_of_rank_zero(self)  # by now callbacks have put averaged weights into the model
-        self.evaluation_metrics["val"].start(self.class_counts)
+        self._start("val")
 
     def on_test_epoch_start(self) -> None:
         """Reset the metrics, and set the shot groups of the training counts; the new counts are kept for `evaluation`."""
-        self.evaluation_metrics["test"].start(self.class_counts)
+        self._start("test")
+
+    def _start(self, stage: str) -> None:
+        self.losses[f"{stage}_loss"].reset()
+        self.evaluation_metrics[stage].start(self.class_counts)
 
     def on_train_epoch_end(self) -> None:
         """Log the loss; never let a checkpoint be written after a loss that is not finite."""

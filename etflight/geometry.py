@@ -151,8 +151,11 @@ def nearest_etf(M: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(M.isfinite().all()):
         raise UserError("the rows hold NaN or infinite numbers: leave out classes without samples")
     V = torch.from_numpy(helmert(K)).to(M.device)
-    U, S, Zh = torch.linalg.svd(V @ M.detach().double(), full_matrices=False)
-    if not bool(S[-1] > S[0] * max(K, d) * torch.finfo(S.dtype).eps):
+    rows = M.detach().double()
+    U, S, Zh = torch.linalg.svd(V @ rows, full_matrices=False)
+    if not bool(
+        S[-1] > rows.norm() * max(K, d) * torch.finfo(S.dtype).eps
+    ):  # the rounding of the rows before they are centred
         raise UserError(
             f"the {K} centred rows have rank below K - 1 = {K - 1}: the nearest simplex ETF is not unique "
             "(are two rows equal, or a class without samples?)"

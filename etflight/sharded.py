@@ -105,7 +105,7 @@ class ShardedClassVectors(nn.Module):
         sizes = _sizes(len(embedding), embedding.device)
         value, index = self._logits(_all(embedding, sizes)).max(dim=1)
         largest = max_over_ranks(value)
-        index = torch.where(value == largest, index + self.start, self.num_classes)
+        index = torch.where((value == largest) | value.isnan(), index + self.start, self.num_classes)
         return -max_over_ranks(-index)[_mine(sizes)], largest[_mine(sizes)]
 
     def extra_repr(self) -> str:

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -47,6 +47,28 @@ def test_one_step_lowers_the_loss_by_the_optimizers_rule():
     trainer(max_steps=1, limit_val_batches=0).fit(model, DataLoader(TensorDataset(IMAGES, TARGET), batch_size=16))
     for after, hand in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(after.detach(), hand)
+
+
+class Break(Callback):
+    def on_train_batch_end(self, *_):
+        raise RuntimeError
+
+
+def test_a_training_that_broke_off_leaves_nothing_in_the_next():
+    model, loader = small(), DataLoader(TensorDataset(IMAGES, TARGET), batch_size=8)
+    bad = DataLoader(TensorDataset(IMAGES * torch.nan, TARGET), batch_size=16)
+    with pytest.raises(UserError, match="the loss became NaN or infinite at step 0"):
+        trainer(max_epochs=1, limit_val_batches=0).fit(model, bad)
+    model.load_state_dict(small().state_dict())
+    with pytest.raises(RuntimeError):
+        trainer(Break(), max_epochs=1, limit_val_batches=0).fit(model, loader)
+    model.load_state_dict(small().state_dict())
+    logged = []
+    for one in (model, small()):
+        run = trainer(max_epochs=1, limit_val_batches=0)
+        run.fit(one, loader)
+        logged.append(float(run.callback_metrics["train/loss"]))
+    assert logged[0] == logged[1]
 
 
 @pytest.mark.parametrize("scales", [None, {"head": 0.5}])

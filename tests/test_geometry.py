@@ -115,7 +115,14 @@ def test_nearest_etf_agrees_with_procrustes(K, extra, seed):
 
 @pytest.mark.parametrize(
     "M",
-    [torch.randn(5, 3), torch.ones(4, 6), torch.cat([torch.eye(4), torch.eye(4)[:1]]), torch.full((3, 4), torch.nan)],
+    [
+        torch.randn(5, 3),
+        torch.ones(4, 6),
+        torch.cat([torch.eye(4), torch.eye(4)[:1]]),
+        torch.full((3, 4), torch.nan),
+        torch.randn(8).repeat(5, 1),
+        torch.randn(4, 8)[[0, 0, 1, 2, 3]] + 100,
+    ],
 )
 def test_nearest_etf_refuses_what_has_no_unique_answer(M):
     with pytest.raises(UserError):

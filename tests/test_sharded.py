@@ -96,6 +96,12 @@ def test_ddp_leaves_each_process_its_own_rows(two_processes):
     assert_close(torch.cat(found), F.cross_entropy(logits, target, reduction="none").detach())
 
 
+def test_an_embedding_that_is_not_a_number_is_decided_for_a_class():
+    classes, logits = ShardedClassVectors(vectors()).decide(torch.full((1, D), torch.nan, dtype=torch.float64))
+    assert 0 <= classes < K
+    assert logits.isnan()
+
+
 def test_the_rows_follow_the_module():
     code = nn.Sequential(ShardedClassVectors(vectors())).to("meta", torch.float32)[0]
     assert (code.shard.device.type, code.shard.dtype) == ("meta", torch.float32)

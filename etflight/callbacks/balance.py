@@ -52,6 +52,9 @@ class DeferredBalance(Callback):
         self.class_balance = class_balance
         self.sampler = None if sampler is None else resolve_policy(sampler)
         self._own: ClassBalance | None = None  # of the loss before training
+        self._drawing: tuple[ImbalancedSampler, str | float] | None = (
+            None  # the sampler, and its policy before training
+        )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the loss's own balance, before any other callback of this kind changes it."""
@@ -59,13 +62,17 @@ class DeferredBalance(Callback):
             self._own = self._loss(pl_module).class_balance
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the loss its own balance back, for another training of the same model."""
+        """Give loss and sampler their own balance back, for another training."""
         if self._own is not None:
             self._loss(pl_module).set_class_balance(self._own)
             self._own = None
+        if self._drawing is not None:
+            sampler, policy = self._drawing
+            sampler.set_policy(policy)
+            self._drawing = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the loss its own balance back; Lightning does not call `teardown` then."""
+        """Give loss and sampler their own balance back; Lightning does not call `teardown` then."""
         self.teardown(trainer, pl_module, "fit")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,13 +80,18 @@ class DeferredBalance(Callback):
         refuse_if_never_reached(trainer, self._first_epoch(trainer), "DeferredBalance: epoch")
         if self.class_balance in ("global", "effective"):
             self._loss(pl_module).training_counts()
-        if self.sampler is not None:
-            self._sampler(trainer)
+        for other in callbacks_of(trainer, DeferredBalance):  # before any of them changes the policy
+            other._keep_policy(trainer)
         self._apply_if_due(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Change the balance; the epoch's images have not been drawn yet."""
         self._apply_if_due(trainer, pl_module)
+
+    def _keep_policy(self, trainer: Trainer) -> None:
+        if self.sampler is not None and self._drawing is None:
+            sampler = self._sampler(trainer)
+            self._drawing = sampler, sampler.policy
 
     def _apply_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         changes = []

@@ -103,6 +103,16 @@ class FineTuning(Callback):
             let_parameters_be_unused(trainer.strategy)
         rank_zero_info(f"frozen{until}: {', '.join(self.freeze)}; {rest:,} of {total:,} parameters train")
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let the parts train again, in another training of the same model."""
+        for parameter in self._held:
+            parameter.requires_grad_(True)
+        self._held = []
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let the parts train again; Lightning does not call `teardown` then."""
+        self.teardown(trainer, pl_module, "fit")
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note that the checkpoint has brought all weights."""
         self._resumes = True

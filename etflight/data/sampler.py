@@ -84,6 +84,8 @@ class ImbalancedSampler(_Sharded):
             raise UserError(f"num_samples is {num_samples}: draw at least one image per epoch")
         if not 0 <= beta < 1:
             raise UserError(f"beta is {beta}: it lies in [0, 1)")
+        if seed < 0:
+            raise UserError(f"seed is {seed}: give 0 or more")
         self.num_epochs = num_epochs
         self.set_policy(policy)
         super().__init__(flat, flat.size if num_samples is None else num_samples, num_replicas, rank, seed)

@@ -5,6 +5,7 @@ is trained: scores take logits `[N, K]`, or features `[N, d]`, which may be a ba
 class vectors. Scores are float64 `[N]`, on the device of their input.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -198,7 +199,9 @@ def neco_max_logit(features: Tensor, logits: Tensor, subspace: Subspace) -> Tens
 def span_of(weight: Tensor) -> Subspace:
     """The span of class vectors `[K, d]`: K - 1 dimensions for a simplex ETF; directions that rounding can explain are left out."""
     _, singular, right = torch.linalg.svd(weight.detach().double(), full_matrices=False)
-    rounding = max(weight.shape) * torch.finfo(weight.dtype).eps
+    rounding = (
+        math.sqrt(max(weight.shape)) * torch.finfo(weight.dtype).eps
+    )  # errors of many numbers, which are independent
     return Subspace(right.new_zeros(weight.shape[1]), right[singular > rounding * singular[0]])
 
 

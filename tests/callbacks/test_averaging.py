@@ -102,3 +102,31 @@ def test_weights_and_running_statistics_are_averaged_and_what_is_constant_stays(
 def test_a_decay_that_averages_nothing_is_refused(decay):
     with pytest.raises(UserError, match=r"decay of the moving average is .*: give a number from 0"):
         ExponentialMovingAverage(decay)
+
+
+def small():
+    return Classifier(10, "resnet20_cifar", in_chans=1, model_kwargs={"width": 1})
+
+
+def test_each_training_has_an_average_of_its_own(tmp_path):
+    ema, data = ExponentialMovingAverage(0.5), Digits(max_count=20, batch_size=32)
+    models = [small() for _ in range(2)]
+    for model in models:
+        before = model.backbone.conv1.weight.clone()
+        trainer = new_trainer(ema, max_epochs=1)
+        trainer.fit(model, datamodule=data)
+        assert (model.backbone.conv1.weight - before).abs().max() > 1e-3
+    other = small().eval()
+    (metrics,) = trainer.validate(other, datamodule=data, verbose=False)
+    logits, labels = seen(data, "val", other)
+    assert metrics["val/acc"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+
+
+def test_an_average_is_in_double_precision_with_the_weights_and_refused_in_half():
+    model, states = small(), States()
+    options = {"max_epochs": 1, "limit_val_batches": 0, "limit_train_batches": 2}
+    new_trainer(states, ExponentialMovingAverage(0.8), precision="64-true", **options).fit(model, Digits(batch_size=32))
+    first, second = (state["backbone.conv1.weight"] for state in states.after)
+    torch.testing.assert_close(model.backbone.conv1.weight.detach(), 0.8 * first + 0.2 * second, rtol=1e-14, atol=0)
+    with pytest.raises(UserError, match=r"needs weights in float32: give --trainer.precision bf16-mixed"):
+        new_trainer(ExponentialMovingAverage(), precision="bf16-true", **options).fit(small(), Digits())

@@ -68,6 +68,14 @@ def test_the_next_training_of_the_model_begins_with_the_losss_own_balance():
     assert model.loss.class_balance == "none"
 
 
+def test_a_loader_of_ones_own_is_drawn_from_as_before_in_the_next_training():
+    images, labels = torch.randn(40, 1, 8, 8), torch.arange(40) % 10
+    sampler = ImbalancedSampler(labels, "instance")
+    loader = DataLoader(TensorDataset(images, labels), batch_size=20, sampler=sampler)
+    train(DeferredBalance(1, sampler="sqrt"), DeferredBalance(2, sampler="balanced"), data=loader)
+    assert sampler.policy == "instance"
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_of_several_changes_the_last_that_is_due_holds_in_any_order(order):
     watch, changes = Watch(), [DeferredBalance(1, "global", "sqrt"), DeferredBalance(3, "effective")]

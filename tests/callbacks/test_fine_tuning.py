@@ -93,6 +93,23 @@ def test_the_statistics_of_a_frozen_part_move_on_where_they_are_not_frozen(stage
         assert_close(model.backbone.state_dict()[name], value, rtol=1e-4, atol=1e-5)
 
 
+class Break(Callback):
+    def on_train_epoch_end(self, *_):
+        raise RuntimeError
+
+
+@pytest.mark.parametrize("unfreeze", [None, 2])
+def test_a_frozen_part_trains_in_the_next_training_of_the_model_however_the_first_ended(unfreeze):
+    model, tuning = new_model(), FineTuning(freeze=["backbone"], unfreeze_epoch=unfreeze)
+    with pytest.raises(RuntimeError):
+        new_trainer(tuning, Break(), limit_train_batches=1).fit(model, full_batch())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    before = model.backbone.conv1.weight.clone()
+    new_trainer(tuning, limit_train_batches=1).fit(model, full_batch())
+    assert torch.equal(model.backbone.conv1.weight, before) == (unfreeze is None)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 class States(Callback):
     """The state of the model after each epoch, and in each step whether modules of the backbone were in training mode."""
 

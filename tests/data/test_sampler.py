@@ -108,6 +108,7 @@ def test_the_draw_is_a_function_of_seed_and_epoch_alone():
         ((LABELS, "progressive"), {}, "number of epochs"),
         ((LABELS, "effective"), {"beta": 1.0}, "beta"),
         ((LABELS,), {"num_samples": 0}, "num_samples"),
+        ((LABELS,), {"seed": -1}, "seed is -1: give 0 or more"),
         ((LABELS,), {"num_replicas": 2, "rank": 2}, "Invalid rank 2"),
         (([],), {}, "no labels"),
     ],
