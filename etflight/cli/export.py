@@ -49,8 +49,7 @@ def main(argv: Sequence[str]) -> None:
     with _new_folder(output) as folder:
         calibrated = _write(config.format, classifier, preprocessing, folder)
         run = _run_of(checkpoint)
-        name = output.name if run is None else run.name
-        card, problems = model_card(name, classifier, preprocessing, calibrated, run, config.license)
+        card, problems = model_card(output.absolute().name, classifier, preprocessing, calibrated, run, config.license)
         (folder / "README.md").write_text(card, encoding="utf-8")
     out = console()
     for problem in problems:
@@ -124,7 +123,7 @@ def _parser() -> OneLineParser:
         type=str,
         help="Run folder, whose last checkpoint is taken, or a checkpoint; averaged weights (EMA) where it has them.",
     )
-    parser.add_argument("--output", type=str, required=True, help="Folder to write; it must be new or empty.")
+    parser.add_argument("--output", type=str, required=True, help="Folder to write, new or empty; its name becomes the model's.")
     parser.add_argument(
         "--format",
         type=str,

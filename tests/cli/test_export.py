@@ -114,7 +114,7 @@ def test_onnx_and_torch_export_give_the_calibrated_probabilities_of_any_number_o
 def test_the_card_tells_recipe_results_and_collapse(run, exported):
     card = (exported / "README.md").read_text()
     for line in (
-        "# averaged",
+        "# all three",
         "| data set | Digits |",
         "| test/acc | 0.625 |",
         "| nc/train/nc1 | 2.125 |",
