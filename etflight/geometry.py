@@ -10,6 +10,7 @@ import torch
 from scipy.linalg import block_diag, helmert
 from torch import Tensor
 
+from etflight.utils.arrays import evenly
 from etflight.utils.errors import UserError
 
 _MOST_OPTIMISED = 16_384  # classes; with more, a step of the descent would be too slow
@@ -326,8 +327,7 @@ def largest_cosine(code: Tensor, *, rows: int | None = None) -> float:
         1.0
     """
     K = len(code)
-    spread = torch.linspace(0, K - 1, min(rows or K, K), dtype=torch.float64, device=code.device)
-    chosen = spread.round().long()
+    chosen = torch.from_numpy(evenly(K, rows or K)).to(code.device)
     largest = -math.inf
     for part in torch.split(chosen, max(1, _COSINES_AT_ONCE // K)):
         cosines = (code[part] @ code.T).scatter_(1, part[:, None], -math.inf)

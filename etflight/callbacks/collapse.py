@@ -28,6 +28,7 @@ from etflight.callbacks.features import (
 from etflight.data.base import ImageDataModule
 from etflight.metrics import Moments, measures
 from etflight.runs.loggers import run_folder
+from etflight.utils.arrays import evenly
 from etflight.utils.errors import UserError
 from etflight.utils.files import replacing
 from etflight.utils.trainer import averaged, callbacks_of, data_module, is_trial_run
@@ -480,7 +481,7 @@ class NeuralCollapseMonitor(Callback):
         if not trainer.is_global_zero or self.space != "embedding" or self.latest_weight is None:
             return
         K = len(means)
-        classes = torch.linspace(0, K - 1, min(K, _MOST_CLASSES), dtype=torch.float64).round().long()
+        classes = torch.from_numpy(evenly(K, _MOST_CLASSES))
         means = means.cpu()
         rows = torch.cat([means[classes], self.latest_weight.double()[classes], means.nanmean(0, keepdim=True)])
         _write(trainer, "gram", epoch, classes=classes.numpy(), gram=(rows @ rows.T).float().numpy())

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from etflight.classifier import Classifier
 from etflight.data.sources import UNREADABLE
 from etflight.runs.folder import writing_to
-from etflight.utils.errors import UserError, warn
+from etflight.utils.errors import UserError, first_few, warn
 from etflight.utils.files import replacing, write_csv
 from etflight.utils.ranks import gather_objects
 from etflight.utils.terminal import readable
@@ -172,8 +172,7 @@ class PredictionTable(Callback):
         if reasons:
             write_csv(path, ["image", "reason"], reasons.items())
             count = "1 image" if len(reasons) == 1 else f"{len(reasons)} images"
-            more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
-            warn(f"{count} could not be read, listed in {path}: {'; '.join(list(reasons.values())[:3])}{more}")
+            warn(f"{count} could not be read, listed in {path}: {first_few(reasons.values(), len(reasons), '; ')}")
 
 
 def _reason(data: Any, index: int) -> str:

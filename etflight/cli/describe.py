@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from jsonargparse.typing import PositiveInt
-from numpy.typing import NDArray
 from rich.console import Group
 from rich.table import Table
 from torch import Tensor
@@ -20,6 +19,7 @@ from etflight.data.base import Split
 from etflight.data.profiles import positions_by_class
 from etflight.metrics.accuracy import by_frequency, shot_groups
 from etflight.runs.folder import check_writable, read_record, refuse_other_results, run_of
+from etflight.utils.arrays import evenly
 from etflight.utils.errors import UserError, warn
 from etflight.utils.files import write_json
 from etflight.utils.terminal import as_it_is, console
@@ -109,9 +109,9 @@ def sheet(data: ImageDataModule, images_per_class: int, *, augmented: bool = Fal
     """
     counts, split = data.class_counts, data.split("train")
     order = by_frequency(torch.from_numpy(counts)).numpy()
-    shown = order[_evenly(len(order), _MOST_CLASSES)]
+    shown = order[evenly(len(order), _MOST_CLASSES)]
     by_class = positions_by_class(split.labels.numpy(), len(counts))
-    chosen = [by_class[k][_evenly(counts[k], images_per_class)] for k in shown]
+    chosen = [by_class[k][evenly(counts[k], images_per_class)] for k in shown]
     # corrupt images are missing here, if they are to be skipped
     images, labels = split.__getitems__(np.concatenate(chosen).tolist())
     split.end_pass()
@@ -132,11 +132,6 @@ def _augmented(data: ImageDataModule, images: Tensor, labels: Tensor) -> Tensor:
     changed, _ = data.train_transform((images, labels), step=0)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.preprocessing.mean, data.preprocessing.std))
     return ((changed * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def _evenly(length: int, most: int) -> NDArray[np.int64]:
-    """At most `most` of the numbers 0 … length - 1, evenly chosen, the first and the last among them."""
-    return np.linspace(0, length - 1, min(length, most)).round().astype(np.int64)
 
 
 # On the terminal ----------------------------------------------------------------------------------------------------

@@ -123,7 +123,9 @@ def _parser() -> OneLineParser:
         type=str,
         help="Run folder, whose last checkpoint is taken, or a checkpoint; averaged weights (EMA) where it has them.",
     )
-    parser.add_argument("--output", type=str, required=True, help="Folder to write, new or empty; its name becomes the model's.")
+    parser.add_argument(
+        "--output", type=str, required=True, help="Folder to write, new or empty; its name becomes the model's."
+    )
     parser.add_argument(
         "--format",
         type=str,

@@ -33,7 +33,7 @@ from etflight.data.sources import ImageSplit
 from etflight.metrics import ClassStatistics, Moments, measures, ood
 from etflight.runs.folder import check_writable, read_record, refuse_other_results, run_of, writing_to
 from etflight.runs.record import data_facts, test_facts
-from etflight.utils.errors import UserError, warn
+from etflight.utils.errors import UserError, first_few, warn
 from etflight.utils.files import write_json
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.terminal import as_it_is, console
@@ -273,9 +273,8 @@ def _shared_classes(known: Sequence[str], unknown: ImageDataModule) -> list[str]
     names = {name.casefold() for name in known if not name.isdecimal()}
     shared = [name for name in unknown.class_names if name.casefold() in names]
     if shared:
-        more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
         warn(
-            f"{unknown} is taken as unknown, but the model knows classes of these names: {', '.join(shared[:3])}{more}"
+            f"{unknown} is taken as unknown, but the model knows classes of these names: {first_few(shared, len(shared))}"
         )
     return shared
 

@@ -20,7 +20,7 @@ from etflight.data.decoding import decode_file, fit_to, random_square
 from etflight.data.sampler import Draw, ImbalancedSampler, NumberedSampler
 from etflight.data.sources import Batch, ImageSource, ImageSplit
 from etflight.data.transforms import step_randomness
-from etflight.utils.errors import UserError, warn
+from etflight.utils.errors import UserError, first_few, warn
 from etflight.utils.preprocessing import LARGEST_SIDE, LEAST_CROP, Preprocessing
 
 _CHUNK = 1024  # files of a thread's turn
@@ -221,9 +221,8 @@ class FileSplit(ImageSplit):
             return
         positions = self._unreadable.nonzero().flatten().tolist()
         self._unreadable.zero_()
-        rest = f" and {len(positions) - 3} more" if len(positions) > 3 else ""
         count, verb = ("1 image", "was") if len(positions) == 1 else (f"{len(positions)} images", "were")
-        warn(f"{count} could not be read and {verb} skipped: {', '.join(map(self.name, positions[:3]))}{rest}")
+        warn(f"{count} could not be read and {verb} skipped: {first_few(map(self.name, positions), len(positions))}")
 
 
 def stack(pictures: Sequence[Tensor]) -> Tensor:
@@ -363,9 +362,8 @@ class ListedFileImages(FileImages):
             )
         missing = paths.missing() if self.check_files else []
         if missing:
-            rest = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""
             raise UserError(
                 f"{self}: {len(missing):,} of {len(paths):,} {split} images are missing: "
-                f"{', '.join(paths[i] for i in missing[:3])}{rest}: put them there, or correct --data.root"
+                f"{first_few((paths[i] for i in missing), len(missing))}: put them there, or correct --data.root"
             )
         return self.make_source(paths, labels)

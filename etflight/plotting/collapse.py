@@ -23,6 +23,7 @@ from etflight.plotting.canvas import (
     points_by_size,
     single_axes,
 )
+from etflight.utils.arrays import evenly
 
 _MOST_CLASSES = 1000  # sides of the largest heat map: a picture has no pixels for more cells
 
@@ -74,7 +75,7 @@ def cosine_heatmap(
     """
     M, W = as_array(means), as_array(weight)
     K = len(M)
-    shown = np.linspace(0, K - 1, min(K, _MOST_CLASSES)).round().astype(int)
+    shown = evenly(K, _MOST_CLASSES)
     names = names_or_numbers(class_names, K)
     figure, axes, bar = heat_map(
         _cosines(M, W)[np.ix_(shown, shown)],

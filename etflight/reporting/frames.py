@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from etflight.utils.arrays import read_arrays
+from etflight.utils.arrays import evenly, read_arrays
 from etflight.utils.errors import UserError
 
 Array = NDArray[Any]
@@ -38,14 +38,14 @@ def frames(folder: Path) -> dict[str, Any] | None:
     files = _by_epoch(folder / "gram")
     if not files:
         return None
-    epochs = _evenly(sorted(files), _MOST_EPOCHS)
+    epochs = [sorted(files)[i] for i in evenly(len(files), _MOST_EPOCHS)]
     grams = [read_arrays(files[epoch], "classes", "gram") for epoch in epochs]
     classes: Array = grams[0]["classes"]
     n = len(classes)
     for epoch, content in zip(epochs, grams, strict=True):
         if content["gram"].shape != (2 * n + 1, 2 * n + 1) or not np.array_equal(content["classes"], classes):
             raise UserError(f"{files[epoch]} is not whole (its matrix has another size than that of the first epoch)")
-    places = np.array(_evenly(range(n), _MOST_CLASSES))
+    places = evenly(n, _MOST_CLASSES)
     matrices = np.stack([content["gram"].astype(np.float64) for content in grams])
     shown = np.concatenate([places, n + places])
     found = {
@@ -105,12 +105,6 @@ def _pack(cosines: Array) -> str:
     whole = np.rint(np.nan_to_num(cosines, nan=0.0).clip(-1, 1) * _UNIT)
     packed = np.where(np.isfinite(cosines), whole, _NONE).astype("<i2")
     return base64.b64encode(packed.tobytes()).decode()
-
-
-def _evenly(items: Sequence[int], most: int) -> list[int]:
-    """The first item, the last, and an even choice between them."""
-    chosen = np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int)
-    return [items[i] for i in chosen.tolist()]
 
 
 def _by_epoch(folder: Path) -> dict[int, Path]:

@@ -1,4 +1,4 @@
-"""Reading the arrays that a run has left on disk, completely or not at all."""
+"""Arrays that a run has left on disk, read completely or not at all; and an even choice of positions."""
 
 import zipfile
 from pathlib import Path
@@ -9,6 +9,11 @@ from numpy.typing import NDArray
 
 from etflight.utils.errors import UserError, brief
 from etflight.utils.limits import refuse_growth
+
+
+def evenly(length: int, most: int) -> NDArray[np.int64]:
+    """At most `most` of the positions 0 … length - 1, evenly spread, the first and the last among them."""
+    return np.linspace(0, length - 1, min(length, most)).round().astype(np.int64)
 
 
 def read_arrays(path: Path, *names: str) -> dict[str, NDArray[Any]]:

@@ -7,6 +7,8 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from textwrap import shorten
 
@@ -30,6 +32,11 @@ def user_error_in(error: BaseException | None) -> UserError | None:
 def brief(error: BaseException, most: int = 200) -> str:
     """An error's message in one line of at most `most` characters; its type if it has none."""
     return shorten(str(error) or type(error).__name__, most, placeholder=" …")
+
+
+def first_few(names: Iterable[str], count: int, separator: str = ", ") -> str:
+    """The first three of `count` names, and how many more there are: "a, b, c and 5 more"."""
+    return separator.join(islice(names, 3)) + (f" and {count - 3:,} more" if count > 3 else "")
 
 
 def warn(text: str) -> None:
