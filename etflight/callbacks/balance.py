@@ -52,9 +52,8 @@ class DeferredBalance(Callback):
         self.class_balance = class_balance
         self.sampler = None if sampler is None else resolve_policy(sampler)
         self._own: ClassBalance | None = None  # of the loss before training
-        self._drawing: tuple[ImbalancedSampler, str | float] | None = (
-            None  # the sampler, and its policy before training
-        )
+        # the sampler, and its policy before training
+        self._drawing: tuple[ImbalancedSampler, str | float] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the loss's own balance, before any other callback of this kind changes it."""

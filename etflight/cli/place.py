@@ -75,14 +75,18 @@ class Place:
             rank_zero_info(f"there is no {last}: training starts from scratch")
         return place
 
-    def first_stage(self, arm: str) -> str:
+    def first_stage(self, arm: str) -> str | None:
         """The last checkpoint of another arm's run; its name differs from this run's only in the arm.
 
+        A run that is resumed no longer needs it; None if it was another one.
+
         Raises:
-            UserError: There is no such checkpoint.
+            UserError: A new run needs it, and there is no such checkpoint.
         """
         run = "/".join(arm if part == self.arm else part for part in self.name.split("/"))
         checkpoint = last_checkpoint(self.root / run)
+        if self.checkpoint is not None:
+            return None if run == self.name else str(checkpoint)
         if not checkpoint.is_file():
             raise UserError(
                 f"{self.arm} starts from the run of {arm}, but there is no {checkpoint}: train that first, or give "

@@ -228,7 +228,9 @@ class EtflightCLI(LightningCLI):
             before = {"logit_adjustment": 0.0, "adjustment": "additive", **self.saved_model}
             adjusted = any(config["model"][name] != before[name] for name in ("logit_adjustment", "adjustment"))
             place.move_to_training(decides_otherwise=adjusted or config["post_hoc"] is not None)
-        elif config["first_stage"] and config["fine_tuning"]["checkpoint"] is None and place.checkpoint is None:
+            if config["fine_tuning"]["checkpoint"] is None:  # only a training starts from another run
+                config["fine_tuning"]["load"] = None
+        elif config["first_stage"] and config["fine_tuning"]["checkpoint"] is None:
             config["fine_tuning"]["checkpoint"] = place.first_stage(config["first_stage"])
         for logger in _as_list(config["trainer"]["logger"]):
             self._put_into_run_folder(logger, config)

@@ -152,6 +152,22 @@ def test_a_run_is_called_by_its_files(files, run, etflight_command, tmp_path):
     assert (record["name"], record["arm"]) == (run, run.partition("/")[2])
 
 
+def test_a_second_stage_goes_on_and_is_tested_by_its_own_files_without_the_first(etflight_command, tmp_path):
+    short = [*CPU, "--trainer.limit_train_batches", 3, "--trainer.limit_val_batches", 1, "--trainer.max_epochs", 1]
+    etflight_command("fit", *experiment("data/digits", "arms/ce"), *short, cwd=tmp_path).ran()
+    crt = experiment("data/digits", "arms/crt")
+    fit = ["fit", *crt, *short, "--checkpoint.every_n_steps", 1]
+    kill = ["--trainer.callbacks+=tests.left_by_runs.Kill", "--trainer.callbacks.after", 1]
+    assert etflight_command(*fit, *kill, cwd=tmp_path).status == -9
+    first, own = (tmp_path / f"runs/digits/{arm}" for arm in ("ce", "crt"))
+    (first / "checkpoints/last.ckpt").unlink()
+    assert "Restored all states" in etflight_command(*fit, "--ckpt_path", "last", cwd=tmp_path).ran().err
+    config = yaml.safe_load((own / "config.yaml").read_text())
+    assert config["fine_tuning"]["checkpoint"] == "runs/digits/ce/checkpoints/last.ckpt"
+    etflight_command("test", *crt, *CPU, "--ckpt_path", "last", cwd=tmp_path).ran()
+    assert (own / "test_metrics.json").is_file()
+
+
 def test_a_second_stage_finds_its_first_or_says_what_is_missing(first_stage, etflight_command, tmp_path):
     crt = ["fit", *experiment("data/digits", "arms/crt"), *NO_EPOCH]
     checkpoint = "runs/digits/ce/checkpoints/last.ckpt"
