@@ -1,7 +1,6 @@
 """`etflight report RUN…`: results of runs side by side, averaged over seeds."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,8 +8,8 @@ from etflight.cli.argv import CommandParser
 from etflight.reporting import tables
 from etflight.reporting.groups import group
 from etflight.reporting.results import read_results
-from etflight.utils.errors import UserError
-from etflight.utils.terminal import as_it_is, console, plain
+from etflight.utils.errors import UserError, warn
+from etflight.utils.terminal import as_it_is, console
 
 _EPILOG = (
     "A path that is no run folder, or whose files are not whole, is named on stderr and left out; the others are shown. "
@@ -54,18 +53,21 @@ def main(argv: Sequence[str]) -> None:
     if not results:
         raise UserError("; ".join(problems) if problems else "there are no results in what was given")
     sections, remarks = group(results)
-    untested = [r for r in results if "test/acc" not in r.metrics]
-    remarks += [f"{r.source} has not been tested: etflight test writes its test_metrics.json" for r in untested]
-    _say([*(f"left out: {problem}" for problem in problems), *remarks])
+    shown = [r for section in sections for r in section.results]
+    remarks += [
+        f"{r.source} has not been tested: etflight test writes its test_metrics.json" for r in shown if not r.tested
+    ]
+    for line in [*(f"left out: {problem}" for problem in problems), *remarks]:
+        warn(line)
 
     if arguments.output is not None:
         from etflight.reporting.page import write_page
 
-        _say([f"not shown: {remark}" for remark in write_page(arguments.output, sections)])
+        for remark in write_page(arguments.output, sections):
+            warn(f"not shown: {remark}")
         print(arguments.output)
     elif arguments.format == "json":
-        kept = [r for section in sections for g in section.groups for r in g.results if r not in untested]
-        print(json.dumps([r.record() for r in kept], indent=2, allow_nan=False))
+        print(json.dumps([r.record() for r in shown if r.tested], indent=2, allow_nan=False))
     elif arguments.format is not None:
         formats = {"md": tables.markdown, "csv": tables.comma_separated, "tex": tables.latex}
         print(formats[arguments.format](sections), end="")
@@ -76,8 +78,3 @@ def main(argv: Sequence[str]) -> None:
             for note in [*tables.notes(section), tables.hardware(section)]:
                 out.print(as_it_is(note), style="dim")
         out.print(as_it_is(tables.CAPTION), style="dim")
-
-
-def _say(lines: Sequence[str]) -> None:
-    for line in lines:
-        print(f"etflight: {plain(line)}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Results grouped by data set, imbalance ratio and arm, over seeds."""
 
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -8,6 +9,10 @@ from importlib.resources import files
 from typing import Any, NamedTuple
 
 from etflight.reporting.results import Result
+
+# options in which the runs of an arm differ, as `etflight.runs.record.config_sha256` has it
+_OF_A_RUN = re.compile(r" --(seed_everything|name|ckpt_path|data\.seed|fine_tuning\.checkpoint)[ =]\S+")
+_SEED = re.compile(r"(^|[/_-])seed_?\d+$")
 
 
 class Stat(NamedTuple):
@@ -26,10 +31,10 @@ class Stat(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one arm, one per seed.
+    """The runs of one arm with one configuration, one per seed.
 
     Attributes:
-        arm: The arm's name.
+        arm: The arm's name; "arm (run)" if runs of this arm have several configurations, or were tested at several checkpoints.
         results: The result of each run.
     """
 
@@ -90,10 +95,11 @@ def _stat(values: Iterable[float | None]) -> Stat | None:
 def group(results: Iterable[Result]) -> tuple[list[Section], list[str]]:
     """The sections of results, in their order, and remarks on what is doubtful about them.
 
-    Runs of one arm whose names begin with other sets, and whose configurations differ, are arms of their own, called "arm (set)".
-    Two sets of one name have a section each. A run whose record does not say which set it used goes into the section of the only set of
-    that name, or into one of its own if there are several. A run is left out if its arm already has its seed, or if it has another
-    number of classes than the first run of its section.
+    Runs of one arm whose options or tested checkpoints differ are never averaged: they are groups of their own, called "arm (set)"
+    if their names begin with different sets, and "arm (run)" otherwise. Two sets of one name have a section each. A run whose record does
+    not say which set it used goes into the section of the only set of that name, or into one of its own if there are several. A run is
+    left out if its group already has its seed, the tested one of two being kept, or if it has another number of classes than the first
+    run of its section.
     """
     remarks: list[str] = []
     published = json.loads((files("etflight.reporting") / "published.json").read_text())
@@ -105,8 +111,8 @@ def group(results: Iterable[Result]) -> tuple[list[Section], list[str]]:
         return r.dataset, r.ratio, r.content if len(contents[r.dataset]) > 1 else None
 
     for (dataset, ratio, content), members in _split(results, place).items():
-        arms = _split(_apart(_of_same_classes(members, remarks)), lambda r: r.arm)
-        groups = [Group(arm, _one_per_seed(same, remarks)) for arm, same in arms.items()]
+        arms = _split(_of_same_classes(members, remarks), lambda r: r.arm)
+        groups = [Group(part[0].arm, part) for same in arms.values() for part in _apart(same, remarks)]
         beside = [entry for entry in published if (entry["dataset"], entry["ratio"]) == (dataset, ratio)]
         section = Section(f"{dataset} {content}" if content else dataset, ratio, groups, beside)
         sections.append(section)
@@ -129,21 +135,50 @@ def _split(results: Iterable[Result], key: Callable[[Result], Any]) -> dict[Any,
     return parts
 
 
-def _apart(results: list[Result]) -> list[Result]:
-    """The results, where those of one arm on sets of other names and configurations (digits_ten, digits_thirty) are called apart."""
-    called: dict[int, Result] = {}
-    for arm, same in _split(results, lambda r: r.arm).items():
-        parts = _split(same, lambda r: r.set_name)
-        hashes = [{r.config_sha256 for r in part} for part in parts.values()]
-        # a set may go by two names, and a configuration changes when the package gets a new option
-        known = None not in parts and not any(None in part for part in hashes)
-        if (
-            known
-            and all(one.isdisjoint(other) for i, one in enumerate(hashes) for other in hashes[:i])
-            and len(parts) > 1
-        ):
-            called |= {id(r): replace(r, arm=f"{arm} ({r.set_name})") for r in same}
-    return [called.get(id(result), result) for result in results]
+def _split_where_known(results: list[Result], fact: Callable[[Result], str | None]) -> list[list[Result]]:
+    """Parts by a fact; where it is unknown, a result goes with all others if they agree, and is in a part of its own otherwise."""
+    several = len({fact(r) for r in results} - {None}) > 1
+    return list(_split(results, lambda r: fact(r) if several else None).values())
+
+
+def _apart(same: list[Result], remarks: list[str]) -> list[list[Result]]:
+    """The runs of one arm, one per seed, by configuration and tested checkpoint, and called apart if there is more than one part."""
+    first: list[Result] = []  # of each configuration
+
+    def configuration(r: Result) -> str | None:
+        if r.config_sha256 is None:
+            return None
+        if not (alike := [one for one in first if _alike(one, r)]):
+            first.append(r)
+        return (alike or [r])[0].config_sha256
+
+    trained = _split_where_known(same, configuration)
+    tested = [part for runs in trained for part in _split_where_known(runs, lambda r: r.checkpoint)]
+    parts = [_one_per_seed(part, remarks) for part in tested]
+    if len(parts) == 1:
+        return parts
+    names: tuple[Callable[[Result], str | None], ...] = (
+        lambda r: r.set_name,
+        lambda r: r.name and _SEED.sub("", r.name),
+        lambda r: r.name,
+        lambda r: r.source,
+    )
+    called = [[name(part[0]) for part in parts] for name in names]
+    found = next((labels for labels in called if all(labels) and len(set(labels)) == len(parts)), called[-1])
+    return [[replace(r, arm=f"{r.arm} ({label})") for r in part] for label, part in zip(found, parts, strict=True)]
+
+
+def _alike(one: Result, other: Result) -> bool:
+    """Whether two runs of known configurations were trained with the same options.
+
+    A hash also changes when the package gets a new option: the same command at another commit, with another seed, counts as the same.
+    """
+    if one.config_sha256 == other.config_sha256:
+        return True
+    if None in (one.command, other.command, one.commit, other.commit) or one.commit == other.commit:
+        return False
+    repeated = (one.seed, one.choice) == (other.seed, other.choice)
+    return not repeated and _OF_A_RUN.sub("", str(one.command)) == _OF_A_RUN.sub("", str(other.command))
 
 
 def _of_same_classes(results: list[Result], remarks: list[str]) -> list[Result]:
@@ -159,14 +194,17 @@ def _of_same_classes(results: list[Result], remarks: list[str]) -> list[Result]:
 
 
 def _one_per_seed(results: list[Result], remarks: list[str]) -> list[Result]:
-    """The first run of each seed on each choice of images; runs without a seed are all kept."""
+    """One run of each seed on each choice of images, the first or the first that was tested; runs without a seed are all kept."""
     kept: dict[str, Result] = {}
     for i, result in enumerate(results):
         seed = f"unknown {i}" if result.seed is None else repr(result.seed)
-        first = kept.setdefault(f"{seed} {result.choice}", result)
+        key = f"{seed} {result.choice}"
+        first = kept.setdefault(key, result)
         if first is not result:
+            better, other = (first, result) if first.tested or not result.tested else (result, first)
+            kept[key] = better
             remarks.append(
-                f"left out: {result.source} is {result.arm} with seed {result.seed}, as {first.source} is: "
-                "the same seed is not counted twice; if their options differ, give it an arm of its own, a file in arms/"
+                f"left out: {other.source} is {other.arm} with seed {other.seed}, as {better.source} is"
+                f"{', which was tested' if better.tested > other.tested else ''}: the same seed is not counted twice"
             )
     return list(kept.values())

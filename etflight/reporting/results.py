@@ -13,6 +13,7 @@ from etflight.utils.training_data import choice_of, content_of
 
 ALWAYS = ("dataset", "ratio", "arm", "seed", "epochs", "commit", "config_sha256", "fingerprint", "command")
 _AT_THE_END = re.compile(r"nc\w*/\w+/(nc1|alignment|etf_distance)|val/acc")
+_CHECKPOINT = re.compile(r" --ckpt_path[ =](?:[^\s'\"]*/)?([^\s'\"/]+?)(?:\.ckpt)?(?: |$)")
 _ALWAYS_DEFINED = {f"test/{name}" for name in ("acc", "acc_macro", "acc_many", "acc_medium", "acc_few", "ece")}
 _SHARE = re.compile(r"(test|val)/(acc|ece)\w*")
 
@@ -33,6 +34,7 @@ class Result:
         config_sha256: The same for all seeds of an arm (`etflight.runs.record.config_sha256`).
         fingerprint: The fingerprint of the training images: of their set, and of the choice.
         command: The command that trained it.
+        checkpoint: The name of the checkpoint that its tests are of, such as last or best.
         num_classes: K.
         params: The number of the network's parameters, without fixed class vectors.
         multiply_adds: Those of the forward pass of one image.
@@ -54,6 +56,7 @@ class Result:
     config_sha256: str | None = None
     fingerprint: str | None = None
     command: str | None = None
+    checkpoint: str | None = None
     num_classes: int | None = None
     params: int | None = None
     multiply_adds: int | None = None
@@ -61,6 +64,11 @@ class Result:
     seconds: float | None = None
     hardware: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def tested(self) -> bool:
+        """Whether there are results of a test."""
+        return "test/acc" in self.metrics
 
     @property
     def set_name(self) -> str | None:
@@ -82,6 +90,8 @@ class Result:
         """The record for a result file: facts and metrics in one flat dict of plain data."""
         facts = asdict(self)
         del facts["source"], facts["metrics"]
+        if self.checkpoint == _named_in(self.command or ""):
+            del facts["checkpoint"]
         if self.ratio is not None and self.ratio == int(self.ratio):
             facts["ratio"] = int(self.ratio)
         metrics = {name: int(v) if name.endswith("_epoch") else v for name, v in self.metrics.items()}
@@ -111,7 +121,10 @@ def read_results(paths: Iterable[Path]) -> tuple[list[Result], list[str]]:
 
 _FACTS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # the kind of value that belongs there, and a check of a value
     **dict.fromkeys(
-        ("dataset", "arm", "name", "commit", "config_sha256", "fingerprint", "command", "validation", "hardware"),
+        (
+            *("dataset", "arm", "name", "commit", "config_sha256"),
+            *("fingerprint", "command", "checkpoint", "validation", "hardware"),
+        ),
         ("a text", lambda value: isinstance(value, str)),
     ),
     "seed": ("an integer", lambda value: type(value) is int),
@@ -141,7 +154,17 @@ def _from_record(where: str, record: object) -> Result:
         if record.get(name) is None:
             raise UserError(f"{where} has no {name}")
     metrics = {name: value for name, value in record.items() if "/" in name}
-    return Result(source=where, metrics=_checked(where, metrics), **_checked_facts(where, record))
+    facts = _checked_facts(where, record)
+    facts.setdefault("checkpoint", _named_in(facts.get("command", "")))
+    return Result(source=where, metrics=_checked(where, metrics), **facts)
+
+
+def _named_in(command: str) -> str | None:
+    """The name of the checkpoint that was tested, as a command tells it; a training's tests are of its last one."""
+    if command.startswith("etflight fit "):
+        return "last"
+    found = _CHECKPOINT.search(command)
+    return found and found[1]
 
 
 def _checked_facts(where: str, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,6 +214,8 @@ def _from_run(folder: Path) -> Result:
         "seed": None if record.get("seed") is False else record.get("seed"),
         "epochs": epochs,
         "fingerprint": data.get("fingerprint"),
+        # of a training's own checkpoints only the last is tested in its folder
+        "checkpoint": Path(str(record.get("checkpoint") or "last")).stem,
         "num_classes": len(counts) if isinstance(counts, list) and counts else None,
         "validation": data.get("validation"),
         "seconds": _seconds(folder / "speed.csv"),

@@ -35,7 +35,7 @@ class Column(NamedTuple):
 
 
 COLUMNS = (
-    Column("test acc., last epoch", "test, last", "test/acc", ".1%"),
+    Column("test acc.", "test", "test/acc", ".1%"),
     Column("val acc., best epoch", "val, best", "val/acc_best", ".1%"),
     Column("mean of classes", "macro", "test/acc_macro", ".1%"),
     Column("many", "many", "test/acc_many", ".1%"),
@@ -45,7 +45,10 @@ COLUMNS = (
     Column("NC1", "NC1", "nc/train/nc1", ".3f"),
     Column("alignment", "align.", "nc/train/alignment", ".3f"),
 )
-HEADER = ("arm", "seeds", *(column.title for column in COLUMNS), "parameters", "epochs", "time per run", "hardware")
+HEADER = (
+    *("arm", "seeds", "checkpoint", *(column.title for column in COLUMNS)),
+    *("parameters", "epochs", "time per run", "hardware"),
+)
 PUBLISHED_HEADER = (
     "published method",
     "backbone",
@@ -115,12 +118,18 @@ def _row(group: Group) -> list[str]:
     return [
         group.arm,
         ", ".join("?" if r.seed is None else str(r.seed) for r in group.results),
+        ", ".join(_tested(group)) or MISSING,
         *(_cell(group.stat(column.metric), column.form, len(group.results)) for column in COLUMNS),
         ", ".join(map(millions, different(group.results, "params"))) or MISSING,
         "–".join(map(str, dict.fromkeys(epochs[:1] + epochs[-1:]))) or MISSING,
         MISSING if seconds is None else duration(seconds.mean),
         "; ".join(different(group.results, "hardware")) or MISSING,
     ]
+
+
+def _tested(group: Group) -> list[str]:
+    """The names of the checkpoints that were tested."""
+    return different((r for r in group.results if r.tested), "checkpoint")
 
 
 def _cell(stat: Stat | None, form: str, runs: int) -> str:
@@ -156,7 +165,7 @@ _LESS_NEEDED = (
 def for_terminal(section: Section, out: Console) -> list[Table]:
     """Tables of rich, without the hardware, without empty columns, and without columns for which the terminal is too narrow."""
     (_, arms), *others = _grids(section)
-    header = ("arm", "seeds", *(column.short for column in COLUMNS), "params", "epochs", "time")
+    header = ("arm", "seeds", "ckpt", *(column.short for column in COLUMNS), "params", "epochs", "time")
     arms = [[cell.replace("± ", "±") for cell in row[:-1]] for row in arms]
     tables = [_fitting_table(filled_columns(*grid), out) for grid in [(header, arms), *others]]
     tables[0].title = as_it_is(section.title)
@@ -247,6 +256,7 @@ def comma_separated(sections: Sequence[Section]) -> str:
         "ratio",
         "arm",
         "seeds",
+        "checkpoint",
         *metrics,
         "params",
         "epochs",
@@ -267,6 +277,7 @@ def comma_separated(sections: Sequence[Section]) -> str:
             facts = {
                 "arm": plain(group.arm),
                 "seeds": " ".join("?" if r.seed is None else str(r.seed) for r in group.results),
+                "checkpoint": plain(" ".join(_tested(group))),
                 "params": " ".join(map(str, different(group.results, "params"))),
                 "epochs": " ".join(map(str, different(group.results, "epochs"))),
                 "seconds": None if seconds is None else seconds.mean,

@@ -45,6 +45,26 @@ def test_what_is_bad_is_named_and_the_others_are_shown(runs, tmp_path, etflight_
     assert float(row["test/acc"]) == pytest.approx(statistics.mean(ACCURACIES))
 
 
+def test_runs_with_other_flags_and_tests_of_other_checkpoints_have_rows_that_say_so(tmp_path, etflight_command):
+    """Also from the result file that a report writes."""
+    make_run(
+        tmp_path / "x", acc=0.25, config_sha256="d" * 64, command="etflight fit -c ce.yaml --model.loss.smoothing 0.1"
+    )
+    make_run(tmp_path / "y", acc=0.5)
+    make_run(tmp_path / "y_best", acc=0.75, checkpoint=str(tmp_path / "y/checkpoints/best.ckpt"))
+    for name, facts in (("again", {}), ("untested", {"config_sha256": "e" * 64})):
+        (make_run(tmp_path / name, acc=1.0, **facts) / "test_metrics.json").unlink()
+    written = etflight_command("report", "untested", "again", "x", "y", "y_best", "--format", "json", cwd=tmp_path)
+    left_out, untested = written.err.splitlines()
+    assert untested.startswith("etflight: warning: untested has not been tested")
+    assert left_out.startswith("etflight: warning: left out: again is ")
+    (tmp_path / "r.json").write_text(written.out)
+    result = etflight_command.succeed("report", "r.json", "--format", "csv", cwd=tmp_path)
+    assert result.err == ""
+    rows = [(row["arm"], row["checkpoint"], float(row["test/acc"])) for row in csv.DictReader(io.StringIO(result.out))]
+    assert rows == [("ce (y)", "last", 0.5), ("ce (y_best)", "best", 0.75), ("ce (x)", "last", 0.25)]
+
+
 def test_nothing_to_show_is_an_error_of_one_line_that_names_everything(tmp_path, etflight_command):
     (tmp_path / "empty").mkdir()
     result = etflight_command("report", "nowhere", "empty", "--format", "md", cwd=tmp_path)

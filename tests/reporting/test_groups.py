@@ -1,9 +1,12 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from etflight.reporting.groups import group
-from etflight.reporting.results import Result
+from etflight.reporting.results import Result, read_results
+
+RESULTS = Path(__file__).parents[2] / "notebooks/results"
 
 
 def result(arm="ce", seed=0, acc=0.5, **facts):
@@ -65,10 +68,69 @@ def test_runs_of_one_arm_on_two_sets_of_configurations_are_not_averaged_and_none
     assert remarks == []
     found = [(g.arm, [r.seed for r in g.results], g.stat("test/acc").mean) for g in section.groups]
     assert found == [("ce (digits_ten)", [0, 1], 0.25), ("ce (digits_thirty)", [0, 1], 0.5)]
-    # one experiment under two names, or one name before and after the package got an option
-    for facts in ({"config_sha256": "same"}, {"name": "digits_ten/ce/seed0"}):
-        again, _ = group([replace(run, **facts) for run in runs[1:3]])
-        assert [g.arm for section in again for g in section.groups] == ["ce"]
+    # one experiment under two names
+    again, _ = group([replace(run, config_sha256="same") for run in runs[1:3]])
+    assert [g.arm for section in again for g in section.groups] == ["ce"]
+
+
+def test_runs_of_one_arm_with_other_options_have_rows_named_by_run_and_none_is_averaged_with_another_or_left_out():
+    """The options came by flag: equal seeds are no repetition, and unequal ones no seeds of one experiment."""
+    runs = [
+        result(seed=0, acc=0.25, name="x/seed0", config_sha256="x", commit="a", command="etflight fit --smooth 0.1"),
+        result(seed=0, acc=0.5, name="y", config_sha256="y", commit="a", command="etflight fit --smooth 0.2"),
+        result(seed=1, acc=0.75, name="x/seed1", config_sha256="x", commit="b", command="etflight fit --smooth 0.1"),
+        result(seed=2, acc=1.0, name="z", config_sha256="z", commit="b", command="etflight fit"),
+        result(seed=3, acc=0.0, name="unknown"),
+    ]
+    ((section,), remarks) = group(runs)
+    found = [(g.arm, [r.seed for r in g.results], g.stat("test/acc").mean) for g in section.groups]
+    rows = [("ce (x)", [0, 1], 0.5), ("ce (y)", [0], 0.5), ("ce (z)", [2], 1.0), ("ce (unknown)", [3], 0.0)]
+    assert (found, remarks) == (rows, [])
+    # of one name, as in two folders for runs: the paths differ
+    ((section,), _) = group([replace(run, name="x", source=f"{i}/x") for i, run in enumerate(runs[:2])])
+    assert [g.arm for g in section.groups] == ["ce (0/x)", "ce (1/x)"]
+
+
+@pytest.mark.parametrize(("seeds", "commits"), [((0, 1), "aa"), ((0, 0), "ab")])
+def test_a_configuration_edited_between_two_runs_of_one_command_is_another_one(seeds, commits):
+    runs = [
+        result(
+            seed=seed, name=name, config_sha256=name, commit=commit, command=f"etflight fit -c my.yaml --name {name}"
+        )
+        for seed, name, commit in zip(seeds, "xy", commits, strict=True)
+    ]
+    ((section,), remarks) = group(runs)
+    assert [g.arm for g in section.groups] == ["ce (x)", "ce (y)"]
+    assert remarks == []
+
+
+def test_results_of_two_checkpoints_of_a_run_have_rows_of_their_own():
+    runs = [
+        result(seed=seed, name=f"{name}/seed{seed}", checkpoint=name, config_sha256="c")
+        for name in ("best", "last")
+        for seed in (0, 1)
+    ]
+    ((section,), remarks) = group(runs)
+    assert [(g.arm, len(g.results)) for g in section.groups] == [("ce (best)", 2), ("ce (last)", 2)]
+    assert remarks == []
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_two_runs_of_one_seed_the_tested_one_is_kept_and_the_other_named(order):
+    runs = [result(seed=0, config_sha256="c"), result(seed=1, config_sha256="c")]
+    untested = replace(runs[0], source="untested", metrics={"val/acc": 0.9})
+    ((section,), (remark,)) = group([*[runs[0], untested][::order], runs[1]])
+    assert section.groups[0].results == [runs[0], runs[1]]
+    assert "left out: untested is ce with seed 0, as ce_0 is" in remark
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_recorded_runs_of_an_arm_are_one_row_though_later_code_has_more_options(file):
+    results, problems = read_results([file])
+    sections, remarks = group(results)
+    assert {g.arm for section in sections for g in section.groups} == {r.arm for r in results}
+    assert sum(len(section.results) for section in sections) == len(results)
+    assert not any("left out" in remark for remark in [*problems, *remarks])
 
 
 def test_the_same_seed_and_other_classes_are_left_out_and_named():
@@ -97,7 +159,10 @@ def test_the_same_seed_on_other_images_is_another_run():
     ],
 )
 def test_seeds_that_differ_in_more_than_the_seed_are_named(name, values, words):
-    _, remarks = group([result(seed=i, **{name: value}) for i, value in enumerate(values)])
+    later = [
+        {"commit": str(i), "command": f"etflight fit -c ce.yaml --seed_everything {i} --name s{i}"} for i in (0, 1)
+    ]
+    _, remarks = group([result(seed=i, **{name: value}, **later[i]) for i, value in enumerate(values)])
     assert len(remarks) == 1
     assert all(word in remarks[0] for word in words)
     assert group([result(seed=i, **{name: values[0]}) for i in range(2)])[1] == []

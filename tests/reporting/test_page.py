@@ -22,7 +22,7 @@ def test_the_page_holds_tables_curves_classes_and_differences(runs, tmp_path):
     assert write(tmp_path / "report.html", runs) == []
     (section,) = content(tmp_path / "report.html")["sections"]
     assert section["arms"] == ["ce", "etf"]
-    assert section["rows"][0][2] == "56.2 ± 8.8"
+    assert section["rows"][0][2:4] == ["last", "56.2 ± 8.8"]
     assert [(run["arm"], run["seed"]) for run in section["runs"][1:3]] == [("ce", "1"), ("etf", "0")]
     curves = section["runs"][0]["curves"]
     assert curves["train/loss"] == [[1, 2, 3], [3, 2, 1]]

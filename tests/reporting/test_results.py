@@ -32,6 +32,24 @@ def test_a_run_folder_gives_its_record(tmp_path):
     assert set(ALWAYS) <= record.keys()
 
 
+def test_a_result_says_which_checkpoint_was_tested(tmp_path):
+    """A test with a folder of its own records it; records of earlier code have it in their command."""
+    assert only(make_run(tmp_path / "r", checkpoint="/runs/x/checkpoints/best.ckpt")).checkpoint == "best"
+    said = {
+        "etflight fit -c ce.yaml --ckpt_path runs/x/checkpoints/first.ckpt": "last",
+        "etflight test --ckpt_path runs/x/checkpoints/best.ckpt --name y": "best",
+        "etflight test --name y --ckpt_path=last": "last",
+        "etflight test --ckpt_path 'my runs/best.ckpt'": None,
+        "python mine.py": None,
+    }
+    records = [{"dataset": "D", "arm": "ce", "test/acc": 0.5, "command": command} for command in said]
+    write_json(tmp_path / "r.json", [*records, records[0] | {"checkpoint": "swa"}])
+    found, _ = read_results([tmp_path / "r.json"])
+    assert [r.checkpoint for r in found] == [*said.values(), "swa"]
+    write_json(tmp_path / "again.json", [r.record() for r in found])
+    assert [r.checkpoint for r in read_results([tmp_path / "again.json"])[0]] == [*said.values(), "swa"]
+
+
 def test_an_epoch_trained_again_after_a_resume_counts_once(tmp_path):
     run = make_run(tmp_path / "r")
     write_csv(run / "speed.csv", [{"epoch": e, "speed/epoch_s": s} for e, s in ((0, 1.0), (1, 50.0), (1, 2.0))])

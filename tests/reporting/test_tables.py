@@ -42,12 +42,12 @@ def test_markdown_shows_mean_and_deviation_and_what_is_missing(sections):
     assert len(cells(header)) == len(cells(rule)) == len(cells(ce)) == len(cells(etf))
     mean, std = 100 * statistics.mean(ACCURACIES), 100 * statistics.stdev(ACCURACIES)
     found = dict(zip(cells(header), cells(ce), strict=True))
-    assert found["test acc., last epoch"] == f"{mean:.1f} ± {std:.1f}"
+    assert found["test acc."] == f"{mean:.1f} ± {std:.1f}"
     assert found["seeds"] == "0, 1, 2"
     assert found["time per run"] == "2 min"
     assert found["alignment"] == "–"
     found = dict(zip(cells(header), cells(etf), strict=True))
-    assert found["test acc., last epoch"] == "50.0"
+    assert found["test acc."] == "50.0"
     assert found["epochs"] == found["hardware"] == "–"
     rows = [dict(zip(cells(published[0]), cells(line), strict=True)) for line in published if line.startswith("|")]
     ldam = next(row for row in rows if row["published method"] == "LDAM-DRW")
@@ -90,6 +90,16 @@ def test_a_mean_over_fewer_runs_than_the_arm_has_says_so():
     ((section,), _) = group([run(0, 0.25), bare])
     row = dict(zip(tables.HEADER, tables.rows(section)[0], strict=True))
     assert row["NC1"] == "0.500 (1 of 2)"
+
+
+def test_accuracies_stand_beside_the_checkpoint_that_they_are_of():
+    untested = Result(source="r", dataset="CIFAR10", ratio=100.0, arm="etf", checkpoint="last")
+    ((section,), _) = group([run(0, 0.5, checkpoint="best"), run(0, 0.5, "unknown"), untested])
+    found = [dict(zip(tables.HEADER, row, strict=True)) for row in tables.rows(section)]
+    assert [row["checkpoint"] for row in found] == ["best", "–", "–"]
+    assert not any("last" in column.title for column in tables.COLUMNS)
+    csv_rows = csv.DictReader(io.StringIO(tables.comma_separated([section])))
+    assert [row["checkpoint"] for row in csv_rows][:3] == ["best", "", ""]
 
 
 def test_the_best_epoch_says_on_which_images_it_was_picked():
