@@ -16,6 +16,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.cli import ReduceLROnPlateau as MonitoredReduceLROnPlateau
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
@@ -212,6 +213,9 @@ class Classifier(LightningModule):
         self._batches: list[tuple[Batch, int]] = []  # those of this step, for SAM's second pass
         self.is_second_pass = False  # of a sharpness-aware step; callbacks leave its forwards out
         self._total_epochs: int | None = None
+        self._other_arguments: list[
+            str
+        ] = []  # those in which the checkpoint that was loaded last differs from this model
         self.losses: Any = nn.ModuleDict({f"{stage}_loss": SampleMean() for stage in ("train", "val", "test")})
         self.evaluation_metrics: Any = nn.ModuleDict(
             {
@@ -488,8 +492,11 @@ class Classifier(LightningModule):
 
     def on_validation_start(self) -> None:
         """Say how the data differ from those trained on; images that are held out now may have been trained on."""
-        if self.trainer.state.fn != "fit":
-            self._tell_differences()
+        if self.trainer.state.fn == "fit":
+            return
+        self._tell_differences()
+        if not getattr(data_module(self.trainer), "val_is_held_out", True):
+            rank_zero_info("the validation images are the test images, since none are held out (--data.val_fraction)")
 
     on_test_start = on_predict_start = _tell_differences
 
@@ -764,13 +771,14 @@ class Classifier(LightningModule):
         """Take back what the checkpoint knows of classes and images; refuse to continue a training with other settings.
 
         Raises:
-            UserError: The images are prepared differently or are other images, or settings of the optimizer or its schedule differ from
-                the saved ones.
+            UserError: The images are prepared differently or are other images, or the model, its loss or its optimizer differs from the
+                saved one.
         """
         if (counts := checkpoint.get("current_model_state", {}).get("class_counts")) is not None:
             checkpoint["state_dict"]["class_counts"] = counts  # in the averaged weights they are rounded down
         if (names := checkpoint.get("class_names")) is not None:
             self.class_names = list(map(readable, names))
+        self._other_arguments = _differing(checkpoint.get("hyper_parameters", {}), self.hparams)
         self.is_calibrated = checkpoint.get("temperature") == "fitted"
         self.preprocessing = Preprocessing.in_checkpoint(checkpoint) or self.preprocessing
         self.fingerprint = fingerprint_in(checkpoint) or self.fingerprint
@@ -781,13 +789,11 @@ class Classifier(LightningModule):
         differ = other_preprocessing(self.preprocessing, data) or other_images(counts, self.fingerprint, data)
         if differ:
             raise UserError(f"{differ}: give the same --data options to resume the run, or start a new one")
-        saved = checkpoint.get("hyper_parameters", {})
-        for name in ("optimizer", "lr_scheduler", "layer_decay", "lr_scale"):
-            if name in saved and saved[name] != self.hparams[name]:
-                raise UserError(
-                    f"--model.{name} differs from the checkpoint being resumed, whose saved state would undo it: "
-                    "give the same settings, or start a new run from scratch"
-                )
+        if other := sorted(set(self._other_arguments) - _FREE_WHEN_RESUMED):
+            raise UserError(
+                f"--model.{other[0]} differs from that of the run being resumed: give the same, or start a new run, "
+                "with the checkpoint as its --fine_tuning.checkpoint if it is to have these weights"
+            )
         epochs = checkpoint.get("total_epochs")
         if self._schedule_takes_total_epochs and epochs not in (None, self.trainer.max_epochs):
             raise UserError(
@@ -804,7 +810,9 @@ class Classifier(LightningModule):
         try:
             result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         except RuntimeError as error:
-            raise UserError(f"the checkpoint's weights are those of another model: {brief(error, 300)}") from error
+            other = [f"--model.{name}" for name in _ARCHITECTURE if name in self._other_arguments]
+            what = f"other than {' and '.join(other)} says" if other else brief(error, 300)
+            raise UserError(f"the checkpoint's weights are those of another model: {what}") from error
         if bool(self.class_counts.any()):
             self.loss.set_class_counts(self.class_counts)
         return result
@@ -874,6 +882,26 @@ def _may_replace(part: nn.Module, shortcut: str, *general: str) -> bool:
         if vars(cls).keys() & {shortcut, *general}:
             return shortcut in vars(cls)
     return False
+
+
+_ARCHITECTURE = ("backbone", "model_kwargs", "head")
+# what a run may change when it is resumed: none of it is part of a training step's mathematics
+_FREE_WHEN_RESUMED = {"compile", "logit_adjustment", "adjustment", "pretrained", "num_classes", "in_chans"}
+
+
+def _differing(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """The names of the saved arguments that differ from a model's own; an argument that is left out is at its default."""
+    return [name for name in saved if name in own and _in_full(name, saved[name]) != _in_full(name, own[name])]
+
+
+def _in_full(name: str, value: Any) -> Any:
+    if name not in PLUGGABLE or value is None:
+        return value
+    spec = to_spec(value, name)
+    cls = find_class(spec, PLUGGABLE[name])
+    parameters = {} if cls is None else inspect.signature(cls).parameters
+    given = {key: parameter.default for key, parameter in parameters.items()} | spec["init_args"]
+    return cls or spec["class_path"], {key: list(v) if isinstance(v, tuple) else v for key, v in given.items()}
 
 
 # timm's arguments with a source of other weights; the checkpoint has its own

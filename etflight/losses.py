@@ -80,12 +80,13 @@ class Loss(nn.Module, ABC):
         check_class_balance(type(self).__name__, class_balance)
         self.class_balance = class_balance
 
-    def set_class_counts(self, class_counts: Tensor) -> None:
+    def set_class_counts(self, class_counts: Tensor | Sequence[int]) -> None:
         """Set the training counts `[K]`, which some losses and balances need; the first step moves them to its device.
 
         Raises:
             UserError: They are not counts, or no class has an image.
         """
+        class_counts = torch.as_tensor(class_counts)
         if class_counts.dim() != 1 or not bool(((class_counts >= 0) & class_counts.isfinite()).all()):
             raise UserError(f"{type(self).__name__}: class_counts must be [K] numbers of images, none below 0")
         if not bool((class_counts > 0).any()):
@@ -113,7 +114,7 @@ class Loss(nn.Module, ABC):
         if self._class_counts is None:
             raise UserError(
                 f"{type(self).__name__} (class_balance {self.class_balance!r}) needs the training counts: "
-                "train with a data module that has class_counts, or call set_class_counts"
+                "train with a data module that has class_counts, give Classifier class_counts, or call set_class_counts"
             )
         return self._class_counts
 
@@ -159,7 +160,8 @@ class Loss(nn.Module, ABC):
             The scalar loss.
 
         Raises:
-            UserError: The training counts are needed, but have not been set; the shapes or the numbers of classes do not fit.
+            UserError: The training counts are needed, but have not been set; the shapes or the numbers of classes do not fit; or
+                `sample_losses` returned anything but `[B]`.
         """
         if target.shape != (logits.shape if target.is_floating_point() else logits.shape[:1]):
             raise UserError(
@@ -171,13 +173,18 @@ class Loss(nn.Module, ABC):
                 raise UserError(
                     f"{type(self).__name__}: there are {len(given)} {name} for logits of {logits.shape[1]} classes: give one for each class"
                 )
-        logits = at_least_float32(logits)
-        if not self._is_balancing():
-            return self.sample_losses(logits, target).mean()
-        if target.is_floating_point():
-            return self.sample_losses(logits, target * self._class_weights(target.to(logits).sum(dim=0))).mean()
-        weights = self._class_weights(_count(target, logits.shape[1], logits.dtype))
-        return (self.sample_losses(logits, target) * weights[target]).mean()
+        logits, weights_of_samples = at_least_float32(logits), None
+        if self._is_balancing() and target.is_floating_point():
+            target = target * self._class_weights(target.to(logits).sum(dim=0))
+        elif self._is_balancing():
+            weights_of_samples = self._class_weights(_count(target, logits.shape[1], logits.dtype))[target]
+        losses = self.sample_losses(logits, target)
+        if losses.shape != target.shape[:1]:
+            raise UserError(
+                f"{type(self).__name__}: sample_losses returned {list(losses.shape)} for {len(target)} images: let it return one loss for "
+                "each, [B], whose mean is taken here"
+            )
+        return (losses if weights_of_samples is None else losses * weights_of_samples).mean()
 
     def _is_balancing(self) -> bool:
         return self.training and (self.class_balance != "none" or self._given_weights is not None)

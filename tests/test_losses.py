@@ -43,6 +43,24 @@ def counted(loss, counts=COUNTS):
     return loss
 
 
+class OfTheWholeBatch(CrossEntropyLoss):
+    def sample_losses(self, logits, target):
+        return super().sample_losses(logits, target).mean()
+
+
+def test_a_loss_of_ones_own_that_takes_the_mean_itself_is_refused():
+    with pytest.raises(UserError, match=r"OfTheWholeBatch: sample_losses returned \[\] for 12 images: let it return"):
+        OfTheWholeBatch(class_balance="batch")(LOGITS, TARGET)
+
+
+def test_counts_may_be_a_list():
+    loss = CrossEntropyLoss(class_balance="global")
+    with pytest.raises(UserError, match="give Classifier class_counts, or call set_class_counts"):
+        loss(LOGITS, TARGET)
+    loss.set_class_counts(COUNTS.tolist())
+    assert_close(loss(LOGITS, TARGET), counted(CrossEntropyLoss(class_balance="global"))(LOGITS, TARGET))
+
+
 # --- each loss is its equation -----------------------------------------------------------------------------------------
 
 

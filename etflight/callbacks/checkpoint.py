@@ -26,7 +26,8 @@ from etflight.utils.ranks import gather_objects
 from etflight.utils.torchmetrics_private import add_saved_state
 from etflight.utils.trainer import callbacks_of, data_module, is_trial_run
 
-_MENDS = {"seed": "give the same --seed_everything", "images": "give the same --data options"}
+_DATA = "give the same --data options"
+_MENDS = {"seed": "give the same --seed_everything"}
 SavePoint = Literal["steps", "epochs", "end"]
 KEY = "etflight"  # the entry of a checkpoint that this callback adds
 
@@ -166,9 +167,10 @@ class LastCheckpoint(Callback):
         if added is None:
             return
         for name, value in _identity(trainer).items():
-            if added[name] != value:
+            if added.get(name, value) != value:  # older checkpoints lack some
                 raise UserError(
-                    f"the run being resumed has the {name} {added[name]}, not {value}: {_MENDS[name]}, or start a new run"
+                    f"the run being resumed has the {name} {added[name]}, not {value}: {_MENDS.get(name, _DATA)}, "
+                    "or start a new run"
                 )
         ranks = added["ranks"]
         if len(ranks) == trainer.world_size:
@@ -180,9 +182,10 @@ class LastCheckpoint(Callback):
 
 
 def _identity(trainer: Trainer) -> dict[str, Any]:
-    """Everything that determines the order of the images; a resumed run must have the same."""
+    """Everything that determines which images a step takes, and what becomes of them; a resumed run must have the same."""
     data = data_module(trainer)
-    return {"seed": os.environ.get("PL_GLOBAL_SEED"), "images": getattr(data, "fingerprint", None)}
+    images = {"images": getattr(data, "fingerprint", None), **getattr(data, "training_options", {})}
+    return {"seed": os.environ.get("PL_GLOBAL_SEED"), **images}
 
 
 def _rank_state(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

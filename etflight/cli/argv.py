@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from etflight.utils.errors import UserError
 from etflight.utils.shipped import find_config
 from etflight.utils.yaml import read_yaml
 
@@ -62,7 +63,7 @@ class EarlyOptions:
             rest: The command line without these files.
 
         Raises:
-            UserError: A file does not exist, or is no YAML.
+            UserError: A file does not exist, is no YAML, or is empty.
             SystemExit: With status 2 for an option without a value.
         """
         parser = CommandParser(prog=prog, add_help=False, allow_abbrev=False)
@@ -71,7 +72,10 @@ class EarlyOptions:
         parser.add_argument("--images", nargs="+")
         given, _ = parser.parse_known_args(rest)
         paths = [Path(file) for file in files if not file.lstrip().startswith("{")]
-        return cls(vars(given), paths, [read_yaml(path) for path in paths])
+        contents = [read_yaml(path) for path in paths]
+        if None in contents:
+            raise UserError(f"{paths[contents.index(None)]} is empty: give it options, or leave it out")
+        return cls(vars(given), paths, contents)
 
     def value(self, key: str, kind: type = str) -> Any:
         """The value of an option: that of the command line, or else of the last configuration file that has one of this type."""

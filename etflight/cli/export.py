@@ -13,7 +13,7 @@ from etflight.cli.parser import OneLineParser, add_imports
 from etflight.export import graph
 from etflight.export.card import model_card
 from etflight.export.timm import save_timm
-from etflight.runs.folder import last_checkpoint, same_folder, writing_to
+from etflight.runs.folder import RECORD, last_checkpoint, run_of, same_folder, writing_to
 from etflight.utils.errors import UserError, brief
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.terminal import as_it_is, console
@@ -48,8 +48,11 @@ def main(argv: Sequence[str]) -> None:
         )
     with _new_folder(output) as folder:
         calibrated = _write(config.format, classifier, preprocessing, folder)
-        run = _run_of(checkpoint)
-        card, problems = model_card(output.absolute().name, classifier, preprocessing, calibrated, run, config.license)
+        run, at_its_end = _run_of(checkpoint.absolute())
+        name = output.absolute().name
+        card, problems = model_card(
+            name, classifier, preprocessing, calibrated, run, config.license, at_its_end=at_its_end
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
     out = console()
     for problem in problems:
@@ -74,10 +77,11 @@ def _write(kinds: Sequence[str], classifier: Classifier, preprocessing: Preproce
     return calibrated
 
 
-def _run_of(checkpoint: Path) -> Path | None:
-    """The run folder of this checkpoint if its results are the checkpoint's, else None."""
-    folder = checkpoint.absolute().parent.parent
-    return folder if same_folder(checkpoint, last_checkpoint(folder)) else None
+def _run_of(checkpoint: Path) -> tuple[Path | None, bool]:
+    """The folder of the run that saved a checkpoint, and whether it is the run's last one."""
+    run = run_of(checkpoint)
+    at_its_end = run is not None and same_folder(checkpoint, last_checkpoint(run))
+    return run if at_its_end or (run is not None and (run / RECORD).is_file()) else None, at_its_end
 
 
 # The folder ---------------------------------------------------------------------------------------------------------

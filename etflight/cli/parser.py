@@ -4,12 +4,14 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 from jsonargparse import ArgumentParser
 
 from etflight.cli import OTHERS, STAGES
 from etflight.data import ImageDataModule
+from etflight.runs.folder import last_checkpoint
 from etflight.utils.errors import UserError, brief, user_error_in
 from etflight.utils.jsonargparse_private import in_one_line
 
@@ -50,7 +52,10 @@ class OneLineParser(ArgumentParser):
         raise SystemExit(2)
 
     def _meant(self, message: str) -> str:
-        """Write `; did you mean --model.optimizer?` for an unknown `--optimizer`, which is that of LightningCLI."""
+        """Write `; did you mean --model.optimizer?` for an unknown `--optimizer`, which is that of LightningCLI, and how to name a run."""
+        run = re.search(r"unrecognized arguments: ([^-\s]\S*)", message)
+        if run is not None and (config := Path(run[1], "config.yaml")).is_file():
+            return f"; for this run give -c {config} --ckpt_path {last_checkpoint(Path(run[1]))}"
         unknown = re.search(r"unrecognized arguments: --(\w+)", message)
         if unknown is None:
             return ""

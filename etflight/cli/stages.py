@@ -11,11 +11,18 @@ from typing import Any, ClassVar
 import torch
 from jsonargparse.typing import register_type
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar, RichProgressBar, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    EarlyStopping,
+    ProgressBar,
+    RichProgressBar,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities import rank_zero_info
+from torch.optim import Optimizer
 
 from etflight.callbacks import FineTuning, LastCheckpoint, NeuralCollapseMonitor, PostHoc, Speed, StepSeed, StopSignals
 from etflight.callbacks.balance import DoubleCorrection
@@ -160,8 +167,10 @@ class EtflightCLI(LightningCLI):
         options = EarlyOptions.of(f"etflight {stage}", files, words)
         self.place = Place.of(stage, options)
         self.saved_model: dict[str, Any] = {}  # the arguments of the checkpoint's model
-        self.saved_rows, self.verbose = 0, True
+        self.saved_rows, self.saved_step, self.verbose = 0, -1, True
         self.images = images_of(options) if stage == "predict" else []
+        if stage == "fit":
+            _forget_default_optimizer(parser, options.value("model.optimizer", object))
         argv = [stage, *(f"--config={file}" for file in files)]
         if self.place.checkpoint is not None:
             self._parse_over_checkpoint(parser, argv, words, options, self.place.checkpoint)
@@ -189,6 +198,7 @@ class EtflightCLI(LightningCLI):
         given = {} if backbone is None else {"backbone": backbone}
         model = plain_hyperparameters(content, given)
         self.saved_model, self.saved_rows = model, int(content.get(CHECKPOINT_KEY, {}).get("metrics_rows", 0))
+        self.saved_step = content.get("global_step", -1)
 
         # the data decide the sizes, and the state dict holds the counts
         defaults = model.keys() - {"num_classes", "in_chans", "class_counts"}
@@ -279,8 +289,16 @@ class EtflightCLI(LightningCLI):
         refuse_unsupported(self.trainer, self.model)
 
     def after_fit(self) -> None:
-        """Say where everything is."""
-        if not is_trial_run(self.trainer):
+        """Say why a training ended before its last epoch, and where everything is."""
+        trainer = self.trainer
+        stopped = [c.stopped_epoch for c in trainer.callbacks if isinstance(c, EarlyStopping) and c.stopped_epoch]  # type: ignore[attr-defined]
+        if trainer.global_step == self.saved_step:
+            rank_zero_info(
+                f"nothing was left to train: the run has had its {trainer.current_epoch} epochs (--trainer.max_epochs for more)"
+            )
+        elif stopped:
+            rank_zero_info(f"EarlyStopping ended the training after epoch {stopped[0] + 1} of {trainer.max_epochs}")
+        if not is_trial_run(trainer):
             rank_zero_info(f"run folder: {self.place.folder}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -372,6 +390,14 @@ def main(args: Sequence[str] | None = None) -> EtflightCLI:
             **{stage: {"stage": stage, "description": f"{text} {_CHECKPOINT_HELP}"} for stage, text in STAGES.items()},
         },
     )
+
+
+def _forget_default_optimizer(parser: LightningArgumentParser, named: Any) -> None:
+    """Give an optimizer that the user names its own defaults; the parser would keep the learning rate of ours."""
+    name = named.get("class_path") if isinstance(named, dict) else named
+    if isinstance(name, str) and name.rpartition(".")[2] != PROTOCOL_SGD.func.__name__:
+        spec = {"class_path": name if "." in name else f"torch.optim.{name}"}
+        parser.set_defaults({"fit.model.optimizer": spec if find_class(spec, Optimizer) else None})
 
 
 _PROFILERS: dict[Any, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}

@@ -87,6 +87,7 @@ def _sigterm_reaches(running: set[subprocess.Popen[bytes]]) -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         for process in tuple(running):
             process.terminate()
+        print("stopped: the same command goes on from what has been saved", file=sys.stderr, flush=True)
         sys.exit(128 + number)  # out of the pool's map, which cancels what has not started and waits for the others
 
     before = signal.signal(signal.SIGTERM, stop)

@@ -315,6 +315,13 @@ class ImageDataModule(LightningDataModule, ABC):
         return f"{self.content}-{fingerprint(chosen)}"
 
     @property
+    def training_options(self) -> dict[str, Any]:
+        """How training images are drawn and changed: the options that a resumed run must have alike."""
+        names = ("sampler", "auto_augment", "color_jitter", "cutout", "random_erasing", "views", "mixup", "cutmix")
+        recipe = {name: self._or_standard(name) for name in ("crop_padding", "flip")}
+        return {**{name: getattr(self, name) for name in names}, **recipe}
+
+    @property
     def _labels_are_free(self) -> bool:
         """Whether the labels do not follow from the choice of images."""
         return bool(self.label_noise)

@@ -76,6 +76,8 @@ def model_card(
     formats: Mapping[str, bool],
     run: Path | None,
     licence: str | None = None,
+    *,
+    at_its_end: bool = True,
 ) -> tuple[str, list[str]]:
     """Write a card in Markdown, with the metadata that the Hugging Face Hub reads.
 
@@ -84,8 +86,9 @@ def model_card(
         classifier: The exported classifier.
         preprocessing: The preprocessing of its images.
         formats: The formats written, and whether the softmax of each is the calibrated probabilities.
-        run: The run folder whose last checkpoint it is, or None.
+        run: The folder of the run that trained it, or None.
         licence: The licence of the weights, by its name on the Hub, or None.
+        at_its_end: Whether it is the run's last checkpoint, of which the run's results are.
 
     Returns:
         The card, and problems with files that had to be left out.
@@ -97,7 +100,7 @@ def model_card(
         with noting(problems):
             recipe = _recipe(run)
         with noting(problems):
-            classes = _classes(run)
+            classes = _classes(run) if at_its_end else ""
     head = type(classifier.head).__name__
     sections = {
         f"# {plain(name)}": f"A classifier of images into {classifier.head.num_classes} classes: a "
@@ -105,10 +108,10 @@ def model_card(
         f"{', whose class vectors are fixed' if head == 'ETFHead' else ''}: {classifier.cost(preprocessing.input_size)}.",
         "## Use": "\n".join(_use(kind, exact, classifier, preprocessing) for kind, exact in formats.items()),
         "## Images": _images(preprocessing, classifier.class_names),
-        "## Data": "" if result is None else _data(result),
+        "## Data": "" if result is None else _data(result, at_its_end=at_its_end),
         "## Recipe": recipe,
-        "## Results": "" if result is None else _numbers(result, "test/", _OF_RESULTS),
-        "## Neural collapse": "" if result is None else _numbers(result, "nc", _OF_COLLAPSE),
+        "## Results": _numbers(result, "test/", _OF_RESULTS) if result and at_its_end else "",
+        "## Neural collapse": _numbers(result, "nc", _OF_COLLAPSE) if result and at_its_end else "",
         "## Classes": classes,
     }
     text = "\n".join(f"{title}\n\n{content.strip()}\n" for title, content in sections.items() if content)
@@ -157,7 +160,7 @@ def _images(preprocessing: Preprocessing, class_names: Sequence[str] | None) -> 
     return "\n\n".join(lines)
 
 
-def _data(result: Result) -> str:
+def _data(result: Result, *, at_its_end: bool) -> str:
     return _table(
         ("", ""),
         (
@@ -165,7 +168,7 @@ def _data(result: Result) -> str:
             ("imbalance ratio, largest over smallest class", None if result.ratio is None else f"{result.ratio:g}"),
             ("subset of the training images", result.fingerprint),
             ("validation", result.validation),
-            ("epochs", result.epochs),
+            ("epochs", result.epochs if at_its_end else None),
             ("commit of the code", result.commit),
         ),
     )
@@ -175,8 +178,16 @@ def _recipe(run: Path) -> str:
     content: Any = read_yaml(run / "config.yaml")
     if not isinstance(content, dict) or not isinstance(content.get("trainer", {}), dict):
         raise UserError(f"{run / 'config.yaml'} is not whole (it holds no configuration)")
-    trainer, of_trainer = content.get("trainer", {}), ("max_epochs", "precision", "accumulate_grad_batches")
-    kept = {name: content.get(name) for name in ("seed_everything", "data", "model")}
+    trainer = content.get("trainer", {})
+    of_trainer = ("max_epochs", "precision", "accumulate_grad_batches", "gradient_clip_val", "callbacks")
+    tuning = content.get("fine_tuning") or {}
+    of_run = (
+        "seed_everything",
+        "data",
+        "model",
+        *["fine_tuning"] * bool(tuning.get("checkpoint") or tuning.get("freeze")),
+    )
+    kept = {name: content.get(name) for name in of_run}
     kept["trainer"] = {name: trainer[name] for name in of_trainer if name in trainer}
     text = yaml.safe_dump(_known(kept), sort_keys=False, allow_unicode=True)
     return f"```yaml\n{text.replace('```', '')}```"

@@ -14,7 +14,7 @@ from etflight.heads import Head
 from etflight.utils.errors import UserError
 from etflight.utils.preprocessing import Preprocessing
 
-_OTHERS = "export it with --format onnx torch-export, which take any head"
+_OTHERS = "export it with --format onnx torch-export, which take heads that are not linear"
 # the part of timm's configuration that is about layers; the rest is about other weights and images
 _OF_LAYERS = ("architecture", "first_conv", "classifier", "fixed_input_size")
 

@@ -22,8 +22,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from etflight.runs.folder import RECORD, lock, read_record, same_folder, writing_to
 from etflight.runs.loggers import run_folder
 from etflight.runs.wandb import ID, configure_runs, log_checkpoint, recorded_id
+from etflight.utils.errors import UserError
 from etflight.utils.files import replacing, write_json
 from etflight.utils.trainer import data_module
+from etflight.utils.yaml import read_yaml
 
 PACKAGES = ("etflight", "torch", "lightning", "torchmetrics", "torchvision", "timm", "numpy")
 
@@ -55,29 +57,39 @@ class RunRecord(SaveConfigCallback):
         self._lock: IO[str] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write both files, on the first process only.
+        """Write nothing yet, because what comes before the start may refuse the run."""
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write both files of a test that has a folder of its own, on the first process only.
+
+        Raises:
+            UserError: The folder cannot be written to, or has the results of a test that decided otherwise.
+        """
+        if not trainer.is_global_zero:
+            return
+        config, beside = self._plain_config(), same_folder(run_folder(trainer), self.trained_in)
+        if not beside:
+            known = {} if self.trained_in is None else read_record(self.trained_in)
+            _refuse_other_decision(run_folder(trainer), config)
+            further: dict[str, Any] = {name: known[name] for name in ("seed", "data") if name in known}
+            self._write(trainer, config, {**further, "checkpoint": config["ckpt_path"]})
+        self._tell_wandb(trainer, config, keeps_config=beside)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write both files of a training, on the first process only; by now a checkpoint that it cannot go on from has been refused.
 
         Raises:
             UserError: The folder cannot be written to, or another process trains in it.
         """
-        if not trainer.is_global_zero or stage not in ("fit", "test"):
+        if not trainer.is_global_zero:
             return
-        config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
-        beside = stage == "test" and same_folder(run_folder(trainer), self.trained_in)
-        if stage == "fit":
-            data = data_module(trainer)
-            model = cast(Any, pl_module)
-            cost = model.cost(data.preprocessing.input_size)
-            parts = (config["model"]["backbone"], type(model.head).__name__, type(model.loss).__name__)
-            rank_zero_info(f"{', '.join(parts)}: {cost}")
-            training = training_facts(seed=config["seed_everything"], data=data)
-            self._write(trainer, config, {**training, "model": cost._asdict()})
-        elif not beside:
-            known = {} if self.trained_in is None else read_record(self.trained_in)
-            further: dict[str, Any] = {name: known[name] for name in ("seed", "data") if name in known}
-            self._write(trainer, config, {**further, "checkpoint": config["ckpt_path"]})
-        # W&B can group runs by the arm
-        configure_runs(trainer, {**config, "arm": self.arm or self.name}, keeps_config=beside)
+        config, data, model = self._plain_config(), data_module(trainer), cast(Any, pl_module)
+        cost = model.cost(data.preprocessing.input_size)
+        parts = (config["model"]["backbone"], type(model.head).__name__, type(model.loss).__name__)
+        rank_zero_info(f"{', '.join(parts)}: {cost}")
+        training = training_facts(seed=config["seed_everything"], data=data)
+        self._write(trainer, config, {**training, "model": cost._asdict()})
+        self._tell_wandb(trainer, config)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the results of the checkpoint that this training goes on from: they are not those of its last epoch."""
@@ -89,6 +101,14 @@ class RunRecord(SaveConfigCallback):
         """Upload the last checkpoint to W&B if that was asked for; other callbacks have saved it by now."""
         if trainer.is_global_zero:
             log_checkpoint(trainer)
+
+    def _plain_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
+        return config
+
+    def _tell_wandb(self, trainer: Trainer, config: dict[str, Any], *, keeps_config: bool = False) -> None:
+        # W&B can group runs by the arm
+        configure_runs(trainer, {**config, "arm": self.arm or self.name}, keeps_config=keeps_config)
 
     def _write(self, trainer: Trainer, config: dict[str, Any], further: dict[str, Any]) -> None:
         folder = run_folder(trainer)
@@ -200,6 +220,29 @@ def config_sha256(config: Mapping[str, Any]) -> str:
         content["fine_tuning"] = {**tuning, "checkpoint": None}
     text = json.dumps({**content, "trainer": trainer}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _refuse_other_decision(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse to replace the results of a test of the same model that decides by other logits."""
+    if not (folder / "test_metrics.json").is_file() or not (folder / "config.yaml").is_file():
+        return
+    known = read_yaml(folder / "config.yaml")
+    if isinstance(known, Mapping) and _decision(known) != _decision(config):
+        raise UserError(
+            f"run folder {folder} has the results of a test that decides otherwise ({_told(known)}), which stay as they are: "
+            "give a new --name"
+        )
+
+
+def _decision(config: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    model = config.get("model") or {}
+    return model.get("logit_adjustment", 0.0), model.get("adjustment", "additive"), config.get("post_hoc")
+
+
+def _told(config: Mapping[str, Any]) -> str:
+    tau, adjustment, post_hoc = _decision(config)
+    name = post_hoc["class_path"].rpartition(".")[2] if isinstance(post_hoc, Mapping) else "the trained head"
+    return f"{name}, {adjustment} logit adjustment with τ {tau:g}"
 
 
 def _imbalance_ratio(data: Any) -> float | None:

@@ -49,6 +49,8 @@ def in_one_line(message: str, bases: Mapping[str, type]) -> str:
     if unknown and not takes_number:
         name = unknown[1] or unknown[2]
         why = re.search(r"No module named '[^']+'|module '[^']+' has no attribute '[^']+'", reason)
+        if not why and key in bases and _imported(name) is not None:
+            return f"--{key}: {name} is no {bases[key].__name__}: derive it from {_full_name(bases[key])}"
         return f"--{key}: nothing is called {name!r}{f' ({why[0]})' if why else ''}{_hint(name, bases.get(key))}"
     given, got = (rf"{said} value: (.*?)(\. Got value: .*)?$" for said in ("Given", r"\. Got"))
     value = re.search(given, reason, re.MULTILINE) or re.search(got, reason, re.MULTILINE)
@@ -89,24 +91,36 @@ def _as_typed(value: str) -> str:
 def _hint(name: str, base: type | None) -> str:
     """Write `; near matches: …` from the names that an option takes, or all of these names if they are few."""
     known = [] if base is None else _names(base)
-    if near := _near(name.rpartition(".")[2], known):
+    paths = {path.rpartition(".")[2]: path for path in known}
+    if near := _near(name.rpartition(".")[2], list(paths), paths):
         return near
     return f"; there are {', '.join(known)}" if 0 < len(known) <= _FEW else ""
 
 
-def _near(name: str, known: Sequence[str]) -> str:
-    close = get_close_matches(name, known, n=3, cutoff=0.4)
-    return f"; near matches: {', '.join(close)}" if close else ""
+def _near(name: str, known: Sequence[str], written: Mapping[str, str] | None = None) -> str:
+    close = get_close_matches(name.lower(), by_lower := {one.lower(): one for one in known}, n=3, cutoff=0.4)
+    names = [(written or {}).get(by_lower[one], by_lower[one]) for one in close]
+    return f"; near matches: {', '.join(names)}" if names else ""
 
 
 def _arguments(path: str) -> list[str]:
     """The arguments of a class that has been imported."""
-    module, _, name = path.rpartition(".")
-    cls = getattr(sys.modules.get(module), name, None)
+    cls = _imported(path)
     return list(inspect.signature(cls).parameters) if inspect.isclass(cls) else []
 
 
+def _imported(path: str) -> object:
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def _names(base: type) -> list[str]:
-    """The names of the subclasses that can be instantiated."""
+    """The names of the subclasses that can be instantiated; a user's own with its module, without which the parser would not find it."""
     usable = (cls for cls in family(base) if not getattr(cls, "__abstractmethods__", None))
-    return sorted({cls.__name__ for cls in usable if not cls.__name__.startswith("_")})
+    known = ("etflight", "torch", "lightning")
+    names = {cls: cls.__name__ if cls.__module__.partition(".")[0] in known else _full_name(cls) for cls in usable}
+    return sorted({name for cls, name in names.items() if not cls.__name__.startswith("_")})

@@ -88,7 +88,8 @@ CASES = {
         lambda t: (t / "out").mkdir() or ((t / "out/contact_sheet.png").write_text("mine")
         and ["describe", "--data", "Digits", "--output", t / "out"])),
     "a configuration file that says nothing": (
-        2, ["Unexpected config: # later"], lambda t: (t / "c.yaml").write_text("# later") and ["fit", "-c", "c.yaml"]),
+        1, ["c.yaml is empty: give it options, or leave it out"],
+        lambda t: (t / "c.yaml").write_text("# later") and ["fit", "-c", "c.yaml"]),
     "a configuration file with a section twice": (
         1, ["c.yaml cannot be read", "it gives 'model' twice"],
         lambda t: (t / "c.yaml").write_text("model: {head: LinearHead}\nmodel: {loss: FocalLoss}") and ["fit", "-c", "c.yaml"]),

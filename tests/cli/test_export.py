@@ -1,6 +1,7 @@
 """`etflight export`: what a stranger reads decides as the checkpoint."""
 
 import json
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -48,7 +49,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "test_metrics.json").write_text(json.dumps({"test/acc": 0.625}))
     (folder / "metrics.csv").write_text("step,epoch,train/loss,nc/train/nc1\n1,0,0.5,3\n2,1,0.4,2.125\n")
     (folder / "per_class.csv").write_text("class,name,train_images,acc\n0,zero|0,40,0.75\n1,<b>,40,0.5\n")
-    (folder / "config.yaml").write_text("seed_everything: 0\nmodel: {backbone: test_resnet}\n")
+    (folder / "config.yaml").write_text(
+        "seed_everything: 0\nmodel: {backbone: test_resnet}\ntrainer: {callbacks: [{class_path: EMAWeightAveraging}]}\n"
+    )
     return folder
 
 
@@ -119,12 +122,24 @@ def test_the_card_tells_recipe_results_and_collapse(run, exported):
         "| test/acc | 0.625 |",
         "| nc/train/nc1 | 2.125 |",
         "  backbone: test_resnet",
+        "  - class_path: EMAWeightAveraging",
         "| zero\\|0 | 40 | 0.750 |",
         "| &lt;b> | 40 | 0.500 |",
     ):
         assert line in card.splitlines(), line
     assert "**not** its probabilities" in card
     assert "import etflight" not in card  # timm itself knows the network
+
+
+def test_the_card_of_an_earlier_checkpoint_tells_the_recipe_but_no_results(run, tmp_path, capsys):
+    earlier = shutil.copy(checkpoint(run), run / "checkpoints" / "epoch=0-step=4.ckpt")
+    export.main([str(earlier), "--output", str(tmp_path / "earlier")])
+    card = (tmp_path / "earlier" / "README.md").read_text()
+    assert "  backbone: test_resnet" in card
+    assert "| data set | Digits |" in card
+    assert not [
+        line for line in card.splitlines() if line.startswith(("## Results", "## Neural", "## Classes", "| epochs"))
+    ]
 
 
 def test_a_network_of_ours_is_registered_by_the_import_that_the_card_names(tmp_path):

@@ -10,6 +10,8 @@ FIT = ["fit", "--data", "Digits"]
 CASES = {
     "--model.loss LDAM": "--model.loss: nothing is called 'LDAM'; near matches: LDAMLoss",
     "--model.head nowhere.Head": "--model.head: nothing is called 'nowhere.Head' (No module named 'nowhere'); near matches: ",
+    "--model.head etflight.FocalLoss": "--model.head: etflight.FocalLoss is no Head: derive it from etflight.heads.Head (see",
+    "--model.optimizer adamw": "--model.optimizer: nothing is called 'adamw'; near matches: AdamW, ",
     "--model.head ImageDataModule": "--model.head: nothing is called 'ImageDataModule'",
     "--trainer.callbacks Qqqq": "--trainer.callbacks: nothing is called 'Qqqq' (see",
     "--post_hoc Bogus": "--post_hoc: nothing is called 'Bogus'; there are ",

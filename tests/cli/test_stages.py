@@ -181,6 +181,14 @@ def test_results_of_another_checkpoint_are_not_replaced(run, etflight_command, t
         etflight_command.succeed(*words, "--ckpt_path", run[1] / "checkpoints/last.ckpt", cwd=run[0])
     refused = etflight_command(*words, "--ckpt_path", tmp_path / "other.ckpt", cwd=run[0])
     refused.assert_refused("runs/ncm", "has the results of another checkpoint", "give a new --name")
+    adjusted = [
+        *(word for word in words if word not in ("--post_hoc", "NearestClassMean")),
+        "--model.logit_adjustment",
+        1,
+    ]
+    etflight_command(*adjusted, "--ckpt_path", run[1] / "checkpoints/last.ckpt", cwd=run[0]).assert_refused(
+        "has the results of a test that decides otherwise (NearestClassMean, additive logit adjustment with τ 0)"
+    )
     etflight_command("fit", *DIGITS, "--name", "ncm", cwd=run[0]).assert_refused(
         "runs/ncm", "has the results of a test but no checkpoint"
     )
@@ -265,6 +273,39 @@ def test_other_optimizer_settings_are_refused_on_resume(run, etflight_command):
     etflight_command("fit", *DIGITS, *argv, cwd=run[0]).assert_refused("--model.optimizer differs")
 
 
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (["--model.loss", "FocalLoss"], "--model.loss differs"),
+        (["--model.loss.class_balance", "global"], "--model.loss differs"),
+        (["--model.center_pull", 0.1], "--model.center_pull differs"),
+        (["--data.mixup", 0.2], "the mixup 0.0, not 0.2: give the same --data options"),
+        (["--data.sampler", "balanced"], "the sampler None, not balanced"),
+    ],
+)
+def test_a_step_of_another_kind_is_refused_on_resume_and_the_run_keeps_its_files(other, words, run, etflight_command):
+    before = {path: path.read_bytes() for path in run[1].rglob("*") if path.is_file()}
+    argv = ["--name", "first", "--ckpt_path", "last", *other]
+    etflight_command("fit", *DIGITS, *argv, cwd=run[0]).assert_refused(words)
+    assert {path: path.read_bytes() for path in run[1].rglob("*") if path.is_file()} == before
+
+
+def test_a_run_in_the_place_of_its_files_is_told_how_to_name_them(run, etflight_command):
+    test = ["test", *QUIET]
+    refused = etflight_command(
+        *test, "--data", "Digits", "--ckpt_path", "runs/first/checkpoints/last.ckpt", "runs/first", cwd=run[0]
+    )
+    refused.assert_refused("for this run give -c runs/first/config.yaml --ckpt_path runs/first/checkpoints/last.ckpt")
+    (line,) = refused.error_lines
+    words = line.partition("give ")[2].partition(" (see")[0].split()
+    etflight_command.succeed(*test, *words, cwd=run[0])
+
+
+def test_weights_of_another_architecture_are_told_by_the_option(run, etflight_command):
+    words = ["test", *DIGITS, "--ckpt_path", run[1] / "checkpoints/last.ckpt", "--model.backbone", "resnet32_cifar"]
+    etflight_command(*words, cwd=run[0]).assert_refused("of another model: other than --model.backbone says")
+
+
 @pytest.fixture
 def parsed(capsys, monkeypatch, tmp_path):
     """`parsed(*argv)`: the configuration that a command line stands for, in the current folder."""
@@ -308,6 +349,14 @@ def test_choosing_a_class_by_name_gives_its_own_defaults(head, loss, parsed):
             defaults["scale"] = 16.0  # the same class: the configuration's argument stays
         assert found[argument] == {"class_path": f"etflight.{name}", "init_args": defaults}
     assert found["optimizer"]["class_path"] == "torch.optim.AdamW"
+    rates = {name: found["optimizer"]["init_args"][name] for name in ("lr", "weight_decay")}
+    assert rates == {"lr": 0.001, "weight_decay": 0.01}
+
+
+def test_another_optimizer_keeps_what_was_given_and_nothing_of_the_default_one(parsed):
+    found = parsed("fit", "--data", "Digits", "--model.optimizer.lr", 0.02, "--model.optimizer", "AdamW")
+    arguments = found["model"]["optimizer"]["init_args"]
+    assert {name: arguments[name] for name in ("lr", "weight_decay")} == {"lr": 0.02, "weight_decay": 0.01}
 
 
 MY_HEAD = """
