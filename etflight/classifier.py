@@ -807,10 +807,11 @@ class Classifier(LightningModule):
         Raises:
             UserError: They are those of another model.
         """
+        arguments, self._other_arguments = self._other_arguments, []
         try:
             result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         except RuntimeError as error:
-            other = [f"--model.{name}" for name in _ARCHITECTURE if name in self._other_arguments]
+            other = [f"--model.{name}" for name in _ARCHITECTURE if name in arguments]
             what = f"other than {' and '.join(other)} says" if other else brief(error, 300)
             raise UserError(f"the checkpoint's weights are those of another model: {what}") from error
         if bool(self.class_counts.any()):
@@ -890,18 +891,27 @@ _FREE_WHEN_RESUMED = {"compile", "logit_adjustment", "adjustment", "pretrained",
 
 
 def _differing(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """The names of the saved arguments that differ from a model's own; an argument that is left out is at its default."""
-    return [name for name in saved if name in own and _in_full(name, saved[name]) != _in_full(name, own[name])]
+    """The names of the arguments of `Classifier` in which a checkpoint differs from a model; one that is left out is at its default."""
+    parameters = inspect.signature(Classifier).parameters if saved else {}
+    both = {name: (saved.get(name, parameters[name].default), own[name]) for name in parameters if name in own}
+    return [name for name, (one, other) in both.items() if _in_full(name, one) != _in_full(name, other)]
 
 
 def _in_full(name: str, value: Any) -> Any:
     if name not in PLUGGABLE or value is None:
-        return value
+        return _as_lists(_without_weights(value) if name == "model_kwargs" else value)
     spec = to_spec(value, name)
     cls = find_class(spec, PLUGGABLE[name])
     parameters = {} if cls is None else inspect.signature(cls).parameters
     given = {key: parameter.default for key, parameter in parameters.items()} | spec["init_args"]
-    return cls or spec["class_path"], {key: list(v) if isinstance(v, tuple) else v for key, v in given.items()}
+    return cls or spec["class_path"], _as_lists(given)
+
+
+def _as_lists(value: Any) -> Any:
+    """The value with lists in the place of tuples, which YAML does not know."""
+    if isinstance(value, Mapping):
+        return {key: _as_lists(inner) for key, inner in value.items()}
+    return [_as_lists(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 # timm's arguments with a source of other weights; the checkpoint has its own

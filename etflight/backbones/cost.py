@@ -42,9 +42,11 @@ def network_cost(backbone: nn.Module, head: nn.Module, image_shape: Sequence[int
     try:
         with torch.no_grad(), counter:
             # tensors without numbers, so that nothing is computed
-            copy.deepcopy(backbone).to("meta").eval()(torch.zeros(1, *image_shape, device="meta"))
+            dtype = next((parameter.dtype for parameter in backbone.parameters()), torch.float32)
+            copy.deepcopy(backbone).to("meta").eval()(torch.zeros(1, *image_shape, dtype=dtype, device="meta"))
             weight = cast(torch.Tensor, head.weight)
-            copy.deepcopy(head).eval()(torch.zeros(1, cast(int, head.in_features), device=weight.device))
+            features = torch.zeros(1, cast(int, head.in_features), dtype=dtype, device=weight.device)
+            copy.deepcopy(head).eval()(features)
     # images of this size do not fit, for one: training says so
     except (AssertionError, RuntimeError, TypeError, ValueError):
         return Cost(params, None)

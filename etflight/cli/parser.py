@@ -1,5 +1,6 @@
 """A parser that says in one line what is wrong with a command line, and `--imports`."""
 
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -54,7 +55,7 @@ class OneLineParser(ArgumentParser):
     def _meant(self, message: str) -> str:
         """Write `; did you mean --model.optimizer?` for an unknown `--optimizer`, which is that of LightningCLI, and how to name a run."""
         run = re.search(r"unrecognized arguments: ([^-\s]\S*)", message)
-        if run is not None and (config := Path(run[1], "config.yaml")).is_file():
+        if run is not None and os.path.isfile(config := os.path.join(run[1], "config.yaml")):
             return f"; for this run give -c {config} --ckpt_path {last_checkpoint(Path(run[1]))}"
         unknown = re.search(r"unrecognized arguments: --(\w+)", message)
         if unknown is None:

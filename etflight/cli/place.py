@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info
 
 from etflight.callbacks.predictions import check_output
@@ -19,6 +20,7 @@ from etflight.runs.folder import (
 )
 from etflight.runs.wandb import name_in_sweep
 from etflight.utils.errors import UserError
+from etflight.utils.yaml import read_yaml
 
 
 @dataclass
@@ -129,6 +131,28 @@ class Place:
             else:
                 assert self.checkpoint is not None  # parsing has seen to that
                 claim_for_results(self.folder, self.trained_in, self.checkpoint)
+                if self.stage == "test":
+                    _refuse_other_decision(self.folder, config)
+
+
+def _refuse_other_decision(folder: Path, config: Any) -> None:
+    """Refuse to replace the results of a test of the same model that decides by other logits."""
+    if not (folder / "test_metrics.json").is_file() or not (folder / "config.yaml").is_file():
+        return
+    known = read_yaml(folder / "config.yaml")
+    if isinstance(known, dict) and (before := _decision(known)) != _decision(config):
+        tau, adjustment, post_hoc = before
+        name = "the trained head" if post_hoc is None else post_hoc["class_path"].rpartition(".")[2]
+        raise UserError(
+            f"run folder {folder} has the results of a test that decides otherwise ({name}, {adjustment} logit adjustment with "
+            f"τ {tau:g}), which stay as they are: give a new --name"
+        )
+
+
+def _decision(config: Any) -> tuple[Any, Any, Any]:
+    model, post_hoc = config.get("model") or {}, config.get("post_hoc")
+    plain = post_hoc.as_dict() if isinstance(post_hoc, Namespace) else post_hoc
+    return model.get("logit_adjustment", 0.0), model.get("adjustment", "additive"), plain
 
 
 def _file_of_arm(file: Path) -> Path:

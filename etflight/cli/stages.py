@@ -51,7 +51,7 @@ from etflight.utils.jsonargparse_private import why_not_made
 from etflight.utils.lightning_private import on_dead_process
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.specs import find_class, to_spec
-from etflight.utils.trainer import is_trial_run
+from etflight.utils.trainer import callbacks_of, is_trial_run
 from etflight.utils.training_data import refuse_other_shape
 from etflight.utils.yaml import guard_parser
 
@@ -169,12 +169,12 @@ class EtflightCLI(LightningCLI):
         self.saved_model: dict[str, Any] = {}  # the arguments of the checkpoint's model
         self.saved_rows, self.saved_step, self.verbose = 0, -1, True
         self.images = images_of(options) if stage == "predict" else []
-        if stage == "fit":
-            _forget_default_optimizer(parser, options.value("model.optimizer", object))
         argv = [stage, *(f"--config={file}" for file in files)]
         if self.place.checkpoint is not None:
             self._parse_over_checkpoint(parser, argv, words, options, self.place.checkpoint)
         elif stage == "fit" or "--print_config" in words:
+            if stage == "fit":
+                _forget_default_optimizer(parser, [*argv, *words])
             self.config = parser.parse_args([*argv, *words])
         else:
             raise UserError(
@@ -291,13 +291,12 @@ class EtflightCLI(LightningCLI):
     def after_fit(self) -> None:
         """Say why a training ended before its last epoch, and where everything is."""
         trainer = self.trainer
-        stopped = [c.stopped_epoch for c in trainer.callbacks if isinstance(c, EarlyStopping) and c.stopped_epoch]  # type: ignore[attr-defined]
+        over = 0 < (trainer.max_epochs or 0) <= trainer.current_epoch
         if trainer.global_step == self.saved_step:
-            rank_zero_info(
-                f"nothing was left to train: the run has had its {trainer.current_epoch} epochs (--trainer.max_epochs for more)"
-            )
-        elif stopped:
-            rank_zero_info(f"EarlyStopping ended the training after epoch {stopped[0] + 1} of {trainer.max_epochs}")
+            more = f": epoch {trainer.current_epoch} was the last (--trainer.max_epochs for more)" if over else ""
+            rank_zero_info(f"nothing was left to train{more}")
+        elif trainer.should_stop and not over and callbacks_of(trainer, EarlyStopping):
+            rank_zero_info(f"EarlyStopping ended the training after epoch {trainer.current_epoch}")
         if not is_trial_run(trainer):
             rank_zero_info(f"run folder: {self.place.folder}")
 
@@ -392,12 +391,14 @@ def main(args: Sequence[str] | None = None) -> EtflightCLI:
     )
 
 
-def _forget_default_optimizer(parser: LightningArgumentParser, named: Any) -> None:
+def _forget_default_optimizer(parser: LightningArgumentParser, argv: list[str]) -> None:
     """Give an optimizer that the user names its own defaults; the parser would keep the learning rate of ours."""
-    name = named.get("class_path") if isinstance(named, dict) else named
-    if isinstance(name, str) and name.rpartition(".")[2] != PROTOCOL_SGD.func.__name__:
-        spec = {"class_path": name if "." in name else f"torch.optim.{name}"}
-        parser.set_defaults({"fit.model.optimizer": spec if find_class(spec, Optimizer) else None})
+    if not any("optimizer" in word or word.startswith("--config=") for word in argv):
+        return
+    parsed = parser.parse_args([word for word in argv if not word.startswith("--print_config")])
+    chosen = {"class_path": parsed["fit"]["model"]["optimizer"]["class_path"]}
+    if find_class(chosen, Optimizer) is not PROTOCOL_SGD.func:
+        parser.set_defaults({"fit.model.optimizer": chosen})
 
 
 _PROFILERS: dict[Any, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}

@@ -317,9 +317,10 @@ class ImageDataModule(LightningDataModule, ABC):
     @property
     def training_options(self) -> dict[str, Any]:
         """How training images are drawn and changed: the options that a resumed run must have alike."""
-        names = ("sampler", "auto_augment", "color_jitter", "cutout", "random_erasing", "views", "mixup", "cutmix")
+        names = ("auto_augment", "color_jitter", "cutout", "random_erasing", "views", "mixup", "cutmix")
         recipe = {name: self._or_standard(name) for name in ("crop_padding", "flip")}
-        return {**{name: getattr(self, name) for name in names}, **recipe}
+        sampler = resolve_policy("instance" if self.sampler is None else self.sampler)
+        return {"sampler": sampler, **{name: getattr(self, name) for name in names}, **recipe}
 
     @property
     def _labels_are_free(self) -> bool:

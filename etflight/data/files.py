@@ -293,6 +293,11 @@ class FileImages(ImageDataModule):
         square = {"image_size": width, "crop_pct": preprocessing.crop_pct} if height == width else {}
         return {**super().options_for(preprocessing), **square}
 
+    @property
+    def training_options(self) -> dict[str, Any]:
+        """As in the base class, plus how pictures are cut."""
+        return {**super().training_options, "min_crop_scale": self._or_standard("min_crop_scale")}
+
     def make_split(self, name: Split, source: ImageSource, indices: NDArray[np.int64]) -> ImageSplit:
         """The chosen files; corrupt ones are skipped if `skip_corrupt` is set, but never test images."""
         return FileSplit(cast(FileSource, source), indices, skip_corrupt=self.skip_corrupt and name != "test")

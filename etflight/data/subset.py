@@ -93,6 +93,11 @@ class ClassSubset(ImageDataModule):
         return self.images.content
 
     @property
+    def training_options(self) -> dict[str, Any]:
+        """Its own, and what only the set has, such as how it cuts pictures."""
+        return self.images.training_options | super().training_options
+
+    @property
     def _labels_are_free(self) -> bool:
         return super()._labels_are_free or self.labels != sorted(self.labels)
 

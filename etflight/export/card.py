@@ -26,6 +26,7 @@ _OF_COLLAPSE = (
     "them) and `etf_distance` (of the class means from a simplex equiangular tight frame) are 0, `alignment` (cosine of class means and "
     "class vectors) is 1."
 )
+_OF_AN_EARLIER = "The weights are those of an earlier epoch than the last of this training.\n\n"
 _USES = {
     "timm": """\
 ```python
@@ -98,7 +99,7 @@ def model_card(
     recipe = classes = ""
     if run is not None:
         with noting(problems):
-            recipe = _recipe(run)
+            recipe = ("" if at_its_end else _OF_AN_EARLIER) + _recipe(run)
         with noting(problems):
             classes = _classes(run) if at_its_end else ""
     head = type(classifier.head).__name__
@@ -180,14 +181,10 @@ def _recipe(run: Path) -> str:
         raise UserError(f"{run / 'config.yaml'} is not whole (it holds no configuration)")
     trainer = content.get("trainer", {})
     of_trainer = ("max_epochs", "precision", "accumulate_grad_batches", "gradient_clip_val", "callbacks")
-    tuning = content.get("fine_tuning") or {}
-    of_run = (
-        "seed_everything",
-        "data",
-        "model",
-        *["fine_tuning"] * bool(tuning.get("checkpoint") or tuning.get("freeze")),
-    )
-    kept = {name: content.get(name) for name in of_run}
+    kept = {name: content.get(name) for name in ("seed_everything", "data", "model")}
+    tuning = content.get("fine_tuning")
+    if isinstance(tuning, dict) and any(tuning.get(name) for name in ("checkpoint", "weights", "freeze")):
+        kept["fine_tuning"] = tuning
     kept["trainer"] = {name: trainer[name] for name in of_trainer if name in trainer}
     text = yaml.safe_dump(_known(kept), sort_keys=False, allow_unicode=True)
     return f"```yaml\n{text.replace('```', '')}```"

@@ -2,17 +2,23 @@
 
 import json
 import re
+import shlex
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from etflight.reporting.results import Result
 
 # options in which the runs of an arm differ, as `etflight.runs.record.config_sha256` has it
-_OF_A_RUN = re.compile(r" --(seed_everything|name|ckpt_path|data\.seed|fine_tuning\.checkpoint)[ =]\S+")
+_OF_A_RUN = {
+    "seed_everything", "name", "ckpt_path", "weights_only", "data.seed", "data.init_args.seed", "fine_tuning.checkpoint",
+    "trainer.default_root_dir", "trainer.logger",
+}  # fmt: skip
 _SEED = re.compile(r"(^|[/_-])seed_?\d+$")
+_NUMBERS = re.compile(r"-v\d+$|\d+")
 
 
 class Stat(NamedTuple):
@@ -142,18 +148,14 @@ def _split_where_known(results: list[Result], fact: Callable[[Result], str | Non
 
 
 def _apart(same: list[Result], remarks: list[str]) -> list[list[Result]]:
-    """The runs of one arm, one per seed, by configuration and tested checkpoint, and called apart if there is more than one part."""
-    first: list[Result] = []  # of each configuration
-
-    def configuration(r: Result) -> str | None:
-        if r.config_sha256 is None:
-            return None
-        if not (alike := [one for one in first if _alike(one, r)]):
-            first.append(r)
-        return (alike or [r])[0].config_sha256
-
-    trained = _split_where_known(same, configuration)
-    tested = [part for runs in trained for part in _split_where_known(runs, lambda r: r.checkpoint)]
+    """The runs of one arm, one per seed, by configuration and kind of checkpoint, and called apart if there is more than one part."""
+    trained: list[list[Result]] = []
+    for part in _split_where_known(same, lambda r: r.config_sha256):
+        if earlier := next((runs for runs in trained if _are_continued(runs, part)), None):
+            earlier += part
+        else:
+            trained.append(part)
+    tested = [part for runs in trained for part in _split_where_known(runs, _kind_of_checkpoint)]
     parts = [_one_per_seed(part, remarks) for part in tested]
     if len(parts) == 1:
         return parts
@@ -161,6 +163,7 @@ def _apart(same: list[Result], remarks: list[str]) -> list[list[Result]]:
         lambda r: r.set_name,
         lambda r: r.name and _SEED.sub("", r.name),
         lambda r: r.name,
+        lambda r: Path(r.source.partition(".json[")[0]).name,
         lambda r: r.source,
     )
     called = [[name(part[0]) for part in parts] for name in names]
@@ -168,17 +171,36 @@ def _apart(same: list[Result], remarks: list[str]) -> list[list[Result]]:
     return [[replace(r, arm=f"{r.arm} ({label})") for r in part] for label, part in zip(found, parts, strict=True)]
 
 
-def _alike(one: Result, other: Result) -> bool:
-    """Whether two runs of known configurations were trained with the same options.
+def _are_continued(runs: list[Result], others: list[Result]) -> bool:
+    """Whether runs of another configuration are further seeds of the same experiment.
 
-    A hash also changes when the package gets a new option: the same command at another commit, with another seed, counts as the same.
+    The hash of a configuration also changes when the package gets a new option, so the same command at other commits, with other seeds,
+    counts as the same.
     """
-    if one.config_sha256 == other.config_sha256:
-        return True
-    if None in (one.command, other.command, one.commit, other.commit) or one.commit == other.commit:
-        return False
-    repeated = (one.seed, one.choice) == (other.seed, other.choice)
-    return not repeated and _OF_A_RUN.sub("", str(one.command)) == _OF_A_RUN.sub("", str(other.command))
+    commits, commands = {r.commit for r in runs + others}, {_options(r.command) for r in runs + others}
+    repeated = {(r.seed, r.choice) for r in runs} & {(r.seed, r.choice) for r in others}
+    return not repeated and len(commands) == 1 < len(commits) and None not in commands | commits
+
+
+def _options(command: str | None) -> tuple[str, ...] | None:
+    """The words of a command without the options in which runs of an arm may differ; None if they cannot be told."""
+    try:
+        words = iter(shlex.split(command or ""))
+    except ValueError:
+        return None
+    kept = []
+    for word in words:
+        option, given, _ = word.removeprefix("--").partition("=")
+        if not (word.startswith("--") and option in _OF_A_RUN):
+            kept.append(word)
+        elif not given:
+            next(words, None)
+    return tuple(kept) or None
+
+
+def _kind_of_checkpoint(r: Result) -> str | None:
+    """The name of a checkpoint without numbers, which differ from seed to seed: epoch=12-step=900 is epoch=9-step=675 of another."""
+    return r.checkpoint and _NUMBERS.sub("", r.checkpoint)
 
 
 def _of_same_classes(results: list[Result], remarks: list[str]) -> list[Result]:

@@ -22,10 +22,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from etflight.runs.folder import RECORD, lock, read_record, same_folder, writing_to
 from etflight.runs.loggers import run_folder
 from etflight.runs.wandb import ID, configure_runs, log_checkpoint, recorded_id
-from etflight.utils.errors import UserError
 from etflight.utils.files import replacing, write_json
 from etflight.utils.trainer import data_module
-from etflight.utils.yaml import read_yaml
 
 PACKAGES = ("etflight", "torch", "lightning", "torchmetrics", "torchvision", "timm", "numpy")
 
@@ -63,14 +61,13 @@ class RunRecord(SaveConfigCallback):
         """Write both files of a test that has a folder of its own, on the first process only.
 
         Raises:
-            UserError: The folder cannot be written to, or has the results of a test that decided otherwise.
+            UserError: The folder cannot be written to.
         """
         if not trainer.is_global_zero:
             return
         config, beside = self._plain_config(), same_folder(run_folder(trainer), self.trained_in)
         if not beside:
             known = {} if self.trained_in is None else read_record(self.trained_in)
-            _refuse_other_decision(run_folder(trainer), config)
             further: dict[str, Any] = {name: known[name] for name in ("seed", "data") if name in known}
             self._write(trainer, config, {**further, "checkpoint": config["ckpt_path"]})
         self._tell_wandb(trainer, config, keeps_config=beside)
@@ -220,29 +217,6 @@ def config_sha256(config: Mapping[str, Any]) -> str:
         content["fine_tuning"] = {**tuning, "checkpoint": None}
     text = json.dumps({**content, "trainer": trainer}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _refuse_other_decision(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuse to replace the results of a test of the same model that decides by other logits."""
-    if not (folder / "test_metrics.json").is_file() or not (folder / "config.yaml").is_file():
-        return
-    known = read_yaml(folder / "config.yaml")
-    if isinstance(known, Mapping) and _decision(known) != _decision(config):
-        raise UserError(
-            f"run folder {folder} has the results of a test that decides otherwise ({_told(known)}), which stay as they are: "
-            "give a new --name"
-        )
-
-
-def _decision(config: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    model = config.get("model") or {}
-    return model.get("logit_adjustment", 0.0), model.get("adjustment", "additive"), config.get("post_hoc")
-
-
-def _told(config: Mapping[str, Any]) -> str:
-    tau, adjustment, post_hoc = _decision(config)
-    name = post_hoc["class_path"].rpartition(".")[2] if isinstance(post_hoc, Mapping) else "the trained head"
-    return f"{name}, {adjustment} logit adjustment with τ {tau:g}"
 
 
 def _imbalance_ratio(data: Any) -> float | None:

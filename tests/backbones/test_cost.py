@@ -14,6 +14,12 @@ def test_the_published_sizes_of_the_cifar_resnets(width, params, multiply_adds):
     assert cost.multiply_adds / 1e9 == pytest.approx(multiply_adds, abs=0.005)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_they_are_known_in_any_precision(dtype):
+    model = Classifier(10, "resnet20_cifar")
+    assert model.cost((3, 32, 32)) == model.to(dtype).cost((3, 32, 32))
+
+
 def test_they_are_those_of_the_formulas_and_nothing_changes():
     backbone = nn.Sequential(
         nn.Conv2d(2, 5, 3, padding=1, bias=False), nn.BatchNorm2d(5), nn.AdaptiveAvgPool2d(1), nn.Flatten()

@@ -137,6 +137,7 @@ def test_the_card_of_an_earlier_checkpoint_tells_the_recipe_but_no_results(run, 
     card = (tmp_path / "earlier" / "README.md").read_text()
     assert "  backbone: test_resnet" in card
     assert "| data set | Digits |" in card
+    assert "The weights are those of an earlier epoch" in card
     assert not [
         line for line in card.splitlines() if line.startswith(("## Results", "## Neural", "## Classes", "| epochs"))
     ]

@@ -237,10 +237,24 @@ def test_results_of_a_checkpoint_are_removed_once_its_training_goes_on(etflight_
     test = ["test", *DIGITS, "--ckpt_path", "runs/on/checkpoints/last.ckpt"]
     etflight_command(*test, cwd=tmp_path).ran()
     results = [folder / "test_metrics.json", folder / "per_class.csv"]
-    etflight_command(*fit, 1, cwd=tmp_path)  # has nothing left to train
+    assert "nothing was left to train: epoch 1 was the last" in etflight_command(*fit, 1, cwd=tmp_path).err
     assert all(path.is_file() for path in results)
     etflight_command(*fit, 2, cwd=tmp_path).ran()
     assert not any(path.exists() for path in results)
+
+
+def test_what_ended_a_training_early_is_said(etflight_command, tmp_path):
+    stop = [
+        "--trainer.callbacks+",
+        "EarlyStopping",
+        "--trainer.callbacks.monitor",
+        "val/acc",
+        "--trainer.callbacks.mode",
+        "max",
+    ]
+    at_once = ["--trainer.callbacks.patience", 1, "--trainer.callbacks.min_delta", 1, "--trainer.max_epochs", 3]
+    ended = etflight_command.succeed("fit", *DIGITS, *ONE_BATCH, *stop, *at_once, "--name", "r", cwd=tmp_path)
+    assert "EarlyStopping ended the training after epoch 2" in ended.err
 
 
 def test_a_folder_of_somebody_elses_gets_no_results(run, etflight_command):
@@ -280,7 +294,7 @@ def test_other_optimizer_settings_are_refused_on_resume(run, etflight_command):
         (["--model.loss.class_balance", "global"], "--model.loss differs"),
         (["--model.center_pull", 0.1], "--model.center_pull differs"),
         (["--data.mixup", 0.2], "the mixup 0.0, not 0.2: give the same --data options"),
-        (["--data.sampler", "balanced"], "the sampler None, not balanced"),
+        (["--data.sampler", "balanced"], "the sampler instance, not balanced"),
     ],
 )
 def test_a_step_of_another_kind_is_refused_on_resume_and_the_run_keeps_its_files(other, words, run, etflight_command):
@@ -299,6 +313,20 @@ def test_a_run_in_the_place_of_its_files_is_told_how_to_name_them(run, etflight_
     (line,) = refused.error_lines
     words = line.partition("give ")[2].partition(" (see")[0].split()
     etflight_command.succeed(*test, *words, cwd=run[0])
+
+
+def test_the_same_settings_in_other_words_go_on(run, etflight_command, tmp_path):
+    shutil.copytree(run[1], tmp_path / "runs/first")
+    same = [
+        "--data.sampler",
+        "instance",
+        "--model.loss",
+        '{"class_path": "etflight.DotRegressionLoss"}',
+        "--model.sam_rho",
+        0,
+    ]
+    result = etflight_command("fit", *DIGITS, "--name", "first", "--ckpt_path", "last", *same, cwd=tmp_path).ran()
+    assert "nothing was left to train" in result.err
 
 
 def test_weights_of_another_architecture_are_told_by_the_option(run, etflight_command):
@@ -357,6 +385,22 @@ def test_another_optimizer_keeps_what_was_given_and_nothing_of_the_default_one(p
     found = parsed("fit", "--data", "Digits", "--model.optimizer.lr", 0.02, "--model.optimizer", "AdamW")
     arguments = found["model"]["optimizer"]["init_args"]
     assert {name: arguments[name] for name in ("lr", "weight_decay")} == {"lr": 0.02, "weight_decay": 0.01}
+
+
+def test_the_default_optimizer_named_again_keeps_what_was_not_given(parsed):
+    spec = '{"class_path": "torch.optim.SGD", "init_args": {"lr": 0.2}}'
+    found = parsed("fit", "--data", "Digits", "--model.optimizer", spec)["model"]["optimizer"]["init_args"]
+    assert (found["lr"], found["momentum"], found["weight_decay"]) == (0.2, 0.9, 2e-4)
+
+
+def test_an_optimizer_named_in_one_file_and_changed_in_another_has_its_own_defaults(parsed, tmp_path, monkeypatch):
+    (tmp_path / "my_optimizers.py").write_text("import torch\n\nclass SGD(torch.optim.AdamW):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "a.yaml").write_text("model: {optimizer: {class_path: my_optimizers.SGD}}")
+    (tmp_path / "b.yaml").write_text("model: {optimizer: {init_args: {lr: 0.0005}}}")
+    found = parsed("fit", "--data", "Digits", "-c", "a.yaml", "-c", "b.yaml")["model"]["optimizer"]
+    arguments = found["init_args"]
+    assert (found["class_path"], arguments["lr"], arguments["weight_decay"]) == ("my_optimizers.SGD", 0.0005, 0.01)
 
 
 MY_HEAD = """

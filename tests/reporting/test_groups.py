@@ -86,6 +86,9 @@ def test_runs_of_one_arm_with_other_options_have_rows_named_by_run_and_none_is_a
     found = [(g.arm, [r.seed for r in g.results], g.stat("test/acc").mean) for g in section.groups]
     rows = [("ce (x)", [0, 1], 0.5), ("ce (y)", [0], 0.5), ("ce (z)", [2], 1.0), ("ce (unknown)", [3], 0.0)]
     assert (found, remarks) == (rows, [])
+    records = [replace(run, name=None, source=f"results/{name}.json[3]") for name, run in zip("pq", runs, strict=False)]
+    ((section,), _) = group(records)
+    assert [g.arm for g in section.groups] == ["ce (p)", "ce (q)"]
     # of one name, as in two folders for runs: the paths differ
     ((section,), _) = group([replace(run, name="x", source=f"{i}/x") for i, run in enumerate(runs[:2])])
     assert [g.arm for g in section.groups] == ["ce (0/x)", "ce (1/x)"]
@@ -113,6 +116,32 @@ def test_results_of_two_checkpoints_of_a_run_have_rows_of_their_own():
     ((section,), remarks) = group(runs)
     assert [(g.arm, len(g.results)) for g in section.groups] == [("ce (best)", 2), ("ce (last)", 2)]
     assert remarks == []
+
+
+def test_seeds_whose_checkpoints_are_numbered_are_one_row():
+    names = ["epoch=12-step=900", "epoch=9-step=675", "epoch=9-step=675-v1"]
+    runs = [result(seed=seed, checkpoint=name, config_sha256="c") for seed, name in enumerate(names)]
+    ((section,), remarks) = group(runs)
+    assert ([g.arm for g in section.groups], remarks) == (["ce"], [])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_seeds_of_one_configuration_stay_together_beside_a_run_of_an_older_package(order):
+    older = result(seed=0, name="old/seed0", config_sha256="a", commit="a", command="etflight fit --name 'old run'")
+    newer = [
+        result(
+            seed=i, name=f"new/seed{i}", config_sha256="b", commit="b", command=f"etflight fit --seed_everything {i}"
+        )
+        for i in range(3)
+    ]
+    ((section,), remarks) = group([older, *newer][::order])
+    assert {g.arm: sorted(r.seed for r in g.results) for g in section.groups} == {
+        "ce (old)": [0],
+        "ce (new)": [0, 1, 2],
+    }
+    assert remarks == []
+    (section,), _ = group([replace(older, seed=3), *newer][::order])
+    assert [len(g.results) for g in section.groups] == [4]
 
 
 @pytest.mark.parametrize("order", [1, -1])
