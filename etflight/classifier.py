@@ -213,9 +213,7 @@ class Classifier(LightningModule):
         self._batches: list[tuple[Batch, int]] = []  # those of this step, for SAM's second pass
         self.is_second_pass = False  # of a sharpness-aware step; callbacks leave its forwards out
         self._total_epochs: int | None = None
-        self._other_arguments: list[
-            str
-        ] = []  # those in which the checkpoint that was loaded last differs from this model
+        self._other_arguments: list[str] = []  # in which the checkpoint being loaded differs from this model
         self.losses: Any = nn.ModuleDict({f"{stage}_loss": SampleMean() for stage in ("train", "val", "test")})
         self.evaluation_metrics: Any = nn.ModuleDict(
             {

@@ -173,7 +173,7 @@ class EtflightCLI(LightningCLI):
         if self.place.checkpoint is not None:
             self._parse_over_checkpoint(parser, argv, words, options, self.place.checkpoint)
         elif stage == "fit" or "--print_config" in words:
-            if stage == "fit":
+            if stage == "fit" and "optimizer" in f"{argv} {words} {options.contents}":
                 _forget_default_optimizer(parser, [*argv, *words])
             self.config = parser.parse_args([*argv, *words])
         else:
@@ -393,8 +393,6 @@ def main(args: Sequence[str] | None = None) -> EtflightCLI:
 
 def _forget_default_optimizer(parser: LightningArgumentParser, argv: list[str]) -> None:
     """Give an optimizer that the user names its own defaults; the parser would keep the learning rate of ours."""
-    if not any("optimizer" in word or word.startswith("--config=") for word in argv):
-        return
     parsed = parser.parse_args([word for word in argv if not word.startswith("--print_config")])
     chosen = {"class_path": parsed["fit"]["model"]["optimizer"]["class_path"]}
     if find_class(chosen, Optimizer) is not PROTOCOL_SGD.func:
