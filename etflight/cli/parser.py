@@ -54,9 +54,9 @@ class OneLineParser(ArgumentParser):
 
     def _meant(self, message: str) -> str:
         """Write `; did you mean --model.optimizer?` for an unknown `--optimizer`, which is that of LightningCLI, and how to name a run."""
-        run = re.search(r"unrecognized arguments: ([^-\s]\S*)", message)
-        if run is not None and os.path.isfile(config := os.path.join(run[1], "config.yaml")):
-            return f"; for this run give -c {config} --ckpt_path {last_checkpoint(Path(run[1]))}"
+        word = re.search(r"unrecognized arguments: ([^-\s]\S*)", message)
+        if word is not None and (hint := how_to_name_run(word[1])):
+            return hint
         unknown = re.search(r"unrecognized arguments: --(\w+)", message)
         if unknown is None:
             return ""
@@ -66,6 +66,13 @@ class OneLineParser(ArgumentParser):
             if (name := rest.partition(".")[0]) == unknown[1]
         )
         return f"; did you mean {' or '.join(full)}?" if full else ""
+
+
+def how_to_name_run(word: str) -> str:
+    """Write `; for this run give -c … --ckpt_path …` if a word of a command line is a run folder; empty otherwise."""
+    if not os.path.isfile(config := os.path.join(word, "config.yaml")):
+        return ""
+    return f"; for this run give -c {config} --ckpt_path {last_checkpoint(Path(word))}"
 
 
 def add_imports(parser: ArgumentParser) -> None:

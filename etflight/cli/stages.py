@@ -34,7 +34,7 @@ from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
 from etflight.cli import STAGES
 from etflight.cli.argv import EarlyOptions, split_config_files
 from etflight.cli.checkpoint_option import prepare_as_trained
-from etflight.cli.parser import OneLineParser, import_modules
+from etflight.cli.parser import OneLineParser, how_to_name_run, import_modules
 from etflight.cli.place import Place
 from etflight.cli.predict import add_prediction_arguments, as_data, images_of
 from etflight.cli.unsupported import refuse_unsupported
@@ -177,8 +177,9 @@ class EtflightCLI(LightningCLI):
                 _forget_default_optimizer(parser, [*argv, *words])
             self.config = parser.parse_args([*argv, *words])
         else:
+            hint = next(filter(None, map(how_to_name_run, words)), "")
             raise UserError(
-                f"{stage} needs a trained model: give --ckpt_path FILE, or --ckpt_path last with the name of its run"
+                f"{stage} needs a trained model: give --ckpt_path FILE, or --ckpt_path last with the name of its run{hint}"
             )
         seed = self.config[stage]["seed_everything"]
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:

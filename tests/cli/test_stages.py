@@ -305,14 +305,14 @@ def test_a_step_of_another_kind_is_refused_on_resume_and_the_run_keeps_its_files
 
 
 def test_a_run_in_the_place_of_its_files_is_told_how_to_name_them(run, etflight_command):
-    test = ["test", *QUIET]
-    refused = etflight_command(
-        *test, "--data", "Digits", "--ckpt_path", "runs/first/checkpoints/last.ckpt", "runs/first", cwd=run[0]
-    )
-    refused.assert_refused("for this run give -c runs/first/config.yaml --ckpt_path runs/first/checkpoints/last.ckpt")
-    (line,) = refused.error_lines
-    words = line.partition("give ")[2].partition(" (see")[0].split()
-    etflight_command.succeed(*test, *words, cwd=run[0])
+    test, named = ["test", *QUIET], "-c runs/first/config.yaml --ckpt_path runs/first/checkpoints/last.ckpt"
+    for words in (
+        ["runs/first"],
+        ["--data", "Digits", "--ckpt_path", "runs/first/checkpoints/last.ckpt", "runs/first"],
+    ):
+        refused = etflight_command(*test, *words, cwd=run[0])
+        refused.assert_refused(f"; for this run give {named}")
+    etflight_command.succeed(*test, *named.split(), cwd=run[0])
 
 
 def test_the_same_settings_in_other_words_go_on(run, etflight_command, tmp_path):
