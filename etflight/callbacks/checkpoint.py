@@ -26,8 +26,6 @@ from etflight.utils.ranks import gather_objects
 from etflight.utils.torchmetrics_private import add_saved_state
 from etflight.utils.trainer import callbacks_of, data_module, is_trial_run
 
-_DATA = "give the same --data options"
-_MENDS = {"seed": "give the same --seed_everything"}
 SavePoint = Literal["steps", "epochs", "end"]
 KEY = "etflight"  # the entry of a checkpoint that this callback adds
 
@@ -168,9 +166,9 @@ class LastCheckpoint(Callback):
             return
         for name, value in _identity(trainer).items():
             if added.get(name, value) != value:  # older checkpoints lack some
+                option = "--seed_everything" if name == "seed" else "--data options"
                 raise UserError(
-                    f"the run being resumed has the {name} {added[name]}, not {value}: {_MENDS.get(name, _DATA)}, "
-                    "or start a new run"
+                    f"the run being resumed has the {name} {added[name]}, not {value}: give the same {option}, or start a new run"
                 )
         ranks = added["ranks"]
         if len(ranks) == trainer.world_size:
