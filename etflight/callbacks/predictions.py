@@ -24,6 +24,7 @@ from etflight.utils.terminal import readable
 from etflight.utils.trainer import data_module, is_trial_run
 
 SUFFIXES = (".csv", ".parquet", ".npz")
+TABLE = "predictions.csv"  # in a run folder
 
 
 def skipped_beside(path: Path) -> Path:
@@ -41,7 +42,7 @@ def check_output(path: Path) -> None:
         raise UserError(f"--output {path}: give a name that ends in {', '.join(SUFFIXES)}")
     for file in (path, skipped_beside(path)):
         if os.path.lexists(file):
-            raise UserError(f"--output {path}: {file} exists already and stays as it is: give another name")
+            raise UserError(f"{file} exists already and stays as it is: give another name with --output")
     if path.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise UserError(f"--output {path} needs pyarrow: pip install 'etflight[parquet]', or give .csv or .npz")
 
@@ -164,15 +165,14 @@ class PredictionTable(Callback):
         with writing_to(self.path.parent, "--output"):
             write(self.path, images, labels, probabilities, model.names_or_labels, *rest)
             rank_zero_info(f"predictions: {self.path} (probabilities: {model.describe_temperature()})")
-            self._tell_skipped({data.sample_name("test", i): skipped[i] for i in sorted(skipped)})
+            if skipped:
+                self._tell_skipped({data.sample_name("test", i): skipped[i] for i in sorted(skipped)})
 
     def _tell_skipped(self, reasons: dict[str, str]) -> None:
         path = skipped_beside(self.path)
-        path.unlink(missing_ok=True)  # the list of an earlier run, whose predictions have just been replaced
-        if reasons:
-            write_csv(path, ["image", "reason"], reasons.items())
-            count = "1 image" if len(reasons) == 1 else f"{len(reasons)} images"
-            warn(f"{count} could not be read, listed in {path}: {first_few(reasons.values(), len(reasons), '; ')}")
+        write_csv(path, ["image", "reason"], reasons.items())
+        count = "1 image" if len(reasons) == 1 else f"{len(reasons)} images"
+        warn(f"{count} could not be read, listed in {path}: {first_few(reasons.values(), len(reasons), '; ')}")
 
 
 def _reason(data: Any, index: int) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info
 
-from etflight.callbacks.predictions import check_output
+from etflight.callbacks.predictions import TABLE, check_output
 from etflight.cli.argv import EarlyOptions, set_and_arm
 from etflight.runs.folder import (
     check_writable,
@@ -118,7 +118,7 @@ class Place:
         """Refuse places that cannot be written to, or that hold files of another run.
 
         Raises:
-            UserError: The run folder or the file of --output is such a place.
+            UserError: The run folder or the file of predictions is such a place.
         """
         if config.get("output") is not None:
             output = Path(config["output"])
@@ -133,6 +133,8 @@ class Place:
                 claim_for_results(self.folder, self.trained_in, self.checkpoint)
                 if self.stage == "test":
                     _refuse_other_decision(self.folder, config)
+                else:
+                    check_output(self.folder / TABLE)
 
 
 def _refuse_other_decision(folder: Path, config: Any) -> None:

@@ -26,7 +26,7 @@ def add_prediction_arguments(parser: ArgumentParser) -> None:
         "--output",
         type=str | None,
         default=None,
-        help="New file, .csv, .parquet or .npz. Default: predictions.csv in the run folder, replaced.",
+        help="New file, .csv, .parquet or .npz. Default: predictions.csv in the run folder.",
     )
     parser.add_argument("--top_k", type=PositiveInt, default=1, help="Classes of each image, the most probable first.")
     parser.add_argument("--embeddings", type=bool, default=False, help="Write the embeddings, too.")

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from etflight.callbacks import FineTuning, LastCheckpoint, NeuralCollapseMonitor, PostHoc, Speed, StepSeed, StopSignals
 from etflight.callbacks.balance import DoubleCorrection
 from etflight.callbacks.checkpoint import KEY as CHECKPOINT_KEY
-from etflight.callbacks.predictions import PredictionTable
+from etflight.callbacks.predictions import TABLE, PredictionTable
 from etflight.callbacks.progress import Progress, StepNotice, is_watched
 from etflight.callbacks.results import TestResults
 from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
@@ -343,7 +343,7 @@ class EtflightCLI(LightningCLI):
         callbacks += [*_as_list(config["post_hoc"]), *(callback for callback in users if callback not in averaging)]
         callbacks += [StepNotice(), DoubleCorrection(), TestResults(self.verbose)]
         if self.subcommand == "predict":
-            output = Path(config["output"] or folder / "predictions.csv")
+            output = Path(config["output"] or folder / TABLE)
             callbacks.append(PredictionTable(output, config["top_k"], config["embeddings"]))
         if self.subcommand == "fit":
             callbacks.append(Speed())  # last, so that an epoch is over when all others have done with it

@@ -122,6 +122,16 @@ def test_results_of_the_checkpoint_alone_go_to_its_run(stage, run, etflight_comm
     assert list(tmp_path.iterdir()) == []
 
 
+def test_predictions_in_the_run_folder_stay_as_they_are(run, etflight_command, tmp_path):
+    kept = run[1] / "predictions.csv"
+    kept.write_text("mine\n")
+    argv = ["predict", "--data", "Digits", "--ckpt_path", run[1] / "checkpoints" / "last.ckpt", *QUIET]
+    etflight_command(*argv, cwd=tmp_path).assert_refused("predictions.csv exists already", "--output")
+    assert kept.read_text() == "mine\n"
+    etflight_command.succeed(*argv, "--output", "other.csv", cwd=tmp_path)
+    assert len(read_csv(tmp_path / "other.csv")) == 500
+
+
 def test_results_go_to_the_run_of_the_checkpoint_whatever_the_configuration_is_called(run, etflight_command, tmp_path):
     checkpoint = run[1] / "checkpoints" / "last.ckpt"
     files = ["-c", ROOT / "configs/data/digits.yaml", "-c", ROOT / "configs/arms/etf_dr.yaml"]
