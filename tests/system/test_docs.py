@@ -88,8 +88,8 @@ RECORDED = {"Digits": "digits", "Fashion-MNIST": "fashion_mnist_lt", "CIFAR-10":
     "Traffic signs from ImageNet weights": "gtsrb_lite0",
     "More classes than a simplex has room for": "omniglot",
 }
-COLUMNS = {"accuracy": "acc", "mean of classes": "acc_macro", "worst class": "acc_worst", "ECE": "ece"} | {
-    "calibrated ECE": "ece_calibrated",
+COLUMNS = {"accuracy": "acc", "mean of classes": "acc_macro", "worst class": "acc_worst", "raw ECE": "ece"} | {
+    "ECE": "ece_calibrated",
     **{group: f"acc_{group}" for group in ("many", "medium", "few", "head", "middle", "tail")},
 }
 
