@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from etflight import penalties
 from etflight.heads import ETFHead, Head, codes_from_state_dict
+from etflight.hyperparameters import PLUGGABLE, differing, plain_arguments, plain_hyperparameters
 from etflight.losses import DotRegressionLoss, Loss, class_weights_of, log_prior
 from etflight.metrics.accuracy import SampleMean, TemperatureFit
 from etflight.metrics.evaluation import Evaluation, EvaluationMetrics
@@ -40,19 +41,20 @@ from etflight.optim import (
 from etflight.utils.checkpoints import read_checkpoint, refuse_others
 from etflight.utils.errors import UserError, brief, warn
 from etflight.utils.lightning_private import hide_tips, ignore_own_deprecations
-from etflight.utils.limits import refuse_names
 from etflight.utils.precision import at_least_float32
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.ranks import in_process_group
-from etflight.utils.specs import find_class, from_spec, is_plain, objections, to_spec
+from etflight.utils.specs import from_spec, objections
 from etflight.utils.terminal import readable
 from etflight.utils.torch_private import has_hooks, leave_out_of_broadcasts
-from etflight.utils.trainer import averaged, data_module, take_buffers_of_rank_zero
+from etflight.utils.trainer import averaged, data_module, shows_after, take_buffers_of_rank_zero
 from etflight.utils.training_data import (
+    class_names_of,
     fingerprint_in,
     other_images,
     other_names,
     other_preprocessing,
+    preprocessing_of,
     refuse_other_shape,
 )
 
@@ -61,9 +63,6 @@ if TYPE_CHECKING:
 
 hide_tips()  # here, since who trains with this package has imported this module before making a trainer
 
-# the arguments that take a class, and the base of that class
-PLUGGABLE: dict[str, type] = {"head": Head, "loss": Loss, "optimizer": Optimizer, "lr_scheduler": LRScheduler}
-
 Batch = tuple[Tensor, Tensor]
 _MEND_OF_DIVERGENCE = (
     "lower the learning rate (--model.optimizer.lr), lengthen the warm-up, or clip gradients (--trainer.gradient_clip_val 1); "
@@ -71,6 +70,9 @@ _MEND_OF_DIVERGENCE = (
 )
 PRIOR_SHIFTS = (2, 5, 10, 25, 50)  # the ratios of the long-tailed test sets for which an accuracy is logged
 _NEVER = 2**62  # a step that no training reaches
+_ARCHITECTURE = ("backbone", "model_kwargs", "head")
+# what a run may change when it is resumed: none of it is part of a training step's mathematics
+_FREE_WHEN_RESUMED = {"compile", "logit_adjustment", "adjustment", "pretrained", "num_classes", "in_chans"}
 Adjustment = Literal["additive", "multiplicative"]
 Compile = bool | Literal["reduce-overhead", "max-autotune"]
 # the first type makes the parser find Lightning's ReduceLROnPlateau by this name instead of torch's
@@ -166,11 +168,13 @@ class Classifier(LightningModule):
         buffers = ["class_counts"]  # these are in the state dict
         self.save_hyperparameters(ignore=buffers)
         self.hparams.pop("_instantiator", None)  # it names a function that loading would import and call
-        parts = {name: self.hparams[name] for name in PLUGGABLE if self.hparams[name] is not None}
-        plain: dict[str, Any] = {name: to_spec(part, name) for name, part in parts.items()}
         if isinstance(class_weights, Mapping):  # in YAML the name 3 is a number
-            plain["class_weights"] = {str(name): weight for name, weight in class_weights.items()}
+            self.hparams["class_weights"] = {str(name): weight for name, weight in class_weights.items()}
+        plain = plain_arguments(self.hparams, Classifier)
+        for name in self.hparams.keys() - plain.keys():
+            del self.hparams[name]
         self.save_hyperparameters(plain, ignore=buffers)
+        _check_numbers(self.hparams)
         from etflight.backbones import build_backbone  # timm takes a second, which `--help` need not wait for
 
         self.backbone, feature_dim = build_backbone(
@@ -180,24 +184,6 @@ class Classifier(LightningModule):
         self.head: Any = self._build("head")(feature_dim, num_classes)
         self.loss: Any = self._build("loss")()
         self.loss.check_head(self.head)
-        if not math.isfinite(logit_adjustment):
-            raise UserError(f"logit_adjustment is {logit_adjustment}: give a finite τ, 0 for none")
-        if adjustment not in get_args(Adjustment):
-            raise UserError(f"adjustment must be one of {', '.join(get_args(Adjustment))}, got {adjustment!r}")
-        if not 0 < layer_decay <= 1:
-            raise UserError(f"layer_decay is {layer_decay}: give a factor from above 0 to 1, 1 for one learning rate")
-        if not 0 <= sam_rho < math.inf:
-            raise UserError(f"sam_rho is {sam_rho}: give a finite radius, 0 for none")
-        if sam_adaptive and not sam_rho:
-            raise UserError("sam_adaptive needs a radius: give sam_rho, for example 0.5")
-        for part, scale in (lr_scale or {}).items():
-            if not 0 < scale < math.inf:
-                raise UserError(
-                    f"lr_scale of {part} is {scale}: give a positive, finite factor; to freeze it, --fine_tuning.freeze"
-                )
-        for name, factor in (("feature_penalty", feature_penalty), ("center_pull", center_pull)):
-            if not 0 <= factor < math.inf:
-                raise UserError(f"{name} is {factor}: give a finite factor that is not negative, 0 for none")
         if class_weights is not None and not isinstance(class_weights, Mapping):  # names wait for the data's
             self.loss.set_class_weights(class_weights_of(class_weights, num_classes, None))
         self.class_names: list[str] | None = None
@@ -208,7 +194,7 @@ class Classifier(LightningModule):
         self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.long))
         self.register_buffer("_bad_step", torch.tensor(_NEVER), persistent=False)
         if class_counts is not None:
-            self._set_class_counts(torch.as_tensor(class_counts))
+            self._set_class_counts(_as_counts(class_counts))
         self._lr = math.nan
         self._batches: list[tuple[Batch, int]] = []  # those of this step, for SAM's second pass
         self.is_second_pass = False  # of a sharpness-aware step; callbacks leave its forwards out
@@ -238,11 +224,13 @@ class Classifier(LightningModule):
             Pooled features `[B, d]`, of the network's dtype.
 
         Raises:
-            UserError: The backbone does not take images of this size.
+            UserError: They are not such images, or the backbone does not take this size.
         """
+        if images.ndim != 4 or not images.is_floating_point():
+            mend = "normalised, as the data module's eval_transform returns them, or train with Trainer.fit(model, datamodule=…)"
+            raise UserError(f"images must be floating [B, C, H, W], {mend}; got {images.dtype} {list(images.shape)}")
         images = images.to(self.dtype)  # the data module does not know of a network in half or double precision
-        if images.ndim == 4:
-            images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
         try:
             return cast(Tensor, self.backbone(images))
         except (AssertionError, RuntimeError, ValueError) as error:
@@ -323,8 +311,9 @@ class Classifier(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Remember the head's learning rate, because at the end of the epoch the schedule has already set the next one."""
-        group = self.trainer.optimizers[0].param_groups[0]
-        self._lr = float(group["lr"]) / group.get("lr_scale", 1.0)
+        if self.trainer.optimizers:  # a subclass may have none
+            group = self.trainer.optimizers[0].param_groups[0]
+            self._lr = float(group["lr"]) / group.get("lr_scale", 1.0)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute the loss of one training batch."""
@@ -349,9 +338,9 @@ class Classifier(LightningModule):
         """Add one test batch to the metrics."""
         self._evaluate(batch, "test")
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute the calibrated probabilities `[B, K]`."""
-        return self.probabilities(batch[0])
+    def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
+        """Compute the calibrated probabilities `[B, K]` of images, with or without labels."""
+        return self.probabilities(batch if isinstance(batch, Tensor) else batch[0])
 
     def _training_loss(self, images: Tensor, target: Tensor) -> Tensor:
         """The loss with its penalties, for which nothing is computed twice: they take what the step itself made."""
@@ -453,16 +442,16 @@ class Classifier(LightningModule):
 
     def _take_facts(self, data: Any, stage: str) -> None:
         refuse_other_shape("the model", self.hparams["num_classes"], self.hparams["in_chans"], data, "give other data")
-        names = getattr(data, "class_names", None)
+        names = class_names_of(data)
         if names is not None and len(names) == self.hparams["num_classes"]:
-            self.class_names = list(names) if stage == "fit" else self.class_names or list(names)
+            self.class_names = names if stage == "fit" else self.class_names or names
         if stage != "fit":
             return
         if (differ := other_preprocessing(self.preprocessing, data)) and self.global_rank == 0:
             warn(differ)
-        if getattr(data, "class_counts", None) is not None:
-            self._set_class_counts(torch.as_tensor(data.class_counts))
-        self.preprocessing = getattr(data, "preprocessing", None)
+        if (counts := getattr(data, "class_counts", None)) is not None:
+            self._set_class_counts(_as_counts(counts))
+        self.preprocessing = preprocessing_of(data)
         self.fingerprint = getattr(data, "fingerprint", None)
 
     def differences(self, data: Any, *, images: bool = False) -> list[str]:
@@ -517,16 +506,18 @@ class Classifier(LightningModule):
         self._batches = []
         for optimizer in self.trainer.optimizers:
             match_layouts(optimizer)
-            if self.hparams["sam_rho"] > 0:
-                self._refuse_to_repeat(optimizer)
+            if self.hparams["sam_rho"] > 0 and isinstance(optimizer, LBFGS):
+                raise UserError(
+                    "sam_rho: LBFGS evaluates the loss several times a step by itself: leave one of them out"
+                )
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Check the recorded loss from time to time, because each check waits for the device."""
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning outside the class body
-        if every > 0 and batch_idx % every == 0:
+        if shows_after(self.trainer, batch_idx):
             self._stop_at_bad_loss()
-            loss = outputs["loss"] * self.trainer.accumulate_grad_batches
-            self.trainer.progress_bar_metrics["loss"] = float(loss)
+            if outputs and "loss" in outputs:  # the step of a subclass may skip a batch, or optimise by itself
+                loss = outputs["loss"] * self.trainer.accumulate_grad_batches
+                self.trainer.progress_bar_metrics["loss"] = float(loss)
 
     def on_validation_epoch_start(self) -> None:
         """Reset the metrics, and set the shot groups of the training counts."""
@@ -546,7 +537,8 @@ class Classifier(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Log the loss; never let a checkpoint be written after a loss that is not finite."""
         self._stop_at_bad_loss()
-        self.log("train/loss", self.losses["train_loss"])
+        if self._has_counted("train"):
+            self.log("train/loss", self.losses["train_loss"])
         self.log("train/lr", self._lr, sync_dist=True)
         self._check_monitor()
 
@@ -573,7 +565,14 @@ class Classifier(LightningModule):
         """Log the metrics."""
         self._log_epoch("test")
 
+    def _has_counted(self, stage: str) -> bool:
+        """Whether a step of some process has added to the metrics; those of a subclass may log numbers of their own instead."""
+        counted = self.losses[f"{stage}_loss"].update_called
+        return bool(self.trainer.strategy.reduce_boolean_decision(counted, all=False))
+
     def _log_epoch(self, stage: str) -> None:
+        if not self._has_counted(stage):
+            return
         self.log(f"{stage}/loss", self.losses[f"{stage}_loss"])
         for name, value in self.evaluation_metrics[stage].compute().items():
             self.log(f"{stage}/{name}", value, prog_bar=name == "acc", sync_dist=True)
@@ -679,21 +678,6 @@ class Classifier(LightningModule):
                 self.is_second_pass = False
         return result
 
-    def _refuse_to_repeat(self, optimizer: Optimizer) -> None:
-        """Refuse what cannot take a second pass."""
-        if isinstance(optimizer, LBFGS):
-            raise UserError("sam_rho: LBFGS evaluates the loss several times a step by itself: leave one of them out")
-        logits = torch.zeros(2, self.hparams["num_classes"], device=self.device)
-        with torch.random.fork_rng():
-            before = _random_states(self.device)
-            self.loss(logits, torch.arange(2, device=self.device))
-            draws = _random_states(self.device) != before
-        if draws:
-            raise UserError(
-                f"sam_rho: {type(self.loss).__name__} draws random numbers, so the two passes of a step would have different losses: "
-                "leave out sam_rho, or use a loss that does not draw"
-            )
-
     def _adapt_to_lbfgs(self) -> None:
         """Adapt to LBFGS, which evaluates the loss several times a step and flattens gradients; refuse what cannot work with it."""
         several = "optimizer: LBFGS evaluates the loss several times a step, and"
@@ -776,7 +760,7 @@ class Classifier(LightningModule):
             checkpoint["state_dict"]["class_counts"] = counts  # in the averaged weights they are rounded down
         if (names := checkpoint.get("class_names")) is not None:
             self.class_names = list(map(readable, names))
-        self._other_arguments = _differing(checkpoint.get("hyper_parameters", {}), self.hparams)
+        self._other_arguments = differing(checkpoint.get("hyper_parameters", {}), self.hparams, Classifier)
         self.is_calibrated = checkpoint.get("temperature") == "fitted"
         self.preprocessing = Preprocessing.in_checkpoint(checkpoint) or self.preprocessing
         self.fingerprint = fingerprint_in(checkpoint) or self.fingerprint
@@ -840,13 +824,57 @@ class Classifier(LightningModule):
             UserError: The file cannot be read, or names a class which is not imported.
         """
         checkpoint = read_checkpoint(checkpoint_path, map_location)
+        taken = inspect.signature(cls).parameters
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values()):
+            for name in (
+                inspect.signature(Classifier).parameters.keys() - taken.keys()
+            ):  # those that a subclass fixes itself
+                checkpoint["hyper_parameters"].pop(name, None)
         refuse_others(checkpoint_path, checkpoint, cls)
         code = codes_from_state_dict() if "head.weight" in checkpoint["state_dict"] else nullcontext()
         with code, objections({"class_path": cls.__name__, "init_args": {}}, f"checkpoint {checkpoint_path}"):
-            model = cls(**plain_hyperparameters(checkpoint, kwargs))
+            model = cls(**plain_hyperparameters(checkpoint, cls, kwargs))
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"], strict=strict is not False)
         return model.to(next(iter(checkpoint["state_dict"].values())).device)
+
+
+def _check_numbers(given: Mapping[str, Any]) -> None:
+    """Refuse options that no training can use, before a network is built or its weights are downloaded."""
+    rules: list[tuple[str, Callable[[Any], bool], str]] = [
+        ("logit_adjustment", math.isfinite, "give a finite τ, 0 for none"),
+        ("adjustment", lambda name: name in get_args(Adjustment), f"give one of {', '.join(get_args(Adjustment))}"),
+        ("layer_decay", lambda factor: 0 < factor <= 1, "give a factor from above 0 to 1, 1 for one learning rate"),
+        ("sam_rho", lambda rho: 0 <= rho < math.inf, "give a finite radius, 0 for none"),
+        (
+            "sam_adaptive",
+            lambda adapts: not adapts or given["sam_rho"] > 0,
+            "it needs a radius: give sam_rho, for example 0.5",
+        ),
+        (
+            "feature_penalty",
+            lambda factor: 0 <= factor < math.inf,
+            "give a finite factor that is not negative, 0 for none",
+        ),
+        ("center_pull", lambda factor: 0 <= factor < math.inf, "give a finite factor that is not negative, 0 for none"),
+    ]
+    for name, holds, mend in rules:
+        if not holds(given[name]):
+            raise UserError(f"{name} is {given[name]}: {mend}")
+    for part, scale in (given["lr_scale"] or {}).items():
+        if not 0 < scale < math.inf:
+            raise UserError(
+                f"lr_scale of {part} is {scale}: give a positive, finite factor; to freeze it, --fine_tuning.freeze"
+            )
+
+
+def _as_counts(class_counts: Any) -> Tensor:
+    try:
+        return torch.as_tensor(class_counts)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"class_counts is {class_counts!r:.80}: give the number of training images of each class, as a list, an array or a tensor"
+        ) from error
 
 
 @contextmanager
@@ -866,12 +894,6 @@ def _results_of(part: nn.Module, method: str) -> Iterator[list[Tensor]]:
         delattr(part, method) if own is None else setattr(part, method, own)
 
 
-def _random_states(device: torch.device) -> list[bytes]:
-    """The states of the generators that a computation on the device may draw from."""
-    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-    return [state.numpy().tobytes() for state in states]
-
-
 def _may_replace(part: nn.Module, shortcut: str, *general: str) -> bool:
     """Whether the `shortcut` method may be called instead of the general ones.
 
@@ -881,74 +903,3 @@ def _may_replace(part: nn.Module, shortcut: str, *general: str) -> bool:
         if vars(cls).keys() & {shortcut, *general}:
             return shortcut in vars(cls)
     return False
-
-
-_ARCHITECTURE = ("backbone", "model_kwargs", "head")
-# what a run may change when it is resumed: none of it is part of a training step's mathematics
-_FREE_WHEN_RESUMED = {"compile", "logit_adjustment", "adjustment", "pretrained", "num_classes", "in_chans"}
-
-
-def _differing(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """The names of the arguments of `Classifier` in which a checkpoint differs from a model; one that is left out is at its default."""
-    parameters = inspect.signature(Classifier).parameters if saved else {}
-    both = {name: (saved.get(name, parameters[name].default), own[name]) for name in parameters if name in own}
-    return [name for name, (one, other) in both.items() if _in_full(name, one) != _in_full(name, other)]
-
-
-def _in_full(name: str, value: Any) -> Any:
-    if name not in PLUGGABLE or value is None:
-        return _as_lists(_without_weights(value) if name == "model_kwargs" else value)
-    spec = to_spec(value, name)
-    cls = find_class(spec, PLUGGABLE[name])
-    parameters = {} if cls is None else inspect.signature(cls).parameters
-    given = {key: parameter.default for key, parameter in parameters.items()} | spec["init_args"]
-    return cls or spec["class_path"], _as_lists(given)
-
-
-def _as_lists(value: Any) -> Any:
-    """The value with lists in the place of tuples, which YAML does not know."""
-    if isinstance(value, Mapping):
-        return {key: _as_lists(inner) for key, inner in value.items()}
-    return [_as_lists(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-# timm's arguments with a source of other weights; the checkpoint has its own
-_WEIGHT_SOURCES = {
-    "checkpoint_path", "cache_dir", "url", "file", "state_dict", "source", "hf_hub_id", "hf_hub_filename", "custom_load",
-}  # fmt: skip
-
-
-def plain_hyperparameters(checkpoint: dict[str, Any], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return a checkpoint's constructor arguments, checked to be plain data that names no code and asks for no other weights.
-
-    Args:
-        checkpoint: The content, as `read_checkpoint` returns it.
-        given: Arguments of the caller, which replace the saved ones.
-
-    Raises:
-        UserError: There is anything else, or a backbone that is described outside of timm and not `given`.
-    """
-    given = given or {}
-    saved = {k: v for k, v in checkpoint["hyper_parameters"].items() if k != "_instantiator" and k not in given}
-    for name, value in saved.items():
-        spec = to_spec(value, name) if name in PLUGGABLE and value is not None else None
-        if not is_plain(spec["init_args"] if spec else value):
-            raise UserError(f"the checkpoint's hyper-parameter {name} is not plain data: {value!r}")
-        if spec is None:
-            refuse_names(Classifier, {name: _without_weights(value) if name == "model_kwargs" else value}, "model")
-        elif (cls := find_class(spec, PLUGGABLE[name])) is not None:
-            refuse_names(cls, spec["init_args"], name)
-    if isinstance(backbone := saved.get("backbone"), str) and ":" in backbone:
-        raise UserError(
-            f"the checkpoint's backbone {backbone} is described outside of timm: name it yourself if you trust it "
-            f"(--model.backbone {backbone}, or backbone= in Python)"
-        )
-    if "model_kwargs" in saved:
-        saved["model_kwargs"] = _without_weights(saved["model_kwargs"])
-    return {**saved, "pretrained": False, **given}
-
-
-def _without_weights(arguments: Any) -> Any:
-    if not isinstance(arguments, Mapping):
-        return arguments
-    return {name: _without_weights(value) for name, value in arguments.items() if name not in _WEIGHT_SOURCES}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from etflight.geometry import class_code, orthant_code, simplex_etf
 from etflight.utils.errors import UserError
-from etflight.utils.precision import at_least_float32
+from etflight.utils.precision import at_least_float32, exact_product
 
 Code = Literal["simplex", "orthant", "sphere"]
 _WIDEST = 2**17  # the largest width of a projection; a frame and a layer of this width still fit some machine's memory
@@ -163,18 +163,20 @@ class ETFHead(Head):
             raise UserError(
                 "ETFHead: linear_projection without projection_dim is no projection: give its width, or leave it out"
             )
-        if normalize and (in_features if projection_dim is None else projection_dim) == 1:
+        width = in_features if projection_dim is None else projection_dim
+        if normalize and width == 1:
             raise UserError("ETFHead: an embedding of one number and of norm 1 is ±1: give projection_dim 2 or more")
         if linear_projection and vectors > in_features + 1:
             raise UserError(
                 f"ETFHead: a linear projection of {in_features} features has no room for the frame of {vectors} classes: "
                 "leave out linear_projection"
             )
-        width = in_features if projection_dim is None else projection_dim
         self.normalize = normalize
         self.learn_scale = learn_scale
         self.bias = None
-        frame = _class_vectors(code, vectors, width, seed)
+        with torch.device("cpu"):  # the same numbers wherever the head is made
+            frame = _class_vectors(code, vectors, width, seed)
+        frame = frame.to(torch.get_default_device())
         # copies, since a state dict would save the whole frame with each view of it
         self.register_buffer("weight", frame[:num_classes].clone() if reserved_classes else frame)
         self.register_buffer("reserved", frame[num_classes:].clone() if reserved_classes else None)
@@ -236,7 +238,7 @@ class ETFHead(Head):
 
     def forward(self, features: Tensor) -> Tensor:
         """Compute `scale · <w_k, h>` for every class, `[B, K]` in float32, or float64."""
-        return _exact_product(self.embed(features), self.weight) * self.scale
+        return exact_product(self.embed(features), self.weight) * self.scale
 
     def target_logits(self, features: Tensor, target: Tensor) -> Tensor:
         """Compute the logit of each sample's own class only: O(B·d) time and memory, forward and backward, whatever K.
@@ -289,7 +291,7 @@ class Rotation(nn.Module):
 
     def forward(self, embedding: Tensor) -> Tensor:
         """Rotate rows `[B, d]` in float32, even under autocast, or in float64."""
-        return _exact_product(at_least_float32(embedding), self.matrix())
+        return exact_product(at_least_float32(embedding), self.matrix())
 
 
 class LinearHead(Head):
@@ -401,7 +403,7 @@ class CosineHead(Head):
         super().__init__(in_features, num_classes)
         _check_scale("CosineHead: cosine_scale", cosine_scale)
         self.cosine_scale = cosine_scale
-        self.feature_normalize = True
+        self.feature_normalize = True  # the export switches it off to find the part that is linear
         self.batch_norm = nn.BatchNorm1d(in_features) if feature_batch_norm else nn.Identity()
         self.weight = nn.Linear(in_features, num_classes, bias=False).weight
         self.bias = None
@@ -418,7 +420,7 @@ class CosineHead(Head):
 
     def forward(self, features: Tensor) -> Tensor:
         """Compute the logits `[B, K]` in float32, or float64."""
-        return _exact_product(self.embed(features), self.class_vectors) * self.cosine_scale
+        return exact_product(self.embed(features), self.class_vectors) * self.cosine_scale
 
 
 def _class_vectors(code: Code, num_classes: int, width: int, seed: int) -> Tensor:
@@ -434,11 +436,6 @@ def _class_vectors(code: Code, num_classes: int, width: int, seed: int) -> Tenso
 def _check_scale(what: str, scale: float) -> None:
     if not 0 < scale < math.inf:
         raise UserError(f"{what} must be positive and finite, got {scale}")
-
-
-def _exact_product(embedding: Tensor, weight: Tensor) -> Tensor:
-    with torch.autocast(embedding.device.type, enabled=False):
-        return embedding @ weight.T.to(embedding.dtype)
 
 
 def _projection(in_features: int, projection_dim: int | None, linear: bool) -> nn.Module:

@@ -23,20 +23,18 @@ Method = Literal["frame", "cosine", "ncm"]
 
 
 class Training(NamedTuple):
-    """How the head is trained in a session: SGD with momentum on all samples at once, under a cosine schedule that ends at 0.
+    """How the head is trained in a session: SGD with momentum 0.9 on all samples at once, under a cosine schedule that ends at 0.
 
     There is no random number in it, so it can be repeated exactly.
 
     Attributes:
         steps: The number of steps.
         lr: The learning rate of the first step.
-        momentum: The momentum.
         weight_decay: The weight decay.
     """
 
     steps: int
     lr: float
-    momentum: float = 0.9
     weight_decay: float = 5e-5
 
 
@@ -229,6 +227,10 @@ class NearestMeanLearner(Learner):
 
     def logits(self, features: Tensor) -> Tensor:
         """Compute the cosines."""
+        if not len(self.means):
+            raise UserError(
+                "NearestMeanLearner knows no class yet: call its begin with the embeddings of the base classes"
+            )
         return F.normalize(self.head.embed(features).float(), dim=1) @ F.normalize(self.means, dim=1).T
 
     def state(self) -> dict[str, Tensor]:
@@ -275,7 +277,7 @@ def session_loss(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor:
 
 def _descend(parameters: Iterable[Tensor], objective: Callable[[], Tensor], training: Training) -> None:
     trained = list(parameters)
-    optimizer = SGD(trained, training.lr, training.momentum, weight_decay=training.weight_decay)
+    optimizer = SGD(trained, training.lr, momentum=0.9, weight_decay=training.weight_decay)
     schedule = CosineAnnealingLR(optimizer, training.steps)
     mend = f"give a smaller --lr than {training.lr:g}"
     for _ in range(training.steps):
@@ -325,7 +327,7 @@ def run_sessions(learner: Learner, features: Features, before: Progress | None =
     """Go through the base session, which is only tested, and the sessions after it.
 
     Args:
-        learner: The learner as the base session leaves it.
+        learner: The learner as the base session leaves it, after its `begin`.
         features: All features.
         before: What was known after the last session of an earlier run, which goes on after it.
 

@@ -93,17 +93,16 @@ class Loss(nn.Module, ABC):
             raise UserError(f"{type(self).__name__}: no class has a training image: give counts that are not all 0")
         self._class_counts = class_counts
 
-    def set_class_weights(self, class_weights: Tensor | None) -> None:
+    def set_class_weights(self, class_weights: Tensor | Sequence[float] | None) -> None:
         """Set explicit weights `[K]`, which act in training and multiply those of the class balance; None for none.
 
         Raises:
             UserError: They are not positive, finite numbers.
         """
-        if class_weights is not None and (
-            class_weights.dim() != 1 or not bool(((class_weights > 0) & class_weights.isfinite()).all())
-        ):
+        weights = None if class_weights is None else torch.as_tensor(class_weights)
+        if weights is not None and (weights.dim() != 1 or not bool(((weights > 0) & weights.isfinite()).all())):
             raise UserError(f"{type(self).__name__}: class_weights must be [K] positive, finite numbers")
-        self._given_weights = class_weights
+        self._given_weights = weights
 
     def training_counts(self) -> Tensor:
         """Return the training counts `[K]`.
@@ -235,14 +234,13 @@ class CrossEntropyLoss(Loss):
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the options."""
         super().__post_init__()
         self._check("label_smoothing", 0 <= self.label_smoothing < 1, "must lie in [0, 1)")
 
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the cross-entropies `[B]`."""
         if not target.is_floating_point():
-            return F.cross_entropy(logits, target, reduction="none", label_smoothing=self.label_smoothing)
+            return _cross_entropy(logits, target, self.label_smoothing)
         log_p = logits.log_softmax(dim=1)
         smoothing = self.label_smoothing * log_p.mean(dim=1) * target.sum(dim=1)
         return -((1 - self.label_smoothing) * (target * log_p).sum(dim=1) + smoothing)
@@ -265,7 +263,6 @@ class DotRegressionLoss(Loss):
     length: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the options."""
         super().__post_init__()
         self._check("length", 0 < self.length < math.inf, "must be positive and finite")
 
@@ -302,9 +299,7 @@ class DotRegressionLoss(Loss):
 
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the squared errors `[B]`."""
-        if target.is_floating_point():
-            return (target * self._squared_error(logits)).sum(dim=1)
-        return self._squared_error(logits.gather(1, target[:, None]).squeeze(1))
+        return _at_target(self._squared_error(logits), target)
 
     def from_target_logits(
         self, target_logits: Tensor, target: Tensor | None = None, num_classes: int | None = None
@@ -363,7 +358,6 @@ class FocalLoss(Loss):
     gamma: float = 2.0
 
     def __post_init__(self) -> None:
-        """Check the options."""
         super().__post_init__()
         self._check("gamma", 0 <= self.gamma < math.inf, "must be finite and not negative")
 
@@ -396,7 +390,6 @@ class LDAMLoss(Loss):
     scale: float = 30.0
 
     def __post_init__(self) -> None:
-        """Check the options."""
         super().__post_init__()
         self._check("max_margin", 0 <= self.max_margin <= 2, "must lie in [0, 2]")
         self._check("scale", 0 < self.scale < math.inf, "must be positive and finite")
@@ -450,7 +443,6 @@ class LogitAdjustedLoss(Loss):
     tau: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the options."""
         super().__post_init__()
         self._check("tau", 0 <= self.tau < math.inf, "must be finite and not negative")
 
@@ -462,7 +454,7 @@ class LogitAdjustedLoss(Loss):
         """Compute the cross-entropies `[B]` of adjusted logits."""
         if self.training:
             logits = logits + self.tau * log_prior(self._counts_like(logits))
-        return F.cross_entropy(logits, target, reduction="none")
+        return _cross_entropy(logits, target)
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -489,7 +481,6 @@ class LabelAwareSmoothingLoss(Loss):
     shape: SmoothingShape = "concave"
 
     def __post_init__(self) -> None:
-        """Check the options."""
         super().__post_init__()
         shapes = get_args(SmoothingShape)
         self._check("head_smoothing", 0 <= self.head_smoothing < 1, "must lie in [0, 1)")
@@ -537,7 +528,6 @@ class NTCELoss(Loss):
     temperature: float = 0.1
 
     def __post_init__(self) -> None:
-        """Check the options."""
         super().__post_init__()
         self._check("temperature", 0 < self.temperature < math.inf, "must be positive and finite")
 
@@ -549,7 +539,7 @@ class NTCELoss(Loss):
         """Compute the losses `[B]`; in training every process of the step must call it."""
         z = logits / self.temperature
         if not self.training:
-            return F.cross_entropy(z, target, reduction="none")
+            return _cross_entropy(z, target)
         return -_at_target(_log_share_of_batch(z, self._rivals(z, target)), target)
 
     def _rivals(self, z: Tensor, target: Tensor) -> Tensor:
@@ -597,7 +587,6 @@ class BinaryCrossEntropyLoss(Loss):
     tau: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the options."""
         super().__post_init__()
         self._check("tau", 0 <= self.tau < math.inf, "must be finite and not negative")
 
@@ -671,6 +660,12 @@ def check_class_balance(owner: str, class_balance: str) -> None:
     names = get_args(ClassBalance)
     if class_balance not in names:
         raise UserError(f"{owner}: class_balance must be one of {', '.join(names)}, got {class_balance!r}")
+
+
+def _cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropies `[B]` of class indices; none of them means "ignore", as -100 does in torch."""
+    no_class = torch.iinfo(torch.int64).min
+    return F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing, ignore_index=no_class)
 
 
 def log_prior(class_counts: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, warn
 
 PROTOCOL_SGD = partial(SGD, lr=0.1, momentum=0.9, weight_decay=2e-4)
 """SGD as in the released code of Yang et al. 2022 for the CIFAR sets."""
@@ -202,7 +202,7 @@ class WarmupMultiStep(SequentialLR):
 
 
 class WarmupCosine(SequentialLR):
-    """Linear warm-up, then a half cosine down to 0 at the end of training.
+    """Linear warm-up, then a half cosine down to 0 at the end of training. A training that ends within the warm-up has a warning.
 
     Args:
         optimizer: The optimizer whose learning rate changes.
@@ -220,7 +220,11 @@ class WarmupCosine(SequentialLR):
             )
         warmup = _warmup(optimizer, warmup_epochs)
         rest = total_epochs - len(warmup) * warmup_epochs
-        if rest < 1:  # a trial run, which ends before the warm-up
+        if rest < 1:
+            warn(
+                f"WarmupCosine: {total_epochs} epochs end within the {warmup_epochs} of the warm-up, so the rate only rises: "
+                "give --model.lr_scheduler.warmup_epochs"
+            )
             super().__init__(optimizer, warmup, [])
         else:
             super().__init__(optimizer, [*warmup, CosineAnnealingLR(optimizer, rest)], [warmup_epochs] * len(warmup))

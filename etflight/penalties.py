@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from etflight.utils.precision import at_least_float32
+from etflight.utils.precision import at_least_float32, no_autocast
 from etflight.utils.ranks import sum_over_ranks
 
 
@@ -42,7 +42,7 @@ def center_pull(embedding: Tensor, target: Tensor, num_classes: int) -> Tensor:
         A scalar, float32 or float64. In a process group, every process of the step must call it.
     """
     embedding = at_least_float32(embedding)
-    with torch.no_grad(), torch.autocast(embedding.device.type, enabled=False):
+    with torch.no_grad(), no_autocast(embedding.device):
         # a product, because adding at indices is not deterministic on a GPU
         member = (target == torch.arange(num_classes, device=target.device)[:, None]).to(embedding.dtype)
         sums = sum_over_ranks(member @ F.pad(embedding, (0, 1), value=1.0))  # the last column counts

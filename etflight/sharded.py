@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from etflight.utils.errors import UserError
-from etflight.utils.precision import at_least_float32
+from etflight.utils.precision import at_least_float32, exact_product, no_autocast
 from etflight.utils.ranks import max_over_ranks, sum_over_ranks, world
 
 
@@ -114,8 +114,7 @@ class ShardedClassVectors(nn.Module):
 
     def _logits(self, embedding: Tensor) -> Tensor:
         """The logits of this process's classes, `[N, k]`."""
-        with torch.autocast(embedding.device.type, enabled=False):
-            return self.scale * (embedding @ self.shard.T.to(embedding.dtype))
+        return self.scale * exact_product(embedding, self.shard)
 
     def _targets(self, own: Tensor, sizes: list[int]) -> Tensor:
         """The targets of all processes."""
@@ -159,7 +158,7 @@ class _CrossEntropy(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         vectors, sizes = ctx.vectors, ctx.sizes
         weights = vectors.scale * _all(grad.contiguous(), sizes)
-        with torch.autocast(gradient.device.type, enabled=False):
+        with no_autocast(gradient.device):
             own = (gradient * weights[:, None]) @ vectors.shard.to(gradient.dtype)
         return sum_over_ranks(own)[_mine(sizes)], None, None
 

@@ -271,7 +271,7 @@ def test_class_weights_by_name_need_names_and_classes_of_these_names():
         ({"class_counts": [3, 4]}, "one per class"),
         ({"class_weights": [1.0, 2.0]}, "class_weights has 2 entries for 10 classes"),
         ({"logit_adjustment": float("nan")}, "logit_adjustment.*finite"),
-        ({"adjustment": "exponential"}, "adjustment must be one of additive, multiplicative"),
+        ({"adjustment": "exponential"}, "adjustment is exponential: give one of additive, multiplicative"),
     ],
 )
 def test_parts_that_cannot_work_are_refused_in_one_line(options, reason):

@@ -14,8 +14,8 @@ _STAGES = ("layer1", "layer2", "layer3")
 class CifarNet(nn.Module):
     """A network whose stages `layer1`, `layer2` and `layer3` work at full, half and a quarter of the resolution.
 
-    Convolutions start from He's normal distribution over `fan`. The class keeps timm's model contract, as
-    `timm.models.ResNet` does.
+    Convolutions start from He's normal distribution over `fan`. `num_features`, `forward_features`,
+    `forward_head`, `get_classifier` and `reset_classifier` are as in timm's models.
 
     Args:
         stem: Modules by name that run one after another; the first is the convolution `conv1`.

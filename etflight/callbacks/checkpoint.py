@@ -165,10 +165,10 @@ class LastCheckpoint(Callback):
         if added is None:
             return
         for name, value in _identity(trainer).items():
-            if added.get(name, value) != value:  # older checkpoints lack some
+            if added.get(name) != value:
                 option = "--seed_everything" if name == "seed" else "--data options"
                 raise UserError(
-                    f"the run being resumed has the {name} {added[name]}, not {value}: give the same {option}, or start a new run"
+                    f"the run being resumed has the {name} {added.get(name)}, not {value}: give the same {option}, or start a new run"
                 )
         ranks = added["ranks"]
         if len(ranks) == trainer.world_size:

@@ -244,7 +244,7 @@ class NeuralCollapseMonitor(Callback):
         """Add the batch."""
         if self._val is None or dataloader_idx != 0:
             return
-        labels = class_indices(batch, "validation")
+        labels = class_indices(batch)
         self._val.add(self._found().take(len(labels)), labels)
         self._found().detach()
 
@@ -281,7 +281,7 @@ class NeuralCollapseMonitor(Callback):
             # Python shows the same warning once
             rank_zero_warn("online neural-collapse statistics leave out batches whose labels are probabilities (mixup)")
         else:
-            labels = class_indices(batch, "training")
+            labels = class_indices(batch)
             self._online.add(self._found().take(len(labels)), labels)
         self._found().detach()
 

@@ -347,12 +347,11 @@ def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
     return trainer.precision_plugin.convert_input(batch)
 
 
-def class_indices(batch: Any, kind: str) -> Tensor:
+def class_indices(batch: Any) -> Tensor:
     """Return the labels of a batch `(inputs, labels, …)`.
 
     Args:
         batch: A batch of a data loader.
-        kind: The kind of batch, such as "training", for the message.
 
     Returns:
         The class indices `[B]`, of an integer dtype.
@@ -363,7 +362,7 @@ def class_indices(batch: Any, kind: str) -> Tensor:
     labels = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
     if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype not in INTEGERS:
         raise UserError(
-            f"NeuralCollapseMonitor needs {kind} batches (inputs, labels) with class indices [B] as labels, "
+            "batches must be (inputs, labels, …) with class indices [B] as labels, "
             f"got {type(batch).__name__ if labels is None else labels!r:.60}"
         )
     return labels
@@ -455,7 +454,7 @@ def sweep(
     """
     with plain_tensors(), source.attached():
         for batch in batches:
-            labels = class_indices(batch, "training")
+            labels = class_indices(batch)
             with forward_context():
                 source.model(batch[0])
             caught = source.take(len(labels))

@@ -14,7 +14,7 @@ from etflight.callbacks.features import HEAD, EmbeddingSource, PassStatistics, e
 from etflight.classifier import Classifier
 from etflight.heads import Head, LinearHead, ScaledLinearHead
 from etflight.utils.errors import UserError
-from etflight.utils.precision import at_least_float32
+from etflight.utils.precision import at_least_float32, exact_product
 from etflight.utils.trainer import data_module
 from etflight.utils.training_data import other_images
 
@@ -42,8 +42,12 @@ class PostHoc(Callback, ABC):
         """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse to train, and to be adjusted."""
-        if tau := cast(Classifier, pl_module).hparams["logit_adjustment"]:
+        """Refuse to train, to be adjusted, and any other model."""
+        if not isinstance(pl_module, Classifier):
+            raise UserError(
+                f"{type(self).__name__} replaces the head of an etflight.Classifier, not of a {type(pl_module).__name__}"
+            )
+        if tau := pl_module.hparams["logit_adjustment"]:
             raise UserError(
                 f"logit_adjustment {tau:g} is for the logits of the trained head, in place of which {type(self).__name__} decides: "
                 "give --model.logit_adjustment 0"
@@ -117,7 +121,7 @@ class NearestClassMean(PostHoc):
     The logits are the cosines, so the softmax is never confident.
 
     Raises:
-        UserError: When it starts: the training images are not the checkpoint's.
+        UserError: When it starts: the training images are not the checkpoint's, or there is no data module of this package.
 
     Source:
         Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, arXiv 1910.09217, section 4,
@@ -127,6 +131,10 @@ class NearestClassMean(PostHoc):
     def new_head(self, trainer: Trainer, model: Classifier) -> Head:
         """Keep the trained embedding, and take the class means as class vectors."""
         data = data_module(trainer)
+        if not hasattr(data, "eval_dataloader"):
+            raise UserError(
+                "NearestClassMean takes the training images from a data module of etflight: give datamodule="
+            )
         if differ := other_images(model.class_counts.tolist(), model.fingerprint, data):
             raise UserError(
                 f"NearestClassMean: {differ}: give the data options of its training (--data.imbalance_ratio and the like)"
@@ -157,6 +165,4 @@ class _Replacement(Head):
         return F.normalize(embedding, dim=1) if self.cosine else embedding
 
     def forward(self, features: Tensor) -> Tensor:
-        embedding = self.embed(features)
-        with torch.autocast(embedding.device.type, enabled=False):
-            return F.linear(embedding, self.weight.to(embedding.dtype))
+        return exact_product(self.embed(features), self.weight)

@@ -189,7 +189,7 @@ class Speed(Callback):
         row = {"epoch": trainer.current_epoch, "step": trainer.global_step, "speed/epoch_s": "", **values}
         path = run_folder(trainer) / "speed.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", newline="") as file:
+        with path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(row))
             if file.tell() == 0:
                 writer.writeheader()
@@ -203,7 +203,7 @@ def _forget(path: Path, epoch: int) -> None:
     """Leave only the whole rows of earlier epochs in a `speed.csv`: a training that starts again, or goes on, writes the others anew."""
     if not path.is_file():
         return
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         header, *rows = list(csv.reader(file)) or [[]]
     if header[:3] != ["epoch", "step", "speed/epoch_s"]:
         return  # without a run folder, it may be somebody else's

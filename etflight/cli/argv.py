@@ -34,8 +34,8 @@ def split_config_files(prog: str, argv: Sequence[str]) -> tuple[list[str], list[
 
 # options that are needed before a command line can be parsed: they tell where the run is, and which checkpoint's model it starts from
 _EARLY = (
-    "name", "ckpt_path", "trainer.default_root_dir", "data", "data.input_size",
-    "model.backbone", "model.head", "model.loss", "model.optimizer", "model.lr_scheduler",
+    "name", "ckpt_path", "trainer", "trainer.default_root_dir", "data", "data.input_size",
+    "model", "model.backbone", "model.head", "model.loss", "model.optimizer", "model.lr_scheduler",
 )  # fmt: skip
 
 
@@ -63,7 +63,7 @@ class EarlyOptions:
             rest: The command line without these files.
 
         Raises:
-            UserError: A file does not exist, is no YAML, or is empty.
+            UserError: A file does not exist, is no YAML, or is empty; or a section is a file of its own.
             SystemExit: With status 2 for an option without a value.
         """
         parser = CommandParser(prog=prog, add_help=False, allow_abbrev=False)
@@ -75,6 +75,16 @@ class EarlyOptions:
         contents = [read_yaml(path) for path in paths]
         if None in contents:
             raise UserError(f"{paths[contents.index(None)]} is empty: give it options, or leave it out")
+        for section in ("data", "model", "trainer"):
+            values = [
+                vars(given)[section],
+                *(content.get(section) for content in contents if isinstance(content, dict)),
+            ]
+            for value in values:
+                if isinstance(value, str) and Path(value).suffix in (".yaml", ".yml", ".json"):
+                    raise UserError(
+                        f"--{section} {value}: a file has all its options below `{section}:`, and is given by -c: -c {value}"
+                    )
         return cls(vars(given), paths, contents)
 
     def value(self, key: str, kind: type = str) -> Any:

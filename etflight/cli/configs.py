@@ -60,7 +60,7 @@ def _list(chosen: Sequence[Path]) -> None:
 
 def _purpose(path: Path) -> str:
     """The comment that a file begins with."""
-    lines = (SHIPPED / path).read_text().splitlines()
+    lines = (SHIPPED / path).read_text("utf-8").splitlines()
     comment = lines[: next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))]
     return " ".join(line.lstrip("# ") for line in comment)
 

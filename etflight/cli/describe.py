@@ -85,7 +85,7 @@ def describe(data: ImageDataModule) -> dict[str, Any]:
         "class_names": data.class_names,
         "fingerprint": data.fingerprint,
         "imbalance_ratio": float(counts["train"].max() / counts["train"].min()),
-        "validation": "held out" if data.val_is_held_out else "the test set, watched only",
+        "validation": data.validation,
         "class_counts": {name: own.tolist() for name, own in counts.items()},
         "shot_groups": {group: members.nonzero().flatten().tolist() for group, members in groups.items()},
     }
@@ -131,7 +131,8 @@ def _augmented(data: ImageDataModule, images: Tensor, labels: Tensor) -> Tensor:
     """Uint8 images as one training step gets them, before they are normalised."""
     changed, _ = data.train_transform((images, labels), step=0)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.preprocessing.mean, data.preprocessing.std))
-    return ((changed * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    first_views = changed[: len(images)]
+    return ((first_views * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 # On the terminal ----------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
     refuse_other_results(output, facts)
 
     models = [
-        Embedded(checkpoint, outputs(classifier.to(device), data, "test", quiet=not out.is_terminal), weight)
+        Embedded(checkpoint, outputs(classifier, data, "test", device, quiet=not out.is_terminal), weight)
         for (checkpoint, classifier), data, weight in zip(loaded, sets, weights, strict=True)
     ]
     record = {**facts, **compare(models)}

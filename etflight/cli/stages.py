@@ -30,7 +30,7 @@ from etflight.callbacks.checkpoint import KEY as CHECKPOINT_KEY
 from etflight.callbacks.predictions import TABLE, PredictionTable
 from etflight.callbacks.progress import Progress, StepNotice, is_watched
 from etflight.callbacks.results import TestResults
-from etflight.classifier import PLUGGABLE, Classifier, plain_hyperparameters
+from etflight.classifier import Classifier
 from etflight.cli import STAGES
 from etflight.cli.argv import EarlyOptions, split_config_files
 from etflight.cli.checkpoint_option import prepare_as_trained
@@ -40,6 +40,7 @@ from etflight.cli.predict import add_prediction_arguments, as_data, images_of
 from etflight.cli.unsupported import refuse_unsupported
 from etflight.data.base import ImageDataModule
 from etflight.heads import codes_from_state_dict
+from etflight.hyperparameters import PLUGGABLE, plain_hyperparameters
 from etflight.optim import PROTOCOL_SGD
 from etflight.runs.folder import is_own_checkpoint, same_folder
 from etflight.runs.loggers import FailSafe, MetricsCSV
@@ -197,7 +198,7 @@ class EtflightCLI(LightningCLI):
             files = [*files, *as_data(options, path, content)]
         backbone = options.value("model.backbone")
         given = {} if backbone is None else {"backbone": backbone}
-        model = plain_hyperparameters(content, given)
+        model = plain_hyperparameters(content, Classifier, given)
         self.saved_model, self.saved_rows = model, int(content.get(CHECKPOINT_KEY, {}).get("metrics_rows", 0))
         self.saved_step = content.get("global_step", -1)
 
@@ -216,7 +217,7 @@ class EtflightCLI(LightningCLI):
                 import_modules([needed.rpartition(".")[0]])
             else:
                 defaults -= {name}
-        plain_hyperparameters(content, given)  # by now all that the user has named is imported
+        plain_hyperparameters(content, Classifier, given)  # by now all that the user has named is imported
         parser.set_defaults({f"{stage}.model.{name}": model[name] for name in defaults})
         self.config = parser.parse_args([*files, *words])
         if stage != "fit":

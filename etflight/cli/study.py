@@ -113,7 +113,7 @@ def _run(cell: Cell, jobs: int, running: set[subprocess.Popen[bytes]]) -> str | 
     threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}
     for words in [*([cell.fit()] if cell.trains else []), cell.test()]:
         log = cell.folder / f"{words[0]}.log"
-        with log.open("a") as output:
+        with log.open("a", encoding="utf-8") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "etflight", *words],
                 stdout=output,
@@ -125,6 +125,6 @@ def _run(cell: Cell, jobs: int, running: set[subprocess.Popen[bytes]]) -> str | 
             process.wait()
             running.remove(process)
         if process.returncode:
-            last = (log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
+            last = (log.read_text("utf-8", "replace").strip().splitlines() or ["it printed nothing"])[-1]
             return f"{cell.folder}: {last} (see {log})"
     return None

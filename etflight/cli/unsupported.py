@@ -34,7 +34,8 @@ def refuse_unsupported(trainer: Trainer, model: LightningModule) -> None:
             "LearningRateFinder and BatchSizeFinder would set what the run's config.yaml does not know of: leave them out, and compare "
             "short runs with other --model.optimizer.lr or --data.batch_size, each with a --name of its own"
         )
-    if callbacks_of(trainer, StochasticWeightAveraging) and model.hparams.get("layer_decay", 1) != 1:
+    options = [name for name in ("layer_decay", "lr_scale") if model.hparams.get(name) not in (None, 1, {})]
+    if callbacks_of(trainer, StochasticWeightAveraging) and options:
         raise UserError(
-            "StochasticWeightAveraging gives all layers one learning rate, so layer_decay would have no effect: leave one of them out"
+            f"StochasticWeightAveraging gives all layers one learning rate, so {options[0]} would have no effect: leave one of them out"
         )

@@ -157,8 +157,7 @@ def _to_device(values: NDArray[Any], device: torch.device) -> Tensor:
 def _move(images: Tensor, codes: Codes, magnitudes: Magnitudes) -> Tensor:
     """Shear about the top left corner, translate, or rotate about the centre."""
     batch, _, height, width = images.shape
-    slope = np.tan(np.radians(np.degrees(np.arctan(magnitudes))))
-    shear_x, shear_y = np.where(codes == _SHEAR_X, slope, 0.0), np.where(codes == _SHEAR_Y, slope, 0.0)
+    shear_x, shear_y = np.where(codes == _SHEAR_X, magnitudes, 0.0), np.where(codes == _SHEAR_Y, magnitudes, 0.0)
     angle = np.radians(np.where(codes == _ROTATE, magnitudes, 0.0))
     # from a place in the result to the place it is taken from, both measured from the centre
     theta = np.zeros((batch, 2, 3))

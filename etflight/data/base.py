@@ -289,6 +289,11 @@ class ImageDataModule(LightningDataModule, ABC):
         return self.val_fraction > 0 or self.has_val_split
 
     @property
+    def validation(self) -> str:
+        """Which images the validation images are, in words for records."""
+        return "held out" if self.val_is_held_out else "the test set, watched only"
+
+    @property
     def class_counts(self) -> NDArray[np.int64]:
         """`[K]` int64: training images per class, after validation split and profile."""
         return np.bincount(self.split("train").labels.numpy(), minlength=self.num_classes).astype(np.int64)

@@ -77,9 +77,14 @@ class ImbalancedSampler(_Sharded):
         num_replicas: int | None = None,
         rank: int | None = None,
     ) -> None:
-        flat = np.asarray(labels).reshape(-1)
-        if flat.size == 0:
+        given = np.asarray(labels)
+        if given.size == 0:
             raise UserError("the sampler got no labels: give one per training image")
+        flat = given.reshape(len(given), -1)[:, 0]
+        if flat.size != given.size or given.dtype.kind not in "iu":
+            raise UserError(
+                f"the sampler's labels are {given.dtype} {list(given.shape)}: give one integer per training image"
+            )
         if num_samples is not None and num_samples < 1:
             raise UserError(f"num_samples is {num_samples}: draw at least one image per epoch")
         if not 0 <= beta < 1:

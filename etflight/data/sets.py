@@ -307,6 +307,9 @@ class CIFAR100(CIFAR10):
     label_bytes: ClassVar[int] = 2
 
 
+_TRAIN_AND_TEST = ({"split": "train"}, {"split": "test"})
+
+
 @dataclass(eq=False)
 class SVHN(TorchvisionImages):
     """Street View House Numbers, cropped digits: 32×32, RGB, 10 classes (Netzer et al., 2011).
@@ -322,7 +325,7 @@ class SVHN(TorchvisionImages):
 
     published_name: ClassVar[str] = "SVHN"
     files: ClassVar[tuple[str, ...]] = ("train_32x32.mat", "test_32x32.mat")
-    downloads: ClassVar[tuple[dict[str, str], ...]] = ({"split": "train"}, {"split": "test"})
+    downloads: ClassVar[tuple[dict[str, str], ...]] = _TRAIN_AND_TEST
 
     def load(self, split: Split) -> ArraySource:
         """Read one split's MATLAB file.
@@ -417,7 +420,7 @@ class GTSRB(TorchvisionImages, ListedFileImages):
 
     published_name: ClassVar[str] = "GTSRB"
     files: ClassVar[tuple[str, ...]] = (_TRAINING, _TEST, _TEST_LABELS)
-    downloads: ClassVar[tuple[dict[str, str], ...]] = SVHN.downloads
+    downloads: ClassVar[tuple[dict[str, str], ...]] = _TRAIN_AND_TEST
     standard_mean: ClassVar[tuple[float, ...]] = (0.3406, 0.3128, 0.3229)
     standard_std: ClassVar[tuple[float, ...]] = (0.2773, 0.2673, 0.2744)
     standard_image_size: ClassVar[int] = 32

@@ -80,9 +80,20 @@ class ArraySource(ImageSource):
     Args:
         images: Uint8 `[N, C, H, W]` tensor.
         labels: `[N]` tensor of integers.
+
+    Raises:
+        UserError: They are something else.
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
+        for name, value, shape in (
+            ("images", images, "[N, C, H, W] of dtype uint8"),
+            ("labels", labels, "[N] of integers"),
+        ):
+            fine = isinstance(value, Tensor) and not value.is_floating_point() and value.ndim == shape.count(",") + 1
+            if not fine or (name == "images" and value.dtype != torch.uint8):
+                got = f"{value.dtype} {list(value.shape)}" if hasattr(value, "dtype") else type(value).__name__
+                raise UserError(f"ArraySource: {name} must be a tensor {shape}, got {got}")
         self.pixels = images.contiguous()
         self.labels = labels.long()
 

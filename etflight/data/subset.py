@@ -34,7 +34,6 @@ class ClassSubset(ImageDataModule):
     classes: str
 
     def __post_init__(self) -> None:
-        """Check the options."""
         super().__post_init__()
         self.labels = _parse_labels(self.classes)
         for option in fields(ImageDataModule):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from etflight.utils.errors import UserError
 from etflight.utils.precision import at_least_float32
 from etflight.utils.torchmetrics_private import ExactMetric
 
@@ -72,7 +73,12 @@ class Confusion(ExactMetric):
             predicted: The predicted class indices `[B]`, int64, in [0, K), or logits or probabilities `[B, K]`.
             target: The true class indices `[B]`, int64, in [0, K).
         """
-        cells = target * len(self.counts) + _decisions(predicted)
+        num_classes = len(self.counts)
+        predicted = _decisions(predicted, num_classes)
+        cells = target * num_classes + predicted
+        fits = torch.minimum(target, predicted) >= 0
+        fits &= torch.maximum(target, predicted) < num_classes
+        cells = torch.where(fits, cells, -1)  # which index_add_ refuses, where another cell would be silently wrong
         self.counts.view(-1).index_add_(0, cells, torch.ones_like(cells))
 
     def compute(self) -> Tensor:
@@ -80,8 +86,12 @@ class Confusion(ExactMetric):
         return self.counts.clone()
 
 
-def _decisions(predicted: Tensor) -> Tensor:
+def _decisions(predicted: Tensor, num_classes: int) -> Tensor:
     """Class indices `[B]`, of logits or probabilities `[B, K]` those of the largest."""
+    if predicted.ndim == 2 and predicted.shape[1] != num_classes:
+        raise UserError(
+            f"logits {list(predicted.shape)} for a metric of {num_classes} classes: give [B, {num_classes}]"
+        )
     return predicted.argmax(dim=1) if predicted.ndim == 2 else predicted
 
 
@@ -200,17 +210,33 @@ class ShotAccuracy(ExactMetric):
     predicted: Tensor
 
     def __init__(
-        self, num_classes: int, shifts: Sequence[int] = (), *, class_counts: Tensor | None = None, **kwargs: Any
+        self,
+        num_classes: int,
+        shifts: Sequence[int] = (),
+        *,
+        class_counts: Tensor | Sequence[int] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         for name in ("correct", "total", "predicted"):
             self.add_sum(name, num_classes)
         self.shifts = shifts
-        self._class_counts = class_counts
+        self._class_counts: Tensor | None = None
+        if class_counts is not None:
+            self.set_class_counts(class_counts)
 
-    def set_class_counts(self, class_counts: Tensor) -> None:
-        """Set the training counts `[K]` that define the groups; without them there are no groups."""
-        self._class_counts = class_counts
+    def set_class_counts(self, class_counts: Tensor | Sequence[int]) -> None:
+        """Set the training counts `[K]` that define the groups; without them there are no groups.
+
+        Raises:
+            UserError: There is not one count for each class.
+        """
+        counts = torch.as_tensor(class_counts)
+        if counts.shape != self.total.shape:
+            raise UserError(
+                f"ShotAccuracy: class_counts is {list(counts.shape)}: give one count for each of {len(self.total)} classes"
+            )
+        self._class_counts = counts
 
     def update(self, predicted: Tensor, target: Tensor) -> None:
         """Add a batch.
@@ -219,7 +245,7 @@ class ShotAccuracy(ExactMetric):
             predicted: The predicted class indices `[B]`, int64, in [0, K), or logits or probabilities `[B, K]`.
             target: The true class indices `[B]`, int64, in [0, K).
         """
-        predicted = _decisions(predicted)
+        predicted = _decisions(predicted, len(self.total))
         self.total.index_add_(0, target, torch.ones_like(target))
         self.predicted.index_add_(0, predicted, torch.ones_like(predicted))
         self.correct.index_add_(0, target, (predicted == target).long())
@@ -324,6 +350,7 @@ class Reliability(ExactMetric):
         confidence, predicted = at_least_float32(logits).softmax(dim=1).max(dim=1)
         inner = torch.arange(1, len(self.counts), dtype=confidence.dtype, device=confidence.device) / len(self.counts)
         bins = torch.bucketize(confidence, inner)
+        bins = torch.where((target >= 0) & (target < logits.shape[1]), bins, -1)  # which index_add_ refuses
         self.counts.index_add_(0, bins, torch.ones_like(bins))
         self.correct.index_add_(0, bins, (predicted == target).long())
         self.confidence.index_add_(0, bins, confidence.double())

@@ -207,19 +207,12 @@ def nc1(
 
 
 def _nc1(stats: Moments, factor: _Factor, divide_by_classes: bool, correction: int) -> Tensor:
-    within, rank = _within(stats), int(factor.singular.count_nonzero())
+    within, rank = stats.covariance(), int(factor.singular.count_nonzero())
     if rank == 0:
         return _undefined(stats)
     root = factor.right[:rank].T / factor.singular[:rank]  # (MᵀM)⁺ is root rootᵀ
     trace = ((within @ root) * root).sum() * _pooled_correction(stats, factor.classes, correction)
     return trace if divide_by_classes else trace * factor.classes
-
-
-def _within(stats: Moments) -> Tensor:
-    if stats.within is None:
-        raise ValueError("nc1 and the spectrum of Σ_W need the scatter: collect it with ClassStatistics(scatter=True)")
-    d = stats.means.shape[1]
-    return stats.within.reshape(d, d)  # torchmetrics squeezes the [1, 1] of d = 1
 
 
 def _pooled_correction(stats: Moments, classes: int, correction: int) -> float:
@@ -685,7 +678,7 @@ def spectrum(stats: Moments, *, of: Literal["means", "within"] = "means", global
         raise ValueError(f'of is "means" or "within", got {of!r}')
     if of == "means":
         return _factor(stats, global_mean).singular
-    within = _within(stats)
+    within = stats.covariance()
     if not bool(within.isfinite().all()):
         return within.new_full((len(within),), math.nan)
     eigenvalues: Tensor = torch.linalg.eigvalsh(within)

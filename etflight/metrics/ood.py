@@ -84,11 +84,8 @@ def mahalanobis(features: Tensor, stats: Moments) -> Tensor:
     Source:
         Lee et al. 2018, arXiv 1807.03888; the score of one layer, without the changes of the input.
     """
-    if stats.within is None:
-        raise ValueError("the Mahalanobis distance needs the scatter: collect ClassStatistics(scatter=True)")
     means = stats.means[stats.counts > 0].to(features.device)
-    width = means.shape[1]  # torchmetrics makes a number of the scatter [1, 1]
-    variances, directions = torch.linalg.eigh(stats.within.reshape(width, width).to(features.device))
+    variances, directions = torch.linalg.eigh(stats.covariance().to(features.device))
     scale, single = means.square().sum(1).amax(), torch.finfo(torch.float32).eps
     kept = variances > torch.maximum(scale * single**2, variances[-1] * len(variances) * torch.finfo(torch.float64).eps)
     white = directions[:, kept] / variances[kept].sqrt()

@@ -1,7 +1,7 @@
 """One-pass, mergeable class statistics from which every neural-collapse measure follows."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from etflight.utils.errors import UserError
+from etflight.utils.precision import no_autocast
 from etflight.utils.torchmetrics_private import ExactMetric
 
 
@@ -31,6 +32,17 @@ class Moments(NamedTuple):
     variances: Tensor
     within: Tensor | None
     class_weighted: bool
+
+    def covariance(self) -> Tensor:
+        """Return `within`, `[d, d]`.
+
+        Raises:
+            ValueError: The scatter was not collected.
+        """
+        if self.within is None:
+            raise ValueError("this measure needs the scatter: collect it with ClassStatistics(scatter=True)")
+        d = self.means.shape[1]
+        return self.within.reshape(d, d)  # torchmetrics squeezes the [1, 1] of d = 1
 
     def to(self, device: torch.device | str) -> "Moments":
         """Return the same statistics on another device."""
@@ -87,7 +99,7 @@ class ClassStatistics(ExactMetric):
     shift: Tensor  # [K + 1, d], s
     square: Tensor  # [K + 1] float64, q
     outer: Tensor  # [d, d], Q; only its upper triangle is meant
-    _class_weight: Tensor  # [K + 1] float64
+    class_weight: Tensor  # [K + 1] float64
 
     def __init__(
         self,
@@ -123,7 +135,8 @@ class ClassStatistics(ExactMetric):
             if counts.shape != (num_classes,) or not bool((counts >= 0).all() and counts.any()):
                 raise ValueError(f"class_counts must be {num_classes} non-negative numbers, not all zero")
             weights[:num_classes] = torch.where(counts > 0, counts.mean() / counts, 0.0)
-        self.register_buffer("_class_weight", weights, persistent=False)
+        # a state, so that a `MetricCollection` does not take metrics with other weights for the same one
+        self.add_state("class_weight", weights, dist_reduce_fx=None)
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch.
@@ -153,11 +166,11 @@ class ClassStatistics(ExactMetric):
         self.count.index_add_(0, rows, squares.new_ones(()).expand_as(squares))
         if self.scatter:
             if self.class_weighted:
-                root = self._class_weight.index_select(0, rows).sqrt_().to(self.scatter_dtype)
+                root = self.class_weight.index_select(0, rows).sqrt_().to(self.scatter_dtype)
                 difference = difference * root[:, None]
             # Only blocks that meet the upper triangle: 5/8 of the products. `compute` mirrors it.
             width = max(128, -(-self.feature_dim // 4))
-            with _no_autocast(features.device), _full_float32(difference):
+            with no_autocast(features.device), _full_float32(difference):
                 for start in range(0, self.feature_dim, width):
                     block = self.outer[start : start + width, start:]
                     block.addmm_(difference[:, start : start + width].T, difference[:, start:])
@@ -173,12 +186,12 @@ class ClassStatistics(ExactMetric):
             ValueError: Labels outside `[0, K)` were seen, or samples of a class whose given count is zero.
         """
         K = self.num_classes
-        with _no_autocast(self.count.device):
+        with no_autocast(self.count.device):
             outside = int(self.count[K])
             if outside:
                 raise UserError(f"{outside} labels lie outside [0, {K}): is num_classes right?")
             count, anchored = self.count[:K], self.count[:K] > 0
-            weight = self._class_weight[:K]
+            weight = self.class_weight[:K]
             if bool((anchored & (weight == 0)).any()):
                 raise UserError("there are samples of a class that is empty according to class_counts")
             delta = self.shift[:K].to(torch.float64) / count.clamp(min=1)[:, None]
@@ -219,7 +232,7 @@ class ClassStatistics(ExactMetric):
     def _moved(self, state: dict[str, Any], anchors: Tensor) -> dict[str, Tensor]:
         """Compute the sums of `state` about `anchors` instead of its own anchors."""
         dtype = self.scatter_dtype
-        with _no_autocast(anchors.device):
+        with no_autocast(anchors.device):
             D = torch.where(state["anchored"][:, None], state["anchor"].to(dtype) - anchors.to(dtype), 0.0)
             nD = state["count"].to(dtype)[:, None] * D
             half = state["shift"] + 0.5 * nD
@@ -229,7 +242,7 @@ class ClassStatistics(ExactMetric):
             }
             if self.scatter:
                 if self.class_weighted:
-                    half = half * self._class_weight.to(dtype)[:, None]
+                    half = half * self.class_weight.to(dtype)[:, None]
                 with _full_float32(D):
                     cross = half.T @ D
                 moved["outer"] = state["outer"] + cross + cross.T
@@ -251,8 +264,8 @@ class ClassStatistics(ExactMetric):
             ValueError: The other instance weighs classes differently.
         """
         if isinstance(incoming_state, ClassStatistics):
-            theirs = incoming_state._class_weight.to(self.device)
-            if not torch.equal(self._class_weight, theirs):
+            theirs = incoming_state.class_weight.to(self.device)
+            if not torch.equal(self.class_weight, theirs):
                 raise ValueError("statistics with different class_counts cannot be added")
         super().merge_state(incoming_state)
 
@@ -286,12 +299,6 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _no_autocast(device: torch.device) -> Any:
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 @contextmanager

@@ -108,7 +108,7 @@ def group(results: Iterable[Result]) -> tuple[list[Section], list[str]]:
     run of its section.
     """
     remarks: list[str] = []
-    published = json.loads((files("etflight.reporting") / "published.json").read_text())
+    published = json.loads((files("etflight.reporting") / "published.json").read_text("utf-8"))
     sections = []
     results = list(results)
     contents = {name: different(members, "content") for name, members in _split(results, lambda r: r.dataset).items()}

@@ -28,7 +28,7 @@ def read_json(path: Path) -> Any:
         UserError: The file cannot be read, or is not whole.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # ValueError if it is no JSON, or no text
         raise UserError(f"{path} is not whole ({error})") from error
 

@@ -31,7 +31,7 @@ def run_of(path: Path) -> Path | None:
 def read_record(folder: Path) -> dict[str, Any]:
     """The content of a run folder's `run.json`; empty if it cannot be read."""
     try:
-        record = json.loads((folder / RECORD).read_text())
+        record = json.loads((folder / RECORD).read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
@@ -105,7 +105,7 @@ def claim_for_results(folder: Path, trained_in: Path | None, checkpoint: Path) -
 def _finished_epochs(folder: Path) -> int:
     """The number of epochs in a run's `metrics.csv`; 0 without one that can be read."""
     try:
-        with (folder / "metrics.csv").open(newline="") as file:
+        with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
             return sum(1 for row in csv.DictReader(file) if row.get("train/loss"))
     except (OSError, ValueError, csv.Error):
         return 0
@@ -141,7 +141,7 @@ def refuse_other_results(file: Path, facts: Mapping[str, Any], pictures: Sequenc
     if file.is_dir():
         raise UserError(f"{file} is a folder: give --output the name of a file")
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         content = None
     known = content if isinstance(content, dict) else {}

@@ -66,7 +66,7 @@ class MetricsCSV(Logger):
         new = sorted(row.keys() - set(self._columns))
         if new:
             self._rewrite([*self._columns, *new], self._read())
-        with self._path.open("a", newline="") as file:
+        with self._path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self._columns).writerow(row)
         self.rows += 1
 
@@ -81,23 +81,28 @@ class MetricsCSV(Logger):
         self._rewrite(list(kept[0]) if kept else ["step", "epoch"], kept)
 
     def _read(self) -> list[dict[str, str]]:
-        with self._path.open(newline="") as file:
+        with self._path.open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
 
     def _rewrite(self, columns: list[str], rows: list[dict[str, str]]) -> None:
         self._columns = columns
-        with replacing(self._path) as partial, partial.open("w", newline="") as file:
+        with replacing(self._path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """The folder of a run's files: that of its `metrics.csv`, or else the trainer's root."""
+    """The folder of a run's files: that of its `metrics.csv`, else, as in Lightning, that of its first logger or the trainer's root."""
     for logger in trainer.loggers:
         if isinstance(logger, MetricsCSV):
             return Path(logger.save_dir)
-    return Path(trainer.default_root_dir)
+    # the command line wraps the user's loggers, and makes the run's folder the root
+    first: Any = trainer.logger
+    if first is None or type(first) is FailSafe:
+        return Path(trainer.default_root_dir)
+    version = first.version if isinstance(first.version, str) else f"version_{first.version}"
+    return Path(first.save_dir or trainer.default_root_dir, str(first.name), version)
 
 
 class FailSafe:

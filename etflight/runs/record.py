@@ -154,10 +154,9 @@ def facts(*, name: str, arm: str | None, config: Mapping[str, Any], trainer: Tra
 
 def training_facts(*, seed: Any, data: Any) -> dict[str, Any]:
     """Collect what is needed to repeat a training in addition to `facts`: the seed, and the choice of images."""
-    validation = "held out" if data.val_is_held_out else "the test set, watched only"
     return {
         "seed": seed,
-        "data": {**data_facts(data), "imbalance_ratio": _imbalance_ratio(data), "validation": validation},
+        "data": {**data_facts(data), "imbalance_ratio": _imbalance_ratio(data), "validation": data.validation},
     }
 
 

@@ -46,7 +46,7 @@ def flush_to_disk(path: Path) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file so that a reader sees the old one or the new one, never half of it; numbers that are not finite become null."""
     with replacing(path) as partial:
-        partial.write_text(json.dumps(_finite(content), indent=2, default=str) + "\n")
+        partial.write_text(json.dumps(_finite(content), indent=2, default=str) + "\n", "utf-8")
 
 
 def _finite(value: Any) -> Any:

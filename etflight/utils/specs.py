@@ -4,7 +4,11 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from pathlib import PurePath
 from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from etflight.utils.errors import UserError
 
@@ -28,7 +32,7 @@ def to_spec(factory: object, argument: str) -> Spec:
     if isinstance(factory, Mapping) and isinstance(factory.get("class_path"), str):
         arguments = factory.get("init_args") or {}
         if isinstance(arguments, Mapping):
-            return {"class_path": factory["class_path"], "init_args": dict(arguments)}
+            return {"class_path": factory["class_path"], "init_args": as_plain(dict(arguments))}
     cls, args, init_args = (
         (factory.func, factory.args, factory.keywords) if isinstance(factory, partial) else (factory, (), {})
     )
@@ -37,7 +41,18 @@ def to_spec(factory: object, argument: str) -> Spec:
             f"{argument}={factory!r} cannot be written into a checkpoint: "
             "give a module-level class, or functools.partial of one with keyword arguments"
         )
-    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": dict(init_args)}
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": as_plain(init_args)}
+
+
+def as_plain(value: Any) -> Any:
+    """The value with Python's own numbers and lists in the place of NumPy's and torch's, and texts in that of paths, at any depth."""
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, np.generic | np.ndarray | Tensor):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return type(value)(map(as_plain, value)) if type(value) in (list, tuple) else value
+    return {key: as_plain(inner) for key, inner in value.items()} if type(value) is dict else value
 
 
 @contextmanager

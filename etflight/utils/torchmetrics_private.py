@@ -29,7 +29,7 @@ class ExactMetric(Metric):
     def sum_over_processes(self, group: Any) -> None:
         """Replace each state by its sum over the processes of a group."""
         for name in self.metric_state:
-            state: Tensor = getattr(self, name).contiguous()
+            state: Tensor = getattr(self, name).clone()  # a collection may have given other metrics the same tensor
             dist.all_reduce(state, group=group)
             setattr(self, name, state)
 

@@ -32,6 +32,31 @@ def refuse_other_shape(
             raise UserError(f"{model} {takes.format(own)}, but {data} has {other}: {mend}")
 
 
+def class_names_of(data: Any) -> list[str] | None:
+    """The names of the classes of a data module, or None if it has none; a dict has them by label.
+
+    Raises:
+        UserError: It has something else under that name.
+    """
+    names = getattr(data, "class_names", None)
+    if isinstance(names, Mapping):
+        if set(names) != set(range(len(names))):
+            raise UserError(
+                f"class_names of {data} is a dict of {list(names)[:3]} …: give a list, or a dict by label, from 0"
+            )
+        names = [names[k] for k in range(len(names))]
+    try:
+        return None if names is None else list(map(str, names))
+    except TypeError:
+        raise UserError(f"class_names of {data} is {names!r:.80}: give a list of the names") from None
+
+
+def preprocessing_of(data: Any) -> Preprocessing | None:
+    """What a data module of this package does to images; of another, whose `preprocessing` is its own affair, None."""
+    own = getattr(data, "preprocessing", None)
+    return own if isinstance(own, Preprocessing) else None
+
+
 def different_class(one: Sequence[str] | None, other: Sequence[str] | None) -> tuple[int, str, str] | None:
     """Return the first class whose names differ, and both names; None if there is none, or if either has mere numbers or no names."""
     if one is None or other is None or [str(k) for k in range(len(one))] in (list(one), list(other)):
@@ -42,13 +67,13 @@ def different_class(one: Sequence[str] | None, other: Sequence[str] | None) -> t
 
 def other_names(known: Sequence[str] | None, data: Any) -> str | None:
     """Describe the first class whose name differs between training and data; None if there is none, or if either has mere numbers."""
-    differ = different_class(known, getattr(data, "class_names", None))
+    differ = different_class(known, class_names_of(data))
     return differ and "class {} is {!r} in the checkpoint, but {!r} in the data".format(*differ)
 
 
 def other_preprocessing(known: Preprocessing | None, data: Any) -> str | None:
     """Describe how the data size and normalise images differently from the training; None if they do not, or if it is unknown."""
-    own = None if known is None else getattr(data, "preprocessing", None)
+    own = None if known is None else preprocessing_of(data)
     differ = None if known is None or own is None else own.unlike(known)
     return differ and f"{data}: images are prepared differently than in training: {differ}"
 
@@ -65,7 +90,7 @@ def other_images(counts: Sequence[int], fingerprint: str | None, data: Any) -> s
     own = [] if known is None else list(map(int, known))
     k = next((k for k, pair in enumerate(zip(own, counts, strict=False)) if pair[0] != pair[1]), None)
     if k is not None:
-        name = (getattr(data, "class_names", None) or range(len(own)))[k]
+        name = (class_names_of(data) or range(len(own)))[k]
         return f"{data} has {own[k]} training images of class {name}, but the checkpoint was trained on {counts[k]}"
     other = getattr(data, "fingerprint", None)
     if fingerprint is None or other is None or fingerprint == other:

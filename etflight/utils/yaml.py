@@ -31,7 +31,7 @@ def read_yaml(path: Path) -> Any:
     """
     require_file(path)
     try:
-        return load_yaml(path.read_text())
+        return load_yaml(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, UserError) as error:
         raise UserError(f"{path} cannot be read as a configuration file: {brief(error, 500)}") from error
 

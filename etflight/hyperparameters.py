@@ -1,0 +1,116 @@
+"""The arguments of a `Classifier` as plain data: written into checkpoints, compared, and read from those of others."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from etflight.heads import Head
+from etflight.losses import Loss
+from etflight.utils.errors import UserError
+from etflight.utils.limits import refuse_names
+from etflight.utils.specs import as_plain, find_class, is_plain, to_spec
+
+# the arguments that take a class, and the base of that class
+PLUGGABLE: dict[str, type] = {"head": Head, "loss": Loss, "optimizer": Optimizer, "lr_scheduler": LRScheduler}
+# timm's arguments with a source of other weights; a checkpoint has its own
+_WEIGHT_SOURCES = {
+    "checkpoint_path", "cache_dir", "url", "file", "state_dict", "source", "hf_hub_id", "hf_hub_filename", "custom_load",
+}  # fmt: skip
+
+
+def plain_arguments(given: Mapping[str, Any], model: type) -> dict[str, Any]:
+    """Return arguments as plain data, those of a subclass included, but for what only the caller can give again.
+
+    Args:
+        given: The arguments by name.
+        model: The class whose own arguments must all be plain.
+
+    Raises:
+        UserError: One of these is not.
+    """
+    plain: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in PLUGGABLE and value is not None:
+            plain[name] = to_spec(value, name)
+        elif is_plain(value := as_plain(value)):
+            plain[name] = value
+        elif name in inspect.signature(model).parameters:
+            raise UserError(
+                f"{name}={value!r} cannot be written into a checkpoint: give numbers, texts, lists or dicts of these"
+            )
+    return plain
+
+
+def differing(saved: Mapping[str, Any], own: Mapping[str, Any], model: type) -> list[str]:
+    """Return the names of the arguments of a model in which a checkpoint differs; one that is left out is at its default."""
+    parameters = inspect.signature(model).parameters if saved else {}
+    both = {name: (saved.get(name, parameters[name].default), own[name]) for name in parameters if name in own}
+    return [name for name, (one, other) in both.items() if _in_full(name, one) != _in_full(name, other)]
+
+
+def _in_full(name: str, value: Any) -> Any:
+    if name not in PLUGGABLE or value is None:
+        return _as_lists(_without_weights(value) if name == "model_kwargs" else value)
+    spec = to_spec(value, name)
+    cls = find_class(spec, PLUGGABLE[name])
+    parameters = {} if cls is None else inspect.signature(cls).parameters
+    given = {key: parameter.default for key, parameter in parameters.items()} | spec["init_args"]
+    return cls or spec["class_path"], _as_lists(given)
+
+
+def _as_lists(value: Any) -> Any:
+    """The value with lists in the place of tuples, which YAML does not know."""
+    if isinstance(value, Mapping):
+        return {key: _as_lists(inner) for key, inner in value.items()}
+    return [_as_lists(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def plain_hyperparameters(
+    checkpoint: dict[str, Any], model: type, given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return a checkpoint's constructor arguments, checked to be plain data that names no code and asks for no other weights.
+
+    Args:
+        checkpoint: The content, as `read_checkpoint` returns it.
+        model: The class that takes them.
+        given: Arguments of the caller, which replace the saved ones.
+
+    Raises:
+        UserError: There is anything else, or a backbone that is described outside of timm and not `given`.
+    """
+    given = given or {}
+    saved = {k: v for k, v in checkpoint["hyper_parameters"].items() if k != "_instantiator" and k not in given}
+    for name, value in saved.items():
+        spec = to_spec(value, name) if name in PLUGGABLE and value is not None else None
+        if not is_plain(spec["init_args"] if spec else value):
+            raise UserError(f"the checkpoint's hyper-parameter {name} is not plain data: {value!r}")
+        if spec is None:
+            refuse_names(
+                _taker(model, name), {name: _without_weights(value) if name == "model_kwargs" else value}, "model"
+            )
+        elif (cls := find_class(spec, PLUGGABLE[name])) is not None:
+            refuse_names(cls, spec["init_args"], name)
+    if isinstance(backbone := saved.get("backbone"), str) and ":" in backbone:
+        raise UserError(
+            f"the checkpoint's backbone {backbone} is described outside of timm: name it yourself if you trust it "
+            f"(--model.backbone {backbone}, or backbone= in Python)"
+        )
+    if "model_kwargs" in saved:
+        saved["model_kwargs"] = _without_weights(saved["model_kwargs"])
+    if "pretrained" in saved:
+        saved["pretrained"] = False
+    return {**saved, **given}
+
+
+def _taker(model: type, name: str) -> type:
+    """The class that has the argument: the model's own, or the next of its bases, to which it is passed on."""
+    return next((cls for cls in model.__mro__[:-1] if name in inspect.signature(cls).parameters), model)
+
+
+def _without_weights(arguments: Any) -> Any:
+    if not isinstance(arguments, Mapping):
+        return arguments
+    return {name: _without_weights(value) for name, value in arguments.items() if name not in _WEIGHT_SOURCES}
