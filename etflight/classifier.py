@@ -40,7 +40,7 @@ from etflight.optim import (
 )
 from etflight.utils.checkpoints import read_checkpoint, refuse_others
 from etflight.utils.errors import UserError, brief, warn
-from etflight.utils.lightning_private import hide_tips, ignore_own_deprecations
+from etflight.utils.lightning_private import hide_tips, ignore_own_deprecations, replace_hyperparameters
 from etflight.utils.precision import at_least_float32
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.ranks import in_process_group
@@ -165,15 +165,17 @@ class Classifier(LightningModule):
         center_pull: float = 0.0,
     ) -> None:
         super().__init__()
+        if not isinstance(backbone, str):
+            raise UserError(
+                f"backbone is a {type(backbone).__name__}: give a name that timm knows, with its arguments in model_kwargs; "
+                "timm.register_model gives a network of your own a name"
+            )
         buffers = ["class_counts"]  # these are in the state dict
         self.save_hyperparameters(ignore=buffers)
         self.hparams.pop("_instantiator", None)  # it names a function that loading would import and call
         if isinstance(class_weights, Mapping):  # in YAML the name 3 is a number
             self.hparams["class_weights"] = {str(name): weight for name, weight in class_weights.items()}
-        plain = plain_arguments(self.hparams, Classifier)
-        for name in self.hparams.keys() - plain.keys():
-            del self.hparams[name]
-        self.save_hyperparameters(plain, ignore=buffers)
+        replace_hyperparameters(self, plain_arguments(self.hparams, Classifier))
         _check_numbers(self.hparams)
         from etflight.backbones import build_backbone  # timm takes a second, which `--help` need not wait for
 
@@ -184,8 +186,9 @@ class Classifier(LightningModule):
         self.head: Any = self._build("head")(feature_dim, num_classes)
         self.loss: Any = self._build("loss")()
         self.loss.check_head(self.head)
-        if class_weights is not None and not isinstance(class_weights, Mapping):  # names wait for the data's
-            self.loss.set_class_weights(class_weights_of(class_weights, num_classes, None))
+        weights = self.hparams["class_weights"]
+        if weights is not None and not isinstance(weights, Mapping):  # names wait for the data's
+            self.loss.set_class_weights(class_weights_of(weights, num_classes, None))
         self.class_names: list[str] | None = None
         self.preprocessing: Preprocessing | None = None
         self.fingerprint: str | None = None

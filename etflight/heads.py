@@ -176,7 +176,8 @@ class ETFHead(Head):
         self.bias = None
         with torch.device("cpu"):  # the same numbers wherever the head is made
             frame = _class_vectors(code, vectors, width, seed)
-        frame = frame.to(torch.get_default_device())
+        if (device := torch.get_default_device()).type != "meta":  # losses need to know the vectors
+            frame = frame.to(device)
         # copies, since a state dict would save the whole frame with each view of it
         self.register_buffer("weight", frame[:num_classes].clone() if reserved_classes else frame)
         self.register_buffer("reserved", frame[num_classes:].clone() if reserved_classes else None)

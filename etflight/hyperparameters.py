@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from textwrap import shorten
 from typing import Any
 
 from torch.optim import Optimizer
@@ -39,7 +40,7 @@ def plain_arguments(given: Mapping[str, Any], model: type) -> dict[str, Any]:
             plain[name] = value
         elif name in inspect.signature(model).parameters:
             raise UserError(
-                f"{name}={value!r} cannot be written into a checkpoint: give numbers, texts, lists or dicts of these"
+                f"{name}={shorten(repr(value), 100)} cannot be written into a checkpoint: give numbers, texts, lists or dicts of these"
             )
     return plain
 

@@ -629,7 +629,7 @@ def class_weights_of(
             finite.
     """
     for weight in given.values() if isinstance(given, Mapping) else given:
-        if not (type(weight) in (int, float) and 1e-30 <= weight <= 1e30):  # NumPy's numbers are not plain data
+        if not (type(weight) in (int, float) and 1e-30 <= weight <= 1e30):
             raise UserError(f"class_weights: {weight!r} is no weight: give positive, finite numbers, 1 for no change")
     if not isinstance(given, Mapping):
         if len(given) != num_classes:

@@ -3,10 +3,11 @@ from collections import Counter
 from copy import deepcopy
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -387,3 +388,143 @@ def test_post_hoc_logit_adjustment_uses_the_frequencies_of_the_checkpoints_count
     assert results[1.5]["test/ece"] != results[1.5]["test/ece_calibrated"]
     with pytest.raises(UserError, match="logit_adjustment needs the training counts"):
         small(logit_adjustment=1.0).predict_step((IMAGES, TARGET), 0)
+
+
+# --- what a user brings along ------------------------------------------------------------------------------------------
+
+
+class Foreign(LightningDataModule):
+    """A data module of somebody else, with common names for what it has."""
+
+    def __init__(self, **attributes):
+        super().__init__()
+        vars(self).update(attributes)
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(IMAGES, TARGET), batch_size=8)
+
+
+def saved_and_loaded(model, folder, data=None, cls=Classifier, **given):
+    fitted = trainer(max_steps=1, limit_val_batches=0)
+    fitted.fit(model, data or Foreign())
+    fitted.save_checkpoint(folder / "c.ckpt")
+    return cls.load_from_checkpoint(folder / "c.ckpt", **given)
+
+
+def test_numbers_of_numpy_and_torch_are_saved_as_plain_numbers(tmp_path):
+    options = {
+        "optimizer": partial(SGD, lr=np.logspace(-3, -1, 3)[1]),
+        "head": partial(ETFHead, scale=np.float32(16)),
+        "loss": CrossEntropyLoss,
+        "feature_penalty": np.float64(0.01),
+        "logit_adjustment": torch.tensor(1.0),
+        "class_weights": np.arange(1.0, 11.0),
+        "class_counts": np.arange(1, 11),
+    }
+    loaded = saved_and_loaded(Classifier(np.int64(10), "resnet20_cifar", in_chans=1, **options), tmp_path)
+    assert loaded.hparams["optimizer"]["init_args"] == {"lr": 0.01}
+    assert loaded.hparams["class_weights"] == list(range(1, 11))
+    assert {type(loaded.hparams[name]) for name in ("num_classes", "feature_penalty", "logit_adjustment")} == {
+        int,
+        float,
+    }
+
+
+def test_what_no_checkpoint_can_hold_is_refused_before_training():
+    with pytest.raises(UserError, match=r"model_kwargs=.* cannot be written into a checkpoint"):
+        small(model_kwargs={"act_layer": torch.nn.GELU})
+    with pytest.raises(UserError, match="backbone is a Linear: give a name that timm knows"):
+        Classifier(10, torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    "kind", [np.array, tuple, lambda names: dict(enumerate(names))], ids=["array", "tuple", "dict"]
+)
+def test_a_foreign_data_module_may_keep_its_own_facts_its_own_way(kind, tmp_path):
+    names = [f"digit {k}" for k in range(10)]
+    data = Foreign(class_names=kind(names), preprocessing=torch.nn.Identity(), class_counts=tuple(range(1, 11)))
+    loaded = saved_and_loaded(small(), tmp_path, data)
+    assert loaded.class_names == names
+    assert loaded.class_counts.tolist() == list(range(1, 11))
+    assert loaded.preprocessing is None
+
+
+@pytest.mark.parametrize(
+    ("attributes", "reason"),
+    [
+        ({"class_names": dict.fromkeys("abcdefghij", 0)}, "class_names of Foreign is a dict of"),
+        ({"class_names": 10}, "class_names of Foreign is 10: give a list"),
+        ({"class_counts": {0: 8}}, "class_counts is {0: 8}: give the number of training images"),
+    ],
+)
+def test_facts_that_cannot_be_read_are_refused_in_one_line(attributes, reason):
+    with pytest.raises(UserError, match=reason):
+        trainer(max_steps=1).fit(small(), Foreign(**attributes))
+
+
+@pytest.mark.parametrize("images", [IMAGES[0], IMAGES.to(torch.uint8), IMAGES[0, 0]], ids=["one", "raw", "flat"])
+def test_only_batches_of_normalised_images_are_taken(images):
+    with pytest.raises(UserError, match=r"images must be floating \[B, C, H, W\], normalised"):
+        small().eval()(images)
+
+
+def test_images_without_labels_are_predicted():
+    model = small().eval()
+    (found,) = trainer().predict(model, DataLoader(IMAGES, batch_size=16))
+    torch.testing.assert_close(found, model.probabilities(IMAGES))
+
+
+class WithTeacher(Classifier):
+    def __init__(self, *args, root: str = "a/b.c", teacher=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.temperature_of_teacher = None if teacher is None else 2.0
+
+
+class Narrow(Classifier):
+    def __init__(self, width: int = 1):
+        super().__init__(10, "resnet20_cifar", in_chans=1, model_kwargs={"width": width})
+
+
+def test_subclasses_with_arguments_of_their_own_are_loaded(tmp_path):
+    mine = WithTeacher(10, "resnet20_cifar", in_chans=1, teacher=torch.nn.Linear(2, 2))
+    loaded = saved_and_loaded(mine, tmp_path, cls=WithTeacher, teacher=torch.nn.Linear(2, 2))
+    assert loaded.temperature_of_teacher == 2
+    assert loaded.hparams["root"] == "a/b.c"
+    assert saved_and_loaded(Narrow(2), tmp_path, cls=Narrow).features(IMAGES).shape == (16, 128)
+
+
+class OwnSteps(Classifier):
+    """Logs its own loss, and skips every second batch."""
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx % 2:
+            return None
+        loss = self.loss(self(batch[0]), batch[1])
+        self.log("train/loss", 7.0, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/acc", 0.5)
+
+
+class ByHand(Classifier):
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self.loss(self(batch[0]), batch[1]))
+
+
+def test_steps_of_a_subclass_log_their_own_numbers_and_may_skip_or_optimise_by_hand():
+    fitted = trainer(max_epochs=1, log_every_n_steps=1)
+    fitted.fit(OwnSteps(10, "resnet20_cifar", in_chans=1), Foreign().train_dataloader(), Foreign().train_dataloader())
+    assert fitted.callback_metrics["train/loss"] == 7
+    assert fitted.callback_metrics["val/acc"] == 0.5
+    assert "val/loss" not in fitted.callback_metrics
+    trainer(max_epochs=1, log_every_n_steps=1).fit(ByHand(10, "resnet20_cifar", in_chans=1), Foreign())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_all_of_a_model_is_made_on_the_default_device():
+    with torch.device("cuda"):
+        model = small()
+    assert {value.device.type for value in model.state_dict().values()} == {"cuda"}

@@ -257,3 +257,8 @@ def test_a_session_that_diverges_says_so():
         learner = CosineLearner(CosineHead(DIM, BASE), Training(steps, 1e38))
         with pytest.raises(UserError, match=rf"{message}: give a smaller --lr than 1e"):
             learner.learn(*samples()[0])
+
+
+def test_a_learner_that_knows_no_class_says_what_is_missing():
+    with pytest.raises(UserError, match="call its begin with the embeddings of the base classes"):
+        NearestMeanLearner(LinearHead(DIM, BASE)).logits(torch.zeros(2, DIM))

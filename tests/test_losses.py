@@ -538,3 +538,11 @@ def test_two_uneven_processes_have_the_gradient_of_the_whole_batch(two_processes
     for (loss, gradient), (other, others), (whole, expected) in zip(first, second, wholes, strict=True):
         assert (4 * loss + 8 * other) / B == pytest.approx(whole, rel=1e-9)
         assert_close(torch.cat([gradient, others]), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [CrossEntropyLoss(), LogitAdjustedLoss(), NONLLoss()], ids=repr)
+def test_no_target_is_left_out_of_the_mean_silently(loss):
+    loss.set_class_counts([3, 2, 1])
+    for mode in (True, False):
+        with pytest.raises((IndexError, RuntimeError)):
+            loss.train(mode)(torch.zeros(2, 3), torch.tensor([0, -100]))

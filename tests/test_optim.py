@@ -53,3 +53,11 @@ def test_warm_ups_that_are_longer_than_training_or_none():
 def test_invalid_schedules_are_refused(make, reason):
     with pytest.raises(UserError, match=reason):
         make(SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))
+
+
+def test_a_training_that_ends_within_the_warm_up_is_told_of(capfd):
+    optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    WarmupCosine(optimizer, 6)
+    assert capfd.readouterr().err == ""
+    WarmupCosine(optimizer, 5)
+    assert "5 epochs end within the 5 of the warm-up, so the rate only rises" in capfd.readouterr().err

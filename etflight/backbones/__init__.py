@@ -42,11 +42,6 @@ def build_backbone(
         UserError: There is no such model, it does not take an argument, or its weights cannot be had.
     """
     kwargs = model_kwargs or {}
-    if not isinstance(name, str):
-        raise UserError(
-            f"backbone is a {type(name).__name__}: give a name that timm knows, with its arguments in model_kwargs; "
-            "timm.register_model gives a network of your own a name"
-        )
     if kwargs.get("features_only") or kwargs.get("global_pool") == "":
         raise UserError(
             "model_kwargs cannot set 'features_only', or 'global_pool' to '': a backbone gives pooled features"

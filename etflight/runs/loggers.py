@@ -93,16 +93,14 @@ class MetricsCSV(Logger):
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """The folder of a run's files: that of its `metrics.csv`, else, as in Lightning, that of its first logger or the trainer's root."""
+    """The folder of a run's files: that of its `metrics.csv`, or else the trainer's root.
+
+    Not that of another logger, as in Lightning, where each try of a run that is resumed has a new one.
+    """
     for logger in trainer.loggers:
         if isinstance(logger, MetricsCSV):
             return Path(logger.save_dir)
-    # the command line wraps the user's loggers, and makes the run's folder the root
-    first: Any = trainer.logger
-    if first is None or type(first) is FailSafe:
-        return Path(trainer.default_root_dir)
-    version = first.version if isinstance(first.version, str) else f"version_{first.version}"
-    return Path(first.save_dir or trainer.default_root_dir, str(first.name), version)
+    return Path(trainer.default_root_dir)
 
 
 class FailSafe:

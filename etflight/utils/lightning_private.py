@@ -4,8 +4,10 @@ import logging
 import re
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
+from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
@@ -105,3 +107,12 @@ def set_batches_done(loops: dict[str, Any], done: int) -> None:
     batches["is_last_batch"] = False
     for loader in loops["state_dict"].get("combined_loader", []):
         loader["served"] = done
+
+
+def replace_hyperparameters(module: LightningModule, plain: dict[str, Any]) -> None:
+    """Make a module's hyper-parameters, also those that loggers get, exactly these; touches `_hparams` and `_hparams_initial`.
+
+    `save_hyperparameters` would add to them, and compares them with the constructor's arguments, which fails for arrays.
+    """
+    module._hparams = AttributeDict(plain)
+    module._hparams_initial = deepcopy(module._hparams)

@@ -29,7 +29,13 @@ def refuse_other_shape(
         (images, channels, getattr(data, "num_channels", None)),
     ):
         if isinstance(other, int) and other != own:
-            raise UserError(f"{model} {takes.format(own)}, but {data} has {other}: {mend}")
+            raise UserError(f"{model} {takes.format(own)}, but {_called(data)} has {other}: {mend}")
+
+
+def _called(data: Any) -> str:
+    """What errors call a data module: ours say it in a word, Lightning's own in several lines."""
+    name = str(data)
+    return type(data).__name__ if "\n" in name else name
 
 
 def class_names_of(data: Any) -> list[str] | None:
@@ -42,13 +48,13 @@ def class_names_of(data: Any) -> list[str] | None:
     if isinstance(names, Mapping):
         if set(names) != set(range(len(names))):
             raise UserError(
-                f"class_names of {data} is a dict of {list(names)[:3]} …: give a list, or a dict by label, from 0"
+                f"class_names of {_called(data)} is a dict of {list(names)[:3]} …: give a list, or a dict by label, from 0"
             )
         names = [names[k] for k in range(len(names))]
     try:
         return None if names is None else list(map(str, names))
     except TypeError:
-        raise UserError(f"class_names of {data} is {names!r:.80}: give a list of the names") from None
+        raise UserError(f"class_names of {_called(data)} is {names!r:.80}: give a list of the names") from None
 
 
 def preprocessing_of(data: Any) -> Preprocessing | None:
@@ -75,7 +81,7 @@ def other_preprocessing(known: Preprocessing | None, data: Any) -> str | None:
     """Describe how the data size and normalise images differently from the training; None if they do not, or if it is unknown."""
     own = None if known is None else preprocessing_of(data)
     differ = None if known is None or own is None else own.unlike(known)
-    return differ and f"{data}: images are prepared differently than in training: {differ}"
+    return differ and f"{_called(data)}: images are prepared differently than in training: {differ}"
 
 
 def other_images(counts: Sequence[int], fingerprint: str | None, data: Any) -> str | None:
@@ -91,11 +97,11 @@ def other_images(counts: Sequence[int], fingerprint: str | None, data: Any) -> s
     k = next((k for k, pair in enumerate(zip(own, counts, strict=False)) if pair[0] != pair[1]), None)
     if k is not None:
         name = (class_names_of(data) or range(len(own)))[k]
-        return f"{data} has {own[k]} training images of class {name}, but the checkpoint was trained on {counts[k]}"
+        return f"{_called(data)} has {own[k]} training images of class {name}, but the checkpoint was trained on {counts[k]}"
     other = getattr(data, "fingerprint", None)
     if fingerprint is None or other is None or fingerprint == other:
         return None
-    return f"{data} has other training images ({other}) than the checkpoint was trained on ({fingerprint})"
+    return f"{_called(data)} has other training images ({other}) than the checkpoint was trained on ({fingerprint})"
 
 
 def fingerprint_in(known: object) -> str | None:

@@ -8,8 +8,10 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import seed_everything
+from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
 
 from etflight import Classifier, CosineHead, CrossEntropyLoss, ETFHead, LinearHead, ScaledLinearHead
 from etflight.callbacks import NearestClassMean, PostHoc, TauNormalization
@@ -204,3 +206,11 @@ def test_training_with_a_post_hoc_method_is_one_line_and_leaves_nothing(etflight
     result = etflight_command(*FIT, "--post_hoc", "NearestClassMean", cwd=tmp_path)
     result.assert_refused("takes a trained model and trains nothing: etflight test")
     assert not (tmp_path / "runs").exists()
+
+
+def test_another_model_or_other_data_are_refused_in_one_line():
+    images = DataLoader(TensorDataset(torch.randn(4, 1, 8, 8), torch.arange(4)), batch_size=4)
+    with pytest.raises(UserError, match=r"replaces the head of an etflight\.Classifier, not of a BoringModel"):
+        new_trainer(callbacks=[TauNormalization()]).test(BoringModel())
+    with pytest.raises(UserError, match="NearestClassMean takes the training images from a data module"):
+        new_trainer(callbacks=[NearestClassMean()]).test(Classifier(4, "resnet20_cifar", in_chans=1), images)

@@ -163,3 +163,4 @@ def test_the_contact_sheet_shows_images_as_a_training_step_gets_them_if_asked():
     stored = pixels(False)
     assert np.array_equal(pixels(True), stored)  # nothing is augmented: normalised and back
     assert not np.array_equal(pixels(True, auto_augment="trivialaugment"), stored)
+    assert np.array_equal(pixels(True, views=2), stored)  # the first view

@@ -2,8 +2,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from etflight.data import ArrayImages
+from etflight.data.sources import ArraySource
+from etflight.utils.errors import UserError
 from tests.data.refusals import assert_refused
 
 
@@ -62,3 +65,12 @@ def test_damaged_files_are_refused(arrays):
     assert_refused(ArrayImages(str(file)), "fit", "train_images cannot be read")
     file.write_text("hello")
     assert_refused(ArrayImages(str(file)), "fit", r"set\.npz is no \.npz file")
+
+
+@pytest.mark.parametrize(
+    "images", [torch.rand(4, 1, 8, 8), np.zeros((4, 1, 8, 8), np.uint8), torch.zeros(4, 8, 8, dtype=torch.uint8)],
+    ids=["float", "numpy", "flat"],
+)  # fmt: skip
+def test_images_in_memory_are_uint8_tensors_or_refused(images):
+    with pytest.raises(UserError, match=r"images must be a tensor \[N, C, H, W\] of dtype uint8"):
+        ArraySource(images, torch.zeros(4, dtype=torch.long))

@@ -144,3 +144,9 @@ def test_an_initialised_process_group_shards_without_being_told(monkeypatch):
 def test_an_extreme_exponent_draws_only_the_largest_or_the_smallest_class(exponent, drawn):
     sampler = ImbalancedSampler([0] * 10 + [4] * 3 + [7] * 2, exponent)  # labels may have gaps
     assert sampler.probabilities().tolist() == [float(k == drawn) for k in range(3)]
+
+
+@pytest.mark.parametrize("labels", [np.eye(3)[[0, 1, 2, 0]], np.eye(3, dtype=int), ["cat", "dog"], [0.5, 1.0]], ids=str)
+def test_what_is_not_one_integer_per_image_is_refused(labels):
+    with pytest.raises(UserError, match="give one integer per training image"):
+        ImbalancedSampler(labels)

@@ -15,6 +15,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from etflight.metrics import Confusion, Reliability, ShotAccuracy, TemperatureFit
 from etflight.metrics.accuracy import shot_groups, third_groups
+from etflight.utils.errors import UserError
 
 # --- shots and confusion -----------------------------------------------------------------------------------------------
 
@@ -209,3 +210,31 @@ def test_a_temperature_beyond_the_range_is_doubted_and_taken_from_its_end(scale,
 def test_huge_logits_have_a_temperature_that_is_a_number():
     logits, target = guesses()
     assert 0 < fitted(1e37 * logits, target)[0] <= 100.1
+
+
+# --- what is no class is not counted -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [lambda: Confusion(3), lambda: ShotAccuracy(3)], ids=["confusion", "shots"])
+@pytest.mark.parametrize(("predicted", "target"), [(5, 0), (0, 5), (-1, 1), (1, -1), (0, -100)])
+def test_a_class_out_of_range_is_never_counted_as_another(make, predicted, target):
+    with pytest.raises(IndexError):
+        make().update(torch.tensor([predicted]), torch.tensor([target]))
+    with pytest.raises(UserError, match=r"logits .* for a metric of 3 classes"):
+        make().update(torch.zeros(2, 5), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("target", [-100, -1, 2])
+def test_a_target_that_is_no_class_is_not_counted_as_wrong(target):
+    with pytest.raises(IndexError):
+        Reliability().update(torch.zeros(1, 2), torch.tensor([target]))
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_training_counts_come_in_any_form_and_fit_the_classes(kind):
+    expected = accuracies(3, [500, 50, 5], torch.tensor([0, 1, 1]), torch.tensor([0, 1, 2]))
+    metric = ShotAccuracy(3, class_counts=kind([500, 50, 5]))
+    metric.update(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 2]))
+    assert {name: value.item() for name, value in metric.compute().items()} == expected
+    with pytest.raises(UserError, match="one count for each of 3 classes"):
+        ShotAccuracy(3, class_counts=kind([1, 2]))

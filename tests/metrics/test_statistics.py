@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchmetrics import MetricCollection
 
 from etflight.metrics import ClassStatistics, measures
 from tests.metrics import oracle
@@ -289,3 +290,14 @@ def test_a_checkpoint_continues_where_it_was_saved(options):
     assert all(torch.equal(saved[name], untouched[name]) for name in saved)
     with pytest.raises(RuntimeError, match="size"):
         ClassStatistics(K, D + 1, **options).load_state_dict(dict(saved))
+
+
+def test_a_collection_keeps_metrics_of_other_class_weights_apart():
+    features, labels = torch.tensor([[0.0, 0.0], [5.0, 0.0], [1.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1, 0, 0])
+    both = {"images": ClassStatistics(2, 2), "classes": ClassStatistics(2, 2, class_counts=[3, 1])}
+    found, alone = MetricCollection(copy.deepcopy(both)), MetricCollection(both, compute_groups=False)
+    for part in ([0, 1], [2, 3]):  # of the first batch neither has any scatter
+        found.update(features[part], labels[part])
+        alone.update(features[part], labels[part])
+    for name, expected in alone.compute().items():
+        torch.testing.assert_close(found.compute()[name].within, expected.within)

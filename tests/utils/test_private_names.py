@@ -20,6 +20,7 @@ from etflight.utils.lightning_private import (
     ignore_own_deprecations,
     leave_out_anonymous,
     on_dead_process,
+    replace_hyperparameters,
 )
 from etflight.utils.torch_private import broadcast_buffers, has_hooks, leave_out_of_broadcasts
 from etflight.utils.wandb_private import as_sent
@@ -125,3 +126,11 @@ def test_lightning_gives_wandb_an_anonymous_setting_that_can_be_left_out(tmp_pat
         assert "anonymous" in logger._wandb_init
         leave_out_anonymous(logger)
         assert ("anonymous" in logger._wandb_init) == kept
+
+
+def test_lightning_gives_loggers_the_hyperparameters_that_replace_others():
+    model = BoringModel()
+    model.save_hyperparameters({"old": 1})
+    replace_hyperparameters(model, {"new": 2})
+    assert model.hparams == model.hparams_initial == {"new": 2}
+    assert model.hparams.new == 2
