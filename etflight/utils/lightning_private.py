@@ -114,5 +114,5 @@ def replace_hyperparameters(module: LightningModule, plain: dict[str, Any]) -> N
 
     `save_hyperparameters` would add to them, and compares them with the constructor's arguments, which fails for arrays.
     """
-    module._hparams = AttributeDict(plain)  # type: ignore[assignment]  # torch types all attributes of a module
-    module._hparams_initial = deepcopy(module._hparams)
+    module._hparams = AttributeDict(plain)
+    vars(module)["_hparams_initial"] = deepcopy(module._hparams)
