@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from etflight import penalties
 from etflight.heads import ETFHead, Head, codes_from_state_dict
-from etflight.hyperparameters import PLUGGABLE, differing, plain_arguments, plain_hyperparameters
+from etflight.hyperparameters import PLUGGABLE, differing, fixed_by, plain_arguments, plain_hyperparameters
 from etflight.losses import DotRegressionLoss, Loss, class_weights_of, log_prior
 from etflight.metrics.accuracy import SampleMean, TemperatureFit
 from etflight.metrics.evaluation import Evaluation, EvaluationMetrics
@@ -44,10 +45,10 @@ from etflight.utils.lightning_private import hide_tips, ignore_own_deprecations,
 from etflight.utils.precision import at_least_float32
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.ranks import in_process_group
-from etflight.utils.specs import from_spec, objections
+from etflight.utils.specs import as_plain, from_spec, objections, to_spec
 from etflight.utils.terminal import readable
 from etflight.utils.torch_private import has_hooks, leave_out_of_broadcasts
-from etflight.utils.trainer import averaged, data_module, shows_after, take_buffers_of_rank_zero
+from etflight.utils.trainer import averaged, data_module, is_trial_run, shows_after, take_buffers_of_rank_zero
 from etflight.utils.training_data import (
     class_names_of,
     fingerprint_in,
@@ -73,6 +74,9 @@ _NEVER = 2**62  # a step that no training reaches
 _ARCHITECTURE = ("backbone", "model_kwargs", "head")
 # what a run may change when it is resumed: none of it is part of a training step's mathematics
 _FREE_WHEN_RESUMED = {"compile", "logit_adjustment", "adjustment", "pretrained", "num_classes", "in_chans"}
+_has_weights = ContextVar(
+    "_has_weights", default=False
+)  # whether a checkpoint's are loaded next, so that none need be fetched
 Adjustment = Literal["additive", "multiplicative"]
 Compile = bool | Literal["reduce-overhead", "max-autotune"]
 # the first type makes the parser find Lightning's ReduceLROnPlateau by this name instead of torch's
@@ -174,19 +178,22 @@ class Classifier(LightningModule):
         self.save_hyperparameters(ignore=buffers)
         self.hparams.pop("_instantiator", None)  # it names a function that loading would import and call
         if isinstance(class_weights, Mapping):  # in YAML the name 3 is a number
-            self.hparams["class_weights"] = {str(name): weight for name, weight in class_weights.items()}
+            class_weights = {str(name): weight for name, weight in class_weights.items()}
+        self._class_weights = as_plain(class_weights, containers=True)
+        if isinstance(self.hparams["class_weights"], Mapping):
+            self.hparams["class_weights"] = self._class_weights
         replace_hyperparameters(self, plain_arguments(self.hparams, Classifier))
         _check_numbers(self.hparams)
         from etflight.backbones import build_backbone  # timm takes a second, which `--help` need not wait for
 
         self.backbone, feature_dim = build_backbone(
-            backbone, in_chans=in_chans, pretrained=pretrained, model_kwargs=model_kwargs
+            backbone, in_chans=in_chans, pretrained=pretrained and not _has_weights.get(), model_kwargs=model_kwargs
         )
         self.backbone.to(memory_format=torch.channels_last)
         self.head: Any = self._build("head")(feature_dim, num_classes)
         self.loss: Any = self._build("loss")()
         self.loss.check_head(self.head)
-        weights = self.hparams["class_weights"]
+        weights = self._class_weights
         if weights is not None and not isinstance(weights, Mapping):  # names wait for the data's
             self.loss.set_class_weights(class_weights_of(weights, num_classes, None))
         self.class_names: list[str] | None = None
@@ -440,7 +447,7 @@ class Classifier(LightningModule):
         data = data_module(self.trainer)
         if data is not None:
             self._take_facts(data, stage)
-        if stage == "fit" and isinstance(weights := self.hparams["class_weights"], Mapping):
+        if stage == "fit" and isinstance(weights := self._class_weights, Mapping):
             self.loss.set_class_weights(class_weights_of(weights, self.hparams["num_classes"], self.class_names))
 
     def _take_facts(self, data: Any, stage: str) -> None:
@@ -605,9 +612,10 @@ class Classifier(LightningModule):
 
     def _set_class_counts(self, class_counts: Tensor) -> None:
         if class_counts.shape != self.class_counts.shape:
-            raise UserError(
-                f"class_counts has {len(class_counts)} entries for {len(self.class_counts)} classes: give one per class"
+            entries = (
+                f"{len(class_counts)} entries" if class_counts.ndim == 1 else f"the shape {list(class_counts.shape)}"
             )
+            raise UserError(f"class_counts has {entries} for {len(self.class_counts)} classes: give one per class")
         self.class_counts.copy_(class_counts)
         self.loss.set_class_counts(self.class_counts)
 
@@ -636,6 +644,11 @@ class Classifier(LightningModule):
             raise UserError(
                 f"{type(schedule).__name__} gives all layers one learning rate, so {option} would have no effect: "
                 f"choose a schedule that multiplies rates, such as WarmupCosine, or leave {option} out"
+            )
+        if getattr(schedule, "only_rises", False) and self.global_rank == 0 and not is_trial_run(self.trainer):
+            warn(
+                f"the learning rate only rises: training ends after {self._total_epochs} epochs, before the warm-up is over: give a "
+                "smaller warmup_epochs (--model.lr_scheduler.warmup_epochs)"
             )
         config: dict[str, Any] = {"scheduler": schedule}
         if isinstance(schedule, ReduceLROnPlateau):
@@ -732,7 +745,7 @@ class Classifier(LightningModule):
     # --- plain data in, plain data out -------------------------------------------------------------------------------------
 
     def _build(self, name: str) -> Any:
-        return from_spec(self.hparams[name], PLUGGABLE[name], name)
+        return from_spec(to_spec(self.hparams[name], name), PLUGGABLE[name], name)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the weights alone do not tell; refuse to save a model that has become useless.
@@ -740,6 +753,7 @@ class Classifier(LightningModule):
         Raises:
             UserError: A loss or a weight is not finite.
         """
+        checkpoint["hyper_parameters"] = plain_arguments(self.hparams, Classifier)  # a subclass may have saved its own
         checkpoint["class_names"] = self.class_names
         checkpoint["preprocessing"] = self.preprocessing and self.preprocessing._asdict()
         checkpoint["fingerprint"] = self.fingerprint
@@ -827,16 +841,16 @@ class Classifier(LightningModule):
             UserError: The file cannot be read, or names a class which is not imported.
         """
         checkpoint = read_checkpoint(checkpoint_path, map_location)
-        taken = inspect.signature(cls).parameters
-        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values()):
-            for name in (
-                inspect.signature(Classifier).parameters.keys() - taken.keys()
-            ):  # those that a subclass fixes itself
-                checkpoint["hyper_parameters"].pop(name, None)
+        for name in fixed_by(cls):
+            checkpoint["hyper_parameters"].pop(name, None)
         refuse_others(checkpoint_path, checkpoint, cls)
         code = codes_from_state_dict() if "head.weight" in checkpoint["state_dict"] else nullcontext()
         with code, objections({"class_path": cls.__name__, "init_args": {}}, f"checkpoint {checkpoint_path}"):
-            model = cls(**plain_hyperparameters(checkpoint, cls, kwargs))
+            reset = _has_weights.set(True)
+            try:
+                model = cls(**plain_hyperparameters(checkpoint, cls, kwargs))
+            finally:
+                _has_weights.reset(reset)
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"], strict=strict is not False)
         return model.to(next(iter(checkpoint["state_dict"].values())).device)
@@ -862,7 +876,11 @@ def _check_numbers(given: Mapping[str, Any]) -> None:
         ("center_pull", lambda factor: 0 <= factor < math.inf, "give a finite factor that is not negative, 0 for none"),
     ]
     for name, holds, mend in rules:
-        if not holds(given[name]):
+        try:
+            fine = holds(given[name])
+        except TypeError:  # it is no number
+            fine = False
+        if not fine:
             raise UserError(f"{name} is {given[name]}: {mend}")
     for part, scale in (given["lr_scale"] or {}).items():
         if not 0 < scale < math.inf:

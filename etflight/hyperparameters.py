@@ -23,7 +23,7 @@ _WEIGHT_SOURCES = {
 
 
 def plain_arguments(given: Mapping[str, Any], model: type) -> dict[str, Any]:
-    """Return arguments as plain data, those of a subclass included, but for what only the caller can give again.
+    """Return arguments as plain data. Those of a subclass that are not plain are left out: whoever loads the model gives them again.
 
     Args:
         given: The arguments by name.
@@ -36,7 +36,7 @@ def plain_arguments(given: Mapping[str, Any], model: type) -> dict[str, Any]:
     for name, value in given.items():
         if name in PLUGGABLE and value is not None:
             plain[name] = to_spec(value, name)
-        elif is_plain(value := as_plain(value)):
+        elif is_plain(value := as_plain(value, containers=name in inspect.signature(model).parameters)):
             plain[name] = value
         elif name in inspect.signature(model).parameters:
             raise UserError(
@@ -104,6 +104,14 @@ def plain_hyperparameters(
     if "pretrained" in saved:
         saved["pretrained"] = False
     return {**saved, **given}
+
+
+def fixed_by(model: type) -> set[str]:
+    """The names of the arguments of a model's bases that the model itself does not take."""
+    taken = inspect.signature(model).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values()):
+        return set()
+    return {name for cls in model.__mro__[1:-1] for name in inspect.signature(cls).parameters} - taken.keys()
 
 
 def _taker(model: type, name: str) -> type:

@@ -299,7 +299,9 @@ class DotRegressionLoss(Loss):
 
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the squared errors `[B]`."""
-        return _at_target(self._squared_error(logits), target)
+        if target.is_floating_point():
+            return _at_target(self._squared_error(logits), target)
+        return self._squared_error(_at_target(logits, target))
 
     def from_target_logits(
         self, target_logits: Tensor, target: Tensor | None = None, num_classes: int | None = None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 
-from etflight.utils.errors import UserError, warn
+from etflight.utils.errors import UserError
 
 PROTOCOL_SGD = partial(SGD, lr=0.1, momentum=0.9, weight_decay=2e-4)
 """SGD as in the released code of Yang et al. 2022 for the CIFAR sets."""
@@ -202,12 +202,17 @@ class WarmupMultiStep(SequentialLR):
 
 
 class WarmupCosine(SequentialLR):
-    """Linear warm-up, then a half cosine down to 0 at the end of training. A training that ends within the warm-up has a warning.
+    """Linear warm-up, then a half cosine down to 0 at the end of training.
+
+    A training that ends before the warm-up is over never reaches the cosine; `Classifier` then prints a warning.
 
     Args:
         optimizer: The optimizer whose learning rate changes.
         total_epochs: The length of training; None only if `Classifier` fills in the trainer's `max_epochs`.
         warmup_epochs: The length of the warm-up; 0 or 1 for none.
+
+    Attributes:
+        only_rises: Whether training ends before the warm-up is over.
 
     Raises:
         UserError: The length of the warm-up is negative, or the length of training is missing.
@@ -220,11 +225,8 @@ class WarmupCosine(SequentialLR):
             )
         warmup = _warmup(optimizer, warmup_epochs)
         rest = total_epochs - len(warmup) * warmup_epochs
-        if rest < 1:
-            warn(
-                f"WarmupCosine: {total_epochs} epochs end within the {warmup_epochs} of the warm-up, so the rate only rises: "
-                "give --model.lr_scheduler.warmup_epochs"
-            )
+        self.only_rises = rest < 1
+        if self.only_rises:
             super().__init__(optimizer, warmup, [])
         else:
             super().__init__(optimizer, [*warmup, CosineAnnealingLR(optimizer, rest)], [warmup_epochs] * len(warmup))

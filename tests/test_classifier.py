@@ -1,10 +1,12 @@
 import math
-from collections import Counter
+from collections import Counter, OrderedDict
 from copy import deepcopy
+from enum import StrEnum
 from functools import partial
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, seed_everything
@@ -483,6 +485,61 @@ class WithTeacher(Classifier):
 class Narrow(Classifier):
     def __init__(self, width: int = 1):
         super().__init__(10, "resnet20_cifar", in_chans=1, model_kwargs={"width": width})
+
+
+class Weighted(Classifier):
+    def __init__(self, num_classes, class_weights=None):
+        weights = torch.arange(1.0, num_classes + 1) if class_weights is None else class_weights
+        super().__init__(num_classes, "resnet20_cifar", in_chans=1, class_weights=weights)
+        self.save_hyperparameters()
+
+
+class Narrower(Narrow):
+    def __init__(self):
+        super().__init__(width=2)
+
+
+class Kind(StrEnum):
+    ADDITIVE = "additive"
+
+
+def test_what_a_subclass_computes_counts_and_is_computed_again_on_loading(tmp_path):
+    model = Weighted(10)
+    assert model.loss._given_weights.tolist() == list(range(1, 11))
+    loaded = saved_and_loaded(model, tmp_path, cls=Weighted)
+    assert loaded.loss._given_weights.tolist() == list(range(1, 11))
+    assert saved_and_loaded(Narrower(), tmp_path, cls=Narrower).features(IMAGES).shape == (16, 128)
+
+
+def test_subclasses_of_plain_types_are_saved_as_these(tmp_path):
+    loaded = saved_and_loaded(small(lr_scale=OrderedDict(head=np.float64(0.5)), adjustment=Kind.ADDITIVE), tmp_path)
+    assert loaded.hparams["lr_scale"] == {"head": 0.5}
+    assert type(loaded.hparams["adjustment"]) is str
+
+
+class Fetching(Classifier):
+    def __init__(self):
+        super().__init__(10, "resnet20_cifar", in_chans=1, pretrained=True)
+
+
+def test_a_subclass_that_starts_from_weights_fetches_none_when_it_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("etflight.backbones.timm.create_model", partial(create, fetched := []))
+    model = Fetching()
+    assert fetched == [True]
+    saved_and_loaded(model, tmp_path, cls=Fetching)
+    assert fetched == [True, False]
+
+
+def create(fetched, *args, pretrained, **kwargs):
+    fetched.append(pretrained)
+    return timm.models.create_model(*args, **kwargs)
+
+
+def test_a_schedule_that_only_rises_is_told_of_once(capfd):
+    for epochs, count in ((1, 1), (2, 0)):
+        fitted = trainer(max_epochs=epochs, limit_train_batches=1, limit_val_batches=0)
+        fitted.fit(small(lr_scheduler=partial(WarmupCosine, warmup_epochs=1 + (epochs == 1))), Foreign())
+        assert capfd.readouterr().err.count("the learning rate only rises: training ends after 1 epochs") == count
 
 
 def test_subclasses_with_arguments_of_their_own_are_loaded(tmp_path):

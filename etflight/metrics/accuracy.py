@@ -75,15 +75,18 @@ class Confusion(ExactMetric):
         """
         num_classes = len(self.counts)
         predicted = _decisions(predicted, num_classes)
-        cells = target * num_classes + predicted
-        fits = torch.minimum(target, predicted) >= 0
-        fits &= torch.maximum(target, predicted) < num_classes
-        cells = torch.where(fits, cells, -1)  # which index_add_ refuses, where another cell would be silently wrong
+        cells = _refused_outside(target, num_classes) * num_classes + predicted
+        cells = torch.where((predicted >= 0) & (predicted < num_classes), cells, self.counts.numel())
         self.counts.view(-1).index_add_(0, cells, torch.ones_like(cells))
 
     def compute(self) -> Tensor:
         """Return the counts, int64 `[K, K]`, true classes in rows."""
         return self.counts.clone()
+
+
+def _refused_outside(indices: Tensor, size: int) -> Tensor:
+    """The indices, those outside [0, size) replaced by `size`, which `index_add_` refuses: it may count others from the end."""
+    return torch.where((indices >= 0) & (indices < size), indices, size)
 
 
 def _decisions(predicted: Tensor, num_classes: int) -> Tensor:
@@ -245,7 +248,8 @@ class ShotAccuracy(ExactMetric):
             predicted: The predicted class indices `[B]`, int64, in [0, K), or logits or probabilities `[B, K]`.
             target: The true class indices `[B]`, int64, in [0, K).
         """
-        predicted = _decisions(predicted, len(self.total))
+        predicted = _refused_outside(_decisions(predicted, len(self.total)), len(self.total))
+        target = _refused_outside(target, len(self.total))
         self.total.index_add_(0, target, torch.ones_like(target))
         self.predicted.index_add_(0, predicted, torch.ones_like(predicted))
         self.correct.index_add_(0, target, (predicted == target).long())
@@ -350,7 +354,7 @@ class Reliability(ExactMetric):
         confidence, predicted = at_least_float32(logits).softmax(dim=1).max(dim=1)
         inner = torch.arange(1, len(self.counts), dtype=confidence.dtype, device=confidence.device) / len(self.counts)
         bins = torch.bucketize(confidence, inner)
-        bins = torch.where((target >= 0) & (target < logits.shape[1]), bins, -1)  # which index_add_ refuses
+        bins = torch.where((target >= 0) & (target < logits.shape[1]), bins, len(self.counts))  # refused by index_add_
         self.counts.index_add_(0, bins, torch.ones_like(bins))
         self.correct.index_add_(0, bins, (predicted == target).long())
         self.confidence.index_add_(0, bins, confidence.double())

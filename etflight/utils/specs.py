@@ -44,15 +44,27 @@ def to_spec(factory: object, argument: str) -> Spec:
     return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": as_plain(init_args)}
 
 
-def as_plain(value: Any) -> Any:
-    """The value with Python's own numbers and lists in the place of NumPy's and torch's, and texts in that of paths, at any depth."""
-    if isinstance(value, PurePath):
-        return str(value)
-    if isinstance(value, np.generic | np.ndarray | Tensor):
+def as_plain(value: Any, *, containers: bool = False) -> Any:
+    """The value with Python's own types in the place of NumPy's and torch's numbers and of subclasses, at any depth.
+
+    Args:
+        value: Any value.
+        containers: Whether arrays, tensors and paths too become lists and texts.
+    """
+    if isinstance(value, np.generic | np.ndarray | Tensor) and (containers or value.ndim == 0):
         return value.tolist()
+    if isinstance(value, PurePath) and containers:
+        return str(value)
+    if isinstance(value, Mapping):
+        return {as_plain(key): as_plain(inner, containers=containers) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map(as_plain, value)) if type(value) in (list, tuple) else value
-    return {key: as_plain(inner) for key, inner in value.items()} if type(value) is dict else value
+        kind = tuple if isinstance(value, tuple) else list
+        return kind(as_plain(inner, containers=containers) for inner in value)
+    if isinstance(value, str):
+        return str.__str__(value)  # the value of an enumeration, not its name
+    if isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool)):
+        return float(value) if isinstance(value, float) else int(value)
+    return value
 
 
 @contextmanager

@@ -33,9 +33,9 @@ def is_trial_run(trainer: Trainer) -> bool:
 
 
 def shows_after(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether the progress bar gets new numbers after this batch, which happens every `log_every_n_steps` batches."""
+    """Whether the progress bar gets new numbers after this batch: every `log_every_n_steps` batches, and after the last."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return every > 0 and (batch_idx + 1) % every == 0
+    return every > 0 and ((batch_idx + 1) % every == 0 or trainer.is_last_batch)
 
 
 def refuse_if_never_reached(trainer: Trainer, epoch: int, what: str) -> None:

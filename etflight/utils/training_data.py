@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning.pytorch import LightningDataModule
+
 from etflight.utils.errors import UserError
 from etflight.utils.preprocessing import Preprocessing
 
@@ -34,8 +36,8 @@ def refuse_other_shape(
 
 def _called(data: Any) -> str:
     """What errors call a data module: ours say it in a word, Lightning's own in several lines."""
-    name = str(data)
-    return type(data).__name__ if "\n" in name else name
+    cls: Any = type(data)
+    return str(data) if cls.__str__ not in (LightningDataModule.__str__, object.__str__) else str(cls.__name__)
 
 
 def class_names_of(data: Any) -> list[str] | None:
@@ -52,6 +54,8 @@ def class_names_of(data: Any) -> list[str] | None:
             )
         names = [names[k] for k in range(len(names))]
     try:
+        if isinstance(names, str):
+            raise TypeError
         return None if names is None else list(map(str, names))
     except TypeError:
         raise UserError(f"class_names of {_called(data)} is {names!r:.80}: give a list of the names") from None

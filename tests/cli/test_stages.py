@@ -114,6 +114,7 @@ def test_checkpoint_is_plain_data_and_stays_plain_when_saved_again(run, tmp_path
 @pytest.mark.parametrize("stage", ["test", "predict"])
 def test_results_of_the_checkpoint_alone_go_to_its_run(stage, run, etflight_command, tmp_path):
     checkpoint = run[1] / "checkpoints" / "last.ckpt"
+    (run[1] / "predictions.csv").unlink(missing_ok=True)
     result = etflight_command.succeed(stage, "--data", "Digits", "--ckpt_path", checkpoint, *QUIET, cwd=tmp_path)
     table = read_csv(run[1] / {"test": "per_class.csv", "predict": "predictions.csv"}[stage])
     assert len(table) == {"test": 10, "predict": 500}[stage]
@@ -130,6 +131,7 @@ def test_predictions_in_the_run_folder_stay_as_they_are(run, etflight_command, t
     assert kept.read_text() == "mine\n"
     etflight_command.succeed(*argv, "--output", "other.csv", cwd=tmp_path)
     assert len(read_csv(tmp_path / "other.csv")) == 500
+    kept.unlink()
 
 
 def test_results_go_to_the_run_of_the_checkpoint_whatever_the_configuration_is_called(run, etflight_command, tmp_path):

@@ -219,7 +219,7 @@ def test_huge_logits_have_a_temperature_that_is_a_number():
 @pytest.mark.parametrize(("predicted", "target"), [(5, 0), (0, 5), (-1, 1), (1, -1), (0, -100)])
 def test_a_class_out_of_range_is_never_counted_as_another(make, predicted, target):
     with pytest.raises(IndexError):
-        make().update(torch.tensor([predicted]), torch.tensor([target]))
+        make().update(torch.tensor([predicted, 0]), torch.tensor([target, 0]))
     with pytest.raises(UserError, match=r"logits .* for a metric of 3 classes"):
         make().update(torch.zeros(2, 5), torch.tensor([0, 1]))
 
