@@ -226,7 +226,11 @@ class NearestMeanLearner(Learner):
         self.means = torch.cat([self.means, class_means(self.head.embed(shots), labels - len(memory))])
 
     def logits(self, features: Tensor) -> Tensor:
-        """Compute the cosines."""
+        """Compute the cosines.
+
+        Raises:
+            UserError: `begin` has not been called.
+        """
         if not len(self.means):
             raise UserError(
                 "NearestMeanLearner knows no class yet: call its begin with the embeddings of the base classes"
