@@ -7,9 +7,6 @@ from functools import partial
 from pathlib import PurePath
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
 from etflight.utils.errors import UserError
 
 Spec = dict[str, Any]
@@ -51,7 +48,8 @@ def as_plain(value: Any, *, containers: bool = False) -> Any:
         value: Any value.
         containers: Whether arrays, tensors and paths too become lists and texts.
     """
-    if isinstance(value, np.generic | np.ndarray | Tensor) and (containers or value.ndim == 0):
+    # by its methods, since the import of torch takes seconds, which `--help` need not wait for
+    if hasattr(value, "tolist") and hasattr(value, "ndim") and (containers or value.ndim == 0):
         return value.tolist()
     if isinstance(value, PurePath) and containers:
         return str(value)

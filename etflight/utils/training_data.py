@@ -4,8 +4,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
-
 from etflight.utils.errors import UserError
 from etflight.utils.preprocessing import Preprocessing
 
@@ -36,8 +34,8 @@ def refuse_other_shape(
 
 def _called(data: Any) -> str:
     """What errors call a data module: ours say it in a word, Lightning's own in several lines."""
-    cls: Any = type(data)
-    return str(data) if cls.__str__ not in (LightningDataModule.__str__, object.__str__) else str(cls.__name__)
+    named_by = getattr(type(data).__str__, "__module__", "") or ""  # of what has no name of its own it is empty
+    return type(data).__name__ if named_by.partition(".")[0] in ("", "lightning") else str(data)
 
 
 def class_names_of(data: Any) -> list[str] | None:
