@@ -4,6 +4,7 @@ import pytest
 
 from etflight.cli import describe, export, ood
 from etflight.cli.stages import main
+from etflight.utils.errors import UserError
 
 FIT = ["fit", "--data", "Digits"]
 # what follows on the command line: how its error begins
@@ -64,3 +65,22 @@ def test_other_commands_tell_the_option_that_is_missing_or_wrong(command, argv, 
     with pytest.raises(SystemExit):
         command(argv)
     assert capsys.readouterr().err.startswith(f"etflight: error: {line}")
+
+
+@pytest.mark.parametrize(
+    ("words", "section"),
+    [
+        ("--model own.yaml", "model"),
+        ("--trainer own.yaml", "trainer"),
+        ("--data own.yaml", "data"),
+        ("-c outer.yaml", "model"),
+    ],
+)
+def test_a_section_in_a_file_of_its_own_is_refused(words, section, tmp_path, monkeypatch):
+    """The folder of the run and the defaults of an optimizer are found before such a file would be read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text("optimizer: AdamW")
+    (tmp_path / "outer.yaml").write_text("model: own.yaml")
+    with pytest.raises(UserError, match=f"--{section} own.yaml: a file has all its options below `{section}:`"):
+        main([*FIT, *words.split()])
+    assert {path.name for path in tmp_path.iterdir()} == {"own.yaml", "outer.yaml"}

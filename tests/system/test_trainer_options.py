@@ -124,6 +124,7 @@ REFUSED = {
     "a search for a learning rate": (["--trainer.callbacks+", "LearningRateFinder"], "--model.optimizer.lr"),
     "a search for a batch size": (["--trainer.callbacks+", "BatchSizeFinder"], "--data.batch_size"),
     "averaging with a rate for each layer": ([*AVERAGING, "--model.layer_decay", 0.5], "layer_decay would have no effect"),
+    "averaging with a rate for a part": ([*AVERAGING, "--model.lr_scale", "{head: 0.1}"], "lr_scale would have no effect"),
     "no file at all": (["--trainer.barebones", "true"], "barebones"),
     "no batch makes a step": (["--trainer.accumulate_grad_batches", 0], "--trainer.accumulate_grad_batches is 0"),
     "an epoch that never comes": (["--trainer.check_val_every_n_epoch", 0], "--trainer.limit_val_batches 0 to leave validation out"),
