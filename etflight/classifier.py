@@ -858,23 +858,17 @@ class Classifier(LightningModule):
 
 def _check_numbers(given: Mapping[str, Any]) -> None:
     """Refuse options that no training can use, before a network is built or its weights are downloaded."""
+    adjustments = get_args(Adjustment)
+    needs_radius = "it needs a radius: give sam_rho, for example 0.5"
     rules: list[tuple[str, Callable[[Any], bool], str]] = [
         ("logit_adjustment", math.isfinite, "give a finite τ, 0 for none"),
-        ("adjustment", lambda name: name in get_args(Adjustment), f"give one of {', '.join(get_args(Adjustment))}"),
+        ("adjustment", lambda name: name in adjustments, f"give one of {', '.join(adjustments)}"),
         ("layer_decay", lambda factor: 0 < factor <= 1, "give a factor from above 0 to 1, 1 for one learning rate"),
         ("sam_rho", lambda rho: 0 <= rho < math.inf, "give a finite radius, 0 for none"),
-        (
-            "sam_adaptive",
-            lambda adapts: not adapts or given["sam_rho"] > 0,
-            "it needs a radius: give sam_rho, for example 0.5",
-        ),
-        (
-            "feature_penalty",
-            lambda factor: 0 <= factor < math.inf,
-            "give a finite factor that is not negative, 0 for none",
-        ),
-        ("center_pull", lambda factor: 0 <= factor < math.inf, "give a finite factor that is not negative, 0 for none"),
+        ("sam_adaptive", lambda adapts: not adapts or given["sam_rho"] > 0, needs_radius),
     ]
+    for name in ("feature_penalty", "center_pull"):
+        rules.append((name, lambda factor: 0 <= factor < math.inf, "give a finite factor, not negative, 0 for none"))
     for name, holds, mend in rules:
         try:
             fine = holds(given[name])
