@@ -12,6 +12,7 @@ from torch import Tensor
 
 from etflight.utils.arrays import evenly
 from etflight.utils.errors import UserError
+from etflight.utils.precision import in_float64
 
 _MOST_OPTIMISED = 16_384  # classes; with more, a step of the descent would be too slow
 _COSINES_AT_ONCE = 2**23
@@ -151,8 +152,8 @@ def nearest_etf(M: Tensor) -> tuple[Tensor, Tensor]:
         )
     if not bool(M.isfinite().all()):
         raise UserError("the rows hold NaN or infinite numbers: leave out classes without samples")
-    V = torch.from_numpy(helmert(K)).to(M.device)
-    rows = M.detach().double()
+    rows = in_float64(M.detach())
+    V = torch.from_numpy(helmert(K)).to(rows.device)
     U, S, Zh = torch.linalg.svd(V @ rows, full_matrices=False)
     if not bool(
         S[-1] > rows.norm() * max(K, d) * torch.finfo(S.dtype).eps
@@ -163,7 +164,7 @@ def nearest_etf(M: Tensor) -> tuple[Tensor, Tensor]:
         )
     frame = math.sqrt(K / (K - 1)) * V.T @ U @ Zh
     score = S.sum() / (math.sqrt(K - 1) * S.norm())
-    return frame.to(M.dtype), score.to(M.dtype)
+    return frame.to(M), score.to(M)
 
 
 def class_code(num_classes: int, feature_dim: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from etflight.utils.errors import UserError
-from etflight.utils.precision import at_least_float32
+from etflight.utils.precision import at_least_float32, in_float64
 from etflight.utils.ranks import in_process_group, max_over_ranks, sum_over_ranks
 
 ClassBalance = Literal["none", "batch", "global", "effective"]
@@ -292,7 +292,7 @@ class DotRegressionLoss(Loss):
         Dot regression pulls each logit to `length` and has no softmax of its own; that of cosines would be 0.25 at best for ten classes.
         With the mean cosine c of two class vectors, -1/(K-1) in a simplex, T = length (1 - c) / log((K-1) SURE / (1 - SURE)).
         """
-        vectors = cast(Tensor, head.weight).detach().double()
+        vectors = in_float64(cast(Tensor, head.weight).detach())
         K = len(vectors)
         cosine = float((vectors.sum(dim=0).square().sum() - K) / (K * (K - 1)))
         return self.length * (1 - cosine) / math.log((K - 1) * SURE / (1 - SURE))

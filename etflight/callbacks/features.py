@@ -23,7 +23,7 @@ from etflight.metrics import ClassStatistics, Moments, measures
 from etflight.metrics.statistics import INTEGERS
 from etflight.utils.errors import UserError
 from etflight.utils.lightning_private import before_batch_transfer
-from etflight.utils.precision import at_least_float32
+from etflight.utils.precision import at_least_float32, with_float64
 from etflight.utils.ranks import gather_objects
 from etflight.utils.torch_private import broadcast_buffers
 from etflight.utils.trainer import take_buffers_of_rank_zero
@@ -390,7 +390,7 @@ class PassStatistics:
     ) -> None:
         self.num_classes = num_classes
         self.scatter = scatter
-        self.device = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
+        self.device = with_float64(device)
         self.anchors = anchors
         self.statistics: dict[str, ClassStatistics] = {}
         self.centres: measures.Centres | None = None
@@ -402,7 +402,7 @@ class PassStatistics:
             for name, values in caught.features.items():
                 if name not in self.statistics:
                     self.statistics[name] = self._new(name, values.shape[1])
-                self.statistics[name].update(values.to(self.device), labels.to(self.device))
+                self.statistics[name].update(values, labels)
             if self.centres is not None and caught.decision is not None:
                 self.agrees += agreeing(caught.features[HEAD], caught.decision, self.centres)
 

@@ -142,12 +142,12 @@ class NearestClassMean(PostHoc):
         passed = PassStatistics(model.head.num_classes, model.device, scatter=False)
         source = EmbeddingSource(model, "head")
         trainer_sweep(trainer, model, data.eval_dataloader("train"), source, passed)
-        means = passed.compute()[HEAD].means.to(model.device)
+        means = passed.compute()[HEAD].means
         if len(empty := (~means.isfinite().all(1)).nonzero().flatten()):
             raise UserError(
                 f"NearestClassMean: class {model.names_or_labels[int(empty[0])]} has no training image that can be read, so it has no mean"
             )
-        return _Replacement(model.head, F.normalize(means, dim=1), cosine=True)
+        return _Replacement(model.head, F.normalize(means, dim=1).to(at_least_float32(model.temperature)), cosine=True)
 
 
 class _Replacement(Head):

@@ -174,7 +174,10 @@ def measure(
     sweep(batches, source, passed, count)
     moments = passed.compute()[HEAD]
     scalars = measures.summary(moments, source.weight, source.bias)
-    values = {"acc": float(right / moments.counts.sum()), **{name: float(value) for name, value in scalars.items()}}
+    values = {
+        "acc": float(right) / float(moments.counts.sum()),
+        **{name: float(value) for name, value in scalars.items()},
+    }
     if centres is not None:
         values["nc4"] = float(passed.agrees[0] / passed.agrees[1])
     return moments.to("cpu"), values

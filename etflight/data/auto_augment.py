@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from etflight.utils.errors import UserError
+from etflight.utils.precision import has_float64
 
 OPERATIONS = (
     "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness",
@@ -151,7 +152,15 @@ def augment(images: Tensor, codes: Codes, magnitudes: Magnitudes) -> Tensor:
 
 
 def _to_device(values: NDArray[Any], device: torch.device) -> Tensor:
-    return torch.from_numpy(values).to(device, non_blocking=True)
+    tensor = torch.from_numpy(values)
+    if tensor.is_floating_point():
+        tensor = tensor.to(_finest(tensor.dtype, device))
+    return tensor.to(device, non_blocking=True)
+
+
+def _finest(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype, or float32 in place of float64 on a device without it; there a pixel may round to the next number."""
+    return torch.float32 if dtype == torch.float64 and not has_float64(device) else dtype
 
 
 def _move(images: Tensor, codes: Codes, magnitudes: Magnitudes) -> Tensor:
@@ -176,7 +185,8 @@ def _move(images: Tensor, codes: Codes, magnitudes: Magnitudes) -> Tensor:
 
 def _plus_product(summand: Tensor, values: Tensor, factor: Tensor) -> Tensor:
     """`summand + values·factor` in float32, rounded once as torch's fused `add(…, alpha=…)` does; that takes one factor for all."""
-    return torch.addcmul(summand.to(torch.float64), values.to(torch.float64), factor).to(torch.float32)
+    dtype = _finest(torch.float64, summand.device)
+    return torch.addcmul(summand.to(dtype), values.to(dtype), factor).to(torch.float32)
 
 
 def _pixels(values: Tensor) -> Tensor:

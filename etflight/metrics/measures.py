@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from etflight.metrics.statistics import Moments
+from etflight.utils.precision import in_float64
 
 GlobalMean = Literal["class", "sample"]
 Of = Literal["means", "weights", "both"]
@@ -109,7 +110,7 @@ def _class_vectors(stats: Moments, weight: Tensor, center_weight: bool) -> Tenso
         raise ValueError(
             f"class vectors must be {list(stats.means.shape)} as the class means, got {list(weight.shape)}"
         )
-    vectors = weight.detach().to(stats.means)[_present(stats)]
+    vectors = in_float64(weight.detach()).to(stats.means)[_present(stats)]
     return vectors - vectors.mean(0) if center_weight else vectors
 
 
@@ -589,7 +590,7 @@ def nearest_centre(features: Tensor, stats: Moments | Centres) -> Tensor:
     classes, origin, means, offsets = Centres.of(stats) if isinstance(stats, Moments) else stats
     nearest = []
     for part in parts_by_distances(features.detach(), len(classes)):
-        scores = (part.to(means) - origin) @ means.T - offsets
+        scores = (in_float64(part).to(means) - origin) @ means.T - offsets
         nearest.append(classes[scores.argmax(1)])
     return torch.cat(nearest)
 
@@ -601,7 +602,7 @@ def parts_by_distances(features: Tensor, others: int) -> tuple[Tensor, ...]:
 
 def agreement(decision: Tensor, nearest: Tensor) -> Tensor:
     """Share of samples on which two decisions `[B]` agree, such as a head's and `nearest_centre`'s: a scalar in [0, 1]."""
-    return (decision == nearest.to(decision.device)).to(torch.float64).mean()
+    return in_float64(decision == nearest.to(decision.device)).mean()
 
 
 def nc4(
@@ -638,8 +639,9 @@ def nc4_centres(stats: Moments, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 def _logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    logits = features.detach().to(torch.float64) @ weight.detach().to(features.device, torch.float64).T
-    return logits if bias is None else logits + bias.detach().to(logits)
+    features = in_float64(features.detach())
+    logits = features @ in_float64(weight.detach()).to(features).T
+    return logits if bias is None else logits + in_float64(bias.detach()).to(logits)
 
 
 # NC5: whether the features of unknown images are orthogonal to the class means ---------------------------------------
@@ -661,7 +663,7 @@ def nc5(stats: Moments, unknown_mean: Tensor) -> Tensor:
     Source:
         Ben Ammar et al., "NECO: NEural Collapse Based Out-of-distribution detection", ICLR 2024, arXiv 2310.06823.
     """
-    means, mean = stats.means[_present(stats)], unknown_mean.detach().to(stats.means)
+    means, mean = stats.means[_present(stats)], in_float64(unknown_mean.detach()).to(stats.means)
     cosines: Tensor = (means @ mean) / (means.norm(dim=1) * mean.norm())
     return cosines.abs().mean()
 

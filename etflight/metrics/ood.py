@@ -2,7 +2,7 @@ r"""Out-of-distribution detection: post-hoc scores of a trained model's outputs,
 
 A larger score always means more like the known classes; a score that its paper defines the other way round has its sign turned. Nothing
 is trained: scores take logits `[N, K]`, or features `[N, d]`, which may be a backbone's pooled features or the embedding that meets the
-class vectors. Scores are float64 `[N]`, on the device of their input.
+class vectors. Scores are float64 `[N]`, on the device of their input, or on the CPU if that has no float64.
 """
 
 import math
@@ -16,6 +16,7 @@ from torchmetrics.functional.classification import binary_auroc, binary_average_
 from etflight.metrics.measures import parts_by_distances
 from etflight.metrics.statistics import Moments
 from etflight.utils.errors import UserError
+from etflight.utils.precision import in_float64, with_float64
 
 # Scores of logits ---------------------------------------------------------------------------------------------------
 
@@ -37,7 +38,7 @@ def msp(logits: Tensor, temperature: float = 1.0) -> Tensor:
         >>> msp(torch.tensor([[0.0, 0.0], [9.0, 0.0]])).round(decimals=2).tolist()
         [0.5, 1.0]
     """
-    return (logits.double() / temperature).softmax(dim=1).amax(dim=1)
+    return (in_float64(logits) / temperature).softmax(dim=1).amax(dim=1)
 
 
 def max_logit(logits: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ def max_logit(logits: Tensor) -> Tensor:
     Source:
         Hendrycks et al. 2022, arXiv 1911.11132.
     """
-    return logits.double().amax(dim=1)
+    return in_float64(logits).amax(dim=1)
 
 
 def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -62,7 +63,7 @@ def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     Source:
         Liu et al. 2020, arXiv 2010.03759.
     """
-    return temperature * (logits.double() / temperature).logsumexp(dim=1)
+    return temperature * (in_float64(logits) / temperature).logsumexp(dim=1)
 
 
 # Scores of features -------------------------------------------------------------------------------------------------
@@ -84,15 +85,16 @@ def mahalanobis(features: Tensor, stats: Moments) -> Tensor:
     Source:
         Lee et al. 2018, arXiv 1807.03888; the score of one layer, without the changes of the input.
     """
-    means = stats.means[stats.counts > 0].to(features.device)
-    variances, directions = torch.linalg.eigh(stats.covariance().to(features.device))
+    device = with_float64(features.device)
+    means = stats.means[stats.counts > 0].to(device)
+    variances, directions = torch.linalg.eigh(stats.covariance().to(device))
     scale, single = means.square().sum(1).amax(), torch.finfo(torch.float32).eps
     kept = variances > torch.maximum(scale * single**2, variances[-1] * len(variances) * torch.finfo(torch.float64).eps)
     white = directions[:, kept] / variances[kept].sqrt()
     origin = means.mean(0)  # with it the distances lose fewer digits
     centres = (means - origin) @ white
     parts = parts_by_distances(features, len(centres))
-    return torch.cat([-torch.cdist((part.double() - origin) @ white, centres).amin(1).square() for part in parts])
+    return torch.cat([-torch.cdist((in_float64(part) - origin) @ white, centres).amin(1).square() for part in parts])
 
 
 def knn(features: Tensor, train_features: Tensor, k: int = 50) -> Tensor:
@@ -120,8 +122,10 @@ def knn(features: Tensor, train_features: Tensor, k: int = 50) -> Tensor:
         raise UserError(
             f"there is no neighbour k = {k} among {len(train_features)} training images: give 1 to that many"
         )
-    known = F.normalize(train_features.double(), dim=1).T
-    cosines = (F.normalize(part.double(), dim=1) @ known for part in parts_by_distances(features, len(train_features)))
+    known = F.normalize(in_float64(train_features), dim=1).T
+    cosines = (
+        F.normalize(in_float64(part), dim=1) @ known for part in parts_by_distances(features, len(train_features))
+    )
     kth = torch.cat([part.topk(k, dim=1).values[:, -1] for part in cosines])
     distances: Tensor = (2 - 2 * kth).clamp(min=0).sqrt()
     return -distances
@@ -140,7 +144,7 @@ class Subspace(NamedTuple):
 
     def share(self, features: Tensor) -> Tensor:
         """The share of each feature's norm that lies in the subspace, `‖P(h - o)‖ / ‖h - o‖`, in [0, 1]; 0 for the origin itself."""
-        centred = features.double() - self.origin
+        centred = in_float64(features) - self.origin
         share: Tensor = (centred @ self.basis.T).norm(dim=1) / centred.norm(dim=1)
         return share.nan_to_num(nan=0.0)
 
@@ -158,7 +162,7 @@ def principal_subspace(train_features: Tensor, components: int) -> Subspace:
     width = train_features.shape[1]
     if not 1 <= components <= width:
         raise UserError(f"there are no {components} principal components of {width} features: give 1 to {width}")
-    centred = train_features.double()
+    centred = in_float64(train_features)
     origin = centred.mean(0)
     centred = centred - origin
     _, directions = torch.linalg.eigh(centred.T @ centred)
@@ -195,7 +199,7 @@ def neco_max_logit(features: Tensor, logits: Tensor, subspace: Subspace) -> Tens
 
 def span_of(weight: Tensor) -> Subspace:
     """The span of class vectors `[K, d]`: K - 1 dimensions for a simplex ETF; directions that rounding can explain are left out."""
-    _, singular, right = torch.linalg.svd(weight.detach().double(), full_matrices=False)
+    _, singular, right = torch.linalg.svd(in_float64(weight.detach()), full_matrices=False)
     rounding = (
         math.sqrt(max(weight.shape)) * torch.finfo(weight.dtype).eps
     )  # errors of many numbers, which are independent
@@ -235,7 +239,7 @@ def largest_cosine(embedding: Tensor, weight: Tensor) -> Tensor:
     Returns:
         `[N]`, in [-1, 1]; 0 for an embedding of zeros.
     """
-    return (F.normalize(embedding.double(), dim=1) @ F.normalize(weight.detach().double(), dim=1).T).amax(1)
+    return (F.normalize(in_float64(embedding), dim=1) @ F.normalize(in_float64(weight.detach()), dim=1).T).amax(1)
 
 
 # How well a score separates -----------------------------------------------------------------------------------------
@@ -274,12 +278,12 @@ def separation(known: Tensor, unknown: Tensor) -> Separation:
         >>> round(separation(torch.tensor([0.9, 0.8, 0.4]), torch.tensor([0.5, 0.1])).auroc, 4)
         0.8333
     """
-    scores = torch.cat([known, unknown]).double()
+    scores = in_float64(torch.cat([known, unknown]))
     if not (len(known) and len(unknown)) or bool(scores.isnan().any()):
         raise ValueError("needs scores of known and of unknown images that are numbers")
     # torchmetrics would send scores outside [0, 1] through a sigmoid, where the largest become equal
     ranks = torch.unique(scores, return_inverse=True)[1].double() / len(scores)
-    is_known = torch.cat([torch.ones_like(known, dtype=torch.long), torch.zeros_like(unknown, dtype=torch.long)])
+    is_known = (torch.arange(len(scores), device=scores.device) < len(known)).long()
     false, true, _ = binary_roc(ranks, is_known)
     return Separation(
         binary_auroc(ranks, is_known).item(),

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from etflight.utils.errors import UserError
+from etflight.utils.precision import in_float64
 
 _CHUNK = 512  # queries at a time: with a gallery of 100,000 their similarities take 0.4 GB in float64
 
@@ -54,13 +55,13 @@ def retrieval_scores(
             )
     if same_images and len(queries) != len(gallery):
         raise UserError(f"{len(queries)} queries and {len(gallery)} gallery images cannot be the same images")
-    unit = F.normalize(gallery.double(), dim=1).T.cpu()
+    unit = F.normalize(in_float64(gallery), dim=1).T.cpu()
     own, others = query_labels.cpu().numpy(), gallery_labels.cpu().numpy()
     hits: list[NDArray[np.bool_]] = []
     precisions: list[NDArray[np.float64]] = []
     for start in range(0, len(queries), _CHUNK):
         rows = slice(start, start + _CHUNK)
-        distances = -(F.normalize(queries[rows].double(), dim=1).cpu() @ unit).numpy()
+        distances = -(F.normalize(in_float64(queries[rows]), dim=1).cpu() @ unit).numpy()
         relevant = own[rows, None] == others
         if same_images:
             itself = np.arange(len(distances)), np.arange(start, start + len(distances))

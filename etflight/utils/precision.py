@@ -1,6 +1,7 @@
-"""Values and products that are never computed in half precision, whatever the network's precision."""
+"""Values and products that are never computed in half precision, whatever the network's precision, and where float64 can be had."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -9,6 +10,28 @@ from torch import Tensor
 def at_least_float32(values: Tensor) -> Tensor:
     """Return float64 values unchanged, and all others in float32."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+@cache
+def has_float64(device: torch.device) -> bool:
+    """Whether a device has float64; Apple's MPS has none."""
+    try:
+        torch.empty(0, dtype=torch.float64, device=device)
+    except TypeError:
+        return False
+    return True
+
+
+def with_float64(device: torch.device) -> torch.device:
+    """Return the device, or the CPU in place of one that has no float64."""
+    return device if has_float64(device) else torch.device("cpu")
+
+
+def in_float64(values: Tensor) -> Tensor:
+    """Return the values in float64, on the CPU if their device has none."""
+    return values.to(
+        with_float64(values.device)
+    ).double()  # in two steps, because such a device cannot copy to float64 either
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -1,5 +1,6 @@
 """Metrics that use private names of torchmetrics."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,13 +10,17 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from etflight.utils.precision import with_float64
+
 
 class ExactMetric(Metric):
     """A metric made of sums: processes add them by all-reduce, and they keep their dtypes in a network that is cast.
 
-    torchmetrics itself gathers the states of all processes and stacks them, which takes a copy of each state for each process.
+    torchmetrics itself gathers the states of all processes and stacks them, which takes a copy of each state for each process. A metric
+    of a network on a device without float64 stays in host memory.
 
-    Touches `_sync_dist`, `_reduce_states`, `_apply`, `_load_from_state_dict`, `_defaults`, `_computed` and `_update_count` of `Metric`.
+    Touches `_sync_dist`, `_reduce_states`, `_wrap_update`, `_apply`, `_load_from_state_dict`, `_defaults`, `_computed` and `_update_count`
+    of `Metric`.
     """
 
     full_state_update = False
@@ -61,8 +66,20 @@ class ExactMetric(Metric):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
         # torchmetrics itself guards against `module.half()`, but not against `module.to(torch.float16)`
-        device = fn(torch.empty(0, device=self.device)).device
+        device = with_float64(fn(torch.empty(0, device=self.device)).device)
         return super()._apply(lambda state: state.to(device), exclude_state)
+
+    def _wrap_update(self, update: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(update)
+        def moved(*args: Any, **kwargs: Any) -> Any:
+            return update(*map(_moved, args), **{name: _moved(value) for name, value in kwargs.items()})
+
+        return super()._wrap_update(moved)
+
+
+def _moved(value: Any) -> Any:
+    """A tensor where it can be converted to float64; any other value as it is."""
+    return value.to(with_float64(value.device)) if isinstance(value, Tensor) else value
 
 
 def add_saved_state(metric: Metric, state: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from etflight.utils.wandb_private import as_sent
 
 
 def test_torchmetrics_has_the_hooks_and_values_that_exact_metric_overrides_and_changes():
-    assert {"_sync_dist", "_reduce_states", "_apply", "_load_from_state_dict"} <= vars(Metric).keys()
+    assert {"_sync_dist", "_reduce_states", "_wrap_update", "_apply", "_load_from_state_dict"} <= vars(Metric).keys()
     assert {"_defaults", "_computed", "_update_count"} <= vars(SumMetric()).keys()
 
 
