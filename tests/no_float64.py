@@ -26,7 +26,7 @@ def is_possible() -> bool:
 def install() -> None:
     """Add the device to this process, which cannot be undone."""
 
-    class Module(backend_registration._DummyBackendModule):  # type: ignore[misc]
+    class Module(backend_registration._DummyBackendModule):
         def get_amp_supported_dtype(self) -> list[torch.dtype]:
             return [torch.bfloat16]
 
