@@ -98,11 +98,13 @@ def training_counts(
 
     mend = "lower its count in the profile"
     if not isinstance(profile, str):
+        if most := [count for count in profile if abs(count) > _MOST]:
+            raise UserError(f"profile gives a class {most[0]} images: give counts of at most 2**53")
         asked = np.asarray(profile, dtype=np.int64)
         if asked.shape != has.shape:
             raise UserError(f"profile gives {asked.size} counts for {has.size} classes: give one count per class")
     elif profile == "none":
-        asked = has if max_count is None else np.minimum(has, max_count)
+        asked = has if max_count is None else np.minimum(has, class_counts(len(has), max_count, profile="none"))
     elif max_count is None and imbalance_ratio == 1:
         asked = has
     else:

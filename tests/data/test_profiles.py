@@ -101,6 +101,9 @@ def test_where_there_is_nothing_to_shape_counts_stay():
         ({"profile": [9, 5, 7]}, r"class 1 \(dog\) has 4 training images, 5 were asked for: lower its count"),
         ({"profile": [9, 0, 7]}, r"class 1 \(dog\) is left with 0 images"),
         ({"profile": [9, 4]}, "2 counts for 3 classes"),
+        ({"profile": [9, 10**30, 7]}, f"a class {10**30} images: give counts of at most"),
+        ({"profile": [9, -(10**30), 7]}, "at most"),
+        ({"profile": "none", "max_count": 10**30}, f"max_count is {10**30}: .* at most"),
         ({"imbalance_ratio": 50.0}, r"class 2 \(cow\) is left with 0 images"),
     ],
 )
