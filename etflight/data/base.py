@@ -210,15 +210,15 @@ class ImageDataModule(LightningDataModule, ABC):
             ("batch_size", 1 <= self.batch_size < 2**31, "give at least 1, and less than 2**31"),
             (
                 "eval_batch_size",
-                self.eval_batch_size is None or self.eval_batch_size >= 1,
-                "give at least 1, or leave it out",
+                self.eval_batch_size is None or 1 <= self.eval_batch_size < 2**31,
+                "give at least 1 and less than 2**31, or leave it out",
             ),
             ("num_workers", self.num_workers >= 0, "give 0 (load in the main process) or more"),
             ("crop_padding", self.crop_padding is None or self.crop_padding >= 0, "give 0 (no crop) or more pixels"),
             ("color_jitter", 0 <= self.color_jitter <= 1, "factors are 1 ± it: give 0 (off) to 1"),
             ("cutout", self.cutout >= 0, "give 0 (off) or the side of a square in pixels"),
             ("random_erasing", 0 <= self.random_erasing <= 1, "give a probability from 0 (off) to 1"),
-            ("views", self.views >= 1, "give 1, or more for several augmentations of each image"),
+            ("views", 1 <= self.views < 2**31, "give 1, or more (below 2**31) for several augmentations of each image"),
             (
                 "views",
                 self.views == 1 or not (self.mixup or self.cutmix),
