@@ -153,9 +153,7 @@ def augment(images: Tensor, codes: Codes, magnitudes: Magnitudes) -> Tensor:
 
 def _to_device(values: NDArray[Any], device: torch.device) -> Tensor:
     tensor = torch.from_numpy(values)
-    if tensor.is_floating_point():
-        tensor = tensor.to(_finest(tensor.dtype, device))
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(_finest(tensor.dtype, device)).to(device, non_blocking=True)
 
 
 def _finest(dtype: torch.dtype, device: torch.device) -> torch.dtype:

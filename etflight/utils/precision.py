@@ -29,9 +29,8 @@ def with_float64(device: torch.device) -> torch.device:
 
 def in_float64(values: Tensor) -> Tensor:
     """Return the values in float64, on the CPU if their device has none."""
-    return values.to(
-        with_float64(values.device)
-    ).double()  # in two steps, because such a device cannot copy to float64 either
+    # in two steps, because a device without float64 cannot copy to it either
+    return values.to(with_float64(values.device)).double()
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
