@@ -36,7 +36,7 @@ from etflight.utils.trainer import averaged, callbacks_of, data_module, is_trial
 _SMALL = 10**8  # up to this many pixels of training images, a sweep is worth its time in each epoch
 _SHARE = 0.1  # the most time of a sweep over more pixels, as a part of the epochs between two sweeps
 _FORWARDS_OF_A_STEP = 3  # the time of an image's forward and backward, in forwards
-_MOST_CLASSES = 50  # the most classes of a Gram matrix on disk: 41 KB an epoch, whatever the width
+_MOST_CLASSES = 100  # the most classes of a Gram matrix on disk: 162 KB an epoch, whatever the width
 
 
 class NeuralCollapseMonitor(Callback):
@@ -61,7 +61,7 @@ class NeuralCollapseMonitor(Callback):
     rank 0's buffers. Models whose parameters are sharded are not supported.
 
     Each sweep of the embedding leaves `<run folder>/gram/epoch_XXX.npz`, where XXX counts finished epochs: `classes` `[n]`, all of them or
-    50 evenly chosen ones, and `gram` `[2n + 1, 2n + 1]` float32, the inner products of their means, their class vectors and the mean of all
+    100 evenly chosen ones, and `gram` `[2n + 1, 2n + 1]` float32, the inner products of their means, their class vectors and the mean of all
     class means. The cosines of any heat map follow from these.
 
     Args:
