@@ -111,6 +111,9 @@ def test_a_damaged_run_is_named_and_the_others_are_read(file, content, tmp_path)
     assert file in problem
 
 
+NESTED: dict = {"config_sha256": "c"}
+for _ in range(500):
+    NESTED = {"config_sha256": "c", "based_on": NESTED}
 BAD_RECORDS = {
     "no record": 3,
     "no accuracy": {k: v for k, v in RECORD.items() if k != "test/acc"},
@@ -120,6 +123,9 @@ BAD_RECORDS = {
     "a ratio below 1": RECORD | {"ratio": 0.01},
     "half an epoch": RECORD | {"epochs": 2.5},
     "a list for a command": RECORD | {"command": ["etflight"]},
+    "a path for an identity": RECORD | {"based_on": "runs/ce"},
+    "an identity of half": RECORD | {"based_on": {"config_sha256": "c", "based_on": {"commit": "a"}}},
+    "an identity without end": RECORD | {"based_on": NESTED},
 }
 
 
