@@ -61,12 +61,14 @@ class Section:
         groups: One per arm, in the order in which they were given.
         published: Entries of `published.json`: `method`, `backbone`, `test/acc`, `read_in`, `selection`, and
             `params`, `epochs` and `views` where they are known.
+        against: The arm that the others are compared with (`etflight.reporting.pairs`), or None.
     """
 
     dataset: str | None
     ratio: float | None
     groups: Sequence[Group]
     published: Sequence[dict[str, Any]]
+    against: str | None = None
 
     @property
     def title(self) -> str:
