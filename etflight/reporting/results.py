@@ -27,7 +27,7 @@ class Result:
     Attributes:
         source: The run folder, or the result file and the place in it.
         dataset: Name of the data set.
-        ratio: Largest over smallest class count.
+        ratio: The imbalance ratio that was asked for; if none was, largest over smallest class count.
         arm: Stem of the configuration file.
         name: The run's name, such as digits/ce/seed0.
         seed: The run's seed.
@@ -226,7 +226,8 @@ def _from_run(folder: Path) -> Result:
     counts = data.get("class_counts")
     facts = {
         "dataset": data.get("dataset") or data.get("class"),
-        "ratio": data.get("imbalance_ratio"),
+        # records before there was a `count_ratio` have it as their `imbalance_ratio` if none was asked for
+        "ratio": data.get("imbalance_ratio") or data.get("count_ratio"),
         "arm": record.get("arm") or record.get("name") or folder.name,
         "name": record.get("name"),
         "seed": None if record.get("seed") is False else record.get("seed"),

@@ -173,7 +173,7 @@ def training_facts(*, seed: Any, data: Any) -> dict[str, Any]:
     """Collect what is needed to repeat a training in addition to `facts`: the seed, and the choice of images."""
     return {
         "seed": seed,
-        "data": {**data_facts(data), "imbalance_ratio": _imbalance_ratio(data), "validation": data.validation},
+        "data": {**data_facts(data), **data.ratios, "validation": data.validation},
     }
 
 
@@ -272,14 +272,6 @@ def pattern_of(checkpoint: Path) -> str | None:
 def _blank(name: str) -> str:
     # -v1 is what Lightning adds to the name of a file that there is already
     return re.sub(r"=-?\d+(\.\d+)?(e[-+]?\d+)?(?=-|_|$)", "=*", re.sub(r"-v\d+$", "", name))
-
-
-def _imbalance_ratio(data: Any) -> float | None:
-    """The ratio asked for, which truncated counts only approximate; if none was, the ratio of the images themselves."""
-    if data.imbalance_ratio > 1 and data.profile != "none":
-        return float(data.imbalance_ratio)
-    largest, smallest = max(data.class_counts), min(data.class_counts)
-    return float(f"{largest / smallest:.4g}") if smallest > 0 else None
 
 
 def _commit() -> str | None:

@@ -69,6 +69,19 @@ def test_hardware_is_what_was_trained_on(hardware, expected, tmp_path):
     assert only(make_run(tmp_path / "r", hardware=hardware)).hardware == expected
 
 
+@pytest.mark.parametrize(
+    ("ratios", "ratio"),
+    [
+        ({"imbalance_ratio": 20.0, "count_ratio": 21.33}, 20.0),
+        ({"imbalance_ratio": None, "count_ratio": 10.66}, 10.66),
+        ({"imbalance_ratio": 10.66}, 10.66),  # of an earlier record
+        ({"imbalance_ratio": None, "count_ratio": None}, None),
+    ],
+)
+def test_the_ratio_of_a_result_is_the_one_asked_for_or_that_of_the_images(ratios, ratio, tmp_path):
+    assert only(make_run(tmp_path / "r", data={"class": "Digits", **ratios})).ratio == ratio
+
+
 def test_what_was_not_recorded_is_unknown(tmp_path):
     run = make_run(tmp_path / "r")
     for name in ("metrics.csv", "speed.csv", "test_metrics.json"):
