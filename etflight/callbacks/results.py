@@ -151,9 +151,7 @@ def _tables(metrics: Mapping[str, float], model: Classifier, evaluation: Evaluat
     if has_order(model.class_counts):
         title = "By thirds of the classes, most training images first"
         yield _row(title, metrics, _sizes(third_groups(model.class_counts)))
-    yield _row(
-        f"Calibration, {model.describe_temperature()}", metrics, {"ece": "ECE", "ece_calibrated": "ECE calibrated"}
-    )
+    yield _row(f"Calibration, {model.describe_temperature()}", metrics, {"ece": "raw ECE", "ece_calibrated": "ECE"})
     if has_order(model.class_counts):
         table = Table("ratio of the test images", box=SIMPLE_HEAD)
         for ratio in PRIOR_SHIFTS:

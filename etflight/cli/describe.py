@@ -70,9 +70,9 @@ def describe(data: ImageDataModule) -> dict[str, Any]:
         data: A data module, which is read as far as needed.
 
     Returns:
-        `class`, `dataset`, `name`, `image_shape` `[C, H, W]`, `class_names`, `fingerprint` and `imbalance_ratio` of the training images,
-        `validation`, `class_counts` (`[K]` each of `train`, `test` and, if it is held out, `val`) and `shot_groups` (the labels
-        in each).
+        `class`, `dataset`, `name`, `image_shape` `[C, H, W]`, `class_names`, `fingerprint`, `imbalance_ratio` and `count_ratio` of the
+        training images (`data.ratios`), `validation`, `class_counts` (`[K]` each of `train`, `test` and, if it is held out, `val`) and
+        `shot_groups` (the labels in each).
     """
     splits: list[Split] = ["train", "val", "test"] if data.val_is_held_out else ["train", "test"]
     counts = {name: np.bincount(data.split(name).labels.numpy(), minlength=data.num_classes) for name in splits}
@@ -84,7 +84,7 @@ def describe(data: ImageDataModule) -> dict[str, Any]:
         "image_shape": list(data.preprocessing.input_size),
         "class_names": data.class_names,
         "fingerprint": data.fingerprint,
-        "imbalance_ratio": float(counts["train"].max() / counts["train"].min()),
+        **data.ratios,
         "validation": data.validation,
         "class_counts": {name: own.tolist() for name, own in counts.items()},
         "shot_groups": {group: members.nonzero().flatten().tolist() for group, members in groups.items()},

@@ -7,6 +7,7 @@ from pathlib import Path
 from etflight.cli.argv import CommandParser
 from etflight.reporting import tables
 from etflight.reporting.groups import group
+from etflight.reporting.pairs import compare_with
 from etflight.reporting.results import read_results
 from etflight.utils.errors import UserError, warn
 from etflight.utils.terminal import as_it_is, console
@@ -24,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
         argv: Run folders and result files, and options.
 
     Raises:
-        UserError: Nothing could be shown.
+        UserError: Nothing could be shown, or there is no arm to compare with.
     """
     parser = CommandParser(
         prog="etflight report",
@@ -40,6 +41,11 @@ def main(argv: Sequence[str]) -> None:
         help="instead of a table in the terminal: Markdown, CSV in full precision, LaTeX, or a result file with a record per run",
     )
     parser.add_argument(
+        "--against",
+        metavar="ARM",
+        help="compare all other arms with this one, paired by seed, and say which are told apart from it",
+    )
+    parser.add_argument(
         "-o",
         "--output",
         type=Path,
@@ -49,10 +55,14 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.output is not None and (arguments.format or arguments.output.suffix not in (".html", ".htm")):
         parser.error("-o writes a page: give a name that ends with .html, and no --format")
+    if arguments.against is not None and arguments.format == "json":
+        parser.error("a result file has a record per run, and no comparisons: give --against with another format")
     results, problems = read_results(arguments.runs)
     if not results:
         raise UserError("; ".join(problems) if problems else "there are no results in what was given")
     sections, remarks = group(results)
+    if arguments.against is not None:
+        sections = compare_with(arguments.against, sections)
     shown = [r for section in sections for r in section.results]
     remarks += [
         f"{r.source} has not been tested: etflight test writes its test_metrics.json" for r in shown if not r.tested

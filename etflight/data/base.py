@@ -426,6 +426,20 @@ class ImageDataModule(LightningDataModule, ABC):
             train.labels = torch.from_numpy(wrong)
         return splits
 
+    @property
+    def ratios(self) -> dict[str, float | None]:
+        """Two ratios of the training images, under the names that records have for them.
+
+        `imbalance_ratio`, as the option, is the one that was asked for, None if none was. `count_ratio` is the largest class count over the
+        smallest, to four digits, None if a class has no image; whole counts only come near the one asked for.
+        """
+        asked = float(self.imbalance_ratio) if self.imbalance_ratio > 1 and self.profile != "none" else None
+        largest, smallest = int(self.class_counts.max()), int(self.class_counts.min())
+        return {
+            "imbalance_ratio": asked,
+            "count_ratio": float(f"{largest / smallest:.4g}") if smallest > 0 else None,
+        }
+
     def describe_ratio(self) -> str:
         """The imbalance ratio of the training images, with the one that was asked for where whole counts cannot have it."""
         ratio = f"{self.class_counts.max() / self.class_counts.min():.4g}"

@@ -166,7 +166,7 @@ def _data(result: Result, *, at_its_end: bool) -> str:
         ("", ""),
         (
             ("data set", result.dataset),
-            ("imbalance ratio, largest over smallest class", None if result.ratio is None else f"{result.ratio:g}"),
+            ("imbalance ratio (the one asked for, if one was)", None if result.ratio is None else f"{result.ratio:g}"),
             ("subset of the training images", result.fingerprint),
             ("validation", result.validation),
             ("epochs", result.epochs if at_its_end else None),

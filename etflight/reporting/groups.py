@@ -2,23 +2,17 @@
 
 import json
 import re
-import shlex
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from etflight.reporting.results import Result
+from etflight.runs.based_on import chain, options_of
 
-# options in which the runs of an arm differ, as `etflight.runs.record.config_sha256` has it
-_OF_A_RUN = {
-    "seed_everything", "name", "ckpt_path", "weights_only", "data.seed", "data.init_args.seed", "fine_tuning.checkpoint",
-    "trainer.default_root_dir", "trainer.logger",
-}  # fmt: skip
 _SEED = re.compile(r"(^|[/_-])seed_?\d+$")
-_NUMBERS = re.compile(r"-v\d+$|\d+")
 
 
 class Stat(NamedTuple):
@@ -40,7 +34,8 @@ class Group:
     """The runs of one arm with one configuration, one per seed.
 
     Attributes:
-        arm: The arm's name; "arm (run)" if runs of this arm have several configurations, or were tested at several checkpoints.
+        arm: The arm's name; "arm (run)" if runs of this arm have several configurations, decide for several trained models, or were tested
+            at several checkpoints.
         results: The result of each run.
     """
 
@@ -66,12 +61,14 @@ class Section:
         groups: One per arm, in the order in which they were given.
         published: Entries of `published.json`: `method`, `backbone`, `test/acc`, `read_in`, `selection`, and
             `params`, `epochs` and `views` where they are known.
+        against: The arm that the others are compared with (`etflight.reporting.pairs`), or None.
     """
 
     dataset: str | None
     ratio: float | None
     groups: Sequence[Group]
     published: Sequence[dict[str, Any]]
+    against: str | None = None
 
     @property
     def title(self) -> str:
@@ -101,7 +98,7 @@ def _stat(values: Iterable[float | None]) -> Stat | None:
 def group(results: Iterable[Result]) -> tuple[list[Section], list[str]]:
     """The sections of results, in their order, and remarks on what is doubtful about them.
 
-    Runs of one arm whose options or tested checkpoints differ are never averaged: they are groups of their own, called "arm (set)"
+    Runs of one arm whose options, tested models or checkpoints differ are never averaged: they are groups of their own, called "arm (set)"
     if their names begin with different sets, and "arm (run)" otherwise. Two sets of one name have a section each. A run whose record does
     not say which set it used goes into the section of the only set of that name, or into one of its own if there are several. A run is
     left out if its group already has its seed, the tested one of two being kept, or if it has another number of classes than the first
@@ -128,6 +125,12 @@ def group(results: Iterable[Result]) -> tuple[list[Section], list[str]]:
                     f"{section.title}: the runs of {g.arm} have different configurations, not only seeds: "
                     f"{', '.join(r.source for r in g.results)}"
                 )
+            unknown = [r.source for r in g.results if _decides_for_unknown(r)]
+            if unknown and len(g.results) > 1:
+                remarks.append(
+                    f"{section.title}: the runs of {g.arm} may decide for differently trained models, since nothing says which model "
+                    f"they tested: {', '.join(unknown)}"
+                )
         for fact, what in (("choice", "trained on different images"), ("epochs", "trained for different epochs")):
             if len(values := different(section.results, fact)) > 1:
                 remarks.append(f"{section.title}: runs were {what} ({', '.join(map(str, values))})")
@@ -148,15 +151,16 @@ def _split_where_known(results: list[Result], fact: Callable[[Result], str | Non
 
 
 def _apart(same: list[Result], remarks: list[str]) -> list[list[Result]]:
-    """The runs of one arm, one per seed, by configuration and kind of checkpoint, and called apart if there is more than one part."""
+    """The runs of one arm, one per seed, by configuration, model and kind of checkpoint; several parts are called apart."""
     trained: list[list[Result]] = []
     for part in _split_where_known(same, lambda r: r.config_sha256):
         if earlier := next((runs for runs in trained if _are_continued(runs, part)), None):
             earlier += part
         else:
             trained.append(part)
-    tested = [part for runs in trained for part in _split_where_known(runs, _kind_of_checkpoint)]
-    parts = [_one_per_seed(part, remarks) for part in tested]
+    for fact in (_origin_where_needed, lambda r: r.kind_of_checkpoint):
+        trained = [part for runs in trained for part in _split_where_known(runs, fact)]
+    parts = [_one_per_seed(part, remarks) for part in trained]
     if len(parts) == 1:
         return parts
     names: tuple[Callable[[Result], str | None], ...] = (
@@ -177,30 +181,31 @@ def _are_continued(runs: list[Result], others: list[Result]) -> bool:
     The hash of a configuration also changes when the package gets a new option, so the same command at other commits, with other seeds,
     counts as the same.
     """
-    commits, commands = {r.commit for r in runs + others}, {_options(r.command) for r in runs + others}
+    both = runs + others
+    started = [[(options_of(r.command), r.commit), *map(_started, chain(r.based_on))] for r in both]
+    if not all(options and commit for each in started for options, commit in each):
+        return False
+    told = all(r.based_on for r in both)  # otherwise the path of its checkpoint tells what a run is based on
+    commands = {tuple(options for options, _ in (each if told else each[:1])) for each in started}
+    commits = {tuple(commit for _, commit in each) for each in started}
+    agree = told or len(different(both, "origin")) <= 1
     repeated = {(r.seed, r.choice) for r in runs} & {(r.seed, r.choice) for r in others}
-    return not repeated and len(commands) == 1 < len(commits) and None not in commands | commits
+    return agree and not repeated and len(commands) == 1 < len(commits)
 
 
-def _options(command: str | None) -> tuple[str, ...] | None:
-    """The words of a command without the options in which runs of an arm may differ; None if they cannot be told."""
-    try:
-        words = iter(shlex.split(command or ""))
-    except ValueError:
-        return None
-    kept = []
-    for word in words:
-        option, given, _ = word.removeprefix("--").partition("=")
-        if not (word.startswith("--") and option in _OF_A_RUN):
-            kept.append(word)
-        elif not given:
-            next(words, None)
-    return tuple(kept) or None
+def _started(run: Mapping[str, Any]) -> tuple[tuple[str, ...], str | None]:
+    """The options and the commit of a run that another is based on."""
+    return tuple(run.get("options", ())), run.get("commit")
 
 
-def _kind_of_checkpoint(r: Result) -> str | None:
-    """The name of a checkpoint without numbers, which differ from seed to seed: epoch=12-step=900 is epoch=9-step=675 of another."""
-    return r.checkpoint and _NUMBERS.sub("", r.checkpoint)
+def _origin_where_needed(r: Result) -> str | None:
+    """What an earlier record tells of the run that it is based on; later ones have it in their hash."""
+    return r.origin if r.based_on is None else None
+
+
+def _decides_for_unknown(r: Result) -> bool:
+    """Whether it is a test with a folder of its own, of which neither record nor command says which run it tested."""
+    return (r.command or "").startswith("etflight test ") and r.based_on is None and r.origin is None
 
 
 def _of_same_classes(results: list[Result], remarks: list[str]) -> list[Result]:

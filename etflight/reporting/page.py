@@ -98,6 +98,7 @@ def _section(section: Section, remarks: list[str]) -> dict[str, Any]:
         "title": plain(section.title),
         "header": list(columns),
         "rows": list(zip(*columns.values(), strict=True)),
+        "paired": {"header": tables.PAIRED_HEADER, "rows": tables.comparisons(section)},
         "published": {"header": tables.PUBLISHED_HEADER, "rows": tables.published(section)},
         "arms": [plain(group.arm) for group in section.groups],
         "notes": tables.notes(section),

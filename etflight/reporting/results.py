@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from etflight.reporting.reading import finite, noting, read_json, read_table, series
+from etflight.runs.based_on import folder_in, is_identity
 from etflight.runs.folder import RECORD
 from etflight.utils.errors import UserError
 from etflight.utils.training_data import choice_of, content_of
@@ -15,6 +16,7 @@ ALWAYS = ("dataset", "ratio", "arm", "seed", "epochs", "commit", "config_sha256"
 _AT_THE_END = re.compile(r"nc\w*/\w+/(nc1|alignment|etf_distance)|val/acc")
 _CHECKPOINT = re.compile(r" --ckpt_path[ =](?:[^\s'\"]*/)?([^\s'\"/]+?)(?:\.ckpt)?(?: |$)")
 _ALWAYS_DEFINED = {f"test/{name}" for name in ("acc", "acc_macro", "acc_many", "acc_medium", "acc_few", "ece")}
+_SEED = re.compile(r"(^|[/_-])(ratio[\d.]+-)?(subset\d+-)?seed_?\d+$")
 _SHARE = re.compile(r"(test|val)/(acc|ece)\w*")
 
 
@@ -25,7 +27,7 @@ class Result:
     Attributes:
         source: The run folder, or the result file and the place in it.
         dataset: Name of the data set.
-        ratio: Largest over smallest class count.
+        ratio: The imbalance ratio that was asked for; if none was, largest over smallest class count.
         arm: Stem of the configuration file.
         name: The run's name, such as digits/ce/seed0.
         seed: The run's seed.
@@ -34,7 +36,9 @@ class Result:
         config_sha256: The same for all seeds of an arm (`etflight.runs.record.config_sha256`).
         fingerprint: The fingerprint of the training images: of their set, and of the choice.
         command: The command that trained it.
+        based_on: The `etflight.runs.based_on.identity` of the run that it decides for, or takes weights from; None also if there is none.
         checkpoint: The name of the checkpoint that its tests are of, such as last or best.
+        checkpoint_pattern: That name without the numbers that its training came to (`etflight.runs.record.pattern_of`).
         num_classes: K.
         params: The number of the network's parameters, without fixed class vectors.
         multiply_adds: Those of the forward pass of one image.
@@ -56,7 +60,9 @@ class Result:
     config_sha256: str | None = None
     fingerprint: str | None = None
     command: str | None = None
+    based_on: Mapping[str, Any] | None = None
     checkpoint: str | None = None
+    checkpoint_pattern: str | None = None
     num_classes: int | None = None
     params: int | None = None
     multiply_adds: int | None = None
@@ -75,6 +81,17 @@ class Result:
         """The part of the run's name before its arm; None if there is none."""
         before, found, _ = f"/{self.name or ''}/".partition(f"/{self.arm}/")
         return before.strip("/") or None if found else None
+
+    @property
+    def origin(self) -> str | None:
+        """Set and arm of the run that it decides for, or takes weights from, as its command has them; None is unknown."""
+        parts = folder_in(self.command)
+        return "/".join(_SEED.sub("", "/".join(parts)).split("/")[-2:]) if parts else None
+
+    @property
+    def kind_of_checkpoint(self) -> str | None:
+        """What seeds of an arm have in common in the name of their tested checkpoint: all but numbers that training came to."""
+        return self.checkpoint_pattern or self.checkpoint
 
     @property
     def content(self) -> str | None:
@@ -123,7 +140,7 @@ _FACTS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # the kind of value th
     **dict.fromkeys(
         (
             *("dataset", "arm", "name", "commit", "config_sha256"),
-            *("fingerprint", "command", "checkpoint", "validation", "hardware"),
+            *("fingerprint", "command", "checkpoint", "checkpoint_pattern", "validation", "hardware"),
         ),
         ("a text", lambda value: isinstance(value, str)),
     ),
@@ -133,6 +150,7 @@ _FACTS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # the kind of value th
         ("num_classes", "params", "multiply_adds"),
         ("an integer from 1", lambda value: type(value) is int and value >= 1),
     ),
+    "based_on": ("the identity of a run", is_identity),
     "ratio": ("a number from 1", lambda value: (finite(value) or 0) >= 1),
     "seconds": ("a number from 0", lambda value: finite(value) is not None and value >= 0),
 }
@@ -208,7 +226,8 @@ def _from_run(folder: Path) -> Result:
     counts = data.get("class_counts")
     facts = {
         "dataset": data.get("dataset") or data.get("class"),
-        "ratio": data.get("imbalance_ratio"),
+        # records before there was a `count_ratio` have it as their `imbalance_ratio` if none was asked for
+        "ratio": data.get("imbalance_ratio") or data.get("count_ratio"),
         "arm": record.get("arm") or record.get("name") or folder.name,
         "name": record.get("name"),
         "seed": None if record.get("seed") is False else record.get("seed"),
@@ -221,7 +240,7 @@ def _from_run(folder: Path) -> Result:
         "seconds": _seconds(folder / "speed.csv"),
         "hardware": _hardware(_part(record, "hardware")),
         **{name: _part(record, "model").get(name) for name in ("params", "multiply_adds")},
-        **{name: record.get(name) for name in ("commit", "config_sha256", "command")},
+        **{name: record.get(name) for name in ("commit", "config_sha256", "command", "based_on", "checkpoint_pattern")},
     }
     return Result(source=str(folder), metrics=metrics | logged, **_checked_facts(str(folder / RECORD), facts))
 

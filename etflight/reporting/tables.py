@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from etflight.reporting.groups import Group, Section, Stat, different
+from etflight.reporting.pairs import CONFIDENCE, paired, unpaired
 from etflight.utils.terminal import as_it_is, plain
 
 MISSING = "–"
@@ -59,6 +60,9 @@ PUBLISHED_HEADER = (
     "epoch chosen",
     "read in",
 )
+_CONFIDENCE = f"{100 * CONFIDENCE:.0f} %"
+COMPARED = tuple(column for column in COLUMNS if column.metric.startswith("test/"))
+PAIRED_HEADER = ("arm", "measure", "seeds", "points", f"{_CONFIDENCE} interval", "by seed", "told apart")
 CAPTION = (
     "Mean ± sample standard deviation over seeds, of one seed no ±; – is missing. Accuracies, shot groups (many > 100, medium 20–100, "
     "few < 20 training images) and ECE (with the temperature, where there is one) in per cent, on the test images, of the checkpoint that "
@@ -87,6 +91,28 @@ def published(section: Section) -> list[list[str]]:
     ]
 
 
+def comparisons(section: Section) -> list[list[str]]:
+    """A cell per column of `PAIRED_HEADER`, a row per arm and measure; plain text, empty if nothing is compared."""
+    titles = {column.metric: column.title for column in COMPARED}
+    return [
+        [
+            plain(found.arm),
+            titles[found.metric],
+            ", ".join(plain(seed) for seed, _ in found.pairs),
+            _points(found.mean),
+            MISSING if found.low is None or found.high is None else f"{_points(found.low)} … {_points(found.high)}",
+            ", ".join(_points(difference) for _, difference in found.pairs),
+            found.verdict,
+        ]
+        for found in paired(section, list(titles))
+    ]
+
+
+def _points(share: float) -> str:
+    """A difference of accuracies in points."""
+    return f"{100 * share:+.1f}"
+
+
 def filled_columns(header: Sequence[str], body: Sequence[Sequence[str]]) -> dict[str, tuple[str, ...]]:
     """The cells of each column by its heading, without the columns in which all are missing."""
     columns = zip(header, zip(*body, strict=True), strict=True)
@@ -94,18 +120,27 @@ def filled_columns(header: Sequence[str], body: Sequence[Sequence[str]]) -> dict
 
 
 def _grids(section: Section) -> list[tuple[Sequence[str], list[list[str]]]]:
-    """Header and rows of the arms, and of published numbers if there are any; the first two columns and the last are text."""
-    return [(HEADER, rows(section)), *([(PUBLISHED_HEADER, published(section))] if section.published else [])]
+    """Header and rows of arms, and of comparisons and published numbers if there are any; the first two columns and the last are text."""
+    others = [(PAIRED_HEADER, comparisons(section)), (PUBLISHED_HEADER, published(section))]
+    return [(HEADER, rows(section)), *(grid for grid in others if grid[1])]
 
 
 def notes(section: Section) -> list[str]:
     """Sentences that a reader of a section's numbers has to know."""
-    return [
+    said = [
         "Validation images are held out: the best epoch is that of their accuracy."
         if validation == "held out"
         else f"Validation images are {validation}: the best epoch is picked on it, an upper bound and no result."
         for validation in different(section.results, "validation")
     ]
+    if section.against is not None:
+        alone = ", ".join(unpaired(section))
+        said.append(
+            f"Differences from {section.against} are paired by seed and choice of images, in points: their mean, its {_CONFIDENCE} "
+            "interval by Student's t, and each pair. Arms are not told apart where the interval covers 0, nor by one pair; of arms that do "
+            f"not differ, one interval in twenty excludes 0 by chance.{f' Without a pair: {alone}.' if alone else ''}"
+        )
+    return said
 
 
 def hardware(section: Section) -> str:
@@ -154,11 +189,11 @@ def duration(seconds: float) -> str:
 # Formats --------------------------------------------------------------------------------------------------------------
 
 
-_TEXT = ("seeds", "published method", "backbone", "read in")  # columns of words
+_TEXT = ("seeds", "measure", "by seed", "told apart", "published method", "backbone", "read in")  # columns of words
 # what a narrow terminal shows last
 _LESS_NEEDED = (
     *("params", "time", "epochs", "val, best", "macro", "ECE", "NC1", "align."),
-    *("parameters", "views", "epoch chosen"),
+    *("parameters", "views", "epoch chosen", "by seed", "seeds"),
 )
 
 
@@ -167,6 +202,8 @@ def for_terminal(section: Section, out: Console) -> list[Table]:
     (_, arms), *others = _grids(section)
     header = ("arm", "seeds", "ckpt", *(column.short for column in COLUMNS), "params", "epochs", "time")
     arms = [[cell.replace("± ", "±") for cell in row[:-1]] for row in arms]
+    shorter = {column.title: column.short for column in COLUMNS}
+    others = [(names, [[shorter.get(cell, cell) for cell in row] for row in body]) for names, body in others]
     tables = [_fitting_table(filled_columns(*grid), out) for grid in [(header, arms), *others]]
     tables[0].title = as_it_is(section.title)
     return tables
@@ -248,9 +285,12 @@ def latex(sections: Sequence[Section]) -> str:
 def comma_separated(sections: Sequence[Section]) -> str:
     """One row per arm or published number, in full precision, accuracies from 0 to 1; an empty cell is missing.
 
-    A metric has three columns: mean, `…_std` and `…_n`, how many runs have it.
+    A metric has three columns: mean, `…_std` and `…_n`, how many runs have it. Where arms are compared, further columns have the mean
+    difference, `…_diff`, its interval, `…_diff_low` and `…_diff_high`, and each pair's, `…_diff_pairs`, such as 0:0.0125 1:-0.005.
     """
     metrics = [f"{column.metric}{part}" for column in COLUMNS for part in ("", "_std", "_n")]
+    compares = any(section.against is not None for section in sections)
+    differences = [f"{column.metric}{part}" for column in COMPARED for part in _DIFFERENCE] if compares else []
     columns = [
         "dataset",
         "ratio",
@@ -265,12 +305,14 @@ def comma_separated(sections: Sequence[Section]) -> str:
         "seconds",
         "hardware",
         "source",
+        *(["against", *differences] if compares else []),
     ]
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, lineterminator="\n")
     writer.writeheader()
     for section in sections:
         place = {"dataset": section.dataset, "ratio": None if section.ratio is None else f"{section.ratio:g}"}
+        compared = _differences_by_arm(section)
         for group in section.groups:
             stats = [value for column in COLUMNS for value in group.stat(column.metric) or (None, None, None)]
             seconds = group.seconds()
@@ -283,7 +325,7 @@ def comma_separated(sections: Sequence[Section]) -> str:
                 "seconds": None if seconds is None else seconds.mean,
                 "hardware": plain("; ".join(different(group.results, "hardware"))),
             }
-            writer.writerow(place | dict(zip(metrics, stats, strict=True)) | facts)
+            writer.writerow(place | dict(zip(metrics, stats, strict=True)) | facts | compared.get(group.arm, {}))
         for entry in section.published:
             facts = {"arm": entry["method"], "source": f"{entry['backbone']}; {entry['read_in']}"}
             writer.writerow(
@@ -292,12 +334,34 @@ def comma_separated(sections: Sequence[Section]) -> str:
     return out.getvalue()
 
 
+_DIFFERENCE = ("_diff", "_diff_low", "_diff_high", "_diff_pairs")
+
+
+def _differences_by_arm(section: Section) -> dict[str, dict[str, object]]:
+    """The columns of each arm's differences in CSV."""
+    cells: dict[str, dict[str, object]] = {}
+    for found in paired(section, [column.metric for column in COMPARED]):
+        pairs = " ".join(f"{plain(seed).replace(' ', '_')}:{difference!r}" for seed, difference in found.pairs)
+        values = found.mean, found.low, found.high, pairs
+        named = {f"{found.metric}{part}": value for part, value in zip(_DIFFERENCE, values, strict=True)}
+        cells.setdefault(found.arm, {"against": plain(section.against)}).update(named)
+    return cells
+
+
 _MARKS = re.compile(r"[\\`*_{}\[\]<>#|~&!$@]")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9]+(_[A-Za-z0-9]+)+")  # Markdown leaves the underscores in it alone
 _LATEX = str.maketrans(
     {letter: f"\\{letter}" for letter in "{}$&#%_"}
     | {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", '"': r"\textquotedbl{}"}
-    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "×": r"$\times$", "–": "--"}
+    | {
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        "±": r"$\pm$",
+        "×": r"$\times$",
+        "–": "--",
+        "…": r"\dots{}",
+    }
 )
 
 

@@ -19,7 +19,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
-from etflight.runs.folder import RECORD, lock, read_record, same_folder, writing_to
+from etflight.runs.based_on import identity
+from etflight.runs.folder import RECORD, lock, read_record, run_of, same_folder, writing_to
 from etflight.runs.loggers import run_folder
 from etflight.runs.wandb import ID, configure_runs, log_checkpoint, recorded_id
 from etflight.utils.files import replacing, write_json
@@ -69,6 +70,8 @@ class RunRecord(SaveConfigCallback):
         if not beside:
             known = {} if self.trained_in is None else read_record(self.trained_in)
             further: dict[str, Any] = {name: known[name] for name in ("seed", "data") if name in known}
+            if (pattern := pattern_of(Path(config["ckpt_path"]))) is not None:
+                further["checkpoint_pattern"] = pattern
             self._write(trainer, config, {**further, "checkpoint": config["ckpt_path"]})
         self._tell_wandb(trainer, config, keeps_config=beside)
 
@@ -109,8 +112,14 @@ class RunRecord(SaveConfigCallback):
 
     def _write(self, trainer: Trainer, config: dict[str, Any], further: dict[str, Any]) -> None:
         folder = run_folder(trainer)
-        record = {**facts(name=self.name, arm=self.arm, config=config, trainer=trainer), **further}
-        if same_folder(folder, self.trained_in):
+        resumes = same_folder(folder, self.trained_in)
+        based_on = _based_on(config, self.trained_in, resumes=resumes)
+        record = {
+            **facts(name=self.name, arm=self.arm, config=config, based_on=based_on, trainer=trainer),
+            **({} if based_on is None else {"based_on": based_on}),
+            **further,
+        }
+        if resumes:
             record |= resumed_facts(folder, record)
         if (known := recorded_id(folder)) is not None:
             record[ID] = known
@@ -125,20 +134,28 @@ class RunRecord(SaveConfigCallback):
                 self.parser.save(saved, partial, skip_unset=False, overwrite=True, multifile=False)
 
 
-def facts(*, name: str, arm: str | None, config: Mapping[str, Any], trainer: Trainer) -> dict[str, Any]:
+def facts(
+    *,
+    name: str,
+    arm: str | None,
+    config: Mapping[str, Any],
+    based_on: Mapping[str, Any] | None = None,
+    trainer: Trainer,
+) -> dict[str, Any]:
     """Collect what is needed to repeat any run: command, configuration, commit, versions, hardware.
 
     Args:
         name: The name of the run.
         arm: The name of the arm that its configuration files describe, or None.
         config: All arguments as plain data.
+        based_on: The `etflight.runs.based_on.identity` of the run whose checkpoint it starts from, or None.
         trainer: The trainer, about to run.
     """
     return {
         "name": name,
         "arm": arm,
         "command": shlex.join(["etflight", *sys.argv[1:]]),
-        "config_sha256": config_sha256(config),
+        "config_sha256": config_sha256(config, based_on),
         "commit": _commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
@@ -156,7 +173,7 @@ def training_facts(*, seed: Any, data: Any) -> dict[str, Any]:
     """Collect what is needed to repeat a training in addition to `facts`: the seed, and the choice of images."""
     return {
         "seed": seed,
-        "data": {**data_facts(data), "imbalance_ratio": _imbalance_ratio(data), "validation": data.validation},
+        "data": {**data_facts(data), **data.ratios, "validation": data.validation},
     }
 
 
@@ -196,11 +213,14 @@ def resumed_facts(folder: Path, now: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: record.get(name, now[name]) for name in start}, "resumed": [*record.get("resumed", []), again]}
 
 
-def config_sha256(config: Mapping[str, Any]) -> str:
-    """Hash a configuration without what differs between the runs of one arm: seeds, name, place, loggers, first stage.
+def config_sha256(config: Mapping[str, Any], based_on: Mapping[str, Any] | None = None) -> str:
+    """Hash a configuration without what differs between the runs of one arm: seeds, name, place, loggers, paths of checkpoints.
+
+    In place of the path of a checkpoint stands the identity of the run that trained it, which its seeds share.
 
     Args:
         config: All arguments as plain data.
+        based_on: The `etflight.runs.based_on.identity` of the run whose checkpoint it starts from; None if there is none, or it is unknown.
 
     Returns:
         64 hexadecimal digits, the same for every seed of an arm, and for every seed of its images.
@@ -214,16 +234,44 @@ def config_sha256(config: Mapping[str, Any]) -> str:
     tuning = content.get("fine_tuning")
     if tuning:
         content["fine_tuning"] = {**tuning, "checkpoint": None}
+    if based_on is not None:
+        content["based_on"] = based_on["config_sha256"]
     text = json.dumps({**content, "trainer": trainer}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _imbalance_ratio(data: Any) -> float | None:
-    """The ratio asked for, which truncated counts only approximate; if none was, the ratio of the images themselves."""
-    if data.imbalance_ratio > 1 and data.profile != "none":
-        return float(data.imbalance_ratio)
-    largest, smallest = max(data.class_counts), min(data.class_counts)
-    return float(f"{largest / smallest:.4g}") if smallest > 0 else None
+def _based_on(config: Mapping[str, Any], trained_in: Path | None, *, resumes: bool) -> dict[str, Any] | None:
+    """The identity of the run that a run tests, goes on from, or takes weights from; None if there is none, or it is unknown."""
+    if trained_in is None:
+        first_stage = (config.get("fine_tuning") or {}).get("checkpoint")
+        return identity(run_of(Path(first_stage))) if first_stage else None
+    based_on = identity(trained_in)
+    if based_on is None:
+        return None
+    further: dict[str, Any] | None = based_on.get("based_on")
+    goes_on = resumes or based_on["config_sha256"] == config_sha256(
+        config, further
+    )  # the same training, perhaps elsewhere
+    return further if goes_on else based_on
+
+
+def pattern_of(checkpoint: Path) -> str | None:
+    """The pattern of a checkpoint's name, such as epoch=*-step=*, if its numbers are what the training came to, and no choice.
+
+    They are where Lightning has filled them in (`key=number`), and the run has kept one checkpoint of that pattern: the best by a
+    validation measure, or the latest. Of several, such as one of every tenth epoch, the numbers tell which was chosen; so do all others in
+    a name, such as top1 and top5.
+    """
+    pattern = _blank(checkpoint.stem)
+    if pattern == checkpoint.stem:
+        return None
+    same = [path for path in checkpoint.parent.glob("*.ckpt") if _blank(path.stem) == pattern]
+    return pattern if len(same) == 1 else None
+
+
+def _blank(name: str) -> str:
+    # -v1 is what Lightning adds to the name of a file that there is already
+    return re.sub(r"=-?\d+(\.\d+)?(e[-+]?\d+)?(?=-|_|$)", "=*", re.sub(r"-v\d+$", "", name))
 
 
 def _commit() -> str | None:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from etflight import Classifier, CrossEntropyLoss, LinearHead
 from etflight.callbacks.results import TestResults
 from etflight.data import Digits
+from etflight.reporting.tables import COLUMNS
 from tests.training import new_trainer, read_csv, seen
 
 COUNTS = [128, 91, 65, 47, 33, 24, 17, 12, 8, 6]
@@ -94,6 +95,15 @@ def test_tables_tell_the_metrics_within_80_columns(tested):
         assert f"{100 * metrics[name]:.2f} " in printed, name
     for text in ("500 images of 10 classes", "many (1)", "few (4)", "middle (4)", "temperature 0.5", "backward"):
         assert text in printed
+
+
+def test_the_calibration_error_with_the_temperature_has_the_name_that_reports_have_for_it(tested):
+    folder, *_, printed = tested
+    metrics = json.loads((folder / "test_metrics.json").read_text())
+    heads, _, values = (line.split() for line in printed.partition("Calibration")[2].splitlines()[2:5])
+    assert heads == ["raw", "ECE", "ECE"]
+    (column,) = [column for column in COLUMNS if column.title == heads[-1]]
+    assert values[-1] == f"{100 * metrics[column.metric]:.2f}" != values[0]
 
 
 def test_without_training_counts_there_are_no_groups_and_without_room_no_confusion_matrix(tmp_path, capsys):

@@ -45,7 +45,8 @@ def test_numbers_are_those_of_the_arrays(numbered, etflight_command, tmp_path):
         "image_shape": [3, 2, 4],
         "class_names": ["[red]ox[/red]", "yak", "emu"],
         "fingerprint": fingerprint,
-        "imbalance_ratio": 30,
+        "imbalance_ratio": None,
+        "count_ratio": 30,
         "validation": "the test set, watched only",
         "class_counts": {"train": [150, 30, 5], "test": [4, 4, 4]},
         "shot_groups": {"many": [0], "medium": [1], "few": [2]},
@@ -68,7 +69,7 @@ def test_held_out_images_are_counted_and_later_files_win_and_the_command_line_ov
     _, record, _ = run(etflight_command, tmp_path, *files, "--data.val_fraction", 0.2)
     expected = {"train": [int(80 * 4 ** (-k / 2)) for k in range(3)], "val": [20] * 3, "test": [4] * 3}
     assert (record["class_counts"], record["validation"]) == (expected, "held out")
-    assert record["imbalance_ratio"] == 4
+    assert (record["imbalance_ratio"], record["count_ratio"]) == (4, 4)
 
 
 def test_each_row_of_the_sheet_has_images_of_its_class_from_first_to_last(numbered):

@@ -81,3 +81,14 @@ def test_an_untested_run_is_shown_without_accuracy_and_is_no_result(tmp_path, et
     assert row["test/acc"] == ""
     assert float(row["val/acc_best"]) == 0.75
     assert json.loads(etflight_command("report", "r", "--format", "json", cwd=tmp_path).out) == []
+
+
+def test_arms_are_compared_by_seed_where_that_is_asked_for(runs, tmp_path, etflight_command):
+    for seed, acc in enumerate((0.625, 0.75, 1.0)):
+        make_run(tmp_path / f"etf_{seed}", acc=acc, arm="etf", seed=seed)
+    folders = [*runs, *(f"etf_{seed}" for seed in range(3))]
+    shown = etflight_command.succeed("report", *folders, "--against", "ce", cwd=tmp_path, COLUMNS="200")
+    assert "etf test 0, 1, 2 +12.5 +12.5 … +12.5 +12.5, +12.5, +12.5 higher" in " ".join(shown.out.split())
+    etflight_command("report", *folders, "--against", "cee", cwd=tmp_path).assert_refused("--against cee", "ce, etf")
+    refused = etflight_command("report", *folders, "--against", "ce", "--format", "json", cwd=tmp_path)
+    refused.assert_refused("a result file has a record per run, and no comparisons")

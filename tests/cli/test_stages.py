@@ -12,6 +12,7 @@ import yaml
 import etflight
 from etflight import Classifier, DotRegressionLoss
 from etflight.cli.argv import EarlyOptions
+from etflight.cli.describe import describe
 from etflight.cli.place import Place
 from etflight.cli.stages import main
 from etflight.data import Digits
@@ -59,15 +60,17 @@ def test_the_record_tells_the_configuration_but_for_what_tells_seeds_apart(run):
 
 
 @pytest.mark.parametrize(
-    ("options", "ratio"),
+    ("options", "asked", "found"),
     [
-        ({"imbalance_ratio": 20}, 20),
-        ({"imbalance_ratio": 20, "profile": "none"}, 1.073),  # as the set is: 133 to 124 images a class
-        ({"profile": [100] * 5 + [25] * 5}, 4),
+        ({"imbalance_ratio": 20}, 20, 21.33),
+        ({"imbalance_ratio": 20, "profile": "none"}, None, 1.073),  # as the set is: 133 to 124 images a class
+        ({"profile": [100] * 5 + [25] * 5}, None, 4),
     ],
 )
-def test_the_ratio_on_record_is_the_one_asked_for_or_that_of_the_images(options, ratio):
-    assert training_facts(seed=0, data=Digits(**options))["data"]["imbalance_ratio"] == ratio
+def test_the_ratio_asked_for_and_that_of_the_images_have_one_name_each_wherever_they_are_written(options, asked, found):
+    data = Digits(**options)
+    for record in (training_facts(seed=0, data=data)["data"], describe(data)):
+        assert (record["imbalance_ratio"], record["count_ratio"]) == (asked, found)
 
 
 def test_a_training_from_the_configuration_of_another_run_is_of_its_arm(tmp_path):

@@ -118,11 +118,66 @@ def test_results_of_two_checkpoints_of_a_run_have_rows_of_their_own():
     assert remarks == []
 
 
-def test_seeds_whose_checkpoints_are_numbered_are_one_row():
+def test_seeds_whose_checkpoints_have_numbers_that_training_came_to_are_one_row():
     names = ["epoch=12-step=900", "epoch=9-step=675", "epoch=9-step=675-v1"]
-    runs = [result(seed=seed, checkpoint=name, config_sha256="c") for seed, name in enumerate(names)]
+    runs = [
+        result(seed=seed, checkpoint=name, checkpoint_pattern="epoch=*-step=*", config_sha256="c")
+        for seed, name in enumerate(names)
+    ]
     ((section,), remarks) = group(runs)
     assert ([g.arm for g in section.groups], remarks) == (["ce"], [])
+
+
+@pytest.mark.parametrize("names", [("epoch=9-step=675", "epoch=199-step=15000"), ("top1", "top5"), ("best", "best-v1")])
+def test_checkpoints_whose_numbers_may_be_a_choice_are_never_averaged(names):
+    runs = [result(seed=i, name=name, checkpoint=name, config_sha256="c") for i, name in enumerate(names)]
+    ((section,), remarks) = group(runs)
+    assert ([g.arm for g in section.groups], remarks) == ([f"ce ({name})" for name in names], [])
+
+
+def decision(seed, of, name, **facts):
+    """A test of a run whose identity is `of`, a hash or None."""
+    command = f"etflight test -c ncm.yaml --ckpt_path runs/digits/{name}/seed{seed}/checkpoints/last.ckpt"
+    based_on = {"config_sha256": of, "commit": "a", "options": ["etflight", "fit", "-c", "ce.yaml"]}
+    facts = {"config_sha256": f"ncm of {of}", "based_on": of and based_on, "commit": "a", "command": command} | facts
+    return result("ncm", seed, name=f"digits/ncm_{name}/seed{seed}", checkpoint="last", **facts)
+
+
+def rows(runs):
+    ((section,), remarks) = group(runs)
+    return [(g.arm, [r.seed for r in g.results]) for g in section.groups], remarks
+
+
+def test_decisions_for_differently_trained_models_are_never_averaged():
+    apart = [("ncm (digits/ncm_x)", [0, 1]), ("ncm (digits/ncm_y)", [2])]
+    assert rows([decision(0, "x", "x"), decision(1, "x", "x"), decision(2, "y", "y")]) == (apart, [])
+    # as an earlier record has them: one hash for all, and the path of the checkpoint in the command
+    earlier = {"config_sha256": "ncm"}
+    assert rows([decision(i, None, name, **earlier) for i, name in enumerate("xxy")]) == (apart, [])
+    later = [decision(0, None, "x", **earlier), decision(1, "x", "x", commit="b"), decision(2, "y", "y", commit="b")]
+    assert rows(later)[0] == apart
+    # a name is no identity
+    assert rows([decision(i, "same", name) for i, name in enumerate("xyz")]) == ([("ncm", [0, 1, 2])], [])
+
+
+def test_seeds_of_a_decision_stay_together_where_the_package_got_options_between_their_trainings():
+    trained = {"config_sha256": "newer", "commit": "b", "options": ["etflight", "fit", "-c", "ce.yaml"]}
+    newer = {"config_sha256": "ncm of newer", "commit": "a"}
+    runs = [decision(0, "x", "x"), decision(1, None, "x", based_on=trained, **newer)]
+    assert rows(runs)[0] == [("ncm", [0, 1])]
+    other = trained | {"options": [*trained["options"], "--data.mixup", "1"]}
+    assert len(rows([runs[0], decision(1, None, "x", based_on=other, **newer)])[0]) == 2
+    second = trained | {"based_on": {"config_sha256": "first", "commit": "b", "options": ["etflight", "fit"]}}
+    assert len(rows([runs[0], decision(1, None, "x", based_on=second, **newer)])[0]) == 2
+
+
+def test_decisions_that_do_not_say_for_which_model_are_named():
+    runs = [decision(i, None, "x", config_sha256="ncm", command="etflight test --ckpt_path x.ckpt") for i in (0, 1)]
+    found, (remark,) = rows(runs)
+    assert found == [("ncm", [0, 1])]
+    assert "may decide for differently trained models" in remark
+    assert "ncm_0, ncm_1" in remark
+    assert rows(runs[:1])[1] == []
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -69,6 +69,19 @@ def test_hardware_is_what_was_trained_on(hardware, expected, tmp_path):
     assert only(make_run(tmp_path / "r", hardware=hardware)).hardware == expected
 
 
+@pytest.mark.parametrize(
+    ("ratios", "ratio"),
+    [
+        ({"imbalance_ratio": 20.0, "count_ratio": 21.33}, 20.0),
+        ({"imbalance_ratio": None, "count_ratio": 10.66}, 10.66),
+        ({"imbalance_ratio": 10.66}, 10.66),  # of an earlier record
+        ({"imbalance_ratio": None, "count_ratio": None}, None),
+    ],
+)
+def test_the_ratio_of_a_result_is_the_one_asked_for_or_that_of_the_images(ratios, ratio, tmp_path):
+    assert only(make_run(tmp_path / "r", data={"class": "Digits", **ratios})).ratio == ratio
+
+
 def test_what_was_not_recorded_is_unknown(tmp_path):
     run = make_run(tmp_path / "r")
     for name in ("metrics.csv", "speed.csv", "test_metrics.json"):
@@ -111,6 +124,9 @@ def test_a_damaged_run_is_named_and_the_others_are_read(file, content, tmp_path)
     assert file in problem
 
 
+NESTED: dict = {"config_sha256": "c"}
+for _ in range(500):
+    NESTED = {"config_sha256": "c", "based_on": NESTED}
 BAD_RECORDS = {
     "no record": 3,
     "no accuracy": {k: v for k, v in RECORD.items() if k != "test/acc"},
@@ -120,6 +136,9 @@ BAD_RECORDS = {
     "a ratio below 1": RECORD | {"ratio": 0.01},
     "half an epoch": RECORD | {"epochs": 2.5},
     "a list for a command": RECORD | {"command": ["etflight"]},
+    "a path for an identity": RECORD | {"based_on": "runs/ce"},
+    "an identity of half": RECORD | {"based_on": {"config_sha256": "c", "based_on": {"commit": "a"}}},
+    "an identity without end": RECORD | {"based_on": NESTED},
 }
 
 

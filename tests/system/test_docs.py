@@ -4,6 +4,7 @@ import importlib
 import json
 import pkgutil
 import re
+from itertools import permutations
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 import timm
 import torch
+from scipy.stats import t
 
 import etflight
 from etflight.metrics import ClassStatistics, measures
-from tests.system.test_readme import DOCS, blocks
+from tests.system.test_readme import DOCS, README, blocks
 
 ROOT = Path(__file__).parents[2]
 PAGES = {str(path.relative_to(ROOT / "docs")): path.read_text() for path in DOCS}
@@ -154,3 +156,49 @@ def test_expected_measures_are_those_of_the_records():
         runs = [run for run in records(sets[re.match(r"[\w-]+", what)[0]]) if run["arm"] == arm]
         for key, cell in zip(("train/nc1", "val/nc1", "train/alignment", "train/etf_distance"), cells, strict=True):
             assert float(cell) == float(f"{fmean(run[f'nc/{key}'] for run in runs):.2g}"), (what, key)
+
+
+def compared() -> list[dict[str, list[float]]]:
+    """Values in points of three seeds by what they are of; any two in one dict may be compared."""
+    found = []
+    for path in (ROOT / "notebooks/results").glob("*.json"):
+        runs = sorted(json.loads(path.read_text()), key=lambda run: run["seed"])
+        for metric in {name for run in runs for name in run if name.startswith("test/")}:
+            arms: dict[str, list[float]] = {}
+            for run in runs:
+                if metric in run:
+                    arms.setdefault(run["arm"], []).append(100 * run[metric])
+            found.append(arms)
+    measured = json.loads((ROOT / "notebooks/evaluations/when_to_fix.json").read_text())
+    kinds = {
+        "labels": (("set",), ("arm",), ("acc",)),
+        "new_classes": (("set",), ("arm", "method"), ("acc", "acc_new")),
+        "unknown_classes": (("known", "unknown"), ("arm", "score"), ("auroc",)),
+        "shared_space": (("set", "images"), ("arm", "space"), ("recall_at_1",)),
+    }
+    for part, (place, name, keys) in kinds.items():
+        for key in keys:
+            places: dict[tuple[str, ...], dict[str, list[float]]] = {}
+            for row in measured[part]:
+                if key in row:
+                    values = row[key]["values"] if part != "shared_space" else both_ways(row[key]["across"]["values"])
+                    places.setdefault(tuple(row[k] for k in place), {})[" ".join(row[k] for k in name)] = values
+            found += places.values()
+    return found
+
+
+def both_ways(values: list[float]) -> list[float]:
+    """From one model to another (0 to 1, 0 to 2, 1 to 0, …): the means over both directions of each pair."""
+    return [fmean(values[i] for i in pair) for pair in ((0, 2), (1, 4), (3, 5))] if len(values) == 6 else []
+
+
+def test_every_paired_difference_is_that_of_two_arms_of_the_records():
+    known = set()
+    for values in compared():
+        for one, other in permutations([three for three in values.values() if len(three) == 3], 2):
+            pairs = [a - b for a, b in zip(one, other, strict=True)]
+            half = t.ppf(0.975, 2) * stdev(pairs) / 3**0.5
+            known.add(f"{fmean(pairs):+.1f} ({fmean(pairs) - half:+.1f} … {fmean(pairs) + half:+.1f})")
+    said = re.findall(r"[+-][\d.]+ \([+-][\d.]+ … [+-][\d.]+\)", README + "".join(PAGES.values()))
+    assert len(said) > 80
+    assert [text for text in said if text not in known] == []
