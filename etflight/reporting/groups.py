@@ -15,7 +15,7 @@ from etflight.reporting.results import Result
 # options in which the runs of an arm differ, as `etflight.runs.record.config_sha256` has it
 _OF_A_RUN = {
     "seed_everything", "name", "ckpt_path", "weights_only", "data.seed", "data.init_args.seed", "fine_tuning.checkpoint",
-    "trainer.default_root_dir", "trainer.logger",
+    "trainer.default_root_dir", "trainer.logger", "data.download", "data.images.download",
 }  # fmt: skip
 _SEED = re.compile(r"(^|[/_-])seed_?\d+$")
 _NUMBERS = re.compile(r"-v\d+$|\d+")

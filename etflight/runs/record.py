@@ -197,7 +197,7 @@ def resumed_facts(folder: Path, now: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_sha256(config: Mapping[str, Any]) -> str:
-    """Hash a configuration without what differs between the runs of one arm: seeds, name, place, loggers, first stage.
+    """Hash a configuration without what differs between the runs of one arm: seeds, name, place, loggers, first stage, download.
 
     Args:
         config: All arguments as plain data.
@@ -210,12 +210,26 @@ def config_sha256(config: Mapping[str, Any]) -> str:
     trainer = {key: value for key, value in config["trainer"].items() if key not in ("default_root_dir", "logger")}
     data = content.get("data")
     if isinstance(data, Mapping) and "init_args" in data:
-        content["data"] = {**data, "init_args": {k: v for k, v in data["init_args"].items() if k != "seed"}}
+        content["data"] = _not_downloaded(
+            {**data, "init_args": {k: v for k, v in data["init_args"].items() if k != "seed"}}
+        )
     tuning = content.get("fine_tuning")
     if tuning:
         content["fine_tuning"] = {**tuning, "checkpoint": None}
     text = json.dumps({**content, "trainer": trainer}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _not_downloaded(data: Any) -> Any:
+    """The same data as if nothing were to be downloaded, in a set within a set too."""
+    if not isinstance(data, Mapping) or "init_args" not in data:
+        return data
+    options = dict(data["init_args"])
+    if "download" in options:
+        options["download"] = False
+    if "images" in options:
+        options["images"] = _not_downloaded(options["images"])
+    return {**data, "init_args": options}
 
 
 def _imbalance_ratio(data: Any) -> float | None:
