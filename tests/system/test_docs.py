@@ -13,6 +13,7 @@ import timm
 import torch
 
 import etflight
+from etflight.cli import OTHERS
 from etflight.metrics import ClassStatistics, measures
 from tests.system.test_readme import DOCS, blocks
 
@@ -70,6 +71,22 @@ def test_configurations_are_listed():
     for folder in ("data", "protocols", "trainer", "logger"):
         row = next(line for line in listed.splitlines() if line.startswith(f"| `{folder}/`"))
         assert set(re.findall(r"`(\w+)`", row)) == {path.stem for path in (ROOT / "configs" / folder).glob("*.yaml")}
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_every_option_of_our_own_commands_is_told(command, etflight_command, tmp_path):
+    options = set(re.findall(r"--[a-z][\w.-]*\w", etflight_command.succeed(command, "--help", cwd=tmp_path).out))
+    assert "--help" in options
+    told = "".join(PAGES.values())
+    assert not [option for option in options if not re.search(rf"{re.escape(option)}(?![\w.-]*\w)", told)]
+
+
+@pytest.mark.parametrize(
+    "file", ["docs/results.md", "docs/start.md", "docs/how_to/index.md", "configs/data/digits.yaml", "Makefile"]
+)
+def test_a_run_on_the_digits_takes_the_same_time_wherever_it_is_told(file):
+    seconds = [run["seconds"] for run in records("digits")]
+    assert f"{min(seconds):.0f} seconds to {max(seconds) / 60:.0f} minutes" in (ROOT / file).read_text()
 
 
 # the column of each set in docs/methods/published.md, and its imbalance ratio where the set itself has one
@@ -152,7 +169,7 @@ def test_the_search_is_told_as_its_log_has_it():
     kept = {
         (
             run["candidate"],
-            str(run["epochs"]),
+            (re.findall(r"max_epochs (\d+)", run["command"]) or [str(run["epochs"])])[0],
             *(f"{100 * run[key]:.1f}" for key in keys),
             f"{run['nc/train/alignment']:.2f}",
         )

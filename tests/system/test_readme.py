@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from etflight.cli import OTHERS
 
@@ -103,6 +104,22 @@ def test_every_command_is_understood(command, trained, etflight_command):
 def test_the_commands_are_found():
     assert len(commands(TEXT)) > 50
     assert {line.split()[1] for line in commands(TEXT)} >= {"fit", "test", "predict", *OTHERS}
+
+
+def test_commands_on_sets_that_torchvision_fetches_ask_for_the_download():
+    fetched = r"/(?:cifar100?|fashion_mnist|svhn|stl10)_\w+|--data (?:FashionMNIST|CIFAR100?)"
+    trained = [line for line in commands() if line.split()[1] in ("fit", "study", "ood") and re.search(fetched, line)]
+    assert len(trained) >= 4
+    assert not [line for line in trained if "--data.download true" not in line]
+    (reproduced,) = re.findall(r"etflight study configs/studies/fashion.*", (ROOT / "Makefile").read_text())
+    assert "--data.download true" in reproduced
+
+
+def test_the_software_itself_is_what_is_cited():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["type"] == "software"
+    assert "preferred-citation" not in citation
+    assert [paper["title"] in README for paper in citation["references"]] == [True]
 
 
 def test_links_lead_somewhere():
