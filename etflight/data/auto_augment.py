@@ -49,7 +49,8 @@ class AutoAugment:
     def parse(cls, name: str) -> "AutoAugment":
         """Read the name of a policy: `autoaugment_cifar10`, `autoaugment_imagenet`, `randaugment` or `trivialaugment`.
 
-        RandAugment's parameters follow its name as in timm: `randaugment-n2-m9` is two operations at level 9.
+        RandAugment's parameters follow its name: `randaugment-n2-m9` is torchvision's `RandAugment(2, 9)`, two operations on every image at
+        level 9 of 30. timm counts to 10 and does each operation at even odds, so its `rand-m9` turns and shears as far as level 27 here.
 
         Raises:
             UserError: There is no such policy, or a parameter is out of its range.

@@ -165,6 +165,7 @@ class ImageDataModule(LightningDataModule, ABC):
     standard_flip: ClassVar[bool] = False
     sampler_class: ClassVar[type[ImbalancedSampler]] = ImbalancedSampler
     named_after: ClassVar[str | None] = None  # the option whose file or folder names a set of one's own
+    option = "data"  # what the command line calls this module, for errors; not annotated, hence no argument
 
     imbalance_ratio: float = 1.0
     profile: Profile | list[int] = "exp"

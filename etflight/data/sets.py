@@ -140,7 +140,7 @@ class TorchvisionImages(ImageDataModule):
         return found
 
     def _missing(self, what: str) -> UserError:
-        return UserError(f"{self}: {what}: put the files there, or give --data.download true")
+        return UserError(f"{self}: {what}: put the files there, or give --{self.option}.download true")
 
 
 @contextmanager

@@ -36,6 +36,7 @@ class ClassSubset(ImageDataModule):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.labels = _parse_labels(self.classes)
+        self.images.option = f"{self.option}.images"
         for option in fields(ImageDataModule):
             if (
                 option.init

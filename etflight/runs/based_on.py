@@ -11,7 +11,7 @@ from etflight.runs.folder import read_record
 # options in which the runs of an arm differ, as `etflight.runs.record.config_sha256` has it
 _OF_A_RUN = {
     "seed_everything", "name", "ckpt_path", "weights_only", "data.seed", "data.init_args.seed", "fine_tuning.checkpoint",
-    "trainer.default_root_dir", "trainer.logger",
+    "trainer.default_root_dir", "trainer.logger", "data.download", "data.images.download",
 }  # fmt: skip
 _MOST_STAGES = 10  # one based on the other
 

@@ -214,7 +214,7 @@ def resumed_facts(folder: Path, now: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_sha256(config: Mapping[str, Any], based_on: Mapping[str, Any] | None = None) -> str:
-    """Hash a configuration without what differs between the runs of one arm: seeds, name, place, loggers, paths of checkpoints.
+    """Hash a configuration without what differs between the runs of one arm: seeds, name, place, loggers, download, paths of checkpoints.
 
     In place of the path of a checkpoint stands the identity of the run that trained it, which its seeds share.
 
@@ -230,7 +230,9 @@ def config_sha256(config: Mapping[str, Any], based_on: Mapping[str, Any] | None 
     trainer = {key: value for key, value in config["trainer"].items() if key not in ("default_root_dir", "logger")}
     data = content.get("data")
     if isinstance(data, Mapping) and "init_args" in data:
-        content["data"] = {**data, "init_args": {k: v for k, v in data["init_args"].items() if k != "seed"}}
+        content["data"] = _not_downloaded(
+            {**data, "init_args": {k: v for k, v in data["init_args"].items() if k != "seed"}}
+        )
     tuning = content.get("fine_tuning")
     if tuning:
         content["fine_tuning"] = {**tuning, "checkpoint": None}
@@ -272,6 +274,18 @@ def pattern_of(checkpoint: Path) -> str | None:
 def _blank(name: str) -> str:
     # -v1 is what Lightning adds to the name of a file that there is already
     return re.sub(r"=-?\d+(\.\d+)?(e[-+]?\d+)?(?=-|_|$)", "=*", re.sub(r"-v\d+$", "", name))
+
+
+def _not_downloaded(data: Any) -> Any:
+    """The same data as if nothing were to be downloaded, in a set within a set too."""
+    if not isinstance(data, Mapping) or "init_args" not in data:
+        return data
+    options = dict(data["init_args"])
+    if "download" in options:
+        options["download"] = False
+    if "images" in options:
+        options["images"] = _not_downloaded(options["images"])
+    return {**data, "init_args": options}
 
 
 def _commit() -> str | None:

@@ -54,6 +54,11 @@ def test_the_record_tells_the_configuration_but_for_what_tells_seeds_apart(run):
     assert record["config_sha256"] == config_sha256(seed) != config_sha256(longer)
     first, other = (config | {"fine_tuning": {"checkpoint": path, "freeze": ["backbone"]}} for path in "ab")
     assert config_sha256(first) == config_sha256(other) != record["config_sha256"]
+    for wrapped in (False, True):
+        sets = ({"class_path": "CIFAR10", "init_args": {"download": download}} for download in (False, True))
+        data = ({"class_path": "ClassSubset", "init_args": {"images": s}} if wrapped else s for s in sets)
+        here, downloaded = (config_sha256(config | {"data": one}) for one in data)
+        assert here == downloaded != record["config_sha256"]
     assert shlex.split(record["command"]) == ["etflight", "fit", *map(str, DIGITS), "--name", "first"]
     assert record["data"]["imbalance_ratio"] == 20
     assert record["hardware"]["device"] == "cpu"

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,34 @@ def test_options_choose_a_part_of_a_study(write, etflight_command, tmp_path):
         (["--seeds", "5"], "study.yaml has no seed 5: give some of 3, 4 to --seeds"),
     ):
         etflight_command("study", "study.yaml", *given, cwd=tmp_path).assert_refused(unknown)
+
+
+NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+
+
+def test_a_download_is_asked_for_of_the_sets_that_have_one_by_the_option_of_each(write, etflight_command, tmp_path):
+    write(sets=["fashion_mnist_lt", "cifar10_sessions", "digits", "yangs"], arms=["ce"])
+    (tmp_path / "data/yangs.yaml").write_text("data: {class_path: mine.Set}")
+    options = "study", "study.yaml", "--dry-run", "--data.download", "true"
+    lines = etflight_command(*options, cwd=tmp_path).ran().out.splitlines()
+    given = [word for line in lines for word in re.findall(r"--data\S* true|--name \w+", line)]
+    assert given == [
+        *["--data.download true", "--name fashion_mnist_lt"] * 2,
+        *["--data.images.download true", "--name cifar10_sessions"] * 2,
+        *["--name digits"] * 2,
+        *["--data.download true", "--name yangs"] * 2,
+    ]
+    nothing = etflight_command(*options, "--sets", "digits", cwd=tmp_path)
+    nothing.assert_refused("none of these sets can be downloaded: leave --data.download out")
+
+
+def test_missing_images_are_downloaded_if_a_study_is_told_to(write, etflight_command, tmp_path):
+    """Nobody answers here, so that the download fails, with the line that says it was tried."""
+    write(sets=["stl10_lt"], arms=["ce"])
+    without = etflight_command("study", "study.yaml", cwd=tmp_path)
+    without.assert_refused("STL10 in data", "is missing: put the files there, or give --data.download true")
+    asked = etflight_command("study", "study.yaml", "--data.download", "true", cwd=tmp_path, **NO_NETWORK)
+    asked.assert_refused("STL10 in data: the download failed")
 
 
 @pytest.mark.parametrize(

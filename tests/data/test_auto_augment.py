@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from timm.data.auto_augment import LEVEL_TO_ARG
 from torchvision.transforms import AutoAugment as Published
 from torchvision.transforms import AutoAugmentPolicy, v2
 
@@ -82,6 +83,20 @@ def test_operations_and_levels_of_the_random_policies_are_uniform_and_half_are_n
     codes, magnitudes = AutoAugment.parse("randaugment-n3-m30").draw(1000, 32, 32, np.random.default_rng(0))
     assert codes.shape == (3, 1000)
     assert set(np.abs(magnitudes[codes == OPERATIONS.index("Rotate")])) == {30.0}
+
+
+def test_levels_of_randaugment_are_those_of_torchvision_and_a_third_of_timms():
+    theirs = v2.RandAugment(num_ops=2, magnitude=9)
+    codes, magnitudes = AutoAugment.parse("randaugment-n2-m9").draw(4000, 32, 32, np.random.default_rng(0))
+    for name, (magnitudes_of, _) in theirs._AUGMENTATION_SPACE.items():
+        level = magnitudes_of(theirs.num_magnitude_bins, 32, 32)
+        expected = 0.0 if level is None else float(level[theirs.magnitude])
+        drawn = np.abs(magnitudes[codes == OPERATIONS.index(name)])
+        assert np.allclose(drawn, int(expected) if name.startswith("Translate") else expected), name
+    codes, magnitudes = AutoAugment.parse("randaugment-n2-m27").draw(4000, 32, 32, np.random.default_rng(0))
+    for name in ("Rotate", "ShearX"):
+        (of_timm,) = LEVEL_TO_ARG[name](9, {})
+        assert np.allclose(np.abs(magnitudes[codes == OPERATIONS.index(name)]), abs(of_timm)), name
 
 
 @pytest.mark.parametrize("name", ["autoaugment", "randaugment-m31", "randaugment-n0", "RandAugment", "rand-m9"])

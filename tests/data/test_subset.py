@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from etflight.data import ArrayImages, ClassSubset, Digits, FolderImages
+from etflight.data import CIFAR10, ArrayImages, ClassSubset, Digits, FolderImages
 from etflight.utils.errors import UserError
 
 
@@ -97,6 +97,13 @@ def test_the_inner_set_downloads_what_is_missing():
     inner = Downloaded()
     ClassSubset(inner, "0-5").prepare_data()
     assert asked == [inner]
+
+
+def test_missing_files_of_the_inner_set_are_asked_for_by_its_own_option(tmp_path):
+    data = ClassSubset(CIFAR10(root=str(tmp_path)), "0-5")
+    data.prepare_data()
+    with pytest.raises(UserError, match=r"put the files there, or give --data\.images\.download true"):
+        data.setup("fit")
 
 
 def test_one_class_can_be_evaluated_but_not_trained_on():

@@ -15,6 +15,7 @@ import torch
 from scipy.stats import t
 
 import etflight
+from etflight.cli import OTHERS
 from etflight.metrics import ClassStatistics, measures
 from tests.system.test_readme import DOCS, README, blocks
 
@@ -74,14 +75,52 @@ def test_configurations_are_listed():
         assert set(re.findall(r"`(\w+)`", row)) == {path.stem for path in (ROOT / "configs" / folder).glob("*.yaml")}
 
 
+@pytest.mark.parametrize("command", OTHERS)
+def test_every_option_of_our_own_commands_is_told(command, etflight_command, tmp_path):
+    options = set(re.findall(r"--[a-z][\w.-]*\w", etflight_command.succeed(command, "--help", cwd=tmp_path).out))
+    assert "--help" in options
+    told = "".join(PAGES.values())
+    assert not [option for option in options if not re.search(rf"{re.escape(option)}(?![\w.-]*\w)", told)]
+
+
+@pytest.mark.parametrize(
+    "file", ["docs/results.md", "docs/start.md", "docs/how_to/index.md", "configs/data/digits.yaml", "Makefile"]
+)
+def test_a_run_on_the_digits_takes_the_same_time_wherever_it_is_told(file):
+    seconds = [run["seconds"] for run in records("digits")]
+    assert f"{min(seconds):.0f} seconds to {max(seconds) / 60:.0f} minutes" in (ROOT / file).read_text()
+
+
+# the column of each set in docs/methods/published.md, and its imbalance ratio where the set itself has one
+LONG_TAILED = {
+    "ImageNetLT": ("ImageNet-LT", 256),
+    "INaturalist2018": ("iNaturalist 2018", 500),
+    "PlacesLT": ("Places-LT", 996),
+}
+
+
 def test_published_numbers_are_those_of_the_package():
-    rows = [line for line in PAGES["methods/published.md"].splitlines() if line.startswith("|")]
+    page = PAGES["methods/published.md"].split("## What they compare")[0]
+    shown = set()
+    for table in page.split("\n\n|")[1:]:
+        header, _, *rows = [
+            [c.strip() for c in line.strip("|").split("|")] for line in table.split("\n\n")[0].splitlines()
+        ]
+        for row in rows:
+            shown |= {(*row[:6], row[-1], column, cell) for column, cell in zip(header[6:-1], row[6:-1], strict=True)}
+    recorded = set()
     for record in json.loads((ROOT / "etflight/reporting/published.json").read_text()):
         params = "–" if record["params"] is None else f"{record['params'] / 1e6:.2f}"
         facts = [params, *("–" if record[name] is None else record[name] for name in ("epochs", "views", "selection"))]
-        start = " | ".join(map(str, (record["method"], record["backbone"], *facts)))
-        row = next(row for row in rows if row.startswith(f"| {start} |") and row.endswith(f"| {record['read_in']} |"))
-        assert round(100 * record["test/acc"], 2) in [float(cell) for cell in re.findall(r"[\d.]+", row)]
+        column, ratio = LONG_TAILED.get(record["dataset"], (None, record["ratio"]))
+        assert ratio == record["ratio"]
+        cell = f"{100 * record['test/acc']:.2f}".removesuffix("0")
+        cifar = f"{record['dataset'].replace('R1', 'R-1')}, ratio {ratio}"
+        recorded.add(
+            (*map(str, (record["method"], record["backbone"], *facts)), record["read_in"], column or cifar, cell)
+        )
+    assert {cell for cell in shown if cell[-1] != "–"} == recorded
+    assert {column for column, _ in LONG_TAILED.values()} <= {cell[-2] for cell in recorded}
 
 
 RECORDED = {"Digits": "digits", "Fashion-MNIST": "fashion_mnist_lt", "CIFAR-10": "cifar10_lt_short"} | {
@@ -132,7 +171,7 @@ def test_the_search_is_told_as_its_log_has_it():
     kept = {
         (
             run["candidate"],
-            str(run["epochs"]),
+            (re.findall(r"max_epochs (\d+)", run["command"]) or [str(run["epochs"])])[0],
             *(f"{100 * run[key]:.1f}" for key in keys),
             f"{run['nc/train/alignment']:.2f}",
         )

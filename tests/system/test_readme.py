@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from etflight.cli import OTHERS
+from tests.training import save_folders
 
 ROOT = Path(__file__).parents[2]
 README, CONTRIBUTING = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
@@ -100,9 +102,40 @@ def test_every_command_is_understood(command, trained, etflight_command):
     assert result.out
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/start.md"])
+def test_what_a_newcomer_gives_first_runs_to_its_end_one_after_another(page, etflight_command, tmp_path):
+    """The first training with its test, on a batch of small images."""
+    save_folders(tmp_path / "photos", train={"cat": 2, "dog": 2}, test={"cat": 1, "dog": 1})
+    lines = [line for line in commands((ROOT / page).read_text()) if not line.startswith("etflight study")]
+    first = next(i for i, line in enumerate(lines) if line.startswith("etflight fit"))
+    short = ["--trainer.max_epochs", 1, "--trainer.limit_train_batches", 1, "--trainer.callbacks", "null"]
+    small = ["--data.image_size", 32] if "folder" in lines[first] else []
+    for line in lines[: first + 2]:
+        name, *argv = shlex.split(line)[1:]
+        more = {"fit": [*short, *small], "test": small}.get(name, [])
+        etflight_command.succeed(name, *argv, *more, cwd=tmp_path)
+    assert len(list(tmp_path.glob("runs/**/test_metrics.json"))) == 1
+
+
 def test_the_commands_are_found():
     assert len(commands(TEXT)) > 50
     assert {line.split()[1] for line in commands(TEXT)} >= {"fit", "test", "predict", *OTHERS}
+
+
+def test_commands_on_sets_that_torchvision_fetches_ask_for_the_download():
+    fetched = r"/(?:cifar100?|fashion_mnist|svhn|stl10)_\w+|--data (?:FashionMNIST|CIFAR100?)"
+    trained = [line for line in commands() if line.split()[1] in ("fit", "study", "ood") and re.search(fetched, line)]
+    assert len(trained) >= 4
+    assert not [line for line in trained if "--data.download true" not in line]
+    (reproduced,) = re.findall(r"etflight study configs/studies/fashion.*", (ROOT / "Makefile").read_text())
+    assert "--data.download true" in reproduced
+
+
+def test_the_software_itself_is_what_is_cited():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["type"] == "software"
+    assert "preferred-citation" not in citation
+    assert [paper["title"] in README for paper in citation["references"]] == [True]
 
 
 def test_links_lead_somewhere():
