@@ -11,6 +11,7 @@ from io import TextIOWrapper
 from etflight import __version__
 from etflight.cli import OTHERS, STAGES
 from etflight.utils.errors import print_error
+from etflight.utils.memory import keep_freed_memory
 
 _COMMANDS = STAGES | OTHERS
 
@@ -41,6 +42,7 @@ def run() -> int:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a file name need not be text
     try:
+        keep_freed_memory()
         # imported only when asked for
         if command in OTHERS:
             import_module(f"etflight.cli.{command}").main(argv[1:])

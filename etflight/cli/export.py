@@ -132,7 +132,6 @@ def _parser() -> OneLineParser:
     )
     parser.add_argument(
         "--format",
-        type=str,
         nargs="+",
         choices=FORMATS,
         default=["timm"],

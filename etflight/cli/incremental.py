@@ -28,6 +28,7 @@ from etflight.cli.checkpoint_option import (
 )
 from etflight.cli.data_option import data_parser, parse_over_run
 from etflight.cli.parser import OneLineParser, add_imports
+from etflight.cli.unsupported import refuse_missing_hardware
 from etflight.data import ClassSubset, ImageDataModule
 from etflight.data.sessions import Session, few_shot_sessions
 from etflight.incremental import (
@@ -98,6 +99,7 @@ def main(argv: Sequence[str]) -> None:
     check_writable(folder, "--output")
     settings = _settings(config, base)
     refuse_other_results(folder / RECORD, {"settings": settings}, (FIGURE,))
+    refuse_missing_hardware(config.accelerator, "--accelerator")
     fabric = Fabric(accelerator=config.accelerator, devices=config.devices)
     fabric.launch()
     before: Progress | None = fabric.broadcast(_last_state(folder, settings) if fabric.is_global_zero else None)

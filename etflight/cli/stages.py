@@ -37,7 +37,7 @@ from etflight.cli.checkpoint_option import prepare_as_trained
 from etflight.cli.parser import OneLineParser, how_to_name_run, import_modules
 from etflight.cli.place import Place
 from etflight.cli.predict import add_prediction_arguments, as_data, images_of
-from etflight.cli.unsupported import refuse_unsupported
+from etflight.cli.unsupported import refuse_missing_hardware, refuse_unsupported
 from etflight.data.base import ImageDataModule
 from etflight.heads import codes_from_state_dict
 from etflight.hyperparameters import PLUGGABLE, plain_hyperparameters
@@ -305,6 +305,7 @@ class EtflightCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; the loggers and callbacks that write the run folder come before the user's own."""
         config, place = self.config_init[self.subcommand]["trainer"], self.place
+        refuse_missing_hardware(config["accelerator"])
         self.save_config_kwargs = {"name": place.name, "arm": place.arm, "trained_in": place.trained_in}
         fits = self.subcommand == "fit"
         users = [user for user in _as_list(config["callbacks"]) if fits or not isinstance(user, Checkpoint)]

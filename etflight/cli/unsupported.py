@@ -1,6 +1,7 @@
 """Features of Lightning with which a run could not keep its promises; they are refused before training."""
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder, StochasticWeightAveraging
 
 from etflight.utils.errors import UserError
@@ -38,4 +39,27 @@ def refuse_unsupported(trainer: Trainer, model: LightningModule) -> None:
     if callbacks_of(trainer, StochasticWeightAveraging) and options:
         raise UserError(
             f"StochasticWeightAveraging gives all layers one learning rate, so {options[0]} would have no effect: leave one of them out"
+        )
+
+
+def refuse_missing_hardware(accelerator: object, option: str = "--trainer.accelerator") -> None:
+    """Check that this machine has the hardware that a user names.
+
+    Args:
+        accelerator: The name; anything else is left to Lightning.
+        option: The option that gives it, for the error.
+
+    Raises:
+        UserError: There is no hardware of that name, or none here.
+    """
+    if not isinstance(accelerator, str) or accelerator == "auto":
+        return
+    kinds = {name: entry["accelerator"] for name, entry in AcceleratorRegistry.items()}
+    here = sorted(name for name, kind in kinds.items() if kind.is_available())
+    if accelerator not in ("gpu", *kinds):
+        raise UserError(f"{option} {accelerator!r} is unknown: give auto, gpu, {', '.join(sorted(kinds))}")
+    if not {"cuda", "mps"}.intersection(here) if accelerator == "gpu" else accelerator not in here:
+        raise UserError(
+            f"{option} is {accelerator}, but PyTorch finds none on this machine: give auto, which takes what there is ({', '.join(here)}), "
+            "or check the driver (nvidia-smi) and that PyTorch is built for it (python -m torch.utils.collect_env)"
         )

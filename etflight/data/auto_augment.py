@@ -199,7 +199,8 @@ def _enhance(images: Tensor, codes: Codes, magnitudes: Magnitudes) -> Tensor:
     code = _to_device(codes, images.device).view(-1, 1, 1, 1)
     other = grey.where(code == _COLOR, grey.mean((2, 3), keepdim=True)).mul_(code != _BRIGHTNESS)
     factor = 1.0 + change
-    mixed = _plus_product(images.mul(factor.to(torch.float32)), other, (1.0 - factor).to(torch.float32))
+    scaled = images.to(torch.float32).mul_(factor.to(torch.float32))
+    mixed = _plus_product(scaled, other, (1.0 - factor).to(torch.float32))
     return _pixels(mixed if images.shape[1] == 3 else mixed.where(code != _COLOR, images))
 
 
@@ -231,8 +232,11 @@ def _posterize(images: Tensor, _: Codes, bits: Magnitudes) -> Tensor:
 
 
 def _solarize(images: Tensor, _: Codes, thresholds: Magnitudes) -> Tensor:
-    bound = _to_device((255.0 * thresholds).astype(np.float32), images.device).view(-1, 1, 1, 1)
-    return torch.where(images >= bound, ~images, images)
+    lowest = np.ceil((255.0 * thresholds).astype(np.float32)).astype(np.uint8)  # of the values that change
+    bound = _to_device(lowest, images.device).view(-1, 1, 1, 1)
+    # `where(images >= bound, ~images, images)`, several times as quick on a processor
+    changes = torch.maximum(images, bound) == images
+    return images ^ changes.view(torch.uint8).neg_()
 
 
 def _autocontrast(images: Tensor, *_: object) -> Tensor:

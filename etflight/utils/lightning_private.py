@@ -50,9 +50,13 @@ def ignore_own_deprecations() -> None:
 
 
 def hide_tips() -> None:
-    """Hide the lines in which Lightning advertises other products when a trainer is made; they begin with "Tip:"."""
+    """Hide what Lightning recommends whenever a trainer is made.
+
+    That are other products, in lines that begin with "Tip:", and `srun` wherever SLURM's client is installed.
+    """
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
+    warnings.filterwarnings("ignore", "The `srun` command is available")
 
 
 def let_parameters_be_unused(strategy: object) -> None:

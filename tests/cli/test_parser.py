@@ -1,8 +1,13 @@
 """Usage errors: one line with the option's full name, the reason, and what may have been meant."""
 
+import re
+from importlib import import_module
+
 import pytest
 
-from etflight.cli import describe, export, ood
+import etflight
+from etflight import callbacks, data
+from etflight.cli import OTHERS, STAGES, describe, export, ood
 from etflight.cli.stages import main
 from etflight.utils.errors import UserError
 
@@ -65,6 +70,31 @@ def test_other_commands_tell_the_option_that_is_missing_or_wrong(command, argv, 
     with pytest.raises(SystemExit):
         command(argv)
     assert capsys.readouterr().err.startswith(f"etflight: error: {line}")
+
+
+HELP = [(name, ["--help"]) for name in [*STAGES, *OTHERS]] + [
+    ("fit", [f"--{option}.help", name])
+    for option, names in (
+        ("data", [name for name in data.__all__ if hasattr(getattr(data, name), "eval_dataloader")]),
+        ("model.head", [name for name in etflight.__all__ if name.endswith("Head")]),
+        ("model.loss", [name for name in etflight.__all__ if name.endswith("Loss")]),
+        ("trainer.callbacks", callbacks.__all__),
+    )
+    for name in names
+]
+
+
+@pytest.mark.parametrize(("command", "words"), HELP, ids=[f"{command} {' '.join(words)}" for command, words in HELP])
+def test_help_shows_no_object_of_python(command, words, capsys):
+    ask, argv = (
+        (import_module(f"etflight.cli.{command}").main, words) if command in OTHERS else (main, [command, *words])
+    )
+    with pytest.raises(SystemExit) as stopped:
+        ask(argv)
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "--" in text
+    assert not re.findall(r"<(?:function|locals|object|module|bound)\b|<lambda>|\w+Path\(|\bat 0x|functools\.", text)
 
 
 @pytest.mark.parametrize(

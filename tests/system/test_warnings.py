@@ -1,5 +1,6 @@
 """What other libraries tell programmers is not told to users, even where they ask Python for all warnings."""
 
+import os
 import subprocess
 import sys
 
@@ -20,9 +21,13 @@ trainer.test(model, Digits(), verbose=False)
 
 
 def told(*argv, cwd):
-    """What a fresh interpreter that shows all warnings prints."""
+    """What a fresh interpreter that shows all warnings prints, on a machine with SLURM's client."""
+    client = cwd / "bin" / "srun"
+    client.parent.mkdir(exist_ok=True)
+    client.touch(0o755)
     argv = [sys.executable, "-W", "default", *map(str, argv)]
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=cwd)
+    env = {**os.environ, "PATH": f"{client.parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=cwd, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
@@ -35,12 +40,14 @@ def test_commands_pass_on_no_warning_and_no_tip_of_another_library(tmp_path):
     for text in (fit, test):
         assert "site-packages" not in text
         assert "Tip" not in text
+        assert "srun" not in text
 
 
 def test_a_training_in_python_meets_no_deprecation_and_no_tip(tmp_path):
     text = told("-c", LIBRARY, cwd=tmp_path)
     assert "eprecat" not in text
     assert "Tip" not in text
+    assert "srun" not in text
 
 
 def test_importing_the_package_says_nothing(tmp_path):
