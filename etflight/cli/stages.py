@@ -25,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 
 from etflight.callbacks import FineTuning, LastCheckpoint, NeuralCollapseMonitor, PostHoc, Speed, StepSeed, StopSignals
+from etflight.callbacks.averaging import StochasticWeightAverage
 from etflight.callbacks.balance import DoubleCorrection
 from etflight.callbacks.checkpoint import KEY as CHECKPOINT_KEY
 from etflight.callbacks.predictions import TABLE, PredictionTable
@@ -334,14 +335,15 @@ class EtflightCLI(LightningCLI):
         """The run's callbacks and the user's, in an order that matters."""
         config, folder = self.config_init[self.subcommand], self.place.folder
         last = config["checkpoint"] if saves else None
-        averaging = [callback for callback in users if isinstance(callback, StochasticWeightAveraging)]
+        averaging = [StochasticWeightAverage.of(user) for user in users if isinstance(user, StochasticWeightAveraging)]
         # the callback that saves comes before anything of the next step has happened, but after those that make the final weights
         callbacks = [StopSignals(last), *averaging, *_as_list(last)]
         if self.subcommand == "fit":
             callbacks += [StepSeed(), Progress(), config["fine_tuning"]]
             if not any(isinstance(callback, NeuralCollapseMonitor) for callback in users):
                 callbacks += _as_list(config["monitor"])
-        callbacks += [*_as_list(config["post_hoc"]), *(callback for callback in users if callback not in averaging)]
+        callbacks += _as_list(config["post_hoc"])
+        callbacks += [user for user in users if not isinstance(user, StochasticWeightAveraging)]
         callbacks += [StepNotice(), DoubleCorrection(), TestResults(self.verbose)]
         if self.subcommand == "predict":
             output = Path(config["output"] or folder / TABLE)
