@@ -67,7 +67,9 @@ class FineTuning(Callback):
         if (checkpoint is None) != (not load):
             raise UserError("--fine_tuning.checkpoint and --fine_tuning.load go together: give both, or neither")
         if checkpoint is not None and weights is not None:
-            raise UserError("fine-tuning starts from --fine_tuning.checkpoint or --fine_tuning.weights, not from both")
+            raise UserError(
+                "fine-tuning starts from --fine_tuning.checkpoint or --fine_tuning.weights, not from both: leave one out (null)"
+            )
         if unfreeze_epoch is not None and (unfreeze_epoch < 1 or not freeze):
             raise UserError(
                 f"--fine_tuning.unfreeze_epoch is {unfreeze_epoch}: give an epoch of 1 or more, and --fine_tuning.freeze"

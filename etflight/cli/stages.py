@@ -38,6 +38,7 @@ from etflight.cli.checkpoint_option import prepare_as_trained
 from etflight.cli.parser import OneLineParser, how_to_name_run, import_modules
 from etflight.cli.place import Place
 from etflight.cli.predict import add_prediction_arguments, as_data, images_of
+from etflight.cli.second_stage import leave_out_first_stage
 from etflight.cli.unsupported import refuse_unsupported
 from etflight.data.base import ImageDataModule
 from etflight.heads import codes_from_state_dict
@@ -166,7 +167,7 @@ class EtflightCLI(LightningCLI):
             raise UserError(f"the command comes first: give one of {', '.join(STAGES)} in front of its options")
         stage = argv[0]
         files, words = split_config_files(f"etflight {stage}", argv[1:])
-        options = EarlyOptions.of(f"etflight {stage}", files, words)
+        self.options = options = EarlyOptions.of(f"etflight {stage}", files, words)
         self.place = Place.of(stage, options)
         self.saved_model: dict[str, Any] = {}  # the arguments of the checkpoint's model
         self.saved_rows, self.saved_step, self.verbose = 0, -1, True
@@ -245,6 +246,7 @@ class EtflightCLI(LightningCLI):
                 config["fine_tuning"]["load"] = None
         elif config["first_stage"] and config["fine_tuning"]["checkpoint"] is None:
             config["fine_tuning"]["checkpoint"] = place.first_stage(config["first_stage"])
+        leave_out_first_stage(config["fine_tuning"], self.options)
         for logger in _as_list(config["trainer"]["logger"]):
             self._put_into_run_folder(logger, config)
         place.claim(config)
