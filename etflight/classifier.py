@@ -41,7 +41,7 @@ from etflight.optim import (
 )
 from etflight.utils.checkpoints import read_checkpoint, refuse_others
 from etflight.utils.errors import UserError, brief, warn
-from etflight.utils.lightning_private import hide_tips, ignore_own_deprecations, replace_hyperparameters
+from etflight.utils.lightning_private import hide_tips, ignore_own_deprecations, only_passes, replace_hyperparameters
 from etflight.utils.precision import at_least_float32
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.ranks import in_process_group
@@ -207,7 +207,8 @@ class Classifier(LightningModule):
             self._set_class_counts(_as_counts(class_counts))
         self._lr = math.nan
         self._batches: list[tuple[Batch, int]] = []  # those of this step, for SAM's second pass
-        self.is_second_pass = False  # of a sharpness-aware step; callbacks leave its forwards out
+        # of a sharpness-aware step, or over an epoch for BatchNorm's statistics; callbacks leave its forwards out
+        self.is_second_pass = False
         self._total_epochs: int | None = None
         self._other_arguments: list[str] = []  # in which the checkpoint being loaded differs from this model
         self.losses: Any = nn.ModuleDict({f"{stage}_loss": SampleMean() for stage in ("train", "val", "test")})
@@ -331,7 +332,7 @@ class Classifier(LightningModule):
         loss = self._training_loss(images, target)
         if self.is_second_pass:
             return loss * self._share_of_images(len(images))
-        if self.hparams["sam_rho"] > 0:
+        if self.hparams["sam_rho"] > 0 and not (self._is_fitting and only_passes(self.trainer)):
             self._batches.append((batch, batch_idx))
         self.losses["train_loss"].update(loss, len(images))
         bad_step = torch.where(torch.isfinite(loss.detach()), _NEVER, self.global_step)
@@ -664,8 +665,11 @@ class Classifier(LightningModule):
         optimizer: Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Step the optimizer, with `sam_rho` by the gradients of the sharpest point nearby."""
+        """Step the optimizer, with `sam_rho` by the gradients of the sharpest point nearby; not in a pass for BatchNorm alone."""
         closure = optimizer_closure
+        if closure is not None and only_passes(self.trainer):
+            closure()  # gradients may be left from the last step
+            return
         if self.hparams["sam_rho"] > 0 and closure is not None:
             closure = partial(self._gradients_at_sharpest_point, optimizer, closure)
         super().optimizer_step(epoch, batch_idx, optimizer, closure)

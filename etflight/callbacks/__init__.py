@@ -1,6 +1,6 @@
 """Lightning callbacks."""
 
-from etflight.callbacks.averaging import ExponentialMovingAverage
+from etflight.callbacks.averaging import ExponentialMovingAverage, StochasticWeightAverage
 from etflight.callbacks.balance import DeferredBalance
 from etflight.callbacks.checkpoint import LastCheckpoint, StepSeed
 from etflight.callbacks.collapse import NeuralCollapseMonitor
@@ -21,6 +21,7 @@ __all__ = [
     "PostHoc",
     "Speed",
     "StepSeed",
+    "StochasticWeightAverage",
     "StopSignals",
     "TauNormalization",
 ]

@@ -1,11 +1,19 @@
-"""The exponential moving average of the weights."""
+"""Averages of the weights: the exponential moving one, and the mean over the last epochs."""
 
+from itertools import islice
+from typing import Any, Literal, cast
+
+import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from etflight.utils.errors import UserError
+from etflight.callbacks.features import to_device
+from etflight.callbacks.progress import Speed
+from etflight.utils.errors import UserError, warn
+from etflight.utils.trainer import callbacks_of, is_trial_run, take_buffers_of_rank_zero
 
 
 class ExponentialMovingAverage(WeightAveraging):
@@ -62,3 +70,143 @@ class ExponentialMovingAverage(WeightAveraging):
         else:
             for average, now in zip(averages, current, strict=True):
                 average.copy_(now)
+
+
+class StochasticWeightAverage(StochasticWeightAveraging):
+    """Trains on at a rate of its own, and ends with the mean of the weights at the ends of its epochs (SWA).
+
+    After the last step the mean becomes the model, and one pass over the training batches of that epoch, augmented anew, gives BatchNorm
+    its running statistics; frozen layers keep theirs. Only then comes the last validation. So what is measured, fitted and saved belongs to
+    the mean, and no epoch is added, as `StochasticWeightAveraging` of Lightning adds one, which averages the weights at the *starts* of
+    its epochs. A training that something else ends early, such as `EarlyStopping`, keeps the weights of its last step; a warning says so.
+
+    Args:
+        swa_lrs: The learning rate of its epochs, or one for each parameter group.
+        swa_epoch_start: The first of its epochs, counted from 1; a number below 1 is a part of `max_epochs`: 0.8 is epoch 160 of 200.
+        annealing_epochs: How many epochs the learning rate takes from the schedule's to `swa_lrs`; the first one has the schedule's.
+        annealing_strategy: "cos" or "linear".
+
+    Source:
+        Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", UAI 2018, arXiv 1803.05407.
+    """
+
+    def __init__(
+        self,
+        swa_lrs: float | list[float],
+        swa_epoch_start: int | float = 0.8,
+        annealing_epochs: int = 10,
+        annealing_strategy: Literal["cos", "linear"] = "cos",
+    ) -> None:
+        super().__init__(swa_lrs, swa_epoch_start, annealing_epochs, annealing_strategy)
+        self._is_over = False
+
+    @classmethod
+    def of(cls, callback: StochasticWeightAveraging) -> "StochasticWeightAverage":
+        """One with the options of Lightning's own, or itself if it is one."""
+        if isinstance(callback, cls):
+            return callback
+        own = cls(0.1)
+        vars(own).update(vars(callback))
+        return own
+
+    @staticmethod
+    def pl_module_contains_batch_norm(pl_module: LightningModule) -> bool:
+        """No, so that Lightning adds no epoch for its statistics."""
+        return False
+
+    @property
+    def state_key(self) -> str:
+        """That of Lightning's own, whose states it can go on from."""
+        return StochasticWeightAveraging.__qualname__
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make a new average for each training."""
+        if stage != "fit":
+            return
+        self._is_over = self._initialized = False
+        self.n_averaged, self._init_n_averaged, self._scheduler_state = None, 0, None
+        super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the first of its epochs.
+
+        Raises:
+            UserError: The training does not reach it.
+        """
+        super().on_fit_start(trainer, pl_module)
+        if self.swa_start > self.swa_end and not is_trial_run(trainer):
+            raise UserError(
+                f"swa_epoch_start {self._swa_epoch_start} is never reached in {trainer.max_epochs} epochs, counted from 1: give an earlier "
+                "one, or more --trainer.max_epochs"
+            )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin with the schedule in the first of its epochs."""
+        self._latest_update_epoch = trainer.current_epoch  # else Lightning would average the weights as they are now
+        super().on_train_epoch_start(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Average the weights after the last step of an epoch, and put the mean into the model after the last of all."""
+        if self.n_averaged is None:
+            return
+        assert self._average_model is not None
+        if trainer.is_last_batch:
+            self.update_parameters(self._average_model, pl_module, self.n_averaged, self._avg_fn)
+        if _is_last_step(trainer) and self.n_averaged > 0:
+            self._is_over = True
+            self.transfer_weights(self._average_model, pl_module)
+            renew_statistics(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn if the mean has not become the model."""
+        if not self._is_over and trainer.current_epoch != trainer.max_epochs and trainer.is_global_zero:
+            warn("the training ended early, so its weights are those of the last step, not an average (SWA)")
+
+
+def _is_last_step(trainer: Trainer) -> bool:
+    """Whether the training is over after this batch, as far as its options say."""
+    ends_epochs = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+    return ends_epochs or 0 <= trainer.max_steps <= trainer.global_step
+
+
+def renew_statistics(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Compute BatchNorm's running statistics anew, as the mean over the batches of an epoch; those of frozen layers stay.
+
+    Args:
+        trainer: The trainer, after a step.
+        pl_module: Its module, in the modes of that step.
+    """
+    layers = [
+        module
+        for module in pl_module.modules()
+        if isinstance(module, _BatchNorm) and module.training and module.track_running_stats
+    ]
+    if not layers:
+        return
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # which makes it a mean
+    counted = trainer.fit_loop.epoch_loop.batch_progress.total
+    before, module = counted.ready, cast(Any, pl_module)
+    clocks = callbacks_of(trainer, Speed)
+    for clock in clocks:
+        clock.on_validation_start(trainer, pl_module)
+    module.is_second_pass = True
+    try:
+        with torch.no_grad():
+            for batch in islice(cast(Any, trainer.train_dataloader), int(trainer.num_training_batches)):
+                images = to_device(trainer, pl_module, batch)[0]
+                with trainer.precision_plugin.forward_context():
+                    pl_module(images)
+                counted.ready += 1  # each batch is augmented as a step of its own
+    finally:
+        counted.ready = before
+        module.is_second_pass = False
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+    for clock in clocks:
+        clock.on_validation_end(trainer, pl_module)
+    take_buffers_of_rank_zero(pl_module)

@@ -38,8 +38,8 @@ class LastCheckpoint(Callback):
     `metrics.csv` had. On another number of processes or with another batch size the epoch continues with the images that were not yet
     drawn; only a run of the same shape is repeated exactly.
 
-    It must be the first callback, so that nothing of the next step or epoch has happened yet; only `StochasticWeightAveraging` comes
-    before it, because that puts its average into the model after the last epoch. For this reason it is not one of Lightning's
+    It must be the first callback, so that nothing of the next step or epoch has happened yet; only weight averages (SWA)
+    come before it, because they may put the average into the model after the last epoch. For this reason it is not one of Lightning's
     `Checkpoint`s, which come last. Give the trainer `enable_checkpointing=False` unless it should keep checkpoints of its own as well.
 
     Args:

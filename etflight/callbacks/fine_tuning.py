@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from etflight.callbacks.features import find_submodule
+from etflight.heads import ETFHead, Head
 from etflight.optim import start_momentum
 from etflight.utils.checkpoints import misfit, read_checkpoint
 from etflight.utils.errors import UserError, warn
@@ -47,7 +49,8 @@ class FineTuning(Callback):
     Raises:
         UserError: Only one of `checkpoint` and `load` is given, or both `checkpoint` and `weights`; or `unfreeze_epoch` is below 1 or given
             without `freeze`. When training starts: checkpoint or weights belong to another kind of model, a part is missing or has another
-            shape, nothing is left to train, or the epoch is never reached.
+            shape, nothing is left to train, fixed class vectors are to meet the features of a backbone that is frozen for good, with
+            nothing between that could turn them, or the epoch is never reached.
 
     Source:
         Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, arXiv 1910.09217, section 4;
@@ -67,7 +70,9 @@ class FineTuning(Callback):
         if (checkpoint is None) != (not load):
             raise UserError("--fine_tuning.checkpoint and --fine_tuning.load go together: give both, or neither")
         if checkpoint is not None and weights is not None:
-            raise UserError("fine-tuning starts from --fine_tuning.checkpoint or --fine_tuning.weights, not from both")
+            raise UserError(
+                "fine-tuning starts from --fine_tuning.checkpoint or --fine_tuning.weights, not from both: leave one out (null)"
+            )
         if unfreeze_epoch is not None and (unfreeze_epoch < 1 or not freeze):
             raise UserError(
                 f"--fine_tuning.unfreeze_epoch is {unfreeze_epoch}: give an epoch of 1 or more, and --fine_tuning.freeze"
@@ -121,14 +126,19 @@ class FineTuning(Callback):
         """Put the given weights into the model."""
         if self._resumes:
             return
+        content = None if self.checkpoint is None else read_checkpoint(self.checkpoint)
+        if (why := self._why_frame_never_meets(pl_module, content)) is not None:
+            if self.unfreeze_epoch is None:
+                raise UserError(why)
+            if trainer.is_global_zero:
+                warn(f"until epoch {self.unfreeze_epoch} {why}")
         if self.weights is not None:
             self._take_weights(self.weights, pl_module)
         if self.weights is not None or pl_module.hparams.get("pretrained"):
             expected = _other_normalisation(pl_module, data_module(trainer))
             if expected and trainer.is_global_zero:
                 warn(f"timm's weights expect {expected}: give these, unless your weights are others")
-        if self.checkpoint is not None:
-            content = read_checkpoint(self.checkpoint)
+        if self.checkpoint is not None and content is not None:
             self._take_parts(self.checkpoint, content, pl_module)
             differ = other_preprocessing(Preprocessing.in_checkpoint(content), data_module(trainer))
             if differ and trainer.is_global_zero:
@@ -146,6 +156,28 @@ class FineTuning(Callback):
             for optimizer in trainer.optimizers:
                 start_momentum(optimizer)
             rank_zero_info(f"from epoch {self.unfreeze_epoch} on {', '.join(self.freeze)} trains too")
+
+    def _why_frame_never_meets(self, pl_module: LightningModule, content: Mapping[str, Any] | None) -> str | None:
+        """Why fixed class vectors cannot meet the features of a frozen backbone, with the mend; None if they can.
+
+        What trains then has no matrix that could turn the features, and they were not trained with these class vectors.
+        """
+        head, backbone = getattr(pl_module, "head", None), getattr(pl_module, "backbone", None)
+        if not isinstance(head, Head) or not isinstance(backbone, nn.Module) or head.weight.requires_grad:
+            return None
+        frozen = {id(parameter) for part in self._frozen(pl_module) for parameter in part.parameters()}
+        held = frozen.issuperset(id(parameter) for parameter in backbone.parameters())
+        trained = [own for own in head.parameters() if own.requires_grad and id(own) not in frozen]
+        if not held or any(own.ndim > 1 for own in trained):
+            return None
+        known = None if content is None else content["state_dict"].get("head.weight")
+        if known is not None and known.shape == head.weight.shape and torch.allclose(known, head.weight.to(known)):
+            return None
+        mend = "let the backbone train (--fine_tuning.unfreeze_epoch)"
+        if isinstance(head, ETFHead):
+            width = f"--model.head.projection_dim {head.in_features}, or a wider one with --model.head.linear_projection true"
+            mend = f"give {width}, or {mend}"
+        return f"{type(head).__name__} cannot learn on a frozen backbone, since nothing turns its features to the fixed class vectors: {mend}"
 
     def _set_frozen(self, pl_module: LightningModule, frozen: bool) -> None:
         for parameter in self._held:

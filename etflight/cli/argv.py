@@ -32,10 +32,17 @@ def split_config_files(prog: str, argv: Sequence[str]) -> tuple[list[str], list[
     return [file if file.lstrip().startswith("{") else str(find_config(file)) for file in known.config], rest
 
 
+FINE_TUNING = (
+    "weights",
+    "freeze",
+    "unfreeze_epoch",
+    "freeze_statistics",
+)  # its options that a file gives for one of two stages
 # options that are needed before a command line can be parsed: they tell where the run is, and which checkpoint's model it starts from
 _EARLY = (
     "name", "ckpt_path", "trainer", "trainer.default_root_dir", "data", "data.input_size",
     "model", "model.backbone", "model.head", "model.loss", "model.optimizer", "model.lr_scheduler",
+    *(f"fine_tuning.{name}" for name in FINE_TUNING),
 )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 
 from etflight.callbacks import FineTuning, LastCheckpoint, NeuralCollapseMonitor, PostHoc, Speed, StepSeed, StopSignals
+from etflight.callbacks.averaging import StochasticWeightAverage
 from etflight.callbacks.balance import DoubleCorrection
 from etflight.callbacks.checkpoint import KEY as CHECKPOINT_KEY
 from etflight.callbacks.predictions import TABLE, PredictionTable
@@ -37,6 +38,7 @@ from etflight.cli.checkpoint_option import prepare_as_trained
 from etflight.cli.parser import OneLineParser, how_to_name_run, import_modules
 from etflight.cli.place import Place
 from etflight.cli.predict import add_prediction_arguments, as_data, images_of
+from etflight.cli.second_stage import leave_out_first_stage
 from etflight.cli.unsupported import refuse_missing_hardware, refuse_unsupported
 from etflight.data.base import ImageDataModule
 from etflight.heads import codes_from_state_dict
@@ -165,7 +167,7 @@ class EtflightCLI(LightningCLI):
             raise UserError(f"the command comes first: give one of {', '.join(STAGES)} in front of its options")
         stage = argv[0]
         files, words = split_config_files(f"etflight {stage}", argv[1:])
-        options = EarlyOptions.of(f"etflight {stage}", files, words)
+        self.options = options = EarlyOptions.of(f"etflight {stage}", files, words)
         self.place = Place.of(stage, options)
         self.saved_model: dict[str, Any] = {}  # the arguments of the checkpoint's model
         self.saved_rows, self.saved_step, self.verbose = 0, -1, True
@@ -244,6 +246,7 @@ class EtflightCLI(LightningCLI):
                 config["fine_tuning"]["load"] = None
         elif config["first_stage"] and config["fine_tuning"]["checkpoint"] is None:
             config["fine_tuning"]["checkpoint"] = place.first_stage(config["first_stage"])
+        leave_out_first_stage(config["fine_tuning"], self.options)
         for logger in _as_list(config["trainer"]["logger"]):
             self._put_into_run_folder(logger, config)
         place.claim(config)
@@ -335,14 +338,15 @@ class EtflightCLI(LightningCLI):
         """The run's callbacks and the user's, in an order that matters."""
         config, folder = self.config_init[self.subcommand], self.place.folder
         last = config["checkpoint"] if saves else None
-        averaging = [callback for callback in users if isinstance(callback, StochasticWeightAveraging)]
+        averaging = [StochasticWeightAverage.of(user) for user in users if isinstance(user, StochasticWeightAveraging)]
         # the callback that saves comes before anything of the next step has happened, but after those that make the final weights
         callbacks = [StopSignals(last), *averaging, *_as_list(last)]
         if self.subcommand == "fit":
             callbacks += [StepSeed(), Progress(), config["fine_tuning"]]
             if not any(isinstance(callback, NeuralCollapseMonitor) for callback in users):
                 callbacks += _as_list(config["monitor"])
-        callbacks += [*_as_list(config["post_hoc"]), *(callback for callback in users if callback not in averaging)]
+        callbacks += _as_list(config["post_hoc"])
+        callbacks += [user for user in users if not isinstance(user, StochasticWeightAveraging)]
         callbacks += [StepNotice(), DoubleCorrection(), TestResults(self.verbose)]
         if self.subcommand == "predict":
             output = Path(config["output"] or folder / TABLE)

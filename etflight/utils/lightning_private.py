@@ -8,7 +8,7 @@ from copy import deepcopy
 from typing import Any
 
 from lightning.fabric.utilities.data import AttributeDict
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -66,6 +66,14 @@ def let_parameters_be_unused(strategy: object) -> None:
     """
     if isinstance(strategy, DDPStrategy):
         strategy._ddp_kwargs["find_unused_parameters"] = True
+
+
+def only_passes(trainer: Trainer) -> bool:
+    """Whether the trainer passes over images for BatchNorm's statistics alone, as after Lightning's `StochasticWeightAveraging`.
+
+    Touches `_FitLoop._skip_backward`.
+    """
+    return trainer.fit_loop._skip_backward
 
 
 def uploads_checkpoints(logger: WandbLogger) -> bool:

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging, StochasticWeightAveraging
 from scipy.optimize import minimize_scalar
+from torch import nn
 
 from etflight import Classifier, callbacks
-from etflight.callbacks import ExponentialMovingAverage
+from etflight.callbacks import ExponentialMovingAverage, StochasticWeightAverage
 from etflight.data import Digits
 from etflight.runs.loggers import MetricsCSV
 from etflight.utils.errors import UserError
@@ -130,3 +131,127 @@ def test_an_average_is_in_double_precision_with_the_weights_and_refused_in_half(
     torch.testing.assert_close(model.backbone.conv1.weight.detach(), 0.8 * first + 0.2 * second, rtol=1e-14, atol=0)
     with pytest.raises(UserError, match=r"needs weights in float32: give --trainer.precision bf16-mixed"):
         new_trainer(ExponentialMovingAverage(), precision="bf16-true", **options).fit(small(), Digits())
+
+
+# --- the mean over the last epochs -------------------------------------------------------------------------------------
+
+SWA = {"swa_lrs": 0.05, "swa_epoch_start": 3, "annealing_epochs": 1}  # epochs 3, 4 and 5 of 5
+STEPS = 2  # of an epoch
+
+
+class Images(Callback):
+    """Keeps the images of each step."""
+
+    def __init__(self):
+        self.of = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.of.append(batch[0])
+
+
+def averaged_run(tmp_path, average, *others, sam_rho=0.0, **options):
+    """Five epochs; returns the states after each step, the images of each, the trainer, the data and the saved state."""
+    torch.manual_seed(0)
+    states, images, data = States(), Images(), Digits(max_count=20, batch_size=100, val_fraction=0.2, crop_padding=0)
+    trainer = new_trainer(
+        states, average, callbacks.LastCheckpoint(), images, *others, default_root_dir=tmp_path,
+        **{"max_epochs": 5, **options},
+    )  # fmt: skip
+    model = Classifier(10, "resnet20_cifar", in_chans=1, model_kwargs={"width": 1}, sam_rho=sam_rho)
+    trainer.fit(model, datamodule=data)
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    return states.after, images.of, trainer, data, saved
+
+
+def assert_mean_of(saved, states):
+    for name, _ in small().named_parameters():
+        mean = sum(state[name].double() for state in states) / len(states)
+        torch.testing.assert_close(saved["state_dict"][name].double(), mean, rtol=1e-6, atol=1e-7, msg=name)
+
+
+RHYTHMS = [
+    {}, {"limit_val_batches": 0}, {"check_val_every_n_epoch": 2}, {"val_check_interval": 1}, {"accumulate_grad_batches": 2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sam_rho", [0.0, 0.5])
+@pytest.mark.parametrize("options", RHYTHMS, ids=str)
+def test_a_run_ends_with_the_mean_of_the_weights_at_the_ends_of_its_last_epochs(tmp_path, options, sam_rho):
+    states, _, trainer, _, saved = averaged_run(tmp_path, StochasticWeightAverage(**SWA), sam_rho=sam_rho, **options)
+    assert len(states) == 5 * STEPS
+    assert trainer.global_step == saved["global_step"] == 5 * STEPS // options.get("accumulate_grad_batches", 1)
+    assert (trainer.current_epoch, trainer.max_epochs, saved["epoch"]) == (5, 5, 4)
+    assert_mean_of(saved, states[3 * STEPS - 1 :: STEPS])
+
+
+@pytest.mark.parametrize("sam_rho", [0.0, 0.5])
+@pytest.mark.parametrize("options", RHYTHMS[:3], ids=str)
+def test_lightnings_own_callback_ends_with_the_mean_of_the_weights_at_the_starts_of_its_epochs(
+    tmp_path, options, sam_rho
+):
+    states, *_, saved = averaged_run(tmp_path, StochasticWeightAveraging(**SWA), sam_rho=sam_rho, **options)
+    assert_mean_of(saved, states[2 * STEPS - 1 : 5 * STEPS - 1 : STEPS])
+
+
+def test_the_statistics_of_the_mean_are_those_of_a_pass_with_its_weights_and_what_is_measured_is_its_own(tmp_path):
+    _, images, trainer, data, saved = averaged_run(tmp_path, StochasticWeightAverage(**SWA), sam_rho=0.5)
+    trained = Classifier.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    norms = [module for module in trained.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) > 10
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    with torch.no_grad():
+        for batch in images[-STEPS:]:  # which are not augmented here
+            trained.train()(batch)
+    for name, value in trained.named_buffers():
+        if "running" in name or "tracked" in name:
+            torch.testing.assert_close(saved["state_dict"][name], value, rtol=1e-5, atol=1e-6, msg=name)
+    data.trainer = None
+    logits, labels = seen(data, "val", trained.eval())
+    assert float(trainer.callback_metrics["val/acc"]) == pytest.approx((logits.argmax(1) == labels).double().mean())
+
+
+def test_frozen_statistics_stay_where_weights_are_averaged(tmp_path):
+    frozen = callbacks.FineTuning(freeze=["backbone"])
+    states, *_, saved = averaged_run(tmp_path, StochasticWeightAverage(**SWA), frozen)
+    assert_mean_of(saved, states[3 * STEPS - 1 :: STEPS])
+    for name, value in states[0].items():
+        if name.startswith("backbone."):
+            assert torch.equal(saved["state_dict"][name], value), name
+    fresh = saved["state_dict"]["head.batch_norm.running_var"]
+    assert not torch.equal(fresh, torch.ones_like(fresh))
+
+
+def test_steps_end_an_average_as_epochs_do(tmp_path):
+    states, *_, saved = averaged_run(tmp_path, StochasticWeightAverage(**SWA), max_steps=4 * STEPS + 1, max_epochs=-1)
+    assert_mean_of(saved, [states[3 * STEPS - 1], states[4 * STEPS - 1]])
+
+
+def test_a_training_that_is_stopped_keeps_its_last_weights_and_says_so(tmp_path, capsys):
+    stop = EarlyStopping("train/loss", patience=0, divergence_threshold=-1.0, check_on_train_epoch_end=True)
+    states, *_, saved = averaged_run(tmp_path, StochasticWeightAverage(**SWA), stop)
+    assert len(states) == STEPS
+    assert_mean_of(saved, states[-1:])
+    assert "warning: the training ended early, so its weights are those of the last step, not an average" in (
+        capsys.readouterr().err
+    )
+
+
+def test_an_average_that_no_epoch_would_enter_is_refused(tmp_path):
+    with pytest.raises(UserError, match="swa_epoch_start 6 is never reached in 5 epochs, counted from 1"):
+        averaged_run(tmp_path, StochasticWeightAverage(0.05, 6))
+
+
+def average_on_two(rank, folder):
+    torch.manual_seed(0)
+    average, model = StochasticWeightAverage(0.05, 1, annealing_epochs=1), small()
+    options = {"devices": 2, "strategy": "ddp", "max_epochs": 2, "limit_val_batches": 0, "default_root_dir": folder}
+    new_trainer(average, **options).fit(model, datamodule=Digits(max_count=20, batch_size=50))
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_two_processes_end_with_the_same_average_and_the_same_statistics(two_ready_processes, tmp_path):
+    one, other = two_ready_processes(average_on_two, [(tmp_path,)] * 2)
+    assert [name for name, value in one.items() if not torch.equal(value, other[name])] == []
+    assert int(one["backbone.bn1.num_batches_tracked"]) == 2

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 import etflight.backbones  # noqa: F401  registers the models
-from etflight import Classifier, CrossEntropyLoss, LinearHead, ScaledLinearHead
+from etflight import Classifier, CrossEntropyLoss, ETFHead, LinearHead, ScaledLinearHead
 from etflight.callbacks import FineTuning
 from etflight.cli.stages import main
 from etflight.data import ArrayImages, Digits
@@ -272,3 +272,47 @@ def test_parts_and_epochs_that_are_not_there_are_refused_in_one_line(stage_one):
 def test_options_that_contradict_each_other_are_refused(options, reason):
     with pytest.raises(UserError, match=reason):
         FineTuning(**options)
+
+
+# --- a fixed frame on a frozen backbone --------------------------------------------------------------------------------
+
+FIXED = {"no projection": ETFHead, "random vectors": partial(LinearHead, frozen=True, feature_batch_norm=True)}
+TURNED = {
+    "a projection": partial(ETFHead, projection_dim=64), "a narrow one": partial(ETFHead, projection_dim=16),
+    "a wide one": partial(ETFHead, projection_dim=96), "a wide linear one": partial(ETFHead, projection_dim=96, linear_projection=True),
+    "a rotation": partial(ETFHead, learn_rotation=True), "learnable vectors": LinearHead,
+}  # fmt: skip
+BRIEF = {"limit_train_batches": 1, "max_epochs": 2}
+
+
+def tuned(head, *, unfreeze_epoch=None, **tuning):
+    model = new_model(head=head)
+    new_trainer(FineTuning(unfreeze_epoch=unfreeze_epoch, **{"freeze": ["backbone"], **tuning}), **BRIEF).fit(
+        model, full_batch()
+    )
+    return model
+
+
+@pytest.mark.parametrize("head", FIXED.values(), ids=FIXED)
+def test_fixed_class_vectors_on_a_backbone_that_stays_frozen_are_refused_with_the_way_out(head, capsys):
+    with pytest.raises(UserError, match=r"cannot learn on a frozen backbone.*unfreeze_epoch") as error:
+        tuned(head)
+    assert ("--model.head.projection_dim 64" in str(error.value)) == (head is ETFHead)
+    tuned(head, unfreeze_epoch=1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("etflight: warning: until epoch 1 ")
+    assert str(error.value) in line
+
+
+@pytest.mark.parametrize("head", TURNED.values(), ids=TURNED)
+def test_what_can_turn_the_features_trains_on_a_frozen_backbone(head, capsys):
+    tuned(head)
+    assert "cannot learn" not in capsys.readouterr().err
+
+
+def test_a_backbone_that_is_frozen_in_part_or_was_trained_with_the_frame_may_be_under_it(tmp_path):
+    tuned(ETFHead, freeze=["layer1"])
+    first = training.save_trained(tmp_path / "first.ckpt", new_model(head=ETFHead), full_batch())
+    tuned(ETFHead, checkpoint=str(first), load={"backbone": "backbone"})
+    with pytest.raises(UserError, match="cannot learn on a frozen backbone"):
+        tuned(partial(ETFHead, seed=1), checkpoint=str(first), load={"backbone": "backbone"})

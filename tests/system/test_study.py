@@ -4,11 +4,16 @@ import json
 import time
 
 import pytest
+import safetensors.torch
+import timm
+import torch
 import yaml
 
+import etflight.backbones  # noqa: F401  registers the models
 from etflight.cli.study import main
 from etflight.utils.errors import UserError
 from tests.command_line import ended, start
+from tests.left_by_runs import read
 
 SET = {
     "seed_everything": 0,
@@ -67,6 +72,43 @@ def test_nothing_starts_from_a_training_that_has_not_ended(tmp_path, monkeypatch
     ):
         main(["study.yaml", "--arms", "la"])
     assert not (tmp_path / "runs/tiny/la").exists()
+
+
+@pytest.mark.timeout(900)
+def test_a_second_stage_of_a_fine_tuned_first_starts_from_it_and_its_backbone_stays_frozen(etflight_command, tmp_path):
+    torch.manual_seed(0)
+    network = timm.create_model("resnet20_cifar", num_classes=7)
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "w.safetensors")
+    tuned = {"fine_tuning": {"weights": "w.safetensors", "freeze": ["backbone"], "unfreeze_epoch": 1}}
+    trainer = SET["trainer"] | {"max_epochs": 2}
+    own = {"load": {"backbone": "backbone", "head": "head.linear"}, "freeze": ["backbone", "head.linear"]}
+    lws = {"head": "ScaledLinearHead", "loss": "CrossEntropyLoss"}
+    for file, content in {
+        "data/plain": SET | {"trainer": trainer},
+        "data/tuned": SET | {"trainer": trainer} | tuned,
+        "protocols/tuned": tuned,
+        "arms/ce": {"model": ARMS["ce"]},
+        "arms/lws": {"first_stage": "ce", "fine_tuning": own, "model": lws, "trainer": {"max_epochs": 2}},
+    }.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{file}.yaml").write_text(yaml.safe_dump(content))
+    for name, suffix, set_name in (("of_the_set", "", "tuned"), ("of_the_arms", "+tuned", "plain")):
+        study = {"configs": ".", "sets": [set_name], "seeds": [0], "arms": [f"ce{suffix}"]}
+        study["second_stage"] = {f"lws{suffix}": f"ce{suffix}"}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(study))
+        etflight_command("study", f"{name}.yaml", cwd=tmp_path).ran()
+        first, second = (
+            read(tmp_path / "runs" / set_name / arm.replace("+", "_") / "seed0")
+            for arm in (f"ce{suffix}", f"lws{suffix}")
+        )
+        before, after = first["state_dict"], second["state_dict"]
+        for key in (key for key in before if key.startswith("backbone.")):
+            assert torch.equal(after[key], before[key]), key
+        assert torch.equal(after["head.linear.weight"], before["head.weight"])
+        assert not torch.equal(after["head.class_scale"], torch.ones(10))
+        assert not torch.equal(before["backbone.layer1.0.conv1.weight"], network.state_dict()["layer1.0.conv1.weight"])
+        log = (tmp_path / "runs" / set_name / f"lws{suffix}".replace("+", "_") / "seed0/fit.log").read_text()
+        assert "what its files say of the first one's weights and frozen parts is left out" in log
 
 
 @pytest.mark.timeout(600)

@@ -12,7 +12,7 @@ from etflight import Classifier
 from etflight.data import Digits
 from etflight.utils.errors import UserError
 from tests.left_by_runs import assert_same_run, read
-from tests.training import QUIET, image_folder
+from tests.training import QUIET, image_folder, read_csv
 from tests.training import new_trainer as trainer
 
 # 3 batches an epoch
@@ -33,17 +33,23 @@ AVERAGING = [
 
 
 @pytest.mark.parametrize(
-    # the batch, and the rhythm of checkpoints: before averaging, in its first epoch, after an epoch
+    # the batch, and the rhythm of checkpoints: before averaging, in its first epoch, after an epoch, after the last step
     ("options", "kills"),
-    [([*RESNET, *COSINE], [(4, 1), (7, 1), (10, 100)]), (VIT, [(10, 1)])],
+    [([*RESNET, *COSINE], [(4, 1), (7, 1), (10, 100), (11, 1)]), (VIT, [(10, 1)])],
     ids=["BatchNorm and a schedule", "neither"],
 )
 def test_averaged_weights_are_what_a_run_ends_with_and_a_resumed_run_averages_on(
     options, kills, etflight_command, tmp_path
 ):
     averaging = [*options, *AVERAGING]
-    etflight_command(*FIT, "whole", *averaging, cwd=tmp_path).ran()
+    shown = etflight_command(*FIT, "whole", *averaging, cwd=tmp_path).ran().out
+    assert [line.partition(":")[0] for line in shown.splitlines() if line.startswith("epoch")] == [
+        f"epoch {epoch}/4" for epoch in (1, 2, 3, 4)
+    ]
+    for table in ("metrics.csv", "speed.csv"):
+        assert {float(row["epoch"]) for row in read_csv(tmp_path / "runs/whole" / table)} == {0, 1, 2, 3}
     last = read(tmp_path / "runs/whole")
+    assert (last["epoch"], last["global_step"]) == (3, 12)
     average = last["callbacks"]["StochasticWeightAveraging"]["average_model_state"]
     names = [name for name in average if name.startswith(("backbone.", "head.")) and "running_" not in name]
     names = [name for name in names if average[name].is_floating_point()]
