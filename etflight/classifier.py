@@ -57,6 +57,7 @@ from etflight.utils.training_data import (
     other_preprocessing,
     preprocessing_of,
     refuse_other_shape,
+    refuse_twins,
 )
 
 if TYPE_CHECKING:
@@ -458,6 +459,7 @@ class Classifier(LightningModule):
             self.class_names = names if stage == "fit" else self.class_names or names
         if stage != "fit":
             return
+        refuse_twins(names or [], data)
         if (differ := other_preprocessing(self.preprocessing, data)) and self.global_rank == 0:
             warn(differ)
         if (counts := getattr(data, "class_counts", None)) is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from etflight.utils.arrays import evenly
 from etflight.utils.errors import UserError
-from etflight.utils.precision import in_float64
+from etflight.utils.precision import in_float64, refuse_not_finite
 
 _MOST_OPTIMISED = 16_384  # classes; with more, a step of the descent would be too slow
 _COSINES_AT_ONCE = 2**23
@@ -323,11 +323,15 @@ def largest_cosine(code: Tensor, *, rows: int | None = None) -> float:
     Returns:
         The cosine, in [-1, 1] up to rounding.
 
+    Raises:
+        UserError: A vector is not finite.
+
     Example:
         >>> round(largest_cosine(torch.eye(3)[[0, 1, 1]]), 6)
         1.0
     """
     K = len(code)
+    refuse_not_finite("vectors of the code", code)
     chosen = torch.from_numpy(evenly(K, rows or K)).to(code.device)
     largest = -math.inf
     for part in torch.split(chosen, max(1, _COSINES_AT_ONCE // K)):

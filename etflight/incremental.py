@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from etflight.heads import CosineHead, ETFHead, Head
 from etflight.losses import CrossEntropyLoss, Loss
 from etflight.utils.errors import UserError, brief
+from etflight.utils.precision import refuse_not_finite
 
 Method = Literal["frame", "cosine", "ncm"]
 
@@ -339,8 +340,15 @@ def run_sessions(learner: Learner, features: Features, before: Progress | None =
         What is known after each session.
 
     Raises:
-        UserError: `before` is not of this learner, or a session diverges.
+        UserError: `before` is not of this learner, a session diverges, or a feature is not finite.
     """
+    shots_of = [(f"features of session {number}'s shots", part) for number, (part, _) in enumerate(features.shots, 1)]
+    for what, rows in (
+        ("features of base classes", features.base),
+        *shots_of,
+        ("features of test images", features.test[0]),
+    ):
+        refuse_not_finite(what, rows)
     memory, results = (features.base, []) if before is None else (before.memory, before.results)
     if before is not None:
         try:

@@ -646,6 +646,8 @@ def class_weights_of(
             near = get_close_matches(str(name), class_names)
             known = f"near matches: {', '.join(near)}" if near else f"the first are {', '.join(class_names[:5])}"
             raise UserError(f"class_weights: no class is called {name!r}; {known}")
+        if (times := class_names.count(name)) > 1:
+            raise UserError(f"class_weights: {times} classes are called {name!r}: give a list of {num_classes} weights")
     return torch.tensor([given.get(name, 1.0) for name in class_names], dtype=torch.float32)
 
 

@@ -440,7 +440,9 @@ def test_what_no_checkpoint_can_hold_is_refused_before_training():
 
 
 @pytest.mark.parametrize(
-    "kind", [np.array, tuple, lambda names: dict(enumerate(names))], ids=["array", "tuple", "dict"]
+    "kind",
+    [np.array, tuple, lambda names: dict(enumerate(names)), lambda names: np.array(names, "S")],
+    ids=["array", "tuple", "dict", "bytes"],
 )
 def test_a_foreign_data_module_may_keep_its_own_facts_its_own_way(kind, tmp_path):
     names = [f"digit {k}" for k in range(10)]
@@ -456,6 +458,10 @@ def test_a_foreign_data_module_may_keep_its_own_facts_its_own_way(kind, tmp_path
     [
         ({"class_names": dict.fromkeys("abcdefghij", 0)}, "class_names of Foreign is a dict of"),
         ({"class_names": 10}, "class_names of Foreign is 10: give a list"),
+        (
+            {"class_names": [*"abcdefgh", "a", "b"]},
+            "Foreign: classes 0 and 8 are both called 'a' .and 1 other name.: give each class",
+        ),
         ({"class_counts": {0: 8}}, "class_counts is {0: 8}: give the number of training images"),
     ],
 )

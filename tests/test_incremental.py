@@ -228,6 +228,15 @@ def test_forgetting_and_performance_drop_are_what_they_are_called():
     assert sums == pytest.approx({"performance_drop": 0.75 - 2 / 6, "average_acc": (0.75 + 0.6 + 2 / 6) / 3})
 
 
+@pytest.mark.parametrize("what", ["base", "shots", "test"])
+def test_features_that_are_no_numbers_are_refused_before_the_first_session(make, what):
+    _, features = blobs()
+    tensor = {"base": features.base, "shots": features.shots[1][0], "test": features.test[0]}[what]
+    tensor[1, 0] = torch.nan
+    with pytest.raises(UserError, match=r"1 of \d+ features of .* are NaN or infinite, the first is row 1: "):
+        next(run_sessions(make(), features))
+
+
 def test_class_means_keep_what_float32_sums_lose():
     values = torch.tensor([[1e8], [3.0], [3.0], [-1e8]])
     assert class_means(values, torch.tensor([0, 1, 0, 0])).tolist() == [[1.0], [3.0]]

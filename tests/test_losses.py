@@ -281,6 +281,7 @@ def test_weights_by_name_or_in_a_list():
     ("given", "names", "reason"),
     [
         ({"cot": 2}, ["cat", "dog", "cow"], "no class is called 'cot'; near matches: cow, cat"),
+        ({"cat": 2}, ["cat", "dog", "cat"], "2 classes are called 'cat': give a list of 3 weights"),
         ({"horse": 2}, ["cat", "dog", "cow"], "no class is called 'horse'; the first are cat, dog, cow"),
         ({"cat": 2}, None, "no class names: give a list of 3 weights"),
         ([1, 2], None, "2 entries for 3 classes"),

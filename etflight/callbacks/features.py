@@ -37,7 +37,7 @@ class Caught(NamedTuple):
 
     Attributes:
         features: The features `[B, d]` of the head (under `HEAD`) and of each layer, without gradient.
-        decision: The class of the head's largest logit, `[B]` int64; None if its output is not `[B, K]`.
+        decision: The class of the head's largest logit, `[B]` int64, -1 if that is not finite; None if its output is not `[B, K]`.
     """
 
     features: dict[str, Tensor]
@@ -177,7 +177,8 @@ class EmbeddingSource:
             self._features[HEAD] = features
         logits = _as_vectors(output.detach()) if isinstance(output, Tensor) else None
         if logits is not None and logits.ndim == 2 and logits.shape[1] == self.num_classes:
-            self._decision = logits.argmax(1)
+            largest, decision = logits.max(1)
+            self._decision = torch.where(largest.isfinite(), decision, -1)
 
     def _after_layer(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -427,10 +428,15 @@ class PassStatistics:
 
 
 def agreeing(features: Tensor, decision: Tensor, centres: measures.Centres) -> Tensor:
-    """Count the decisions `[B]` that agree with the centre nearest to the features `[B, d]`, and all of them: float64 `[2]`."""
+    """Count the decisions `[B]` that agree with the centre nearest to the features `[B, d]`, and all of them.
+
+    Returns:
+        Float64 `[2]`; the first is NaN if a feature is not finite.
+    """
     nearest = measures.nearest_centre(features.to(centres.means.device), centres)
-    agree = nearest == decision.to(nearest.device)
-    return torch.stack([agree.sum(), torch.full_like(nearest[0], len(nearest))]).double()
+    agree = (nearest == decision.to(nearest.device)).double()
+    agree = torch.where(nearest < 0, math.nan, agree)
+    return torch.stack([agree.sum(), torch.full_like(agree[0], len(agree))])
 
 
 OnBatch = Callable[[Caught, Tensor], None]

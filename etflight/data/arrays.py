@@ -24,7 +24,7 @@ class ArrayImages(ImageDataModule):
     """Images from one `.npz` file in MedMNIST's layout (Yang et al., Scientific Data 2023).
 
     `train_images` and `test_images`, uint8 `[N, H, W]` or `[N, H, W, C]`; `train_labels` and `test_labels`, integers
-    `[N]` or `[N, 1]`; optionally `val_images`, `val_labels` and `class_names` `[K]`. Without `class_names`, K is the
+    `[N]` or `[N, 1]`; optionally `val_images`, `val_labels` and `class_names` `[K]`, texts or UTF-8. Without `class_names`, K is the
     largest training label plus one. Nothing in the file is unpickled, and an array that unpacks to more than 256 MiB and a hundred times
     its size in the file is not read. MedMNIST's own 2D files, of any size, are read as they are; its
     multi-label sets (ChestMNIST) and its volumes are refused.
@@ -48,7 +48,7 @@ class ArrayImages(ImageDataModule):
             UserError: The training labels do not count from 0.
         """
         if "class_names" in self.members:
-            return [readable(str(name)) for name in self.array("class_names").reshape(-1)]
+            return [readable(name) for name in self.array("class_names").reshape(-1)]
         return list(map(str, range(number_of_classes(self._labels("train"), f"{self.path}: train_labels"))))
 
     @cached_property

@@ -34,6 +34,7 @@ from etflight.utils.errors import UserError
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.ranks import world
 from etflight.utils.terminal import readable
+from etflight.utils.training_data import refuse_twins
 
 
 class EvalLoader(DataLoader[Batch]):
@@ -402,6 +403,7 @@ class ImageDataModule(LightningDataModule, ABC):
         """Hold out validation images first, then apply the profile to the rest."""
         if self.num_classes < 2:
             raise UserError(f"{self} has {self.num_classes} class: a classifier needs at least two")
+        refuse_twins(self.class_names, self)
         labels = source.labels.numpy()
         pool = np.arange(len(labels))
         splits: dict[Split, ImageSplit] = {}

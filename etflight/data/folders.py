@@ -1,5 +1,6 @@
 """Sets of image files whose folders tell the classes: one folder per class, CUB-200, Tiny ImageNet."""
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -125,11 +126,15 @@ class TinyImageNet(PhotoRecipe, ListedFileImages):
 
     @cached_property
     def class_names(self) -> list[str]:
-        """The first of each class's names in `words.txt`, else its WordNet number."""
+        """The first of each class's names in `words.txt`, with its WordNet number where several share it; else that number."""
         words: dict[str, str] = {}
         if Path(self.root, "words.txt").is_file():
             words = dict(line.split("\t", 1) for line in self._lines("words.txt") if "\t" in line)
-        return [words.get(number, number).partition(",")[0] for number in self._numbers]
+        names = [words.get(number, number).partition(",")[0] for number in self._numbers]
+        times = Counter(names)
+        return [
+            name if times[name] == 1 else f"{name} {number}" for name, number in zip(names, self._numbers, strict=True)
+        ]
 
     def listed(self, split: Split) -> tuple[Paths, Tensor]:
         """The files in the classes' folders, or in the order of `val_annotations.txt`."""

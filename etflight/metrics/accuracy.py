@@ -70,14 +70,15 @@ class Confusion(ExactMetric):
         """Add a batch.
 
         Args:
-            predicted: The predicted class indices `[B]`, int64, in [0, K), or logits or probabilities `[B, K]`.
+            predicted: The predicted class indices `[B]`, int64, in [0, K), or logits or probabilities `[B, K]`; rows that are no numbers
+                decide nothing and are not counted.
             target: The true class indices `[B]`, int64, in [0, K).
         """
         num_classes = len(self.counts)
-        predicted = _decisions(predicted, num_classes)
+        predicted, decided = _decisions(predicted, num_classes)
         cells = _refused_outside(target, num_classes) * num_classes + predicted
         cells = torch.where((predicted >= 0) & (predicted < num_classes), cells, self.counts.numel())
-        self.counts.view(-1).index_add_(0, cells, torch.ones_like(cells))
+        self.counts.view(-1).index_add_(0, cells, decided.to(cells))
 
     def compute(self) -> Tensor:
         """Return the counts, int64 `[K, K]`, true classes in rows."""
@@ -89,13 +90,16 @@ def _refused_outside(indices: Tensor, size: int) -> Tensor:
     return torch.where((indices >= 0) & (indices < size), indices, size)
 
 
-def _decisions(predicted: Tensor, num_classes: int) -> Tensor:
-    """Class indices `[B]`, of logits or probabilities `[B, K]` those of the largest."""
+def _decisions(predicted: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Class indices `[B]`, of logits or probabilities `[B, K]` those of the largest, and whether that is a number, `[B]` bool."""
     if predicted.ndim == 2 and predicted.shape[1] != num_classes:
         raise UserError(
             f"logits {list(predicted.shape)} for a metric of {num_classes} classes: give [B, {num_classes}]"
         )
-    return predicted.argmax(dim=1) if predicted.ndim == 2 else predicted
+    if predicted.ndim != 2:
+        return predicted, torch.ones_like(predicted, dtype=torch.bool)
+    largest, indices = predicted.max(dim=1)
+    return indices, largest.isfinite()
 
 
 MANY_ABOVE = 100
@@ -245,14 +249,16 @@ class ShotAccuracy(ExactMetric):
         """Add a batch.
 
         Args:
-            predicted: The predicted class indices `[B]`, int64, in [0, K), or logits or probabilities `[B, K]`.
+            predicted: The predicted class indices `[B]`, int64, in [0, K), or logits or probabilities `[B, K]`; after a row that is no
+                number, all accuracies are NaN.
             target: The true class indices `[B]`, int64, in [0, K).
         """
-        predicted = _refused_outside(_decisions(predicted, len(self.total)), len(self.total))
+        predicted, decided = _decisions(predicted, len(self.total))
+        predicted = _refused_outside(predicted, len(self.total))
         target = _refused_outside(target, len(self.total))
         self.total.index_add_(0, target, torch.ones_like(target))
-        self.predicted.index_add_(0, predicted, torch.ones_like(predicted))
-        self.correct.index_add_(0, target, (predicted == target).long())
+        self.predicted.index_add_(0, predicted, decided.long())
+        self.correct.index_add_(0, target, (decided & (predicted == target)).long())
 
     def per_class(self) -> ClassScores:
         """Return the scores of each class over all processes; every process must call it."""
@@ -260,7 +266,8 @@ class ShotAccuracy(ExactMetric):
             return self._scores()
 
     def _scores(self) -> ClassScores:
-        right = self.correct.double()
+        undecided = self.total.sum() > self.predicted.sum()
+        right = torch.where(undecided, torch.nan, self.correct.double())
         return ClassScores(self.total.clone(), right / self.total, right / self.predicted)
 
     def compute(self) -> dict[str, Tensor]:
@@ -274,7 +281,7 @@ class ShotAccuracy(ExactMetric):
         accuracy = self._scores().accuracy
         worst = accuracy.nan_to_num(torch.inf).min()
         result = {
-            "acc": self.correct.sum() / self.total.sum(),
+            "acc": torch.where(accuracy.isnan().all(), torch.nan, self.correct.sum() / self.total.sum()),
             "acc_macro": accuracy.nanmean(),
             "acc_worst": torch.where(worst.isinf(), torch.nan, worst),
             "acc_harmonic": harmonic_mean(accuracy),

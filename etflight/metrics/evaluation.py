@@ -61,12 +61,11 @@ class EvaluationMetrics(nn.Module):
             target: The class indices `[B]`, int64.
             temperature: The scalar that divides the logits for calibrated probabilities.
         """
-        decisions = logits.argmax(dim=1)
-        self.shots.update(decisions, target)
+        self.shots.update(logits, target)
         self.raw.update(logits, target)
         self.calibrated.update(logits / temperature, target)
         if self.confusion is not None:
-            self.confusion.update(decisions, target)
+            self.confusion.update(logits, target)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the scalars by log name: those of `ShotAccuracy`, and `ece` and `ece_calibrated`; every process must call it."""

@@ -579,7 +579,7 @@ def nearest_centre(features: Tensor, stats: Moments | Centres) -> Tensor:
         stats: The class statistics, whose means are the centres.
 
     Returns:
-        The classes, `[B]` int64.
+        The classes, `[B]` int64; -1 for a feature that is not finite.
 
     Raises:
         ValueError: No class has samples.
@@ -591,7 +591,8 @@ def nearest_centre(features: Tensor, stats: Moments | Centres) -> Tensor:
     nearest = []
     for part in parts_by_distances(features.detach(), len(classes)):
         scores = (in_float64(part).to(means) - origin) @ means.T - offsets
-        nearest.append(classes[scores.argmax(1)])
+        best, index = scores.max(1)
+        nearest.append(torch.where(best.isfinite(), classes[index], -1))
     return torch.cat(nearest)
 
 
@@ -601,8 +602,13 @@ def parts_by_distances(features: Tensor, others: int) -> tuple[Tensor, ...]:
 
 
 def agreement(decision: Tensor, nearest: Tensor) -> Tensor:
-    """Share of samples on which two decisions `[B]` agree, such as a head's and `nearest_centre`'s: a scalar in [0, 1]."""
-    return in_float64(decision == nearest.to(decision.device)).mean()
+    """Share of samples on which two decisions `[B]` agree, such as a head's and `nearest_centre`'s.
+
+    Scalar in [0, 1]; NaN if one of them is -1, which is no decision.
+    """
+    nearest = nearest.to(decision.device)
+    agree = torch.where((decision < 0) | (nearest < 0), math.nan, (decision == nearest).float())
+    return in_float64(agree).mean()
 
 
 def nc4(
@@ -635,7 +641,8 @@ def nc4_centres(stats: Moments, weight: Tensor, bias: Tensor | None = None) -> T
     Scalar in [0, 1]; 1 under perfect collapse.
     """
     classes = _present(stats).nonzero().squeeze(1)
-    return agreement(_logits(stats.means[classes], weight, bias).argmax(1), classes)
+    largest, decisions = _logits(stats.means[classes], weight, bias).max(1)
+    return agreement(decisions, torch.where(largest.isfinite(), classes, -1))
 
 
 def _logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,7 +2,8 @@ r"""Out-of-distribution detection: post-hoc scores of a trained model's outputs,
 
 A larger score always means more like the known classes; a score that its paper defines the other way round has its sign turned. Nothing
 is trained: scores take logits `[N, K]`, or features `[N, d]`, which may be a backbone's pooled features or the embedding that meets the
-class vectors. Scores are float64 `[N]`, on the device of their input, or on the CPU if that has no float64.
+class vectors. Scores are float64 `[N]`, on the device of their input, or on the CPU if that has no float64. Rows that hold NaN or infinity
+are refused by a `UserError`, because a broken image must get no score at all; only a logit of minus infinity has a meaning.
 """
 
 import math
@@ -16,7 +17,9 @@ from torchmetrics.functional.classification import binary_auroc, binary_average_
 from etflight.metrics.measures import parts_by_distances
 from etflight.metrics.statistics import Moments
 from etflight.utils.errors import UserError
-from etflight.utils.precision import in_float64, with_float64
+from etflight.utils.precision import finite_logits, in_float64, refuse_not_finite, with_float64
+
+_FEATURES, _TRAINING, _VECTORS = "features", "training features", "class vectors"  # what errors call them
 
 # Scores of logits ---------------------------------------------------------------------------------------------------
 
@@ -38,7 +41,7 @@ def msp(logits: Tensor, temperature: float = 1.0) -> Tensor:
         >>> msp(torch.tensor([[0.0, 0.0], [9.0, 0.0]])).round(decimals=2).tolist()
         [0.5, 1.0]
     """
-    return (in_float64(logits) / temperature).softmax(dim=1).amax(dim=1)
+    return (finite_logits(logits) / temperature).softmax(dim=1).amax(dim=1)
 
 
 def max_logit(logits: Tensor) -> Tensor:
@@ -50,7 +53,7 @@ def max_logit(logits: Tensor) -> Tensor:
     Source:
         Hendrycks et al. 2022, arXiv 1911.11132.
     """
-    return in_float64(logits).amax(dim=1)
+    return finite_logits(logits).amax(dim=1)
 
 
 def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -63,7 +66,7 @@ def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     Source:
         Liu et al. 2020, arXiv 2010.03759.
     """
-    return temperature * (in_float64(logits) / temperature).logsumexp(dim=1)
+    return temperature * (finite_logits(logits) / temperature).logsumexp(dim=1)
 
 
 # Scores of features -------------------------------------------------------------------------------------------------
@@ -80,13 +83,15 @@ def mahalanobis(features: Tensor, stats: Moments) -> Tensor:
         stats: The class statistics of the training features, with the scatter.
 
     Raises:
-        ValueError: The statistics are without the scatter.
+        ValueError: The statistics are without the scatter, or not finite.
 
     Source:
         Lee et al. 2018, arXiv 1807.03888; the score of one layer, without the changes of the input.
     """
     device = with_float64(features.device)
     means = stats.means[stats.counts > 0].to(device)
+    refuse_not_finite("class means", means)
+    refuse_not_finite(_FEATURES, features)
     variances, directions = torch.linalg.eigh(stats.covariance().to(device))
     scale, single = means.square().sum(1).amax(), torch.finfo(torch.float32).eps
     kept = variances > torch.maximum(scale * single**2, variances[-1] * len(variances) * torch.finfo(torch.float64).eps)
@@ -122,6 +127,8 @@ def knn(features: Tensor, train_features: Tensor, k: int = 50) -> Tensor:
         raise UserError(
             f"there is no neighbour k = {k} among {len(train_features)} training images: give 1 to that many"
         )
+    refuse_not_finite(_TRAINING, train_features)
+    refuse_not_finite(_FEATURES, features)
     known = F.normalize(in_float64(train_features), dim=1).T
     cosines = (
         F.normalize(in_float64(part), dim=1) @ known for part in parts_by_distances(features, len(train_features))
@@ -144,6 +151,7 @@ class Subspace(NamedTuple):
 
     def share(self, features: Tensor) -> Tensor:
         """The share of each feature's norm that lies in the subspace, `‖P(h - o)‖ / ‖h - o‖`, in [0, 1]; 0 for the origin itself."""
+        refuse_not_finite(_FEATURES, features)
         centred = in_float64(features) - self.origin
         share: Tensor = (centred @ self.basis.T).norm(dim=1) / centred.norm(dim=1)
         return share.nan_to_num(nan=0.0)
@@ -162,6 +170,7 @@ def principal_subspace(train_features: Tensor, components: int) -> Subspace:
     width = train_features.shape[1]
     if not 1 <= components <= width:
         raise UserError(f"there are no {components} principal components of {width} features: give 1 to {width}")
+    refuse_not_finite(_TRAINING, train_features)
     centred = in_float64(train_features)
     origin = centred.mean(0)
     centred = centred - origin
@@ -199,6 +208,7 @@ def neco_max_logit(features: Tensor, logits: Tensor, subspace: Subspace) -> Tens
 
 def span_of(weight: Tensor) -> Subspace:
     """The span of class vectors `[K, d]`: K - 1 dimensions for a simplex ETF; directions that rounding can explain are left out."""
+    refuse_not_finite(_VECTORS, weight)
     _, singular, right = torch.linalg.svd(in_float64(weight.detach()), full_matrices=False)
     rounding = (
         math.sqrt(max(weight.shape)) * torch.finfo(weight.dtype).eps
@@ -239,6 +249,8 @@ def largest_cosine(embedding: Tensor, weight: Tensor) -> Tensor:
     Returns:
         `[N]`, in [-1, 1]; 0 for an embedding of zeros.
     """
+    refuse_not_finite(_VECTORS, weight)
+    refuse_not_finite(_FEATURES, embedding)
     return (F.normalize(in_float64(embedding), dim=1) @ F.normalize(in_float64(weight.detach()), dim=1).T).amax(1)
 
 
@@ -269,7 +281,7 @@ def separation(known: Tensor, unknown: Tensor) -> Separation:
         unknown: The scores of the unknown images, `[M]`.
 
     Raises:
-        ValueError: There are no scores of one kind, or a score is NaN.
+        UserError: There are no scores of one kind, or a score is NaN.
 
     Source:
         Hendrycks & Gimpel 2017, arXiv 1610.02136 (AUROC and both AUPR); Liang et al. 2018, arXiv 1706.02690 (FPR at 95 % TPR).
@@ -279,8 +291,11 @@ def separation(known: Tensor, unknown: Tensor) -> Separation:
         0.8333
     """
     scores = in_float64(torch.cat([known, unknown]))
-    if not (len(known) and len(unknown)) or bool(scores.isnan().any()):
-        raise ValueError("needs scores of known and of unknown images that are numbers")
+    broken = int(scores.isnan().sum())
+    if broken or not (len(known) and len(unknown)):
+        raise UserError(
+            f"scores of {len(known)} known and {len(unknown)} unknown images, {broken} of them NaN: give numbers for both kinds"
+        )
     # torchmetrics would send scores outside [0, 1] through a sigmoid, where the largest become equal
     ranks = torch.unique(scores, return_inverse=True)[1].double() / len(scores)
     is_known = (torch.arange(len(scores), device=scores.device) < len(known)).long()

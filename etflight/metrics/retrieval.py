@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from etflight.utils.errors import UserError
-from etflight.utils.precision import in_float64
+from etflight.utils.precision import in_float64, refuse_not_finite
 
 _CHUNK = 512  # queries at a time: with a gallery of 100,000 their similarities take 0.4 GB in float64
 
@@ -41,7 +41,7 @@ def retrieval_scores(
         The scores, computed in float64. The order of equal cosines is any.
 
     Raises:
-        UserError: The shapes do not fit, or no query has an image of its class in the gallery.
+        UserError: The shapes do not fit, or no query has an image of its class in the gallery, or an embedding is not finite.
     """
     if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
         raise UserError(
@@ -53,6 +53,7 @@ def retrieval_scores(
             raise UserError(
                 f"{name}_labels has shape {list(labels.shape)}, but there are {len(embeddings)} embeddings: give one each"
             )
+        refuse_not_finite(f"{name} embeddings", embeddings)
     if same_images and len(queries) != len(gallery):
         raise UserError(f"{len(queries)} queries and {len(gallery)} gallery images cannot be the same images")
     unit = F.normalize(in_float64(gallery), dim=1).T.cpu()

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from etflight.plotting.canvas import BLUE, DPI, VERMILION, Array, Numbers, as_array, tidy
+from etflight.utils.errors import UserError
 
 _MOST_BINS = 60
 # per cent of either kind's images that may lie beyond each end of the axis, where they count in the last bin
@@ -26,6 +27,9 @@ def score_histograms(panels: Mapping[str, tuple[Numbers, Numbers]], known: str, 
 
     Returns:
         A figure with one axes for each panel, in rows of at most four; their first two patches are the histograms.
+
+    Raises:
+        UserError: A score is not finite.
     """
     columns = min(4, max(1, math.ceil(math.sqrt(len(panels)))))
     rows = math.ceil(len(panels) / columns)
@@ -36,6 +40,9 @@ def score_histograms(panels: Mapping[str, tuple[Numbers, Numbers]], known: str, 
     names = [name.replace("$", r"\$") for name in (known, unknown)]  # a bare dollar would start a formula
     for axes, (title, scores) in zip(grid, panels.items(), strict=False):
         both = [as_array(part) for part in scores]
+        if broken := sum(int((~np.isfinite(part)).sum()) for part in both):
+            count = sum(map(len, both))
+            raise UserError(f"{broken} of {count} scores of {title} are NaN or infinite: leave those images out")
         edges = _edges(both)
         for values, colour, name in zip(both, (BLUE, VERMILION), names, strict=True):
             inside = values.clip(edges[0], edges[-1])

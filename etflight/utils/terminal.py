@@ -31,14 +31,15 @@ def plain(value: object) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in str(value))
 
 
-def readable(name: str) -> str:
-    r"""Make the name of a file, or of a class named after one, a text that can be encoded: bytes that are not UTF-8 are written out.
+def readable(name: object) -> str:
+    r"""Make the name of a file or of a class a text that can be encoded: bytes are read as UTF-8, and those that are none are written out.
 
     Example:
         >>> readable("caf\udce9")
         'caf\\udce9'
     """
-    return name.encode("utf-8", "backslashreplace").decode()
+    text = name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else str(name)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def as_it_is(value: object) -> "Text":

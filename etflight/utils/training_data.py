@@ -6,6 +6,7 @@ from typing import Any
 
 from etflight.utils.errors import UserError
 from etflight.utils.preprocessing import Preprocessing
+from etflight.utils.terminal import readable
 
 
 def refuse_other_shape(
@@ -54,9 +55,31 @@ def class_names_of(data: Any) -> list[str] | None:
     try:
         if isinstance(names, str):
             raise TypeError
-        return None if names is None else list(map(str, names))
+        return None if names is None else list(map(readable, names))
     except TypeError:
         raise UserError(f"class_names of {_called(data)} is {names!r:.80}: give a list of the names") from None
+
+
+def refuse_twins(names: Sequence[str], data: Any) -> None:
+    """Refuse two classes of one name, as options and results that go by names would mean either.
+
+    Args:
+        names: The names of the classes, as people see them.
+        data: The data module that has them.
+
+    Raises:
+        UserError: Two names are equal.
+    """
+    places: dict[str, list[int]] = {}
+    for k, name in enumerate(names):
+        places.setdefault(name, []).append(k)
+    twins = {name: own for name, own in places.items() if len(own) > 1}
+    if twins:
+        name, (one, other, *_) = next(iter(twins.items()))
+        others = f" (and {len(twins) - 1} other name{'s' * (len(twins) > 2)})" if len(twins) > 1 else ""
+        raise UserError(
+            f"{_called(data)}: classes {one} and {other} are both called {name!r}{others}: give each class a name of its own"
+        )
 
 
 def preprocessing_of(data: Any) -> Preprocessing | None:

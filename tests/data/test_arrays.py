@@ -15,6 +15,23 @@ def test_class_names_of_the_file_are_used(arrays):
     assert (data.num_classes, data.class_names) == (3, ["cat", "dog", "cow"])
 
 
+def test_names_that_are_bytes_are_read_as_utf_8(arrays):
+    names = np.array(["café".encode(), b"dog", b"\xff"])
+    assert ArrayImages(arrays(class_names=names)).class_names == ["café", "dog", "\\udcff"]
+
+
+@pytest.mark.parametrize("third", ["cat", b"cat"], ids=["text", "bytes"])
+def test_classes_of_one_name_are_not_trained_on(arrays, third):
+    names = [third if isinstance(third, str) else "cat", "dog", "cat"]
+    path = arrays(class_names=np.array(names if third == "cat" else [name.encode() for name in names]))
+    assert_refused(ArrayImages(path), "fit", rf"{path}: classes 0 and 2 are both called 'cat': give each class a name")
+
+
+def test_names_that_are_one_only_in_print_are_not_trained_on(arrays):
+    path = arrays(class_names=np.array([b"\xff", b"dog", b"\\udcff"]))
+    assert_refused(ArrayImages(path), "fit", "classes 0 and 2 are both called")
+
+
 @pytest.mark.parametrize(("size", "channels"), [(28, ()), (64, (3,))], ids=["grey", "RGB"])
 def test_files_of_medmnist_are_read_as_they_are(tmp_path, size, channels, train_a_step):
     """Compressed, labels uint8 `[N, 1]`, a validation split, no names."""

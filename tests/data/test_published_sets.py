@@ -94,6 +94,8 @@ def test_tiny_imagenet_is_read_from_its_odd_layout(tiny_imagenet):
     images, _ = data.split("test").__getitems__([0, 5])
     assert images.shape == (2, 3, 64, 64)
     assert (images[:, 0, 5, 5] - torch.tensor([0, 120])).abs().max() <= 2
+    (tiny_imagenet / "words.txt").write_text("n01443537\tcrane\nn02124075\tcat\nn04067472\tcrane, machine\n")
+    assert TinyImageNet(str(tiny_imagenet)).class_names == ["crane n01443537", "cat", "crane n04067472"]
     (tiny_imagenet / "words.txt").unlink()
     assert TinyImageNet(str(tiny_imagenet)).class_names == sorted(WORDNET)
 

@@ -15,6 +15,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from etflight.metrics import Confusion, Reliability, ShotAccuracy, TemperatureFit
 from etflight.metrics.accuracy import shot_groups, third_groups
+from etflight.metrics.evaluation import EvaluationMetrics
 from etflight.utils.errors import UserError
 
 # --- shots and confusion -----------------------------------------------------------------------------------------------
@@ -68,6 +69,19 @@ def test_logits_count_as_their_decisions_and_counts_may_be_given_at_once():
     result = {name: value.item() for name, value in metric.compute().items()}
     assert result == accuracies(7, counts.tolist(), predicted, target)
     assert torch.equal(confusion.compute(), of_decisions.compute())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_decide_nothing_and_leave_no_accuracy_or_calibration_error(value):
+    logits, target = torch.eye(3)[[0, 1, 2, 0]], torch.tensor([0, 1, 2, 0])
+    logits[3] = value  # argmax would take the first class, which is right
+    shots, metrics = ShotAccuracy(3, (2,), class_counts=[500, 50, 5]), EvaluationMetrics(3, confusion=True)
+    shots.update(logits, target)
+    metrics.update(logits, target, torch.tensor(1.0))
+    for values in (shots.compute(), metrics.compute()):
+        assert {name for name, number in values.items() if not number.isnan()} == set()
+    assert metrics.counts().classes.accuracy.isnan().all()
+    assert shots.per_class().samples.tolist() == [2, 1, 1]
 
 
 def test_scores_and_confusion_of_each_class_equal_those_of_scikit_learn():

@@ -266,7 +266,22 @@ def test_features_that_are_not_finite_give_nan_and_no_error():
     features, labels = clusters(5, 12)
     features[7] = torch.nan
     result = measures.summary(collect(features, labels, 5), *class_vectors(5, 12))
-    assert all(result[key].isnan() for key in ("nc1", "nc1_ratio", "cdnv", "etf_distance", "effective_rank_within"))
+    of_weights = {key for key in result if key.endswith("_weights") or key.startswith("cos_weights")}
+    counts = {"missing_classes", "single_sample_classes"}
+    assert {key for key, measure in result.items() if not measure.isnan()} == of_weights | counts
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_feature_that_is_no_number_is_nearest_to_no_centre_and_makes_the_agreement_nan(value):
+    (features, labels), (weight, bias) = clusters(5, 12), class_vectors(5, 12)
+    stats = collect(features, labels, 5)
+    for mismatch in (False, True):
+        assert measures.nc4(features, stats, weight, bias, mismatch=mismatch).isfinite()
+        broken = features.index_fill(0, torch.tensor([7]), value)
+        assert measures.nc4(broken, stats, weight, bias, mismatch=mismatch).isnan()
+    nearest = measures.nearest_centre(broken, stats)
+    assert nearest[7] == -1
+    assert torch.equal(nearest[8:], measures.nearest_centre(features[8:], stats))
 
 
 def test_without_scatter_or_class_vectors_their_measures_are_left_out():

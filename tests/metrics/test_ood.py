@@ -211,5 +211,70 @@ def test_auroc_is_that_of_pytorch_ood():
 
 @pytest.mark.parametrize("unknown", [torch.tensor([]), torch.tensor([float("nan")])])
 def test_separation_of_nothing_or_of_no_number_is_refused(unknown):
-    with pytest.raises(ValueError, match="known and of unknown"):
+    with pytest.raises(UserError, match=r"\d+ known and \d+ unknown images.*: give"):
         ood.separation(torch.ones(3), unknown)
+
+
+# --- what is no number ---------------------------------------------------------------------------------------------------
+
+BROKEN = pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+
+
+def broken(values, value, rows=(3, 4)):
+    """The values with one number of some rows replaced."""
+    values = values.clone()
+    values[list(rows), 1] = value
+    return values
+
+
+def scores_by_name(train):
+    """Every score of a row, as a function of that row's vector, which may be its embedding or its logits."""
+    stats, subspace, frame = statistics(*train), ood.principal_subspace(train[0], 3), simplex_etf(K, D)
+    return {
+        "msp": ood.msp,
+        "max_logit": ood.max_logit,
+        "energy": ood.energy,
+        "mahalanobis": lambda h: ood.mahalanobis(h, stats),
+        "knn": lambda h: ood.knn(h, train[0], 5),
+        "neco": lambda h: ood.neco(h, subspace),
+        "neco_max_logit": lambda h: ood.neco_max_logit(h, h[:, :K], subspace),
+        "span_norm": lambda h: ood.span_norm(h, frame),
+        "largest_cosine": lambda h: ood.largest_cosine(h, frame),
+    }
+
+
+@BROKEN
+def test_no_score_of_a_row_that_is_no_number_is_a_number(train, features, value):
+    for name, score in scores_by_name(train).items():
+        if value < 0 and name in ("msp", "max_logit", "energy"):
+            continue  # a class that is ruled out
+        assert score(features).isfinite().all()
+        with pytest.raises(UserError, match=rf"2 of {len(features)} \w+ are NaN or infinite, the first is row 3: "):
+            score(broken(features, value))
+
+
+def test_a_logit_of_minus_infinity_rules_its_class_out_but_not_all_classes_of_a_row(logits):
+    for score in (ood.msp, ood.max_logit, ood.energy):
+        without = score(logits[3:4, [0, *range(2, K)]])
+        torch.testing.assert_close(score(broken(logits, -torch.inf))[3:4], without)
+        with pytest.raises(UserError, match="1 of 2 logits are NaN or infinite, the first is row 1"):
+            score(torch.tensor([[0.0, 1.0], [-torch.inf, -torch.inf]]))
+
+
+@BROKEN
+def test_nothing_is_fitted_to_training_features_or_class_vectors_that_are_no_numbers(train, features, value):
+    spoilt, weight = broken(train[0], value), broken(simplex_etf(K, D), value, [2])
+    for work, what in (
+        (lambda: ood.knn(features, spoilt, 5), f"2 of {len(spoilt)} training features"),
+        (lambda: ood.principal_subspace(spoilt, 3), f"2 of {len(spoilt)} training features"),
+        (lambda: ood.mahalanobis(features, statistics(spoilt, train[1])), "of 4 class means"),
+        (lambda: ood.span_norm(features, weight), "1 of 4 class vectors"),
+        (lambda: ood.largest_cosine(features, weight), "1 of 4 class vectors"),
+    ):
+        with pytest.raises(UserError, match=f"{what} are NaN or infinite, the first is row"):
+            work()
+
+
+def test_a_number_whose_square_is_none_is_refused_as_well(features):
+    with pytest.raises(UserError, match=r"2 of .* are NaN or infinite"):
+        ood.largest_cosine(broken(features.double(), 1e200), simplex_etf(K, D))

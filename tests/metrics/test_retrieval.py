@@ -73,3 +73,12 @@ def test_what_cannot_be_compared_is_refused():
         retrieval_scores(queries, labels, queries, labels + 9)
     with pytest.raises(UserError, match="5 queries and 4 gallery images"):
         retrieval_scores(queries, labels, queries[:4], labels[:4], same_images=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e200])
+@pytest.mark.parametrize("which", ["query", "gallery"])
+def test_embeddings_that_are_no_numbers_have_no_scores(value, which):
+    (queries, labels), (gallery, others) = embedded(0, 9, 2), embedded(1, 20, 2)
+    {"query": queries, "gallery": gallery}[which][5, 2] = value
+    with pytest.raises(UserError, match=rf"1 of \d+ {which} embeddings are NaN or infinite, the first is row 5: "):
+        retrieval_scores(queries, labels, gallery, others)
