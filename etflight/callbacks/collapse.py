@@ -61,8 +61,8 @@ class NeuralCollapseMonitor(Callback):
     rank 0's buffers. Models whose parameters are sharded are not supported.
 
     Each sweep of the embedding leaves `<run folder>/gram/epoch_XXX.npz`, where XXX counts finished epochs: `classes` `[n]`, all of them or
-    100 evenly chosen ones, and `gram` `[2n + 1, 2n + 1]` float32, the inner products of their means, their class vectors and the mean of all
-    class means. The cosines of any heat map follow from these.
+    100 evenly chosen ones, and `gram` `[2n + 1, 2n + 1]` float32, the inner products of their means, their class vectors and the mean of
+    all class means. The cosines of any heat map follow from these.
 
     Args:
         every_n_epochs: Measure epochs n, 2n, …, and the last. "auto" measures every epoch, which adds about a quarter to its time. If
