@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from etflight import CosineHead, DotRegressionLoss, ETFHead, LinearHead, ScaledLinearHead, simplex_etf
+from etflight import CosineHead, DotRegressionLoss, ETFHead, Head, LinearHead, ScaledLinearHead, simplex_etf
 from etflight.embedder import Rotation
 from etflight.heads import codes_from_state_dict
 from etflight.utils.errors import UserError
@@ -296,3 +296,24 @@ def test_a_linear_projection_without_room_for_the_frame_is_refused():
     ETFHead(16, 17, projection_dim=40, linear_projection=True)
     with pytest.raises(UserError, match="linear projection of 16 features has no room for the frame of 18 classes"):
         ETFHead(16, 18, projection_dim=40, linear_projection=True)
+
+
+@pytest.mark.parametrize("method", ["embed", "forward"])
+def test_a_head_that_overrides_what_hooks_and_losses_rely_on_is_refused_with_the_way_out(method):
+    head = type("Mine", (LinearHead,), {method: lambda self, features: features})
+    with pytest.raises(UserError, match=r"Mine: a head has no embed and no forward of its own: give super\(\).__init__ an embedder"):
+        head(16, 10)
+
+
+def test_products_of_any_class_vectors_scale_and_bias_are_the_logits_that_a_head_need_not_compute_itself():
+    class Plain(Head):
+        def __init__(self, in_features, num_classes):
+            super().__init__(in_features, num_classes, embedder=nn.Linear(in_features, 6), scale=2.0)
+            self.weight = nn.Parameter(torch.randn(num_classes, 6))
+            self.bias = nn.Parameter(torch.randn(num_classes))
+
+    head = Plain(16, 10)
+    embedding = array(FEATURES) @ array(head.embedder.weight).T + array(head.embedder.bias)
+    expected = 2.0 * embedding @ array(head.weight).T + array(head.bias)
+    np.testing.assert_allclose(array(head(FEATURES)), expected, atol=1e-5)
+    np.testing.assert_allclose(array(head.target_logits(head.embed(FEATURES), TARGET)), expected[ROWS, TARGET], atol=1e-5)

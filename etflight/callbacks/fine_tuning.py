@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from etflight.callbacks.features import find_submodule
 from etflight.optim import start_momentum
+from etflight.utils import old_names
 from etflight.utils.checkpoints import misfit, read_checkpoint
 from etflight.utils.errors import UserError, warn
 from etflight.utils.lightning_private import let_parameters_be_unused
-from etflight.utils import old_names
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.trainer import data_module, refuse_if_never_reached
 from etflight.utils.training_data import other_preprocessing
