@@ -2,8 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from contextvars import ContextVar
 from difflib import get_close_matches
 from functools import partial
@@ -47,7 +47,7 @@ from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.ranks import in_process_group
 from etflight.utils.specs import as_plain, from_spec, objections, to_spec
 from etflight.utils.terminal import readable
-from etflight.utils.torch_private import has_hooks, leave_out_of_broadcasts
+from etflight.utils.torch_private import leave_out_of_broadcasts
 from etflight.utils.trainer import averaged, data_module, is_trial_run, shows_after, take_buffers_of_rank_zero
 from etflight.utils.training_data import (
     class_names_of,
@@ -355,46 +355,41 @@ class Classifier(LightningModule):
         return self.probabilities(batch if isinstance(batch, Tensor) else batch[0])
 
     def _training_loss(self, images: Tensor, target: Tensor) -> Tensor:
-        """The loss with its penalties, for which nothing is computed twice: they take what the step itself made."""
+        """The loss with its penalties."""
         feature_penalty, center_pull = self.hparams["feature_penalty"], self.hparams["center_pull"]
-        if not (feature_penalty or center_pull):
-            return self._loss_of_targets(images, target)
+        if type(self).forward is not Classifier.forward:  # a subclass has logits of its own
+            if feature_penalty or center_pull:
+                raise UserError(
+                    f"{type(self).__name__} has a forward of its own: leave out feature_penalty and center_pull"
+                )
+            return cast(Tensor, self.loss(self(images), target))
         if center_pull and target.is_floating_point():
             raise UserError(
                 "center_pull needs one class for each image, but mixup and CutMix mix them: give --data.mixup 0 and --data.cutmix 0, or "
                 "leave it out"
             )
-        with _results_of(self, "features") as features, _results_of(self.head, "embed") as embeddings:
-            loss = self._loss_of_targets(images, target)
-        if feature_penalty:
-            loss = loss + feature_penalty * penalties.feature_penalty(features[-1])
-        if center_pull:  # a head's forward need not call its embed
-            embedding = embeddings[-1] if embeddings else self.head.embed(features[-1])
-            loss = loss + center_pull * penalties.center_pull(embedding, target, self.head.num_classes)
-        return loss
-
-    def _loss_of_targets(self, images: Tensor, target: Tensor) -> Tensor:
         try:
-            if not self._needs_logits(target):
-                target_logits = self.head.target_logits(self.features(images), target)
-                return cast(Tensor, self.loss.from_target_logits(target_logits, target, self.head.num_classes))
-            return cast(Tensor, self.loss(self(images), target))
+            features = self.features(images)
+            embedding = self.head.embedder(features)
         except ValueError as error:
             if len(images) > 1 or isinstance(error, UserError):
                 raise
             raise UserError(
                 "batch normalisation cannot train on a step of one image: give --data.batch_size 2 or more"
             ) from error
+        loss = self._loss_of_targets(embedding, target)
+        if feature_penalty:
+            loss = loss + feature_penalty * penalties.feature_penalty(features)
+        if center_pull:
+            loss = loss + center_pull * penalties.center_pull(embedding, target, self.head.num_classes)
+        return loss
 
-    def _needs_logits(self, target: Tensor) -> bool:
-        """Whether a step needs the logits of all classes; at K = 100,000 they cost hundreds of times as much as those of the targets."""
-        return (
-            target.is_floating_point()
-            or any(has_hooks(part) for part in (self, self.head, self.loss))
-            or type(self).forward is not Classifier.forward
-            or not _may_replace(self.head, "target_logits", "forward")
-            or not _may_replace(self.loss, "from_target_logits", "forward", "sample_losses")
-        )
+    def _loss_of_targets(self, embedding: Tensor, target: Tensor) -> Tensor:
+        if target.is_floating_point() or not self.loss.takes_target_logits:
+            return cast(Tensor, self.loss(self.head.logits(embedding), target))
+        # the logits of all classes would cost hundreds of times as much at K = 100,000
+        own = self.head.target_logits(embedding, target)
+        return cast(Tensor, self.loss.from_target_logits(own, target, self.head.num_classes))
 
     def _share_of_images(self, images: int) -> Tensor | float:
         """The number of images of this process, divided by its mean over processes.
@@ -896,31 +891,3 @@ def _as_counts(class_counts: Any) -> Tensor:
         raise UserError(
             f"class_counts is {class_counts!r:.80}: give the number of training images of each class, as a list, an array or a tensor"
         ) from error
-
-
-@contextmanager
-def _results_of(part: nn.Module, method: str) -> Iterator[list[Tensor]]:
-    """Collect what a method of one object returns within the block, whoever calls it."""
-    results: list[Tensor] = []
-    own, call = vars(part).get(method), getattr(part, method)
-
-    def collecting(*args: Any, **keywords: Any) -> Tensor:
-        results.append(call(*args, **keywords))
-        return results[-1]
-
-    setattr(part, method, collecting)
-    try:
-        yield results
-    finally:
-        delattr(part, method) if own is None else setattr(part, method, own)
-
-
-def _may_replace(part: nn.Module, shortcut: str, *general: str) -> bool:
-    """Whether the `shortcut` method may be called instead of the general ones.
-
-    It may not if a subclass overrides only the general ones, because the shortcut would ignore that.
-    """
-    for cls in type(part).__mro__:
-        if vars(cls).keys() & {shortcut, *general}:
-            return shortcut in vars(cls)
-    return False

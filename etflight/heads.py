@@ -1,23 +1,22 @@
 """Classifier heads: they map a backbone's pooled features to logits, with class vectors."""
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
-from typing import Literal, Self, cast, get_args
+from typing import Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from etflight.embedder import Embedder
 from etflight.geometry import class_code, orthant_code, simplex_etf
 from etflight.utils.errors import UserError
 from etflight.utils.precision import at_least_float32, exact_product
 
 Code = Literal["simplex", "orthant", "sphere"]
-_WIDEST = 2**17  # the largest width of a projection; a frame and a layer of this width still fit some machine's memory
 _codes_follow = ContextVar("codes_follow", default=False)
 
 
@@ -34,32 +33,75 @@ def codes_from_state_dict() -> Iterator[None]:
         _codes_follow.reset(token)
 
 
-class Head(nn.Module, ABC):
-    """The base class of heads; any subclass can be trained by `Classifier` and measured by the callbacks.
+class Head(nn.Module):
+    """The base class of heads: an `embedder`, then `logits(embedding)`. `Classifier` trains any subclass, and the callbacks measure it.
+
+    The logits are `scale · <c_k, h> + b_k` with the embedding h, the class vectors c_k and the biases b_k, unless a subclass has `logits`
+    of its own. A subclass has neither `embed` nor `forward`.
 
     Args:
         in_features: The width d of the features it takes.
         num_classes: The number of classes K >= 2.
+        embedder: The module that makes embeddings `[B, d']` of features `[B, d]`; None leaves the features as they are.
+        scale: The factor of the products, > 0.
+        learn_scale: Whether the scale is a parameter.
 
     Attributes:
         in_features: The width d.
         num_classes: The number of classes K.
+        embedder: The module that makes embeddings; what hooks on it see is what meets the class vectors.
         weight: The class vectors `[K, d']`, a parameter or a buffer.
         bias: The biases `[K]`, or None.
+        learn_scale: Whether the scale is a parameter.
 
     Raises:
-        UserError: There are fewer than two classes.
+        UserError: There are fewer than two classes, the scale is not positive, or a subclass has an `embed` or a `forward`.
     """
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, in_features: int, num_classes: int) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        embedder: nn.Module | None = None,
+        scale: float = 1.0,
+        learn_scale: bool = False,
+    ) -> None:
         super().__init__()
+        name = type(self).__name__
         if num_classes < 2:
             raise UserError(f"a classifier needs at least two classes, got num_classes={num_classes}")
+        if not 0 < scale < math.inf:
+            raise UserError(f"{name}: scale must be positive and finite, got {scale}")
+        if type(self).embed is not Head.embed or type(self).forward is not Head.forward:
+            raise UserError(
+                f"{name}: a head has no embed and no forward of its own: give super().__init__ an embedder, a module that makes the "
+                "embedding, and compute the logits in logits(embedding)"
+            )
         self.in_features = in_features
         self.num_classes = num_classes
+        self.learn_scale = learn_scale
+        self._scale = float(scale)
+        self._log_scale = nn.Parameter(torch.tensor(scale).log()) if learn_scale else None
+        self.embedder = nn.Identity() if embedder is None else embedder
+
+    @property
+    def scale(self) -> float | Tensor:
+        """The factor of the products: a number, or if learned a scalar tensor (the parameter is its logarithm, so it stays positive)."""
+        return self._scale if self._log_scale is None else self._log_scale.exp()
+
+    @property
+    def normalize(self) -> bool:
+        """Whether embeddings have norm 1."""
+        return isinstance(self.embedder, Embedder) and self.embedder.normalize
+
+    @property
+    def gives_cosines(self) -> bool:
+        """Whether the logits are `scale` times the cosines of embedding and class vectors."""
+        return False
 
     @property
     def class_vectors(self) -> Tensor:
@@ -67,23 +109,47 @@ class Head(nn.Module, ABC):
         return self.weight
 
     def no_weight_decay(self) -> set[str]:
-        """The names of the parameters that weight decay would pull to an arbitrary value, as timm's networks name theirs."""
-        return set()
+        """The names of the parameters that weight decay would pull to an arbitrary value, as timm's networks name theirs.
 
-    @abstractmethod
+        They are the learnt scale, which decay would pull to 1, and the learnt rotation, which it would turn back to the identity.
+        """
+        return {"_log_scale", "embedder.rotation.generator"} & {name for name, _ in self.named_parameters()}
+
     def embed(self, features: Tensor) -> Tensor:
-        """Compute the embedding that is compared with the class vectors.
+        """Compute the embeddings `[B, d']` that are compared with the class vectors, of features `[B, d]` of any float dtype."""
+        embedding: Tensor = self.embedder(features)
+        return embedding
+
+    def logits(self, embedding: Tensor) -> Tensor:
+        """Compute the logits `[B, K]` of embeddings `[B, d']`, in float32, or float64."""
+        logits = exact_product(at_least_float32(embedding), self.class_vectors) * self.scale
+        return logits if self.bias is None else logits + self.bias
+
+    def target_logits(self, embedding: Tensor, target: Tensor) -> Tensor:
+        """Compute the logit of each sample's own class only: O(B·d') time and memory, forward and backward, whatever K.
+
+        Dot regression trains with it. For a subclass with `logits` of its own it takes them from those.
 
         Args:
-            features: The features `[B, d]`, any float dtype.
+            embedding: The embeddings `[B, d']`, any float dtype.
+            target: The class indices `[B]`, int64.
 
         Returns:
-            `[B, d']`.
+            `[B]`, equal to `logits(embedding)[arange(B), target]`.
         """
+        if type(self).logits is not Head.logits:
+            return self.logits(embedding).gather(1, target[:, None])[:, 0]
+        own = self.class_vectors.index_select(0, target)
+        logits = (at_least_float32(embedding) * own).sum(dim=1) * self.scale
+        return logits if self.bias is None else logits + self.bias[target]
 
-    @abstractmethod
     def forward(self, features: Tensor) -> Tensor:
         """Compute the logits `[B, K]` of features `[B, d]`."""
+        return self.logits(self.embedder(features))
+
+    def extra_repr(self) -> str:
+        """Return the sizes, for `print(head)`."""
+        return f"num_classes={self.num_classes}, dim={self.weight.shape[1]}"
 
 
 class ETFHead(Head):
@@ -148,32 +214,32 @@ class ETFHead(Head):
         seed: int = 0,
         reserved_classes: int = 0,
     ) -> None:
-        super().__init__(in_features, num_classes)
-        _check_scale("ETFHead: scale", scale)
+        super().__init__(
+            in_features,
+            num_classes,
+            embedder=Embedder(
+                in_features,
+                projection_dim=projection_dim,
+                linear_projection=linear_projection,
+                batch_norm=batch_norm,
+                normalize=normalize,
+                learn_rotation=learn_rotation,
+            ),
+            scale=scale,
+            learn_scale=learn_scale,
+        )
         if reserved_classes < 0:
             raise UserError(f"ETFHead: reserved_classes is {reserved_classes}: give 0 or more classes to come")
         if code not in get_args(Code):
             raise UserError(f"ETFHead: code must be one of {', '.join(get_args(Code))}, got {code!r}")
-        if projection_dim is not None and not 1 <= projection_dim <= _WIDEST:
-            raise UserError(
-                f"ETFHead: projection_dim is {projection_dim}: give a width from 1 to {_WIDEST}, or leave it out for no projection"
-            )
         vectors = num_classes + reserved_classes
-        if linear_projection and projection_dim is None:
-            raise UserError(
-                "ETFHead: linear_projection without projection_dim is no projection: give its width, or leave it out"
-            )
-        width = in_features if projection_dim is None else projection_dim
-        if normalize and width == 1:
-            raise UserError("ETFHead: an embedding of one number and of norm 1 is ±1: give projection_dim 2 or more")
         if linear_projection and vectors > in_features + 1:
             raise UserError(
                 f"ETFHead: a linear projection of {in_features} features has no room for the frame of {vectors} classes: "
                 "leave out linear_projection"
             )
-        self.normalize = normalize
-        self.learn_scale = learn_scale
         self.bias = None
+        width = in_features if projection_dim is None else projection_dim
         with torch.device("cpu"):  # the same numbers wherever the head is made
             frame = _class_vectors(code, vectors, width, seed)
         if (device := torch.get_default_device()).type != "meta":  # losses need to know the vectors
@@ -181,20 +247,11 @@ class ETFHead(Head):
         # copies, since a state dict would save the whole frame with each view of it
         self.register_buffer("weight", frame[:num_classes].clone() if reserved_classes else frame)
         self.register_buffer("reserved", frame[num_classes:].clone() if reserved_classes else None)
-        self.projection = _projection(in_features, projection_dim, linear_projection)
-        self.batch_norm = nn.BatchNorm1d(width) if batch_norm else nn.Identity()
-        self.rotation = Rotation(width) if learn_rotation else nn.Identity()
-        self._log_scale = nn.Parameter(torch.tensor(scale).log()) if learn_scale else None
-        self._scale = float(scale)
 
     @property
-    def scale(self) -> float | Tensor:
-        """The factor of the cosine: a number, or if learned a scalar tensor (the parameter is its logarithm, so it stays positive)."""
-        return self._scale if self._log_scale is None else self._log_scale.exp()
-
-    def no_weight_decay(self) -> set[str]:
-        """The learnt scale, which decay would pull to 1, and the rotation, which it would turn back to the identity."""
-        return {"_log_scale", "rotation.generator"} & {name for name, _ in self.named_parameters()}
+    def gives_cosines(self) -> bool:
+        """Whether the logits are `scale` times cosines: if embeddings are normalised, since class vectors are."""
+        return self.normalize
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or convert like any module, but keep the frame's dtype in half precision, which would be too coarse for it."""
@@ -231,81 +288,18 @@ class ETFHead(Head):
         head.reserved = frame[num_classes:].clone() if num_classes < len(frame) else None
         return head
 
-    def embed(self, features: Tensor) -> Tensor:
-        """Compute embeddings `[B, d']` in float32, or float64; they have norm 1 unless `normalize` is False."""
-        embedding = at_least_float32(self.batch_norm(self.projection(features)))
-        embedding = F.normalize(embedding, dim=1) if self.normalize else embedding
-        return cast(Tensor, self.rotation(embedding))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Compute `scale · <w_k, h>` for every class, `[B, K]` in float32, or float64."""
-        return exact_product(self.embed(features), self.weight) * self.scale
-
-    def target_logits(self, features: Tensor, target: Tensor) -> Tensor:
-        """Compute the logit of each sample's own class only: O(B·d) time and memory, forward and backward, whatever K.
-
-        `Classifier` trains dot regression with it, so a subclass that computes other logits overrides both methods. (If it overrides only
-        `forward`, `Classifier` uses that.)
-
-        Args:
-            features: The features `[B, d]`, any float dtype.
-            target: The class indices `[B]`, int64.
-
-        Returns:
-            `[B]`, float32 or float64, equal to `forward(features)[arange(B), target]`.
-        """
-        own = self.weight.index_select(0, target)
-        return (self.embed(features) * own).sum(dim=1) * self.scale
-
-    def extra_repr(self) -> str:
-        """Return the sizes, for `print(head)`."""
-        return f"num_classes={self.num_classes}, dim={self.weight.shape[1]}, normalize={self.normalize}"
-
-
-class Rotation(nn.Module):
-    """A learnable rotation, `R h` with `R = (I - S)⁻¹ (I + S)` and `S = (A - Aᵀ)/2`: orthogonal up to rounding, whatever A becomes.
-
-    Lengths and angles are preserved, so a frame that is seen through it keeps its Gram matrix. At first it is the identity.
-
-    Args:
-        dim: The dimension d.
-
-    Attributes:
-        generator: The matrix A `[d, d]`, of which only the skew-symmetric part counts.
-
-    Source:
-        Cayley's transform reaches every rotation except those with an eigenvalue -1. It takes one d x d solve per batch; a matrix
-        exponential is many times slower.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.generator = nn.Parameter(torch.zeros(dim, dim))
-
-    def matrix(self) -> Tensor:
-        """Compute R `[d, d]`, float32 or float64, with determinant 1."""
-        A = at_least_float32(self.generator)
-        S = (A - A.T) / 2
-        one = torch.eye(len(A), dtype=A.dtype, device=A.device)
-        # I - S is never singular; `solve` would wait for the device to know
-        return cast(Tensor, torch.linalg.solve_ex(one - S, one + S)[0])
-
-    def forward(self, embedding: Tensor) -> Tensor:
-        """Rotate rows `[B, d]` in float32, even under autocast, or in float64."""
-        return exact_product(at_least_float32(embedding), self.matrix())
-
 
 class LinearHead(Head):
     """The learnable head of every baseline: `W h + b`.
 
-    The two `feature_` options give it the embedding of `ETFHead`, so that an experiment can change one thing at a time.
+    `batch_norm` and `normalize` give it the embedding of `ETFHead`, so that an experiment can change one thing at a time.
 
     Args:
         in_features: The width d of the features.
         num_classes: The number of classes K.
         use_bias: Whether there is a bias.
-        feature_batch_norm: Whether an affine `BatchNorm1d` comes before the product.
-        feature_normalize: Whether the embedding is scaled to norm 1.
+        batch_norm: Whether an affine `BatchNorm1d` comes before the product.
+        normalize: Whether the embedding is scaled to norm 1.
         frozen: Whether weight and bias keep their random values: a control that separates "fixed" from "fixed to a frame".
     """
 
@@ -315,26 +309,20 @@ class LinearHead(Head):
         num_classes: int,
         *,
         use_bias: bool = True,
-        feature_batch_norm: bool = False,
-        feature_normalize: bool = False,
+        batch_norm: bool = False,
+        normalize: bool = False,
         frozen: bool = False,
     ) -> None:
-        super().__init__(in_features, num_classes)
-        self.feature_normalize = feature_normalize
-        self.batch_norm = nn.BatchNorm1d(in_features) if feature_batch_norm else nn.Identity()
+        changes = batch_norm or normalize
+        embedder = Embedder(in_features, batch_norm=batch_norm, normalize=normalize) if changes else None
+        super().__init__(in_features, num_classes, embedder=embedder)
         # nn.Linear gives torch's own initialisation
         linear = nn.Linear(in_features, num_classes, bias=use_bias).requires_grad_(not frozen)
         self.weight = linear.weight
         self.bias = linear.bias
 
-    def embed(self, features: Tensor) -> Tensor:
-        """Return the features `[B, d]` themselves, unless an option changes them."""
-        embedding: Tensor = self.batch_norm(features)
-        return F.normalize(at_least_float32(embedding), dim=1) if self.feature_normalize else embedding
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Compute the logits `[B, K]`."""
-        embedding = self.embed(features)
+    def logits(self, embedding: Tensor) -> Tensor:
+        """Compute the logits `[B, K]` as `nn.Linear` does, under autocast too."""
         dtype = torch.promote_types(embedding.dtype, self.weight.dtype)  # they differ in a network of half precision
         bias = None if self.bias is None else self.bias.to(dtype)
         return F.linear(embedding.to(dtype), self.weight.to(dtype), bias)
@@ -373,23 +361,20 @@ class ScaledLinearHead(Head):
         """The scaled biases `[K]`."""
         return self.class_scale * self.linear.bias
 
-    def embed(self, features: Tensor) -> Tensor:
-        """Return the features `[B, d]` themselves."""
-        return features
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Compute the logits `[B, K]`."""
-        return self.class_scale * cast(Tensor, self.linear(features))
+    def logits(self, embedding: Tensor) -> Tensor:
+        """Compute the logits `[B, K]` as `nn.Linear` does, then scale them."""
+        logits: Tensor = self.linear(embedding)
+        return self.class_scale * logits
 
 
 class CosineHead(Head):
-    """A learnable head on the sphere: `cosine_scale · cos(h, w_k)`, no bias.
+    """A learnable head on the sphere: `scale · cos(h, w_k)`, no bias.
 
     Args:
         in_features: The width d of the features.
         num_classes: The number of classes K.
-        cosine_scale: The factor of the cosine, > 0.
-        feature_batch_norm: Whether an affine `BatchNorm1d` comes before the normalisation, as in `ETFHead`.
+        scale: The factor of the cosine, > 0.
+        batch_norm: Whether an affine `BatchNorm1d` comes before the normalisation, as in `ETFHead`.
 
     Raises:
         UserError: The scale is not positive.
@@ -398,30 +383,21 @@ class CosineHead(Head):
         Gidaris & Komodakis, "Dynamic Few-Shot Visual Learning without Forgetting", CVPR 2018, arXiv 1804.09458, section 3.
     """
 
-    def __init__(
-        self, in_features: int, num_classes: int, *, cosine_scale: float = 16.0, feature_batch_norm: bool = False
-    ) -> None:
-        super().__init__(in_features, num_classes)
-        _check_scale("CosineHead: cosine_scale", cosine_scale)
-        self.cosine_scale = cosine_scale
-        self.feature_normalize = True  # the export switches it off to find the part that is linear
-        self.batch_norm = nn.BatchNorm1d(in_features) if feature_batch_norm else nn.Identity()
+    def __init__(self, in_features: int, num_classes: int, *, scale: float = 16.0, batch_norm: bool = False) -> None:
+        embedder = Embedder(in_features, batch_norm=batch_norm, normalize=True)
+        super().__init__(in_features, num_classes, embedder=embedder, scale=scale)
         self.weight = nn.Linear(in_features, num_classes, bias=False).weight
         self.bias = None
+
+    @property
+    def gives_cosines(self) -> bool:
+        """True."""
+        return True
 
     @property
     def class_vectors(self) -> Tensor:
         """The unit vectors `[K, d]`; the norms of `weight` decide nothing."""
         return F.normalize(at_least_float32(self.weight), dim=1)
-
-    def embed(self, features: Tensor) -> Tensor:
-        """Compute unit embeddings `[B, d]` in float32, or float64."""
-        embedding = at_least_float32(self.batch_norm(features))
-        return F.normalize(embedding, dim=1) if self.feature_normalize else embedding
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Compute the logits `[B, K]` in float32, or float64."""
-        return exact_product(self.embed(features), self.class_vectors) * self.cosine_scale
 
 
 def _class_vectors(code: Code, num_classes: int, width: int, seed: int) -> Tensor:
@@ -432,21 +408,3 @@ def _class_vectors(code: Code, num_classes: int, width: int, seed: int) -> Tenso
     if _codes_follow.get():
         return torch.full((num_classes, width), math.nan)
     return class_code(num_classes, width, seed=seed)
-
-
-def _check_scale(what: str, scale: float) -> None:
-    if not 0 < scale < math.inf:
-        raise UserError(f"{what} must be positive and finite, got {scale}")
-
-
-def _projection(in_features: int, projection_dim: int | None, linear: bool) -> nn.Module:
-    if projection_dim is None:
-        return nn.Identity()
-    if linear or projection_dim <= in_features:
-        return nn.Linear(in_features, projection_dim, bias=False)
-    return nn.Sequential(
-        nn.Linear(in_features, projection_dim, bias=False),
-        nn.BatchNorm1d(projection_dim),
-        nn.ReLU(),
-        nn.Linear(projection_dim, projection_dim, bias=False),
-    )

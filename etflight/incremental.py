@@ -172,7 +172,7 @@ class CosineLearner(Learner):
     def __init__(self, head: Head, training: Training) -> None:
         super().__init__(head)
         self.training = training
-        self.scale = head.cosine_scale if isinstance(head, CosineHead) else 16.0
+        self.scale = float(head.scale) if isinstance(head, CosineHead) else 16.0
         self.vectors = F.normalize(self.head.weight.detach().float(), dim=1)
 
     def learn(self, shots: Tensor, labels: Tensor, memory: Tensor) -> None:

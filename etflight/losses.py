@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -123,10 +123,15 @@ class Loss(nn.Module, ABC):
         self._class_counts = self.training_counts().to(logits.device)
         return self._class_counts.to(logits.dtype)
 
-    def check_head(self, head: nn.Module) -> None:
+    @property
+    def takes_target_logits(self) -> bool:
+        """Whether it needs no more than the logits of the targets, which its method `from_target_logits` then takes."""
+        return False
+
+    def check_head(self, head: Any) -> None:
         """Raise `UserError` if this loss cannot train that head; most losses can train any head."""
 
-    def default_temperature(self, head: nn.Module) -> float:
+    def default_temperature(self, head: Any) -> float:
         """Return the temperature of the probabilities of a model trained with this loss, until one is fitted; 1 unless overridden."""
         return 1.0
 
@@ -266,33 +271,34 @@ class DotRegressionLoss(Loss):
         super().__post_init__()
         self._check("length", 0 < self.length < math.inf, "must be positive and finite")
 
-    def check_head(self, head: nn.Module) -> None:
+    def check_head(self, head: Any) -> None:
         """Refuse a head whose target logit cannot be `length`.
 
         Raises:
             UserError: The head's scale is learned or differs from `length`, or its embeddings are not normalised.
         """
         name, mend = type(head).__name__, "or use CrossEntropyLoss"
-        if getattr(head, "learn_scale", False):
+        if head.learn_scale:
             raise UserError(
                 f"DotRegressionLoss needs a fixed scale, but {name} learns its own: set learn_scale to false, {mend}"
             )
-        if not getattr(head, "normalize", False):
+        if not head.gives_cosines or head.weight.requires_grad:
             raise UserError(
-                f"DotRegressionLoss needs the unit embeddings of ETFHead(normalize=True), which {name} lacks: use that, {mend}"
+                f"DotRegressionLoss needs the unit embeddings and fixed class vectors of ETFHead(normalize=True), which {name} lacks: "
+                f"use that, {mend}"
             )
         if head.scale != self.length:
             raise UserError(
                 f"DotRegressionLoss has length {self.length}, but {name} has scale {head.scale}: set one to the other"
             )
 
-    def default_temperature(self, head: nn.Module) -> float:
+    def default_temperature(self, head: Any) -> float:
         """Return the temperature at which an embedding that equals its class vector has the probability `SURE`.
 
         Dot regression pulls each logit to `length` and has no softmax of its own; that of cosines would be 0.25 at best for ten classes.
         With the mean cosine c of two class vectors, -1/(K-1) in a simplex, T = length (1 - c) / log((K-1) SURE / (1 - SURE)).
         """
-        vectors = in_float64(cast(Tensor, head.weight).detach())
+        vectors = in_float64(head.class_vectors.detach())
         K = len(vectors)
         cosine = float((vectors.sum(dim=0).square().sum() - K) / (K * (K - 1)))
         return self.length * (1 - cosine) / math.log((K - 1) * SURE / (1 - SURE))
@@ -303,10 +309,16 @@ class DotRegressionLoss(Loss):
             return _at_target(self._squared_error(logits), target)
         return self._squared_error(_at_target(logits, target))
 
+    @property
+    def takes_target_logits(self) -> bool:
+        """Whether `from_target_logits` can compute it: unless a subclass has losses of its own."""
+        cls = type(self)
+        return cls.sample_losses is DotRegressionLoss.sample_losses and cls.forward is Loss.forward
+
     def from_target_logits(
         self, target_logits: Tensor, target: Tensor | None = None, num_classes: int | None = None
     ) -> Tensor:
-        """Compute the same loss from `ETFHead.target_logits`, for class indices; `Classifier` trains with it if it can.
+        """Compute the same loss from `Head.target_logits`, for class indices; `Classifier` trains with it.
 
         Args:
             target_logits: The logits `[B]` of the targets, any float dtype.
@@ -396,23 +408,20 @@ class LDAMLoss(Loss):
         self._check("max_margin", 0 <= self.max_margin <= 2, "must lie in [0, 2]")
         self._check("scale", 0 < self.scale < math.inf, "must be positive and finite")
 
-    def check_head(self, head: nn.Module) -> None:
+    def check_head(self, head: Any) -> None:
         """Refuse a head whose logits are not `scale` times a cosine.
 
         Raises:
             UserError: The head does not give cosines, learns its scale, or has another one.
         """
         name = type(head).__name__
-        scale = getattr(head, "cosine_scale", None)
-        if getattr(head, "normalize", False) and not getattr(head, "learn_scale", False):
-            scale = head.scale
-        if scale is None:
+        if head.learn_scale or not head.gives_cosines:
             raise UserError(
                 f"LDAMLoss needs cosines times a fixed scale, which {name} does not give: "
-                f"use CosineHead with cosine_scale {self.scale:g}, or ETFHead with scale {self.scale:g}"
+                f"use CosineHead or ETFHead with scale {self.scale:g}"
             )
-        if scale != self.scale:
-            raise UserError(f"LDAMLoss has scale {self.scale}, but {name} has {scale}: set one to the other")
+        if head.scale != self.scale:
+            raise UserError(f"LDAMLoss has scale {self.scale}, but {name} has {head.scale}: set one to the other")
 
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the margin losses `[B]`."""
@@ -533,7 +542,7 @@ class NTCELoss(Loss):
         super().__post_init__()
         self._check("temperature", 0 < self.temperature < math.inf, "must be positive and finite")
 
-    def default_temperature(self, head: nn.Module) -> float:
+    def default_temperature(self, head: Any) -> float:
         """Return τ, since the loss is that of the softmax of `z/τ`."""
         return self.temperature
 

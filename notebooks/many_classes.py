@@ -49,7 +49,7 @@ def network(kind: str, classes: int) -> tuple[nn.Sequential, CosineHead | ETFHea
         layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU()]
     features = nn.Sequential(*layers, nn.Linear(1024, WIDTH))
     if kind == "learnt":
-        return features, CosineHead(WIDTH, classes, cosine_scale=16.0, feature_batch_norm=True)
+        return features, CosineHead(WIDTH, classes, scale=16.0, batch_norm=True)
     code = "simplex" if classes <= WIDTH + 1 else "sphere"
     return features, ETFHead(WIDTH, classes, code=code, scale=1.0 if kind == "fixed_dr" else 16.0)
 

@@ -67,7 +67,7 @@ FIRST = {
     "etf_ce_la, half by sampling, scale 8": Candidate("etf_ce_la", (*SQRT, "--model.head.scale", "8")),
     "etf_ce_la, half by sampling, scale 5": Candidate("etf_ce_la", (*SQRT, "--model.head.scale", "5")),
     "learnt cosines, half by sampling, scale 8": Candidate(
-        "ce_bn_norm", (*LEARNT_COSINES, *SQRT, "--model.head.cosine_scale", "8")
+        "ce_bn_norm", (*LEARNT_COSINES, *SQRT, "--model.head.scale", "8")
     ),
     "etf_ce_la, half by sampling, learnt scale": Candidate("etf_ce_la", (*SQRT, "--model.head.learn_scale", "true")),
     "etf_ce_la, projection to 256": Candidate("etf_ce_la", ("--model.head.projection_dim", "256")),

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from etflight import CosineHead, DotRegressionLoss, ETFHead, LinearHead, ScaledLinearHead, simplex_etf
-from etflight.heads import Rotation, codes_from_state_dict
+from etflight import CosineHead, DotRegressionLoss, ETFHead, Head, LinearHead, ScaledLinearHead, simplex_etf
+from etflight.embedder import Rotation
+from etflight.heads import codes_from_state_dict
 from etflight.utils.errors import UserError
 from tests.tensors import LargestTensor
 
@@ -40,7 +41,7 @@ HEADS = {  # the head, and its logits of features in NumPy, where W are its clas
     "cosine": (CosineHead, lambda h, W, b: 16.0 * unit(h) @ unit(W).T),
     "linear": (LinearHead, lambda h, W, b: h @ W.T + b),
     "linear without bias": (partial(LinearHead, use_bias=False), lambda h, W, b: h @ W.T),
-    "linear, normalised": (partial(LinearHead, feature_normalize=True), lambda h, W, b: unit(h) @ W.T + b),
+    "linear, normalised": (partial(LinearHead, normalize=True), lambda h, W, b: unit(h) @ W.T + b),
     "scaled": (ScaledLinearHead, lambda h, W, b: h @ W.T + b),
 }
 
@@ -76,7 +77,7 @@ def test_target_logits_are_the_targets_column_of_the_logits(code, dtype, autocas
     head = turned(ETFHead(16, 10, code=code, scale=3.0, learn_rotation=True)).to(dtype).eval()
     features = FEATURES.to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        logits, own = head(features), head.target_logits(features, TARGET)
+        logits, own = head(features), head.target_logits(head.embed(features), TARGET)
     assert logits.dtype == own.dtype == torch.promote_types(dtype, torch.float32)
     assert_close(own, logits[ROWS, TARGET])
 
@@ -88,11 +89,11 @@ def test_target_logits_make_nothing_larger_than_the_features_backward_included()
         DotRegressionLoss()(head(features), target).backward()
     assert all_classes.nbytes >= 4 * 8 * 60
     with LargestTensor() as own_class:
-        DotRegressionLoss().from_target_logits(head.target_logits(features, target), target).backward()
+        DotRegressionLoss().from_target_logits(head.target_logits(head.embed(features), target), target).backward()
     assert own_class.nbytes == features.nbytes
     for no_class in (-1, 60):
         with pytest.raises(IndexError):
-            head.target_logits(features, torch.full((8,), no_class))
+            head.target_logits(head.embed(features), torch.full((8,), no_class))
 
 
 def test_baselines_can_take_the_embedding_of_the_etf_head_which_reaches_negative_cosines():
@@ -101,8 +102,8 @@ def test_baselines_can_take_the_embedding_of_the_etf_head_which_reaches_negative
     assert (normed @ normed.T).min() < -0.2
     plain = ETFHead(16, 10, batch_norm=False).embed(positive)
     assert (plain @ plain.T).min() >= 0
-    linear = LinearHead(16, 10, feature_batch_norm=True, feature_normalize=True)
-    for head in (linear, CosineHead(16, 10, feature_batch_norm=True)):
+    linear = LinearHead(16, 10, batch_norm=True, normalize=True)
+    for head in (linear, CosineHead(16, 10, batch_norm=True)):
         assert_close(head.embed(positive), normed)
 
 
@@ -188,9 +189,9 @@ def test_a_frame_has_room_for_all_classes_to_come_or_is_refused():
 def test_projection_is_linear_up_to_the_features_width_and_above_if_asked(projection_dim, asked, linear):
     head = ETFHead(16, 10, projection_dim=projection_dim, linear_projection=asked)
     assert head.weight.shape == (10, projection_dim)
-    assert isinstance(head.projection, nn.Linear) is linear
+    assert isinstance(head.embedder.projection, nn.Linear) is linear
     features = torch.randn(200, 4, generator=GENERATOR) @ torch.randn(4, 16, generator=GENERATOR)
-    projected = head.projection(features)
+    projected = head.embedder.projection(features)
     assert (torch.linalg.matrix_rank(projected - projected.mean(0), rtol=1e-4) > 4) is not linear
 
 
@@ -199,7 +200,7 @@ def test_projection_is_linear_up_to_the_features_width_and_above_if_asked(projec
 
 def turned(head):
     """The head, with a rotation that is far from the identity."""
-    nn.init.normal_(head.rotation.generator, generator=torch.Generator().manual_seed(3))
+    nn.init.normal_(head.embedder.rotation.generator, generator=torch.Generator().manual_seed(3))
     return head
 
 
@@ -207,7 +208,7 @@ def turned(head):
 def test_the_frame_that_features_meet_turns_in_training_and_stays_a_simplex(loss):
     head = ETFHead(16, 10, learn_rotation=True)
     assert_close(head(FEATURES), ETFHead(16, 10)(FEATURES))  # the identity at first
-    optimizer = torch.optim.SGD([head.rotation.generator], lr=2.0, momentum=0.9, weight_decay=2e-4)
+    optimizer = torch.optim.SGD([head.embedder.rotation.generator], lr=2.0, momentum=0.9, weight_decay=2e-4)
     losses = []
     for _ in range(100):  # features that do not move: only the rotation can help
         optimizer.zero_grad()
@@ -215,7 +216,7 @@ def test_the_frame_that_features_meet_turns_in_training_and_stays_a_simplex(loss
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < losses[0]
-    frame = head.weight @ head.rotation.matrix()  # <w, R h> = <Rᵀ w, h>
+    frame = head.weight @ head.embedder.rotation.matrix()  # <w, R h> = <Rᵀ w, h>
     assert (frame - head.weight).norm() > 0.1
     assert_close(frame @ frame.T, torch.full((10, 10), -1 / 9).fill_diagonal_(1), rtol=0, atol=1e-5)
     assert_close(head(FEATURES), ETFHead(16, 10).embed(FEATURES) @ frame.T, rtol=0, atol=1e-5)
@@ -265,8 +266,11 @@ def test_linear_heads_start_as_torchs_linear_layer():
 
 
 def test_a_frozen_linear_head_trains_its_batch_norm_only():
-    head = LinearHead(16, 10, feature_batch_norm=True, frozen=True)
-    assert [name for name, p in head.named_parameters() if p.requires_grad] == ["batch_norm.weight", "batch_norm.bias"]
+    head = LinearHead(16, 10, batch_norm=True, frozen=True)
+    assert [name for name, p in head.named_parameters() if p.requires_grad] == [
+        "embedder.batch_norm.weight",
+        "embedder.batch_norm.bias",
+    ]
     assert all(p.requires_grad for p in LinearHead(16, 10).parameters())
 
 
@@ -274,7 +278,7 @@ def test_a_frozen_linear_head_trains_its_batch_norm_only():
     ("make", "name", "values"),
     [
         (ETFHead, "scale", [0.0, -1.0, math.nan, math.inf]),
-        (CosineHead, "cosine_scale", [0.0, -1.0, math.nan, math.inf]),
+        (CosineHead, "scale", [0.0, -1.0, math.nan, math.inf]),
         (ETFHead, "projection_dim", [0, -1, 10**30]),
         (ETFHead, "seed", [-1]),
         (ETFHead, "code", ["cube"]),
@@ -292,3 +296,28 @@ def test_a_linear_projection_without_room_for_the_frame_is_refused():
     ETFHead(16, 17, projection_dim=40, linear_projection=True)
     with pytest.raises(UserError, match="linear projection of 16 features has no room for the frame of 18 classes"):
         ETFHead(16, 18, projection_dim=40, linear_projection=True)
+
+
+@pytest.mark.parametrize("method", ["embed", "forward"])
+def test_a_head_that_overrides_what_hooks_and_losses_rely_on_is_refused_with_the_way_out(method):
+    head = type("Mine", (LinearHead,), {method: lambda self, features: features})
+    with pytest.raises(
+        UserError, match=r"Mine: a head has no embed and no forward of its own: give super\(\).__init__ an embedder"
+    ):
+        head(16, 10)
+
+
+def test_products_of_any_class_vectors_scale_and_bias_are_the_logits_that_a_head_need_not_compute_itself():
+    class Plain(Head):
+        def __init__(self, in_features, num_classes):
+            super().__init__(in_features, num_classes, embedder=nn.Linear(in_features, 6), scale=2.0)
+            self.weight = nn.Parameter(torch.randn(num_classes, 6))
+            self.bias = nn.Parameter(torch.randn(num_classes))
+
+    head = Plain(16, 10)
+    embedding = array(FEATURES) @ array(head.embedder.weight).T + array(head.embedder.bias)
+    expected = 2.0 * embedding @ array(head.weight).T + array(head.bias)
+    np.testing.assert_allclose(array(head(FEATURES)), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        array(head.target_logits(head.embed(FEATURES), TARGET)), expected[ROWS, TARGET], atol=1e-5
+    )

@@ -103,19 +103,19 @@ def test_a_step_of_the_frame_method_is_the_gradient_step_of_dot_regression_compu
     head = frame_head(projection_dim=4, batch_norm=False)
     learner = FrameLearner(head, DotRegressionLoss(class_balance="batch"), ONE_STEP, 5)
     given, x, y, weights = samples()
-    W, frame = head.projection.weight.detach().double().numpy(), head.frame.double().numpy()
+    W, frame = head.embedder.projection.weight.detach().double().numpy(), head.frame.double().numpy()
     h = x @ W.T
     u, w = unit(h), frame[y]
     cos = (u * w).sum(1, keepdims=True)
     into_h = -(1 - cos) * (w - cos * u) / np.linalg.norm(h, axis=1, keepdims=True) * weights[:, None]
     learner.learn(*given)
     expected = W - ONE_STEP.lr * (into_h.T @ x + ONE_STEP.weight_decay * W)
-    np.testing.assert_allclose(learner.head.projection.weight.numpy(), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(learner.head.embedder.projection.weight.numpy(), expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(learner.head.weight.numpy(), head.frame.numpy())
 
 
 def test_a_step_of_the_cosine_head_is_the_gradient_step_of_cross_entropy_computed_by_hand():
-    head = CosineHead(DIM, 3, cosine_scale=7.0)
+    head = CosineHead(DIM, 3, scale=7.0)
     given, x, y, weights = samples()
     e = unit(x)
     start = unit(np.stack([e[y == k].mean(0) for k in (3, 4)]))
@@ -195,10 +195,10 @@ def test_batch_norm_keeps_the_statistics_of_the_base_session_and_its_scale_is_tr
     learner = FrameLearner(head, DotRegressionLoss(), Training(3, 0.5), 5)
     learner.learn(*samples()[0])
     trained, before = learner.head.state_dict(), head.state_dict()
-    for name in ("batch_norm.running_mean", "batch_norm.running_var", "batch_norm.num_batches_tracked"):
-        assert torch.equal(trained[name], before[name])
-    assert not torch.equal(trained["batch_norm.weight"], before["batch_norm.weight"])
-    assert not torch.equal(trained["projection.0.weight"], before["projection.0.weight"])
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(trained[f"embedder.batch_norm.{name}"], before[f"embedder.batch_norm.{name}"])
+    for name in ("batch_norm.weight", "projection.0.weight"):
+        assert not torch.equal(trained[f"embedder.{name}"], before[f"embedder.{name}"])
 
 
 def test_training_in_a_session_meets_the_reserved_vectors():

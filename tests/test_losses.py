@@ -385,7 +385,9 @@ def test_from_target_logits_equals_the_loss_of_all_logits(balance):
     loss = DotRegressionLoss(class_balance=balance)
     if balance != "batch":  # which needs no counts
         counted(loss)
-    assert_close(loss.from_target_logits(head.target_logits(features, TARGET), TARGET), loss(head(features), TARGET))
+    assert_close(
+        loss.from_target_logits(head.target_logits(head.embed(features), TARGET), TARGET), loss(head(features), TARGET)
+    )
 
 
 # --- numbers that are hard ---------------------------------------------------------------------------------------------
@@ -458,7 +460,7 @@ def test_a_loss_refuses_a_head_it_cannot_train(loss, head, reason):
 
 def test_a_loss_takes_a_head_of_its_own_scale():
     DotRegressionLoss(length=2.0).check_head(ETFHead(8, K, scale=2.0, learn_rotation=True))
-    LDAMLoss().check_head(CosineHead(8, K, cosine_scale=30.0))
+    LDAMLoss().check_head(CosineHead(8, K, scale=30.0))
     LDAMLoss().check_head(ETFHead(8, K, scale=30.0))
 
 

@@ -93,16 +93,14 @@ def small(**options):
 
 
 class OtherHead(LinearHead):
-    """Its logits are no function of what it embeds."""
-
-    def forward(self, features):
-        return F.linear(features, self.weight)
+    def logits(self, embedding):
+        return F.linear(embedding, self.weight) ** 2
 
 
 ETF_CE = {"head": ETFHead, "loss": CrossEntropyLoss}
 # with a BatchNorm within and one behind
 PROJECTING = {"head": partial(ETFHead, projection_dim=96), "loss": CrossEntropyLoss}
-LINEAR = {"head": partial(LinearHead, feature_batch_norm=True), "loss": CrossEntropyLoss}
+LINEAR = {"head": partial(LinearHead, batch_norm=True), "loss": CrossEntropyLoss}
 
 
 @pytest.mark.parametrize(
@@ -121,15 +119,15 @@ def test_a_step_adds_them_to_its_loss_and_passes_backbone_and_batch_norm_once(pa
     embedding = small(**parts).head.embed(features)
     assert_close(loss, expected + 0.5 * feature_penalty(features) + 0.25 * spread(embedding, LABELS))
     assert len(passes) == 1
-    assert not {"features", "embed"} & (vars(model).keys() | vars(model.head).keys())
 
 
-def test_what_looks_at_the_head_still_sees_it():
-    model = small(center_pull=0.1, **ETF_CE)
+@pytest.mark.parametrize("parts", [{}, ETF_CE], ids=["dot regression", "frame"])
+def test_what_looks_at_the_embedder_sees_each_embedding_once(parts):
+    model = small(center_pull=0.1, **parts)
     seen = []
-    model.head.register_forward_hook(lambda head, inputs, logits: seen.append(logits))
+    model.head.embedder.register_forward_hook(lambda embedder, inputs, embedding: seen.append(embedding))
     model.training_step((IMAGES, LABELS), 0)
-    assert [logits.shape for logits in seen] == [(16, 10)]
+    assert [embedding.shape for embedding in seen] == [(16, 64)]
 
 
 def test_train_loss_has_them_and_val_loss_has_not():

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from difflib import get_close_matches
 from itertools import islice
 from operator import itemgetter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -45,10 +45,10 @@ class Caught(NamedTuple):
 
 
 class EmbeddingSource:
-    """Catches features by hooks that exist only between `attach` and `detach`.
+    """Catches features by hooks that exist only between `attach` and `detach`: those of the first forward since the last `take`.
 
-    The embedding of an `etflight` head is what its `embed` returns within the forward itself; that of any other module is its first input.
-    A 1 x 1 convolution counts as a linear layer.
+    The embedding of an `etflight` head is what its `embedder` returns within the forward itself; that of any other module is its first
+    input. A 1 x 1 convolution counts as a linear layer.
 
     Args:
         model: The model that runs.
@@ -71,10 +71,8 @@ class EmbeddingSource:
             raise UserError(f"head={head!r} is a {type(self.head).__name__} without class vectors weight [K, d]")
         self._handles: list[RemovableHandle] = []
         self._features: dict[str, Tensor] = {}
-        self._input: Tensor | None = None
         self._embedding: Tensor | None = None
-        self._decision: Tensor | None = None
-        self._watch: _Watch | None = None
+        self._output: Any = None
 
     @property
     def num_classes(self) -> int:
@@ -101,17 +99,14 @@ class EmbeddingSource:
     def attach(self) -> None:
         """Start catching."""
         self.detach()
-        self._handles = [
-            self.head.register_forward_pre_hook(self._before_head, with_kwargs=True),
-            self.head.register_forward_hook(self._after_head),
-        ]
+        if isinstance(self.head, Head):
+            self._handles.append(self.head.embedder.register_forward_hook(self._after_embedder))
+        else:
+            self._handles.append(self.head.register_forward_hook(self._after_foreign_head, with_kwargs=True))
         if self._modules:
             torch.compiler.set_stance("force_eager")  # compiled code does not see new hooks
         for name, module in self._modules.items():
             self._handles.append(module.register_forward_hook(self._after_layer(name)))
-        if isinstance(self.head, Head) and self.space == "embedding":
-            self._watch = _Watch(self, self.head.embed)
-            self.head.__dict__["embed"] = self._watch
 
     def detach(self) -> None:
         """Remove the hooks, and forget what was caught."""
@@ -120,15 +115,6 @@ class EmbeddingSource:
         if self._handles and self._modules:
             torch.compiler.set_stance("default")
         self._handles = []
-        if self._watch is not None:
-            self._watch.source = None
-            self._watch = None
-        # another source may watch the head, too
-        while isinstance(top := self.head.__dict__.get("embed"), _Watch) and top.source is None:
-            if isinstance(top.embed, _Watch):
-                self.head.__dict__["embed"] = top.embed
-            else:
-                del self.head.__dict__["embed"]
         self._forget()
 
     @contextmanager
@@ -141,12 +127,12 @@ class EmbeddingSource:
             self.detach()
 
     def take(self, batch_size: int) -> Caught:
-        """Return what was caught of the last forward, and forget it.
+        """Return what was caught of the first forward, and forget it.
 
         Raises:
             UserError: The head or a layer did not run, or did not give `batch_size` vectors.
         """
-        caught = Caught(dict(sorted(self._features.items())), self._decision)
+        caught = Caught(dict(sorted(self._features.items())), self._decision())
         self._forget()
         for name in (HEAD, *self._modules):
             features = caught.features.get(name)
@@ -156,64 +142,38 @@ class EmbeddingSource:
                 raise UserError(f"{where} {what} in a forward of {batch_size} labels: name a module that sees [B, d]")
         return caught
 
+    @torch.no_grad()
+    def _decision(self) -> Tensor | None:
+        # dot regression trains without the logits of all classes, so they are computed here
+        output = self._output if self._embedding is None else cast(Head, self.head).logits(self._embedding)
+        logits = _as_vectors(output.detach()) if isinstance(output, Tensor) else None
+        if logits is None or logits.ndim != 2 or logits.shape[1] != self.num_classes:
+            return None
+        largest, decision = logits.max(1)
+        return torch.where(largest.isfinite(), decision, -1)
+
     def _forget(self) -> None:
         self._features = {}
-        self._input = self._embedding = self._decision = None
+        self._embedding = self._output = None
 
-    def _before_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._watches():
-            return
-        first = args[0] if args else next(iter(kwargs.values()))
-        self._input, self._embedding = _as_vectors(first.detach()), None
+    def _after_embedder(self, module: nn.Module, args: tuple[Any, ...], embedding: Tensor) -> None:
+        if HEAD not in self._features:
+            self._embedding = embedding.detach()
+            self._features[HEAD] = self._embedding if self.space == "embedding" else args[0].detach()
 
-    def _after_head(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self._watches():
-            return
-        features = self._input
-        if isinstance(module, Head) and self.space == "embedding":
-            # a head of the user's own may not go through `embed`
-            features = self._embedding if self._embedding is not None else _embed_aside(module, self._input)
-        if features is not None:
-            self._features[HEAD] = features
-        logits = _as_vectors(output.detach()) if isinstance(output, Tensor) else None
-        if logits is not None and logits.ndim == 2 and logits.shape[1] == self.num_classes:
-            largest, decision = logits.max(1)
-            self._decision = torch.where(largest.isfinite(), decision, -1)
+    def _after_foreign_head(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if HEAD not in self._features:
+            first = args[0] if args else next(iter(kwargs.values()))
+            self._features[HEAD], self._output = _as_vectors(first.detach()), output
 
     def _after_layer(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            if self._watches():
+            if name not in self._features:
                 self._features[name] = pool(output[0] if isinstance(output, tuple | list) else output)
 
         return keep
-
-    def keep_embedding(self, embedding: Tensor) -> None:
-        """Keep what the head has computed."""
-        if self._watches():
-            self._embedding = embedding.detach()
-
-    def _watches(self) -> bool:
-        """Whether forwards count: those of the second pass of a sharpness-aware step are of other weights."""
-        return not getattr(self.model, "is_second_pass", False)
-
-
-class _Watch:
-    """Stands for a head's `embed` and shows its results to a source, until that no longer looks.
-
-    Attributes:
-        source: The source, or None.
-        embed: What it stands for: the head's own, or the watch of another source.
-    """
-
-    def __init__(self, source: EmbeddingSource, embed: Callable[[Tensor], Tensor]) -> None:
-        self.source: EmbeddingSource | None = source
-        self.embed = embed
-
-    def __call__(self, features: Tensor) -> Tensor:
-        embedding = self.embed(features)
-        if self.source is not None:
-            self.source.keep_embedding(embedding)
-        return embedding
 
 
 def _as_vectors(values: Tensor) -> Tensor:
@@ -228,15 +188,6 @@ def pool(features: Tensor) -> Tensor:
     if features.ndim == 3:
         return features.mean(1)
     return features.flatten(2).mean(2) if features.ndim > 3 else features
-
-
-@torch.no_grad()
-def _embed_aside(head: Head, features: Tensor | None) -> Tensor | None:
-    """Compute the embedding in evaluation mode, so that running statistics stay unchanged."""
-    if features is None:
-        return None
-    with evaluation_mode(head):
-        return head.__class__.embed(head, features)
 
 
 @contextmanager

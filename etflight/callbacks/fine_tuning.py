@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from etflight.callbacks.features import find_submodule
 from etflight.heads import ETFHead, Head
 from etflight.optim import start_momentum
+from etflight.utils import old_names
 from etflight.utils.checkpoints import misfit, read_checkpoint
 from etflight.utils.errors import UserError, warn
 from etflight.utils.lightning_private import let_parameters_be_unused
@@ -78,8 +79,8 @@ class FineTuning(Callback):
                 f"--fine_tuning.unfreeze_epoch is {unfreeze_epoch}: give an epoch of 1 or more, and --fine_tuning.freeze"
             )
         self.checkpoint = checkpoint
-        self.load = dict(load or {})
-        self.freeze = tuple(freeze)
+        self.load = {old_names.part(source): old_names.part(target) for source, target in (load or {}).items()}
+        self.freeze = tuple(map(old_names.part, freeze))
         self.weights = weights
         self.unfreeze_epoch = unfreeze_epoch
         self.freeze_statistics = freeze_statistics

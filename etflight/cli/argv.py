@@ -105,6 +105,17 @@ class EarlyOptions:
                 return value
         return None
 
+    def class_of(self, key: str) -> str | None:
+        """The name of the class that an option takes: that of the command line, or else of the last configuration file that says which."""
+        if self.given[key] is not None:
+            return str(self.given[key])
+        for value in reversed(self.contents):
+            for part in (*key.split("."), "class_path"):
+                value = value.get(part) if isinstance(value, dict) else value if part == "class_path" else None
+            if isinstance(value, str):
+                return value
+        return None
+
 
 _SETS, _ARMS, _ADDITIONS = "data", "arms", ("trainer", "logger")  # folders of configuration files
 

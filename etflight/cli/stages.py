@@ -22,7 +22,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities import rank_zero_info
-from torch.optim import Optimizer
 
 from etflight.callbacks import FineTuning, LastCheckpoint, NeuralCollapseMonitor, PostHoc, Speed, StepSeed, StopSignals
 from etflight.callbacks.averaging import StochasticWeightAverage
@@ -41,8 +40,9 @@ from etflight.cli.predict import add_prediction_arguments, as_data, images_of
 from etflight.cli.second_stage import leave_out_first_stage
 from etflight.cli.unsupported import refuse_missing_hardware, refuse_unsupported
 from etflight.data.base import ImageDataModule
-from etflight.heads import codes_from_state_dict
+from etflight.heads import ETFHead, codes_from_state_dict
 from etflight.hyperparameters import PLUGGABLE, plain_hyperparameters
+from etflight.losses import DotRegressionLoss
 from etflight.optim import PROTOCOL_SGD
 from etflight.runs.folder import is_own_checkpoint, same_folder
 from etflight.runs.loggers import FailSafe, MetricsCSV
@@ -53,7 +53,7 @@ from etflight.utils.errors import UserError, print_dead_process, user_error_in
 from etflight.utils.jsonargparse_private import why_not_made
 from etflight.utils.lightning_private import on_dead_process
 from etflight.utils.preprocessing import Preprocessing
-from etflight.utils.specs import find_class, to_spec
+from etflight.utils.specs import class_called, find_class, to_spec
 from etflight.utils.trainer import callbacks_of, is_trial_run
 from etflight.utils.training_data import refuse_other_shape
 from etflight.utils.yaml import guard_parser
@@ -176,8 +176,7 @@ class EtflightCLI(LightningCLI):
         if self.place.checkpoint is not None:
             self._parse_over_checkpoint(parser, argv, words, options, self.place.checkpoint)
         elif stage == "fit" or "--print_config" in words:
-            if stage == "fit" and "optimizer" in f"{argv} {words} {options.contents}":
-                _forget_default_optimizer(parser, [*argv, *words])
+            _start_from_own_defaults(parser, stage, options)
             self.config = parser.parse_args([*argv, *words])
         else:
             hint = next(filter(None, map(how_to_name_run, words)), "")
@@ -398,12 +397,13 @@ def main(args: Sequence[str] | None = None) -> EtflightCLI:
     )
 
 
-def _forget_default_optimizer(parser: LightningArgumentParser, argv: list[str]) -> None:
-    """Give an optimizer that the user names its own defaults; the parser would keep the learning rate of ours."""
-    parsed = parser.parse_args([word for word in argv if not word.startswith("--print_config")])
-    chosen = {"class_path": parsed["fit"]["model"]["optimizer"]["class_path"]}
-    if find_class(chosen, Optimizer) is not PROTOCOL_SGD.func:
-        parser.set_defaults({"fit.model.optimizer": chosen})
+def _start_from_own_defaults(parser: LightningArgumentParser, stage: str, options: EarlyOptions) -> None:
+    """Give a part of the model that the user names its own defaults; the parser would keep those of our default part."""
+    for name, ours in (("head", ETFHead), ("loss", DotRegressionLoss), ("optimizer", PROTOCOL_SGD.func)):
+        path = options.class_of(f"model.{name}")
+        cls = None if path is None else class_called(path, PLUGGABLE[name])
+        if cls is not None and cls is not ours:
+            parser.set_defaults({f"{stage}.model.{name}": {"class_path": f"{cls.__module__}.{cls.__qualname__}"}})
 
 
 _PROFILERS: dict[Any, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from etflight.classifier import Classifier
-from etflight.heads import Rotation
+from etflight.embedder import Rotation
 from etflight.utils.errors import UserError, brief
 from etflight.utils.preprocessing import Preprocessing
 
@@ -35,8 +35,9 @@ class Graph(nn.Module):
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
         self.backbone, self.head = copy.deepcopy(classifier.backbone), copy.deepcopy(classifier.head)
-        if isinstance(rotation := getattr(self.head, "rotation", None), Rotation):
-            self.head.rotation = _constant(rotation)  # ONNX has no operator that solves equations
+        rotation = getattr(self.head.embedder, "rotation", None)
+        if isinstance(rotation, Rotation):
+            self.head.embedder.rotation = _constant(rotation)  # ONNX has no operator that solves equations
         zero, one = (classifier.calibrated(torch.full((1, self.head.num_classes), value).double()) for value in (0, 1))
         # without multiplicative adjustment exactly 1, so that the logits are the classifier's, bit by bit
         self.register_buffer("factor", ((one - zero) * classifier.temperature).float())

@@ -10,6 +10,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from etflight.classifier import Classifier
+from etflight.embedder import Embedder
 from etflight.heads import Head
 from etflight.utils.errors import UserError
 from etflight.utils.preprocessing import Preprocessing
@@ -69,9 +70,8 @@ def linear_decisions(classifier: Classifier) -> Linear:
     """
     head: Head = classifier.head
     exact = copy.deepcopy(head).double().eval()
-    for option in ("normalize", "feature_normalize"):  # divides all logits of an image by one number
-        if hasattr(exact, option):
-            setattr(exact, option, False)
+    if isinstance(exact.embedder, Embedder):
+        exact.embedder.normalize = False  # it divides all logits of an image by one number
     width = head.in_features
     bias = exact(torch.zeros(1, width, dtype=torch.float64))[0]
     weight = exact(torch.eye(width, dtype=torch.float64)).T - bias[:, None]

@@ -15,6 +15,7 @@ from torch import Tensor
 from etflight.utils.errors import UserError
 from etflight.utils.files import replacing
 from etflight.utils.limits import fits, refuse_aliases, texts
+from etflight.utils.old_names import with_todays_names
 
 _MAX_VALUES = 10_000_000
 _EXAMPLE = "a file such as RUN/checkpoints/last.ckpt"
@@ -102,7 +103,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
             "(weights alone go into a new model's backbone by --fine_tuning.weights)"
         )
     _check_contents(path, checkpoint)
-    return checkpoint
+    return with_todays_names(checkpoint)
 
 
 def refuse_others(path: str | Path, checkpoint: Mapping[str, Any], cls: type) -> None:

@@ -2,8 +2,9 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
+from importlib import import_module
 from pathlib import PurePath
 from typing import Any
 
@@ -124,6 +125,16 @@ def from_spec(spec: Spec, base: type, argument: str) -> Maker:
 def find_class(spec: Spec, base: type) -> type | None:
     """The class of a spec, or None if no such subclass of `base` has been imported."""
     return next((cls for cls in family(base) if _is_named(cls, spec["class_path"])), None)
+
+
+def class_called(name: str, base: type) -> type | None:
+    """The only subclass of `base` with this name or path, whose module is imported; None if there is none, or several."""
+    module, _, _ = name.rpartition(".")
+    if module:
+        with suppress(ImportError):
+            import_module(module)
+    found = [cls for cls in family(base) if _is_named(cls, name) or cls.__qualname__ == name]
+    return found[0] if len(found) == 1 else None
 
 
 def is_plain(value: object) -> bool:

@@ -16,13 +16,3 @@ def leave_out_of_broadcasts(module: nn.Module, buffers: list[str]) -> None:
     Touches `DistributedDataParallel._set_params_and_buffers_to_ignore_for_model`.
     """
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, buffers)  # type: ignore[no-untyped-call]
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a module has hooks that look at its calls.
-
-    Touches `_forward_pre_hooks`, `_forward_hooks`, `_backward_pre_hooks` and `_backward_hooks`.
-    """
-    return bool(
-        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
-    )

@@ -28,7 +28,7 @@ def fixed_step():
 
     def step(features, target):
         optimizer.zero_grad()
-        loss.from_target_logits(head.target_logits(features, target), target).backward()
+        loss.from_target_logits(head.target_logits(head.embed(features), target), target).backward()
         optimizer.step()
 
     return step

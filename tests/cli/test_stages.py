@@ -431,8 +431,8 @@ class MyHead(LinearHead):
         super().__init__(in_features, num_classes)
         self.sharpness = sharpness
 
-    def forward(self, features):
-        return super().forward(features) * self.sharpness
+    def logits(self, embedding):
+        return super().logits(embedding) * self.sharpness
 """
 
 

@@ -28,7 +28,7 @@ def trained(head: object, **options: object) -> Classifier:
 
 EXACT = {
     "linear": LinearHead,
-    "linear with BatchNorm, without bias": partial(LinearHead, feature_batch_norm=True, use_bias=False),
+    "linear with BatchNorm, without bias": partial(LinearHead, batch_norm=True, use_bias=False),
     "scaled": ScaledLinearHead,
     "frame without norm": partial(ETFHead, normalize=False),
 }
@@ -36,8 +36,8 @@ DECISIONS = {
     "frame": ETFHead,
     "frame, turned": partial(ETFHead, learn_rotation=True, learn_scale=True),
     "frame, projected": partial(ETFHead, projection_dim=12),
-    "cosine with BatchNorm": partial(CosineHead, feature_batch_norm=True),
-    "normalised, no bias": partial(LinearHead, use_bias=False, feature_normalize=True, feature_batch_norm=True),
+    "cosine with BatchNorm": partial(CosineHead, batch_norm=True),
+    "normalised, no bias": partial(LinearHead, use_bias=False, normalize=True, batch_norm=True),
 }
 
 
@@ -68,7 +68,7 @@ def test_one_linear_layer_decides_as_the_head(name, adjustment):
     ("head", "options", "reason"),
     [
         (partial(ETFHead, projection_dim=80), {}, "no linear layer decides as a ETFHead"),
-        (partial(LinearHead, feature_normalize=True), {}, "no linear layer decides as a LinearHead"),
+        (partial(LinearHead, normalize=True), {}, "no linear layer decides as a LinearHead"),
         (ETFHead, {"logit_adjustment": 1.0}, "logit adjustment of 1.0"),
     ],
 )

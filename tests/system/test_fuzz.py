@@ -44,7 +44,7 @@ LEFT_OUT = {
 }  # fmt: skip
 RANGES = {  # of numbers that are not from 0 to 1
     "projection_dim": (9, 80), "seed": (0, 2**32 - 1), "exponent": (0, 2), "gamma": (0.01, 1), "tau": (0, 2), "temperature": (0.01, 2),
-    **dict.fromkeys(("scale", "cosine_scale", "length"), (0.1, 30)), "head_smoothing": (0.2, 0.9), "tail_smoothing": (0, 0.2),
+    **dict.fromkeys(("scale", "length"), (0.1, 30)), "head_smoothing": (0.2, 0.9), "tail_smoothing": (0, 0.2),
     "lr": (0, 0.1), "eps": (1e-9, 1e-3), "milestones": (6, 200), "warmup_epochs": (0, 10), "total_epochs": (1, 200),
     "step_size": (1, 30), "patience": (0, 5), "cooldown": (0, 5), "min_lr": (0, 0.01), "factor": (0.1, 0.9),
     "imbalance_ratio": (1, 5), "profile": (1, 5), "max_count": (1, 5), "sampler": (-3, 3), "val_fraction": (0, 0.4),

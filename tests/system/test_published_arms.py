@@ -61,7 +61,7 @@ RBL = "its released code and logs for CIFAR-10-LT at 100; in its linear layer ou
 LIN = "arXiv 1708.02002, section 5.1: gamma 2 works best; a detector, so no schedule to compare"
 
 LDAM_DRW = {
-    **LONG, "rates": steps(0.01, 1e-4), "mixup": 0.0, "head": "CosineHead", "head.cosine_scale": 30, "loss": "LDAMLoss", "loss.scale": 30,
+    **LONG, "rates": steps(0.01, 1e-4), "mixup": 0.0, "head": "CosineHead", "head.scale": 30, "loss": "LDAMLoss", "loss.scale": 30,
     "loss.max_margin": 0.5, "loss.class_balance": "none", "loss.beta": 0.9999, "loss.exponent": 1, "loss.renormalize": True,
     "deferred.epoch": 160, "deferred.class_balance": "effective", "deferred.sampler": None,
 }  # fmt: skip

@@ -22,7 +22,7 @@ from etflight.utils.lightning_private import (
     on_dead_process,
     replace_hyperparameters,
 )
-from etflight.utils.torch_private import broadcast_buffers, has_hooks, leave_out_of_broadcasts
+from etflight.utils.torch_private import broadcast_buffers, leave_out_of_broadcasts
 from etflight.utils.wandb_private import as_sent
 
 
@@ -35,14 +35,6 @@ def test_torch_ddp_leaves_the_named_buffers_of_a_module_alone():
     model = nn.BatchNorm1d(3)
     leave_out_of_broadcasts(model, ["running_mean", "num_batches_tracked"])
     assert [id(buffer) for buffer in broadcast_buffers(model)] == [id(model.running_var)]
-
-
-def test_torch_keeps_the_hooks_of_a_module_where_has_hooks_looks():
-    for kind in ("forward_pre", "forward", "full_backward_pre", "full_backward"):
-        model = nn.Linear(1, 1)
-        assert not has_hooks(model)
-        getattr(model, f"register_{kind}_hook")(lambda *_: None)
-        assert has_hooks(model)
 
 
 def test_lightning_calls_what_torch_has_deprecated_from_its_pytree():
