@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -24,9 +24,10 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from etflight import penalties
+from etflight.decision import RULES_OF_OPTIONS, Adjustment, Decision, is_of_another
 from etflight.heads import ETFHead, Head, codes_from_state_dict
 from etflight.hyperparameters import PLUGGABLE, differing, fixed_by, plain_arguments, plain_hyperparameters
-from etflight.losses import DotRegressionLoss, Loss, class_weights_of, log_prior
+from etflight.losses import DotRegressionLoss, Loss, class_weights_of
 from etflight.metrics.accuracy import SampleMean, TemperatureFit
 from etflight.metrics.evaluation import Evaluation, EvaluationMetrics
 from etflight.optim import (
@@ -42,7 +43,6 @@ from etflight.optim import (
 from etflight.utils.checkpoints import read_checkpoint, refuse_others
 from etflight.utils.errors import UserError, brief, warn
 from etflight.utils.lightning_private import hide_tips, ignore_own_deprecations, only_passes, replace_hyperparameters
-from etflight.utils.precision import at_least_float32
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.ranks import in_process_group
 from etflight.utils.specs import as_plain, from_spec, objections, to_spec
@@ -78,7 +78,6 @@ _FREE_WHEN_RESUMED = {"compile", "logit_adjustment", "adjustment", "pretrained",
 _has_weights = ContextVar(
     "_has_weights", default=False
 )  # whether a checkpoint's are loaded next, so that none need be fetched
-Adjustment = Literal["additive", "multiplicative"]
 Compile = bool | Literal["reduce-overhead", "max-autotune"]
 # the first type makes the parser find Lightning's ReduceLROnPlateau by this name instead of torch's
 ScheduleCallable = Callable[[Optimizer], MonitoredReduceLROnPlateau] | Callable[[Optimizer], LRScheduler]
@@ -108,8 +107,8 @@ class Classifier(LightningModule):
         in_chans: The number of channels of the images.
         pretrained: Whether the backbone starts from timm's weights.
         model_kwargs: Further arguments of timm's model, such as `{"width": 2}` for the CIFAR ResNets.
-        logit_adjustment: The τ of post-hoc logit adjustment (Menon et al. 2021): validation, test and predict decide by `z - τ T log π`,
-            with the training frequencies π that the checkpoint holds and the temperature T whose softmax the loss implies: 1 for
+        logit_adjustment: The τ of post-hoc logit adjustment (Menon et al. 2021): validation, test and predict decide by `z - τ T₀ log π`,
+            with the training frequencies π that the checkpoint holds and the temperature T₀ whose softmax the loss implies: 1 for
             cross-entropy, the loss's `default_temperature` for others. Training and the logged losses do not use it.
         adjustment: "additive" as above, or "multiplicative", which decides by `z π^(-τ)` (Hasegawa & Sato, ICLR 2024).
         layer_decay: The factor of the learning rate from a layer of the backbone to the one before it, above 0 and up to 1; the head has
@@ -128,8 +127,9 @@ class Classifier(LightningModule):
 
     Attributes:
         temperature: A scalar buffer that divides the logits of `predict` and of `ece_calibrated`, after any `logit_adjustment`, so it
-            never changes a decision. It is fitted on held-out validation images with the adjustment of that training; until then it is the
-            loss's default.
+            never changes a decision. It is fitted on held-out images, for one decision: that of the training it was fitted in, or that of an
+            evaluation with `etflight.callbacks.FitTemperature`. Until then, and for any other decision that a checkpoint's weights are
+            loaded for, it is the loss's default.
         is_calibrated: Whether the temperature was fitted.
         class_names: The names of the classes, from the data module or the checkpoint; None if unknown.
         preprocessing: Shape and normalisation of the images, from the data module trained on or the checkpoint; None if unknown.
@@ -296,7 +296,7 @@ class Classifier(LightningModule):
         Raises:
             UserError: There is a `logit_adjustment`, but no training counts.
         """
-        return self._adjusted(logits) / self.temperature
+        return self.decision.calibrated(logits)
 
     def cost(self, image_shape: Sequence[int]) -> "Cost":
         """Count the network's parameters, and its multiply-adds for an image of shape `[C, H, W]`."""
@@ -305,14 +305,29 @@ class Classifier(LightningModule):
 
         return network_cost(self.backbone, self.head, image_shape)
 
+    @property
+    def decision(self) -> Decision:
+        """What is done with the logits, as it is now."""
+        return Decision(
+            tau=float(self.hparams["logit_adjustment"]),
+            adjustment=self.hparams["adjustment"],
+            unit=partial(self.loss.default_temperature, self.head),
+            class_counts=self.class_counts,
+            temperature=self.temperature,
+            is_fitted=self.is_calibrated,
+            loss=type(self.loss).__name__,
+        )
+
     def describe_temperature(self) -> str:
         """Say what temperature the probabilities have, and where it comes from."""
-        temperature = float(self.temperature)
-        if temperature == 1:  # of a head put in for an evaluation, too, for which none was fitted
-            return "no temperature fitted: see --data.val_fraction"
-        if self.is_calibrated:
-            return f"temperature {temperature:.3g}, fitted on held-out images"
-        return f"temperature {temperature:.3g}, the default of {type(self.loss).__name__}"
+        return self.decision.describe_temperature()
+
+    def set_temperature(self, temperature: Tensor | None) -> None:
+        """Take a temperature that was fitted for the model's decision as it is now; None for the default of its loss."""
+        self.is_calibrated = temperature is not None
+        self.temperature.copy_(
+            torch.tensor(self.loss.default_temperature(self.head)) if temperature is None else temperature
+        )
 
     @property
     def names_or_labels(self) -> list[str]:
@@ -407,24 +422,9 @@ class Classifier(LightningModule):
         images, target = batch
         logits: Tensor = self(images)
         self.losses[f"{stage}_loss"].update(self.loss(logits, target), len(images))
-        logits = self._adjusted(logits)
+        logits = self.decision.adjusted(logits)
         self.evaluation_metrics[stage].update(logits, target, self.temperature)
         return logits
-
-    def _adjusted(self, logits: Tensor) -> Tensor:
-        """Apply the `logit_adjustment`: float32 or float64 `[B, K]`."""
-        logits, tau = at_least_float32(logits), float(self.hparams["logit_adjustment"])
-        if tau == 0:
-            return logits
-        if not bool(self.class_counts.any()):
-            raise UserError(
-                "logit_adjustment needs the training counts, which this model does not hold: give class_counts, or leave it out"
-            )
-        log_p = log_prior(self.class_counts.to(logits))
-        if self.hparams["adjustment"] == "multiplicative":
-            return logits * (-tau * log_p).exp()
-        unit: float = self.loss.default_temperature(self.head)
-        return logits - tau * unit * log_p
 
     # --- epochs ------------------------------------------------------------------------------------------------------------
 
@@ -439,6 +439,7 @@ class Classifier(LightningModule):
             self._bad_step.fill_(_NEVER)
             for metric in (*self.losses.values(), self.temperature_fit):
                 metric.reset()
+            self.set_temperature(None)  # one that was fitted is not that of the weights to come
         if stage == "fit" and (compile := self.hparams["compile"]):
             self.backbone.compile(mode="default" if compile is True else compile)
         data = data_module(self.trainer)
@@ -496,14 +497,15 @@ class Classifier(LightningModule):
     on_test_start = on_predict_start = _tell_differences
 
     def on_fit_start(self) -> None:
-        """Say how the data differ from those trained on; give averaged weights the class counts, and all processes the first one's frame.
+        """Say how the data differ from those trained on; give averaged weights the model's own facts, and all processes the first one's frame.
 
         The descent behind a code amplifies rounding, which may differ between machines.
         """
         self._tell_differences()
-        counts = self.class_counts.clone()
-        with averaged(self.trainer, self):  # an average that was made before the counts were known
+        counts, temperature = self.class_counts.clone(), self.temperature.clone()
+        with averaged(self.trainer, self):  # an average that was made before these were known
             self.class_counts.copy_(counts)
+            self.temperature.copy_(temperature)
         if in_process_group() and not self.head.weight.requires_grad:
             dist.broadcast(self.head.weight, 0)
 
@@ -563,9 +565,8 @@ class Classifier(LightningModule):
         if self._fits_temperature and not self.trainer.sanity_checking:
             temperature = self.temperature_fit.compute()
             with averaged(self.trainer, self):  # by now callbacks have removed the validated weights from the model
-                self.temperature.copy_(temperature)
-            self.temperature.copy_(temperature)
-            self.is_calibrated = True
+                self.set_temperature(temperature)
+            self.set_temperature(temperature)
         self.temperature_fit.reset()
         self.evaluation_metrics["val"].start(self.class_counts)
 
@@ -808,12 +809,20 @@ class Classifier(LightningModule):
             UserError: They are those of another model.
         """
         arguments, self._other_arguments = self._other_arguments, []
+        is_stale = is_of_another(arguments, self.hparams, fitted=self.is_calibrated)
         try:
             result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         except RuntimeError as error:
             other = [f"--model.{name}" for name in _ARCHITECTURE if name in arguments]
             what = f"other than {' and '.join(other)} says" if other else brief(error, 300)
             raise UserError(f"the checkpoint's weights are those of another model: {what}") from error
+        if is_stale:
+            if self.is_calibrated:
+                rank_zero_info(
+                    f"temperature {float(self.temperature):.3g} was fitted for another decision; this one has none: it is fitted in a test "
+                    "or prediction with the images of the training (its data options, --data.val_fraction included)"
+                )
+            self.set_temperature(None)
         if bool(self.class_counts.any()):
             self.loss.set_class_counts(self.class_counts)
         return result
@@ -859,11 +868,9 @@ class Classifier(LightningModule):
 
 def _check_numbers(given: Mapping[str, Any]) -> None:
     """Refuse options that no training can use, before a network is built or its weights are downloaded."""
-    adjustments = get_args(Adjustment)
     needs_radius = "it needs a radius: give sam_rho, for example 0.5"
     rules: list[tuple[str, Callable[[Any], bool], str]] = [
-        ("logit_adjustment", math.isfinite, "give a finite τ, 0 for none"),
-        ("adjustment", lambda name: name in adjustments, f"give one of {', '.join(adjustments)}"),
+        *RULES_OF_OPTIONS,
         ("layer_decay", lambda factor: 0 < factor <= 1, "give a factor from above 0 to 1, 1 for one learning rate"),
         ("sam_rho", lambda rho: 0 <= rho < math.inf, "give a finite radius, 0 for none"),
         ("sam_adaptive", lambda adapts: not adapts or given["sam_rho"] > 0, needs_radius),

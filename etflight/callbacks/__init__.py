@@ -9,12 +9,14 @@ from etflight.callbacks.fine_tuning import FineTuning
 from etflight.callbacks.post_hoc import NearestClassMean, PostHoc, TauNormalization
 from etflight.callbacks.progress import Speed
 from etflight.callbacks.stop_signals import StopSignals
+from etflight.callbacks.temperature import FitTemperature
 
 __all__ = [
     "CollapseFigures",
     "DeferredBalance",
     "ExponentialMovingAverage",
     "FineTuning",
+    "FitTemperature",
     "LastCheckpoint",
     "NearestClassMean",
     "NeuralCollapseMonitor",

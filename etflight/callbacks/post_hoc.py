@@ -2,35 +2,65 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import cast
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
-from etflight.callbacks.features import HEAD, EmbeddingSource, PassStatistics, evaluation_mode, trainer_sweep
+from etflight.callbacks.features import (
+    HEAD,
+    EmbeddingSource,
+    PassStatistics,
+    evaluation_mode,
+    plain_tensors,
+    sweep,
+    undisturbed,
+)
+from etflight.callbacks.temperature import decided, evaluation_batches
 from etflight.classifier import Classifier
-from etflight.heads import Head, LinearHead, ScaledLinearHead
+from etflight.heads import CosineHead, ETFHead, Head, LinearHead, ScaledLinearHead, codes_from_state_dict
+from etflight.losses import CrossEntropyLoss, DotRegressionLoss, Loss
 from etflight.utils.errors import UserError
 from etflight.utils.precision import at_least_float32, exact_product
+from etflight.utils.specs import Spec, from_spec, to_spec
 from etflight.utils.trainer import data_module
 from etflight.utils.training_data import other_images
+
+
+class _Trained(NamedTuple):
+    """What a method takes from a model, and gives back."""
+
+    head: Head
+    loss: Loss
+    temperature: Tensor
+    is_calibrated: bool
+    arguments: dict[str, Any]
 
 
 class PostHoc(Callback, ABC):
     """Validates, tests and predicts with another head of a `Classifier`.
 
-    Afterwards the model has its own head again, and no file of the model ever lost it. The temperature in a checkpoint was fitted to the
-    logits of the model's own head, so it is 1 meanwhile.
+    Meanwhile the model is an ordinary classifier of this head and of cross-entropy, since no loss has trained the head: its temperature is
+    1 until one is fitted for it (`FitTemperature`). Afterwards the model has its own head, loss and temperature again, and no file of the
+    model ever lost them. `applied` returns the ordinary classifier itself.
+
+    Attributes:
+        training_data: A data module with the images of the model's training, if the trainer's own has others; else None.
+        needs_training_data: Whether there is no new head without these images.
 
     Raises:
         UserError: It is used in training, where there is nothing to replace yet, or on a model with a `logit_adjustment`, which is for
             the logits of the model's own head.
     """
 
-    _own: tuple[Head, Tensor] | None = None
+    training_data: Any = None
+    needs_training_data: ClassVar[bool] = False
+    _own: _Trained | None = None
+    _stays = False
 
     @abstractmethod
     def new_head(self, trainer: Trainer, model: Classifier) -> Head:
@@ -61,25 +91,50 @@ class PostHoc(Callback, ABC):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace the head."""
         model = cast(Classifier, pl_module)
-        with torch.no_grad(), evaluation_mode(model):
-            head = self.new_head(trainer, model)
-        rank_zero_info(f"{type(self).__name__} decides in place of the trained {type(model.head).__name__}")
-        self._own = model.head, model.temperature
-        model.head = head.eval()
-        model.temperature = torch.ones_like(model.temperature)
+        with torch.no_grad(), plain_tensors(), evaluation_mode(model):
+            head = self.new_head(trainer, model).eval()
+            rank_zero_info(f"{type(self).__name__} decides in place of the trained {type(model.head).__name__}")
+            arguments = {name: model.hparams[name] for name in ("head", "loss")}
+            self._own = _Trained(model.head, model.loss, model.temperature, model.is_calibrated, arguments)
+            model.hparams["head"] = head.__dict__.get("spec", arguments["head"])
+            model.hparams["loss"] = to_spec(CrossEntropyLoss, "loss")
+            model.head, model.loss = head, CrossEntropyLoss().eval()
+            model.temperature = torch.empty_like(model.temperature)
+            model.set_temperature(None)
 
     on_test_start = on_predict_start = on_validation_start
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the model its head back."""
-        if self._own is not None:
+        if self._own is not None and not self._stays:
             model = cast(Classifier, pl_module)
-            model.head, model.temperature = self._own
-            self._own = None
+            model.head, model.loss, model.temperature, model.is_calibrated = self._own[:4]
+            model.hparams.update(self._own.arguments)
+        self._own = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the model its head back."""
         self.teardown(trainer, pl_module, "")
+
+    def applied(self, model: Classifier, data: Any, image_shape: tuple[int, ...] | None = None) -> Classifier:
+        """Return the ordinary classifier that decides as this method does with a trained model, which stays as it is.
+
+        It tests, predicts and exports like any other, and a checkpoint of it loads if the trained head is one of etflight's.
+
+        Args:
+            model: The trained model.
+            data: The data module of its training, or None; a temperature is fitted if it has held-out images.
+            image_shape: The shape `[C, H, W]` of the images; None: that of the data.
+
+        Returns:
+            The classifier, in evaluation mode, on the CPU.
+        """
+        known = self.training_data
+        self.training_data, self._stays = data, True
+        try:
+            return decided(model, data, image_shape or data.preprocessing.input_size, self)
+        finally:
+            self.training_data, self._stays = known, False
 
 
 class TauNormalization(PostHoc):
@@ -111,14 +166,15 @@ class TauNormalization(PostHoc):
             )
         weight = at_least_float32(head.weight.detach())
         norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
-        return _Replacement(head, weight / norm**self.tau)
+        return _head_of(model, weight / norm**self.tau)
 
 
 class NearestClassMean(PostHoc):
     """Nearest class mean (NCM): an image belongs to the class whose mean training embedding has the largest cosine with its own.
 
     The means are those of all training images, without augmentation, in evaluation mode: summed in one pass in float64, over all processes.
-    The logits are the cosines, so the softmax is never confident.
+    The logits are `s cos`. Their scale s gives an embedding that points to its class mean the probability 0.99, as the default temperature
+    of dot regression does (`DotRegressionLoss.default_temperature`): the softmax of cosines themselves is never confident.
 
     Raises:
         UserError: When it starts: the training images are not the checkpoint's, or there is no data module of this package.
@@ -128,9 +184,11 @@ class NearestClassMean(PostHoc):
         with cosine similarity.
     """
 
+    needs_training_data = True
+
     def new_head(self, trainer: Trainer, model: Classifier) -> Head:
         """Keep the trained embedding, and take the class means as class vectors."""
-        data = data_module(trainer)
+        data = self.training_data or data_module(trainer)
         if not hasattr(data, "eval_dataloader"):
             raise UserError(
                 "NearestClassMean takes the training images from a data module of etflight: give datamodule="
@@ -140,29 +198,79 @@ class NearestClassMean(PostHoc):
                 f"NearestClassMean: {differ}: give the data options of its training (--data.imbalance_ratio and the like)"
             )
         passed = PassStatistics(model.head.num_classes, model.device, scatter=False)
-        source = EmbeddingSource(model, "head")
-        trainer_sweep(trainer, model, data.eval_dataloader("train"), source, passed)
+        source, batches = EmbeddingSource(model, "head"), evaluation_batches(model, data, "train")
+        with undisturbed(trainer, model):
+            sweep(batches, source, passed, forward_context=trainer.precision_plugin.forward_context)
         means = passed.compute()[HEAD].means
         if len(empty := (~means.isfinite().all(1)).nonzero().flatten()):
             raise UserError(
                 f"NearestClassMean: class {model.names_or_labels[int(empty[0])]} has no training image that can be read, so it has no mean"
             )
-        return _Replacement(model.head, F.normalize(means, dim=1).to(at_least_float32(model.temperature)), cosine=True)
+        vectors = F.normalize(means, dim=1).to(at_least_float32(model.temperature))
+        return _head_of(model, vectors, cosine_scale=_sure_scale(vectors))
+
+
+# A head of other class vectors --------------------------------------------------------------------------------------
+
+_SAME_EMBEDDING = (LinearHead, ScaledLinearHead, CosineHead, ETFHead)  # a subclass may embed in another way
+
+
+def _head_of(model: Classifier, vectors: Tensor, cosine_scale: float | None = None) -> Head:
+    """Make a head on the embedding of the trained one, without biases.
+
+    It is one of etflight's if the trained head is, and then has `spec`, from which a checkpoint makes it again.
+
+    Args:
+        model: The trained model.
+        vectors: The class vectors `[K, d']`.
+        cosine_scale: The factor of the cosines that are the logits; None for the products of embedding and class vectors.
+    """
+    trained = model.head
+    if type(trained) not in _SAME_EMBEDDING:
+        return _Replacement(trained, vectors, cosine_scale)
+    spec = _spec_of(trained, to_spec(model.hparams["head"], "head")["init_args"], cosine_scale)
+    with codes_from_state_dict():
+        head: Head = from_spec(spec, Head, "head")(trained.in_features, trained.num_classes)
+    own, state = head.state_dict(), trained.state_dict()
+    head.load_state_dict({name: state.get(name) for name in own} | {"weight": vectors})
+    head.to(vectors.device).to(model.temperature.dtype).requires_grad_(False)
+    head.weight.data = vectors  # in float32 at least, whatever the network has
+    head.__dict__["spec"] = spec
+    return head
+
+
+def _spec_of(trained: Head, arguments: dict[str, Any], cosine_scale: float | None) -> Spec:
+    if isinstance(trained, ETFHead):
+        fixed = {"normalize": True, "scale": cosine_scale, "learn_scale": False, "reserved_classes": 0}
+        return to_spec(partial(ETFHead, **{**arguments, **fixed}), "head")
+    kept = {name: arguments[name] for name in ("feature_batch_norm", "feature_normalize") if name in arguments}
+    if cosine_scale is None:
+        return to_spec(partial(LinearHead, **kept, use_bias=False), "head")
+    kept.pop("feature_normalize", None)  # a cosine head always does
+    return to_spec(partial(CosineHead, **kept, cosine_scale=cosine_scale), "head")
+
+
+def _sure_scale(vectors: Tensor) -> float:
+    """The scale of cosines with which an embedding on its class vector has the probability `etflight.losses.SURE`."""
+    head = nn.Module()
+    head.register_buffer("weight", vectors)
+    return 1 / max(DotRegressionLoss().default_temperature(head), 1e-4)  # class vectors may be equal
 
 
 class _Replacement(Head):
-    """Fixed class vectors, without biases, on the embedding of a trained head."""
+    """Fixed class vectors, without biases, on the embedding of a trained head of the user's own."""
 
-    def __init__(self, trained: Head, weight: Tensor, *, cosine: bool = False) -> None:
+    def __init__(self, trained: Head, weight: Tensor, cosine_scale: float | None) -> None:
         super().__init__(trained.in_features, trained.num_classes)
         self.trained = trained
-        self.cosine = cosine
+        self.scale = 1.0 if cosine_scale is None else cosine_scale
+        self.feature_normalize = cosine_scale is not None  # the export switches it off to find the part that is linear
         self.register_buffer("weight", weight)
         self.bias = None
 
     def embed(self, features: Tensor) -> Tensor:
         embedding = at_least_float32(self.trained.embed(features))
-        return F.normalize(embedding, dim=1) if self.cosine else embedding
+        return F.normalize(embedding, dim=1) if self.feature_normalize else embedding
 
     def forward(self, features: Tensor) -> Tensor:
-        return exact_product(self.embed(features), self.weight)
+        return exact_product(self.embed(features), self.weight) * self.scale

@@ -8,6 +8,7 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
 from etflight.classifier import Classifier
+from etflight.cli.data_option import data_parser, parse
 from etflight.data import ImageDataModule
 from etflight.runs.folder import last_checkpoint, run_of
 from etflight.utils.errors import UserError, brief, warn
@@ -97,6 +98,25 @@ def data_as_trained(
     refuse_other_shape(f"checkpoint {checkpoint}", *takes, data)
     for line in classifier.differences(data, images=images):
         warn(line)
+    return data
+
+
+def data_of_run(folder: Path, known: Preprocessing | None, command: str) -> ImageDataModule:
+    """Build the data module that the `config.yaml` of a run folder describes.
+
+    Args:
+        folder: The run folder.
+        known: What the checkpoint knows of its images, or None.
+        command: The command that needs them, for errors.
+
+    Raises:
+        UserError: There is no such file, or no data can be built from it.
+    """
+    parser = data_parser(command, "The images of a run.")
+    config = parse(parser, [], str(folder))
+    prepare_as_trained(config.data, known)
+    data: ImageDataModule = parser.instantiate(config).data
+    data.prepare_data()
     return data
 
 

@@ -23,7 +23,16 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities import rank_zero_info
 
-from etflight.callbacks import FineTuning, LastCheckpoint, NeuralCollapseMonitor, PostHoc, Speed, StepSeed, StopSignals
+from etflight.callbacks import (
+    FineTuning,
+    FitTemperature,
+    LastCheckpoint,
+    NeuralCollapseMonitor,
+    PostHoc,
+    Speed,
+    StepSeed,
+    StopSignals,
+)
 from etflight.callbacks.averaging import StochasticWeightAverage
 from etflight.callbacks.balance import DoubleCorrection
 from etflight.callbacks.checkpoint import KEY as CHECKPOINT_KEY
@@ -36,7 +45,7 @@ from etflight.cli.argv import EarlyOptions, split_config_files
 from etflight.cli.checkpoint_option import prepare_as_trained
 from etflight.cli.parser import OneLineParser, how_to_name_run, import_modules
 from etflight.cli.place import Place
-from etflight.cli.predict import add_prediction_arguments, as_data, images_of
+from etflight.cli.predict import add_prediction_arguments, as_data, images_of, images_of_training
 from etflight.cli.second_stage import leave_out_first_stage
 from etflight.cli.unsupported import refuse_missing_hardware, refuse_unsupported
 from etflight.data.base import ImageDataModule
@@ -218,11 +227,12 @@ class EtflightCLI(LightningCLI):
                 import_modules([needed.rpartition(".")[0]])
             else:
                 defaults -= {name}
+        self.saved_preprocessing = Preprocessing.in_checkpoint(content)
         plain_hyperparameters(content, Classifier, given)  # by now all that the user has named is imported
         parser.set_defaults({f"{stage}.model.{name}": model[name] for name in defaults})
         self.config = parser.parse_args([*files, *words])
         if stage != "fit":
-            prepare_as_trained(self.config[stage]["data"], Preprocessing.in_checkpoint(content))
+            prepare_as_trained(self.config[stage]["data"], self.saved_preprocessing)
 
     def before_instantiate_classes(self) -> None:
         """Put the found checkpoint into the configuration, and claim the run folder.
@@ -240,7 +250,8 @@ class EtflightCLI(LightningCLI):
         if self.subcommand != "fit":
             before = {"logit_adjustment": 0.0, "adjustment": "additive", **self.saved_model}
             adjusted = any(config["model"][name] != before[name] for name in ("logit_adjustment", "adjustment"))
-            place.move_to_training(decides_otherwise=adjusted or config["post_hoc"] is not None)
+            self.decides_otherwise = adjusted or config["post_hoc"] is not None
+            place.move_to_training(decides_otherwise=self.decides_otherwise)
             if config["fine_tuning"]["checkpoint"] is None:  # only a training starts from another run
                 config["fine_tuning"]["load"] = None
         elif config["first_stage"] and config["fine_tuning"]["checkpoint"] is None:
@@ -287,6 +298,15 @@ class EtflightCLI(LightningCLI):
         if model := self.saved_model:
             name = f"checkpoint {self.place.checkpoint}"
             refuse_other_shape(name, model["num_classes"], model.get("in_chans", 3), self.datamodule)
+
+    def before_predict(self) -> None:
+        """Give what decides in place of the trained head the images of its training, which are not those of `--images`."""
+        if not (self.images and self.decides_otherwise):
+            return
+        takers = callbacks_of(self.trainer, PostHoc), callbacks_of(self.trainer, FitTemperature)
+        data = images_of_training(self.place.trained_in, self.saved_preprocessing, takers[0])
+        for callback in (*takers[0], *takers[1]):
+            callback.training_data = data
 
     def before_fit(self) -> None:
         """Refuse a training that could not be what the run's files say."""
@@ -346,7 +366,7 @@ class EtflightCLI(LightningCLI):
                 callbacks += _as_list(config["monitor"])
         callbacks += _as_list(config["post_hoc"])
         callbacks += [user for user in users if not isinstance(user, StochasticWeightAveraging)]
-        callbacks += [StepNotice(), DoubleCorrection(), TestResults(self.verbose)]
+        callbacks += [StepNotice(), DoubleCorrection(), FitTemperature(), TestResults(self.verbose)]
         if self.subcommand == "predict":
             output = Path(config["output"] or folder / TABLE)
             callbacks.append(PredictionTable(output, config["top_k"], config["embeddings"]))
