@@ -127,9 +127,8 @@ class Classifier(LightningModule):
 
     Attributes:
         temperature: A scalar buffer that divides the logits of `predict` and of `ece_calibrated`, after any `logit_adjustment`, so it
-            never changes a decision. It is fitted on held-out images, for one decision: that of the training it was fitted in, or that of an
-            evaluation with `etflight.callbacks.FitTemperature`. Until then, and for any other decision that a checkpoint's weights are
-            loaded for, it is the loss's default.
+            never changes a decision. It is fitted on held-out images for one decision: that of the training, or that of an evaluation with
+            `etflight.callbacks.FitTemperature`. Until then, and for any other decision, it is the loss's default.
         is_calibrated: Whether the temperature was fitted.
         class_names: The names of the classes, from the data module or the checkpoint; None if unknown.
         preprocessing: Shape and normalisation of the images, from the data module trained on or the checkpoint; None if unknown.
@@ -497,7 +496,7 @@ class Classifier(LightningModule):
     on_test_start = on_predict_start = _tell_differences
 
     def on_fit_start(self) -> None:
-        """Say how the data differ from those trained on; give averaged weights the model's own facts, and all processes the first one's frame.
+        """Say how the data differ from those trained on; give averaged weights the model's facts, and all processes one frame.
 
         The descent behind a code amplifies rounding, which may differ between machines.
         """

@@ -251,6 +251,21 @@ class CrossEntropyLoss(Loss):
         return -((1 - self.label_smoothing) * (target * log_p).sum(dim=1) + smoothing)
 
 
+def temperature_of_cosines(vectors: Tensor) -> float:
+    """The temperature of the softmax of cosines at which an embedding that equals its class vector has the probability `SURE`.
+
+    Without it the largest probability would be 0.25 at best for ten classes. With the mean cosine c of two class vectors, -1/(K-1) in a
+    simplex, it is `(1 - c) / log((K-1) SURE / (1 - SURE))`.
+
+    Args:
+        vectors: The class vectors `[K, d]`, of norm 1.
+    """
+    vectors = in_float64(vectors)
+    K = len(vectors)
+    cosine = float((vectors.sum(dim=0).square().sum() - K) / (K * (K - 1)))
+    return (1 - cosine) / math.log((K - 1) * SURE / (1 - SURE))
+
+
 @dataclass(eq=False, kw_only=True, repr=False)
 class DotRegressionLoss(Loss):
     """Dot regression: pull the embedding onto its class vector, with no push from the others.
@@ -295,13 +310,9 @@ class DotRegressionLoss(Loss):
     def default_temperature(self, head: Any) -> float:
         """Return the temperature at which an embedding that equals its class vector has the probability `SURE`.
 
-        Dot regression pulls each logit to `length` and has no softmax of its own; that of cosines would be 0.25 at best for ten classes.
-        With the mean cosine c of two class vectors, -1/(K-1) in a simplex, T = length (1 - c) / log((K-1) SURE / (1 - SURE)).
+        Dot regression pulls each logit to `length` and has no softmax of its own; see `temperature_of_cosines`.
         """
-        vectors = in_float64(head.class_vectors.detach())
-        K = len(vectors)
-        cosine = float((vectors.sum(dim=0).square().sum() - K) / (K * (K - 1)))
-        return self.length * (1 - cosine) / math.log((K - 1) * SURE / (1 - SURE))
+        return self.length * temperature_of_cosines(head.class_vectors.detach())
 
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the squared errors `[B]`."""

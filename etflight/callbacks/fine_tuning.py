@@ -178,7 +178,8 @@ class FineTuning(Callback):
         if isinstance(head, ETFHead):
             width = f"--model.head.projection_dim {head.in_features}, or a wider one with --model.head.linear_projection true"
             mend = f"give {width}, or {mend}"
-        return f"{type(head).__name__} cannot learn on a frozen backbone, since nothing turns its features to the fixed class vectors: {mend}"
+        name = type(head).__name__
+        return f"{name} cannot learn on a frozen backbone, since nothing turns its features to the fixed class vectors: {mend}"
 
     def _set_frozen(self, pl_module: LightningModule, frozen: bool) -> None:
         for parameter in self._held:

@@ -22,10 +22,11 @@ from etflight.callbacks.features import (
 )
 from etflight.callbacks.temperature import decided, evaluation_batches
 from etflight.classifier import Classifier
+from etflight.embedder import Embedder
 from etflight.heads import CosineHead, ETFHead, Head, LinearHead, ScaledLinearHead, codes_from_state_dict
-from etflight.losses import CrossEntropyLoss, DotRegressionLoss, Loss
+from etflight.losses import CrossEntropyLoss, Loss, temperature_of_cosines
 from etflight.utils.errors import UserError
-from etflight.utils.precision import at_least_float32, exact_product
+from etflight.utils.precision import at_least_float32
 from etflight.utils.specs import Spec, from_spec, to_spec
 from etflight.utils.trainer import data_module
 from etflight.utils.training_data import other_images
@@ -174,7 +175,7 @@ class NearestClassMean(PostHoc):
 
     The means are those of all training images, without augmentation, in evaluation mode: summed in one pass in float64, over all processes.
     The logits are `s cos`. Their scale s gives an embedding that points to its class mean the probability 0.99, as the default temperature
-    of dot regression does (`DotRegressionLoss.default_temperature`): the softmax of cosines themselves is never confident.
+    of dot regression does (`etflight.losses.temperature_of_cosines`): the softmax of cosines themselves is never confident.
 
     Raises:
         UserError: When it starts: the training images are not the checkpoint's, or there is no data module of this package.
@@ -207,7 +208,8 @@ class NearestClassMean(PostHoc):
                 f"NearestClassMean: class {model.names_or_labels[int(empty[0])]} has no training image that can be read, so it has no mean"
             )
         vectors = F.normalize(means, dim=1).to(at_least_float32(model.temperature))
-        return _head_of(model, vectors, cosine_scale=_sure_scale(vectors))
+        # class vectors may all be equal
+        return _head_of(model, vectors, scale=1 / max(temperature_of_cosines(vectors), 1e-4))
 
 
 # A head of other class vectors --------------------------------------------------------------------------------------
@@ -215,62 +217,50 @@ class NearestClassMean(PostHoc):
 _SAME_EMBEDDING = (LinearHead, ScaledLinearHead, CosineHead, ETFHead)  # a subclass may embed in another way
 
 
-def _head_of(model: Classifier, vectors: Tensor, cosine_scale: float | None = None) -> Head:
-    """Make a head on the embedding of the trained one, without biases.
+def _head_of(model: Classifier, vectors: Tensor, scale: float | None = None) -> Head:
+    """Make a head on the embedder of the trained one, without biases.
 
     It is one of etflight's if the trained head is, and then has `spec`, from which a checkpoint makes it again.
 
     Args:
         model: The trained model.
         vectors: The class vectors `[K, d']`.
-        cosine_scale: The factor of the cosines that are the logits; None for the products of embedding and class vectors.
+        scale: The factor of the cosines that are the logits; None for the products of embedding and class vectors.
     """
     trained = model.head
     if type(trained) not in _SAME_EMBEDDING:
-        return _Replacement(trained, vectors, cosine_scale)
-    spec = _spec_of(trained, to_spec(model.hparams["head"], "head")["init_args"], cosine_scale)
+        return _Replacement(trained, vectors, scale)
+    spec = _spec_of(trained, to_spec(model.hparams["head"], "head")["init_args"], scale)
     with codes_from_state_dict():
         head: Head = from_spec(spec, Head, "head")(trained.in_features, trained.num_classes)
-    own, state = head.state_dict(), trained.state_dict()
-    head.load_state_dict({name: state.get(name) for name in own} | {"weight": vectors})
+    state = trained.state_dict()
+    head.load_state_dict({name: state.get(name) for name in head.state_dict()} | {"weight": vectors})
     head.to(vectors.device).to(model.temperature.dtype).requires_grad_(False)
     head.weight.data = vectors  # in float32 at least, whatever the network has
     head.__dict__["spec"] = spec
     return head
 
 
-def _spec_of(trained: Head, arguments: dict[str, Any], cosine_scale: float | None) -> Spec:
+def _spec_of(trained: Head, arguments: dict[str, Any], scale: float | None) -> Spec:
     if isinstance(trained, ETFHead):
-        fixed = {"normalize": True, "scale": cosine_scale, "learn_scale": False, "reserved_classes": 0}
+        fixed = {"normalize": True, "scale": scale, "learn_scale": False, "reserved_classes": 0}
         return to_spec(partial(ETFHead, **{**arguments, **fixed}), "head")
-    kept = {name: arguments[name] for name in ("feature_batch_norm", "feature_normalize") if name in arguments}
-    if cosine_scale is None:
+    kept = {name: arguments[name] for name in ("batch_norm", "normalize") if name in arguments}
+    if scale is None:
         return to_spec(partial(LinearHead, **kept, use_bias=False), "head")
-    kept.pop("feature_normalize", None)  # a cosine head always does
-    return to_spec(partial(CosineHead, **kept, cosine_scale=cosine_scale), "head")
-
-
-def _sure_scale(vectors: Tensor) -> float:
-    """The scale of cosines with which an embedding on its class vector has the probability `etflight.losses.SURE`."""
-    head = nn.Module()
-    head.register_buffer("weight", vectors)
-    return 1 / max(DotRegressionLoss().default_temperature(head), 1e-4)  # class vectors may be equal
+    kept.pop("normalize", None)  # a cosine head always does
+    return to_spec(partial(CosineHead, **kept, scale=scale), "head")
 
 
 class _Replacement(Head):
-    """Fixed class vectors, without biases, on the embedding of a trained head of the user's own."""
+    """Fixed class vectors, without biases, on the embedder of a trained head of the user's own."""
 
-    def __init__(self, trained: Head, weight: Tensor, cosine_scale: float | None) -> None:
-        super().__init__(trained.in_features, trained.num_classes)
-        self.trained = trained
-        self.scale = 1.0 if cosine_scale is None else cosine_scale
-        self.feature_normalize = cosine_scale is not None  # the export switches it off to find the part that is linear
-        self.register_buffer("weight", weight)
+    def __init__(self, trained: Head, vectors: Tensor, scale: float | None) -> None:
+        embedder = trained.embedder if scale is None else nn.Sequential(trained.embedder, _unit(vectors))
+        super().__init__(trained.in_features, trained.num_classes, embedder=embedder, scale=scale or 1.0)
+        self.register_buffer("weight", vectors)
         self.bias = None
 
-    def embed(self, features: Tensor) -> Tensor:
-        embedding = at_least_float32(self.trained.embed(features))
-        return F.normalize(embedding, dim=1) if self.feature_normalize else embedding
 
-    def forward(self, features: Tensor) -> Tensor:
-        return exact_product(self.embed(features), self.weight) * self.scale
+def _unit(vectors: Tensor) -> Embedder:
+    return Embedder(vectors.shape[1], normalize=True)

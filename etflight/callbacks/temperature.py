@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from etflight.callbacks.features import plain_tensors, undisturbed
 from etflight.classifier import Batch, Classifier
@@ -55,8 +55,8 @@ def has_held_out_images(model: Classifier, data: Any) -> bool:
 
 def fit_temperature(trainer: Trainer, model: Classifier, data: Any) -> None:
     """Fit the temperature of a model's decision on the validation images of a data module."""
-    fit = TemperatureFit().to(model.device)
     with plain_tensors(), undisturbed(trainer, model):
+        fit = TemperatureFit().to(model.device)
         for images, labels in evaluation_batches(model, data, "val"):
             with trainer.precision_plugin.forward_context():
                 logits = model(images)
@@ -91,6 +91,6 @@ def decided(model: Classifier, data: Any, image_shape: tuple[int, ...], *methods
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
     trainer = Trainer(callbacks=[*methods, FitTemperature(data)], devices=1, **silent)
-    trainer.predict(model, DataLoader(torch.zeros(1, *image_shape)), return_predictions=False)
+    trainer.predict(model, DataLoader(TensorDataset(torch.zeros(1, *image_shape))), return_predictions=False)
     model.trainer = None
     return model.cpu().eval()

@@ -1,5 +1,6 @@
 """What the commands that take a trained model share: the checkpoint, the device, and how it wants its images."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,12 @@ def device_of(config: Namespace) -> torch.device:
     return device
 
 
-def load_classifier(run: str) -> tuple[Path, Classifier]:
+def load_classifier(run: str, options: Mapping[str, Any] = {}) -> tuple[Path, Classifier]:
     """Load a trained model.
 
     Args:
         run: A run folder, whose last checkpoint is meant, or a checkpoint.
+        options: Arguments of the model that replace those in the checkpoint.
 
     Returns:
         The path of the checkpoint, and its model.
@@ -52,7 +54,7 @@ def load_classifier(run: str) -> tuple[Path, Classifier]:
     """
     path = Path(run)
     checkpoint = last_checkpoint(path) if path.is_dir() else path
-    return checkpoint, Classifier.load_from_checkpoint(checkpoint)
+    return checkpoint, Classifier.load_from_checkpoint(checkpoint, **options)
 
 
 def class_vectors(classifier: Classifier, checkpoint: Path) -> Tensor:
@@ -101,22 +103,32 @@ def data_as_trained(
     return data
 
 
-def data_of_run(folder: Path, known: Preprocessing | None, command: str) -> ImageDataModule:
-    """Build the data module that the `config.yaml` of a run folder describes.
+def images_of_training(
+    run: Path | None, known: Preprocessing | None, command: str, needed_by: str | None
+) -> ImageDataModule | None:
+    """The images of the training in a run folder, as its `config.yaml` describes them; None if they cannot be told and nothing needs them.
 
     Args:
-        folder: The run folder.
+        run: The run folder of the checkpoint, or None.
         known: What the checkpoint knows of its images, or None.
-        command: The command that needs them, for errors.
+        command: The command, for errors.
+        needed_by: The name of what decides in place of the trained head and needs them, or None.
 
     Raises:
-        UserError: There is no such file, or no data can be built from it.
+        UserError: They are needed, and cannot be told.
     """
     parser = data_parser(command, "The images of a run.")
-    config = parse(parser, [], str(folder))
-    prepare_as_trained(config.data, known)
-    data: ImageDataModule = parser.instantiate(config).data
-    data.prepare_data()
+    try:
+        if run is None:
+            raise UserError("the checkpoint is not in a run folder, whose config.yaml tells them")
+        config = parse(parser, [], str(run))
+        prepare_as_trained(config.data, known)
+        data: ImageDataModule = parser.instantiate(config).data
+        data.prepare_data()
+    except UserError as error:
+        if needed_by is None:
+            return None
+        raise UserError(f"{needed_by} needs the images of the training: {error}") from error
     return data
 
 

@@ -6,9 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from etflight.callbacks import PostHoc
+from etflight.callbacks.temperature import decided
 from etflight.classifier import Classifier
-from etflight.cli.checkpoint_option import data_as_trained, load_classifier
+from etflight.cli.checkpoint_option import data_as_trained, images_of_training, load_classifier
 from etflight.cli.data_option import data_parser, parse
+from etflight.cli.decision_option import add_decision, asked_decision
 from etflight.cli.parser import OneLineParser, add_imports
 from etflight.export import graph
 from etflight.export.card import model_card
@@ -36,22 +39,39 @@ def main(argv: Sequence[str]) -> None:
     output = Path(config.output)
     if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} exists already and stays as it is: give a new folder")
-    checkpoint, classifier = load_classifier(config.run)
+    asked = asked_decision(config)
+    checkpoint, classifier = load_classifier(str(asked.checkpoint), asked.adjustment)
     classifier.eval().requires_grad_(False)
-    preprocessing = classifier.preprocessing
+    preprocessing, data = classifier.preprocessing, None
     if config.get("data") is not None:
-        preprocessing = data_as_trained(parser, config, classifier, str(checkpoint)).preprocessing
+        data = data_as_trained(parser, config, classifier, str(checkpoint))
+        preprocessing = data.preprocessing
     if preprocessing is None:
         raise UserError(
             f"checkpoint {checkpoint} does not say how its images were normalised, since it was trained without a data module of "
             "etflight's: give its data, as in --data FashionMNIST or -c RUN/config.yaml"
         )
+    run, at_its_end = _run_of(checkpoint.absolute())
+    tested_in = run if at_its_end else None
+    if asked.is_another:
+        needs = type(asked.method).__name__ if asked.method is not None and asked.method.needs_training_data else None
+        data = data or images_of_training(run, preprocessing, "export", needs)
+        apply = decided if asked.method is None else asked.method.applied
+        classifier = apply(classifier, data, preprocessing.input_size).requires_grad_(False)
+        tested_in = asked.folder
     with _new_folder(output) as folder:
         calibrated = _write(config.format, classifier, preprocessing, folder)
-        run, at_its_end = _run_of(checkpoint.absolute())
         name = output.absolute().name
         card, problems = model_card(
-            name, classifier, preprocessing, calibrated, run, config.license, at_its_end=at_its_end
+            name,
+            classifier,
+            preprocessing,
+            calibrated,
+            run,
+            config.license,
+            at_its_end=at_its_end,
+            tested_in=tested_in,
+            decides=_in_words(asked.method, classifier),
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
     out = console()
@@ -82,6 +102,13 @@ def _run_of(checkpoint: Path) -> tuple[Path | None, bool]:
     run = run_of(checkpoint)
     at_its_end = run is not None and same_folder(checkpoint, last_checkpoint(run))
     return run if at_its_end or (run is not None and (run / RECORD).is_file()) else None, at_its_end
+
+
+def _in_words(method: PostHoc | None, classifier: Classifier) -> str:
+    adjustment = classifier.decision.describe_adjustment()
+    if method is not None:
+        return f"`{type(method).__name__}` decides in place of the trained head."
+    return f"The logits of the trained head decide after {adjustment}." if adjustment else ""
 
 
 # The folder ---------------------------------------------------------------------------------------------------------
@@ -137,6 +164,7 @@ def _parser() -> OneLineParser:
         default=["timm"],
         help="timm: model.safetensors and config.json for timm.create_model('local-dir:…'); onnx: model.onnx; torch-export: model.pt2.",
     )
+    add_decision(parser)
     parser.add_argument(
         "--license",
         type=str | None,

@@ -1,16 +1,12 @@
 """`etflight predict` on images from anywhere: its arguments, and the data module that it builds."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
-from etflight.callbacks import PostHoc
 from etflight.cli.argv import EarlyOptions
-from etflight.cli.checkpoint_option import data_of_run
-from etflight.data import ImageDataModule
 from etflight.utils.errors import UserError
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.terminal import readable
@@ -46,30 +42,6 @@ def images_of(options: EarlyOptions) -> list[str]:
     if not isinstance(given, list):
         raise UserError(f"images in a configuration file is {given!r:.60}: give a list, as in images: [photos/]")
     return list(map(str, given))
-
-
-def images_of_training(
-    run: Path | None, known: Preprocessing | None, methods: Sequence[PostHoc]
-) -> ImageDataModule | None:
-    """The images of the training in a run folder; None if they cannot be told and no method needs them.
-
-    Args:
-        run: The run folder of the checkpoint, or None.
-        known: What the checkpoint knows of its images, or None.
-        methods: What decides in place of the trained head.
-
-    Raises:
-        UserError: A method needs them, and there is no run folder that tells them.
-    """
-    needs = next((type(method).__name__ for method in methods if method.needs_training_data), None)
-    try:
-        if run is None:
-            raise UserError("the checkpoint is not in a run folder, whose config.yaml tells them")
-        return data_of_run(run, known, "predict")
-    except UserError as error:
-        if needs is None:
-            return None
-        raise UserError(f"{needs} needs the images of the training: {error}") from error
 
 
 def as_data(options: EarlyOptions, path: Path, checkpoint: dict[str, Any]) -> list[str]:

@@ -42,10 +42,10 @@ from etflight.callbacks.results import TestResults
 from etflight.classifier import Classifier
 from etflight.cli import STAGES
 from etflight.cli.argv import EarlyOptions, split_config_files
-from etflight.cli.checkpoint_option import prepare_as_trained
+from etflight.cli.checkpoint_option import images_of_training, prepare_as_trained
 from etflight.cli.parser import OneLineParser, how_to_name_run, import_modules
 from etflight.cli.place import Place
-from etflight.cli.predict import add_prediction_arguments, as_data, images_of, images_of_training
+from etflight.cli.predict import add_prediction_arguments, as_data, images_of
 from etflight.cli.second_stage import leave_out_first_stage
 from etflight.cli.unsupported import refuse_missing_hardware, refuse_unsupported
 from etflight.data.base import ImageDataModule
@@ -303,10 +303,13 @@ class EtflightCLI(LightningCLI):
         """Give what decides in place of the trained head the images of its training, which are not those of `--images`."""
         if not (self.images and self.decides_otherwise):
             return
-        takers = callbacks_of(self.trainer, PostHoc), callbacks_of(self.trainer, FitTemperature)
-        data = images_of_training(self.place.trained_in, self.saved_preprocessing, takers[0])
-        for callback in (*takers[0], *takers[1]):
-            callback.training_data = data
+        takers = [each for each in self.trainer.callbacks if isinstance(each, PostHoc | FitTemperature)]  # type: ignore[attr-defined]
+        needs = next(
+            (type(each).__name__ for each in takers if isinstance(each, PostHoc) and each.needs_training_data), None
+        )
+        data = images_of_training(self.place.trained_in, self.saved_preprocessing, "predict", needs)
+        for each in takers:
+            each.training_data = data
 
     def before_fit(self) -> None:
         """Refuse a training that could not be what the run's files say."""

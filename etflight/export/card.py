@@ -79,6 +79,8 @@ def model_card(
     licence: str | None = None,
     *,
     at_its_end: bool = True,
+    tested_in: Path | None = None,
+    decides: str = "",
 ) -> tuple[str, list[str]]:
     """Write a card in Markdown, with the metadata that the Hugging Face Hub reads.
 
@@ -89,30 +91,35 @@ def model_card(
         formats: The formats written, and whether the softmax of each is the calibrated probabilities.
         run: The folder of the run that trained it, or None.
         licence: The licence of the weights, by its name on the Hub, or None.
-        at_its_end: Whether it is the run's last checkpoint, of which the run's results are.
+        at_its_end: Whether it is the run's last checkpoint.
+        tested_in: The run folder with the results of this very model, or None.
+        decides: What decides in place of the trained head's logits, in a sentence; empty for these.
 
     Returns:
         The card, and problems with files that had to be left out.
     """
-    results, problems = read_results([] if run is None else [run])
-    result = results[0] if results else None
+    trained, problems = read_results([] if run is None else [run])
+    tested, others = (trained, []) if tested_in == run else read_results([] if tested_in is None else [tested_in])
+    problems += others
     recipe = classes = ""
     if run is not None:
         with noting(problems):
             recipe = ("" if at_its_end else _OF_AN_EARLIER) + _recipe(run)
+    if tested_in is not None:
         with noting(problems):
-            classes = _classes(run) if at_its_end else ""
+            classes = _classes(tested_in)
     head = type(classifier.head).__name__
     sections = {
         f"# {plain(name)}": f"A classifier of images into {classifier.head.num_classes} classes: a "
         f"`{classifier.hparams['backbone']}` with etflight's `{head}`"
         f"{', whose class vectors are fixed' if head == 'ETFHead' else ''}: {classifier.cost(preprocessing.input_size)}.",
+        "## Decision": decides,
         "## Use": "\n".join(_use(kind, exact, classifier, preprocessing) for kind, exact in formats.items()),
         "## Images": _images(preprocessing, classifier.class_names),
-        "## Data": "" if result is None else _data(result, at_its_end=at_its_end),
+        "## Data": _data(trained[0], at_its_end=at_its_end) if trained else "",
         "## Recipe": recipe,
-        "## Results": _numbers(result, "test/", _OF_RESULTS) if result and at_its_end else "",
-        "## Neural collapse": _numbers(result, "nc", _OF_COLLAPSE) if result and at_its_end else "",
+        "## Results": _numbers(tested[0], "test/", _OF_RESULTS) if tested else "",
+        "## Neural collapse": _numbers(tested[0], "nc", _OF_COLLAPSE) if tested else "",
         "## Classes": classes,
     }
     text = "\n".join(f"{title}\n\n{content.strip()}\n" for title, content in sections.items() if content)

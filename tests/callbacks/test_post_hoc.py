@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 from functools import partial
 
@@ -14,7 +15,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 from etflight import Classifier, CosineHead, CrossEntropyLoss, ETFHead, LinearHead, ScaledLinearHead
-from etflight.callbacks import NearestClassMean, PostHoc, TauNormalization
+from etflight.callbacks import FitTemperature, NearestClassMean, PostHoc, TauNormalization
 from etflight.data import Digits
 from etflight.utils.errors import UserError
 from tests import training
@@ -54,7 +55,8 @@ def embeddings(model, split):
 def assert_decides_by(logits, labels, model, method):
     """The logits are those of the test images: predictions and results follow from them."""
     probabilities = torch.cat(new_trainer(method).predict(model, long_tailed()))
-    assert_close(probabilities.double(), logits.softmax(1), rtol=1e-4, atol=1e-6)
+    # float32 rounds a logit by its size, and a probability by as much
+    assert_close(probabilities.double(), logits.softmax(1), rtol=max(1e-4, 1e-6 * float(logits.abs().max())), atol=1e-6)
     results = new_trainer(method).test(model, long_tailed(), verbose=False)[0]
     assert results["test/acc"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
     assert results["test/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
@@ -77,16 +79,19 @@ def test_tau_normalisation_takes_the_scaled_class_vectors_of_lws():
     assert_decides_by(F.linear(h, F.normalize(W)), labels, model, TauNormalization())
 
 
-def cosines_with_class_means(model):
+def logits_of_class_means(model):
+    """Cosines with the class means, times the scale at which the softmax of an embedding on its mean is 0.99 on average."""
     (train, train_labels), (h, labels) = embeddings(model, "train"), embeddings(model, "test")
-    means = torch.stack([train[train_labels == k].mean(0) for k in range(10)])
-    return torch.stack([F.cosine_similarity(h, mean[None]) for mean in means], dim=1), labels
+    means = F.normalize(torch.stack([train[train_labels == k].mean(0) for k in range(10)]))
+    between = (means @ means.T)[~torch.eye(10, dtype=bool)].mean()
+    scale = math.log(9 * 0.99 / 0.01) / (1 - between)
+    return scale * torch.stack([F.cosine_similarity(h, mean[None]) for mean in means], dim=1), labels
 
 
 @pytest.mark.parametrize("head", [LinearHead, partial(ETFHead, scale=16.0)])
 def test_ncm_decides_by_the_cosine_with_the_class_means_of_the_training_images(head):
     model = trained(head)
-    assert_decides_by(*cosines_with_class_means(model), model, NearestClassMean())
+    assert_decides_by(*logits_of_class_means(model), model, NearestClassMean())
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -104,6 +109,41 @@ def test_the_model_has_its_head_and_its_temperature_again_afterwards(fails, line
         assert model.head is head
         assert all(torch.equal(head.state_dict()[name], value) for name, value in state.items())
         assert model.temperature == 2.5
+
+
+class MyHead(LinearHead):
+    """A head of the user's own, whose embedding no head of etflight's has."""
+
+    def __init__(self, in_features, num_classes):
+        super().__init__(in_features, num_classes)
+        self.embedder = torch.nn.Tanh()
+
+
+@pytest.mark.parametrize("method", [TauNormalization(), NearestClassMean()], ids=["tau", "means"])
+@pytest.mark.parametrize("head", [LinearHead, partial(LinearHead, batch_norm=True, normalize=True), MyHead])
+def test_a_method_applied_to_a_model_is_an_ordinary_classifier_with_its_temperature(head, method, tmp_path):
+    model = trained(head)
+    data = long_tailed(val_fraction=0.2)
+    model.fingerprint, model.class_counts = None, torch.zeros(10, dtype=torch.long)
+    fit = new_trainer()
+    fit.fit(model, data)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = method.applied(model, data)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert found.is_calibrated
+    images = torch.randn(8, 1, 8, 8)
+    expected = torch.cat(new_trainer(method, FitTemperature()).predict(model, data))
+    test = torch.cat([data.eval_transform(batch)[0] for batch in data.eval_dataloader("test")])
+    with torch.no_grad():
+        assert_close(found.probabilities(test), expected, rtol=1e-4, atol=1e-6)
+        if head is MyHead:
+            return
+        trainer = new_trainer()
+        trainer.strategy.connect(found)
+        trainer.save_checkpoint(tmp_path / "c.ckpt", weights_only=True)
+        again = Classifier.load_from_checkpoint(tmp_path / "c.ckpt").eval()
+        assert again.is_calibrated
+        assert_close(again.probabilities(images), found.probabilities(images), rtol=0, atol=0)
 
 
 # --- refused -----------------------------------------------------------------------------------------------------------
