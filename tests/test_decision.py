@@ -77,7 +77,9 @@ def test_a_decision_without_a_temperature_gets_one_from_held_out_images_and_neve
     model = Classifier.load_from_checkpoint(checkpoint, logit_adjustment=1.0).eval()
     data = digits()
     results = new_trainer(FitTemperature()).test(model, data, verbose=False)[0]
-    images, labels = (torch.cat(part) for part in zip(*map(data.eval_transform, data.eval_dataloader("val")), strict=True))
+    images, labels = (
+        torch.cat(part) for part in zip(*map(data.eval_transform, data.eval_dataloader("val")), strict=True)
+    )
     with torch.no_grad():
         adjusted = model.decision.adjusted(model(images)).double()
     grid = torch.linspace(-4, 4, 801).exp().double()
