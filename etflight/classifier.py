@@ -245,11 +245,13 @@ class Classifier(LightningModule):
         try:
             return cast(Tensor, self.backbone(images))
         except (AssertionError, RuntimeError, ValueError) as error:
-            from etflight.backbones import arguments_for_size
+            from etflight.backbones import arguments_for_size, takes_larger
 
-            name, shape = self.hparams["backbone"], images.shape[1:]
-            found = arguments_for_size(name, shape, self.hparams["model_kwargs"])
-            if found == {}:  # it takes images of this size
+            if "DataLoader worker" in str(error):  # a loader process that dies interrupts whatever runs
+                raise
+            name, shape, given = self.hparams["backbone"], images.shape[1:], self.hparams["model_kwargs"]
+            found = arguments_for_size(name, shape, given)
+            if found == {} or (found is None and not takes_larger(name, shape, given)):  # the size is not the cause
                 raise
             text = ", ".join(f"{key}: {value}" for key, value in (found or {}).items())
             mend = f"give --model.model_kwargs '{{{text}}}'" if found else "give larger ones, or another backbone"

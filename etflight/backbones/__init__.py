@@ -17,7 +17,7 @@ from etflight.backbones.batch_norm import SyncBatchNorm
 from etflight.backbones.weights import load_weights
 from etflight.utils.errors import UserError, brief
 
-__all__ = ["SyncBatchNorm", "arguments_for_size", "build_backbone", "load_weights"]
+__all__ = ["SyncBatchNorm", "arguments_for_size", "build_backbone", "load_weights", "takes_larger"]
 
 
 def build_backbone(
@@ -79,20 +79,33 @@ def arguments_for_size(name: str, shape: Sequence[int], model_kwargs: dict[str, 
     Returns:
         The arguments, which have been tried, empty if the model needs none; or None if none were found.
     """
-    channels, height, width = shape
+    _, height, width = shape
     size = {"img_size": height if height == width else [height, width]}
     side = math.gcd(height, width)
     patch = max((part for part in range(1, side // 4 + 1) if side % part == 0), default=1)
     for arguments in ({}, size, {**size, "patch_size": patch}):
-        try:
-            with torch.device("meta"):
-                model = timm.create_model(
-                    name, in_chans=channels, num_classes=0, **{**(model_kwargs or {}), **arguments}
-                )
-                model.eval()(torch.zeros(1, *shape))
-        except Exception:  # timm's thousand models raise errors of all kinds
+        model = _taking(name, shape, {**(model_kwargs or {}), **arguments})
+        if model is None:
             continue
         patches = getattr(getattr(model, "patch_embed", None), "patch_size", ())
         if all(side % part == 0 for part in ([patches] if isinstance(patches, int) else patches)):
             return arguments
     return None
+
+
+def takes_larger(name: str, shape: Sequence[int], model_kwargs: dict[str, Any] | None) -> bool:
+    """Whether a model takes images of some larger size, so that the size is what keeps it from these. See `arguments_for_size`."""
+    channels, height, width = shape
+    sides = (side for side in (2 * max(height, width), 64, 224, 384) if side > min(height, width))
+    return any(_taking(name, (channels, side, side), model_kwargs or {}) is not None for side in sides)
+
+
+def _taking(name: str, shape: Sequence[int], model_kwargs: dict[str, Any]) -> Any:
+    """A model without weights that has taken an image of this size; None if it does not."""
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, in_chans=shape[0], num_classes=0, **model_kwargs)
+            model.eval()(torch.zeros(1, *shape))
+    except Exception:  # timm's thousand models raise errors of all kinds
+        return None
+    return model

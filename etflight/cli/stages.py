@@ -47,7 +47,7 @@ from etflight.cli.parser import OneLineParser, how_to_name_run, import_modules
 from etflight.cli.place import Place
 from etflight.cli.predict import add_prediction_arguments, as_data, images_of
 from etflight.cli.second_stage import leave_out_first_stage
-from etflight.cli.unsupported import refuse_missing_hardware, refuse_unsupported
+from etflight.cli.unsupported import refuse_missing_hardware, refuse_unsupported, tell_choices_on_test_images
 from etflight.data.base import ImageDataModule
 from etflight.heads import ETFHead, codes_from_state_dict
 from etflight.hyperparameters import PLUGGABLE, plain_hyperparameters
@@ -314,6 +314,7 @@ class EtflightCLI(LightningCLI):
     def before_fit(self) -> None:
         """Refuse a training that could not be what the run's files say."""
         refuse_unsupported(self.trainer, self.model)
+        tell_choices_on_test_images(self.trainer, self.datamodule)
 
     def after_fit(self) -> None:
         """Say why a training ended before its last epoch, and where everything is."""

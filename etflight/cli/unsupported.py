@@ -2,9 +2,17 @@
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    EarlyStopping,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 
-from etflight.utils.errors import UserError
+from etflight.data import ImageDataModule
+from etflight.utils.errors import UserError, warn
 from etflight.utils.lightning_private import forks_processes
 from etflight.utils.trainer import callbacks_of
 
@@ -40,6 +48,18 @@ def refuse_unsupported(trainer: Trainer, model: LightningModule) -> None:
         raise UserError(
             f"StochasticWeightAveraging gives all layers one learning rate, so {options[0]} would have no effect: leave one of them out"
         )
+
+
+def tell_choices_on_test_images(trainer: Trainer, data: ImageDataModule) -> None:
+    """Warn if a callback decides by the test images, which stand in for validation images where none are held out."""
+    if data.val_is_held_out or not trainer.is_global_zero:
+        return
+    for callback in (*callbacks_of(trainer, EarlyStopping), *callbacks_of(trainer, ModelCheckpoint)):
+        if str(callback.monitor).startswith(("val/", "nc/val/", "nc_raw/val/")):
+            warn(
+                f"{type(callback).__name__} goes by {callback.monitor} of the test images, since no validation images are held out, so the "
+                "test will flatter: give --data.val_fraction 0.1"
+            )
 
 
 def refuse_missing_hardware(accelerator: object, option: str = "--trainer.accelerator") -> None:

@@ -30,7 +30,7 @@ from etflight.data.profiles import (
 from etflight.data.sampler import ImbalancedSampler, ShardSampler, resolve_policy
 from etflight.data.sources import Batch, ImageSource, ImageSplit
 from etflight.data.transforms import TrainTransform, normalize
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, first_few, warn
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.ranks import world
 from etflight.utils.terminal import readable
@@ -193,6 +193,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
     _splits: dict[Split, ImageSplit] = field(default_factory=dict, init=False, repr=False)
     _announced: bool = field(default=False, init=False, repr=False)
+    _told_absent: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the options that need no file."""
@@ -473,12 +474,22 @@ class ImageDataModule(LightningDataModule, ABC):
         }
         for name in needed.get(stage, ("test",)):
             self.split(name)
+        if "test" in self._splits and stage in ("fit", "test") and not self._told_absent:
+            self._told_absent = True
+            self._tell_classes_without_test_images()
         if "train" in self._splits and not self._announced:
             self._announced = True
             rank_zero_info(
                 f"{self}: {self.class_counts.sum()} training images, {self.num_classes} classes, "
                 f"imbalance ratio {self.describe_ratio()}, subset {self.fingerprint}"
             )
+
+    def _tell_classes_without_test_images(self) -> None:
+        counts = np.bincount(self.split("test").labels.numpy(), minlength=self.num_classes)
+        absent = [self.class_names[k] for k in np.flatnonzero(counts[: self.num_classes] == 0)]
+        if absent and self._world()[1] == 0:
+            few = first_few(absent, len(absent))
+            warn(f"{self}: the test set has no image of the class {few}, which the means over classes leave out")
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Training images in the order of the sampling policy, shared by the ranks, which all have the same number of batches.

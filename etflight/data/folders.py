@@ -42,6 +42,18 @@ class FolderImages(FileImages):
         """Whether there is a folder `val`."""
         return (Path(self.root) / "val").is_dir()
 
+    def setup(self, stage: str | None = None) -> None:
+        """Read the splits as every data module does; before a training, compare the class folders of all splits.
+
+        Raises:
+            UserError: A split has a class that is not in `train`.
+        """
+        super().setup(stage)
+        if stage == "fit":
+            for split in ("val", "test"):
+                if (Path(self.root) / split).is_dir():
+                    self._known_folders(split)
+
     def load(self, split: Split) -> FileSource:
         """List one split's files, in class order, sorted within a class.
 
@@ -51,13 +63,20 @@ class FolderImages(FileImages):
         label_of = {folder.name: label for label, folder in enumerate(self._class_folders("train"))}
         paths: list[str] = []
         labels: list[int] = []
-        for folder in self._class_folders(split):
-            if folder.name not in label_of:
-                raise UserError(f"{folder}: no class of train has this name: rename it, or add it to train")
+        for folder in self._known_folders(split):
             files = files_below(str(folder), SUFFIXES)
             paths += [f"{split}/{folder.name}/{file}" for file in files]
             labels += [label_of[folder.name]] * len(files)
         return self.make_source(Paths(self.root, paths), torch.tensor(labels))
+
+    def _known_folders(self, split: Split) -> list[Path]:
+        """The class folders of a split, all of classes of `train`."""
+        known = {folder.name for folder in self._class_folders("train")}
+        folders = self._class_folders(split)
+        for folder in folders:
+            if folder.name not in known:
+                raise UserError(f"{folder}: no class of train has this name: rename it, or add it to train")
+        return folders
 
     def _class_folders(self, split: Split) -> list[Path]:
         parent = Path(self.root) / split

@@ -93,7 +93,9 @@ def describe_error(error: BaseException) -> str:
             "or give --trainer.precision bf16-mixed"
         )
     if "DataLoader worker" in message:
-        return f"a loader process died ({message[:160]}), often for want of memory: give a smaller --data.num_workers"
+        died = re.search(r"killed by signal: (.+?)\.?( |$)", message)
+        how = f"was killed by signal {died[1]}" if died else f"died ({message[:160]})"
+        return f"a loader process {how}, often for want of memory: give a smaller --data.num_workers, {_RESUME}"
     if "InvalidCxxCompiler" in message:  # of torch.compile on a CPU
         return "torch.compile finds no C++ compiler that works: install g++, name yours in CXX, or give --model.compile false"
     if type(error).__name__ == "MisconfigurationException":  # Lightning's own, whose text is for people

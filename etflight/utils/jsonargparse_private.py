@@ -59,6 +59,8 @@ def in_one_line(message: str, bases: Mapping[str, type]) -> str:
     text = f"Expected {' or '.join(dict.fromkeys(expected))}" if expected else lines[0]
     text = re.sub(r"<class '([\w.]+)'>", r"\1", text).replace("a NoneType", "null").replace("a int", "an int")
     text = re.sub(r"a typing\.Literal\[([^\]]*)\]", r"one of \1", text)
+    if text.startswith("Unable to load config"):  # an option that stands for a group of options
+        text += f": give a file of its options or some of these (--{key}.…), or leave it out"
     return f"{f'--{key}: ' if key else ''}{text[:400]}{f', got {_as_typed(value[1])}' if value else ''}"
 
 

@@ -87,3 +87,19 @@ def test_a_corrupt_image_is_named_even_from_a_worker(tree, workers):
     (tree / "train/cat/2.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(UserError, match=r"train/cat/2\.png cannot be read as an image"):
         list(FolderImages(str(tree), image_size=4, num_workers=workers).train_dataloader())
+
+
+def test_a_training_that_reads_no_test_image_still_refuses_a_test_class_that_it_does_not_know(tmp_path):
+    save_folders(tmp_path, train={"a": 4, "b": 4}, test={"a": 1, "c": 1})
+    data = FolderImages(root=str(tmp_path), image_size=8, val_fraction=0.25)
+    with pytest.raises(UserError, match=r"test/c: no class of train has this name"):
+        data.setup("fit")
+
+
+def test_a_class_without_test_images_is_told_once(tmp_path, capsys):
+    save_folders(tmp_path, train={"a": 4, "b": 4, "c": 4}, test={"a": 1})
+    data = FolderImages(root=str(tmp_path), image_size=8)
+    for stage in ("fit", "test"):
+        data.setup(stage)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the test set has no image of the class b, c, which the means over classes leave out" in line
