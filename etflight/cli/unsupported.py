@@ -1,5 +1,7 @@
 """Features of Lightning with which a run could not keep its promises; they are refused before training."""
 
+from typing import Any
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import (
@@ -54,7 +56,8 @@ def tell_choices_on_test_images(trainer: Trainer, data: ImageDataModule) -> None
     """Warn if a callback decides by the test images, which stand in for validation images where none are held out."""
     if data.val_is_held_out or not trainer.is_global_zero:
         return
-    for callback in (*callbacks_of(trainer, EarlyStopping), *callbacks_of(trainer, ModelCheckpoint)):
+    choosing: list[Any] = [*callbacks_of(trainer, EarlyStopping), *callbacks_of(trainer, ModelCheckpoint)]
+    for callback in choosing:
         if str(callback.monitor).startswith(("val/", "nc/val/", "nc_raw/val/")):
             warn(
                 f"{type(callback).__name__} goes by {callback.monitor} of the test images, since no validation images are held out, so the "
