@@ -34,8 +34,9 @@ from etflight.utils.files import replacing
 from etflight.utils.trainer import averaged, callbacks_of, data_module, is_trial_run
 
 _SMALL = 10**8  # up to this many pixels of training images, a sweep is worth its time in each epoch
-_SHARE = 0.1  # the most time of a sweep over more pixels, as a part of the epochs between two sweeps
-_FORWARDS_OF_A_STEP = 3  # the time of an image's forward and backward, in forwards
+# the most images of all sweeps over more pixels, as a part of the images that train; less than a tenth of the time, since on a frozen
+# backbone an image takes 1.0 to 1.2 times as long to sweep as to train, and less where the backbone learns (0.25 to 0.3 times)
+_SHARE = 1 / 12
 _MOST_CLASSES = 100  # the most classes of a Gram matrix on disk: 162 KB an epoch, whatever the width
 
 
@@ -65,9 +66,11 @@ class NeuralCollapseMonitor(Callback):
     all class means. The cosines of any heat map follow from these.
 
     Args:
-        every_n_epochs: Measure epochs n, 2n, …, and the last. "auto" measures every epoch, which adds about a quarter to its time. If
-            the training images are many or large (100 million pixels), it sweeps only so often that it adds less than a tenth, and
-            measures the validation images whenever they are validated.
+        every_n_epochs: Measure epochs n, 2n, …, and the last. "auto" measures every epoch, which adds about a quarter to its time, and
+            as much again on a frozen backbone. If the training images are many or large (100 million pixels), all sweeps together,
+            those before and after the training too, take at most one image for twelve that train, which adds less than a tenth to a
+            training that goes on to its last epoch: none if that has fewer than twelve. The validation images are measured whenever
+            they are validated.
         splits: One or both of "train" and "val".
         space: "embedding" measures the vectors that are compared with the class vectors: `head.embed(features)` for an `etflight.Head`,
             the input for any other module. "backbone" measures the head's input, under `nc_raw/…`; for an `etflight.Head` without the
@@ -167,6 +170,7 @@ class NeuralCollapseMonitor(Callback):
 
         self._anchors: dict[str, Tensor] = {}
         self._sweeps_every: int | None = None  # in epochs; None for never
+        self._is_rationed = False  # whether validations within an epoch go without a sweep
         self._swept_at = -1.0
         self._source: EmbeddingSource | None = None
         self._loader: DataLoader[Any] | None = None
@@ -188,6 +192,7 @@ class NeuralCollapseMonitor(Callback):
         self._source = EmbeddingSource(pl_module, self.head, self.space, self.layers)
         self._loader = self._val = self._online = None
         self._sweeps_every = 1 if self.every_n_epochs == "auto" else self.every_n_epochs
+        self._is_rationed = False
         if averaging := callbacks_of(trainer, WeightAveraging):
             rank_zero_info(f"neural collapse is measured with the averaged weights of {type(averaging[0]).__name__}")
         for other in callbacks_of(trainer, NeuralCollapseMonitor):
@@ -206,9 +211,10 @@ class NeuralCollapseMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the untrained model, at step 0."""
-        if self._sweeps and self.every_n_epochs == "auto":
-            self._sweeps_every = self._affordable(trainer)
-        if trainer.global_step == 0 and self.before_training and self._sweeps and self._sweeps_every is not None:
+        first = self.before_training
+        if self._sweeps and self.every_n_epochs == "auto" and self._is_large(trainer):
+            first = self._ration(trainer)
+        if trainer.global_step == 0 and first and self._sweeps:
             self._sweep(trainer, pl_module, 0.0)
             self._log_outside_of_epochs(trainer, 0.0, epoch=trainer.current_epoch, step=0)
 
@@ -335,35 +341,52 @@ class NeuralCollapseMonitor(Callback):
         every, epoch = self._sweeps_every, trainer.current_epoch + 1
         if epoch == trainer.max_epochs and callbacks_of(trainer, StochasticWeightAveraging):
             return False  # its average becomes the model after the last epoch, and `on_train_end` measures that
+        if self._is_rationed and not _epochs(trainer).is_integer():
+            return False
         return (
             every is not None
             and trainer.state.fn == TrainerFn.FITTING
             and (epoch % every == 0 or epoch == trainer.max_epochs)
         )
 
-    def _affordable(self, trainer: Trainer) -> int | None:
-        """The epochs from one sweep to the next under "auto"; None if a single sweep would take longer than a third of the training."""
+    def _is_large(self, trainer: Trainer) -> bool:
+        """Whether a sweep in each epoch would take too long."""
         data = data_module(trainer)
-        if not isinstance(data, ImageDataModule):
-            return 1  # nothing is known of what its images cost
-        images, (_, height, width) = int(data.class_counts.sum()), data.preprocessing.input_size
-        if images * height * width <= _SMALL or is_trial_run(trainer):
-            return 1
-        step = data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-        if images > step * trainer.estimated_stepping_batches:
+        if not isinstance(data, ImageDataModule) or is_trial_run(trainer):
+            return False  # nothing is known of what its images cost, or there is one epoch of one batch
+        _, height, width = data.preprocessing.input_size
+        return int(data.class_counts.sum()) * height * width > _SMALL
+
+    def _ration(self, trainer: Trainer) -> bool:
+        """Choose the epochs of the sweeps so that they take little of the training; return whether the untrained model is measured too.
+
+        Images are counted, and no seconds, so that each repetition of a run measures the same epochs.
+        """
+        data, batches = data_module(trainer), int(trainer.num_training_batches)
+        images = int(data.class_counts.sum())
+        epochs = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches / batches
+        if trainer.max_epochs not in (None, -1):
+            epochs = min(epochs, trainer.max_epochs)
+        an_epoch = _SHARE * min(1.0, data.batch_size * trainer.world_size * batches / images)  # sweeps that it pays for
+        what = f"neural collapse of the {images:,} training images"
+        sweeps = epochs * an_epoch + 1e-9  # twelve epochs pay for one
+        if sweeps < 1:
+            self._sweeps_every = None
             rank_zero_info(
-                f"neural collapse of the {images:,} training images is not measured, since one sweep over them would take longer than a "
-                "third of this training: monitor.every_n_epochs 1 measures it nevertheless"
+                f"{what} is not measured, since one sweep over them would add more than a tenth to this training: "
+                "monitor.every_n_epochs 1 measures it nevertheless, etflight collapse afterwards"
             )
-            return None
-        drawn = data.batch_size * trainer.world_size * int(trainer.num_training_batches)
-        every: int = math.ceil(images / (_SHARE * _FORWARDS_OF_A_STEP * drawn))
+            return False
+        self._is_rationed = True
+        first = self.before_training and sweeps >= 2
+        every: int = math.ceil(1 / an_epoch) if math.isinf(epochs) else math.ceil(epochs / (int(sweeps) - first))
+        self._sweeps_every = every
+        when = ["before the training"] * first + [f"every {every} epochs"] * (every < epochs)
         rank_zero_info(
-            f"neural collapse of the {images:,} training images is measured every {every} epochs and at the end, so that it adds less than "
-            "a tenth to the training; that of the validation images is measured whenever they are validated: monitor.every_n_epochs 1 "
-            "measures both in each epoch"
+            f"{what} is measured {', '.join(when)}{' and ' if when else ''}at the end, so that it adds less than a tenth to the training; "
+            "that of the validation images is measured whenever they are validated: monitor.every_n_epochs 1 measures both in each epoch"
         )
-        return every
+        return first
 
     # --- what --------------------------------------------------------------------------------------------------------------
 

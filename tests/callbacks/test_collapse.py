@@ -20,7 +20,7 @@ from etflight.utils.errors import UserError
 from tests.callbacks.plain import TRAIN, VAL, K, Plain, fit, plain_monitor, trainer
 from tests.metrics import oracle
 from tests.metrics.oracle import assert_measures, measure
-from tests.training import fit_digits, read_csv, seen
+from tests.training import fit_digits, new_trainer, read_csv, seen
 
 
 def classifier(**kwargs):
@@ -263,24 +263,66 @@ def test_the_final_weights_are_measured_wherever_training_ends_and_the_checkpoin
     assert int(final["step"]) == runs.global_step - 1
 
 
-def test_auto_measures_large_sets_seldom_their_validation_images_always_and_says_so(tmp_path, monkeypatch, caplog):
+class Counts(Callback):
+    """The images that have been trained."""
+
+    trained = 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.trained += len(batch[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "at"),
+    [
+        ({"epochs": 30}, [0, 30]),
+        ({"epochs": 50}, [0, 17, 34, 50]),
+        ({"epochs": 50, "before_training": False}, [13, 26, 39, 50]),
+        ({"epochs": 12}, [12]),
+        ({"epochs": 11}, []),
+        ({"epochs": 1}, []),
+        ({"epochs": 13, "max_steps": 35}, []),
+        ({"epochs": -1, "max_steps": 74}, [0, 24 + 2 / 3]),
+        ({"epochs": 40, "limit_train_batches": 1}, [40]),
+        ({"epochs": 26, "val_check_interval": 2}, [0, 26]),
+        ({"epochs": 26, "accumulate_grad_batches": 2}, [0, 26]),
+    ],
+    ids=str,
+)
+def test_auto_sweeps_over_a_large_set_for_less_than_a_tenth_of_the_images_that_train(
+    tmp_path, monkeypatch, options, at
+):
+    monkeypatch.setattr(collapse, "_SMALL", 1000)  # pixels, of 20 images of 8 x 8
+    watch = NeuralCollapseMonitor("auto", before_training=options.pop("before_training", True), spectra=False)
+    counts, data = Counts(), Digits(max_count=2, batch_size=8)
+    options = {"max_epochs": options.pop("epochs"), **options}
+    new_trainer(watch, counts, default_root_dir=tmp_path, num_sanity_val_steps=0, limit_val_batches=1, **options).fit(
+        classifier(), datamodule=data
+    )
+    values = watch.history.get("nc/train/nc1", [])
+    swept = [epoch for epoch, value in zip(watch.epochs, values, strict=False) if not math.isnan(value)]
+    assert swept == pytest.approx(at)
+    assert len(swept) * int(data.class_counts.sum()) < counts.trained / 10
+
+
+def test_auto_measures_the_validation_images_of_a_large_set_always_and_says_when_it_sweeps(
+    tmp_path, monkeypatch, caplog
+):
     caplog.set_level("INFO")
     monkeypatch.setattr(collapse, "_SMALL", 1000)
     watch = NeuralCollapseMonitor(every_n_epochs="auto")
-    trainer(tmp_path, watch, epochs=6).fit(classifier(), datamodule=digits())
-    assert watch.epochs == [0, 1, 2, 3, 4, 5, 6]
-    swept = [not math.isnan(value) for value in watch.history["nc/train/nc1"]]
-    assert swept == [True, False, False, False, True, False, True]
+    trainer(tmp_path, watch, epochs=36, limit_val_batches=1).fit(classifier(), datamodule=digits())
+    assert watch.epochs == list(range(37))
     for name in ("nc1", "alignment"):
         assert not any(math.isnan(value) for value in watch.history[f"nc/val/{name}"][1:])
-    assert "120 training images is measured every 4 epochs and at the end" in caplog.text
+    assert "120 training images is measured before the training, every 18 epochs and at the end" in caplog.text
 
-    # and leaves out a sweep that outlasts the training
+    # and leaves out a sweep that would take too long
     watch = NeuralCollapseMonitor(every_n_epochs="auto")
-    trainer(tmp_path, watch, epochs=2, limit_train_batches=1).fit(classifier(), datamodule=digits())
+    trainer(tmp_path, watch, epochs=2, limit_val_batches=1).fit(classifier(), datamodule=digits())
     assert watch.epochs == [1, 2]
     assert {name.split("/")[1] for name in watch.history} == {"val"}
-    assert "is not measured, since one sweep over them would take longer" in caplog.text
+    assert "is not measured, since one sweep over them would add more than a tenth to this training" in caplog.text
 
 
 def test_splits_choose_and_validation_costs_no_extra_forward(tmp_path):
@@ -426,9 +468,9 @@ def test_the_gram_matrix_does_not_grow_with_the_number_of_classes(tmp_path):
     model.fc = nn.Linear(5, 400)
     trainer(tmp_path, NeuralCollapseMonitor(head="fc", train_dataloader=images), epochs=1).fit(model, images)
     content = np.load(tmp_path / "gram" / "epoch_001.npz")
-    assert content["gram"].shape == (101, 101)
+    assert content["gram"].shape == (201, 201)
     assert content["classes"][[0, -1]].tolist() == [0, 399]
-    assert len(set(content["classes"].tolist())) == 50
+    assert len(set(content["classes"].tolist())) == 100
 
 
 def test_train_nc4_is_left_out_with_a_notice_when_embeddings_take_too_much_memory(tmp_path, monkeypatch):
