@@ -349,10 +349,10 @@ class ImageDataModule(LightningDataModule, ABC):
     def preprocessing(self) -> Preprocessing:
         """Shape and normalisation of the images, which a checkpoint keeps; taken from another split if `train` has not been read."""
         first = next(iter(self._splits.values()), None)
-        source = (self._splits.get("train") or first or self.split("train")).source
-        shape = source.image_shape
+        images = self._splits.get("train") or first or self.split("train")
+        shape = images.image_shape
         mean, std = (values * (shape[0] // len(values)) for values in self._statistics)
-        return Preprocessing(shape, mean, std, source.crop_pct)
+        return Preprocessing(shape, mean, std, images.source.crop_pct)
 
     @classmethod
     def options_for(cls, preprocessing: Preprocessing) -> dict[str, Any]:
@@ -371,11 +371,23 @@ class ImageDataModule(LightningDataModule, ABC):
             name = "test"
         if name not in self._splits:
             if name == "train" or (name == "val" and self.val_fraction > 0):
-                self._splits.update(self._divide(self._checked("train")))
+                read = self._divide(self._checked("train"))
             else:
                 source = self._checked(name)
-                self._splits[name] = self.make_split(name, source, np.arange(len(source.labels)))
+                read = {name: self.make_split(name, source, np.arange(len(source.labels)))}
+            self._refuse_other_shape(read[name], name)
+            self._splits.update(read)
         return self._splits[name]
+
+    def _refuse_other_shape(self, images: ImageSplit, name: Split) -> None:
+        """Refuse a split whose images have another shape than those that have been read: a network takes both without a word."""
+        for known, split in self._splits.items():
+            if (own := images.image_shape) != (other := split.image_shape):
+                shape, known_shape = (" × ".join(map(str, one)) for one in (own, other))
+                raise UserError(
+                    f"{self}: images of {name} are {shape}, but those of {known} are {known_shape} (C × H × W): "
+                    "give all splits images of one shape"
+                )
 
     def with_test_images(self, images: ImageSplit) -> Self:
         """A copy of this module that tests on other images, normalised and loaded as its own."""

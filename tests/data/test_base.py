@@ -10,8 +10,9 @@ from lightning.pytorch import LightningModule
 
 from etflight.data import ArrayImages, Digits, ImageDataModule, ImbalancedSampler, class_counts
 from etflight.data.profiles import fingerprint, long_tailed_subset
-from etflight.data.sources import ImageSplit
+from etflight.data.sources import ArraySource, ImageSplit
 from etflight.utils.errors import UserError
+from tests.data.refusals import assert_refused
 from tests.training import new_trainer
 
 
@@ -89,6 +90,27 @@ def test_construction_reads_no_file_and_setup_does():
 def test_what_the_set_cannot_give_is_named_with_the_set(arrays, changes, options, message):
     with pytest.raises(UserError, match=rf"ArrayImages .*set\.npz.*{message}"):
         ArrayImages(arrays(**changes), **options).setup()
+
+
+class OwnSet(ImageDataModule):
+    """A set of somebody else, whose test images have this shape."""
+
+    class_names = ("one", "other")
+    num_channels = 1
+    test_shape = (1, 16, 16)
+
+    def load(self, split):
+        shape = (1, 16, 16) if split == "train" else self.test_shape
+        return ArraySource(torch.zeros(6, *shape, dtype=torch.uint8), torch.arange(6) % 2)
+
+
+@pytest.mark.parametrize("shape", [(1, 24, 24), (3, 16, 16)], ids=["size", "channels"])
+def test_splits_of_one_set_have_images_of_one_shape(shape):
+    data = OwnSet()
+    data.test_shape = shape
+    other = " × ".join(map(str, shape))
+    assert_refused(data, "fit", f"of test are {other}, but those of train are 1 × 16 × 16 .C × H × W.: give all splits")
+    OwnSet().setup()
 
 
 def test_what_cannot_be_asked_of_a_set_is_refused(arrays):
