@@ -30,7 +30,7 @@ from etflight.data.profiles import (
 from etflight.data.sampler import ImbalancedSampler, ShardSampler, resolve_policy
 from etflight.data.sources import Batch, ImageSource, ImageSplit
 from etflight.data.transforms import TrainTransform, normalize
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, warn
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.ranks import world
 from etflight.utils.terminal import readable
@@ -132,8 +132,8 @@ class ImageDataModule(LightningDataModule, ABC):
             that runs with several seeds share their images; without one they follow this seed.
         sampler: Class-sampling policy (instance, sqrt, balanced, effective, progressive, reverse) or an exponent q
             of p ∝ n^q; None: instance, every image once.
-        val_fraction: Part of each class's training images held out for validation, before the profile; 0: the set's
-            own validation split, or else the test set, watched.
+        val_fraction: Part of each class's training images held out for validation, before the profile: at least one, but never the
+            last; 0: the set's own validation split, or else the test set, watched.
         label_noise: Part of each class's training images that get a wrong label, after the profile, chosen by `seed`. Validation and test
             labels stay right; the class counts are those of the labels that are trained on.
         noise_kind: Which wrong labels: "symmetric", any other class alike (Patrini et al., CVPR 2017, arXiv 1609.03683), or "pair", the
@@ -193,6 +193,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
     _splits: dict[Split, ImageSplit] = field(default_factory=dict, init=False, repr=False)
     _announced: bool = field(default=False, init=False, repr=False)
+    _thinned: int = field(default=0, init=False, repr=False)  # classes that lose far more to validation than was asked
 
     def __post_init__(self) -> None:
         """Check the options that need no file."""
@@ -294,6 +295,17 @@ class ImageDataModule(LightningDataModule, ABC):
     def validation(self) -> str:
         """Which images the validation images are, in words for records."""
         return "held out" if self.val_is_held_out else "the test set, watched only"
+
+    @property
+    def cost_of_validation(self) -> str | None:
+        """A line about the classes of which `val_fraction`, being less, takes a third or more; None if there are none."""
+        self.split("train")
+        if not self._thinned:
+            return None
+        return (
+            f"val_fraction {self.val_fraction:g} takes a third or more of the training images of {self._thinned} of {self.num_classes} "
+            "classes, since it takes at least one of each"
+        )
 
     @property
     def class_counts(self) -> NDArray[np.int64]:
@@ -421,7 +433,9 @@ class ImageDataModule(LightningDataModule, ABC):
         splits: dict[Split, ImageSplit] = {}
         if self.val_fraction > 0:
             sizes = np.bincount(labels, minlength=self.num_classes)
-            held_out = np.maximum(1, np.rint(sizes * self.val_fraction)).astype(np.int64)
+            most = np.maximum(sizes - 1, 0)
+            held_out = np.clip(np.rint(sizes * self.val_fraction), 1, None).clip(max=most).astype(np.int64)
+            self._thinned = int((3 * held_out >= sizes)[held_out > 0].sum()) if 3 * self.val_fraction < 1 else 0
             val = np.sort(long_tailed_subset(labels, held_out, self.seed))
             pool = np.setdiff1d(pool, val, assume_unique=True)
             splits["val"] = self.make_split("val", source, val)
@@ -491,6 +505,8 @@ class ImageDataModule(LightningDataModule, ABC):
                 f"{self}: {self.class_counts.sum()} training images, {self.num_classes} classes, "
                 f"imbalance ratio {self.describe_ratio()}, subset {self.fingerprint}"
             )
+            if (cost := self.cost_of_validation) is not None and self._world()[1] == 0:
+                warn(f"{self}: {cost}")
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Training images in the order of the sampling policy, shared by the ranks, which all have the same number of batches.

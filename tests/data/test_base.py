@@ -82,8 +82,8 @@ def test_construction_reads_no_file_and_setup_does():
         ),
         (
             {"train_labels": np.repeat([0, 1, 2], [60, 9, 1])},
-            {"val_fraction": 0.1},
-            r"class 2 \(2\) has no training image.*val_fraction 0.1 is held out first",
+            {"val_fraction": 0.1, "max_count": 9},
+            r"class 1 \(1\) .and 1 more. has 8 training images, 9 were asked.*val_fraction 0.1 is held out first",
         ),
     ],
 )
@@ -167,6 +167,28 @@ def test_validation_is_held_out_per_class_before_the_profile(arrays):
     again, other = (ArrayImages(path, val_fraction=0.04, seed=seed).split("val").indices for seed in (0, 1))
     assert torch.equal(val.indices, again)
     assert not torch.equal(val.indices, other)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.4, 0.9])
+def test_no_class_loses_its_last_training_image_to_validation(arrays, fraction):
+    data = ArrayImages(arrays(train_labels=np.repeat([0, 1, 2], [67, 2, 1])), val_fraction=fraction)
+    data.setup("fit")
+    held_out = data.split("val").labels.bincount(minlength=3).tolist()
+    assert held_out == [round(67 * fraction), 1, 0]
+    assert data.class_counts.tolist() == [67 - held_out[0], 1, 1]
+
+
+def test_training_says_once_how_many_classes_lose_a_third_or_more_of_their_images_to_validation(arrays, capsys):
+    path = arrays(train=(61, 6, 3))
+    line = "val_fraction 0.05 takes a third or more of the training images of 1 of 3 classes, since it takes at least one of each"
+    data = ArrayImages(path, val_fraction=0.05)
+    for _ in range(2):
+        data.setup("fit")
+    assert capsys.readouterr().err == f"etflight: warning: ArrayImages {path}: {line}\n"
+    for fraction in (0.0, 0.34):  # the second is what was asked for
+        assert ArrayImages(path, val_fraction=fraction).cost_of_validation is None
+    ArrayImages(arrays(train=(60, 6, 4)), val_fraction=0.05).setup("fit")
+    assert capsys.readouterr().err == ""
 
 
 def test_without_a_validation_split_the_test_set_is_watched(arrays):
