@@ -24,6 +24,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from etflight import penalties
+from etflight.data.base import ImageDataModule
 from etflight.decision import RULES_OF_OPTIONS, Adjustment, Decision, is_of_another
 from etflight.heads import ETFHead, Head, codes_from_state_dict
 from etflight.hyperparameters import PLUGGABLE, differing, fixed_by, plain_arguments, plain_hyperparameters
@@ -40,6 +41,7 @@ from etflight.optim import (
     scale_rates,
     spare_from_decay,
 )
+from etflight.utils.batches import images_in, labelled
 from etflight.utils.checkpoints import read_checkpoint, refuse_others
 from etflight.utils.errors import UserError, brief, warn
 from etflight.utils.lightning_private import hide_tips, ignore_own_deprecations, only_passes, replace_hyperparameters
@@ -337,6 +339,25 @@ class Classifier(LightningModule):
 
     # --- steps -------------------------------------------------------------------------------------------------------------
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Make labels of any integer dtype int64; the step of a subclass gets its batches as they are.
+
+        Raises:
+            UserError: The batch is not what the step takes, or a label names no class.
+        """
+        stage = self.trainer.state.stage
+        steps = {"train": "training_step", "test": "test_step", "predict": "predict_step"}
+        step = steps.get(stage.value if stage is not None else "", "validation_step")
+        if isinstance(data_module(self.trainer), ImageDataModule) or not self._keeps_step(step):
+            return batch  # a data module of this package has looked at all labels when it read them
+        if step == "predict_step":
+            return images_in(batch)
+        return labelled(batch, self.hparams["num_classes"], training=step == "training_step")
+
+    def _keeps_step(self, name: str) -> bool:
+        """Whether a step is this class's own, and not a subclass's."""
+        return getattr(type(self), name) is getattr(Classifier, name)
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Remember the head's learning rate, because at the end of the epoch the schedule has already set the next one."""
         if self.trainer.optimizers:  # a subclass may have none
@@ -356,17 +377,18 @@ class Classifier(LightningModule):
         self._bad_step = torch.minimum(self._bad_step, bad_step)  # it stays on the device, so that a step need not wait
         return loss * self._share_of_images(len(images))
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    # Lightning wants `dataloader_idx` where there are several loaders; `_start` refuses them with a mend
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add one validation batch to the metrics."""
         logits = self._evaluate(batch, "val")
         if self._fits_temperature:
             self.temperature_fit.update(logits, batch[1])
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add one test batch to the metrics."""
         self._evaluate(batch, "test")
 
-    def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Batch | Tensor, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Compute the calibrated probabilities `[B, K]` of images, with or without labels."""
         return self.probabilities(batch if isinstance(batch, Tensor) else batch[0])
 
@@ -541,7 +563,12 @@ class Classifier(LightningModule):
         """Reset the metrics, and set the shot groups of the training counts; the new counts are kept for `evaluation`."""
         self._start("test")
 
-    def _start(self, stage: str) -> None:
+    def _start(self, stage: Literal["val", "test"]) -> None:
+        batches = self.trainer.num_val_batches if stage == "val" else self.trainer.num_test_batches
+        if len(batches) > 1 and self._keeps_step("validation_step" if stage == "val" else "test_step"):
+            raise UserError(
+                f"there are {len(batches)} {stage} loaders, whose images would be counted together: give one, or evaluate them one by one"
+            )
         self.losses[f"{stage}_loss"].reset()
         self.evaluation_metrics[stage].start(self.class_counts)
 

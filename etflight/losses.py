@@ -158,7 +158,7 @@ class Loss(nn.Module, ABC):
 
         Args:
             logits: The logits `[B, K]`, any float dtype.
-            target: The class indices `[B]`, int64, or probabilities `[B, K]` whose rows sum to 1.
+            target: The class indices `[B]`, of any integer dtype, or probabilities `[B, K]` whose rows sum to 1.
 
         Returns:
             The scalar loss.
@@ -172,6 +172,7 @@ class Loss(nn.Module, ABC):
                 f"{type(self).__name__}: the target is {target.dtype} {list(target.shape)} for logits {list(logits.shape)}: give class "
                 "indices [B], int64, or probabilities [B, K]"
             )
+        target = target if target.is_floating_point() else target.long()  # as an index, uint8 would be a mask
         for name, given in (("class_counts", self._class_counts), ("class_weights", self._given_weights)):
             if self.training and given is not None and len(given) != logits.shape[1]:
                 raise UserError(

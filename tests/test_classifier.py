@@ -15,9 +15,10 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from etflight import Classifier, CrossEntropyLoss, DotRegressionLoss, ETFHead, LinearHead, LogitAdjustedLoss, NONLLoss
+from etflight.callbacks import NeuralCollapseMonitor
 from etflight.data import Digits
 from etflight.optim import WarmupCosine
 from etflight.utils.errors import UserError
@@ -481,6 +482,111 @@ def test_images_without_labels_are_predicted():
     model = small().eval()
     (found,) = trainer().predict(model, DataLoader(IMAGES, batch_size=16))
     torch.testing.assert_close(found, model.probabilities(IMAGES))
+
+
+def loader(labels, images=IMAGES):
+    return DataLoader(TensorDataset(images, labels), batch_size=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.uint8, torch.uint16], ids=str)
+@pytest.mark.parametrize("parts", [{}, {"head": LinearHead, "loss": CrossEntropyLoss}], ids=["frame", "linear"])
+def test_labels_of_any_integer_dtype_train_and_test_alike(dtype, parts, tmp_path):
+    results = []
+    for labels in (TARGET, TARGET.to(dtype)):
+        monitor = NeuralCollapseMonitor(train_dataloader=loader(labels))
+        model, run = small(**parts), trainer(monitor, max_epochs=1, default_root_dir=tmp_path)
+        run.fit(model, loader(labels), loader(labels))
+        results.append({**run.callback_metrics, **run.test(model, loader(labels), verbose=False)[0]})
+    assert {"train/loss", "val/acc", "test/loss", "nc/train/nc1", "nc/val/nc1"} <= results[0].keys()
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0, equal_nan=True)
+
+
+ONE_HOT = F.one_hot(TARGET, 10)
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        (ONE_HOT.float(), r"labels are torch\.float32 \[8, 10\]: give class indices \[B\] \(labels\.argmax\(1\) has them\)"),
+        (ONE_HOT, r"labels are torch\.int64 \[8, 10\]: give class indices"),
+        (TARGET[:, None], r"labels are torch\.int64 \[8, 1\]: give class indices \[B\] \(one integer for each image\)"),
+        (TARGET.float(), r"labels are torch\.float32 \[8\]: give class indices"),
+        (TARGET + 1, "label 10 is none of 10 classes: give labels from 0 to 9"),
+        (TARGET - 1, "label -1 is none of 10 classes"),
+    ],
+    ids=["one-hot", "integers", "column", "floating", "beyond", "negative"],
+)  # fmt: skip
+def test_labels_that_name_no_class_are_refused_in_one_line(labels, reason):
+    for evaluate in (
+        trainer().test,
+        trainer().validate,
+        partial(trainer(max_epochs=1).fit, train_dataloaders=loader(TARGET)),
+    ):
+        name = "val_dataloaders" if isinstance(evaluate, partial) else "dataloaders"
+        with pytest.raises(UserError, match=reason):
+            evaluate(small(), **{name: loader(labels)})
+    if not labels.is_floating_point():
+        with pytest.raises(UserError, match=reason):
+            trainer(max_epochs=1).fit(small(), loader(labels))
+
+
+def test_probabilities_are_trained_on():
+    run = trainer(max_epochs=1)
+    run.fit(small(), loader(ONE_HOT.float()))
+    assert run.callback_metrics["train/loss"].isfinite()
+
+
+class OfDicts(Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, position):
+        return {"image": IMAGES[position], "label": TARGET[position]}
+
+
+@pytest.mark.parametrize(
+    ("batches", "what"),
+    [
+        (DataLoader(IMAGES, batch_size=8), "a Tensor"),
+        (DataLoader(TensorDataset(IMAGES, TARGET, TARGET), batch_size=8), "a list of Tensor, Tensor, Tensor"),
+        (DataLoader(OfDicts(), batch_size=8), "a dict"),
+        ([loader(TARGET), loader(TARGET)], "a list of list, list"),
+    ],
+    ids=["images", "three", "dict", "two loaders"],
+)
+def test_batches_that_are_not_images_and_labels_are_refused_in_one_line(batches, what):
+    with pytest.raises(UserError, match=rf"batches must be \(images, labels\), got {what}: change the data loader"):
+        trainer(max_epochs=1).fit(small(), batches)
+    if what == "a dict":
+        with pytest.raises(UserError, match=r"batches must be images, or \(images, labels\), got a dict"):
+            trainer().predict(small(), batches)
+
+
+def test_several_loaders_are_predicted_one_by_one_and_not_evaluated_together():
+    two = [loader(TARGET), loader(TARGET, -IMAGES)]
+    with pytest.raises(UserError, match="there are 2 val loaders, whose images would be counted together: give one"):
+        trainer(max_epochs=1).fit(small(), loader(TARGET), two)
+    for evaluate, name in ((trainer().validate, "val"), (trainer().test, "test")):
+        with pytest.raises(UserError, match=f"there are 2 {name} loaders"):
+            evaluate(small(), two)
+        evaluate(small(), two[:1], verbose=False)
+    model = small().eval()
+    for found, images in zip(trainer().predict(model, two), (IMAGES, -IMAGES), strict=True):
+        torch.testing.assert_close(torch.cat(found), model.probabilities(images))
+
+
+class OfOwnLabels(Classifier):
+    """Trains on images of which some have no label, -1."""
+
+    def training_step(self, batch, batch_idx):
+        images, labels = batch[0][batch[1] >= 0], batch[1][batch[1] >= 0]
+        return super().training_step((images, labels), batch_idx)
+
+
+def test_a_step_of_a_subclass_gets_its_batches_as_they_are():
+    run = trainer(max_epochs=1)
+    run.fit(OfOwnLabels(10, "resnet20_cifar", in_chans=1), loader(torch.where(TARGET > 5, TARGET, -1)))
+    assert run.callback_metrics["train/loss"].isfinite()
 
 
 class WithTeacher(Classifier):

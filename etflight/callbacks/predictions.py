@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from etflight.classifier import Classifier
 from etflight.data.sources import UNREADABLE
-from etflight.runs.folder import writing_to
+from etflight.runs.folder import sole_writer, writing_to
 from etflight.utils.errors import UserError, first_few, warn
 from etflight.utils.files import replacing, write_csv
 from etflight.utils.ranks import gather_objects
@@ -107,7 +108,7 @@ class PredictionTable(Callback):
         embeddings: Whether to write the embeddings too.
 
     Raises:
-        UserError: No image can be read, or the model has fewer classes than `top_k`.
+        UserError: No image can be read, the model has fewer classes than `top_k`, or another process writes the file.
     """
 
     def __init__(self, path: Path, top_k: int = 1, embeddings: bool = False) -> None:
@@ -116,6 +117,7 @@ class PredictionTable(Callback):
         self._readable: list[bool] = []
         self._features: list[Tensor] = []
         self._hook: RemovableHandle | None = None
+        self._writes = ExitStack()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to the input of the head; by now the deciding head is in place."""
@@ -124,6 +126,14 @@ class PredictionTable(Callback):
             raise UserError(f"--top_k {self.top_k}: the model has {head.num_classes} classes: give at most as many")
         if self.embeddings:
             self._hook = head.register_forward_pre_hook(lambda _, args: self._features.append(args[0]))
+        if trainer.is_global_zero and not is_trial_run(trainer):
+            with writing_to(self.path.parent, "--output"):
+                self._writes.enter_context(sole_writer(self.path))
+            check_output(self.path)  # another process may have written it since the command line looked
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let others write the file."""
+        self._writes.close()
 
     def on_predict_batch_end(
         self,
@@ -162,7 +172,7 @@ class PredictionTable(Callback):
         labels, probabilities, *rest = (column[order].numpy() for column in columns)
         model = cast(Classifier, pl_module)
         images = [data.sample_name("test", i) for i in in_order]
-        with writing_to(self.path.parent, "--output"):
+        with self._writes, writing_to(self.path.parent, "--output"):
             write(self.path, images, labels, probabilities, model.names_or_labels, *rest)
             rank_zero_info(f"predictions: {self.path} (probabilities: {model.describe_temperature()})")
             if skipped:

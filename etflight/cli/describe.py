@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     histogram = plotting.class_histogram(record["class_counts"]["train"], data.class_names, title=str(data))
     plotting.save(histogram, folder / HISTOGRAM)
     plotting.save(sheet(data, config.images_per_class, augmented=config.augmented), folder / SHEET)
-    out.print(_text(record, data.describe_ratio()))
+    out.print(_text(record, data.describe_ratio(), data.cost_of_validation))
     out.print(as_it_is(f"{folder}: {RECORD}, {HISTOGRAM}, {SHEET}"), style="dim", soft_wrap=True)
 
 
@@ -138,12 +138,13 @@ def _augmented(data: ImageDataModule, images: Tensor, labels: Tensor) -> Tensor:
 # On the terminal ----------------------------------------------------------------------------------------------------
 
 
-def _text(record: dict[str, Any], ratio: str) -> Group:
+def _text(record: dict[str, Any], ratio: str, cost_of_validation: str | None) -> Group:
     channels, height, width = record["image_shape"]
     shape = f"{height} × {width} pixels and {channels} channel{'s'[: channels > 1]}"
     head = (
         f"{record['name']}: {len(record['class_names'])} classes, images of {shape}",
         f"imbalance ratio {ratio}, subset {record['fingerprint']}, validation: {record['validation']}",
+        *filter(None, [cost_of_validation]),
     )
     tables = _splits(record), _groups(record), _histogram(record)
     return Group(*map(as_it_is, head), *(part for table in tables for part in ("", table)), "")

@@ -24,6 +24,11 @@ class AdaptedSplit(ImageSplit):
         self._channels, *self._size = preprocessing.input_size
         self._covered = [Square(side, preprocessing.crop_pct).side for side in self._size]
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """C, H and W that the model takes."""
+        return self._channels, self._size[0], self._size[1]
+
     def __getitems__(self, positions: list[int]) -> Batch:
         """Images uint8 `[B, C, H, W]` of the model's size, and their own labels.
 

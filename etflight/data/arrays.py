@@ -24,10 +24,10 @@ class ArrayImages(ImageDataModule):
     """Images from one `.npz` file in MedMNIST's layout (Yang et al., Scientific Data 2023).
 
     `train_images` and `test_images`, uint8 `[N, H, W]` or `[N, H, W, C]`; `train_labels` and `test_labels`, integers
-    `[N]` or `[N, 1]`; optionally `val_images`, `val_labels` and `class_names` `[K]`, texts or UTF-8. Without `class_names`, K is the
-    largest training label plus one. Nothing in the file is unpickled, and an array that unpacks to more than 256 MiB and a hundred times
-    its size in the file is not read. MedMNIST's own 2D files, of any size, are read as they are; its
-    multi-label sets (ChestMNIST) and its volumes are refused.
+    `[N]` or `[N, 1]`; optionally `val_images`, `val_labels` and `class_names` `[K]`, texts or UTF-8. All splits have images of
+    one size. Without `class_names`, K is the largest training label plus one. Nothing in the file is unpickled, and an array that
+    unpacks to more than 256 MiB and a hundred times its size in the file is not read. MedMNIST's own 2D files, of any size, are
+    read as they are; its multi-label sets (ChestMNIST) and its volumes are refused.
 
     Args:
         path: The file.
@@ -53,12 +53,17 @@ class ArrayImages(ImageDataModule):
 
     @cached_property
     def num_channels(self) -> int:
-        """C, from the header of `train_images`."""
+        """C of the training images."""
+        return self._training_shape[3] if len(self._training_shape) == 4 else 1
+
+    @cached_property
+    def _training_shape(self) -> tuple[int, ...]:
+        """The shape in the header of `train_images`."""
         with self._member("train_images") as stream:
             version = np.lib.format.read_magic(stream)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, *_ = read(stream)
-        return shape[3] if len(shape) == 4 else 1
+        return tuple(shape)
 
     @property
     def has_val_split(self) -> bool:
@@ -79,6 +84,9 @@ class ArrayImages(ImageDataModule):
         channels = images.shape[3] if images.ndim == 4 else 1
         if channels != self.num_channels:
             raise UserError(f"{what}, but train_images has {self.num_channels} channels: give the same number")
+        if images.shape[1:3] != self._training_shape[1:3]:
+            size = " × ".join(map(str, self._training_shape[1:3]))
+            raise UserError(f"{what}, but train_images are {size} pixels: give all splits images of one size")
         labels = self._labels(split)
         if len(images) != len(labels):
             raise UserError(

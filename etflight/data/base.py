@@ -132,8 +132,8 @@ class ImageDataModule(LightningDataModule, ABC):
             that runs with several seeds share their images; without one they follow this seed.
         sampler: Class-sampling policy (instance, sqrt, balanced, effective, progressive, reverse) or an exponent q
             of p ∝ n^q; None: instance, every image once.
-        val_fraction: Part of each class's training images held out for validation, before the profile; 0: the set's
-            own validation split, or else the test set, watched.
+        val_fraction: Part of each class's training images held out for validation, before the profile: at least one, but never the
+            last; 0: the set's own validation split, or else the test set, watched.
         label_noise: Part of each class's training images that get a wrong label, after the profile, chosen by `seed`. Validation and test
             labels stay right; the class counts are those of the labels that are trained on.
         noise_kind: Which wrong labels: "symmetric", any other class alike (Patrini et al., CVPR 2017, arXiv 1609.03683), or "pair", the
@@ -194,6 +194,7 @@ class ImageDataModule(LightningDataModule, ABC):
     _splits: dict[Split, ImageSplit] = field(default_factory=dict, init=False, repr=False)
     _announced: bool = field(default=False, init=False, repr=False)
     _told_absent: bool = field(default=False, init=False, repr=False)
+    _thinned: int = field(default=0, init=False, repr=False)  # classes that lose far more to validation than was asked
 
     def __post_init__(self) -> None:
         """Check the options that need no file."""
@@ -297,6 +298,17 @@ class ImageDataModule(LightningDataModule, ABC):
         return "held out" if self.val_is_held_out else "the test set, watched only"
 
     @property
+    def cost_of_validation(self) -> str | None:
+        """A line about the classes of which `val_fraction`, being less, takes a third or more; None if there are none."""
+        self.split("train")
+        if not self._thinned:
+            return None
+        return (
+            f"val_fraction {self.val_fraction:g} takes a third or more of the training images of {self._thinned} of {self.num_classes} "
+            "classes, since it takes at least one of each"
+        )
+
+    @property
     def class_counts(self) -> NDArray[np.int64]:
         """`[K]` int64: training images per class, after validation split and profile."""
         return np.bincount(self.split("train").labels.numpy(), minlength=self.num_classes).astype(np.int64)
@@ -350,10 +362,10 @@ class ImageDataModule(LightningDataModule, ABC):
     def preprocessing(self) -> Preprocessing:
         """Shape and normalisation of the images, which a checkpoint keeps; taken from another split if `train` has not been read."""
         first = next(iter(self._splits.values()), None)
-        source = (self._splits.get("train") or first or self.split("train")).source
-        shape = source.image_shape
+        images = self._splits.get("train") or first or self.split("train")
+        shape = images.image_shape
         mean, std = (values * (shape[0] // len(values)) for values in self._statistics)
-        return Preprocessing(shape, mean, std, source.crop_pct)
+        return Preprocessing(shape, mean, std, images.source.crop_pct)
 
     @classmethod
     def options_for(cls, preprocessing: Preprocessing) -> dict[str, Any]:
@@ -372,11 +384,23 @@ class ImageDataModule(LightningDataModule, ABC):
             name = "test"
         if name not in self._splits:
             if name == "train" or (name == "val" and self.val_fraction > 0):
-                self._splits.update(self._divide(self._checked("train")))
+                read = self._divide(self._checked("train"))
             else:
                 source = self._checked(name)
-                self._splits[name] = self.make_split(name, source, np.arange(len(source.labels)))
+                read = {name: self.make_split(name, source, np.arange(len(source.labels)))}
+            self._refuse_other_shape(read[name], name)
+            self._splits.update(read)
         return self._splits[name]
+
+    def _refuse_other_shape(self, images: ImageSplit, name: Split) -> None:
+        """Refuse a split whose images have another shape than those that have been read: a network takes both without a word."""
+        for known, split in self._splits.items():
+            if (own := images.image_shape) != (other := split.image_shape):
+                shape, known_shape = (" × ".join(map(str, one)) for one in (own, other))
+                raise UserError(
+                    f"{self}: images of {name} are {shape}, but those of {known} are {known_shape} (C × H × W): "
+                    "give all splits images of one shape"
+                )
 
     def with_test_images(self, images: ImageSplit) -> Self:
         """A copy of this module that tests on other images, normalised and loaded as its own."""
@@ -410,7 +434,9 @@ class ImageDataModule(LightningDataModule, ABC):
         splits: dict[Split, ImageSplit] = {}
         if self.val_fraction > 0:
             sizes = np.bincount(labels, minlength=self.num_classes)
-            held_out = np.maximum(1, np.rint(sizes * self.val_fraction)).astype(np.int64)
+            most = np.maximum(sizes - 1, 0)
+            held_out = np.clip(np.rint(sizes * self.val_fraction), 1, None).clip(max=most).astype(np.int64)
+            self._thinned = int((3 * held_out >= sizes)[held_out > 0].sum()) if 3 * self.val_fraction < 1 else 0
             val = np.sort(long_tailed_subset(labels, held_out, self.seed))
             pool = np.setdiff1d(pool, val, assume_unique=True)
             splits["val"] = self.make_split("val", source, val)
@@ -483,6 +509,8 @@ class ImageDataModule(LightningDataModule, ABC):
                 f"{self}: {self.class_counts.sum()} training images, {self.num_classes} classes, "
                 f"imbalance ratio {self.describe_ratio()}, subset {self.fingerprint}"
             )
+            if (cost := self.cost_of_validation) is not None and self._world()[1] == 0:
+                warn(f"{self}: {cost}")
 
     def _tell_classes_without_test_images(self) -> None:
         counts = np.bincount(self.split("test").labels.numpy(), minlength=self.num_classes)

@@ -122,6 +122,11 @@ class ImageSplit(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.indices)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """C, H and W of every image."""
+        return self.source.image_shape
+
     def __getitems__(self, positions: list[int]) -> Batch:
         """Images uint8 `[B, C, H, W]` and labels int64 `[B]`; DataLoader calls this once per batch."""
         where = torch.from_numpy(np.array(positions, np.int64))  # `torch.tensor` of a list is several times as slow

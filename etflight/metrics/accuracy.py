@@ -70,9 +70,9 @@ class Confusion(ExactMetric):
         """Add a batch.
 
         Args:
-            predicted: The predicted class indices `[B]`, int64, in [0, K), or logits or probabilities `[B, K]`; rows that are no numbers
-                decide nothing and are not counted.
-            target: The true class indices `[B]`, int64, in [0, K).
+            predicted: The predicted class indices `[B]`, of any integer dtype, in [0, K), or logits or probabilities `[B, K]`; rows that
+                are no numbers decide nothing and are not counted.
+            target: The true class indices `[B]`, of any integer dtype, in [0, K).
         """
         num_classes = len(self.counts)
         predicted, decided = _decisions(predicted, num_classes)
@@ -86,7 +86,8 @@ class Confusion(ExactMetric):
 
 
 def _refused_outside(indices: Tensor, size: int) -> Tensor:
-    """The indices, those outside [0, size) replaced by `size`, which `index_add_` refuses: it may count others from the end."""
+    """The indices as int64, those outside [0, size) replaced by `size`, which `index_add_` refuses: it may count others from the end."""
+    indices = indices.long()  # uint8 would be a mask, and overflow in products
     return torch.where((indices >= 0) & (indices < size), indices, size)
 
 
@@ -249,9 +250,9 @@ class ShotAccuracy(ExactMetric):
         """Add a batch.
 
         Args:
-            predicted: The predicted class indices `[B]`, int64, in [0, K), or logits or probabilities `[B, K]`; after a row that is no
-                number, all accuracies are NaN.
-            target: The true class indices `[B]`, int64, in [0, K).
+            predicted: The predicted class indices `[B]`, of any integer dtype, in [0, K), or logits or probabilities `[B, K]`; after a row
+                that is no number, all accuracies are NaN.
+            target: The true class indices `[B]`, of any integer dtype, in [0, K).
         """
         predicted, decided = _decisions(predicted, len(self.total))
         predicted = _refused_outside(predicted, len(self.total))
@@ -356,7 +357,7 @@ class Reliability(ExactMetric):
 
         Args:
             logits: The logits `[B, K]`, any float dtype.
-            target: The class indices `[B]`, int64.
+            target: The class indices `[B]`, of any integer dtype.
         """
         confidence, predicted = at_least_float32(logits).softmax(dim=1).max(dim=1)
         inner = torch.arange(1, len(self.counts), dtype=confidence.dtype, device=confidence.device) / len(self.counts)
@@ -400,10 +401,10 @@ class TemperatureFit(ExactMetric):
 
         Args:
             logits: The logits `[B, K]`, any float dtype.
-            target: The class indices `[B]`, int64.
+            target: The class indices `[B]`, of any integer dtype.
         """
         logits = at_least_float32(logits)
-        shifted = logits - logits.gather(1, target[:, None])
+        shifted = logits - logits.gather(1, target.long()[:, None])
         self.losses += torch.stack([(shifted / t).logsumexp(dim=1).sum() for t in self._grid().exp()])
         self.samples += len(target)
 

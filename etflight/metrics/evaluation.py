@@ -58,7 +58,7 @@ class EvaluationMetrics(nn.Module):
 
         Args:
             logits: The logits `[B, K]` that decide, any float dtype.
-            target: The class indices `[B]`, int64.
+            target: The class indices `[B]`, of any integer dtype.
             temperature: The scalar that divides the logits for calibrated probabilities.
         """
         self.shots.update(logits, target)

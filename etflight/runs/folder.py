@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from textwrap import shorten
 from typing import IO, Any
@@ -203,14 +203,40 @@ def lock(folder: Path) -> IO[str] | None:
     Raises:
         UserError: Another process has the lock.
     """
-    file = (folder / ".lock").open("w")
+    in_use = f"run folder {folder} is in use, another process trains in it: wait for its end, or give a new --name"
+    return _locked(folder / ".lock", in_use)
+
+
+@contextmanager
+def sole_writer(file: Path) -> Iterator[None]:
+    """Keep other processes from writing a file too until the block ends, or this process does, in whatever way.
+
+    Args:
+        file: The file, in a folder that is made if it does not exist; it gets a hidden neighbour meanwhile.
+
+    Raises:
+        UserError: Another process writes it.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    mark = file.with_name(f".{file.name}.lock")
+    in_use = f"{file} is being written by another process: wait for its end, or give another name with --output"
+    with _locked(mark, in_use) or nullcontext() as held:
+        # the process that made the mark may have finished and removed it just before it was locked here
+        if held is not None and not (mark.exists() and os.path.samestat(os.fstat(held.fileno()), mark.stat())):
+            raise UserError(in_use)
+        try:
+            yield
+        finally:
+            mark.unlink(missing_ok=True)
+
+
+def _locked(path: Path, in_use: str) -> IO[str] | None:
+    file = path.open("w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader processes would inherit flock's lock
     except (BlockingIOError, PermissionError):
         file.close()
-        raise UserError(
-            f"run folder {folder} is in use, another process trains in it: wait for its end, or give a new --name"
-        ) from None
+        raise UserError(in_use) from None
     except OSError:
         file.close()
         return None

@@ -72,6 +72,17 @@ def test_held_out_images_are_counted_and_later_files_win_and_the_command_line_ov
     assert (record["imbalance_ratio"], record["count_ratio"]) == (4, 4)
 
 
+def test_classes_that_lose_a_third_or_more_of_their_images_to_validation_are_counted(
+    numbered, etflight_command, tmp_path
+):
+    numbered((100, 3, 2))
+    words = ["--data", "ArrayImages", "--data.path", "numbered.npz", "--data.val_fraction", 0.01]
+    *_, printed = run(etflight_command, tmp_path, *words)
+    assert "val_fraction 0.01 takes a third or more of the training images of 2 of 3 classes" in " ".join(
+        printed.split()
+    )
+
+
 def test_each_row_of_the_sheet_has_images_of_its_class_from_first_to_last(numbered):
     data = ArrayImages(numbered())
     (axes,) = describe.sheet(data, 4).axes

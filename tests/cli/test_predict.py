@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +141,49 @@ def test_what_cannot_be_read_is_skipped_and_listed(rgb, tmp_path, capsys):
     (told,) = [line for line in capsys.readouterr().err.splitlines() if "could not be read" in line]
     assert told.startswith("etflight: warning: 3 images could not be read")
     assert "c.txt" in told
+
+
+WRITES = """
+import sys
+from pathlib import Path
+from etflight.runs.folder import sole_writer
+with sole_writer(Path(sys.argv[1])):
+    print("writes", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_of_two_predictions_into_one_file_at_once_the_second_is_refused(rgb, tmp_path):
+    picture().save(image := tmp_path / "one.png")
+    output = tmp_path / "new" / "out.csv"
+    other = subprocess.Popen(
+        [sys.executable, "-c", WRITES, output], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "writes\n"
+    with pytest.raises(
+        UserError, match=r"out\.csv is being written by another process: wait for its end, or give"
+    ) as caught:
+        predict(rgb, output, "--images", image)
+    assert "\n" not in str(caught.value)
+    other.communicate()
+    predict(rgb, output, "--images", image)
+    assert [file.name for file in output.parent.iterdir()] == ["out.csv"]
+
+
+def test_a_prediction_that_failed_or_was_killed_does_not_keep_others_from_the_file(rgb, tmp_path):
+    picture().save(image := tmp_path / "one.png")
+    other = subprocess.Popen(
+        [sys.executable, "-c", WRITES, tmp_path / "out.csv"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "writes\n"
+    other.kill()
+    other.communicate()
+    (tmp_path / "broken.png").write_bytes(b"")
+    with pytest.raises(UserError, match="none of the 1 images can be read"):
+        predict(rgb, tmp_path / "out.csv", "--images", tmp_path / "broken.png")
+    assert not (tmp_path / ".out.csv.lock").exists()
+    predict(rgb, tmp_path / "out.csv", "--images", image)
+    assert len(read_csv(tmp_path / "out.csv")) == 1
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,10 @@ def test_files_of_medmnist_are_read_as_they_are(tmp_path, size, channels, train_
         ({"train_labels": np.full(70, 70)}, "the largest label is 70, of 70 images: give labels from 0 without gaps"),
         ({"train_labels": np.repeat([0, 2], 35)}, r"class 1 \(1\) has no training image"),
         ({"test_images": np.zeros((13, 2, 4), np.uint8)}, "but train_images has 3 channels"),
+        (
+            {"test_images": np.zeros((13, 3, 6, 3), np.uint8)},
+            r"test_images is uint8 of shape \[13, 3, 6, 3\], but train_images are 2 × 4 pixels: give all splits images of one size",
+        ),
         ({"train_images": np.zeros((70, 3, 9, 9), np.uint8)}, "looks like \\[N, C, H, W\\]"),
     ],
 )
@@ -82,6 +86,11 @@ def test_damaged_files_are_refused(arrays):
     assert_refused(ArrayImages(str(file)), "fit", "train_images cannot be read")
     file.write_text("hello")
     assert_refused(ArrayImages(str(file)), "fit", r"set\.npz is no \.npz file")
+
+
+def test_a_test_split_of_another_size_is_refused_even_where_only_it_is_read(arrays):
+    path = arrays(test_images=np.zeros((13, 3, 6, 3), np.uint8))
+    assert_refused(ArrayImages(path), "test", "but train_images are 2 × 4 pixels")
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from lightning.pytorch import LightningModule
 
 from etflight.data import ArrayImages, Digits, ImageDataModule, ImbalancedSampler, class_counts
 from etflight.data.profiles import fingerprint, long_tailed_subset
-from etflight.data.sources import ImageSplit
+from etflight.data.sources import ArraySource, ImageSplit
 from etflight.utils.errors import UserError
+from tests.data.refusals import assert_refused
 from tests.training import new_trainer
 
 
@@ -81,14 +82,35 @@ def test_construction_reads_no_file_and_setup_does():
         ),
         (
             {"train_labels": np.repeat([0, 1, 2], [60, 9, 1])},
-            {"val_fraction": 0.1},
-            r"class 2 \(2\) has no training image.*val_fraction 0.1 is held out first",
+            {"val_fraction": 0.1, "max_count": 9},
+            r"class 1 \(1\) .and 1 more. has 8 training images, 9 were asked.*val_fraction 0.1 is held out first",
         ),
     ],
 )
 def test_what_the_set_cannot_give_is_named_with_the_set(arrays, changes, options, message):
     with pytest.raises(UserError, match=rf"ArrayImages .*set\.npz.*{message}"):
         ArrayImages(arrays(**changes), **options).setup()
+
+
+class OwnSet(ImageDataModule):
+    """A set of somebody else, whose test images have this shape."""
+
+    class_names = ("one", "other")
+    num_channels = 1
+    test_shape = (1, 16, 16)
+
+    def load(self, split):
+        shape = (1, 16, 16) if split == "train" else self.test_shape
+        return ArraySource(torch.zeros(6, *shape, dtype=torch.uint8), torch.arange(6) % 2)
+
+
+@pytest.mark.parametrize("shape", [(1, 24, 24), (3, 16, 16)], ids=["size", "channels"])
+def test_splits_of_one_set_have_images_of_one_shape(shape):
+    data = OwnSet()
+    data.test_shape = shape
+    other = " × ".join(map(str, shape))
+    assert_refused(data, "fit", f"of test are {other}, but those of train are 1 × 16 × 16 .C × H × W.: give all splits")
+    OwnSet().setup()
 
 
 def test_what_cannot_be_asked_of_a_set_is_refused(arrays):
@@ -145,6 +167,28 @@ def test_validation_is_held_out_per_class_before_the_profile(arrays):
     again, other = (ArrayImages(path, val_fraction=0.04, seed=seed).split("val").indices for seed in (0, 1))
     assert torch.equal(val.indices, again)
     assert not torch.equal(val.indices, other)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.4, 0.9])
+def test_no_class_loses_its_last_training_image_to_validation(arrays, fraction):
+    data = ArrayImages(arrays(train_labels=np.repeat([0, 1, 2], [67, 2, 1])), val_fraction=fraction)
+    data.setup("fit")
+    held_out = data.split("val").labels.bincount(minlength=3).tolist()
+    assert held_out == [round(67 * fraction), 1, 0]
+    assert data.class_counts.tolist() == [67 - held_out[0], 1, 1]
+
+
+def test_training_says_once_how_many_classes_lose_a_third_or_more_of_their_images_to_validation(arrays, capsys):
+    path = arrays(train=(61, 6, 3))
+    line = "val_fraction 0.05 takes a third or more of the training images of 1 of 3 classes, since it takes at least one of each"
+    data = ArrayImages(path, val_fraction=0.05)
+    for _ in range(2):
+        data.setup("fit")
+    assert capsys.readouterr().err == f"etflight: warning: ArrayImages {path}: {line}\n"
+    for fraction in (0.0, 0.34):  # the second is what was asked for
+        assert ArrayImages(path, val_fraction=fraction).cost_of_validation is None
+    ArrayImages(arrays(train=(60, 6, 4)), val_fraction=0.05).setup("fit")
+    assert capsys.readouterr().err == ""
 
 
 def test_without_a_validation_split_the_test_set_is_watched(arrays):

@@ -1,5 +1,6 @@
 """Accuracies, confusion and calibration, against scikit-learn, NumPy, SciPy and torchmetrics."""
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -35,6 +36,19 @@ def accuracies(num_classes, counts, predicted, target, shifts=()):
     for part in (slice(0, 7), slice(7, None)):
         metric.update(predicted[part], target[part])
     return {name: value.item() for name, value in metric.compute().items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.uint8], ids=str)
+@pytest.mark.parametrize("metric", [partial(Confusion, 100), partial(ShotAccuracy, 100), Reliability, TemperatureFit])
+def test_labels_of_any_integer_dtype_count_alike(metric, dtype):
+    """With 100 classes the cells of a confusion are beyond the range of 8 bits."""
+    logits, target = torch.randn(50, 100, generator=torch.Generator().manual_seed(0)), torch.arange(50) * 2 % 100
+    results = []
+    for labels in (target, target.to(dtype)):
+        counted = metric()
+        counted.update(logits, labels)
+        results.append(counted.compute())
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0, equal_nan=True)
 
 
 def test_accuracies_equal_those_of_scikit_learn():

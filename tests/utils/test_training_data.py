@@ -258,3 +258,14 @@ def test_a_model_built_for_other_classes_or_channels_than_the_data_have_is_refus
         for stage in ("fit", "predict"):
             with pytest.raises(UserError, match=reason):
                 getattr(new_trainer(), stage)(model, datamodule=Digits())
+
+
+@pytest.mark.parametrize("stage", ["test", "validate", "predict"])
+def test_a_model_warns_of_arrays_of_another_size_than_those_it_was_trained_on(stage, tmp_path, capsys):
+    for side in (8, 12):
+        save_arrays(tmp_path / f"{side}.npz", shape=(side, side))
+    model = Classifier(10, "test_resnet", head=LinearHead, loss=CrossEntropyLoss, in_chans=1)
+    new_trainer(fast_dev_run=True).fit(model, datamodule=ArrayImages(str(tmp_path / "8.npz")))
+    getattr(new_trainer(), stage)(model, datamodule=ArrayImages(str(tmp_path / "12.npz")))
+    (line,) = told(capsys)
+    assert line.endswith("images are prepared differently than in training: 12×12 pixels instead of 8×8 pixels")
