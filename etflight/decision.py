@@ -70,6 +70,10 @@ class Decision:
         """Compute `y / T`, whose softmax is the probabilities: `[B, K]`, float32 or float64. See `adjusted`."""
         return self.adjusted(logits) / self.temperature
 
+    def temperature_of_bare_logits(self) -> float:
+        """Return T if it is that of the logits as they are, else T₀."""
+        return float(self.temperature) if self.tau == 0 else self.unit()
+
     def describe_temperature(self) -> str:
         """Say what temperature the probabilities have, and where it comes from."""
         temperature = float(self.temperature)

@@ -141,6 +141,9 @@ class PostHoc(Callback, ABC):
 class TauNormalization(PostHoc):
     """τ-normalisation: class vectors `w_k / ‖w_k‖^τ` without biases, because in a linear head classes with more images have larger norms.
 
+    All of them are multiplied by g^τ, with the geometric mean g of the norms: logits keep the scale that the softmax was trained with, and
+    no decision changes.
+
     Args:
         tau: The exponent τ >= 0; 0 keeps the norms, 1 makes all of them 1. The authors choose it between the two on held-out images.
 
@@ -167,7 +170,7 @@ class TauNormalization(PostHoc):
             )
         weight = at_least_float32(head.weight.detach())
         norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
-        return _head_of(model, weight / norm**self.tau)
+        return _head_of(model, weight / (norm / norm.log().mean().exp()) ** self.tau)
 
 
 class NearestClassMean(PostHoc):

@@ -101,20 +101,20 @@ def main(argv: Sequence[str]) -> None:
     check_writable(folder, "--output")
     refuse_other_results(folder / RECORD, facts, (PICTURE,))
 
-    out = console()
+    out, temperature = console(), model.decision.temperature_of_bare_logits()
     device = device_of(config)
     quiet = not out.is_terminal
     train, test = (outputs(model, known, split, device, quiet=quiet) for split in ("train", "test"))
     others = outputs(model, known.with_test_images(images), "test", device, quiet=quiet)
     spaces = {"": train.embedding} | ({} if _same(train) else {RAW: train.features})
     stats = {end: _statistics(features, train.labels, len(weight)) for end, features in spaces.items()}
-    scores = scores_of(train, stats, weight, float(model.temperature), k, config.components)
+    scores = scores_of(train, stats, weight, temperature, k, config.components)
     values = {name: (score(test), score(others)) for name, score in scores.functions.items()}
     results = {name: ood.separation(*both) for name, both in values.items()}
     record = {
         **facts,
         "seed": read_record(folder_of(checkpoint)).get("seed"),
-        "temperature": float(model.temperature),
+        "temperature": temperature,
         "known": {**data_facts(known), "train_images": len(train.labels), "test_images": len(test.labels)},
         "scores": {name: result._asdict() for name, result in results.items()},
         "left_out": scores.left_out,
@@ -126,7 +126,7 @@ def main(argv: Sequence[str]) -> None:
         write_json(folder / RECORD, record)
         plotting.save(plotting.score_histograms(panels, known_name, unknown_name), folder / PICTURE)
     out.print(_table(f"{known.dataset_name} (known) and {unknown.dataset_name} (unknown)", results))
-    settings = f"temperature {model.temperature:.3g} of msp and energy, k = {k} of knn"
+    settings = f"temperature {temperature:.3g} of msp and energy, k = {k} of knn"
     if any(name.startswith("neco") for name in results):
         settings += f", {facts['components']} components of neco"
     out.print(as_it_is(f"checkpoint {checkpoint}: {settings}"), soft_wrap=True)
@@ -149,7 +149,7 @@ def scores_of(
         train: The outputs on the training images.
         stats: The class statistics of the embeddings under "" and, if they differ, of the pooled features under `RAW`.
         weight: The class vectors `[K, d]`.
-        temperature: The model's temperature, of `msp` and `energy`.
+        temperature: The temperature of `msp` and `energy`.
         k: The neighbour of `knn`.
         components: The number of principal components of `neco`; None: K - 1.
     """

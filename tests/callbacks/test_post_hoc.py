@@ -68,7 +68,9 @@ def test_tau_normalisation_divides_class_vectors_by_a_power_of_their_norms_and_d
     with torch.no_grad():
         model.head.weight[9] *= 3  # norms that differ more than an epoch makes them
     W = model.head.weight.detach().double()
-    logits = torch.stack([h @ w / w.square().sum().sqrt() ** 0.7 for w in W], dim=1)
+    norms = [w.square().sum().sqrt() for w in W]
+    scale = math.prod(norms) ** (0.7 / 10)  # that of the trained logits, which decides nothing
+    logits = scale * torch.stack([h @ w / norm**0.7 for w, norm in zip(W, norms, strict=True)], dim=1)
     assert_decides_by(logits, labels, model, TauNormalization(0.7))
 
 
@@ -76,7 +78,8 @@ def test_tau_normalisation_takes_the_scaled_class_vectors_of_lws():
     model = trained(ScaledLinearHead)
     h, labels = embeddings(model, "test")
     W = (model.head.class_scale[:, None] * model.head.linear.weight).detach().double()
-    assert_decides_by(F.linear(h, F.normalize(W)), labels, model, TauNormalization())
+    scale = torch.linalg.vector_norm(W, dim=1).log().mean().exp()
+    assert_decides_by(scale * F.linear(h, F.normalize(W)), labels, model, TauNormalization())
 
 
 def logits_of_class_means(model):
