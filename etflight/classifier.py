@@ -27,7 +27,7 @@ from etflight import penalties
 from etflight.data.base import ImageDataModule
 from etflight.decision import RULES_OF_OPTIONS, Adjustment, Decision, is_of_another
 from etflight.heads import ETFHead, Head, codes_from_state_dict
-from etflight.hyperparameters import PLUGGABLE, differing, fixed_by, plain_arguments, plain_hyperparameters
+from etflight.hyperparameters import PLUGGABLE, differing, fixed_by, make_with, plain_arguments, plain_hyperparameters
 from etflight.losses import DotRegressionLoss, Loss, class_weights_of
 from etflight.metrics.accuracy import SampleMean, TemperatureFit
 from etflight.metrics.evaluation import Evaluation, EvaluationMetrics
@@ -44,7 +44,13 @@ from etflight.optim import (
 from etflight.utils.batches import images_in, labelled
 from etflight.utils.checkpoints import read_checkpoint, refuse_others
 from etflight.utils.errors import UserError, brief, warn
-from etflight.utils.lightning_private import hide_tips, ignore_own_deprecations, only_passes, replace_hyperparameters
+from etflight.utils.lightning_private import (
+    hide_tips,
+    ignore_own_deprecations,
+    ignore_remarks_on_hooks,
+    only_passes,
+    replace_hyperparameters,
+)
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.ranks import in_process_group
 from etflight.utils.specs import as_plain, from_spec, objections, to_spec
@@ -458,6 +464,7 @@ class Classifier(LightningModule):
             UserError: The data module has another number of classes or channels, or no class of a name in `class_weights`.
         """
         ignore_own_deprecations()
+        ignore_remarks_on_hooks()
         if stage == "fit":  # an earlier training may have ended anywhere
             self._bad_step.fill_(_NEVER)
             for metric in (*self.losses.values(), self.temperature_fit):
@@ -886,7 +893,7 @@ class Classifier(LightningModule):
         with code, objections({"class_path": cls.__name__, "init_args": {}}, f"checkpoint {checkpoint_path}"):
             reset = _has_weights.set(True)
             try:
-                model = cls(**plain_hyperparameters(checkpoint, cls, kwargs))
+                model = make_with(cls, plain_hyperparameters(checkpoint, cls, kwargs), kwargs)
             finally:
                 _has_weights.reset(reset)
         model.on_load_checkpoint(checkpoint)

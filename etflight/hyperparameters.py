@@ -1,9 +1,10 @@
 """The arguments of a `Classifier` as plain data: written into checkpoints, compared, and read from those of others."""
 
 import inspect
+import re
 from collections.abc import Mapping
 from textwrap import shorten
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -14,6 +15,7 @@ from etflight.utils.errors import UserError
 from etflight.utils.limits import refuse_names
 from etflight.utils.specs import as_plain, find_class, is_plain, to_spec
 
+Made = TypeVar("Made")
 # the arguments that take a class, and the base of that class
 PLUGGABLE: dict[str, type] = {"head": Head, "loss": Loss, "optimizer": Optimizer, "lr_scheduler": LRScheduler}
 # timm's arguments with a source of other weights; a checkpoint has its own
@@ -112,6 +114,25 @@ def fixed_by(model: type) -> set[str]:
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values()):
         return set()
     return {name for cls in model.__mro__[1:-1] for name in inspect.signature(cls).parameters} - taken.keys()
+
+
+def make_with(model: type[Made], saved: Mapping[str, Any], given: Mapping[str, Any]) -> Made:
+    """Make a model of saved arguments, without those that its class itself gives to its bases beside its `**kwargs`.
+
+    Only Python's own error tells which these are, before a network is built.
+
+    Args:
+        model: The class.
+        saved: The arguments, those `given` included.
+        given: Arguments of the caller, which are never left out.
+    """
+    try:
+        return model(**saved)
+    except TypeError as error:
+        twice = re.search(r"got multiple values for (?:keyword )?argument '(\w+)'", str(error))
+        if twice is None or twice[1] not in saved or twice[1] in given:
+            raise
+    return make_with(model, {name: value for name, value in saved.items() if name != twice[1]}, given)
 
 
 def _taker(model: type, name: str) -> type:

@@ -1,5 +1,6 @@
 import math
 import re
+import warnings
 from collections import Counter, OrderedDict
 from copy import deepcopy
 from enum import StrEnum
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.trainer.connectors.data_connector import warning_cache
 from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -530,6 +532,15 @@ def test_labels_that_name_no_class_are_refused_in_one_line(labels, reason):
             trainer(max_epochs=1).fit(small(), loader(labels))
 
 
+def test_a_data_module_brings_no_remark_on_hooks():
+    warning_cache.clear()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for data in (Foreign(), Digits(batch_size=16)):
+            trainer(max_steps=1, limit_val_batches=0).fit(small(), data)
+    assert not [str(line.message) for line in told if "overridden" in str(line.message)]
+
+
 def test_probabilities_are_trained_on():
     run = trainer(max_epochs=1)
     run.fit(small(), loader(ONE_HOT.float()))
@@ -661,6 +672,27 @@ def test_subclasses_with_arguments_of_their_own_are_loaded(tmp_path):
     assert loaded.temperature_of_teacher == 2
     assert loaded.hparams["root"] == "a/b.c"
     assert saved_and_loaded(Narrow(2), tmp_path, cls=Narrow).features(IMAGES).shape == (16, 128)
+
+
+class Fixed(Classifier):
+    def __init__(self, num_classes, **kwargs):
+        super().__init__(num_classes, "resnet20_cifar", head=LinearHead, loss=CrossEntropyLoss, in_chans=1, **kwargs)
+
+
+class FixedTwice(Fixed):
+    def __init__(self, **kwargs):
+        super().__init__(10, model_kwargs={"width": 2}, **kwargs)
+
+
+@pytest.mark.parametrize(("model", "own"), [(Fixed, [10]), (FixedTwice, [])])
+def test_a_subclass_with_fixed_arguments_beside_others_is_loaded(model, own, tmp_path):
+    trained = model(*own, logit_adjustment=1.5)
+    loaded = saved_and_loaded(trained, tmp_path, Foreign(class_counts=[1] * 10), cls=model)
+    assert loaded.hparams == trained.hparams
+    torch.testing.assert_close(loaded.state_dict(), trained.state_dict())
+    assert model.load_from_checkpoint(tmp_path / "c.ckpt", logit_adjustment=0.5).hparams["logit_adjustment"] == 0.5
+    with pytest.raises(UserError, match=r"c\.ckpt: .*multiple values for .*'in_chans'"):
+        model.load_from_checkpoint(tmp_path / "c.ckpt", in_chans=3)
 
 
 class OwnSteps(Classifier):

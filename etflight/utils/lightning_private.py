@@ -44,6 +44,11 @@ def before_batch_transfer(module: LightningModule, batch: Any) -> Any:
     return module._on_before_batch_transfer(batch, dataloader_idx=0)
 
 
+def ignore_remarks_on_hooks() -> None:
+    """Hide the remark that a model's hook is used beside a data module, which is as it should be; touches its text."""
+    warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule` but")
+
+
 def ignore_own_deprecations() -> None:
     """Hide torch's warning about `LeafSpec`, which no user can mend, because Lightning itself causes it in `_pytree`."""
     warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning, r"lightning\.pytorch\.utilities\._pytree")
