@@ -30,10 +30,11 @@ from etflight.data.profiles import (
 from etflight.data.sampler import ImbalancedSampler, ShardSampler, resolve_policy
 from etflight.data.sources import Batch, ImageSource, ImageSplit
 from etflight.data.transforms import TrainTransform, normalize
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, first_few, warn
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.ranks import world
 from etflight.utils.terminal import readable
+from etflight.utils.trainer import choose_by_validation
 from etflight.utils.training_data import refuse_twins
 
 
@@ -451,6 +452,11 @@ class ImageDataModule(LightningDataModule, ABC):
             return ratio
         return f"{ratio} ({asked} asked; {'labels are noisy' if self.label_noise else 'counts are whole'})"
 
+    def untested(self) -> set[int]:
+        """The classes without a test image, as far as they are known before test images are read."""
+        test = self._splits.get("test")
+        return set() if test is None else set(range(self.num_classes)).difference(test.labels.tolist())
+
     def label_file(self, split: Split) -> str:
         """The file that holds a split's labels, or else the set; messages about wrong labels name it."""
         return str(self)
@@ -478,6 +484,25 @@ class ImageDataModule(LightningDataModule, ABC):
             rank_zero_info(
                 f"{self}: {self.class_counts.sum()} training images, {self.num_classes} classes, "
                 f"imbalance ratio {self.describe_ratio()}, subset {self.fingerprint}"
+            )
+            self._warn_of_test()
+
+    def _warn_of_test(self) -> None:
+        """Say before a training what its test images cannot tell afterwards."""
+        untested = self.untested()  # by each rank, because it refuses a class that no training image has
+        if self._world()[1] > 0:
+            return
+        if untested:
+            names = (self.class_names[label] for label in sorted(untested))
+            warn(
+                f"{self}: test has no image of {first_few(names, len(untested))}, {len(untested)} of {self.num_classes} classes: accuracies "
+                "over classes are those of the others; add images, or leave the classes out of train"
+            )
+        choosing = [] if self.val_is_held_out or self.trainer is None else choose_by_validation(self.trainer)
+        if choosing:
+            warn(
+                f"the validation images are the test set, but {' and '.join(choosing)} will choose by them, so a test is no fair one any more: "
+                "hold images out (--data.val_fraction 0.1)"
             )
 
     def train_dataloader(self) -> DataLoader[Batch]:

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,35 @@ def test_a_class_without_images_or_unknown_to_train_is_named(tree):
     assert_refused(FolderImages(str(tree)), "test", "test/emu: no class of train has this name")
     (tree / "train" / "emu").mkdir()
     assert_refused(FolderImages(str(tree)), "fit", r"class 2 \(emu\) has no training image")
+
+
+@pytest.mark.parametrize("held_out", ["val_fraction", "val"])
+def test_a_training_that_reads_no_test_image_yet_compares_the_class_folders_of_test(tree, held_out, capsys):
+    if held_out == "val":
+        save_folders(tree, val={"dog": 2, "cat": 1})
+    options = {"val_fraction": 0.3} if held_out == "val_fraction" else {}
+    FolderImages(str(tree), **options).setup("fit")
+    assert "warning" not in capsys.readouterr().err
+    save_folders(tree, test={"emu": 1})
+    assert_refused(FolderImages(str(tree), **options), "fit", "test/emu: no class of train has this name: rename it")
+    save_folders(tree, train={"emu": 3}, val={"emu": 1}) if held_out == "val" else save_folders(tree, train={"emu": 3})
+    shutil.rmtree(tree / "test/cat")
+    shutil.rmtree(tree / "test/dog")
+    FolderImages(str(tree), **options).setup("fit")
+    warned = capsys.readouterr().err
+    assert f"warning: FolderImages in {tree}: test has no image of cat, dog, 2 of 3 classes: " in warned
+    assert warned.count("warning") == 1
+    shutil.rmtree(tree / "test")
+    FolderImages(str(tree), **options).setup("fit")  # the test images may come later
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_training_warns_of_classes_whose_folder_in_test_is_empty_once_it_watches_test(tree, capsys):
+    (tree / "test/cat/0.png").unlink()
+    data = FolderImages(str(tree))
+    data.setup("fit")
+    data.setup("fit")
+    assert capsys.readouterr().err.count("test has no image of cat, 1 of 2 classes") == 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])
