@@ -40,7 +40,7 @@ from etflight.optim import (
     spare_from_decay,
 )
 from etflight.utils.checkpoints import read_checkpoint, refuse_others
-from etflight.utils.errors import UserError, brief, warn
+from etflight.utils.errors import UserError, brief, let_through, warn
 from etflight.utils.lightning_private import hide_tips, ignore_own_deprecations, only_passes, replace_hyperparameters
 from etflight.utils.precision import at_least_float32
 from etflight.utils.preprocessing import Preprocessing
@@ -246,14 +246,13 @@ class Classifier(LightningModule):
         try:
             return cast(Tensor, self.backbone(images))
         except (AssertionError, RuntimeError, ValueError) as error:
-            from etflight.backbones import arguments_for_size
+            let_through(error)
+            from etflight.backbones import describe_refused_size
 
             name, shape = self.hparams["backbone"], images.shape[1:]
-            found = arguments_for_size(name, shape, self.hparams["model_kwargs"])
-            if found == {}:  # it takes images of this size
+            mend = describe_refused_size(name, shape, self.hparams["model_kwargs"])
+            if mend is None:  # the size is not the cause
                 raise
-            text = ", ".join(f"{key}: {value}" for key, value in (found or {}).items())
-            mend = f"give --model.model_kwargs '{{{text}}}'" if found else "give larger ones, or another backbone"
             reason = str(error).strip().partition("\n")[0].rstrip(".")
             raise UserError(
                 f"{name} does not take images of {' x '.join(map(str, shape))} ({reason}): {mend}"

@@ -495,14 +495,14 @@ class ImageDataModule(LightningDataModule, ABC):
         if untested:
             names = (self.class_names[label] for label in sorted(untested))
             warn(
-                f"{self}: test has no image of {first_few(names, len(untested))}, {len(untested)} of {self.num_classes} classes: accuracies "
-                "over classes are those of the others; add images, or leave the classes out of train"
+                f"{self}: test has no image of {first_few(names, len(untested))}, {len(untested)} of {self.num_classes} classes: "
+                "accuracies over classes are those of the others; add images, or leave the classes out of train"
             )
         choosing = [] if self.val_is_held_out or self.trainer is None else choose_by_validation(self.trainer)
         if choosing:
             warn(
-                f"the validation images are the test set, but {' and '.join(choosing)} will choose by them, so a test is no fair one any more: "
-                "hold images out (--data.val_fraction 0.1)"
+                f"the validation images are the test set, but {' and '.join(choosing)} will choose by them, so that a test is no fair "
+                "one any more: hold images out (--data.val_fraction 0.1)"
             )
 
     def train_dataloader(self) -> DataLoader[Batch]:

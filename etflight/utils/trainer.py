@@ -46,7 +46,9 @@ def choose_by_validation(trainer: Trainer) -> list[str]:
     monitors = [(type(own).__name__, own.monitor) for own in (*stops, *saves)]
     schedule = getattr(trainer.lightning_module, "hparams", {}).get("lr_scheduler")
     plateau = ReduceLROnPlateau.__name__
-    if isinstance(schedule, Mapping) and schedule["class_path"].rpartition(".")[2] == plateau:  # torch's, or Lightning's
+    if (
+        isinstance(schedule, Mapping) and schedule["class_path"].rpartition(".")[2] == plateau
+    ):  # torch's, or Lightning's
         monitors.append((plateau, schedule["init_args"].get("monitor", "val/loss")))
     return [name for name, monitor in monitors if re.search(r"(^|/)val[/_]", monitor or "")]
 
