@@ -43,7 +43,7 @@ from etflight.optim import (
 )
 from etflight.utils.batches import images_in, labelled
 from etflight.utils.checkpoints import read_checkpoint, refuse_others
-from etflight.utils.errors import UserError, brief, warn
+from etflight.utils.errors import UserError, brief, let_through, warn
 from etflight.utils.lightning_private import (
     hide_tips,
     ignore_own_deprecations,
@@ -253,16 +253,13 @@ class Classifier(LightningModule):
         try:
             return cast(Tensor, self.backbone(images))
         except (AssertionError, RuntimeError, ValueError) as error:
-            from etflight.backbones import arguments_for_size, takes_larger
+            let_through(error)
+            from etflight.backbones import describe_refused_size
 
-            if "DataLoader worker" in str(error):  # a loader process that dies interrupts whatever runs
+            name, shape = self.hparams["backbone"], images.shape[1:]
+            mend = describe_refused_size(name, shape, self.hparams["model_kwargs"])
+            if mend is None:  # the size is not the cause
                 raise
-            name, shape, given = self.hparams["backbone"], images.shape[1:], self.hparams["model_kwargs"]
-            found = arguments_for_size(name, shape, given)
-            if found == {} or (found is None and not takes_larger(name, shape, given)):  # the size is not the cause
-                raise
-            text = ", ".join(f"{key}: {value}" for key, value in (found or {}).items())
-            mend = f"give --model.model_kwargs '{{{text}}}'" if found else "give larger ones, or another backbone"
             reason = str(error).strip().partition("\n")[0].rstrip(".")
             raise UserError(
                 f"{name} does not take images of {' x '.join(map(str, shape))} ({reason}): {mend}"

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from etflight.heads import CosineHead, ETFHead, Head
 from etflight.losses import CrossEntropyLoss, Loss
-from etflight.utils.errors import UserError, brief
+from etflight.utils.errors import UserError, brief, let_through
 from etflight.utils.precision import refuse_not_finite
 
 Method = Literal["frame", "cosine", "ncm"]
@@ -354,6 +354,7 @@ def run_sessions(learner: Learner, features: Features, before: Progress | None =
         try:
             learner.load(before.learnt, len(memory))
         except (KeyError, RuntimeError) as error:
+            let_through(error)
             what = f"the state after session {len(results) - 1}"
             raise UserError(f"{what} is damaged, or of another learner ({brief(error)}): remove it") from error
     for number in range(len(results), len(features.shots) + 1):

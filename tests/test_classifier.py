@@ -1,5 +1,4 @@
 import math
-import re
 import warnings
 from collections import Counter, OrderedDict
 from copy import deepcopy
@@ -14,7 +13,6 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.trainer.connectors.data_connector import warning_cache
-from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -730,30 +728,3 @@ def test_all_of_a_model_is_made_on_the_default_device():
     with torch.device("cuda"):
         model = small()
     assert {value.device.type for value in model.state_dict().values()} == {"cuda"}
-
-
-@timm.models.register_model
-def net_that_breaks(pretrained=False, *, message="its own trouble", largest=10**6, **kwargs):
-    class Breaks(nn.Module):
-        num_features = 4
-
-        def forward(self, images):
-            if images.shape[-1] < largest:
-                raise RuntimeError(message)
-            return images.mean((2, 3))[:, :1].expand(-1, 4)
-
-    return Breaks()
-
-
-@pytest.mark.parametrize("message", ["its own trouble", "DataLoader worker (pid 7) is killed by signal: Terminated."])
-def test_an_error_that_has_nothing_to_do_with_the_size_of_images_is_not_blamed_on_it(message):
-    model = Classifier(10, "net_that_breaks", model_kwargs={"message": message}, loss=CrossEntropyLoss, head=LinearHead)
-    with pytest.raises(RuntimeError, match=re.escape(message)):
-        model.features(torch.zeros(2, 3, 32, 32))
-
-
-def test_an_error_of_small_images_only_is_blamed_on_their_size():
-    options = {"message": "too small", "largest": 64}
-    model = Classifier(10, "net_that_breaks", model_kwargs=options, loss=CrossEntropyLoss, head=LinearHead)
-    with pytest.raises(UserError, match=r"does not take images of 3 x 32 x 32 \(too small\): give larger ones"):
-        model.features(torch.zeros(2, 3, 32, 32))

@@ -15,9 +15,11 @@ from etflight.backbones import resnet_cifar as resnet_cifar
 from etflight.backbones import resnet_wide as resnet_wide
 from etflight.backbones.batch_norm import SyncBatchNorm
 from etflight.backbones.weights import load_weights
-from etflight.utils.errors import UserError, brief
+from etflight.utils.errors import UserError, brief, let_through
 
-__all__ = ["SyncBatchNorm", "arguments_for_size", "build_backbone", "load_weights", "takes_larger"]
+__all__ = ["SyncBatchNorm", "arguments_for_size", "build_backbone", "describe_refused_size", "load_weights"]
+
+_LARGEST_TRIED = 1024  # the side in pixels of the largest images that a model is tried on
 
 
 def build_backbone(
@@ -51,6 +53,7 @@ def build_backbone(
     except UserError:
         raise
     except Exception as error:  # errors of timm, the hub, torch.load and the network's own code
+        let_through(error)
         file = (kwargs.get("pretrained_cfg_overlay") or {}).get("file") or kwargs.get("checkpoint_path")
         reason = f"{file}: " * bool(file) + brief(error, 300).rstrip(".")
         raise UserError(f"backbone {name!r} cannot be built: {reason}; {_mend(name, pretrained)}") from error
@@ -85,27 +88,51 @@ def arguments_for_size(name: str, shape: Sequence[int], model_kwargs: dict[str, 
     patch = max((part for part in range(1, side // 4 + 1) if side % part == 0), default=1)
     for arguments in ({}, size, {**size, "patch_size": patch}):
         model = _taking(name, shape, {**(model_kwargs or {}), **arguments})
-        if model is None:
-            continue
         patches = getattr(getattr(model, "patch_embed", None), "patch_size", ())
-        if all(side % part == 0 for part in ([patches] if isinstance(patches, int) else patches)):
+        if model is not None and all(side % part == 0 for part in ([patches] if isinstance(patches, int) else patches)):
             return arguments
     return None
 
 
-def takes_larger(name: str, shape: Sequence[int], model_kwargs: dict[str, Any] | None) -> bool:
-    """Whether a model takes images of some larger size, so that the size is what keeps it from these. See `arguments_for_size`."""
+def describe_refused_size(name: str, shape: Sequence[int], model_kwargs: dict[str, Any] | None) -> str | None:
+    """Find out whether a model refuses images for their size.
+
+    Args:
+        name: The model's name.
+        shape: C, H and W of the images.
+        model_kwargs: The arguments that it was built with.
+
+    Returns:
+        What to do about it, with arguments or sizes that have been tried; None if the model takes images of this size, or none of any size
+        that was tried, so that something else is wrong.
+    """
+    if _taking(name, shape, model_kwargs or {}) is not None:
+        return None
+    if arguments := arguments_for_size(name, shape, model_kwargs):
+        text = ", ".join(f"{key}: {value}" for key, value in arguments.items())
+        return f"give --model.model_kwargs '{{{text}}}'"
     channels, height, width = shape
-    sides = (side for side in (2 * max(height, width), 64, 224, 384) if side > min(height, width))
-    return any(_taking(name, (channels, side, side), model_kwargs or {}) is not None for side in sides)
+    known: Any = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    own = tuple(known.input_size[1:]) if known and known.input_size else (height, width)
+    doubled = [
+        (height * factor, width * factor)
+        for factor in (2, 4, 8, 16, 32)
+        if factor * max(height, width) <= _LARGEST_TRIED
+    ]
+    for tried in (*doubled, own):
+        if _taking(name, (channels, *tried), model_kwargs or {}) is not None:
+            which = "larger" if tried > (height, width) else "smaller"
+            return f"give {which} ones, such as {tried[0]} x {tried[1]}, or another backbone"
+    return None
 
 
-def _taking(name: str, shape: Sequence[int], model_kwargs: dict[str, Any]) -> Any:
-    """A model without weights that has taken an image of this size; None if it does not."""
+def _taking(name: str, shape: Sequence[int], model_kwargs: dict[str, Any]) -> nn.Module | None:
+    """A model without numbers, if it takes images `[C, H, W]` of this shape; else None."""
     try:
         with torch.device("meta"):
-            model = timm.create_model(name, in_chans=shape[0], num_classes=0, **model_kwargs)
+            model: nn.Module = timm.create_model(name, in_chans=shape[0], num_classes=0, **model_kwargs)
             model.eval()(torch.zeros(1, *shape))
-    except Exception:  # timm's thousand models raise errors of all kinds
+    except Exception as error:  # timm's thousand models raise errors of all kinds
+        let_through(error)
         return None
     return model

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from etflight.utils.errors import let_through
+
 
 class Cost(NamedTuple):
     """The size of a network and the work of its forward pass.
@@ -48,6 +50,7 @@ def network_cost(backbone: nn.Module, head: nn.Module, image_shape: Sequence[int
             features = torch.zeros(1, cast(int, head.in_features), dtype=dtype, device=weight.device)
             copy.deepcopy(head).eval()(features)
     # images of this size do not fit, for one: training says so
-    except (AssertionError, RuntimeError, TypeError, ValueError):
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        let_through(error)
         return Cost(params, None)
     return Cost(params, counter.get_total_flops() // 2)

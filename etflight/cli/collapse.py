@@ -33,7 +33,7 @@ from etflight.metrics import Moments, measures
 from etflight.runs.folder import check_writable, refuse_other_results, writing_to
 from etflight.runs.record import data_facts
 from etflight.utils.checkpoints import misfit, read_weights
-from etflight.utils.errors import UserError, brief
+from etflight.utils.errors import UserError, brief, let_through
 from etflight.utils.files import write_json
 from etflight.utils.terminal import as_it_is, console
 from etflight.utils.training_data import refuse_other_shape
@@ -225,7 +225,9 @@ def _create(name: str, weights: str | None, data: ImageDataModule) -> Any:
     try:
         network: Any = timm.create_model(name, **arguments)
     except Exception as error:  # of the Hub, its transport and the files
-        raise UserError(f"timm model {name!r} cannot be had ({brief(error)}): give --weights FILE") from error
+        let_through(error)
+        mend = "give --weights FILE" if weights is None else "give another --timm"  # with a file nothing is downloaded
+        raise UserError(f"timm model {name!r} cannot be had ({brief(error)}): {mend}") from error
     if weights is not None:
         if problem := misfit(state, network.state_dict()):
             raise UserError(

@@ -246,6 +246,8 @@ def _read_state(path: Path) -> tuple[dict[str, Any], Progress]:
         settings, results = content["settings"], content["results"]
         learnt = {name.removeprefix("learnt."): value for name, value in tensors.items() if name != "memory"}
         return settings, Progress(learnt, tensors["memory"], results)
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): mend its permissions") from error
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is no state of a session, or is damaged ({brief(error)}): remove it") from error
 

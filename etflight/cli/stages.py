@@ -47,7 +47,7 @@ from etflight.cli.parser import OneLineParser, how_to_name_run, import_modules
 from etflight.cli.place import Place
 from etflight.cli.predict import add_prediction_arguments, as_data, images_of
 from etflight.cli.second_stage import leave_out_first_stage
-from etflight.cli.unsupported import refuse_missing_hardware, refuse_unsupported, tell_choices_on_test_images
+from etflight.cli.unsupported import refuse_missing_hardware, refuse_unsupported
 from etflight.data.base import ImageDataModule
 from etflight.heads import ETFHead, codes_from_state_dict
 from etflight.hyperparameters import PLUGGABLE, plain_hyperparameters
@@ -59,7 +59,7 @@ from etflight.runs.record import RunRecord
 from etflight.runs.wandb import choose_names
 from etflight.utils.checkpoints import SafeCheckpointIO, read_checkpoint, refuse_others
 from etflight.utils.errors import UserError, print_dead_process, user_error_in
-from etflight.utils.jsonargparse_private import why_not_made
+from etflight.utils.jsonargparse_private import mend_of_section, why_not_made
 from etflight.utils.lightning_private import on_dead_process
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.specs import class_called, find_class, to_spec
@@ -192,6 +192,7 @@ class EtflightCLI(LightningCLI):
             raise UserError(
                 f"{stage} needs a trained model: give --ckpt_path FILE, or --ckpt_path last with the name of its run{hint}"
             )
+        _refuse_null_sections(self.config[stage], options)
         seed = self.config[stage]["seed_everything"]
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise UserError(f"--seed_everything is {seed}: give a whole number from 0 to {2**32 - 1}")
@@ -314,7 +315,6 @@ class EtflightCLI(LightningCLI):
     def before_fit(self) -> None:
         """Refuse a training that could not be what the run's files say."""
         refuse_unsupported(self.trainer, self.model)
-        tell_choices_on_test_images(self.trainer, self.datamodule)
 
     def after_fit(self) -> None:
         """Say why a training ended before its last epoch, and where everything is."""
@@ -428,6 +428,14 @@ def _start_from_own_defaults(parser: LightningArgumentParser, stage: str, option
         cls = None if path is None else class_called(path, PLUGGABLE[name])
         if cls is not None and cls is not ours:
             parser.set_defaults({f"{stage}.model.{name}": {"class_path": f"{cls.__module__}.{cls.__qualname__}"}})
+
+
+def _refuse_null_sections(config: Any, options: EarlyOptions) -> None:
+    """Refuse a section that a file makes null; `data` and `trainer` the parser looks after."""
+    for section in ("model", "checkpoint", "fine_tuning"):
+        if config[section] is None:
+            named = [path for path, said in zip(options.files, options.contents, strict=True) if section in said]
+            raise UserError(f"{named[-1] if named else '-c'}: {section} is null, but {mend_of_section(section)}")
 
 
 _PROFILERS: dict[Any, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}

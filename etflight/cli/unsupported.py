@@ -1,20 +1,10 @@
 """Features of Lightning with which a run could not keep its promises; they are refused before training."""
 
-from typing import Any
-
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
-    Callback,
-    EarlyStopping,
-    LearningRateFinder,
-    ModelCheckpoint,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder, StochasticWeightAveraging
 
-from etflight.data import ImageDataModule
-from etflight.utils.errors import UserError, warn
+from etflight.utils.errors import UserError
 from etflight.utils.lightning_private import forks_processes
 from etflight.utils.trainer import callbacks_of
 
@@ -50,19 +40,6 @@ def refuse_unsupported(trainer: Trainer, model: LightningModule) -> None:
         raise UserError(
             f"StochasticWeightAveraging gives all layers one learning rate, so {options[0]} would have no effect: leave one of them out"
         )
-
-
-def tell_choices_on_test_images(trainer: Trainer, data: ImageDataModule) -> None:
-    """Warn if a callback decides by the test images, which stand in for validation images where none are held out."""
-    if data.val_is_held_out or not trainer.is_global_zero:
-        return
-    choosing: list[Any] = [*callbacks_of(trainer, EarlyStopping), *callbacks_of(trainer, ModelCheckpoint)]
-    for callback in choosing:
-        if str(callback.monitor).startswith(("val/", "nc/val/", "nc_raw/val/")):
-            warn(
-                f"{type(callback).__name__} goes by {callback.monitor} of the test images, since no validation images are held out, so the "
-                "test will flatter: give --data.val_fraction 0.1"
-            )
 
 
 def refuse_missing_hardware(accelerator: object, option: str = "--trainer.accelerator") -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from etflight.data.base import ImageDataModule, Split
 from etflight.data.sources import ArraySource, number_of_classes
-from etflight.utils.errors import UserError, brief
+from etflight.utils.errors import UserError, brief, let_through
 from etflight.utils.limits import refuse_growth
 from etflight.utils.terminal import readable
 
@@ -133,6 +133,7 @@ class ArrayImages(ImageDataModule):
         except UserError:
             raise
         except Exception as error:
+            let_through(error)
             raise UserError(
                 f"{self.path}: {name} cannot be read ({brief(error)}): store plain arrays of numbers"
             ) from None

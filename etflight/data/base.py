@@ -34,6 +34,7 @@ from etflight.utils.errors import UserError, first_few, warn
 from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.ranks import world
 from etflight.utils.terminal import readable
+from etflight.utils.trainer import choose_by_validation
 from etflight.utils.training_data import refuse_twins
 
 
@@ -193,7 +194,6 @@ class ImageDataModule(LightningDataModule, ABC):
 
     _splits: dict[Split, ImageSplit] = field(default_factory=dict, init=False, repr=False)
     _announced: bool = field(default=False, init=False, repr=False)
-    _told_absent: bool = field(default=False, init=False, repr=False)
     _thinned: int = field(default=0, init=False, repr=False)  # classes that lose far more to validation than was asked
 
     def __post_init__(self) -> None:
@@ -478,6 +478,11 @@ class ImageDataModule(LightningDataModule, ABC):
             return ratio
         return f"{ratio} ({asked} asked; {'labels are noisy' if self.label_noise else 'counts are whole'})"
 
+    def untested(self) -> set[int]:
+        """The classes without a test image, as far as they are known before test images are read."""
+        test = self._splits.get("test")
+        return set() if test is None else set(range(self.num_classes)).difference(test.labels.tolist())
+
     def label_file(self, split: Split) -> str:
         """The file that holds a split's labels, or else the set; messages about wrong labels name it."""
         return str(self)
@@ -500,9 +505,6 @@ class ImageDataModule(LightningDataModule, ABC):
         }
         for name in needed.get(stage, ("test",)):
             self.split(name)
-        if "test" in self._splits and stage in ("fit", "test") and not self._told_absent:
-            self._told_absent = True
-            self._tell_classes_without_test_images()
         if "train" in self._splits and not self._announced:
             self._announced = True
             rank_zero_info(
@@ -511,13 +513,25 @@ class ImageDataModule(LightningDataModule, ABC):
             )
             if (cost := self.cost_of_validation) is not None and self._world()[1] == 0:
                 warn(f"{self}: {cost}")
+            self._warn_of_test()
 
-    def _tell_classes_without_test_images(self) -> None:
-        counts = np.bincount(self.split("test").labels.numpy(), minlength=self.num_classes)
-        absent = [self.class_names[k] for k in np.flatnonzero(counts[: self.num_classes] == 0)]
-        if absent and self._world()[1] == 0:
-            few = first_few(absent, len(absent))
-            warn(f"{self}: the test set has no image of the class {few}, which the means over classes leave out")
+    def _warn_of_test(self) -> None:
+        """Say before a training what its test images cannot tell afterwards."""
+        untested = self.untested()  # by each rank, because it refuses a class that no training image has
+        if self._world()[1] > 0:
+            return
+        if untested:
+            names = (self.class_names[label] for label in sorted(untested))
+            warn(
+                f"{self}: test has no image of {first_few(names, len(untested))}, {len(untested)} of {self.num_classes} classes: "
+                "accuracies over classes are those of the others; add images, or leave the classes out of train"
+            )
+        choosing = [] if self.val_is_held_out or self.trainer is None else choose_by_validation(self.trainer)
+        if choosing:
+            warn(
+                f"the validation images are the test set, but {' and '.join(choosing)} will choose by them, so that a test is no fair "
+                "one any more: hold images out (--data.val_fraction 0.1)"
+            )
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Training images in the order of the sampling policy, shared by the ranks, which all have the same number of batches.

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, let_through
 
 MAX_PIXELS = 89_478_485  # above this limit Pillow suspects a bomb: 256 MiB as RGB
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -53,6 +53,7 @@ def decode_file(path: str, side: int, mode: Literal["RGB", "GRAY"] = "RGB") -> T
     except UserError:
         raise
     except Exception as error:  # readers of broken files raise all kinds
+        let_through(error)
         reason = _PLACE_IN_SOURCE.sub("", str(getattr(error, "strerror", None) or error))
         raise UserError(f"{path} cannot be read as an image ({reason}): replace it or remove it") from None
     return image[0] if image.ndim == 4 else image

@@ -1,6 +1,7 @@
 """Sets of image files whose folders tell the classes: one folder per class, CUB-200, Tiny ImageNet."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,49 +43,47 @@ class FolderImages(FileImages):
         """Whether there is a folder `val`."""
         return (Path(self.root) / "val").is_dir()
 
-    def setup(self, stage: str | None = None) -> None:
-        """Read the splits as every data module does; before a training, compare the class folders of all splits.
-
-        Raises:
-            UserError: A split has a class that is not in `train`.
-        """
-        super().setup(stage)
-        if stage == "fit":
-            for split in ("val", "test"):
-                if (Path(self.root) / split).is_dir():
-                    self._known_folders(split)
-
     def load(self, split: Split) -> FileSource:
         """List one split's files, in class order, sorted within a class.
 
         Raises:
             UserError: The folder is missing or empty, or a class is not in `train`.
         """
-        label_of = {folder.name: label for label, folder in enumerate(self._class_folders("train"))}
         paths: list[str] = []
         labels: list[int] = []
-        for folder in self._known_folders(split):
+        for folder, label in self._labelled(self._class_folders(split)):
             files = files_below(str(folder), SUFFIXES)
             paths += [f"{split}/{folder.name}/{file}" for file in files]
-            labels += [label_of[folder.name]] * len(files)
+            labels += [label] * len(files)
         return self.make_source(Paths(self.root, paths), torch.tensor(labels))
 
-    def _known_folders(self, split: Split) -> list[Path]:
-        """The class folders of a split, all of classes of `train`."""
-        known = {folder.name for folder in self._class_folders("train")}
-        folders = self._class_folders(split)
+    def untested(self) -> set[int]:
+        """As in the base class, plus the classes without a folder in `test`, if there is one; no image is listed for that.
+
+        Raises:
+            UserError: A class of `test` is not in `train`.
+        """
+        known = super().untested()
+        if not (folders := self._folders("test")):
+            return known
+        return known | set(range(self.num_classes)).difference(label for _, label in self._labelled(folders))
+
+    def _labelled(self, folders: list[Path]) -> Iterator[tuple[Path, int]]:
+        label_of = {folder.name: label for label, folder in enumerate(self._class_folders("train"))}
         for folder in folders:
-            if folder.name not in known:
+            if folder.name not in label_of:
                 raise UserError(f"{folder}: no class of train has this name: rename it, or add it to train")
-        return folders
+            yield folder, label_of[folder.name]
 
     def _class_folders(self, split: Split) -> list[Path]:
-        parent = Path(self.root) / split
-        folders = sorted(folder for folder in parent.glob("[!.]*") if folder.is_dir())
-        if not folders:
+        if not (folders := self._folders(split)):
+            parent = Path(self.root) / split
             reason = "holds no class folder" if parent.is_dir() else "does not exist"
             raise UserError(f"{parent} {reason}: {LAYOUT}")
         return folders
+
+    def _folders(self, split: Split) -> list[Path]:
+        return sorted(folder for folder in (Path(self.root) / split).glob("[!.]*") if folder.is_dir())
 
 
 @dataclass(eq=False)

@@ -28,7 +28,7 @@ from etflight.data.files import ListedFileImages, Paths, files_below
 from etflight.data.lists import lines_of, read_lines
 from etflight.data.profiles import long_tailed_subset
 from etflight.data.sources import ArraySource
-from etflight.utils.errors import UserError, brief
+from etflight.utils.errors import UserError, brief, let_through
 from etflight.utils.limits import inflate, refuse_growth
 
 TEST_IMAGES_PER_CLASS = 50
@@ -368,6 +368,7 @@ def read_matlab(file: Path) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:  # readers of broken files raise all kinds
+        let_through(error)
         raise UserError(f"{file} is damaged ({error}): fetch it again") from None
     return arrays
 

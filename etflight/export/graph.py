@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram
 
 from etflight.classifier import Classifier
 from etflight.embedder import Rotation
-from etflight.utils.errors import UserError, brief
+from etflight.utils.errors import UserError, brief, let_through
 from etflight.utils.preprocessing import Preprocessing
 
 TOLERANCE = 1e-4  # of logits, relative to the largest
@@ -139,6 +139,9 @@ def _speaking_for(kind: str, classifier: Classifier) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Exception as error:  # errors of torch.export, the ONNX exporter and the network's own code
+        let_through(error)
+        if isinstance(error, OSError):
+            raise UserError(f"{kind} cannot be written ({error.strerror or error}): give another --output") from error
         name = classifier.hparams["backbone"]
         raise UserError(f"{name} cannot be written as {kind} ({brief(error, 300)}): give another --format") from error
 

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from etflight.utils.errors import UserError, brief, warn
+from etflight.utils.errors import UserError, brief, is_of_dead_loader, warn
 from etflight.utils.files import flush_to_disk, replacing
 from etflight.utils.lightning_private import leave_out_anonymous
 
@@ -141,12 +141,14 @@ class FailSafe:
 
     @contextmanager
     def silenced_by_errors(self) -> Iterator[None]:
-        """Silence the logger at an error within the block, unless it is a `UserError`."""
+        """Silence the logger at an error within the block, unless it is a `UserError`, or that of a loader process that died meanwhile."""
         try:
             yield
         except UserError:
             raise
         except Exception as error:  # servers and their clients raise all kinds
+            if is_of_dead_loader(error):
+                raise
             if not self._is_silent:
                 self._is_silent = True
                 warn(

@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, brief, let_through
 from etflight.utils.files import replacing
 from etflight.utils.limits import fits, refuse_aliases, texts
 from etflight.utils.old_names import with_todays_names
@@ -145,6 +145,11 @@ def _read(path: str | Path, what: str, example: str, load: Callable[[str], Any])
             warnings.simplefilter("ignore")
             return load(str(path))
     except Exception as error:  # a damaged or hostile file can cause any of them
+        let_through(error)
+        if isinstance(error, PermissionError):
+            raise UserError(f"{what} {path} cannot be read ({error.strerror}): mend its permissions") from error
+        if "Attempting to deserialize object on" in str(error):  # a device that this machine lacks
+            raise UserError(f"{what} {path}: {brief(error, 120)}: give cpu as map_location") from error
         raise UserError(
             f"{what} {path} was refused and nothing in it was run: it is damaged or cut short, or holds more than tensors and plain data: "
             f"give {example}"
@@ -197,8 +202,11 @@ class SafeCheckpointIO(TorchCheckpointIO):
         try:
             with replacing(path) as partial, partial.open("wb") as stream:
                 torch.save(checkpoint, stream)
-        except (OSError, RuntimeError) as error:  # torch wraps the error of the disk
-            reason = error if isinstance(error, OSError) else error.__context__ or error
+        except (OSError, RuntimeError) as error:
+            let_through(error)
+            reason = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(reason, OSError):  # torch wraps the error of the disk
+                raise
             raise UserError(
                 f"checkpoint {path} could not be written ({reason}): free some space or choose another folder, then resume; "
                 "the checkpoint before it is intact"

@@ -1,5 +1,6 @@
 """Errors and warnings for people: one line each, and one error line for all processes of a job."""
 
+import errno
 import hashlib
 import os
 import re
@@ -29,6 +30,26 @@ def user_error_in(error: BaseException | None) -> UserError | None:
     return error
 
 
+def let_through(error: Exception) -> None:
+    """Raise an error again that may come up in any call, so that a block for the errors of one cause does not blame that cause.
+
+    Memory has run out, the process may open no further file, or a loader process has died, which torch raises in whatever is running.
+    """
+    no_more_files = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
+    if no_more_files or is_out_of_memory(error) or is_of_dead_loader(error):
+        raise error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, that of a GPU or the machine's, has run out."""
+    return isinstance(error, MemoryError) or re.search(_OUT_OF_MEMORY, _message(error)) is not None
+
+
+def is_of_dead_loader(error: BaseException) -> bool:
+    """Whether an error says that a loader process has died."""
+    return "DataLoader worker" in _message(error)
+
+
 def brief(error: BaseException, most: int = 200) -> str:
     """An error's message in one line of at most `most` characters; its type if it has none."""
     return shorten(str(error) or type(error).__name__, most, placeholder=" …")
@@ -49,7 +70,9 @@ def warn(text: str) -> None:
 _STARTED = time.time()
 _CAUSE_IS_TOLD_WITHIN = 10.0  # seconds; Lightning looks at its child processes every five
 _RESUME = "then resume with --ckpt_path last"
-_OUT_OF_MEMORY = r"can't allocate memory|not enough memory|out of memory"
+_OUT_OF_MEMORY = r"(can't|Cannot) allocate memory|not enough memory|out of memory"
+_FEWER_LOADERS = "give fewer --data.num_workers, or more memory"
+_CRASHES = ("SIGSEGV", "SIGABRT", "SIGILL", "SIGFPE")  # signals that a process brings upon itself
 _LOST_CONNECTION = r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Timed out|The client socket|Socket"
 # the variables that identify a job; processes of SLURM get their master's address only after the start
 _SLURM_JOB = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
@@ -87,20 +110,33 @@ def describe_error(error: BaseException) -> str:
     if wrapped is not None:
         return _message(wrapped)
     message = _message(error)
-    if isinstance(error, MemoryError) or re.search(_OUT_OF_MEMORY, message):
+    if is_out_of_memory(error):
         return (
             f"out of memory ({message[:160]}): halve --data.batch_size and double --trainer.accumulate_grad_batches, "
             "or give --trainer.precision bf16-mixed"
         )
-    if "DataLoader worker" in message:
-        died = re.search(r"killed by signal: (.+?)\.?( |$)", message)
-        how = f"was killed by signal {died[1]}" if died else f"died ({message[:160]})"
-        return f"a loader process {how}, often for want of memory: give a smaller --data.num_workers, {_RESUME}"
+    if is_of_dead_loader(error):
+        return _describe_dead_loader(error)
     if "InvalidCxxCompiler" in message:  # of torch.compile on a CPU
         return "torch.compile finds no C++ compiler that works: install g++, name yours in CXX, or give --model.compile false"
     if type(error).__name__ == "MisconfigurationException":  # Lightning's own, whose text is for people
         return message
     return f"{type(error).__name__}: {message} (ETFLIGHT_DEBUG=1 shows where)"
+
+
+def _describe_dead_loader(error: BaseException) -> str:
+    """Say which signal has killed a loader process, if torch's error or one before it tells, and what to do."""
+    names = {signal.strsignal(number): number.name for number in signal.Signals}
+    told: BaseException | None = error
+    while told is not None:
+        if found := re.search(r"DataLoader worker .* is killed by signal: (.*?)\.", str(told)):
+            name = names.get(found[1], found[1])
+            mend = "give --data.num_workers 0, which shows where" if name in _CRASHES else _FEWER_LOADERS
+            return (
+                f"a loader process was killed by {name}{', often for want of memory' * (name not in _CRASHES)}: {mend}"
+            )
+        told = told.__cause__ or told.__context__
+    return f"a loader process died ({_message(error)[:160]}), often for want of memory: {_FEWER_LOADERS}"
 
 
 def _message(error: BaseException) -> str:

@@ -29,6 +29,8 @@ def in_one_line(message: str, bases: Mapping[str, type]) -> str:
     if key in bases and "is abstract" in message:
         return f"--{key}: say which: {', '.join(_names(bases[key]))}"
     reason = _innermost(message)
+    if whole := re.match(r'\s*Unable to load config "(.*)"', reason):
+        return f"--{key} {whole[1]}: {mend_of_section(key)}"
     if alien := re.search(r"Option '([^']+)' is not accepted", reason):
         chosen = re.findall(r"class_path[= ]'([\w.]+)'", reason)
         name = chosen[-1].rpartition(".")[2] if chosen else "the chosen class"
@@ -59,9 +61,12 @@ def in_one_line(message: str, bases: Mapping[str, type]) -> str:
     text = f"Expected {' or '.join(dict.fromkeys(expected))}" if expected else lines[0]
     text = re.sub(r"<class '([\w.]+)'>", r"\1", text).replace("a NoneType", "null").replace("a int", "an int")
     text = re.sub(r"a typing\.Literal\[([^\]]*)\]", r"one of \1", text)
-    if text.startswith("Unable to load config"):  # an option that stands for a group of options
-        text += f": give a file of its options or some of these (--{key}.…), or leave it out"
     return f"{f'--{key}: ' if key else ''}{text[:400]}{f', got {_as_typed(value[1])}' if value else ''}"
+
+
+def mend_of_section(section: str) -> str:
+    """Say what to give in place of a value for an option that only has options below it."""
+    return f"it only has options below it: give these, such as --{section}.NAME, or leave it out"
 
 
 def why_not_made(message: str) -> str | None:

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import PurePath
 from typing import Any
 
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, let_through
 
 Spec = dict[str, Any]
 _LARGEST = 1e30  # what an optimizer computes from it still fits float32
@@ -78,6 +78,7 @@ def objections(spec: Spec, argument: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        let_through(error)
         name = spec["class_path"].rpartition(".")[2]
         given = ", ".join(f"{key}={value!r}" for key, value in spec["init_args"].items())
         reason = str(error).partition("\n")[0] or type(error).__name__

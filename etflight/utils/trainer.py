@@ -1,13 +1,15 @@
 """What callbacks and the model ask of a trainer; Lightning sets most of it outside the class body, where no type checker sees it."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from etflight.utils.errors import UserError
 from etflight.utils.ranks import world
@@ -36,6 +38,19 @@ def shows_after(trainer: Trainer, batch_idx: int) -> bool:
     """Whether the progress bar gets new numbers after this batch: every `log_every_n_steps` batches, and after the last."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return every > 0 and ((batch_idx + 1) % every == 0 or trainer.is_last_batch)
+
+
+def choose_by_validation(trainer: Trainer) -> list[str]:
+    """The names of what will stop a training, choose a checkpoint or lower the learning rate by a number of the validation images."""
+    stops, saves = callbacks_of(trainer, EarlyStopping), callbacks_of(trainer, ModelCheckpoint)
+    monitors = [(type(own).__name__, own.monitor) for own in (*stops, *saves)]
+    schedule = getattr(trainer.lightning_module, "hparams", {}).get("lr_scheduler")
+    plateau = ReduceLROnPlateau.__name__
+    if (
+        isinstance(schedule, Mapping) and schedule["class_path"].rpartition(".")[2] == plateau
+    ):  # torch's, or Lightning's
+        monitors.append((plateau, schedule["init_args"].get("monitor", "val/loss")))
+    return [name for name, monitor in monitors if re.search(r"(^|/)val[/_]", monitor or "")]
 
 
 def refuse_if_never_reached(trainer: Trainer, epoch: int, what: str) -> None:

@@ -1,11 +1,15 @@
+import re
+
 import huggingface_hub.constants
 import pytest
 import timm
 import torch
+from torch import nn
 from torch.testing import assert_close
 
+from etflight import Classifier, CrossEntropyLoss, LinearHead
 from etflight.backbones import arguments_for_size, build_backbone
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, user_error_in
 
 
 def message_of(name, **kwargs):
@@ -123,3 +127,48 @@ def test_a_transformer_made_for_a_size_sees_all_pixels_of_its_images(name, shape
 
 def test_a_network_that_cannot_be_made_for_a_size_is_none():
     assert arguments_for_size("test_convnext", (3, 8, 8), None) is None
+
+
+class Broken(nn.Module):
+    """A network that fails on images of any size."""
+
+    num_features = 4
+
+    def __init__(self, message):
+        super().__init__()
+        self.message = message
+
+    def forward(self, images):
+        raise RuntimeError(self.message)
+
+
+@timm.models.register_model
+def broken_network(message="a device failed", **_):
+    return Broken(message)
+
+
+@pytest.mark.parametrize("message", ["a device failed", "DataLoader worker (pid 7) is killed by signal: Terminated. "])
+def test_an_error_that_images_of_all_sizes_meet_is_not_blamed_on_the_size(message):
+    model = Classifier(3, "broken_network", LinearHead, CrossEntropyLoss, model_kwargs={"message": message})
+    with pytest.raises(RuntimeError, match=re.escape(message)) as caught:
+        model(torch.zeros(2, 3, 128, 128))
+    assert user_error_in(caught.value) is None
+
+
+def test_a_loader_process_that_dies_while_small_images_are_tried_is_not_blamed_on_the_size():
+    model = Classifier(3, "test_convnext", LinearHead, CrossEntropyLoss)
+
+    def die(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")
+
+    model.backbone.register_forward_pre_hook(die)
+    with pytest.raises(RuntimeError, match="killed by signal") as caught:
+        model(torch.zeros(2, 3, 8, 8))
+    assert user_error_in(caught.value) is None
+
+
+def test_the_sizes_that_a_network_is_said_to_take_have_been_tried():
+    model = Classifier(3, "test_convnext", LinearHead, CrossEntropyLoss)
+    with pytest.raises(UserError, match=r"of 3 x 8 x 8 \(.*: give larger ones, such as 32 x 32, or another backbone"):
+        model(torch.zeros(2, 3, 8, 8))
+    model.eval()(torch.zeros(2, 3, 32, 32))

@@ -93,6 +93,12 @@ CASES = {
     "a configuration file with a section twice": (
         1, ["c.yaml cannot be read", "it gives 'model' twice"],
         lambda t: (t / "c.yaml").write_text("model: {head: LinearHead}\nmodel: {loss: FocalLoss}") and ["fit", "-c", "c.yaml"]),
+    "a section that the command line makes null": (
+        2, ["--fine_tuning null: it only has options below it: give these, such as --fine_tuning.NAME, or leave it out"],
+        lambda t: [*DIGITS, "--fine_tuning", "null"]),
+    "a section that a file makes null": (
+        1, ["c.yaml: fine_tuning is null, but it only has options below it: give these, such as --fine_tuning.NAME, or leave it out"],
+        lambda t: (t / "c.yaml").write_text("fine_tuning: null") and [*DIGITS, "-c", "c.yaml"]),
     "a folder in the place of a configuration file": (1, ["arms is a folder"], lambda t: ["fit", "-c", CONFIGS / "arms"]),
     "a wrong flag of a command": (2, ["--dry_run", "study --help"], lambda t: ["study", "s.yaml", "--dry_run"]),
 }  # fmt: skip

@@ -38,7 +38,6 @@ CASES = {
     "-c wrong.yaml": "--data.imbalance: Digits takes no argument 'imbalance'; near matches: imbalance_ratio",
     "--bogus 1": "unrecognized arguments: --bogus 1",
     "--optimizer AdamW": "unrecognized arguments: --optimizer AdamW; did you mean --model.optimizer?",
-    "--fine_tuning null": "--fine_tuning: Unable to load config \"null\": give a file of its options or some of these",
     "-c": "argument -c/--config: expected one argument",
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from etflight.data import ArrayImages, Digits, ImageDataModule, ImbalancedSampler, class_counts
 from etflight.data.profiles import fingerprint, long_tailed_subset
@@ -315,6 +316,39 @@ def fit(data, root, model=None, ckpt_path=None, **options):
     runs = new_trainer(default_root_dir=root, **{"max_epochs": 3, "num_sanity_val_steps": 0, **options})
     runs.fit(model, data, ckpt_path=ckpt_path)
     return model
+
+
+class Scheduled(Recorder):
+    """Says its schedule as the classifier does."""
+
+    def __init__(self, lr_scheduler):
+        super().__init__()
+        self.save_hyperparameters()
+
+
+PLATEAU = {"class_path": "torch.optim.lr_scheduler.ReduceLROnPlateau", "init_args": {}}
+STOPS = [EarlyStopping("val/acc", mode="max"), EarlyStopping("train/loss"), ModelCheckpoint(monitor="nc/val/nc4")]
+
+
+@pytest.mark.parametrize(
+    ("options", "callbacks", "schedule", "choosing"),
+    [
+        ({}, STOPS, None, "EarlyStopping and ModelCheckpoint will choose"),
+        ({}, [], PLATEAU, "ReduceLROnPlateau will choose"),
+        ({}, [], PLATEAU | {"init_args": {"monitor": "train/loss"}}, None),
+        ({}, [EarlyStopping("train/loss"), ModelCheckpoint()], None, None),
+        ({"val_fraction": 0.2}, STOPS, PLATEAU, None),
+    ],
+)
+def test_a_training_says_what_will_choose_by_a_test_set_that_it_watches(
+    options, callbacks, schedule, choosing, arrays, tmp_path, capsys
+):
+    data = ArrayImages(arrays(), batch_size=32, **options)
+    runs = new_trainer(*callbacks, default_root_dir=tmp_path, max_epochs=0, enable_checkpointing=True)
+    runs.fit(Scheduled(schedule), data)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "choose by" in line]
+    assert len(lines) == (choosing is not None)
+    assert choosing is None or f"the validation images are the test set, but {choosing} by them" in lines[0]
 
 
 def test_training_batches_are_augmented_by_step_and_validation_only_normalised(arrays, tmp_path):

@@ -44,6 +44,16 @@ class Fragile(Logger):
             raise self.error
 
 
+def test_a_loader_process_that_dies_while_a_logger_works_is_not_blamed_on_the_logger(tmp_path, capsys):
+    died = RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")
+    logger = FailSafe(Fragile(died), tmp_path / "metrics.csv")
+    logger.log_metrics({}, 0)
+    logger.log_metrics({}, 1)
+    with pytest.raises(RuntimeError, match="killed by signal"):
+        logger.log_metrics({}, 2)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_logger_that_fails_falls_silent_with_one_line_and_stays_what_it_is(tmp_path, capsys):
     inner = Fragile()
     logger = FailSafe(inner, tmp_path / "metrics.csv")

@@ -1,14 +1,19 @@
+import errno
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 import torch._inductor.config
+from torch.utils.data import DataLoader, Dataset
 
 from etflight.utils import errors
+from etflight.utils.checkpoints import SafeCheckpointIO, read_checkpoint
 from etflight.utils.errors import UserError, describe_error, print_dead_process, print_error, user_error_in
+from etflight.utils.specs import objections
 
 
 def test_the_users_error_is_found_below_whatever_wrapped_it():
@@ -91,3 +96,75 @@ def test_a_reader_that_leaves_ends_the_command_in_silence():
     ended = subprocess.run(words, stdout=theirs, stderr=subprocess.PIPE, text=True, check=False)
     os.close(theirs)
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
+
+
+class Fatal(Dataset):
+    """Its one image sends a signal to the process that reads it."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, position):
+        os.kill(os.getpid(), self.number)
+        time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("number", "mend"),
+    [
+        (signal.SIGTERM, "often for want of memory: give fewer --data.num_workers, or more memory"),
+        (signal.SIGKILL, "often for want of memory: give fewer --data.num_workers, or more memory"),
+        (signal.SIGSEGV, "SIGSEGV: give --data.num_workers 0, which shows where"),
+    ],
+)
+def test_a_loader_process_that_a_signal_killed_is_told_with_the_signal_and_the_mend(number, mend):
+    with pytest.raises(RuntimeError, match="DataLoader worker") as caught:
+        next(iter(DataLoader(Fatal(number), num_workers=1)))
+    line = describe_error(caught.value)
+    assert f"a loader process was killed by {number.name}" in line
+    assert mend in line
+
+
+DIED = RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")
+
+
+@pytest.mark.parametrize(
+    "error", [DIED, MemoryError(), RuntimeError("CUDA out of memory. Tried"), OSError(errno.EMFILE, "Too many")]
+)
+def test_what_may_come_up_in_any_call_is_blamed_on_none(error, tmp_path):
+    class Part:
+        def __reduce__(self):
+            raise error
+
+    def move(*_):
+        raise error
+
+    torch.save({"a": torch.zeros(1)}, tmp_path / "a.ckpt")
+    with pytest.raises(type(error)) as read:
+        read_checkpoint(tmp_path / "a.ckpt", map_location=move)
+    with pytest.raises(type(error)) as saved:
+        SafeCheckpointIO().save_checkpoint({"part": Part()}, tmp_path / "b.ckpt")
+    with pytest.raises(type(error)) as made, objections({"class_path": "a.Head", "init_args": {}}, "head"):
+        raise error
+    assert [read.value, saved.value, made.value] == [error] * 3
+
+
+def test_an_error_that_is_not_the_disks_is_not_blamed_on_the_disk(tmp_path):
+    class Part:
+        def __reduce__(self):
+            raise RuntimeError("a device failed")
+
+    with pytest.raises(RuntimeError, match="a device failed") as caught:
+        SafeCheckpointIO().save_checkpoint({"part": Part()}, tmp_path / "b.ckpt")
+    assert user_error_in(caught.value) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_checkpoint_for_a_device_that_is_not_there_is_not_called_damaged(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=r"deserialize object on a CUDA device.*: give cpu as map_location") as caught:
+        read_checkpoint(tmp_path / "a.ckpt", map_location="cuda")
+    assert "damaged" not in str(caught.value)
