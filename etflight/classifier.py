@@ -257,12 +257,12 @@ class Classifier(LightningModule):
             from etflight.backbones import describe_refused_size
 
             name, shape = self.hparams["backbone"], images.shape[1:]
-            mend = describe_refused_size(name, shape, self.hparams["model_kwargs"])
-            if mend is None:  # the size is not the cause
+            way_out = describe_refused_size(name, shape, self.hparams["model_kwargs"])
+            if way_out is None:  # the size is not the cause
                 raise
             reason = str(error).strip().partition("\n")[0].rstrip(".")
             raise UserError(
-                f"{name} does not take images of {' x '.join(map(str, shape))} ({reason}): {mend}"
+                f"{name} does not take images of {' x '.join(map(str, shape))} ({reason}): {way_out}"
             ) from error
 
     def embed(self, images: Tensor) -> Tensor:

@@ -42,13 +42,12 @@ def shows_after(trainer: Trainer, batch_idx: int) -> bool:
 
 def choose_by_validation(trainer: Trainer) -> list[str]:
     """The names of what will stop a training, choose a checkpoint or lower the learning rate by a number of the validation images."""
-    stops, saves = callbacks_of(trainer, EarlyStopping), callbacks_of(trainer, ModelCheckpoint)
-    monitors = [(type(own).__name__, own.monitor) for own in (*stops, *saves)]
+    choosing: list[Any] = [*callbacks_of(trainer, EarlyStopping), *callbacks_of(trainer, ModelCheckpoint)]
+    monitors = [(type(own).__name__, own.monitor) for own in choosing]
     schedule = getattr(trainer.lightning_module, "hparams", {}).get("lr_scheduler")
     plateau = ReduceLROnPlateau.__name__
-    if (
-        isinstance(schedule, Mapping) and schedule["class_path"].rpartition(".")[2] == plateau
-    ):  # torch's, or Lightning's
+    # torch's, or Lightning's
+    if isinstance(schedule, Mapping) and schedule["class_path"].rpartition(".")[2] == plateau:
         monitors.append((plateau, schedule["init_args"].get("monitor", "val/loss")))
     return [name for name, monitor in monitors if re.search(r"(^|/)val[/_]", monitor or "")]
 

@@ -89,7 +89,7 @@ def test_a_training_that_reads_no_test_image_yet_compares_the_class_folders_of_t
         save_folders(tree, val={"dog": 2, "cat": 1})
     options = {"val_fraction": 0.3} if held_out == "val_fraction" else {}
     FolderImages(str(tree), **options).setup("fit")
-    assert "warning" not in capsys.readouterr().err
+    assert "no image" not in capsys.readouterr().err
     save_folders(tree, test={"emu": 1})
     assert_refused(FolderImages(str(tree), **options), "fit", "test/emu: no class of train has this name: rename it")
     save_folders(tree, train={"emu": 3}, val={"emu": 1}) if held_out == "val" else save_folders(tree, train={"emu": 3})
