@@ -100,7 +100,8 @@ def write(
 class PredictionTable(Callback):
     """Writes images, classes and calibrated probabilities in the data's order, in the format of `etflight.callbacks.predictions.write`.
 
-    Images that could not be read are left out, counted, and listed with the reason in a file beside the table.
+    Images that could not be read are left out, counted, and listed with the reason in a file beside the table. There is no table if the
+    probabilities of an image are NaN, which is a `UserError`: no class could be right.
 
     Args:
         path: The file.
@@ -170,6 +171,12 @@ class PredictionTable(Callback):
         order = np.argsort([i for indices, _, _ in ranks for i in indices])
         in_order = sorted(i for indices, _, _ in ranks for i in indices)
         labels, probabilities, *rest = (column[order].numpy() for column in columns)
+        if len(broken := np.flatnonzero(~np.isfinite(probabilities).all(axis=1))):
+            first = data.sample_name("test", in_order[broken[0]])
+            raise UserError(
+                f"{len(broken)} of {len(order)} images have probabilities that are NaN, the first is {first}: nothing is written; predict in "
+                "float32 (--trainer.precision 32-true), or with weights that have not diverged"
+            )
         model = cast(Classifier, pl_module)
         images = [data.sample_name("test", i) for i in in_order]
         with self._writes, writing_to(self.path.parent, "--output"):
