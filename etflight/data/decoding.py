@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Literal
@@ -12,7 +12,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from etflight.utils.errors import UserError, let_through
+from etflight.utils.errors import UserError, let_through, warn
+from etflight.utils.ranks import world
 
 MAX_PIXELS = 89_478_485  # above this limit Pillow suspects a bomb: 256 MiB as RGB
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -25,7 +26,7 @@ _PLACE_IN_SOURCE = re.compile(r"\w+, \S+\.(?:cpp|h):\d+, ")  # of the decoder, a
 def decode_file(path: str, side: int, mode: Literal["RGB", "GRAY"] = "RGB") -> Tensor:
     """Decode an image file (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM) of any mode to RGB or grey, turned upright by its EXIF data.
 
-    Transparency is dropped; 16 bits are scaled to 8.
+    Transparency is dropped; 16 bits are scaled to 8, 65535 to 255, whatever the largest value (see `tell_of_few_levels`).
 
     Args:
         path: The file.
@@ -112,6 +113,41 @@ def _by_pillow(content: bytes, mode: Literal["RGB", "GRAY"]) -> Tensor:
             raise ValueError("its pixels are numbers of 32 bits without a range")
         pixels = np.atleast_3d(np.array(picture.convert("RGB" if mode == "RGB" else "L")))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+_FEW = 2**14  # images of 12 or 14 bits that are stored in 16 have no value from here on
+_LOOKED_AT = 8
+
+
+def tell_of_few_levels(what: object, count: int, path_of: Callable[[int], str]) -> None:
+    """Warn in one line if grey files of 16 bits use only the lower of them, looking at a few evenly chosen ones.
+
+    Args:
+        what: The images, for the warning.
+        count: The number of files, at least 1.
+        path_of: A function that returns the path of a file by its number.
+    """
+    chosen = np.linspace(0, count - 1, min(count, _LOOKED_AT)).astype(int).tolist()
+    warn_of_few_levels(what, max(_largest_of_16_bits(path_of(i)) for i in chosen))
+
+
+def warn_of_few_levels(what: object, largest: int) -> None:
+    """Warn in one line if `largest`, the largest value of pixels of 16 bits, is so small that 8 bits keep little; 0 if it is unknown."""
+    if 0 < largest < _FEW and world()[1] == 0:
+        warn(
+            f"{what}: the largest value found in images of 16 bits is {largest}, of which 8 bits keep {round(largest / 257) + 1} levels: "
+            "multiply their pixels beforehand, so that white is 65535"
+        )
+
+
+def _largest_of_16_bits(path: str) -> int:
+    """The largest value of a grey file of 16 bits; 0 for any other, and for one that cannot be read, which reading it will tell."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as file:
+            deep = file.mode.startswith("I;16") and file.width * file.height <= MAX_PIXELS
+            return int(np.asarray(file).max()) if deep else 0
+    except Exception:  # readers of broken files raise all kinds
+        return 0
 
 
 def fit_to(image: Tensor, size: Sequence[int], covered: Sequence[int]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from etflight.data.base import ImageDataModule, Split
-from etflight.data.decoding import decode_file, fit_to, random_square
+from etflight.data.decoding import decode_file, fit_to, random_square, tell_of_few_levels
 from etflight.data.sampler import Draw, ImbalancedSampler, NumberedSampler
 from etflight.data.sources import Batch, ImageSource, ImageSplit
 from etflight.data.transforms import step_randomness
@@ -273,6 +273,8 @@ class FileImages(ImageDataModule):
     crop_pct: float | None = None
     skip_corrupt: bool = False
 
+    _looked_at: bool = field(default=False, init=False, repr=False)
+
     def __post_init__(self) -> None:
         """Check the options that need no file."""
         super().__post_init__()
@@ -297,6 +299,13 @@ class FileImages(ImageDataModule):
     def training_options(self) -> dict[str, Any]:
         """As in the base class, plus how pictures are cut."""
         return {**super().training_options, "min_crop_scale": self._or_standard("min_crop_scale")}
+
+    def _checked(self, name: Split) -> ImageSource:
+        source = super()._checked(name)
+        if not self._looked_at:
+            self._looked_at = True
+            tell_of_few_levels(self, len(source.labels), source.name)
+        return source
 
     def make_split(self, name: Split, source: ImageSource, indices: NDArray[np.int64]) -> ImageSplit:
         """The chosen files; corrupt ones are skipped if `skip_corrupt` is set, but never test images."""

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from etflight.data.arrays import ArrayImages, refuse_other_layouts
 from etflight.data.base import ImageDataModule, Split
-from etflight.data.decoding import decode_file, fit_to, with_channels
+from etflight.data.decoding import decode_file, fit_to, tell_of_few_levels, warn_of_few_levels, with_channels
 from etflight.data.files import Square, files_below, stack
 from etflight.data.sources import UNREADABLE, Batch, ImageSource, ImageSplit
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, first_few
 
 
 @dataclass(eq=False, kw_only=True)
@@ -99,6 +99,9 @@ class AnyImages(ImageSource):
         if not self._pictures:
             raise UserError(f"--images {', '.join(paths)}: there is no image: give image files, folders or .npz files")
         self.labels = torch.full((len(self._pictures),), -1)
+        files = [path for path, position in self._pictures if position is None]
+        if files:
+            tell_of_few_levels(f"--images {first_few(paths, len(paths))}", len(files), files.__getitem__)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -164,6 +167,8 @@ def _read_array(path: str, channels: int) -> NDArray[Any]:
     if images.dtype not in (np.uint8, np.uint16) or images.ndim not in (3, 4) or 0 in images.shape[1:]:
         raise UserError(f"{what}: give uint8 or uint16 [N, H, W] or [N, H, W, C]")
     refuse_other_layouts(images, what)
+    if images.dtype == np.uint16:
+        warn_of_few_levels(f"{path}: {name}", int(images.max(initial=0)))
     images = images if images.ndim == 4 else images[..., None]
     with_channels(torch.zeros(images.shape[3], 1, 1), channels, f"{what}, [N, H, W, C]")
     return images

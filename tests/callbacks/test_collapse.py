@@ -123,21 +123,14 @@ def test_missing_classes_are_counted_and_what_is_undefined_is_nan(tmp_path):
 
 
 class OwnHead(Head):
-    """A user's head whose forward does not go through embed."""
+    """A user's head with an embedder of its own."""
 
     def __init__(self, in_features, num_classes):
-        super().__init__(in_features, num_classes)
-        self.batch_norm = nn.BatchNorm1d(in_features)
+        super().__init__(in_features, num_classes, embedder=nn.BatchNorm1d(in_features))
         self.weight, self.bias = nn.Parameter(torch.randn(num_classes, in_features)), None
 
-    def embed(self, features):
-        return self.batch_norm(features)
 
-    def forward(self, features):
-        return self.batch_norm(features) @ self.weight.T
-
-
-def test_a_head_that_does_not_call_embed_is_measured_and_its_batch_norm_left_alone(tmp_path):
+def test_a_head_with_an_embedder_of_its_own_is_measured_and_its_batch_norm_left_alone(tmp_path):
     def run(*callbacks):
         model = classifier(head=OwnHead, loss=CrossEntropyLoss)
         trainer(tmp_path, *callbacks, epochs=1).fit(model, datamodule=digits())
@@ -146,8 +139,8 @@ def test_a_head_that_does_not_call_embed_is_measured_and_its_batch_norm_left_alo
     watch = NeuralCollapseMonitor(online=True)
     model, without = run(watch), run()
     assert watch.history["nc/train_online/missing_classes"] == [0]
-    assert torch.equal(model.head.embedder.batch_norm.running_mean, without.head.embedder.batch_norm.running_mean)
-    assert model.head.embedder.batch_norm.num_batches_tracked == without.head.embedder.batch_norm.num_batches_tracked
+    assert torch.equal(model.head.embedder.running_mean, without.head.embedder.running_mean)
+    assert model.head.embedder.num_batches_tracked == without.head.embedder.num_batches_tracked
 
 
 # --- when --------------------------------------------------------------------------------------------------------------

@@ -241,8 +241,8 @@ class Vectorless(LinearHead):
         self.inner = self.weight
         del self.weight
 
-    def forward(self, features: Tensor) -> Tensor:
-        return features @ self.inner.T
+    def logits(self, embedding: Tensor) -> Tensor:
+        return embedding @ self.inner.T
 
 
 def test_a_model_without_class_vectors_is_refused_in_one_line(run, noise, tmp_path):

@@ -143,6 +143,19 @@ def test_what_cannot_be_read_is_skipped_and_listed(rgb, tmp_path, capsys):
     assert "c.txt" in told
 
 
+def test_images_of_12_bits_that_are_stored_in_16_are_told_of(grey, tmp_path, capsys):
+    pixels = np.arange(16 * 20, dtype=np.uint16).reshape(16, 20) * 12
+    Image.fromarray(pixels).save(tmp_path / "one.png")
+    np.savez(tmp_path / "more.npz", images=pixels[None])
+    predict(grey, tmp_path / "p.csv", "--images", tmp_path / "one.png", tmp_path / "more.npz")
+    told = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if "images of 16 bits is 3828, of which 8 bits keep 16 levels" in line
+    ]
+    assert len(told) == 2  # of the file, and of the array
+
+
 WRITES = """
 import sys
 from pathlib import Path

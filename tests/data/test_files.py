@@ -4,11 +4,13 @@ import multiprocessing
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from etflight import Classifier, CrossEntropyLoss, LinearHead
-from etflight.data import FolderImages
+from etflight.data import ClassSubset, FolderImages
 from etflight.data.files import Paths, files_below
 from etflight.data.sampler import Draw
 from etflight.utils.errors import UserError
@@ -25,6 +27,35 @@ def tree(tmp_path):
 
 def folder(tree, **options):
     return FolderImages(str(tree), **{"image_size": 16, "batch_size": 5, **options})
+
+
+def deepen(tree, largest):
+    """Let all files be grey ones of 16 bits with values up to `largest`."""
+    for number, path in enumerate(sorted(tree.rglob("*.png"))):
+        pixels = np.random.default_rng(number).integers(0, largest + 1, (24, 32), dtype=np.uint16)
+        pixels[0, 0] = largest
+        Image.fromarray(pixels).save(path)
+
+
+def test_images_of_12_bits_in_files_of_16_are_told_of_once_with_the_largest_value(tree, capsys):
+    deepen(tree, 4095)
+    for data in (folder(tree), ClassSubset(FolderImages(str(tree), image_size=16), "0-1")):
+        data.setup()
+        line = (
+            f"etflight: warning: {folder(tree)}: the largest value found in images of 16 bits is 4095, of which 8 bits keep 17 levels: "
+            "multiply their pixels beforehand, so that white is 65535\n"
+        )
+        assert capsys.readouterr().err == line
+
+
+def test_images_of_8_bits_of_all_16_and_broken_ones_are_not_told_of(tree, capsys):
+    folder(tree).setup()
+    deepen(tree, 65535)
+    folder(tree).setup()
+    for path in tree.rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:60])
+    folder(tree).setup()
+    assert capsys.readouterr().err == ""
 
 
 def epoch(data, number=0):
