@@ -1,8 +1,8 @@
-"""Keeps the curves of finished 200-epoch runs in notebooks/curves/cifar10_lt.json, and draws them.
+"""Keeps the curves of finished 200-epoch runs in notebooks/curves/SET.json, and draws them.
 
-    python -m notebooks.protocol_curves runs/cifar10_lt_protocol/*/seed*
+    python -m notebooks.protocol_curves cifar10_lt runs/cifar10_lt_protocol/*/seed*
 
-Runs that are no longer there keep what the file has of them.
+Runs that are no longer there keep what the file has of them. Head and tail are three tenths of the classes each.
 """
 
 import csv
@@ -15,12 +15,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-CURVES = Path("notebooks/curves/cifar10_lt.json")
-FIGURE = Path("notebooks/figures/cifar10_lt_curves.png")
 LOGGED = ["nc/train/nc1", "nc/train/alignment", "nc/train/nc4", "nc/val/nc1", "nc/val/alignment"] + [
     f"val/acc_{group}" for group in ("head", "middle", "tail")
 ]
-TAIL, HEAD = slice(7, 10), slice(0, 3)  # of the ten classes, largest first
 
 
 def curves(run: Path) -> dict[str, Any]:
@@ -31,7 +28,8 @@ def curves(run: Path) -> dict[str, Any]:
     for name in LOGGED:
         found[name] = [round(float(row[name]), 4) if row.get(name) else None for row in rows]
     grams = [np.load(run / "gram" / f"epoch_{epoch:03}.npz")["gram"] for epoch in found["epoch"]]
-    for group, classes in (("head", HEAD), ("tail", TAIL)):
+    K = len(grams[0]) // 2
+    for group, classes in (("head", slice(3 * K // 10)), ("tail", slice(7 * K // 10, K))):  # the largest class is the first
         for name, gram_of in (("means", centred_means), ("vectors", vectors)):
             found[f"cos_{name}_{group}"] = [round(mean_cosine(gram_of(gram)[classes, classes]), 4) for gram in grams]
     return found
@@ -39,12 +37,14 @@ def curves(run: Path) -> dict[str, Any]:
 
 def centred_means(gram: np.ndarray) -> np.ndarray:
     """Inner products of the class means less the mean of all images, which is the last row."""
-    return gram[:10, :10] - gram[:10, [-1]] - gram[[-1], :10] + gram[-1, -1]
+    K = len(gram) // 2
+    return gram[:K, :K] - gram[:K, [-1]] - gram[[-1], :K] + gram[-1, -1]
 
 
 def vectors(gram: np.ndarray) -> np.ndarray:
     """Inner products of the class vectors."""
-    return gram[10:20, 10:20]
+    K = len(gram) // 2
+    return gram[K : 2 * K, K : 2 * K]
 
 
 def mean_cosine(gram: np.ndarray) -> float:
@@ -54,12 +54,12 @@ def mean_cosine(gram: np.ndarray) -> float:
     return float(cosines[np.triu_indices(len(gram), 1)].mean())
 
 
-def figure(known: dict[str, dict[str, Any]]) -> Figure:
-    """NC1, alignment and the angles between the three rarest classes, over the epochs: a colour for each arm, a line for each seed."""
+def figure(known: dict[str, dict[str, Any]], num_classes: int) -> Figure:
+    """NC1, alignment and the angles between the rarest classes, over the epochs: a colour for each arm, a line for each seed."""
     shown = [
         ("nc/train/nc1", "NC1, training images"),
         ("nc/train/alignment", "alignment, training images"),
-        ("cos_means_tail", "cosine between the means of the 3 rarest classes"),
+        ("cos_means_tail", f"cosine between the means of the {3 * num_classes // 10} rarest classes"),
         ("cos_vectors_tail", "cosine between their class vectors"),
     ]
     arms = sorted({run.partition(", ")[0] for run in known})
@@ -77,20 +77,22 @@ def figure(known: dict[str, dict[str, Any]]) -> Figure:
         if key == "nc/train/nc1":
             axis.set_yscale("log")
         if key.startswith("cos_"):
-            axis.axhline(-1 / 9, color="0.5", linestyle=":", linewidth=1)
+            axis.axhline(-1 / (num_classes - 1), color="0.5", linestyle=":", linewidth=1)
     for axis in axes[1]:
         axis.set_xlabel("epoch")
     axes[0, 0].legend(fontsize=8)
     return drawn
 
 
-def main(runs: list[Path]) -> None:
-    known: dict[str, dict[str, Any]] = json.loads(CURVES.read_text()) if CURVES.is_file() else {}
+def main(name: str, runs: list[Path]) -> None:
+    file = Path(f"notebooks/curves/{name}.json")
+    known: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
     for run in runs:
         known[f"{run.parent.name}, {run.name}"] = curves(run)
-    CURVES.write_text(json.dumps(known) + "\n")
-    figure(known).savefig(FIGURE, dpi=120)
+    file.write_text(json.dumps(known) + "\n")
+    records = json.loads(Path(f"notebooks/results/{name}.json").read_text())
+    figure(known, records[0]["num_classes"]).savefig(f"notebooks/figures/{name}_curves.png", dpi=120)
 
 
 if __name__ == "__main__":
-    main(list(map(Path, sys.argv[1:])))
+    main(sys.argv[1], list(map(Path, sys.argv[2:])))

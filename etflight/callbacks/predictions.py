@@ -174,8 +174,8 @@ class PredictionTable(Callback):
         if len(broken := np.flatnonzero(~np.isfinite(probabilities).all(axis=1))):
             first = data.sample_name("test", in_order[broken[0]])
             raise UserError(
-                f"{len(broken)} of {len(order)} images have probabilities that are NaN, the first is {first}: nothing is written; predict in "
-                "float32 (--trainer.precision 32-true), or with weights that have not diverged"
+                f"{len(broken)} of {len(order)} images have probabilities that are NaN, the first is {first}: nothing is written; predict "
+                "in float32 (--trainer.precision 32-true), or with weights that have not diverged"
             )
         model = cast(Classifier, pl_module)
         images = [data.sample_name("test", i) for i in in_order]

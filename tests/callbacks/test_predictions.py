@@ -19,7 +19,7 @@ class Breaks(Classifier):
 def test_no_class_is_written_for_an_image_whose_probabilities_are_no_numbers(tmp_path):
     data, table = ArrayImages(save_numbered(tmp_path / "set.npz")), PredictionTable(tmp_path / "predictions.csv")
     parts = {"head": LinearHead, "loss": CrossEntropyLoss}
-    with pytest.raises(UserError, match="1 of 13 images .* are NaN, the first is 3: nothing is written"):
+    with pytest.raises(UserError, match=r"1 of 13 images .* are NaN, the first is 3: nothing is written"):
         new_trainer(table).predict(Breaks(3, "resnet20_cifar", **parts), data, return_predictions=False)
     assert not table.path.exists()
     table = PredictionTable(tmp_path / "predictions.csv")
