@@ -276,6 +276,11 @@ class NeuralCollapseMonitor(Callback):
                 self._online_states = []
             self._found().attach()
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Catch no more: what follows in this step, such as the second pass of a sharpness-aware one, is of other weights."""
+        if self._online is not None:
+            self._found().stop()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -45,7 +45,7 @@ class Caught(NamedTuple):
 
 
 class EmbeddingSource:
-    """Catches features by hooks that exist only between `attach` and `detach`: those of the first forward since the last `take`.
+    """Catches features by hooks that exist only between `attach` and `stop` or `detach`.
 
     The embedding of an `etflight` head is what its `embedder` returns within the forward itself; that of any other module is its first
     input. A 1 x 1 convolution counts as a linear layer.
@@ -108,13 +108,17 @@ class EmbeddingSource:
         for name, module in self._modules.items():
             self._handles.append(module.register_forward_hook(self._after_layer(name)))
 
-    def detach(self) -> None:
-        """Remove the hooks, and forget what was caught."""
+    def stop(self) -> None:
+        """Remove the hooks, but keep what was caught for `take`."""
         for handle in self._handles:
             handle.remove()
         if self._handles and self._modules:
             torch.compiler.set_stance("default")
         self._handles = []
+
+    def detach(self) -> None:
+        """Remove the hooks, and forget what was caught."""
+        self.stop()
         self._forget()
 
     @contextmanager
@@ -127,7 +131,7 @@ class EmbeddingSource:
             self.detach()
 
     def take(self, batch_size: int) -> Caught:
-        """Return what was caught of the first forward, and forget it.
+        """Return what was caught of the last forward, and forget it.
 
         Raises:
             UserError: The head or a layer did not run, or did not give `batch_size` vectors.
@@ -157,21 +161,18 @@ class EmbeddingSource:
         self._embedding = self._output = None
 
     def _after_embedder(self, module: nn.Module, args: tuple[Any, ...], embedding: Tensor) -> None:
-        if HEAD not in self._features:
-            self._embedding = embedding.detach()
-            self._features[HEAD] = self._embedding if self.space == "embedding" else args[0].detach()
+        self._embedding = embedding.detach()
+        self._features[HEAD] = self._embedding if self.space == "embedding" else args[0].detach()
 
     def _after_foreign_head(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if HEAD not in self._features:
-            first = args[0] if args else next(iter(kwargs.values()))
-            self._features[HEAD], self._output = _as_vectors(first.detach()), output
+        first = args[0] if args else next(iter(kwargs.values()))
+        self._features[HEAD], self._output = _as_vectors(first.detach()), output
 
     def _after_layer(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            if name not in self._features:
-                self._features[name] = pool(output[0] if isinstance(output, tuple | list) else output)
+            self._features[name] = pool(output[0] if isinstance(output, tuple | list) else output)
 
         return keep
 

@@ -1,6 +1,7 @@
 """Under averaged weights, whatever was fitted or measured at a validation belongs to the weights that were validated and saved."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAverag
 from scipy.optimize import minimize_scalar
 from torch import nn
 
-from etflight import Classifier, callbacks
+from etflight import Classifier, ETFHead, callbacks
 from etflight.callbacks import ExponentialMovingAverage, StochasticWeightAverage
 from etflight.data import Digits
 from etflight.runs.loggers import MetricsCSV
@@ -149,7 +150,7 @@ class Images(Callback):
         self.of.append(batch[0])
 
 
-def averaged_run(tmp_path, average, *others, sam_rho=0.0, **options):
+def averaged_run(tmp_path, average, *others, sam_rho=0.0, head=ETFHead, **options):
     """Five epochs; returns the states after each step, the images of each, the trainer, the data and the saved state."""
     torch.manual_seed(0)
     states, images, data = States(), Images(), Digits(max_count=20, batch_size=100, val_fraction=0.2, crop_padding=0)
@@ -157,7 +158,7 @@ def averaged_run(tmp_path, average, *others, sam_rho=0.0, **options):
         states, average, callbacks.LastCheckpoint(), images, *others, default_root_dir=tmp_path,
         **{"max_epochs": 5, **options},
     )  # fmt: skip
-    model = Classifier(10, "resnet20_cifar", in_chans=1, model_kwargs={"width": 1}, sam_rho=sam_rho)
+    model = Classifier(10, "resnet20_cifar", in_chans=1, model_kwargs={"width": 1}, sam_rho=sam_rho, head=head)
     trainer.fit(model, datamodule=data)
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     return states.after, images.of, trainer, data, saved
@@ -214,12 +215,13 @@ def test_the_statistics_of_the_mean_are_those_of_a_pass_with_its_weights_and_wha
 
 def test_frozen_statistics_stay_where_weights_are_averaged(tmp_path):
     frozen = callbacks.FineTuning(freeze=["backbone"])
-    states, *_, saved = averaged_run(tmp_path, StochasticWeightAverage(**SWA), frozen)
+    turned = partial(ETFHead, projection_dim=16)
+    states, *_, saved = averaged_run(tmp_path, StochasticWeightAverage(**SWA), frozen, head=turned)
     assert_mean_of(saved, states[3 * STEPS - 1 :: STEPS])
     for name, value in states[0].items():
         if name.startswith("backbone."):
             assert torch.equal(saved["state_dict"][name], value), name
-    fresh = saved["state_dict"]["head.batch_norm.running_var"]
+    fresh = saved["state_dict"]["head.embedder.batch_norm.running_var"]
     assert not torch.equal(fresh, torch.ones_like(fresh))
 
 

@@ -276,7 +276,7 @@ def test_options_that_contradict_each_other_are_refused(options, reason):
 
 # --- a fixed frame on a frozen backbone --------------------------------------------------------------------------------
 
-FIXED = {"no projection": ETFHead, "random vectors": partial(LinearHead, frozen=True, feature_batch_norm=True)}
+FIXED = {"no projection": ETFHead, "random vectors": partial(LinearHead, frozen=True, batch_norm=True)}
 TURNED = {
     "a projection": partial(ETFHead, projection_dim=64), "a narrow one": partial(ETFHead, projection_dim=16),
     "a wide one": partial(ETFHead, projection_dim=96), "a wide linear one": partial(ETFHead, projection_dim=96, linear_projection=True),

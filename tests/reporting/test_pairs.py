@@ -54,7 +54,7 @@ def test_intervals_are_those_of_a_paired_t_test_on_every_committed_record(file):
                 )
                 assert (found.verdict != "not told apart") == (oracle.pvalue < 0.05)
                 checked += 1
-    assert checked >= 4
+    assert checked >= 4 or max(map(len, by_arm.values())) == 1
 
 
 def test_what_moves_every_seed_alike_drops_out():
