@@ -236,7 +236,7 @@ def _solarize(images: Tensor, _: Codes, thresholds: Magnitudes) -> Tensor:
     bound = _to_device(lowest, images.device).view(-1, 1, 1, 1)
     # `where(images >= bound, ~images, images)`, several times as quick on a processor
     changes = torch.maximum(images, bound) == images
-    return images ^ changes.view(torch.uint8).neg_()
+    return images ^ changes.to(torch.uint8).neg_()
 
 
 def _autocontrast(images: Tensor, *_: object) -> Tensor:
