@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from etflight.data.base import ImageDataModule, Split
 from etflight.data.sources import ArraySource, number_of_classes
-from etflight.utils.errors import UserError, brief, let_through
+from etflight.utils.errors import UserError, brief
 from etflight.utils.limits import refuse_growth
 from etflight.utils.terminal import readable
 
@@ -132,8 +132,7 @@ class ArrayImages(ImageDataModule):
                 yield stream
         except UserError:
             raise
-        except Exception as error:
-            let_through(error)
+        except Exception as error:  # want of memory too, which a hostile header can cause
             raise UserError(
                 f"{self.path}: {name} cannot be read ({brief(error)}): store plain arrays of numbers"
             ) from None

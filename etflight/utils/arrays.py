@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from etflight.utils.errors import UserError, brief, let_through
+from etflight.utils.errors import UserError, brief
 from etflight.utils.limits import refuse_growth
 
 
@@ -32,7 +32,6 @@ def read_arrays(path: Path, *names: str) -> dict[str, NDArray[Any]]:
         with np.load(path, allow_pickle=False) as content:
             arrays = {name: content[name] for name in names}
     except Exception as error:  # a damaged file can cause any of them
-        let_through(error)
         raise UserError(f"{path} is not whole ({brief(error)})") from error
     if any(array.dtype.kind not in "iuf" for array in arrays.values()):
         raise UserError(f"{path} is not whole (it holds something other than numbers)")
