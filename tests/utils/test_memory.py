@@ -40,6 +40,7 @@ def faults(tmp_path, no_settings):
     (tmp_path / "counts.py").write_text(COUNTS)
     fit = ["fit", "--data", "ArrayImages", "--data.path", "images.npz", "--data.batch_size", 16, *QUICK]
     frozen = ["--model.backbone", "resnet20_cifar", "--fine_tuning.freeze", "[backbone]", "--monitor", "null"]
+    frozen += ["--model.head.projection_dim", 16]
 
     def count(**env):
         command = CommandLine(tmp_path)
