@@ -132,7 +132,10 @@ function section(content) {
   });
   root.append(chips, element("h3", { textContent: "Mean ± standard deviation over seeds" }));
   root.append(table(content.header, content.rows));
-  if (content.paired.rows.length) root.append(table(content.paired.header, content.paired.rows));
+  if (content.paired.rows.length) {
+    root.append(element("h3", { textContent: "Differences, paired by seed" }));
+    root.append(table(content.paired.header, content.paired.rows));
+  }
   [...content.notes, page.caption].forEach((note) => root.append(element("p", { textContent: note })));
   if (content.published.rows.length) {
     const summary = element("summary", { textContent: `Published numbers on this set at this ratio (${content.published.rows.length})` });
