@@ -67,10 +67,10 @@ class NeuralCollapseMonitor(Callback):
 
     Args:
         every_n_epochs: Measure epochs n, 2n, …, and the last. "auto" measures every epoch, which adds about a quarter to its time, and
-            as much again on a frozen backbone. If the training images are many or large (100 million pixels), all sweeps together,
-            those before and after the training too, take at most one image for twelve that train, which adds less than a tenth to a
-            training that goes on to its last epoch: none if that has fewer than twelve. The validation images are measured whenever
-            they are validated.
+            as much as the epoch itself where the backbone is frozen or reading the images takes most of the time. If the training images
+            are many or large (100 million pixels), all sweeps together, those before and after the training too, take at most one image
+            for twelve that train, which adds less than a tenth to a training that goes on to its last epoch: none if that has fewer than
+            twelve. The validation images are measured whenever they are validated.
         splits: One or both of "train" and "val".
         space: "embedding" measures the vectors that are compared with the class vectors: `head.embed(features)` for an `etflight.Head`,
             the input for any other module. "backbone" measures the head's input, under `nc_raw/…`; for an `etflight.Head` without the

@@ -318,6 +318,34 @@ def test_auto_measures_the_validation_images_of_a_large_set_always_and_says_when
     assert "is not measured, since one sweep over them would add more than a tenth to this training" in caplog.text
 
 
+def swept(watch):
+    return [at for at, value in zip(watch.epochs, watch.history["nc/train/nc1"], strict=True) if not math.isnan(value)]
+
+
+def test_a_resumed_training_sweeps_over_a_large_set_as_one_that_was_not_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(collapse, "_SMALL", 1000)
+
+    class Save(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 9:
+                trainer.save_checkpoint(tmp_path / "ten.ckpt")
+
+    def epochs_swept(*callbacks, **kwargs):
+        watch = NeuralCollapseMonitor(every_n_epochs="auto")
+        runs = trainer(tmp_path, watch, *callbacks, epochs=36, limit_val_batches=1)
+        runs.fit(classifier(), datamodule=digits(), weights_only=True, **kwargs)
+        return swept(watch)
+
+    assert epochs_swept(Save()) == epochs_swept(ckpt_path=tmp_path / "ten.ckpt") == [0, 18, 36]
+
+
+def test_epochs_given_by_hand_are_kept_however_large_the_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(collapse, "_SMALL", 1000)
+    watch = NeuralCollapseMonitor(every_n_epochs=2)
+    trainer(tmp_path, watch, epochs=3, val_check_interval=0.5).fit(classifier(), datamodule=digits())
+    assert swept(watch) == [0, 1.5, 2, 2.5, 3]
+
+
 def test_splits_choose_and_validation_costs_no_extra_forward(tmp_path):
     only_val, only_train = plain_monitor(splits=["val"]), plain_monitor(splits=["train"])
     model, _ = fit(tmp_path, only_val)
