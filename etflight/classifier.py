@@ -215,8 +215,7 @@ class Classifier(LightningModule):
             self._set_class_counts(_as_counts(class_counts))
         self._lr = math.nan
         self._batches: list[tuple[Batch, int]] = []  # those of this step, for SAM's second pass
-        # of a sharpness-aware step, or over an epoch for BatchNorm's statistics; callbacks leave its forwards out
-        self.is_second_pass = False
+        self.is_second_pass = False  # of a sharpness-aware step, which adds nothing to the metrics
         self._total_epochs: int | None = None
         self._other_arguments: list[str] = []  # in which the checkpoint being loaded differs from this model
         self.losses: Any = nn.ModuleDict({f"{stage}_loss": SampleMean() for stage in ("train", "val", "test")})

@@ -190,11 +190,10 @@ def renew_statistics(trainer: Trainer, pl_module: LightningModule) -> None:
         layer.reset_running_stats()
         layer.momentum = None  # which makes it a mean
     counted = trainer.fit_loop.epoch_loop.batch_progress.total
-    before, module = counted.ready, cast(Any, pl_module)
+    before = counted.ready
     clocks = callbacks_of(trainer, Speed)
     for clock in clocks:
         clock.on_validation_start(trainer, pl_module)
-    module.is_second_pass = True
     try:
         with torch.no_grad():
             for batch in islice(cast(Any, trainer.train_dataloader), int(trainer.num_training_batches)):
@@ -204,7 +203,6 @@ def renew_statistics(trainer: Trainer, pl_module: LightningModule) -> None:
                 counted.ready += 1  # each batch is augmented as a step of its own
     finally:
         counted.ready = before
-        module.is_second_pass = False
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
     for clock in clocks:

@@ -7,7 +7,6 @@ _HEAD_OPTIONS = {
     "etflight.heads.LinearHead": {"feature_batch_norm": "batch_norm", "feature_normalize": "normalize"},
     "etflight.heads.CosineHead": {"feature_batch_norm": "batch_norm", "cosine_scale": "scale"},
 }
-OPTIONS = {old: new for names in _HEAD_OPTIONS.values() for old, new in names.items()}
 _PARTS = {f"head.{part}": f"head.embedder.{part}" for part in ("projection", "batch_norm", "rotation")}
 
 
