@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -24,10 +24,22 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from etflight import penalties
+from etflight.checkpoint.files import read_checkpoint, refuse_others
+from etflight.checkpoint.hyperparameters import differing, fixed_by, make_with, plain_arguments, plain_hyperparameters
+from etflight.checkpoint.specs import as_plain, from_spec, objections, to_spec
 from etflight.data.base import ImageDataModule
+from etflight.data.facts import (
+    class_names_of,
+    other_images,
+    other_names,
+    other_preprocessing,
+    preprocessing_of,
+    refuse_other_shape,
+    refuse_twins,
+)
+from etflight.data.preprocessing import Preprocessing
 from etflight.decision import RULES_OF_OPTIONS, Adjustment, Decision, is_of_another
 from etflight.heads import ETFHead, Head, codes_from_state_dict
-from etflight.hyperparameters import PLUGGABLE, differing, fixed_by, make_with, plain_arguments, plain_hyperparameters
 from etflight.losses import DotRegressionLoss, Loss, class_weights_of
 from etflight.metrics.accuracy import SampleMean, TemperatureFit
 from etflight.metrics.evaluation import Evaluation, EvaluationMetrics
@@ -42,8 +54,8 @@ from etflight.optim import (
     spare_from_decay,
 )
 from etflight.utils.batches import images_in, labelled
-from etflight.utils.checkpoints import read_checkpoint, refuse_others
 from etflight.utils.errors import UserError, brief, let_through, warn
+from etflight.utils.fingerprints import fingerprint_in
 from etflight.utils.lightning_private import (
     hide_tips,
     ignore_own_deprecations,
@@ -51,22 +63,10 @@ from etflight.utils.lightning_private import (
     only_passes,
     replace_hyperparameters,
 )
-from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.ranks import in_process_group
-from etflight.utils.specs import as_plain, from_spec, objections, to_spec
 from etflight.utils.terminal import readable
 from etflight.utils.torch_private import leave_out_of_broadcasts
 from etflight.utils.trainer import averaged, data_module, is_trial_run, shows_after, take_buffers_of_rank_zero
-from etflight.utils.training_data import (
-    class_names_of,
-    fingerprint_in,
-    other_images,
-    other_names,
-    other_preprocessing,
-    preprocessing_of,
-    refuse_other_shape,
-    refuse_twins,
-)
 
 if TYPE_CHECKING:
     from etflight.backbones.cost import Cost
@@ -149,6 +149,10 @@ class Classifier(LightningModule):
         The defaults train the method of Yang et al. 2022, arXiv 2203.09081: a fixed frame and dot regression.
     """
 
+    # the arguments that take a class, and the base of that class
+    PLUGGABLE: ClassVar[Mapping[str, type]] = {
+        "head": Head, "loss": Loss, "optimizer": Optimizer, "lr_scheduler": LRScheduler,
+    }  # fmt: skip
     temperature: Tensor
     class_counts: Tensor
     _bad_step: Tensor
@@ -778,7 +782,7 @@ class Classifier(LightningModule):
     # --- plain data in, plain data out -------------------------------------------------------------------------------------
 
     def _build(self, name: str) -> Any:
-        return from_spec(to_spec(self.hparams[name], name), PLUGGABLE[name], name)
+        return from_spec(to_spec(self.hparams[name], name), self.PLUGGABLE[name], name)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the weights alone do not tell; refuse to save a model that has become useless.

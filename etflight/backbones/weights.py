@@ -7,7 +7,7 @@ from typing import Any
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from etflight.utils.checkpoints import misfit, read_weights
+from etflight.checkpoint.files import misfit, read_weights
 from etflight.utils.errors import UserError
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from etflight.callbacks.features import (
+from etflight.analysis.features import (
     HEAD,
     KEEP_BYTES,
     EmbeddingSource,

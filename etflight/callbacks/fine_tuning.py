@@ -8,16 +8,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from etflight.callbacks.features import find_submodule
+from etflight.analysis.features import find_submodule
+from etflight.checkpoint import old_names
+from etflight.checkpoint.files import misfit, read_checkpoint
+from etflight.data.facts import other_preprocessing
+from etflight.data.preprocessing import Preprocessing
 from etflight.heads import ETFHead, Head
 from etflight.optim import start_momentum
-from etflight.utils import old_names
-from etflight.utils.checkpoints import misfit, read_checkpoint
 from etflight.utils.errors import UserError, warn
 from etflight.utils.lightning_private import let_parameters_be_unused
-from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.trainer import data_module, refuse_if_never_reached
-from etflight.utils.training_data import other_preprocessing
 
 _NEAR = 0.05  # between means, or deviations, of pixels in [0, 1]; common roundings of the same differ by less
 

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from etflight.callbacks.features import (
+from etflight.analysis.features import (
     HEAD,
     EmbeddingSource,
     PassStatistics,
@@ -21,15 +21,15 @@ from etflight.callbacks.features import (
     undisturbed,
 )
 from etflight.callbacks.temperature import decided, evaluation_batches
+from etflight.checkpoint.specs import Spec, from_spec, to_spec
 from etflight.classifier import Classifier
+from etflight.data.facts import other_images
 from etflight.embedder import Embedder
 from etflight.heads import CosineHead, ETFHead, Head, LinearHead, ScaledLinearHead, codes_from_state_dict
 from etflight.losses import CrossEntropyLoss, Loss, temperature_of_cosines
 from etflight.utils.errors import UserError
 from etflight.utils.precision import at_least_float32
-from etflight.utils.specs import Spec, from_spec, to_spec
 from etflight.utils.trainer import data_module
-from etflight.utils.training_data import other_images
 
 
 class _Trained(NamedTuple):

@@ -21,9 +21,9 @@ from etflight.runs.folder import writing_to
 from etflight.runs.loggers import run_folder
 from etflight.utils.errors import UserError
 from etflight.utils.files import write_json
+from etflight.utils.fingerprints import content_of
 from etflight.utils.terminal import console
 from etflight.utils.trainer import data_module, is_trial_run
-from etflight.utils.training_data import content_of
 
 if TYPE_CHECKING:  # matplotlib, which `--help` need not wait for
     from matplotlib.figure import Figure

@@ -9,13 +9,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, TensorDataset
 
-from etflight.callbacks.features import plain_tensors, undisturbed
+from etflight.analysis.features import plain_tensors, undisturbed
 from etflight.classifier import Batch, Classifier
 from etflight.data.base import Split
+from etflight.data.facts import other_images
 from etflight.metrics.accuracy import TemperatureFit
 from etflight.utils.errors import UserError, warn
 from etflight.utils.trainer import data_module
-from etflight.utils.training_data import other_images
 
 
 class FitTemperature(Callback):

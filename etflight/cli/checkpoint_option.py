@@ -8,14 +8,14 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
+from etflight.checkpoint.specs import find_class
 from etflight.classifier import Classifier
 from etflight.cli.data_option import data_parser, parse
 from etflight.data import ImageDataModule
+from etflight.data.facts import refuse_other_shape
+from etflight.data.preprocessing import Preprocessing
 from etflight.runs.folder import last_checkpoint, run_of
 from etflight.utils.errors import UserError, brief, warn
-from etflight.utils.preprocessing import Preprocessing
-from etflight.utils.specs import find_class
-from etflight.utils.training_data import refuse_other_shape
 
 
 def add_device(parser: ArgumentParser) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 import etflight.backbones  # noqa: F401  registers our networks in timm
 from etflight import plotting
-from etflight.callbacks.features import HEAD, Caught, EmbeddingSource, PassStatistics, sweep
+from etflight.analysis.features import HEAD, Caught, EmbeddingSource, PassStatistics, sweep
+from etflight.checkpoint.files import misfit, read_weights
 from etflight.cli.checkpoint_option import (
     add_device,
     data_as_trained,
@@ -29,14 +30,13 @@ from etflight.cli.data_option import data_parser, parse_over_run
 from etflight.cli.parser import OneLineParser, add_imports
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
+from etflight.data.facts import refuse_other_shape
 from etflight.metrics import Moments, measures
 from etflight.runs.folder import check_writable, refuse_other_results, writing_to
 from etflight.runs.record import data_facts
-from etflight.utils.checkpoints import misfit, read_weights
 from etflight.utils.errors import UserError, brief, let_through
 from etflight.utils.files import write_json
 from etflight.utils.terminal import as_it_is, console
-from etflight.utils.training_data import refuse_other_shape
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 PICTURES = tuple(f"{split}_{name}.png" for split in SPLITS for name in ("heat_map", "variability", "spectrum"))

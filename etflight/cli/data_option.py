@@ -6,13 +6,13 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 
+from etflight.checkpoint.specs import find_class
 from etflight.cli.argv import CommandParser, split_config_files
 from etflight.cli.parser import OneLineParser, import_modules
 from etflight.data import ImageDataModule
 from etflight.runs.folder import run_of
 from etflight.utils.errors import UserError
 from etflight.utils.limits import refuse_names
-from etflight.utils.specs import find_class
 from etflight.utils.yaml import guard_parser, read_yaml, to_yaml
 
 

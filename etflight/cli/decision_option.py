@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 from jsonargparse import ArgumentParser, Namespace
 
 from etflight.callbacks import PostHoc
+from etflight.checkpoint.specs import from_spec, to_spec
 from etflight.decision import Adjustment
 from etflight.runs.folder import last_checkpoint, read_record
 from etflight.utils.errors import UserError
-from etflight.utils.specs import from_spec, to_spec
 from etflight.utils.yaml import read_yaml
 
 _ADJUSTMENT = ("logit_adjustment", "adjustment")

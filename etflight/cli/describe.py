@@ -16,14 +16,15 @@ from etflight.cli.data_option import data_parser, parse_over_run
 from etflight.cli.parser import OneLineParser, add_imports
 from etflight.data import ImageDataModule
 from etflight.data.base import Split
+from etflight.data.facts import other_images
 from etflight.data.profiles import positions_by_class
 from etflight.metrics.accuracy import by_frequency, shot_groups
 from etflight.runs.folder import check_writable, read_record, refuse_other_results, run_of
 from etflight.utils.arrays import evenly
 from etflight.utils.errors import UserError, warn
 from etflight.utils.files import write_json
+from etflight.utils.fingerprints import fingerprint_in
 from etflight.utils.terminal import as_it_is, console
-from etflight.utils.training_data import fingerprint_in, other_images
 
 RECORD = "describe.json"  # marks a folder as one of this command's
 HISTOGRAM, SHEET = "class_histogram.png", "contact_sheet.png"

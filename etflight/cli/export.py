@@ -13,12 +13,12 @@ from etflight.cli.checkpoint_option import data_as_trained, images_of_training, 
 from etflight.cli.data_option import data_parser, parse
 from etflight.cli.decision_option import add_decision, asked_decision
 from etflight.cli.parser import OneLineParser, add_imports
+from etflight.data.preprocessing import Preprocessing
 from etflight.export import graph
 from etflight.export.card import model_card
 from etflight.export.timm import save_timm
 from etflight.runs.folder import RECORD, last_checkpoint, run_of, same_folder, writing_to
 from etflight.utils.errors import UserError, brief
-from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.terminal import as_it_is, console
 
 FORMATS = ("timm", "onnx", "torch-export")

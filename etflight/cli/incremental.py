@@ -18,20 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from etflight import plotting
-from etflight.callbacks.collect import outputs
-from etflight.classifier import Classifier
-from etflight.cli.checkpoint_option import (
-    class_vectors,
-    data_as_trained,
-    folder_of,
-    load_classifier,
-)
-from etflight.cli.data_option import data_parser, parse_over_run
-from etflight.cli.parser import OneLineParser, add_imports
-from etflight.cli.unsupported import refuse_missing_hardware
-from etflight.data import ClassSubset, ImageDataModule
-from etflight.data.sessions import Session, few_shot_sessions
-from etflight.incremental import (
+from etflight.analysis.incremental import (
     CosineLearner,
     Features,
     FrameLearner,
@@ -44,6 +31,19 @@ from etflight.incremental import (
     run_sessions,
     summary,
 )
+from etflight.analysis.outputs import outputs
+from etflight.classifier import Classifier
+from etflight.cli.checkpoint_option import (
+    class_vectors,
+    data_as_trained,
+    folder_of,
+    load_classifier,
+)
+from etflight.cli.data_option import data_parser, parse_over_run
+from etflight.cli.parser import OneLineParser, add_imports
+from etflight.cli.unsupported import refuse_missing_hardware
+from etflight.data import ClassSubset, ImageDataModule
+from etflight.data.sessions import Session, few_shot_sessions
 from etflight.runs.folder import check_writable, refuse_other_results, writing_to
 from etflight.runs.record import data_facts
 from etflight.utils.errors import UserError, brief

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from etflight import plotting
-from etflight.callbacks.collect import Outputs, outputs
+from etflight.analysis.outputs import Outputs, outputs
 from etflight.classifier import Classifier
 from etflight.cli.checkpoint_option import (
     add_device,
@@ -29,13 +29,13 @@ from etflight.cli.data_option import data_parser, parse
 from etflight.cli.parser import OneLineParser, add_imports
 from etflight.data import ImageDataModule
 from etflight.data.adapted import AdaptedSplit
+from etflight.data.preprocessing import Preprocessing
 from etflight.data.sources import ImageSplit
 from etflight.metrics import ClassStatistics, Moments, measures, ood
 from etflight.runs.folder import check_writable, read_record, refuse_other_results, run_of, writing_to
 from etflight.runs.record import data_facts, test_facts
 from etflight.utils.errors import UserError, first_few, warn
 from etflight.utils.files import write_json
-from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.terminal import as_it_is, console
 
 RECORD, PICTURE = "ood.json", "histograms.png"

@@ -7,8 +7,8 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
 from etflight.cli.argv import EarlyOptions
+from etflight.data.preprocessing import Preprocessing
 from etflight.utils.errors import UserError
-from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.terminal import readable
 from etflight.utils.yaml import to_yaml
 

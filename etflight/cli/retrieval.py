@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 from rich.table import Table
 from torch import Tensor
 
-from etflight.callbacks.collect import Outputs, outputs
+from etflight.analysis.outputs import Outputs, outputs
 from etflight.classifier import Classifier
 from etflight.cli.checkpoint_option import (
     add_device,
@@ -23,13 +23,13 @@ from etflight.cli.checkpoint_option import (
 from etflight.cli.data_option import data_parser, parse, parse_over_run
 from etflight.cli.parser import OneLineParser, add_imports
 from etflight.data import ImageDataModule
+from etflight.data.facts import different_class, other_preprocessing, refuse_other_shape
 from etflight.metrics.retrieval import retrieval_scores
 from etflight.runs.folder import check_writable, refuse_other_results, writing_to
 from etflight.runs.record import test_facts
 from etflight.utils.errors import UserError, warn
 from etflight.utils.files import write_json
 from etflight.utils.terminal import as_it_is, console
-from etflight.utils.training_data import different_class, other_preprocessing, refuse_other_shape
 
 
 class Embedded(NamedTuple):

@@ -39,6 +39,9 @@ from etflight.callbacks.checkpoint import KEY as CHECKPOINT_KEY
 from etflight.callbacks.predictions import TABLE, PredictionTable
 from etflight.callbacks.progress import Progress, StepNotice, is_watched
 from etflight.callbacks.results import TestResults
+from etflight.checkpoint.files import SafeCheckpointIO, read_checkpoint, refuse_others
+from etflight.checkpoint.hyperparameters import plain_hyperparameters
+from etflight.checkpoint.specs import class_called, find_class, to_spec
 from etflight.classifier import Classifier
 from etflight.cli import STAGES
 from etflight.cli.argv import EarlyOptions, split_config_files
@@ -49,22 +52,19 @@ from etflight.cli.predict import add_prediction_arguments, as_data, images_of
 from etflight.cli.second_stage import leave_out_first_stage
 from etflight.cli.unsupported import refuse_missing_hardware, refuse_unsupported
 from etflight.data.base import ImageDataModule
+from etflight.data.facts import refuse_other_shape
+from etflight.data.preprocessing import Preprocessing
 from etflight.heads import ETFHead, codes_from_state_dict
-from etflight.hyperparameters import PLUGGABLE, plain_hyperparameters
 from etflight.losses import DotRegressionLoss
 from etflight.optim import PROTOCOL_SGD
 from etflight.runs.folder import is_own_checkpoint, same_folder
 from etflight.runs.loggers import FailSafe, MetricsCSV
 from etflight.runs.record import RunRecord
 from etflight.runs.wandb import choose_names
-from etflight.utils.checkpoints import SafeCheckpointIO, read_checkpoint, refuse_others
 from etflight.utils.errors import UserError, print_dead_process, user_error_in
 from etflight.utils.jsonargparse_private import mend_of_section, why_not_made
 from etflight.utils.lightning_private import on_dead_process
-from etflight.utils.preprocessing import Preprocessing
-from etflight.utils.specs import class_called, find_class, to_spec
 from etflight.utils.trainer import callbacks_of, is_trial_run
-from etflight.utils.training_data import refuse_other_shape
 from etflight.utils.yaml import guard_parser
 
 _CHECKPOINT_HELP = (
@@ -84,7 +84,7 @@ class Parser(OneLineParser, LightningArgumentParser):
 
     bases: ClassVar[Mapping[str, type]] = {
         **OneLineParser.bases,
-        **{f"model.{name}": base for name, base in PLUGGABLE.items()},
+        **{f"model.{name}": base for name, base in Classifier.PLUGGABLE.items()},
         "post_hoc": PostHoc,
     }
 
@@ -215,8 +215,8 @@ class EtflightCLI(LightningCLI):
 
         # the data decide the sizes, and the state dict holds the counts
         defaults = model.keys() - {"num_classes", "in_chans", "class_counts"}
-        for name in PLUGGABLE:
-            if model.get(name) is None or find_class(model[name], PLUGGABLE[name]) is not None:
+        for name in Classifier.PLUGGABLE:
+            if model.get(name) is None or find_class(model[name], Classifier.PLUGGABLE[name]) is not None:
                 continue
             needed, named = model[name]["class_path"], options.value(f"model.{name}", object)
             if named is None:
@@ -425,7 +425,7 @@ def _start_from_own_defaults(parser: LightningArgumentParser, stage: str, option
     """Give a part of the model that the user names its own defaults; the parser would keep those of our default part."""
     for name, ours in (("head", ETFHead), ("loss", DotRegressionLoss), ("optimizer", PROTOCOL_SGD.func)):
         path = options.class_of(f"model.{name}")
-        cls = None if path is None else class_called(path, PLUGGABLE[name])
+        cls = None if path is None else class_called(path, Classifier.PLUGGABLE[name])
         if cls is not None and cls is not ours:
             parser.set_defaults({f"{stage}.model.{name}": {"class_path": f"{cls.__module__}.{cls.__qualname__}"}})
 

@@ -4,8 +4,8 @@ from torch import Tensor
 
 from etflight.data.decoding import fit_to, with_channels
 from etflight.data.files import Square
+from etflight.data.preprocessing import Preprocessing
 from etflight.data.sources import Batch, ImageSplit
-from etflight.utils.preprocessing import Preprocessing
 
 
 class AdaptedSplit(ImageSplit):

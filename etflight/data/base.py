@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from etflight.data.auto_augment import AutoAugment
+from etflight.data.facts import refuse_twins
+from etflight.data.preprocessing import Preprocessing
 from etflight.data.profiles import (
     NoiseKind,
     Profile,
@@ -31,11 +33,9 @@ from etflight.data.sampler import ImbalancedSampler, ShardSampler, resolve_polic
 from etflight.data.sources import Batch, ImageSource, ImageSplit
 from etflight.data.transforms import TrainTransform, normalize
 from etflight.utils.errors import UserError, first_few, warn
-from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.ranks import world
 from etflight.utils.terminal import readable
 from etflight.utils.trainer import choose_by_validation
-from etflight.utils.training_data import refuse_twins
 
 
 class EvalLoader(DataLoader[Batch]):

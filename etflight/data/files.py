@@ -17,11 +17,11 @@ from torch.utils.data import default_collate
 
 from etflight.data.base import ImageDataModule, Split
 from etflight.data.decoding import decode_file, fit_to, random_square, tell_of_few_levels
+from etflight.data.preprocessing import LARGEST_SIDE, LEAST_CROP, Preprocessing
 from etflight.data.sampler import Draw, ImbalancedSampler, NumberedSampler
 from etflight.data.sources import Batch, ImageSource, ImageSplit
 from etflight.data.transforms import step_randomness
 from etflight.utils.errors import UserError, first_few, warn
-from etflight.utils.preprocessing import LARGEST_SIDE, LEAST_CROP, Preprocessing
 
 _CHUNK = 1024  # files of a thread's turn
 _THREADS = 8  # they wait for a network file system together

@@ -8,10 +8,10 @@ from typing import Any
 import yaml
 
 from etflight.classifier import Classifier
+from etflight.data.preprocessing import Preprocessing
 from etflight.reporting.reading import noting, read_classes
 from etflight.reporting.results import Result, read_results
 from etflight.utils.errors import UserError
-from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.terminal import plain
 from etflight.utils.yaml import read_yaml
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from etflight.classifier import Classifier
+from etflight.data.preprocessing import Preprocessing
 from etflight.embedder import Rotation
 from etflight.utils.errors import UserError, brief, let_through
-from etflight.utils.preprocessing import Preprocessing
 
 TOLERANCE = 1e-4  # of logits, relative to the largest
 Run = Callable[[Tensor], Tensor]

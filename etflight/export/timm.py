@@ -10,10 +10,10 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from etflight.classifier import Classifier
+from etflight.data.preprocessing import Preprocessing
 from etflight.embedder import Embedder
 from etflight.heads import Head
 from etflight.utils.errors import UserError
-from etflight.utils.preprocessing import Preprocessing
 
 _OTHERS = "export it with --format onnx torch-export, which take heads that are not linear"
 # the part of timm's configuration that is about layers; the rest is about other weights and images

@@ -20,7 +20,7 @@ def session_curves(results: Sequence[Mapping[str, Any]], classes: Sequence[int])
     """Draw the accuracies on all, base and new classes after each session.
 
     Args:
-        results: The results of the sessions, as `etflight.incremental.score` gives them.
+        results: The results of the sessions, as `etflight.analysis.incremental.score` gives them.
         classes: The number of classes seen after each session.
 
     Returns:

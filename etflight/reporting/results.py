@@ -10,7 +10,7 @@ from etflight.reporting.reading import finite, noting, read_json, read_table, se
 from etflight.runs.based_on import folder_in, is_identity
 from etflight.runs.folder import RECORD
 from etflight.utils.errors import UserError
-from etflight.utils.training_data import choice_of, content_of
+from etflight.utils.fingerprints import choice_of, content_of
 
 ALWAYS = ("dataset", "ratio", "arm", "seed", "epochs", "commit", "config_sha256", "fingerprint", "command")
 _AT_THE_END = re.compile(r"nc\w*/\w+/(nc1|alignment|etf_distance)|val/acc")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from itertools import takewhile
 
-from etflight.utils.specs import family
+from etflight.utils.classes import family
 
 _FEW = 24  # names that one line can hold
 

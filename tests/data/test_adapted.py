@@ -5,8 +5,8 @@ from PIL import Image
 
 from etflight.data import ArrayImages, Digits
 from etflight.data.adapted import AdaptedSplit
+from etflight.data.preprocessing import Preprocessing
 from etflight.utils.errors import UserError
-from etflight.utils.preprocessing import Preprocessing
 from tests.training import save_arrays
 
 

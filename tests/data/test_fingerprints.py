@@ -8,7 +8,7 @@ import pytest
 
 from etflight.data import ArrayImages, Digits, FolderImages, INaturalist2018, ListImages
 from etflight.data.profiles import fingerprint
-from etflight.utils.training_data import choice_of, content_of
+from etflight.utils.fingerprints import choice_of, content_of
 from tests.training import save_pictures
 
 

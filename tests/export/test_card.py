@@ -12,8 +12,8 @@ from PIL import Image
 from etflight import Classifier
 from etflight.cli import export
 from etflight.data import ArrayImages
+from etflight.data.preprocessing import Preprocessing
 from etflight.export.card import model_card
-from etflight.utils.preprocessing import Preprocessing
 from tests.training import save_arrays, save_trained
 
 COLOUR = Preprocessing((3, 16, 16), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))

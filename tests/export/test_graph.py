@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from etflight import ETFHead
+from etflight.data.preprocessing import Preprocessing
 from etflight.export import graph
-from etflight.utils.preprocessing import Preprocessing
 from tests.export.test_network import DECISIONS, EXACT, trained
 
 TINY = Preprocessing((1, 8, 8), (0.5,), (0.5,))

@@ -11,10 +11,10 @@ import torch
 import torch._inductor.config
 from torch.utils.data import DataLoader, Dataset
 
+from etflight.checkpoint.files import SafeCheckpointIO, read_checkpoint
+from etflight.checkpoint.specs import objections
 from etflight.utils import errors
-from etflight.utils.checkpoints import SafeCheckpointIO, read_checkpoint
 from etflight.utils.errors import UserError, describe_error, print_dead_process, print_error, user_error_in
-from etflight.utils.specs import objections
 
 
 def test_the_users_error_is_found_below_whatever_wrapped_it():

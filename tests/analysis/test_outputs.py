@@ -4,7 +4,7 @@ import torch
 from torch.testing import assert_close
 
 from etflight import Classifier
-from etflight.callbacks.collect import Outputs, outputs
+from etflight.analysis.outputs import Outputs, outputs
 from etflight.data import Digits
 from tests.training import seen
 

@@ -1,11 +1,10 @@
 """Compares what a model, checkpoint or record knows of its training data with the data it is used with."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from etflight.data.preprocessing import Preprocessing
 from etflight.utils.errors import UserError
-from etflight.utils.preprocessing import Preprocessing
 from etflight.utils.terminal import readable
 
 
@@ -127,20 +126,3 @@ def other_images(counts: Sequence[int], fingerprint: str | None, data: Any) -> s
     if fingerprint is None or other is None or fingerprint == other:
         return None
     return f"{_called(data)} has other training images ({other}) than the checkpoint was trained on ({fingerprint})"
-
-
-def fingerprint_in(known: object) -> str | None:
-    """The fingerprint of the training images in a checkpoint or in a run's record of its data; None if there is none."""
-    facts = known if isinstance(known, Mapping) else {}
-    found = facts.get("fingerprint")
-    return found if isinstance(found, str) and re.fullmatch(r"[\w.-]{1,80}", found) else None
-
-
-def content_of(fingerprint: str | None) -> str | None:
-    """The part of a data module's fingerprint that identifies the set."""
-    return fingerprint and fingerprint.partition("-")[0]
-
-
-def choice_of(fingerprint: str | None) -> str | None:
-    """The part of a fingerprint that identifies the choice of training images within the set."""
-    return fingerprint and fingerprint.partition("-")[2]

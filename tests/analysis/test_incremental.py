@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from etflight import CosineHead, CrossEntropyLoss, DotRegressionLoss, ETFHead, LinearHead
-from etflight.incremental import (
+from etflight.analysis.incremental import (
     CosineLearner,
     Features,
     FrameLearner,

@@ -12,10 +12,10 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
+from etflight.checkpoint.old_names import with_todays_names
 from etflight.utils.errors import UserError, brief, let_through
 from etflight.utils.files import replacing
 from etflight.utils.limits import fits, refuse_aliases, texts
-from etflight.utils.old_names import with_todays_names
 
 _MAX_VALUES = 10_000_000
 _EXAMPLE = "a file such as RUN/checkpoints/last.ckpt"

@@ -3,28 +3,32 @@
 import inspect
 import re
 from collections.abc import Mapping
+from functools import partial
 from textwrap import shorten
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-
-from etflight.heads import Head
-from etflight.losses import Loss
+from etflight.checkpoint.specs import as_plain, find_class, is_plain, to_spec
 from etflight.utils.errors import UserError
 from etflight.utils.limits import refuse_names
-from etflight.utils.specs import as_plain, find_class, is_plain, to_spec
 
 Made = TypeVar("Made")
-# the arguments that take a class, and the base of that class
-PLUGGABLE: dict[str, type] = {"head": Head, "loss": Loss, "optimizer": Optimizer, "lr_scheduler": LRScheduler}
 # timm's arguments with a source of other weights; a checkpoint has its own
 _WEIGHT_SOURCES = {
     "checkpoint_path", "cache_dir", "url", "file", "state_dict", "source", "hf_hub_id", "hf_hub_filename", "custom_load",
 }  # fmt: skip
 
 
-def plain_arguments(given: Mapping[str, Any], model: type) -> dict[str, Any]:
+class Pluggable(Protocol):
+    """A class of models whose parts are classes.
+
+    Attributes:
+        PLUGGABLE: The arguments that take a class, and the base of that class.
+    """
+
+    PLUGGABLE: ClassVar[Mapping[str, type]]
+
+
+def plain_arguments(given: Mapping[str, Any], model: type[Pluggable]) -> dict[str, Any]:
     """Return arguments as plain data. Those of a subclass that are not plain are left out: whoever loads the model gives them again.
 
     Args:
@@ -35,30 +39,32 @@ def plain_arguments(given: Mapping[str, Any], model: type) -> dict[str, Any]:
         UserError: One of these is not.
     """
     plain: dict[str, Any] = {}
+    own = inspect.signature(model).parameters
     for name, value in given.items():
-        if name in PLUGGABLE and value is not None:
+        if name in model.PLUGGABLE and value is not None:
             plain[name] = to_spec(value, name)
-        elif is_plain(value := as_plain(value, containers=name in inspect.signature(model).parameters)):
+        elif is_plain(value := as_plain(value, containers=name in own)):
             plain[name] = value
-        elif name in inspect.signature(model).parameters:
+        elif name in own:
             raise UserError(
                 f"{name}={shorten(repr(value), 100)} cannot be written into a checkpoint: give numbers, texts, lists or dicts of these"
             )
     return plain
 
 
-def differing(saved: Mapping[str, Any], own: Mapping[str, Any], model: type) -> list[str]:
+def differing(saved: Mapping[str, Any], own: Mapping[str, Any], model: type[Pluggable]) -> list[str]:
     """Return the names of the arguments of a model in which a checkpoint differs; one that is left out is at its default."""
     parameters = inspect.signature(model).parameters if saved else {}
+    full = partial(_in_full, model.PLUGGABLE)
     both = {name: (saved.get(name, parameters[name].default), own[name]) for name in parameters if name in own}
-    return [name for name, (one, other) in both.items() if _in_full(name, one) != _in_full(name, other)]
+    return [name for name, (one, other) in both.items() if full(name, one) != full(name, other)]
 
 
-def _in_full(name: str, value: Any) -> Any:
-    if name not in PLUGGABLE or value is None:
+def _in_full(pluggable: Mapping[str, type], name: str, value: Any) -> Any:
+    if name not in pluggable or value is None:
         return _as_lists(_without_weights(value) if name == "model_kwargs" else value)
     spec = to_spec(value, name)
-    cls = find_class(spec, PLUGGABLE[name])
+    cls = find_class(spec, pluggable[name])
     parameters = {} if cls is None else inspect.signature(cls).parameters
     given = {key: parameter.default for key, parameter in parameters.items()} | spec["init_args"]
     return cls or spec["class_path"], _as_lists(given)
@@ -72,7 +78,7 @@ def _as_lists(value: Any) -> Any:
 
 
 def plain_hyperparameters(
-    checkpoint: dict[str, Any], model: type, given: Mapping[str, Any] | None = None
+    checkpoint: dict[str, Any], model: type[Pluggable], given: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Return a checkpoint's constructor arguments, checked to be plain data that names no code and asks for no other weights.
 
@@ -87,14 +93,14 @@ def plain_hyperparameters(
     given = given or {}
     saved = {k: v for k, v in checkpoint["hyper_parameters"].items() if k != "_instantiator" and k not in given}
     for name, value in saved.items():
-        spec = to_spec(value, name) if name in PLUGGABLE and value is not None else None
+        spec = to_spec(value, name) if name in model.PLUGGABLE and value is not None else None
         if not is_plain(spec["init_args"] if spec else value):
             raise UserError(f"the checkpoint's hyper-parameter {name} is not plain data: {value!r}")
         if spec is None:
             refuse_names(
                 _taker(model, name), {name: _without_weights(value) if name == "model_kwargs" else value}, "model"
             )
-        elif (cls := find_class(spec, PLUGGABLE[name])) is not None:
+        elif (cls := find_class(spec, model.PLUGGABLE[name])) is not None:
             refuse_names(cls, spec["init_args"], name)
     if isinstance(backbone := saved.get("backbone"), str) and ":" in backbone:
         raise UserError(

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from etflight import ETFHead, Head
+from etflight.checkpoint.specs import from_spec, is_plain, to_spec
 from etflight.utils.errors import UserError
-from etflight.utils.specs import from_spec, is_plain, to_spec
 
 
 def test_a_class_and_a_partial_become_plain_data_and_come_back():

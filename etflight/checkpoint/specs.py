@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import PurePath
 from typing import Any
 
+from etflight.utils.classes import family
 from etflight.utils.errors import UserError, let_through
 
 Spec = dict[str, Any]
@@ -145,14 +146,6 @@ def is_plain(value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(is_plain(item) for item in value)
     return value is None or isinstance(value, bool | int | float | str)
-
-
-def family(base: type) -> Iterator[type]:
-    """A class and all its subclasses that have been imported."""
-    yield base
-    subclasses: list[type] = base.__subclasses__()
-    for cls in subclasses:
-        yield from family(cls)
 
 
 def _is_named(cls: type, path: str) -> bool:

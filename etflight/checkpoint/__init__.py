@@ -1,0 +1,1 @@
+"""What a checkpoint says: a model as plain data, written, read, compared."""
