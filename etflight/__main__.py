@@ -10,12 +10,13 @@ from io import TextIOWrapper
 
 from etflight import __version__
 from etflight.cli import OTHERS, STAGES
-from etflight.utils.errors import print_error
+from etflight.utils.errors import options_for_arguments, print_error
 from etflight.utils.memory import keep_freed_memory
 
 _COMMANDS = STAGES | OTHERS
 
 
+@options_for_arguments()
 def run() -> int:
     """Run the command line of this process.
 

@@ -61,7 +61,7 @@ from etflight.runs.folder import is_own_checkpoint, same_folder
 from etflight.runs.loggers import FailSafe, MetricsCSV
 from etflight.runs.record import RunRecord
 from etflight.runs.wandb import choose_names
-from etflight.utils.errors import UserError, print_dead_process, user_error_in
+from etflight.utils.errors import UserError, options_for_arguments, print_dead_process, user_error_in
 from etflight.utils.jsonargparse_private import mend_of_section, why_not_made
 from etflight.utils.lightning_private import on_dead_process
 from etflight.utils.trainer import callbacks_of, is_trial_run
@@ -391,6 +391,7 @@ class EtflightCLI(LightningCLI):
         return [MetricsCSV(folder, rows), *(FailSafe(user, folder / "metrics.csv") for user in users)]
 
 
+@options_for_arguments()
 def main(args: Sequence[str] | None = None) -> EtflightCLI:
     """Run `etflight` with these arguments (those of the process by default); errors are raised.
 

@@ -8,7 +8,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import islice
 from pathlib import Path
 from textwrap import shorten
@@ -21,6 +23,43 @@ class UserError(ValueError):
 
     The command line prints the message alone and exits with status 1; library callers catch it as a `ValueError`.
     """
+
+
+_by_command_line = ContextVar("_by_command_line", default=False)
+_NOT_GIVEN = object()
+
+
+@contextmanager
+def options_for_arguments() -> Iterator[None]:
+    """Let messages within the block name the options of the command line in the place of Python's arguments."""
+    before = _by_command_line.set(True)
+    try:
+        yield
+    finally:
+        _by_command_line.reset(before)
+
+
+def argument(path: str, value: object = _NOT_GIVEN) -> str:
+    """Name an argument, perhaps with a value, as the reader of a message gives it.
+
+    Args:
+        path: The option of the command line without its hyphens; in Python the argument has the last part of this name.
+        value: The value.
+
+    Example:
+        >>> argument("data.val_fraction", 0.1), argument("model.head.normalize", False), argument("trainer.precision", "bf16-mixed")
+        ('val_fraction=0.1', 'normalize=False', "precision='bf16-mixed'")
+        >>> with options_for_arguments():
+        ...     argument("data.val_fraction", 0.1), argument("model.head.normalize", False), argument("name")
+        ('--data.val_fraction 0.1', '--model.head.normalize false', '--name')
+    """
+    if not _by_command_line.get():
+        name = path.rpartition(".")[2]
+        return name if value is _NOT_GIVEN else f"{name}={value!r}"
+    if value is _NOT_GIVEN:
+        return f"--{path}"
+    in_yaml = {None: "null", True: "true", False: "false"}
+    return f"--{path} {in_yaml[value] if value is None or isinstance(value, bool) else value}"
 
 
 def user_error_in(error: BaseException | None) -> UserError | None:
