@@ -1,4 +1,5 @@
 import math
+import pickle
 from functools import partial
 
 import numpy as np
@@ -22,7 +23,8 @@ from etflight import (
     NONLLoss,
     NTCELoss,
 )
-from etflight.losses import class_weights_of
+from etflight.checkpoint.specs import find_class, to_spec
+from etflight.losses import Loss, class_weights_of
 from etflight.utils.errors import UserError
 
 K, B = 5, 12
@@ -41,6 +43,14 @@ BALANCES = ["none", "batch", "global", "effective"]
 def counted(loss, counts=COUNTS):
     loss.set_class_counts(torch.as_tensor(counts))
     return loss
+
+
+@pytest.mark.parametrize("make", [*LOSSES, *OF_THE_BATCH])
+def test_checkpoints_and_other_processes_find_a_loss_in_the_package_whichever_file_holds_it(make):
+    spec = to_spec(make, "loss")
+    assert spec["class_path"] == f"etflight.losses.{make.__name__}"
+    assert find_class(spec, Loss) is make
+    assert pickle.loads(pickle.dumps(make)) is make
 
 
 class OfTheWholeBatch(CrossEntropyLoss):
