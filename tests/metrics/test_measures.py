@@ -44,8 +44,8 @@ def close(actual, expected, rtol=1e-8, atol=1e-10):
 @pytest.fixture(params=CASES)
 def case(request, monkeypatch):
     """Statistics, the oracle's, class vectors, biases, and the features; pairs of classes are taken three by three."""
-    monkeypatch.setattr(measures, "_TILE", 3)
-    monkeypatch.setattr(measures, "_MOST_DISTANCES", 37)
+    monkeypatch.setattr(measures.vectors, "_TILE", 3)
+    monkeypatch.setattr(measures.centres, "_MOST_DISTANCES", 37)
     K, d, counts = CASES[request.param]
     features, labels = clusters(K, d, counts=counts)
     stats, o = collect(features, labels, K), oracle.two_pass(features, labels, K)
