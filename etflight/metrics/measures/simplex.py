@@ -22,7 +22,13 @@ from etflight.metrics.statistics import Moments
 
 
 class CosineStatistics(NamedTuple):
-    """Mean and standard deviation of cosines, and the mean of their distance to -1/(K - 1): scalars."""
+    """What is known of the cosines of pairs of classes: scalars.
+
+    Attributes:
+        mean: Their mean.
+        std: Their standard deviation.
+        deviation: The mean of their distance to -1/(K - 1).
+    """
 
     mean: Tensor
     std: Tensor

@@ -84,11 +84,17 @@ def tiles_of_pairs(classes: int, *, symmetric: bool = True) -> Iterator[tuple[sl
 
 
 class Decomposition(NamedTuple):
-    """The singular values of K centred rows, descending, with rounding residues set to 0, and their right vectors as rows."""
+    """The singular value decomposition of K centred rows.
 
-    singular: Tensor  # [min(K - 1, d)]
-    right: Tensor  # [min(K - 1, d), d]
-    classes: int  # K
+    Attributes:
+        singular: The singular values, descending, with rounding residues set to 0, `[min(K - 1, d)]`.
+        right: Their right vectors as rows, `[min(K - 1, d), d]`.
+        classes: K.
+    """
+
+    singular: Tensor
+    right: Tensor
+    classes: int
 
 
 def decomposition_of_means(stats: Moments, global_mean: GlobalMean) -> Decomposition:
