@@ -8,7 +8,8 @@ from torch import Tensor
 
 from etflight.analysis.features import evaluation_mode
 from etflight.classifier import Classifier
-from etflight.data.base import ImageDataModule, Split
+from etflight.data.base import ImageDataModule
+from etflight.data.sources import Split
 from etflight.utils.ranks import gather_objects
 
 

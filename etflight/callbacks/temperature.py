@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from etflight.analysis.features import plain_tensors, undisturbed
 from etflight.classifier import Batch, Classifier
-from etflight.data.base import Split
 from etflight.data.facts import other_images
+from etflight.data.sources import Split
 from etflight.metrics.accuracy import TemperatureFit
 from etflight.utils.errors import UserError, warn
 from etflight.utils.trainer import data_module

@@ -29,8 +29,8 @@ from etflight.cli.checkpoint_option import (
 from etflight.cli.data_option import data_parser, parse_over_run
 from etflight.cli.parser import OneLineParser, add_imports
 from etflight.data import ImageDataModule
-from etflight.data.base import Split
 from etflight.data.facts import refuse_other_shape
+from etflight.data.sources import Split
 from etflight.metrics import Moments, measures
 from etflight.runs.folder import check_writable, refuse_other_results, writing_to
 from etflight.runs.record import data_facts

@@ -15,9 +15,9 @@ from etflight import plotting
 from etflight.cli.data_option import data_parser, parse_over_run
 from etflight.cli.parser import OneLineParser, add_imports
 from etflight.data import ImageDataModule
-from etflight.data.base import Split
 from etflight.data.facts import other_images
 from etflight.data.profiles import positions_by_class
+from etflight.data.sources import Split
 from etflight.metrics.accuracy import by_frequency, shot_groups
 from etflight.runs.folder import check_writable, read_record, refuse_other_results, run_of
 from etflight.utils.arrays import evenly

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from etflight.data.base import ImageDataModule, Split
-from etflight.data.sources import ArraySource, number_of_classes
+from etflight.data.base import ImageDataModule
+from etflight.data.sources import ArraySource, Split, number_of_classes
 from etflight.utils.errors import UserError, brief
 from etflight.utils.limits import refuse_growth
 from etflight.utils.terminal import readable

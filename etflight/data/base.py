@@ -1,116 +1,39 @@
-"""What all data modules share, and their loaders."""
+"""What all data modules share."""
 
-import math
 import os
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from itertools import islice
-from typing import Any, ClassVar, Literal, Self, cast, get_args
+from typing import Any, ClassVar, Self, get_args
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from etflight.data.auto_augment import AutoAugment
+from etflight.data.division import divide
 from etflight.data.facts import refuse_twins
+from etflight.data.loaders import EvalLoader, TrainLoader, whole_batch
+from etflight.data.options import RULES, names_of
 from etflight.data.preprocessing import Preprocessing
 from etflight.data.profiles import (
     NoiseKind,
     Profile,
     fingerprint,
-    long_tailed_subset,
-    noisy_labels,
-    training_counts,
 )
 from etflight.data.sampler import ImbalancedSampler, ShardSampler, resolve_policy
-from etflight.data.sources import Batch, ImageSource, ImageSplit
+from etflight.data.sources import Batch, ImageSource, ImageSplit, Split
 from etflight.data.transforms import TrainTransform, normalize
 from etflight.utils.errors import UserError, first_few, warn
 from etflight.utils.ranks import world
 from etflight.utils.terminal import readable
 from etflight.utils.trainer import choose_by_validation
 
-
-class EvalLoader(DataLoader[Batch]):
-    """A DataLoader that tells its data set when a pass ends, and skips batches without an image.
-
-    A pass ends before its last batch is used, because Lightning asks for no more, or when it is cut short.
-
-    Raises:
-        UserError: No batch has an image.
-    """
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        data, is_empty = cast(ImageSplit, self.dataset), True
-        try:
-            for served, batch in enumerate(super().__iter__(), start=1):
-                if served == len(self):
-                    data.end_pass()
-                if len(batch[1]):
-                    is_empty = False
-                    yield batch
-        finally:
-            data.end_pass()
-        if is_empty:
-            raise UserError(f"no image of a whole pass can be read, the first is {data.name(next(iter(self.sampler)))}")
-
-
-class TrainLoader(DataLoader[Batch]):
-    """A DataLoader whose place in the epoch is part of a checkpoint, through Lightning's `state_dict` protocol.
-
-    `__iter__` is a generator because Lightning calls `iter()` before it tells the sampler the epoch: with workers, a
-    plain DataLoader has by then fetched images of epoch 0. The sampler skips what was served, so nothing is decoded
-    twice.
-
-    Attributes:
-        waited: Seconds that the consumer has waited for batches.
-    """
-
-    waited = 0.0
-    trainer: Trainer | None = None
-    _served = 0
-    _resume_at = 0
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        self._served, self._resume_at = self._resume_at, 0
-        skips = isinstance(self.sampler, ImbalancedSampler) and self.batch_size is not None
-        if skips:
-            cast(Any, self.sampler).skip = self._served * cast(int, self.batch_size)
-        start = time.perf_counter()
-        try:
-            # Lightning puts another sampler in its place under overfit_batches
-            for batch in islice(super().__iter__(), 0 if skips else self._served, None):
-                self.waited += time.perf_counter() - start
-                self._served += 1
-                if self._served == self._length:
-                    cast(ImageSplit, self.dataset).end_pass()
-                yield batch
-                start = time.perf_counter()
-        finally:
-            cast(ImageSplit, self.dataset).end_pass()  # for a run that stops within an epoch
-
-    def state_dict(self) -> dict[str, int]:
-        """The number of batches served in this epoch; 0 once it is over, even if `limit_train_batches` cut it short."""
-        return {"served": self._served % max(self._length, 1)}
-
-    @property
-    def _length(self) -> int:
-        """The number of batches in an epoch."""
-        return len(self) if self.trainer is None else min(len(self), int(self.trainer.num_training_batches))
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next epoch start after the batches that were served."""
-        self._resume_at = state["served"]
-
-
-Split = Literal["train", "val", "test"]
 _LEAST_PART = 8  # a smaller part of a batch than an eighth is not trained on
 
 
@@ -202,39 +125,12 @@ class ImageDataModule(LightningDataModule, ABC):
         for option in fields(self):
             if option.init and option.default is not None and getattr(self, option.name) is None:
                 raise UserError(f"{type(self).__name__}: {option.name} is null: give a value, or leave it out")
-        explicit = not isinstance(self.profile, str)
-        for name, holds, rule in (
-            ("imbalance_ratio", self.imbalance_ratio >= 1, "n_max / n_min is 1 (balanced) or more, not its inverse"),
-            ("profile", explicit or self.profile in get_args(Profile), f"give {_names(Profile)}, or explicit counts"),
-            ("max_count", self.max_count is None or self.max_count >= 1, "give at least 1, or leave it out"),
-            ("seed", 0 <= self.seed < 2**32, "give an integer from 0 to 2**32 - 1"),
-            ("val_fraction", 0 <= self.val_fraction < 1, "give a part of the training images, from 0 to below 1"),
-            ("label_noise", 0 <= self.label_noise < 1, "give a part of the training labels, from 0 to below 1"),
-            ("noise_kind", self.noise_kind in get_args(NoiseKind), f"give {_names(NoiseKind)}"),
-            ("batch_size", 1 <= self.batch_size < 2**31, "give at least 1, and less than 2**31"),
-            (
-                "eval_batch_size",
-                self.eval_batch_size is None or 1 <= self.eval_batch_size < 2**31,
-                "give at least 1 and less than 2**31, or leave it out",
-            ),
-            ("num_workers", self.num_workers >= 0, "give 0 (load in the main process) or more"),
-            ("crop_padding", self.crop_padding is None or self.crop_padding >= 0, "give 0 (no crop) or more pixels"),
-            ("color_jitter", 0 <= self.color_jitter <= 1, "factors are 1 ± it: give 0 (off) to 1"),
-            ("cutout", self.cutout >= 0, "give 0 (off) or the side of a square in pixels"),
-            ("random_erasing", 0 <= self.random_erasing <= 1, "give a probability from 0 (off) to 1"),
-            ("views", 1 <= self.views < 2**31, "give 1, or more (below 2**31) for several augmentations of each image"),
-            (
-                "views",
-                self.views == 1 or not (self.mixup or self.cutmix),
-                "mixup and cutmix take one view: leave one out",
-            ),
-            ("mixup", _is_alpha(self.mixup), "α is 0 (off), or finite and 1e-6 or more"),
-            ("cutmix", _is_alpha(self.cutmix), "α is 0 (off), or finite and 1e-6 or more"),
-            ("mean", _all_within(self.mean, 0, 1), "give numbers from 0 to 1, of pixels divided by 255"),
-            ("std", _all_within(self.std, 1e-3, 1e3), "give numbers from 0.001 to 1000, of pixels divided by 255"),
-        ):
-            self._refuse_unless(holds, name, rule)
-        if explicit and (self.imbalance_ratio != 1 or self.max_count is not None):
+        for name, (holds, rule) in RULES.items():
+            value = getattr(self, name)
+            self._refuse_unless(value is None or holds(value), name, rule)
+        mixes = bool(self.mixup or self.cutmix)
+        self._refuse_unless(self.views == 1 or not mixes, "views", "mixup and cutmix take one view: leave one out")
+        if not isinstance(self.profile, str) and (self.imbalance_ratio != 1 or self.max_count is not None):
             raise UserError(
                 f"{type(self).__name__}: profile gives explicit counts: leave out imbalance_ratio and max_count"
             )
@@ -379,7 +275,7 @@ class ImageDataModule(LightningDataModule, ABC):
             UserError: Files are missing or malformed, or a class cannot satisfy the profile.
         """
         if name not in get_args(Split):
-            raise UserError(f"split {name!r} is unknown: give one of {_names(Split)}")
+            raise UserError(f"split {name!r} is unknown: give one of {names_of(Split)}")
         if name == "val" and not self.val_is_held_out:
             name = "test"
         if name not in self._splits:
@@ -425,35 +321,20 @@ class ImageDataModule(LightningDataModule, ABC):
         return source
 
     def _divide(self, source: ImageSource) -> dict[Split, ImageSplit]:
-        """Hold out validation images first, then apply the profile to the rest."""
+        """Hold out validation images, and apply the profile to the rest."""
         if self.num_classes < 2:
             raise UserError(f"{self} has {self.num_classes} class: a classifier needs at least two")
         refuse_twins(self.class_names, self)
-        labels = source.labels.numpy()
-        pool = np.arange(len(labels))
-        splits: dict[Split, ImageSplit] = {}
-        if self.val_fraction > 0:
-            sizes = np.bincount(labels, minlength=self.num_classes)
-            most = np.maximum(sizes - 1, 0)
-            held_out = np.clip(np.rint(sizes * self.val_fraction), 1, None).clip(max=most).astype(np.int64)
-            self._thinned = int((3 * held_out >= sizes)[held_out > 0].sum()) if 3 * self.val_fraction < 1 else 0
-            val = np.sort(long_tailed_subset(labels, held_out, self.seed))
-            pool = np.setdiff1d(pool, val, assume_unique=True)
-            splits["val"] = self.make_split("val", source, val)
-        available = np.bincount(labels[pool], minlength=self.num_classes)
         try:
-            counts = training_counts(
-                available, self.imbalance_ratio, self.profile, self.max_count, class_names=self.class_names
-            )
+            division = divide(source.labels.numpy(), self.class_names, self)
         except UserError as error:
             after = f" (val_fraction {self.val_fraction} is held out first)" if self.val_fraction > 0 else ""
             raise UserError(f"{self}: {error}{after}") from None
-        if (counts < available).any():
-            pool = pool[long_tailed_subset(labels[pool], counts, self.seed)]
-        splits["train"] = train = self.make_split("train", source, pool)
-        if self.label_noise:
-            wrong = noisy_labels(train.labels.numpy(), self.num_classes, self.label_noise, self.noise_kind, self.seed)
-            train.labels = torch.from_numpy(wrong)
+        self._thinned = division.thinned
+        splits: dict[Split, ImageSplit] = {"train": self.make_split("train", source, division.train)}
+        splits["train"].labels = torch.from_numpy(division.labels)
+        if division.val is not None:
+            splits["val"] = self.make_split("val", source, division.val)
         return splits
 
     @property
@@ -657,23 +538,5 @@ class ImageDataModule(LightningDataModule, ABC):
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": self._may_go_to_cuda(),
-            "collate_fn": _as_it_is,
+            "collate_fn": whole_batch,
         }
-
-
-def _as_it_is(batch: Any) -> Any:
-    """Return the batch, which `ImageSplit.__getitems__` has made; spawned workers need a named function."""
-    return batch
-
-
-def _is_alpha(value: float) -> bool:
-    # below 1e-6, λ is 0 or 1 in all but one batch of a million, until Beta(α, α) underflows
-    return value == 0 or 1e-6 <= value < math.inf
-
-
-def _all_within(values: list[float] | None, low: float, high: float) -> bool:
-    return values is None or (values != [] and all(low <= value <= high for value in values))
-
-
-def _names(literal: object) -> str:
-    return ", ".join(get_args(literal))

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from etflight.data.base import ImageDataModule, Split
+from etflight.data.base import ImageDataModule
 from etflight.data.decoding import decode_file, fit_to, random_square, tell_of_few_levels
 from etflight.data.preprocessing import LARGEST_SIDE, LEAST_CROP, Preprocessing
 from etflight.data.sampler import Draw, ImbalancedSampler, NumberedSampler
-from etflight.data.sources import Batch, ImageSource, ImageSplit
+from etflight.data.sources import Batch, ImageSource, ImageSplit, Split
 from etflight.data.transforms import step_randomness
 from etflight.utils.errors import UserError, first_few, warn
 

@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from etflight.data.base import Split
 from etflight.data.files import FileImages, FileSource, ListedFileImages, Paths, PhotoRecipe, files_below
 from etflight.data.lists import UNPACK, lines_of, read_lines
+from etflight.data.sources import Split
 from etflight.utils.errors import UserError
 from etflight.utils.terminal import readable
 

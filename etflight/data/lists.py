@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from etflight.data.base import Split
 from etflight.data.files import ListedFileImages, Paths, PhotoRecipe
-from etflight.data.sources import number_of_classes
+from etflight.data.sources import Split, number_of_classes
 from etflight.utils.errors import UserError
 from etflight.utils.terminal import readable
 

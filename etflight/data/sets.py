@@ -23,11 +23,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from etflight.data.base import ImageDataModule, Split
+from etflight.data.base import ImageDataModule
 from etflight.data.files import ListedFileImages, Paths, files_below
 from etflight.data.lists import lines_of, read_lines
 from etflight.data.profiles import long_tailed_subset
-from etflight.data.sources import ArraySource
+from etflight.data.sources import ArraySource, Split
 from etflight.utils.errors import UserError, brief, let_through
 from etflight.utils.limits import inflate, refuse_growth
 

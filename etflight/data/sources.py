@@ -3,6 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset
 from etflight.utils.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
+Split = Literal["train", "val", "test"]
 UNREADABLE = -2  # the label of an image that could not be read, whose pixels are black
 
 

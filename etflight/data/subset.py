@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from etflight.data.base import ImageDataModule, Split
-from etflight.data.sources import ImageSource, ImageSplit
+from etflight.data.base import ImageDataModule
+from etflight.data.sources import ImageSource, ImageSplit, Split
 from etflight.utils.errors import UserError
 
 

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from etflight.data.arrays import ArrayImages, refuse_other_layouts
-from etflight.data.base import ImageDataModule, Split
+from etflight.data.base import ImageDataModule
 from etflight.data.decoding import decode_file, fit_to, tell_of_few_levels, warn_of_few_levels, with_channels
 from etflight.data.files import Square, files_below, stack
-from etflight.data.sources import UNREADABLE, Batch, ImageSource, ImageSplit
+from etflight.data.sources import UNREADABLE, Batch, ImageSource, ImageSplit, Split
 from etflight.utils.errors import UserError, first_few
 
 
