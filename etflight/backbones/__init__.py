@@ -15,7 +15,7 @@ from etflight.backbones import resnet_cifar as resnet_cifar
 from etflight.backbones import resnet_wide as resnet_wide
 from etflight.backbones.batch_norm import SyncBatchNorm
 from etflight.backbones.weights import load_weights
-from etflight.utils.errors import UserError, brief, let_through
+from etflight.utils.errors import UserError, argument, brief, let_through
 
 __all__ = ["SyncBatchNorm", "arguments_for_size", "build_backbone", "describe_refused_size", "load_weights"]
 
@@ -110,7 +110,7 @@ def describe_refused_size(name: str, shape: Sequence[int], model_kwargs: dict[st
         return None
     if arguments := arguments_for_size(name, shape, model_kwargs):
         text = ", ".join(f"{key}: {value}" for key, value in arguments.items())
-        return f"give --model.model_kwargs '{{{text}}}'"
+        return f"give {argument('model.model_kwargs')} '{{{text}}}'"
     channels, height, width = shape
     known: Any = timm.get_pretrained_cfg(name, allow_unregistered=True)
     own = tuple(known.input_size[1:]) if known and known.input_size else (height, width)

@@ -8,7 +8,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from etflight.checkpoint.files import misfit, read_weights
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, argument
 
 
 def load_weights(backbone: nn.Module, path: str | Path) -> list[str]:
@@ -39,7 +39,7 @@ def load_weights(backbone: nn.Module, path: str | Path) -> list[str]:
         if name.endswith(".num_batches_tracked"):  # not a weight: converters leave it out
             fitting.setdefault(name, value)
     if problem := misfit(fitting, own):
-        mend = "give the --model.backbone they were made for, with the names that timm gives them"
+        mend = f"give the {argument('model.backbone')} they were made for, with the names that timm gives them"
         raise UserError(f"weights {path} do not fit the backbone: {problem}: {mend}")
     backbone.load_state_dict(fitting)
     return left_out

@@ -29,7 +29,7 @@ from etflight.data.profiles import (
 from etflight.data.sampler import ImbalancedSampler, ShardSampler, resolve_policy
 from etflight.data.sources import Batch, ImageSource, ImageSplit, Split
 from etflight.data.transforms import TrainTransform, normalize
-from etflight.utils.errors import UserError, first_few, warn
+from etflight.utils.errors import UserError, argument, first_few, warn
 from etflight.utils.ranks import world
 from etflight.utils.terminal import readable
 from etflight.utils.trainer import choose_by_validation
@@ -411,7 +411,7 @@ class ImageDataModule(LightningDataModule, ABC):
         if choosing:
             warn(
                 f"the validation images are the test set, but {' and '.join(choosing)} will choose by them, so that a test is no fair "
-                "one any more: hold images out (--data.val_fraction 0.1)"
+                f"one any more: hold images out ({argument('data.val_fraction', 0.1)})"
             )
 
     def train_dataloader(self) -> DataLoader[Batch]:

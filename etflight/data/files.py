@@ -21,7 +21,7 @@ from etflight.data.preprocessing import LARGEST_SIDE, LEAST_CROP, Preprocessing
 from etflight.data.sampler import Draw, ImbalancedSampler, NumberedSampler
 from etflight.data.sources import Batch, ImageSource, ImageSplit, Split
 from etflight.data.transforms import step_randomness
-from etflight.utils.errors import UserError, first_few, warn
+from etflight.utils.errors import UserError, argument, first_few, warn
 
 _CHUNK = 1024  # files of a thread's turn
 _THREADS = 8  # they wait for a network file system together
@@ -378,6 +378,7 @@ class ListedFileImages(FileImages):
         if missing:
             raise UserError(
                 f"{self}: {len(missing):,} of {len(paths):,} {split} images are missing: "
-                f"{first_few((paths[i] for i in missing), len(missing))}: put them there, or correct --data.root"
+                f"{first_few((paths[i] for i in missing), len(missing))}: put them there, or correct "
+                f"{argument(f'{self.option}.root')}"
             )
         return self.make_source(paths, labels)

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from etflight.data.files import FileImages, FileSource, ListedFileImages, Paths, PhotoRecipe, files_below
-from etflight.data.lists import UNPACK, lines_of, read_lines
+from etflight.data.lists import lines_of_set, read_lines
 from etflight.data.sources import Split
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, argument
 from etflight.utils.terminal import readable
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
-LAYOUT = "put train/<class>/*.jpg, test/<class>/*.jpg and optionally val/<class>/*.jpg below --data.root"
 
 
 @dataclass(eq=False)
@@ -79,7 +78,10 @@ class FolderImages(FileImages):
         if not (folders := self._folders(split)):
             parent = Path(self.root) / split
             reason = "holds no class folder" if parent.is_dir() else "does not exist"
-            raise UserError(f"{parent} {reason}: {LAYOUT}")
+            raise UserError(
+                f"{parent} {reason}: put train/<class>/*.jpg, test/<class>/*.jpg and optionally val/<class>/*.jpg below "
+                f"{argument('data.root')}"
+            )
         return folders
 
     def _folders(self, split: Split) -> list[Path]:
@@ -119,7 +121,7 @@ class CUB200(PhotoRecipe, ListedFileImages):
 
     def _column(self, name: str) -> dict[str, str]:
         """A file's value for each image number."""
-        pairs = [line.partition(" ") for line in lines_of(Path(self.root, name), UNPACK)]
+        pairs = [line.partition(" ") for line in lines_of_set(Path(self.root, name))]
         return {number: value for number, _, value in pairs}
 
 
@@ -174,4 +176,4 @@ class TinyImageNet(PhotoRecipe, ListedFileImages):
         return sorted(self._lines("wnids.txt"))
 
     def _lines(self, name: str) -> list[str]:
-        return lines_of(Path(self.root, name), UNPACK)
+        return lines_of_set(Path(self.root, name))

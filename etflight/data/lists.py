@@ -15,10 +15,9 @@ from torch import Tensor
 
 from etflight.data.files import ListedFileImages, Paths, PhotoRecipe
 from etflight.data.sources import Split, number_of_classes
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, argument
 from etflight.utils.terminal import readable
 
-UNPACK = "unpack the set there, or correct --data.root"  # for errors over files that come with a set
 _MOST_DIGITS = 9  # of a label
 
 
@@ -208,7 +207,7 @@ def read_names(file: Path, folders: list[str]) -> list[str]:
     Raises:
         UserError: The file cannot be read, or has another number of lines.
     """
-    lines = lines_of(file, "give the file of the names as --data.names")
+    lines = lines_of(file, f"give the file of the names as {argument('data.names')}")
     if len(lines) != len(folders):
         raise UserError(f"{file} has {len(lines):,} names for {len(folders):,} classes: give one line per class")
     by_folder = {folder: name.strip() for folder, _, name in (line.partition(" ") for line in lines)}
@@ -226,6 +225,11 @@ def lines_of(file: Path, mend: str) -> list[str]:
         UserError: The file cannot be read.
     """
     return [line.strip() for line in _text_of(file, mend).split("\n") if line.strip()]
+
+
+def lines_of_set(file: Path) -> list[str]:
+    """As `lines_of`, of a file that comes with a set."""
+    return lines_of(file, f"unpack the set there, or correct {argument('data.root')}")
 
 
 def _text_of(file: Path, mend: str) -> str:
@@ -251,9 +255,8 @@ def read_list(file: Path, root: str) -> tuple[Paths, Tensor]:
     Raises:
         UserError: The file cannot be read, or is refused by `read_lines`.
     """
-    return read_lines(
-        _text_of(file, "give the folder that holds the lists as --data.lists").split("\n"), str(file), root
-    )
+    mend = f"give the folder that holds the lists as {argument('data.lists')}"
+    return read_lines(_text_of(file, mend).split("\n"), str(file), root)
 
 
 def read_lines(lines: Iterable[str], where: str, root: str) -> tuple[Paths, Tensor]:

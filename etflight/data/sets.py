@@ -28,7 +28,7 @@ from etflight.data.files import ListedFileImages, Paths, files_below
 from etflight.data.lists import lines_of, read_lines
 from etflight.data.profiles import long_tailed_subset
 from etflight.data.sources import ArraySource, Split
-from etflight.utils.errors import UserError, brief, let_through
+from etflight.utils.errors import UserError, argument, brief, let_through
 from etflight.utils.limits import inflate, refuse_growth
 
 TEST_IMAGES_PER_CLASS = 50
@@ -140,7 +140,7 @@ class TorchvisionImages(ImageDataModule):
         return found
 
     def _missing(self, what: str) -> UserError:
-        return UserError(f"{self}: {what}: put the files there, or give --{self.option}.download true")
+        return UserError(f"{self}: {what}: put the files there, or give {argument(f'{self.option}.download', True)}")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from etflight.data.base import ImageDataModule
 from etflight.data.decoding import decode_file, fit_to, tell_of_few_levels, warn_of_few_levels, with_channels
 from etflight.data.files import Square, files_below, stack
 from etflight.data.sources import UNREADABLE, Batch, ImageSource, ImageSplit, Split
-from etflight.utils.errors import UserError, first_few
+from etflight.utils.errors import UserError, argument, first_few
 
 
 @dataclass(eq=False, kw_only=True)
@@ -58,7 +58,7 @@ class UnlabelledImages(ImageDataModule):
             UserError: A path does not exist, an array does not hold images, or training images are asked for.
         """
         if split == "train":
-            raise UserError(f"--images {self}: images without labels can be predicted, not trained on")
+            raise UserError(f"{argument('images')} {self}: images without labels can be predicted, not trained on")
         return AnyImages(self.paths, self.input_size, self.crop_pct)
 
     def make_split(self, name: Split, source: ImageSource, indices: NDArray[np.int64]) -> ImageSplit:
@@ -95,13 +95,15 @@ class AnyImages(ImageSource):
             elif Path(path).exists():
                 self._pictures.append((path, None))
             else:
-                raise UserError(f"--images {path} does not exist: give image files, folders or .npz files")
+                raise UserError(f"{argument('images')} {path} does not exist: give image files, folders or .npz files")
         if not self._pictures:
-            raise UserError(f"--images {', '.join(paths)}: there is no image: give image files, folders or .npz files")
+            raise UserError(
+                f"{argument('images')} {', '.join(paths)}: there is no image: give image files, folders or .npz files"
+            )
         self.labels = torch.full((len(self._pictures),), -1)
         files = [path for path, position in self._pictures if position is None]
         if files:
-            tell_of_few_levels(f"--images {first_few(paths, len(paths))}", len(files), files.__getitem__)
+            tell_of_few_levels(f"{argument('images')} {first_few(paths, len(paths))}", len(files), files.__getitem__)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -108,7 +108,7 @@ def test_weights_of_another_network_are_told_in_one_line(name, given, reason, tm
     state = timm.create_model(**{"model_name": "resnet20_cifar", **given}).state_dict()
     message = refused(name, save(state, tmp_path / "w.safetensors"))
     assert reason in message
-    assert "give the --model.backbone they were made for" in message
+    assert "give the backbone they were made for" in message
 
 
 def test_an_unknown_first_convolution_and_a_missing_file_are_told_in_one_line(trained, tmp_path):

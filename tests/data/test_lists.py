@@ -87,7 +87,7 @@ def test_a_file_gives_the_names(lists, tmp_path, text, names):
     ("content", "problem"),
     [
         (b"a\nb\nc\n", "has 3 names for 2 classes"),
-        (None, r"cannot be read \(No such file.*: give the file of the names as --data\.names"),
+        (None, r"cannot be read \(No such file.*: give the file of the names as names"),
     ],
 )
 def test_a_file_of_other_names_is_refused(lists, tmp_path, content, problem):
@@ -121,7 +121,7 @@ def test_a_wrong_line_is_quoted_with_its_number(tmp_path, line, problem):
     [
         ("a.jpg 0\n".encode("utf-16"), "is no text in UTF-8"),
         (b" \r\n\n", "names no image"),
-        (None, r"cannot be read \(No such file or directory\): give the folder that holds the lists as --data\.lists"),
+        (None, r"cannot be read \(No such file or directory\): give the folder that holds the lists as lists"),
     ],
     ids=["utf-16", "empty", "missing"],
 )

@@ -55,8 +55,8 @@ def test_what_gtsrb_lacks_is_named(signs, monkeypatch):
         table.write_text(f"Filename;Width;ClassId\n{row}\n")
         assert_refused(data, "test", rf"GTSRB in .*: line 1 \(.*\) .*{problem}")
     table.unlink()
-    assert_refused(data, "test", r"GT-final_test\.csv is missing: .*--data.download true")
-    assert_refused(GTSRB(str(signs / "nowhere")), "fit", r"GTSRB/Training is missing: .*--data.download true")
+    assert_refused(data, "test", r"GT-final_test\.csv is missing: .*download=True")
+    assert_refused(GTSRB(str(signs / "nowhere")), "fit", r"GTSRB/Training is missing: .*download=True")
 
 
 WORDNET = {"n02124075": "Egyptian cat", "n04067472": "reel", "n01443537": "goldfish, Carassius auratus"}
@@ -157,7 +157,7 @@ def test_cub_is_read_from_its_three_lists(birds, train_a_step):
         ("image_class_labels", "77 1", "is no path and label"),
         ("images", "1 ../../secret.jpg", "leaves the root"),
         ("images", "1 001.x/none.jpg", r"1 of 12 train images are missing: .*images/001\.x/none\.jpg"),
-        ("images", None, r"images\.txt cannot be read \(.*\): unpack the set there, or correct --data\.root"),
+        ("images", None, r"images\.txt cannot be read \(.*\): unpack the set there, or correct root"),
     ],
 )
 def test_lists_of_cub_that_do_not_fit_are_refused(birds, file, line, message):

@@ -71,7 +71,7 @@ def test_fashion_mnist_is_read_from_every_layout(clothes, tmp_path, layout, suff
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda data: None, r"FashionMNIST in .*train-images-idx3-ubyte is missing.*--data.download true"),
+        (lambda data: None, r"FashionMNIST in .*train-images-idx3-ubyte is missing.*download=True"),
         (lambda data: data[:-3], "is damaged"),
         (lambda data: gzip.compress(gzip.decompress(data)[:-1]), "cut short"),
         (lambda data: gzip.compress(gzip.decompress(data)[:7]), "is damaged"),
@@ -125,7 +125,7 @@ def test_the_binary_version_of_cifar_is_read_in_file_order(write_cifar, tmp_path
 
 
 def test_what_cifar_lacks_is_named(write_cifar, tmp_path):
-    assert_refused(CIFAR10(str(tmp_path)), "fit", r"CIFAR10 in .*cifar-10-batches-py is missing.*--data.download true")
+    assert_refused(CIFAR10(str(tmp_path)), "fit", r"CIFAR10 in .*cifar-10-batches-py is missing.*download=True")
     write_cifar(CIFAR10)
     file = tmp_path / "cifar-10-batches-bin/data_batch_4.bin"
     file.write_bytes(file.read_bytes()[:-1])
@@ -252,9 +252,7 @@ def test_what_stl_lacks_is_named(stl, tmp_path):
     file.write_bytes(file.read_bytes()[:-1])
     assert_refused(STL10(str(tmp_path)), "fit", r"train_X\.bin and train_y\.bin have different numbers of images")
     file.unlink()
-    assert_refused(
-        STL10(str(tmp_path)), "fit", r"STL10 in .*stl10_binary/train_X\.bin is missing.*--data.download true"
-    )
+    assert_refused(STL10(str(tmp_path)), "fit", r"STL10 in .*stl10_binary/train_X\.bin is missing.*download=True")
 
 
 @pytest.mark.parametrize("set_class", [FashionMNIST, CIFAR10, SVHN, GTSRB])
