@@ -11,14 +11,14 @@ from typing import Any, ClassVar, Self, get_args
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from etflight.data.auto_augment import AutoAugment
 from etflight.data.division import divide
 from etflight.data.facts import refuse_twins
-from etflight.data.loaders import EvalLoader, TrainLoader, whole_batch
+from etflight.data.loaders import EvalLoader, TrainLoader, loader_options
+from etflight.data.notices import tell_of_training_images
 from etflight.data.options import RULES, names_of
 from etflight.data.preprocessing import Preprocessing
 from etflight.data.profiles import (
@@ -29,11 +29,13 @@ from etflight.data.profiles import (
 from etflight.data.sampler import ImbalancedSampler, ShardSampler, resolve_policy
 from etflight.data.sources import Batch, ImageSource, ImageSplit, Split
 from etflight.data.transforms import TrainTransform, normalize
-from etflight.utils.errors import UserError, argument, first_few, warn
+from etflight.utils.errors import UserError
 from etflight.utils.ranks import world
 from etflight.utils.terminal import readable
-from etflight.utils.trainer import choose_by_validation
 
+RECIPE = (
+    "crop_padding", "flip", "auto_augment", "color_jitter", "cutout", "random_erasing", "views", "mixup", "cutmix"
+)  # fmt: skip
 _LEAST_PART = 8  # a smaller part of a batch than an eighth is not trained on
 
 
@@ -144,9 +146,14 @@ class ImageDataModule(LightningDataModule, ABC):
             raise UserError(f"{type(self).__name__}: {name} is {getattr(self, name)!r}: {rule}")
 
     def _or_standard(self, name: str) -> Any:
-        """An option, or the set's standard recipe where it is left out."""
+        """An option; where it is left out, that of the set's standard recipe, if it has one."""
         own = getattr(self, name)
-        return getattr(self, f"standard_{name}") if own is None else own
+        return getattr(self, f"standard_{name}", None) if own is None else own
+
+    @property
+    def _recipe(self) -> dict[str, Any]:
+        """How training images are changed: arguments of `TrainTransform`."""
+        return {name: self._or_standard(name) for name in RECIPE}
 
     # What a set defines.
 
@@ -233,10 +240,7 @@ class ImageDataModule(LightningDataModule, ABC):
     @property
     def training_options(self) -> dict[str, Any]:
         """How training images are drawn and changed: the options that a resumed run must have alike."""
-        names = ("auto_augment", "color_jitter", "cutout", "random_erasing", "views", "mixup", "cutmix")
-        recipe = {name: self._or_standard(name) for name in ("crop_padding", "flip")}
-        sampler = resolve_policy("instance" if self.sampler is None else self.sampler)
-        return {"sampler": sampler, **{name: getattr(self, name) for name in names}, **recipe}
+        return {"sampler": resolve_policy("instance" if self.sampler is None else self.sampler), **self._recipe}
 
     @property
     def _labels_are_free(self) -> bool:
@@ -346,18 +350,15 @@ class ImageDataModule(LightningDataModule, ABC):
         """
         asked = float(self.imbalance_ratio) if self.imbalance_ratio > 1 and self.profile != "none" else None
         largest, smallest = int(self.class_counts.max()), int(self.class_counts.min())
-        return {
-            "imbalance_ratio": asked,
-            "count_ratio": float(f"{largest / smallest:.4g}") if smallest > 0 else None,
-        }
+        count_ratio = float(f"{largest / smallest:.4g}") if smallest > 0 else None
+        return {"imbalance_ratio": asked, "count_ratio": count_ratio}
 
     def describe_ratio(self) -> str:
         """The imbalance ratio of the training images, with the one that was asked for where whole counts cannot have it."""
-        ratio = f"{self.class_counts.max() / self.class_counts.min():.4g}"
-        asked = f"{self.imbalance_ratio:.4g}"
-        if self.imbalance_ratio == 1 or self.profile == "none" or asked == ratio:
-            return ratio
-        return f"{ratio} ({asked} asked; {'labels are noisy' if self.label_noise else 'counts are whole'})"
+        asked, own = (value and f"{value:.4g}" for value in self.ratios.values())
+        if asked is None or asked == own:
+            return own or "inf"
+        return f"{own or 'inf'} ({asked} asked; {'labels are noisy' if self.label_noise else 'counts are whole'})"
 
     def untested(self) -> set[int]:
         """The classes without a test image, as far as they are known before test images are read."""
@@ -388,31 +389,7 @@ class ImageDataModule(LightningDataModule, ABC):
             self.split(name)
         if "train" in self._splits and not self._announced:
             self._announced = True
-            rank_zero_info(
-                f"{self}: {self.class_counts.sum()} training images, {self.num_classes} classes, "
-                f"imbalance ratio {self.describe_ratio()}, subset {self.fingerprint}"
-            )
-            if (cost := self.cost_of_validation) is not None and self._world()[1] == 0:
-                warn(f"{self}: {cost}")
-            self._warn_of_test()
-
-    def _warn_of_test(self) -> None:
-        """Say before a training what its test images cannot tell afterwards."""
-        untested = self.untested()  # by each rank, because it refuses a class that no training image has
-        if self._world()[1] > 0:
-            return
-        if untested:
-            names = (self.class_names[label] for label in sorted(untested))
-            warn(
-                f"{self}: test has no image of {first_few(names, len(untested))}, {len(untested)} of {self.num_classes} classes: "
-                "accuracies over classes are those of the others; add images, or leave the classes out of train"
-            )
-        choosing = [] if self.val_is_held_out or self.trainer is None else choose_by_validation(self.trainer)
-        if choosing:
-            warn(
-                f"the validation images are the test set, but {' and '.join(choosing)} will choose by them, so that a test is no fair "
-                f"one any more: hold images out ({argument('data.val_fraction', 0.1)})"
-            )
+            tell_of_training_images(self, self.trainer, self._world()[1])
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Training images in the order of the sampling policy, shared by the ranks, which all have the same number of batches.
@@ -445,7 +422,9 @@ class ImageDataModule(LightningDataModule, ABC):
             labels = data.labels[order]  # the split's own, which need not be its source's
             data = self.make_split("train", data.source, data.indices.numpy()[order])
             data.labels = labels
-        loader = TrainLoader(data, sampler=sampler, batch_size=self.batch_size, **self._loading())
+        loader = TrainLoader(
+            data, sampler=sampler, batch_size=self.batch_size, **loader_options(self.num_workers, self.trainer)
+        )
         loader.trainer = self.trainer
         return loader
 
@@ -458,7 +437,12 @@ class ImageDataModule(LightningDataModule, ABC):
         data = self.split(split)
         on_cpu = self.trainer is None or self.trainer.strategy.root_device.type == "cpu"
         batch_size = self.eval_batch_size or self.batch_size * (1 if on_cpu else 4)
-        return EvalLoader(data, sampler=ShardSampler(data, *self._world()), batch_size=batch_size, **self._loading())
+        return EvalLoader(
+            data,
+            sampler=ShardSampler(data, *self._world()),
+            batch_size=batch_size,
+            **loader_options(self.num_workers, self.trainer),
+        )
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The validation images, or the watched test set."""
@@ -504,21 +488,7 @@ class ImageDataModule(LightningDataModule, ABC):
     @cached_property
     def _augment(self) -> TrainTransform:
         mean, std = self._statistics
-        return TrainTransform(
-            num_classes=self.num_classes,
-            mean=mean,
-            std=std,
-            crop_padding=self._or_standard("crop_padding"),
-            flip=self._or_standard("flip"),
-            auto_augment=self.auto_augment,
-            color_jitter=self.color_jitter,
-            cutout=self.cutout,
-            random_erasing=self.random_erasing,
-            views=self.views,
-            mixup=self.mixup,
-            cutmix=self.cutmix,
-            seed=self._run_seed,
-        )
+        return TrainTransform(num_classes=self.num_classes, mean=mean, std=std, seed=self._run_seed, **self._recipe)
 
     @property
     def _run_seed(self) -> int:
@@ -526,17 +496,3 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def _world(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else world()
-
-    def _may_go_to_cuda(self) -> bool:
-        if self.trainer is None:
-            return torch.cuda.is_available()
-        return bool(self.trainer.strategy.root_device.type == "cuda")
-
-    def _loading(self) -> dict[str, Any]:
-        """The arguments that all loaders share."""
-        return {
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": self._may_go_to_cuda(),
-            "collate_fn": whole_batch,
-        }

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, cast
 
+import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
@@ -85,6 +86,17 @@ class TrainLoader(DataLoader[Batch]):
         self._resume_at = state["served"]
 
 
-def whole_batch(batch: Any) -> Any:
+def loader_options(num_workers: int, trainer: Trainer | None) -> dict[str, Any]:
+    """The arguments that all loaders share; memory is pinned where batches may go to a GPU."""
+    to_cuda = torch.cuda.is_available() if trainer is None else trainer.strategy.root_device.type == "cuda"
+    return {
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+        "pin_memory": to_cuda,
+        "collate_fn": _whole_batch,
+    }
+
+
+def _whole_batch(batch: Any) -> Any:
     """Return the batch, which `ImageSplit.__getitems__` has made; spawned workers need a named function."""
     return batch
