@@ -34,8 +34,8 @@ from etflight.data.facts import (
     other_names,
     other_preprocessing,
     preprocessing_of,
+    refuse_equal_class_names,
     refuse_other_shape,
-    refuse_twins,
 )
 from etflight.data.preprocessing import Preprocessing
 from etflight.decision import RULES_OF_OPTIONS, Adjustment, Decision, is_of_another
@@ -485,7 +485,7 @@ class Classifier(LightningModule):
             self.class_names = names if stage == "fit" else self.class_names or names
         if stage != "fit":
             return
-        refuse_twins(names or [], data)
+        refuse_equal_class_names(names or [], data)
         if (differ := other_preprocessing(self.preprocessing, data)) and self.global_rank == 0:
             warn(differ)
         if (counts := getattr(data, "class_counts", None)) is not None:

@@ -279,8 +279,8 @@ def _softmax_code(num_vectors: int, dim: int, seed: int) -> Tensor:
     W = _centre(W, rounds=3)
     mean, power = torch.zeros_like(W), W.new_zeros(starts, num_vectors, 1)
     for step in range(steps):
-        temperature = _cooled(_HOTTEST, _COLDEST / math.sqrt(steps), step / steps)
-        angle = _cooled(_FASTEST, _SLOWEST / steps, step / steps)
+        temperature = _geometric_schedule(_HOTTEST, _COLDEST / math.sqrt(steps), step / steps)
+        angle = _geometric_schedule(_FASTEST, _SLOWEST / steps, step / steps)
         gradient = _gradient(W, temperature)
         gradient -= (gradient * W).sum(dim=-1, keepdim=True) * W
         mean.lerp_(gradient, 1 - _MEAN_DECAY)
@@ -378,5 +378,5 @@ def _gradient(W: Tensor, temperature: float) -> Tensor:
     return gradient.div_(total)
 
 
-def _cooled(first: float, last: float, progress: float) -> float:
+def _geometric_schedule(first: float, last: float, progress: float) -> float:
     return first * math.pow(last / first, progress)

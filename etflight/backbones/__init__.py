@@ -56,12 +56,12 @@ def build_backbone(
         let_through(error)
         file = (kwargs.get("pretrained_cfg_overlay") or {}).get("file") or kwargs.get("checkpoint_path")
         reason = f"{file}: " * bool(file) + brief(error, 300).rstrip(".")
-        raise UserError(f"backbone {name!r} cannot be built: {reason}; {_mend(name, pretrained)}") from error
+        raise UserError(f"backbone {name!r} cannot be built: {reason}; {_way_to_build(name, pretrained)}") from error
     width: Any = getattr(backbone, "head_hidden_size", None) or backbone.num_features
     return backbone, int(width)
 
 
-def _mend(name: str, pretrained: bool) -> str:
+def _way_to_build(name: str, pretrained: bool) -> str:
     """What to try instead, as the end of a message."""
     names = [*timm.list_models(), *timm.list_models(pretrained=True)]  # the latter with their tags
     if name not in names and (near := difflib.get_close_matches(name, names, n=5)):
@@ -87,7 +87,7 @@ def arguments_for_size(name: str, shape: Sequence[int], model_kwargs: dict[str, 
     side = math.gcd(height, width)
     patch = max((part for part in range(1, side // 4 + 1) if side % part == 0), default=1)
     for arguments in ({}, size, {**size, "patch_size": patch}):
-        model = _taking(name, shape, {**(model_kwargs or {}), **arguments})
+        model = _model_for_images(name, shape, {**(model_kwargs or {}), **arguments})
         patches = getattr(getattr(model, "patch_embed", None), "patch_size", ())
         if model is not None and all(side % part == 0 for part in ([patches] if isinstance(patches, int) else patches)):
             return arguments
@@ -106,7 +106,7 @@ def describe_refused_size(name: str, shape: Sequence[int], model_kwargs: dict[st
         What to do about it, with arguments or sizes that have been tried; None if the model takes images of this size, or none of any size
         that was tried, so that something else is wrong.
     """
-    if _taking(name, shape, model_kwargs or {}) is not None:
+    if _model_for_images(name, shape, model_kwargs or {}) is not None:
         return None
     if arguments := arguments_for_size(name, shape, model_kwargs):
         text = ", ".join(f"{key}: {value}" for key, value in arguments.items())
@@ -120,13 +120,13 @@ def describe_refused_size(name: str, shape: Sequence[int], model_kwargs: dict[st
         if factor * max(height, width) <= _LARGEST_TRIED
     ]
     for tried in (*doubled, own):
-        if _taking(name, (channels, *tried), model_kwargs or {}) is not None:
+        if _model_for_images(name, (channels, *tried), model_kwargs or {}) is not None:
             which = "larger" if tried > (height, width) else "smaller"
             return f"give {which} ones, such as {tried[0]} x {tried[1]}, or another backbone"
     return None
 
 
-def _taking(name: str, shape: Sequence[int], model_kwargs: dict[str, Any]) -> nn.Module | None:
+def _model_for_images(name: str, shape: Sequence[int], model_kwargs: dict[str, Any]) -> nn.Module | None:
     """A model without numbers, if it takes images `[C, H, W]` of this shape; else None."""
     try:
         with torch.device("meta"):

@@ -29,10 +29,10 @@ def load_weights(backbone: nn.Module, path: str | Path) -> list[str]:
     """
     state, own = read_weights(path), backbone.state_dict()
     config: dict[str, Any] = getattr(backbone, "pretrained_cfg", None) or {}
-    classifiers = tuple(f"{_whole(name, own)}." for name in _names(config.get("classifier")))
+    classifiers = tuple(f"{_outermost_classifier(name, own)}." for name in _as_tuple(config.get("classifier")))
     left_out = sorted(name for name in state if name.startswith(classifiers))
     fitting = {name: value for name, value in state.items() if name not in left_out}
-    for name in (f"{part}.weight" for part in _names(config.get("first_conv"))):
+    for name in (f"{part}.weight" for part in _as_tuple(config.get("first_conv"))):
         if name in own and name in fitting and fitting[name].ndim == 4 and fitting[name].shape[1] == 3:
             fitting[name] = adapt_input_conv(own[name].shape[1], fitting[name])
     for name, value in own.items():
@@ -45,12 +45,12 @@ def load_weights(backbone: nn.Module, path: str | Path) -> list[str]:
     return left_out
 
 
-def _names(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def _as_tuple(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The names as a tuple: most models have one classifier and one first convolution, some several."""
     return (value,) if isinstance(value, str) else tuple(value or ())
 
 
-def _whole(classifier: str, own: Mapping[str, Tensor]) -> str:
+def _outermost_classifier(classifier: str, own: Mapping[str, Tensor]) -> str:
     """The outermost module around a classifier's last layer of which a network without a classifier has no part."""
     parent = classifier.rpartition(".")[0]
     while parent and not any(name.startswith(f"{parent}.") for name in own):

@@ -15,7 +15,7 @@ from rich.text import Text
 import etflight
 from etflight.callbacks.figures import publish, publish_table
 from etflight.classifier import PRIOR_SHIFTS, Classifier
-from etflight.metrics.accuracy import FEW_BELOW, MANY_ABOVE, has_order, shot_groups, third_groups
+from etflight.metrics.accuracy import FEW_BELOW, MANY_ABOVE, has_imbalance, shot_groups, third_groups
 from etflight.metrics.evaluation import Evaluation
 from etflight.runs.folder import writing_to
 from etflight.runs.loggers import run_folder
@@ -105,7 +105,7 @@ def _rows(model: Classifier, evaluation: Evaluation) -> list[tuple[object, ...]]
     counts = model.class_counts
     nobody = [""] * len(counts)
     shots = _names(shot_groups(counts)) if counts.any() else nobody
-    thirds = _names(third_groups(counts)) if has_order(counts) else nobody
+    thirds = _names(third_groups(counts)) if has_imbalance(counts) else nobody
     labels = range(len(counts))
     return list(
         zip(labels, model.names_or_labels, counts.tolist(), accuracy, precision, samples, shots, thirds, strict=True)
@@ -148,11 +148,11 @@ def _tables(metrics: Mapping[str, float], model: Classifier, evaluation: Evaluat
         limits = f"many > {MANY_ABOVE}, medium {FEW_BELOW}-{MANY_ABOVE}, few < {FEW_BELOW}"
         title = f"By training images: {limits} (number of classes)"
         yield _row(title, metrics, _sizes(shot_groups(model.class_counts)))
-    if has_order(model.class_counts):
+    if has_imbalance(model.class_counts):
         title = "By thirds of the classes, most training images first"
         yield _row(title, metrics, _sizes(third_groups(model.class_counts)))
     yield _row(f"Calibration, {model.describe_temperature()}", metrics, {"ece": "raw ECE", "ece_calibrated": "ECE"})
-    if has_order(model.class_counts):
+    if has_imbalance(model.class_counts):
         table = Table("ratio of the test images", box=SIMPLE_HEAD)
         for ratio in PRIOR_SHIFTS:
             table.add_column(str(ratio), justify="right", min_width=6)

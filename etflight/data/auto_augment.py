@@ -154,15 +154,15 @@ def augment(images: Tensor, codes: Codes, magnitudes: Magnitudes) -> Tensor:
 
 def _to_device(values: NDArray[Any], device: torch.device) -> Tensor:
     tensor = torch.from_numpy(values)
-    return tensor.to(_finest(tensor.dtype, device)).to(device, non_blocking=True)
+    return tensor.to(_widest_dtype(tensor.dtype, device)).to(device, non_blocking=True)
 
 
-def _finest(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def _widest_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype, or float32 in place of float64 on a device without it; there a pixel may round to the next number."""
     return torch.float32 if dtype == torch.float64 and not has_float64(device) else dtype
 
 
-def _move(images: Tensor, codes: Codes, magnitudes: Magnitudes) -> Tensor:
+def _affine(images: Tensor, codes: Codes, magnitudes: Magnitudes) -> Tensor:
     """Shear about the top left corner, translate, or rotate about the centre."""
     batch, _, height, width = images.shape
     shear_x, shear_y = np.where(codes == _SHEAR_X, magnitudes, 0.0), np.where(codes == _SHEAR_Y, magnitudes, 0.0)
@@ -182,9 +182,9 @@ def _move(images: Tensor, codes: Codes, magnitudes: Magnitudes) -> Tensor:
     return _pixels(moved)
 
 
-def _plus_product(summand: Tensor, values: Tensor, factor: Tensor) -> Tensor:
+def _add_product(summand: Tensor, values: Tensor, factor: Tensor) -> Tensor:
     """`summand + values·factor` in float32, rounded once as torch's fused `add(…, alpha=…)` does; that takes one factor for all."""
-    dtype = _finest(torch.float64, summand.device)
+    dtype = _widest_dtype(torch.float64, summand.device)
     return torch.addcmul(summand.to(dtype), values.to(dtype), factor).to(torch.float32)
 
 
@@ -200,7 +200,7 @@ def _enhance(images: Tensor, codes: Codes, magnitudes: Magnitudes) -> Tensor:
     other = grey.where(code == _COLOR, grey.mean((2, 3), keepdim=True)).mul_(code != _BRIGHTNESS)
     factor = 1.0 + change
     scaled = images.to(torch.float32).mul_(factor.to(torch.float32))
-    mixed = _plus_product(scaled, other, (1.0 - factor).to(torch.float32))
+    mixed = _add_product(scaled, other, (1.0 - factor).to(torch.float32))
     return _pixels(mixed if images.shape[1] == 3 else mixed.where(code != _COLOR, images))
 
 
@@ -222,7 +222,7 @@ def _sharpen(images: Tensor, _: Codes, magnitudes: Magnitudes) -> Tensor:
     rows = result[..., :-2, :] + result[..., 1:-1, :] + result[..., 2:, :]
     blurred = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]).add_(inside, alpha=4).div_(13).round_()
     change = _to_device(1.0 - (1.0 + magnitudes), images.device).to(torch.float32).view(-1, 1, 1, 1)
-    inside.copy_(_plus_product(inside, blurred.sub_(inside), change))
+    inside.copy_(_add_product(inside, blurred.sub_(inside), change))
     return _pixels(result)
 
 
@@ -263,7 +263,7 @@ def _equalize(images: Tensor, *_: object) -> Tensor:
 # what changes the images of each operation; one function, for all images of it at once, may stand for several
 _FUNCTIONS: tuple[Callable[[Tensor, Codes, Magnitudes], Tensor], ...] = (
     lambda images, *_: images,
-    *(_move,) * 5,
+    *(_affine,) * 5,
     *(_enhance,) * 3,
     _sharpen,
     _posterize,

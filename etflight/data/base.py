@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from etflight.data.auto_augment import AutoAugment
 from etflight.data.division import divide
-from etflight.data.facts import refuse_twins
+from etflight.data.facts import refuse_equal_class_names
 from etflight.data.loaders import EvalLoader, TrainLoader, loader_options
 from etflight.data.notices import tell_of_training_images
 from etflight.data.options import RULES, names_of
@@ -328,7 +328,7 @@ class ImageDataModule(LightningDataModule, ABC):
         """Hold out validation images, and apply the profile to the rest."""
         if self.num_classes < 2:
             raise UserError(f"{self} has {self.num_classes} class: a classifier needs at least two")
-        refuse_twins(self.class_names, self)
+        refuse_equal_class_names(self.class_names, self)
         try:
             division = divide(source.labels.numpy(), self.class_names, self)
         except UserError as error:

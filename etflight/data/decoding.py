@@ -26,7 +26,7 @@ _PLACE_IN_SOURCE = re.compile(r"\w+, \S+\.(?:cpp|h):\d+, ")  # of the decoder, a
 def decode_file(path: str, side: int, mode: Literal["RGB", "GRAY"] = "RGB") -> Tensor:
     """Decode an image file (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM) of any mode to RGB or grey, turned upright by its EXIF data.
 
-    Transparency is dropped; 16 bits are scaled to 8, 65535 to 255, whatever the largest value (see `tell_of_few_levels`).
+    Transparency is dropped; 16 bits are scaled to 8, 65535 to 255, whatever the largest value (see `warn_of_few_levels_in_files`).
 
     Args:
         path: The file.
@@ -115,11 +115,11 @@ def _by_pillow(content: bytes, mode: Literal["RGB", "GRAY"]) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-_FEW = 2**14  # images of 12 or 14 bits that are stored in 16 have no value from here on
-_LOOKED_AT = 8
+_FEW_LEVELS = 2**14  # images of 12 or 14 bits that are stored in 16 have no value from here on
+_FILES_CHECKED = 8
 
 
-def tell_of_few_levels(what: object, count: int, path_of: Callable[[int], str]) -> None:
+def warn_of_few_levels_in_files(what: object, count: int, path_of: Callable[[int], str]) -> None:
     """Warn in one line if grey files of 16 bits use only the lower of them, looking at a few evenly chosen ones.
 
     Args:
@@ -127,13 +127,13 @@ def tell_of_few_levels(what: object, count: int, path_of: Callable[[int], str]) 
         count: The number of files, at least 1.
         path_of: A function that returns the path of a file by its number.
     """
-    chosen = np.linspace(0, count - 1, min(count, _LOOKED_AT)).astype(int).tolist()
+    chosen = np.linspace(0, count - 1, min(count, _FILES_CHECKED)).astype(int).tolist()
     warn_of_few_levels(what, max(_largest_of_16_bits(path_of(i)) for i in chosen))
 
 
 def warn_of_few_levels(what: object, largest: int) -> None:
     """Warn in one line if `largest`, the largest value of pixels of 16 bits, is so small that 8 bits keep little; 0 if it is unknown."""
-    if 0 < largest < _FEW and world()[1] == 0:
+    if 0 < largest < _FEW_LEVELS and world()[1] == 0:
         warn(
             f"{what}: the largest value found in images of 16 bits is {largest}, of which 8 bits keep {round(largest / 257) + 1} levels: "
             "multiply their pixels beforehand, so that white is 65535"

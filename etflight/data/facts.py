@@ -29,10 +29,10 @@ def refuse_other_shape(
         (images, channels, getattr(data, "num_channels", None)),
     ):
         if isinstance(other, int) and other != own:
-            raise UserError(f"{model} {takes.format(own)}, but {_called(data)} has {other}: {mend}")
+            raise UserError(f"{model} {takes.format(own)}, but {_name_of_data(data)} has {other}: {mend}")
 
 
-def _called(data: Any) -> str:
+def _name_of_data(data: Any) -> str:
     """What errors call a data module: ours say it in a word, Lightning's own in several lines."""
     named_by = getattr(type(data).__str__, "__module__", "") or ""  # of what has no name of its own it is empty
     return type(data).__name__ if named_by.partition(".")[0] in ("", "lightning") else str(data)
@@ -48,7 +48,7 @@ def class_names_of(data: Any) -> list[str] | None:
     if isinstance(names, Mapping):
         if set(names) != set(range(len(names))):
             raise UserError(
-                f"class_names of {_called(data)} is a dict of {list(names)[:3]} …: give a list, or a dict by label, from 0"
+                f"class_names of {_name_of_data(data)} is a dict of {list(names)[:3]} …: give a list, or a dict by label, from 0"
             )
         names = [names[k] for k in range(len(names))]
     try:
@@ -56,10 +56,10 @@ def class_names_of(data: Any) -> list[str] | None:
             raise TypeError
         return None if names is None else list(map(readable, names))
     except TypeError:
-        raise UserError(f"class_names of {_called(data)} is {names!r:.80}: give a list of the names") from None
+        raise UserError(f"class_names of {_name_of_data(data)} is {names!r:.80}: give a list of the names") from None
 
 
-def refuse_twins(names: Sequence[str], data: Any) -> None:
+def refuse_equal_class_names(names: Sequence[str], data: Any) -> None:
     """Refuse two classes of one name, as options and results that go by names would mean either.
 
     Args:
@@ -77,7 +77,7 @@ def refuse_twins(names: Sequence[str], data: Any) -> None:
         name, (one, other, *_) = next(iter(twins.items()))
         others = f" (and {len(twins) - 1} other name{'s' * (len(twins) > 2)})" if len(twins) > 1 else ""
         raise UserError(
-            f"{_called(data)}: classes {one} and {other} are both called {name!r}{others}: give each class a name of its own"
+            f"{_name_of_data(data)}: classes {one} and {other} are both called {name!r}{others}: give each class a name of its own"
         )
 
 
@@ -105,7 +105,7 @@ def other_preprocessing(known: Preprocessing | None, data: Any) -> str | None:
     """Describe how the data size and normalise images differently from the training; None if they do not, or if it is unknown."""
     own = None if known is None else preprocessing_of(data)
     differ = None if known is None or own is None else own.unlike(known)
-    return differ and f"{_called(data)}: images are prepared differently than in training: {differ}"
+    return differ and f"{_name_of_data(data)}: images are prepared differently than in training: {differ}"
 
 
 def other_images(counts: Sequence[int], fingerprint: str | None, data: Any) -> str | None:
@@ -121,8 +121,10 @@ def other_images(counts: Sequence[int], fingerprint: str | None, data: Any) -> s
     k = next((k for k, pair in enumerate(zip(own, counts, strict=False)) if pair[0] != pair[1]), None)
     if k is not None:
         name = (class_names_of(data) or range(len(own)))[k]
-        return f"{_called(data)} has {own[k]} training images of class {name}, but the checkpoint was trained on {counts[k]}"
+        return f"{_name_of_data(data)} has {own[k]} training images of class {name}, but the checkpoint was trained on {counts[k]}"
     other = getattr(data, "fingerprint", None)
     if fingerprint is None or other is None or fingerprint == other:
         return None
-    return f"{_called(data)} has other training images ({other}) than the checkpoint was trained on ({fingerprint})"
+    return (
+        f"{_name_of_data(data)} has other training images ({other}) than the checkpoint was trained on ({fingerprint})"
+    )

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from etflight.data.base import ImageDataModule
-from etflight.data.decoding import decode_file, fit_to, random_square, tell_of_few_levels
+from etflight.data.decoding import decode_file, fit_to, random_square, warn_of_few_levels_in_files
 from etflight.data.preprocessing import LARGEST_SIDE, LEAST_CROP, Preprocessing
 from etflight.data.sampler import Draw, ImbalancedSampler, NumberedSampler
 from etflight.data.sources import Batch, ImageSource, ImageSplit, Split
@@ -273,7 +273,7 @@ class FileImages(ImageDataModule):
     crop_pct: float | None = None
     skip_corrupt: bool = False
 
-    _looked_at: bool = field(default=False, init=False, repr=False)
+    _levels_checked: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the options that need no file."""
@@ -302,9 +302,9 @@ class FileImages(ImageDataModule):
 
     def _checked(self, name: Split) -> ImageSource:
         source = super()._checked(name)
-        if not self._looked_at:
-            self._looked_at = True
-            tell_of_few_levels(self, len(source.labels), source.name)
+        if not self._levels_checked:
+            self._levels_checked = True
+            warn_of_few_levels_in_files(self, len(source.labels), source.name)
         return source
 
     def make_split(self, name: Split, source: ImageSource, indices: NDArray[np.int64]) -> ImageSplit:

@@ -63,7 +63,7 @@ class ListImages(ListedFileImages):
         known = [self.class_name(folder) for folder in folders] or [str(k) for k in range(self.num_classes)]
         if len(set(known)) < len(known):  # cars/red, cars/blue, boats/red
             parts = [folder.split("/") for folder in folders]
-            known = ["/".join(own[_shared(parts) :]) for own in parts]
+            known = ["/".join(own[_common_parts(parts) :]) for own in parts]
         return list(map(readable, known if self.names is None else read_names(Path(self.names), known)))
 
     def class_name(self, folder: str) -> str:
@@ -78,7 +78,7 @@ class ListImages(ListedFileImages):
     def listed(self, split: Split) -> tuple[Paths, Tensor]:
         """The images of the split's list, where they are."""
         paths, labels = self._read(split)
-        return self._where_they_are(paths, labels), labels
+        return self._existing_paths(paths, labels), labels
 
     def label_file(self, split: Split) -> str:
         """The list of the split."""
@@ -87,7 +87,7 @@ class ListImages(ListedFileImages):
     def _list(self, split: Split) -> Path:
         return Path(self.lists, self.list_files[split])
 
-    def _where_they_are(self, paths: Paths, labels: Tensor) -> Paths:
+    def _existing_paths(self, paths: Paths, labels: Tensor) -> Paths:
         """The paths; if the first image is not there, with each class's folder added or removed, if that leads to it."""
         if os.path.exists(paths[0]) or int(labels.max()) >= len(self._folders):
             return paths
@@ -123,7 +123,7 @@ class ListImages(ListedFileImages):
         order, ends = np.argsort(labels.numpy(), kind="stable"), sizes.cumsum()
         first, last = ([paths.relative(i).split("/")[:-1] for i in order[at]] for at in (ends - sizes, ends - 1))
         if first != last:
-            depth = min(map(_shared, zip(first, last, strict=True)))
+            depth = min(map(_common_parts, zip(first, last, strict=True)))
             first = [folder[:depth] for folder in first]
         if len(set(map(tuple, first))) < len(first):
             return []
@@ -192,7 +192,7 @@ class INaturalist2018(PhotoRecipe, ListImages):
     standard_std: ClassVar[tuple[float, ...]] = (0.195, 0.194, 0.192)
 
 
-def _shared(folders: Sequence[list[str]]) -> int:
+def _common_parts(folders: Sequence[list[str]]) -> int:
     """The number of leading parts that paths have in common."""
     return sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False)))
 

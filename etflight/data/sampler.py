@@ -141,7 +141,7 @@ class ImbalancedSampler(_Sharded):
         """The whole epoch over all ranks: `[num_samples]` int64 positions in `labels`, a function of (seed, epoch)."""
         rng = np.random.default_rng([self.seed, self.epoch])
         if self.policy == "instance":
-            return _walk(rng, np.arange(self._counts.sum()), self.total_size)
+            return _shuffled_rounds(rng, np.arange(self._counts.sum()), self.total_size)
         # Cumulative sums end at 1 - 1e-16 at times; `side="right"` never picks a class of probability 0.
         cumulative = np.cumsum(self.probabilities())
         classes = np.searchsorted(cumulative / cumulative[-1], rng.random(self.total_size), side="right")
@@ -149,7 +149,7 @@ class ImbalancedSampler(_Sharded):
         sizes = np.bincount(classes, minlength=len(self._counts))
         out = np.empty(self.total_size, dtype=np.int64)
         out[slots] = np.concatenate(
-            [_walk(rng, images, size) for images, size in zip(self._by_class, sizes, strict=True)]
+            [_shuffled_rounds(rng, images, size) for images, size in zip(self._by_class, sizes, strict=True)]
         )
         return out
 
@@ -226,7 +226,7 @@ def resolve_policy(policy: str | float) -> str | float:
     return exponent
 
 
-def _walk(rng: np.random.Generator, images: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+def _shuffled_rounds(rng: np.random.Generator, images: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     """The first `count` of endless passes over `images`, each pass shuffled anew."""
     passes = -(-count // len(images))
     return rng.permuted(np.tile(images, (passes, 1)), axis=1).reshape(-1)[:count]

@@ -105,13 +105,13 @@ class ClassSubset(ImageDataModule):
         """Let the set download what is missing, if asked to."""
         self.images.prepare_data()
 
-    def load(self, split: Split) -> "_Chosen":
+    def load(self, split: Split) -> "_SubsetSource":
         """Read one split of the set, and keep the images of these classes."""
-        return _Chosen(self.images._checked(split), self.labels, self.images.num_classes)
+        return _SubsetSource(self.images._checked(split), self.labels, self.images.num_classes)
 
     def make_split(self, name: Split, source: ImageSource, indices: NDArray[np.int64]) -> ImageSplit:
         """The chosen images as the set itself reads them, with the new labels."""
-        if not isinstance(source, _Chosen):  # that of a split made here
+        if not isinstance(source, _SubsetSource):  # that of a split made here
             return self.images.make_split(name, source, indices)
         split = self.images.make_split(name, source.all, source.positions[indices].numpy())
         split.labels = source.labels[indices]
@@ -122,7 +122,7 @@ class ClassSubset(ImageDataModule):
         return self.images.label_file(split)
 
 
-class _Chosen(ImageSource):
+class _SubsetSource(ImageSource):
     """The images of some classes of a source, in its order.
 
     Args:

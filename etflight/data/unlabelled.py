@@ -12,7 +12,7 @@ from torch import Tensor
 
 from etflight.data.arrays import ArrayImages, refuse_other_layouts
 from etflight.data.base import ImageDataModule
-from etflight.data.decoding import decode_file, fit_to, tell_of_few_levels, warn_of_few_levels, with_channels
+from etflight.data.decoding import decode_file, fit_to, warn_of_few_levels, warn_of_few_levels_in_files, with_channels
 from etflight.data.files import Square, files_below, stack
 from etflight.data.sources import UNREADABLE, Batch, ImageSource, ImageSplit, Split
 from etflight.utils.errors import UserError, argument, first_few
@@ -63,7 +63,7 @@ class UnlabelledImages(ImageDataModule):
 
     def make_split(self, name: Split, source: ImageSource, indices: NDArray[np.int64]) -> ImageSplit:
         """All images in their order; one that cannot be read is black."""
-        return _Split(source, indices)
+        return _ReadableSplit(source, indices)
 
     def _checked(self, name: Split) -> ImageSource:
         return self.load(name)
@@ -103,7 +103,9 @@ class AnyImages(ImageSource):
         self.labels = torch.full((len(self._pictures),), -1)
         files = [path for path, position in self._pictures if position is None]
         if files:
-            tell_of_few_levels(f"{argument('images')} {first_few(paths, len(paths))}", len(files), files.__getitem__)
+            warn_of_few_levels_in_files(
+                f"{argument('images')} {first_few(paths, len(paths))}", len(files), files.__getitem__
+            )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -153,7 +155,7 @@ class AnyImages(ImageSource):
         return path if position is None else f"{path}[{position}]"
 
 
-class _Split(ImageSplit):
+class _ReadableSplit(ImageSplit):
     source: AnyImages
 
     def __getitems__(self, positions: list[int]) -> Batch:

@@ -2,8 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,6 +15,32 @@ from etflight.utils.precision import at_least_float32
 from etflight.utils.ranks import sum_over_ranks
 
 ClassBalance = Literal["none", "batch", "global", "effective"]
+
+
+def option(default: Any, holds: Callable[[Any], bool], rule: str) -> Any:
+    """Declare an option of a loss, a field of its data class, with the rule for its values, which the base class checks.
+
+    Args:
+        default: The default value.
+        holds: Whether a value is allowed.
+        rule: The rule in words, such as "must be positive".
+    """
+    return field(default=default, metadata={"holds": holds, "rule": rule})
+
+
+def positive(default: float) -> Any:
+    """Declare an option that is above 0 and finite."""
+    return option(default, lambda value: 0 < value < math.inf, "must be positive and finite")
+
+
+def not_negative(default: float) -> Any:
+    """Declare an option that is 0 or more and finite."""
+    return option(default, lambda value: 0 <= value < math.inf, "must be finite and not negative")
+
+
+def below_one(default: float) -> Any:
+    """Declare an option from 0 to below 1."""
+    return option(default, lambda value: 0 <= value < 1, "must lie in [0, 1)")
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -51,16 +77,17 @@ class Loss(nn.Module, ABC):
     """
 
     class_balance: ClassBalance = "none"
-    exponent: float = 1.0
-    beta: float = 0.9999
+    exponent: float = not_negative(1.0)
+    beta: float = below_one(0.9999)
     renormalize: bool = False
 
     def __post_init__(self) -> None:
         """Check the options; a subclass that checks options of its own must also call this."""
         nn.Module.__init__(self)
         check_class_balance(type(self).__name__, self.class_balance)
-        self._check("exponent", 0 <= self.exponent < math.inf, "must be finite and not negative")
-        self._check("beta", 0 <= self.beta < 1, "must lie in [0, 1)")
+        for own in fields(self):
+            if "holds" in own.metadata:
+                self._check(own.name, own.metadata["holds"](getattr(self, own.name)), own.metadata["rule"])
         self._class_counts: Tensor | None = None
         self._given_weights: Tensor | None = None
 

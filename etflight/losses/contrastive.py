@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from etflight.losses.base import Loss
+from etflight.losses.base import Loss, positive
 from etflight.losses.terms import at_target, cross_entropies
 from etflight.utils.ranks import max_over_ranks, sum_over_ranks
 
@@ -26,11 +26,7 @@ class NTCELoss(Loss):
         Koromilas et al., "Neural Collapse by Design: Learning Class Prototypes on the Hypersphere", ICML 2026, arXiv 2605.20302.
     """
 
-    temperature: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check("temperature", 0 < self.temperature < math.inf, "must be positive and finite")
+    temperature: float = positive(0.1)
 
     def default_temperature(self, head: Any) -> float:
         """Return τ, since the loss is that of the softmax of `z/τ`."""

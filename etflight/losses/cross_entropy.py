@@ -1,12 +1,11 @@
 """Cross-entropy, and its focal form."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from etflight.losses.base import Loss
+from etflight.losses.base import Loss, below_one, not_negative
 from etflight.losses.terms import at_target, cross_entropies
 
 
@@ -21,11 +20,7 @@ class CrossEntropyLoss(Loss):
         label_smoothing: The smoothing ε in [0, 1).
     """
 
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check("label_smoothing", 0 <= self.label_smoothing < 1, "must lie in [0, 1)")
+    label_smoothing: float = below_one(0.0)
 
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the cross-entropies `[B]`."""
@@ -50,11 +45,7 @@ class FocalLoss(Loss):
         Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, arXiv 1708.02002, equation 4, with a softmax.
     """
 
-    gamma: float = 2.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check("gamma", 0 <= self.gamma < math.inf, "must be finite and not negative")
+    gamma: float = not_negative(2.0)
 
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the focal losses `[B]`."""

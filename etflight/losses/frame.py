@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from etflight.losses.base import Loss
+from etflight.losses.base import Loss, positive
 from etflight.losses.terms import at_target, count_classes
 from etflight.utils.errors import UserError
 from etflight.utils.precision import at_least_float32, in_float64
@@ -44,11 +44,7 @@ class DotRegressionLoss(Loss):
         Yang et al. 2022, arXiv 2203.09081, section 4.
     """
 
-    length: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check("length", 0 < self.length < math.inf, "must be positive and finite")
+    length: float = positive(1.0)
 
     def check_head(self, head: Any) -> None:
         """Refuse a head whose target logit cannot be `length`.

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from etflight.losses.base import Loss
+from etflight.losses.base import Loss, below_one, not_negative, option, positive
 from etflight.losses.terms import at_target, counts_with_rarest_for_none, cross_entropies, log_prior
 from etflight.utils.errors import UserError
 
@@ -32,13 +32,8 @@ class LDAMLoss(Loss):
         equations 11 to 13. (In its released code the loss multiplies bare cosines by s.)
     """
 
-    max_margin: float = 0.5
-    scale: float = 30.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check("max_margin", 0 <= self.max_margin <= 2, "must lie in [0, 2]")
-        self._check("scale", 0 < self.scale < math.inf, "must be positive and finite")
+    max_margin: float = option(0.5, lambda margin: 0 <= margin <= 2, "must lie in [0, 2]")
+    scale: float = positive(30.0)
 
     def check_head(self, head: Any) -> None:
         """Refuse a head whose logits are not `scale` times a cosine.
@@ -68,7 +63,22 @@ class LDAMLoss(Loss):
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
-class LogitAdjustedLoss(Loss):
+class _PriorLoss(Loss):
+    """A loss that adds τ times a logarithm of the class frequencies to the logits.
+
+    Args:
+        tau: The strength τ >= 0.
+    """
+
+    tau: float = not_negative(1.0)
+
+    def frequency_correction(self) -> str | None:
+        """The shift of the logits, unless τ is 0."""
+        return f"{type(self).__name__} (tau {self.tau:g})" if self.tau > 0 else None
+
+
+@dataclass(eq=False, kw_only=True, repr=False)
+class LogitAdjustedLoss(_PriorLoss):
     """Cross-entropy of logits that are shifted by class frequencies, so that the bare logits decide as if classes were balanced.
 
     `L = CE(z + τ log π, t)` with `π_k = n_k / N`. τ = 1 is *balanced softmax* (Ren et al., NeurIPS 2020, arXiv 2007.10740), τ = 0
@@ -82,16 +92,6 @@ class LogitAdjustedLoss(Loss):
     Source:
         Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, arXiv 2007.07314, equation 10.
     """
-
-    tau: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check("tau", 0 <= self.tau < math.inf, "must be finite and not negative")
-
-    def frequency_correction(self) -> str | None:
-        """The shift of the logits."""
-        return f"{type(self).__name__} (tau {self.tau:g})" if self.tau > 0 else None
 
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the cross-entropies `[B]` of adjusted logits."""
@@ -119,18 +119,17 @@ class LabelAwareSmoothingLoss(Loss):
         smoothed part goes to all K classes, as in its released code and in `CrossEntropyLoss`; in the paper the other classes get ε/(K-1).
     """
 
-    head_smoothing: float = 0.3
+    head_smoothing: float = below_one(0.3)
     tail_smoothing: float = 0.0
     shape: SmoothingShape = "concave"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         shapes = get_args(SmoothingShape)
-        self._check("head_smoothing", 0 <= self.head_smoothing < 1, "must lie in [0, 1)")
+        self._check("shape", self.shape in shapes, f"must be one of {', '.join(shapes)}")
         self._check(
             "tail_smoothing", 0 <= self.tail_smoothing <= self.head_smoothing, "must lie in [0, head_smoothing]"
         )
-        self._check("shape", self.shape in shapes, f"must be one of {', '.join(shapes)}")
 
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the smoothed cross-entropies `[B]`."""
@@ -154,7 +153,7 @@ class LabelAwareSmoothingLoss(Loss):
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
-class BinaryCrossEntropyLoss(Loss):
+class BinaryCrossEntropyLoss(_PriorLoss):
     """A yes or no for each class instead of one choice among all, so that no class is weighed against another.
 
     `L_y = softplus(-x_y) + Σ_{k≠y} softplus(x_k)` with `x_k = z_k + b_k`; for probabilities
@@ -168,16 +167,6 @@ class BinaryCrossEntropyLoss(Loss):
         Fan et al., AAAI 2026, arXiv 2511.14097 (BCE3S), the first of its three terms; the third spreads class vectors, which a simplex
         has spread already. The bias: Menon et al., ICLR 2021, arXiv 2007.07314, for a sigmoid.
     """
-
-    tau: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check("tau", 0 <= self.tau < math.inf, "must be finite and not negative")
-
-    def frequency_correction(self) -> str | None:
-        """The bias."""
-        return f"{type(self).__name__} (tau {self.tau:g})" if self.tau > 0 else None
 
     def sample_losses(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the sums `[B]` over classes."""

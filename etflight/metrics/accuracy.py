@@ -76,7 +76,7 @@ class Confusion(ExactMetric):
         """
         num_classes = len(self.counts)
         predicted, decided = _decisions(predicted, num_classes)
-        cells = _refused_outside(target, num_classes) * num_classes + predicted
+        cells = _invalid_if_outside(target, num_classes) * num_classes + predicted
         cells = torch.where((predicted >= 0) & (predicted < num_classes), cells, self.counts.numel())
         self.counts.view(-1).index_add_(0, cells, decided.to(cells))
 
@@ -85,7 +85,7 @@ class Confusion(ExactMetric):
         return self.counts.clone()
 
 
-def _refused_outside(indices: Tensor, size: int) -> Tensor:
+def _invalid_if_outside(indices: Tensor, size: int) -> Tensor:
     """The indices as int64, those outside [0, size) replaced by `size`, which `index_add_` refuses: it may count others from the end."""
     indices = indices.long()  # uint8 would be a mask, and overflow in products
     return torch.where((indices >= 0) & (indices < size), indices, size)
@@ -128,7 +128,7 @@ def shot_groups(class_counts: Tensor) -> dict[str, Tensor]:
     return {"many": many, "medium": ~(many | few), "few": few}
 
 
-def has_order(class_counts: Tensor) -> bool:
+def has_imbalance(class_counts: Tensor) -> bool:
     """Say whether some class of the counts `[K]` has more training images than another: else there is neither head nor tail."""
     return bool((class_counts != class_counts[0]).any())
 
@@ -255,8 +255,8 @@ class ShotAccuracy(ExactMetric):
             target: The true class indices `[B]`, of any integer dtype, in [0, K).
         """
         predicted, decided = _decisions(predicted, len(self.total))
-        predicted = _refused_outside(predicted, len(self.total))
-        target = _refused_outside(target, len(self.total))
+        predicted = _invalid_if_outside(predicted, len(self.total))
+        target = _invalid_if_outside(target, len(self.total))
         self.total.index_add_(0, target, torch.ones_like(target))
         self.predicted.index_add_(0, predicted, decided.long())
         self.correct.index_add_(0, target, (decided & (predicted == target)).long())
@@ -289,7 +289,7 @@ class ShotAccuracy(ExactMetric):
         }
         if self._class_counts is not None:
             counts = self._class_counts.to(accuracy.device)
-            ordered = has_order(self._class_counts)
+            ordered = has_imbalance(self._class_counts)
             groups = shot_groups(counts) | (third_groups(counts) if ordered else {})
             for group, members in groups.items():
                 if members.any():

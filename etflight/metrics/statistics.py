@@ -149,7 +149,7 @@ class ClassStatistics(ExactMetric):
             raise ValueError(f"features must be floating [B, {self.feature_dim}], got {_describe(features)}")
         if labels.shape != features.shape[:1] or labels.dtype not in INTEGERS:
             raise ValueError(f"labels must be integer [{features.shape[0]}], got {_describe(labels)}")
-        self._own_states()
+        self._copy_shared_states()
         features = features.detach()
         # -1 % (K + 1) is K, so every label outside [0, K) goes to the spare row.
         rows = labels.long().clamp(-1, self.num_classes).remainder(self.num_classes + 1)
@@ -215,21 +215,21 @@ class ClassStatistics(ExactMetric):
         Args:
             means: The new anchors `[K, d]`.
         """
-        self._own_states()
+        self._copy_shared_states()
         spare = self.anchor[self.num_classes :]
         anchors = torch.cat([means.detach().to(spare), spare])
-        self._move(anchors, torch.isfinite(anchors).all(1))
+        self._set_anchors_where(anchors, torch.isfinite(anchors).all(1))
 
-    def _move(self, anchors: Tensor, valid: Tensor) -> None:
+    def _set_anchors_where(self, anchors: Tensor, valid: Tensor) -> None:
         """Use the new `anchors` of the `valid` classes, and change the sums accordingly."""
         anchors = torch.where(valid[:, None], anchors, self.anchor)
-        moved = self._moved(self.metric_state, anchors)
+        moved = self._states_at_anchors(self.metric_state, anchors)
         for name, value in moved.items():
             setattr(self, name, value)
         self.anchor = anchors
         self.anchored = self.anchored | valid
 
-    def _moved(self, state: dict[str, Any], anchors: Tensor) -> dict[str, Tensor]:
+    def _states_at_anchors(self, state: dict[str, Any], anchors: Tensor) -> dict[str, Tensor]:
         """Compute the sums of `state` about `anchors` instead of its own anchors."""
         dtype = self.scatter_dtype
         with no_autocast(anchors.device):
@@ -252,9 +252,9 @@ class ClassStatistics(ExactMetric):
     def add_states(self, incoming: dict[str, Any]) -> None:
         """Add the states of another instance, whatever its anchors."""
         incoming = {name: incoming[name].to(self.device) for name in self.metric_state}
-        self._move(incoming["anchor"], incoming["anchored"] & ~self.anchored)
+        self._set_anchors_where(incoming["anchor"], incoming["anchored"] & ~self.anchored)
         self.count = self.count + incoming["count"]
-        for name, value in self._moved(incoming, self.anchor).items():
+        for name, value in self._states_at_anchors(incoming, self.anchor).items():
             setattr(self, name, getattr(self, name) + value)
 
     def merge_state(self, incoming_state: "dict[str, Any] | Metric") -> None:
@@ -279,7 +279,7 @@ class ClassStatistics(ExactMetric):
         anchors = self.shift / total.clamp(min=1).to(self.scatter_dtype)[:, None]
         anchors += share * self.anchor
         dist.all_reduce(anchors, group=group)
-        self._move(anchors.to(torch.float32), total > 0)
+        self._set_anchors_where(anchors.to(torch.float32), total > 0)
         del anchors
         self.count = total
         for name in ("shift", "square", "outer") if self.scatter else ("shift", "square"):
@@ -287,7 +287,7 @@ class ClassStatistics(ExactMetric):
             dist.all_reduce(state, group=group)
             setattr(self, name, state)
 
-    def _own_states(self) -> None:
+    def _copy_shared_states(self) -> None:
         """Copy states that were made under `torch.inference_mode`, because outside of it they refuse in-place updates."""
         if self.count.is_inference() and not torch.is_inference_mode_enabled():
             for name in self.metric_state:

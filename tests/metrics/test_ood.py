@@ -25,7 +25,9 @@ K, D = 4, 9
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch):
-    monkeypatch.setattr(measures.centres, "_MOST_DISTANCES", 300)  # so that each score is put together from several parts
+    monkeypatch.setattr(
+        measures.centres, "_MOST_DISTANCES", 300
+    )  # so that each score is put together from several parts
 
 
 @pytest.fixture
