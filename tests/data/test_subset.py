@@ -1,12 +1,14 @@
 """`ClassSubset`: some classes of another set."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from etflight.data import CIFAR10, ArrayImages, ClassSubset, Digits, FolderImages
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, options_for_arguments
 
 
 def pixels(data, split):
@@ -102,8 +104,12 @@ def test_the_inner_set_downloads_what_is_missing():
 def test_missing_files_of_the_inner_set_are_asked_for_by_its_own_option(tmp_path):
     data = ClassSubset(CIFAR10(root=str(tmp_path)), "0-5")
     data.prepare_data()
-    with pytest.raises(UserError, match=r"put the files there, or give --data\.images\.download true"):
-        data.setup("fit")
+    for messages, option in (
+        (nullcontext(), "download=True"),
+        (options_for_arguments(), r"--data\.images\.download true"),
+    ):
+        with messages, pytest.raises(UserError, match=f"put the files there, or give {option}"):
+            data.setup("fit")
 
 
 def test_one_class_can_be_evaluated_but_not_trained_on():

@@ -6,7 +6,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_ood import detector
-from pytorch_ood.metrics import functional as theirs
 from scipy.spatial.distance import cdist
 from scipy.special import logsumexp, softmax
 from scipy.stats import ortho_group
@@ -25,9 +24,8 @@ K, D = 4, 9
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch):
-    monkeypatch.setattr(
-        measures.centres, "_MOST_DISTANCES", 300
-    )  # so that each score is put together from several parts
+    # so that each score is put together from several parts
+    monkeypatch.setattr(measures.centres, "_MOST_DISTANCES", 300)
 
 
 @pytest.fixture
@@ -202,13 +200,6 @@ def test_separation_counts_unknown_images_above_the_threshold_that_keeps_95_per_
     known = torch.arange(20.0)  # the threshold 1 keeps 19 of them
     assert ood.separation(known, torch.tensor([0.5, 1.0, 7.0, -3.0])).fpr95 == 0.5
     assert ood.separation(known, known - 100) == (1, 1, 1, 0)
-
-
-def test_auroc_is_that_of_pytorch_ood():
-    known, unknown = scores_of(3, 60, 40)
-    labels = torch.cat([torch.zeros(60), -torch.ones(40)]).long()
-    expected = theirs.auroc(-torch.cat([known, unknown]), labels)
-    assert ood.separation(known, unknown).auroc == pytest.approx(float(expected), abs=1e-6)
 
 
 @pytest.mark.parametrize("unknown", [torch.tensor([]), torch.tensor([float("nan")])])
