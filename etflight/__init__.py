@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 _HOMES = ("geometry", "heads", "losses", "classifier")  # modules of these names, the quickest to import first
 _SUBMODULES = {
     "analysis", "backbones", "callbacks", "checkpoint", "classifier", "cli", "data", "embedder", "export", "geometry", "heads", "losses",
-    "metrics", "optim", "penalties", "plotting", "reporting", "runs", "sharded", "utils",
+    "metrics", "optim", "penalties", "plotting", "reporting", "runs", "sam", "sharded", "utils",
 }  # fmt: skip
 
 __all__ = [

@@ -16,7 +16,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.cli import ReduceLROnPlateau as MonitoredReduceLROnPlateau
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -45,14 +44,13 @@ from etflight.metrics.accuracy import SampleMean, TemperatureFit
 from etflight.metrics.evaluation import Evaluation, EvaluationMetrics
 from etflight.optim import (
     PROTOCOL_SGD,
-    at_sharpest_point,
     keeps_scales,
-    kept_statistics,
     match_layouts,
     rate_groups,
     scale_rates,
     spare_from_decay,
 )
+from etflight.sam import SharpnessAwareStep
 from etflight.utils.batches import images_in, labelled
 from etflight.utils.errors import UserError, brief, let_through, warn
 from etflight.utils.fingerprints import fingerprint_in
@@ -123,7 +121,7 @@ class Classifier(LightningModule):
             the optimizer's own rate. With 1 all layers have that rate. It is meant for fine-tuning.
         lr_scale: Factors of the learning rate for parts of the model, by name, such as `{"head.linear": 0.5}`; the rest has 1.
         sam_rho: The radius ρ of sharpness-aware minimization (SAM, Foret et al. 2021), with any optimizer; 0 for none. Each step then takes
-            a second pass over its images, whose BatchNorm statistics are not kept: see `etflight.optim.at_sharpest_point`.
+            a second pass over its images, whose BatchNorm statistics are not kept: see `etflight.sam.at_sharpest_point`.
         sam_adaptive: Whether that radius is relative to the size of each weight (ASAM, Kwon et al. 2021).
         compile: Whether to train through `torch.compile`, or its mode; "reduce-overhead" is the one with CUDA graphs.
         class_weights: Explicit weights of the classes in the training loss: K positive, finite numbers, or such numbers by class name,
@@ -218,8 +216,9 @@ class Classifier(LightningModule):
         if class_counts is not None:
             self._set_class_counts(_as_counts(class_counts))
         self._lr = math.nan
-        self._batches: list[tuple[Batch, int]] = []  # those of this step, for SAM's second pass
-        self.is_second_pass = False  # of a sharpness-aware step, which adds nothing to the metrics
+        self._is_recorded = False  # whether the metrics have the loss of the batch that is being trained
+        sam_rho, adaptive = self.hparams["sam_rho"], self.hparams["sam_adaptive"]
+        self._sharpness = SharpnessAwareStep(sam_rho, adaptive) if sam_rho > 0 else None
         self._total_epochs: int | None = None
         self._other_arguments: list[str] = []  # in which the checkpoint being loaded differs from this model
         self.losses: Any = nn.ModuleDict({f"{stage}_loss": SampleMean() for stage in ("train", "val", "test")})
@@ -366,6 +365,9 @@ class Classifier(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Remember the head's learning rate, because at the end of the epoch the schedule has already set the next one."""
+        self._is_recorded = False
+        if self._sharpness is not None:
+            self._sharpness.collect(batch, batch_idx, self.trainer)
         if self.trainer.optimizers:  # a subclass may have none
             group = self.trainer.optimizers[0].param_groups[0]
             self._lr = float(group["lr"]) / group.get("lr_scale", 1.0)
@@ -374,11 +376,9 @@ class Classifier(LightningModule):
         """Compute the loss of one training batch."""
         images, target = batch
         loss = self._training_loss(images, target)
-        if self.is_second_pass:
-            return loss * self._share_of_images(len(images))
-        if self.hparams["sam_rho"] > 0 and not (self._is_fitting and only_passes(self.trainer)):
-            self._batches.append((batch, batch_idx))
-        self.losses["train_loss"].update(loss, len(images))
+        if not self._is_recorded:  # steps of SAM and LBFGS compute further losses, of weights that they only try
+            self.losses["train_loss"].update(loss, len(images))
+            self._is_recorded = True
         bad_step = torch.where(torch.isfinite(loss.detach()), _NEVER, self.global_step)
         self._bad_step = torch.minimum(self._bad_step, bad_step)  # it stays on the device, so that a step need not wait
         return loss * self._share_of_images(len(images))
@@ -543,13 +543,8 @@ class Classifier(LightningModule):
         """Give restored optimizer states their parameters' memory layout; refuse what cannot be trained as it was asked for."""
         if not self.trainer.enable_validation:
             self._check_monitor("val/")
-        self._batches = []
         for optimizer in self.trainer.optimizers:
             match_layouts(optimizer)
-            if self.hparams["sam_rho"] > 0 and isinstance(optimizer, LBFGS):
-                raise UserError(
-                    "sam_rho: LBFGS evaluates the loss several times a step by itself: leave one of them out"
-                )
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Check the recorded loss from time to time, because each check waits for the device."""
@@ -703,33 +698,9 @@ class Classifier(LightningModule):
         if closure is not None and only_passes(self.trainer):
             closure()  # gradients may be left from the last step
             return
-        if self.hparams["sam_rho"] > 0 and closure is not None:
-            closure = partial(self._gradients_at_sharpest_point, optimizer, closure)
+        if self._sharpness is not None and closure is not None:
+            closure = partial(self._sharpness.gradients, self, optimizer, closure)
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
-
-    def _gradients_at_sharpest_point(
-        self, optimizer: Optimizer | LightningOptimizer, closure: Callable[[], Any]
-    ) -> Any:
-        """Run the closure, the last forward and backward of a step, then take all the step's batches again where they lead."""
-        result = closure()
-        batches, self._batches = self._batches, []
-        strategy = self.trainer.strategy
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        with (
-            at_sharpest_point(parameters, self.hparams["sam_rho"], self.hparams["sam_adaptive"]),
-            kept_statistics(self),
-        ):
-            optimizer.zero_grad()
-            self.is_second_pass = True
-            try:
-                for position, (batch, batch_idx) in enumerate(batches, start=1):
-                    waits = position < len(batches) and isinstance(strategy, ParallelStrategy)
-                    with cast(ParallelStrategy, strategy).block_backward_sync() if waits else nullcontext():
-                        loss = cast(Tensor, strategy.training_step(batch, batch_idx))
-                        strategy.backward(loss / self.trainer.accumulate_grad_batches, cast(Optimizer, optimizer))
-            finally:
-                self.is_second_pass = False
-        return result
 
     def _adapt_to_lbfgs(self) -> None:
         """Adapt to LBFGS, which evaluates the loss several times a step and flattens gradients; refuse what cannot work with it."""

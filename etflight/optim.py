@@ -1,16 +1,15 @@
-"""Optimizer, parameter groups, sharpness-aware steps and learning-rate schedules of the field's protocols, composed from torch's own.
+"""Optimizer, parameter groups and learning-rate schedules of the field's protocols, composed from torch's own.
 
 `Classifier` passes the trainer's `max_epochs` to a schedule that takes `total_epochs` and has no value for it.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,54 +122,6 @@ def match_layouts(optimizer: Optimizer) -> None:
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-@contextmanager
-def at_sharpest_point(parameters: Iterable[nn.Parameter], rho: float, adaptive: bool = False) -> Iterator[None]:
-    """Let parameters be, within the block, where the loss is highest near them, to first order: the ascent of SAM.
-
-    They are moved by `ρ g/‖g‖`, or if adaptive by `ρ w² g/‖w g‖`, with the gradients g that they hold and norms over all of them
-    together; afterwards they have their own values again, bit by bit. A common factor of the gradients, as of a loss scaler, changes
-    nothing.
-
-    Args:
-        parameters: The parameters; those without a gradient stay.
-        rho: The radius ρ > 0.
-        adaptive: Whether the radius is relative to the size of each weight (ASAM), so that it need not know the weights' scale.
-
-    Source:
-        Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization", ICLR 2021, arXiv 2010.01412, equation 2;
-        adaptive: Kwon et al., "ASAM", ICML 2021, arXiv 2102.11600, equation 8, without its constant η.
-    """
-    with torch.no_grad():
-        moved = [parameter for parameter in parameters if parameter.grad is not None]
-        own = [parameter.clone() for parameter in moved]
-        slopes = [cast(Tensor, parameter.grad) for parameter in moved]
-        if adaptive:
-            slopes = [slope * parameter.abs() for slope, parameter in zip(slopes, moved, strict=True)]
-        norm = nn.utils.get_total_norm(slopes)
-        step = rho / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-        for parameter, slope in zip(moved, slopes, strict=True):
-            parameter.add_(slope * step * (parameter.abs() if adaptive else 1))
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in zip(moved, own, strict=True):
-                parameter.copy_(value)
-
-
-@contextmanager
-def kept_statistics(module: nn.Module) -> Iterator[None]:
-    """Let BatchNorm's running statistics be after the block as they were before it."""
-    names = ("running_mean", "running_var", "num_batches_tracked")
-    statistics = [buffer for name, buffer in module.named_buffers() if name.rpartition(".")[2] in names]
-    before = [buffer.clone() for buffer in statistics]
-    try:
-        yield
-    finally:
-        for buffer, value in zip(statistics, before, strict=True):
-            buffer.copy_(value)
 
 
 class WarmupMultiStep(SequentialLR):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from etflight import Classifier, CrossEntropyLoss, LinearHead
 from etflight.data import Digits
-from etflight.optim import at_sharpest_point
+from etflight.sam import at_sharpest_point
 from etflight.utils.errors import UserError
 from tests.training import GLOBAL_BATCH, small_vit
 from tests.training import new_trainer as trainer
