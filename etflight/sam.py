@@ -1,8 +1,9 @@
 """Sharpness-aware minimization (SAM): steps by the gradients of the sharpest point nearby."""
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -11,8 +12,25 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from etflight.checkpoint.hyperparameters import require
 from etflight.utils.errors import UserError
 from etflight.utils.lightning_private import only_passes
+
+
+def check_radius(given: Mapping[str, Any]) -> None:
+    """Refuse a model's `sam_rho` and `sam_adaptive` that cannot be; see `Classifier`.
+
+    Raises:
+        UserError: The radius is negative or not finite, or is missing.
+    """
+    require(given, "sam_rho", lambda rho: 0 <= rho < math.inf, "give a finite radius, 0 for none")
+    has_radius = given["sam_rho"] > 0
+    require(
+        given,
+        "sam_adaptive",
+        lambda adapts: has_radius or not adapts,
+        "it needs a radius: give sam_rho, for example 0.5",
+    )
 
 
 class SharpnessAwareStep:
@@ -29,6 +47,11 @@ class SharpnessAwareStep:
         self.rho = rho
         self.adaptive = adaptive
         self._batches: list[tuple[Any, int]] = []
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self | None:
+        """Make it of a model's `sam_rho` and `sam_adaptive`; None without a radius."""
+        return cls(given["sam_rho"], given["sam_adaptive"]) if given["sam_rho"] > 0 else None
 
     def collect(self, batch: Any, batch_idx: int, trainer: Trainer) -> None:
         """Keep a batch that is about to be trained, as one of its step; several batches make a step while gradients accumulate."""

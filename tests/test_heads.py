@@ -10,8 +10,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from etflight import CosineHead, DotRegressionLoss, ETFHead, Head, LinearHead, ScaledLinearHead, simplex_etf
+from etflight.checkpoint.weights_to_come import weights_come_next
 from etflight.embedder import Rotation
-from etflight.heads import codes_from_state_dict
 from etflight.utils.errors import UserError
 from tests.tensors import LargestTensor
 
@@ -134,7 +134,7 @@ def test_a_sphere_code_is_not_computed_where_a_state_dict_brings_it():
     trained = ETFHead(5, 20, code="sphere")
     cosines = trained.weight @ trained.weight.T - 2 * torch.eye(20)
     assert cosines.max() < 0.6
-    with codes_from_state_dict():
+    with weights_come_next():
         loaded, simplex = ETFHead(5, 20, code="sphere"), ETFHead(16, 10)
     assert loaded.weight.isnan().all()
     loaded.load_state_dict(trained.state_dict())

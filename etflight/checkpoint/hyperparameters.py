@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from textwrap import shorten
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -26,6 +26,26 @@ class Pluggable(Protocol):
     """
 
     PLUGGABLE: ClassVar[Mapping[str, type]]
+
+
+def require(given: Mapping[str, Any], name: str, holds: Callable[[Any], bool], mend: str) -> None:
+    """Refuse an argument that no training can use, before a network is built or its weights are downloaded.
+
+    Args:
+        given: The arguments by name.
+        name: The argument.
+        holds: Whether a value is fine; a `TypeError` says that it is of another kind.
+        mend: What to give instead.
+
+    Raises:
+        UserError: The value is not fine.
+    """
+    try:
+        fine = holds(given[name])
+    except TypeError:
+        fine = False
+    if not fine:
+        raise UserError(f"{name} is {given[name]}: {mend}")
 
 
 def plain_arguments(given: Mapping[str, Any], model: type[Pluggable]) -> dict[str, Any]:
