@@ -124,8 +124,10 @@ class Classifier(Network):
     ) -> None:
         super().__init__()
         if not isinstance(backbone, str):
-            mend = "give a name that timm knows, with its arguments in model_kwargs; timm.register_model gives a network of your own a name"
-            raise UserError(f"backbone is a {type(backbone).__name__}: {mend}")
+            raise UserError(
+                f"backbone is a {type(backbone).__name__}: give a name that timm knows, with its arguments in model_kwargs; "
+                "timm.register_model gives a network of your own a name"
+            )
         self.save_hyperparameters(ignore=["class_counts"])  # which is in the state dict
         self.hparams.pop("_instantiator", None)  # it names a function that loading would import and call
         if isinstance(class_weights, Mapping):  # in YAML the name 3 is a number

@@ -166,7 +166,7 @@ def test_two_processes_learn_what_one_does(two_ready_processes, tmp_path):
 @pytest.mark.parametrize("mix", ["mixup", "cutmix"])
 def test_a_pull_to_class_means_says_that_it_needs_classes(mix):
     options = {"limit_train_batches": 1, "limit_val_batches": 0, "max_epochs": 1}
-    with pytest.raises(UserError, match=r"center_pull needs one class for each image.*--data.mixup 0"):
+    with pytest.raises(UserError, match="center_pull.*mixup=0"):
         trainer(**options).fit(small(center_pull=0.1, **ETF_CE), Digits(batch_size=16, **{mix: 1.0}))
     trainer(**options).fit(small(feature_penalty=0.1, **ETF_CE), Digits(batch_size=16, **{mix: 1.0}))
 

@@ -8,7 +8,7 @@ from textwrap import shorten
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from etflight.checkpoint.specs import as_plain, find_class, is_plain, to_spec
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, argument
 from etflight.utils.limits import refuse_names
 
 Made = TypeVar("Made")
@@ -125,7 +125,7 @@ def plain_hyperparameters(
     if isinstance(backbone := saved.get("backbone"), str) and ":" in backbone:
         raise UserError(
             f"the checkpoint's backbone {backbone} is described outside of timm: name it yourself if you trust it "
-            f"(--model.backbone {backbone}, or backbone= in Python)"
+            f"({argument('model.backbone', backbone)})"
         )
     if "model_kwargs" in saved:
         saved["model_kwargs"] = _without_weights(saved["model_kwargs"])

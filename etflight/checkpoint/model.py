@@ -3,12 +3,12 @@
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from lightning.pytorch import LightningModule
 
 from etflight.checkpoint.files import read_checkpoint, refuse_others
-from etflight.checkpoint.hyperparameters import fixed_by, make_with, plain_hyperparameters
+from etflight.checkpoint.hyperparameters import Pluggable, fixed_by, make_with, plain_hyperparameters
 from etflight.checkpoint.specs import objections
 from etflight.checkpoint.weights_to_come import weights_come_next
 from etflight.utils.errors import UserError, argument, brief
@@ -40,7 +40,7 @@ def load_model(cls: type[Model], path: str | Path, map_location: Any, strict: bo
     named = objections({"class_path": cls.__name__, "init_args": {}}, f"checkpoint {path}")
     # class vectors that the file lacks are an error if all weights must match, and else must be computed
     with weights_come_next() if strict or "head.weight" in state else nullcontext(), named:
-        model = make_with(cls, plain_hyperparameters(checkpoint, cls, given), given)  # type: ignore[type-var]
+        model = make_with(cls, plain_hyperparameters(checkpoint, cast(type[Pluggable], cls), given), given)
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(state, strict=strict)
     return model.to(next(iter(state.values())).device)
