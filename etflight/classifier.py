@@ -143,14 +143,14 @@ class Classifier(Network):
         pretrained = pretrained and not do_weights_come_next()
         network, width = build_backbone(backbone, in_chans=in_chans, pretrained=pretrained, model_kwargs=model_kwargs)
         self._assemble(network, self._maker("head")(width, num_classes), self._maker("loss")(), num_classes)
-        self.loss.check_head(self.head)
         if isinstance(self._class_weights, list):  # names wait for the data's
             self.loss.set_class_weights(class_weights_of(self._class_weights, num_classes, None))
         if class_counts is not None:
             self.set_class_counts(class_counts)
         self._lr = float("nan")
         self._is_recorded = False  # whether the metrics have the loss of the batch that is being trained
-        self._sharpness = SharpnessAwareStep.of(self.hparams)
+        rho, adaptive = self.hparams["sam_rho"], self.hparams["sam_adaptive"]
+        self._sharpness = SharpnessAwareStep(rho, adaptive) if rho > 0 else None
         self._total_epochs: int | None = None
         self.losses: Any = nn.ModuleDict({f"{stage}_loss": SampleMean() for stage in ("train", "val", "test")})
         self.finite_loss = FiniteLoss()

@@ -50,6 +50,7 @@ class Network(LightningModule):
     _other_arguments: Sequence[str] = ()  # in which the checkpoint being loaded differs from this model
 
     def _assemble(self, backbone: nn.Module, head: Head, loss: Loss, num_classes: int) -> None:
+        loss.check_head(head)
         self.backbone = backbone.to(memory_format=torch.channels_last)
         self.head: Any = head
         self.loss: Any = loss

@@ -97,17 +97,22 @@ def assemble(
             f"{type(schedule).__name__} gives all layers one learning rate, so {option} would have no effect: "
             f"choose a schedule that multiplies rates, such as WarmupCosine, or leave {option} out"
         )
+    return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": _as_lightning_takes(schedule, trainer)})
+
+
+def _as_lightning_takes(schedule: Any, trainer: Trainer) -> dict[str, Any]:
+    """A schedule with what it follows and when; a warning comes for one that ends before its warm-up is over."""
     if getattr(schedule, "only_rises", False) and trainer.is_global_zero and not is_trial_run(trainer):
         warn(
-            f"the learning rate only rises: training ends after {trainer.max_epochs} epochs, before the warm-up is over: give a smaller "
-            f"warmup_epochs ({argument('model.lr_scheduler.warmup_epochs')})"
+            f"the learning rate only rises: training ends after {trainer.max_epochs} epochs, before the warm-up is over: "
+            f"give a smaller {argument('model.lr_scheduler.warmup_epochs')}"
         )
-    config: dict[str, Any] = {"scheduler": schedule}
-    if isinstance(schedule, ReduceLROnPlateau):
-        config["monitor"] = monitor = getattr(schedule, "monitor", "val/loss")
-        if not monitor.startswith("train/"):  # there is a new value only after each validation
-            config["frequency"] = trainer.check_val_every_n_epoch or 1
-    return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": config})
+    if not isinstance(schedule, ReduceLROnPlateau):
+        return {"scheduler": schedule}
+    monitor = getattr(schedule, "monitor", "val/loss")
+    # there is a new value of others only after each validation
+    epochs = 1 if monitor.startswith("train/") else trainer.check_val_every_n_epoch or 1
+    return {"scheduler": schedule, "monitor": monitor, "frequency": epochs}
 
 
 def takes_length(make_schedule: Maker | None) -> bool:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -47,11 +47,6 @@ class SharpnessAwareStep:
         self.rho = rho
         self.adaptive = adaptive
         self._batches: list[tuple[Any, int]] = []
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Self | None:
-        """Make it of a model's `sam_rho` and `sam_adaptive`; None without a radius."""
-        return cls(given["sam_rho"], given["sam_adaptive"]) if given["sam_rho"] > 0 else None
 
     def collect(self, batch: Any, batch_idx: int, trainer: Trainer) -> None:
         """Keep a batch that is about to be trained, as one of its step; several batches make a step while gradients accumulate."""

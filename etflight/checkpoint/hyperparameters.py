@@ -75,12 +75,12 @@ def plain_arguments(given: Mapping[str, Any], model: type[Pluggable]) -> dict[st
 def differing(saved: Mapping[str, Any], own: Mapping[str, Any], model: type[Pluggable]) -> list[str]:
     """Return the names of the arguments of a model in which a checkpoint differs; one that is left out is at its default."""
     parameters = inspect.signature(model).parameters if saved else {}
-    full = partial(_in_full, model.PLUGGABLE)
+    full = partial(_with_defaults, model.PLUGGABLE)
     both = {name: (saved.get(name, parameters[name].default), own[name]) for name in parameters if name in own}
     return [name for name, (one, other) in both.items() if full(name, one) != full(name, other)]
 
 
-def _in_full(pluggable: Mapping[str, type], name: str, value: Any) -> Any:
+def _with_defaults(pluggable: Mapping[str, type], name: str, value: Any) -> Any:
     if name not in pluggable or value is None:
         return _as_lists(_without_weights(value) if name == "model_kwargs" else value)
     spec = to_spec(value, name)
@@ -118,7 +118,9 @@ def plain_hyperparameters(
             raise UserError(f"the checkpoint's hyper-parameter {name} is not plain data: {value!r}")
         if spec is None:
             refuse_names(
-                _taker(model, name), {name: _without_weights(value) if name == "model_kwargs" else value}, "model"
+                _class_with_argument(model, name),
+                {name: _without_weights(value) if name == "model_kwargs" else value},
+                "model",
             )
         elif (cls := find_class(spec, model.PLUGGABLE[name])) is not None:
             refuse_names(cls, spec["init_args"], name)
@@ -161,7 +163,7 @@ def make_with(model: type[Made], saved: Mapping[str, Any], given: Mapping[str, A
     return make_with(model, {name: value for name, value in saved.items() if name != twice[1]}, given)
 
 
-def _taker(model: type, name: str) -> type:
+def _class_with_argument(model: type, name: str) -> type:
     """The class that has the argument: the model's own, or the next of its bases, to which it is passed on."""
     return next((cls for cls in model.__mro__[:-1] if name in inspect.signature(cls).parameters), model)
 
