@@ -25,8 +25,9 @@ __version__ = "0.1.0"
 # lazy, because torch and Lightning take seconds to import and `etflight --version` should not
 _HOMES = ("geometry", "heads", "losses", "classifier")  # modules of these names, the quickest to import first
 _SUBMODULES = {
-    "analysis", "backbones", "callbacks", "checkpoint", "classifier", "cli", "data", "embedder", "export", "geometry", "heads", "losses",
-    "metrics", "optim", "penalties", "plotting", "reporting", "runs", "sharded", "utils",
+    "analysis", "backbones", "callbacks", "checkpoint", "classifier", "cli", "data", "decision", "divergence", "embedder", "export",
+    "geometry", "heads", "losses", "metrics", "network", "objective", "optim", "penalties", "plotting", "reporting", "runs", "sam",
+    "sharded", "utils",
 }  # fmt: skip
 
 __all__ = [

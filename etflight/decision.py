@@ -7,16 +7,23 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from etflight.checkpoint.hyperparameters import require
 from etflight.losses import log_prior
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, argument
 from etflight.utils.precision import at_least_float32
 
 Adjustment = Literal["additive", "multiplicative"]
-# name, what must hold, and the mend, of a decision's options
-RULES_OF_OPTIONS: list[tuple[str, Callable[[Any], bool], str]] = [
-    ("logit_adjustment", math.isfinite, "give a finite τ, 0 for none"),
-    ("adjustment", lambda name: name in get_args(Adjustment), f"give one of {', '.join(get_args(Adjustment))}"),
-]
+
+
+def check_adjustment(given: Mapping[str, Any]) -> None:
+    """Refuse a model's `logit_adjustment` and `adjustment` that decide nothing; see `Classifier`.
+
+    Raises:
+        UserError: They are not finite, or not one of the names.
+    """
+    require(given, "logit_adjustment", math.isfinite, "give a finite τ, 0 for none")
+    names = get_args(Adjustment)
+    require(given, "adjustment", lambda name: name in names, f"give one of {', '.join(names)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,10 +85,17 @@ class Decision:
         """Say what temperature the probabilities have, and where it comes from."""
         temperature = float(self.temperature)
         if temperature == 1:
-            return "no temperature fitted for this decision: see --data.val_fraction"
+            return f"no temperature fitted for this decision: see {argument('data.val_fraction')}"
         if self.is_fitted:
             return f"temperature {temperature:.3g}, fitted on held-out images"
         return f"temperature {temperature:.3g}, the default of {self.loss}"
+
+    def describe_stale_temperature(self) -> str:
+        """Say that the temperature, as it still is, was fitted for another decision, and where this one's comes from."""
+        return (
+            f"temperature {float(self.temperature):.3g} was fitted for another decision; this one has none: it is fitted in a test or "
+            f"prediction with the images of the training (its data options, {argument('data.val_fraction')} included)"
+        )
 
     def describe_adjustment(self) -> str:
         """Say by what the logits are adjusted; empty if they are not."""

@@ -1,9 +1,7 @@
 """Classifier heads: they map a backbone's pooled features to logits, with class vectors."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Literal, Self, get_args
 
@@ -11,26 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from etflight.checkpoint.weights_to_come import do_weights_come_next
 from etflight.embedder import Embedder
 from etflight.geometry import class_code, orthant_code, simplex_etf
 from etflight.utils.errors import UserError
 from etflight.utils.precision import at_least_float32, exact_product
 
 Code = Literal["simplex", "orthant", "sphere"]
-_codes_follow = ContextVar("codes_follow", default=False)
-
-
-@contextmanager
-def codes_from_state_dict() -> Iterator[None]:
-    """Leave sphere codes NaN within the block, for models whose state dict is loaded next.
-
-    Computing them can take minutes.
-    """
-    token = _codes_follow.set(True)
-    try:
-        yield
-    finally:
-        _codes_follow.reset(token)
 
 
 class Head(nn.Module):
@@ -405,6 +390,6 @@ def _class_vectors(code: Code, num_classes: int, width: int, seed: int) -> Tenso
         return simplex_etf(num_classes, width, seed=seed)
     if code == "orthant":
         return orthant_code(num_classes, width, seed=seed)
-    if _codes_follow.get():
+    if do_weights_come_next():
         return torch.full((num_classes, width), math.nan)
     return class_code(num_classes, width, seed=seed)

@@ -1,26 +1,168 @@
-"""Optimizer, parameter groups, sharpness-aware steps and learning-rate schedules of the field's protocols, composed from torch's own.
+"""Optimizer, parameter groups and learning-rate schedules of the field's protocols, composed from torch's own.
 
 `Classifier` passes the trainer's `max_epochs` to a schedule that takes `total_epochs` and has no value for it.
 """
 
+import inspect
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
+from torch.optim import LBFGS, SGD, Optimizer
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LinearLR,
+    LRScheduler,
+    MultiStepLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
 
-from etflight.utils.errors import UserError
+from etflight.checkpoint.hyperparameters import require
+from etflight.checkpoint.specs import Maker
+from etflight.utils.errors import UserError, argument, warn
+from etflight.utils.trainer import is_trial_run
 
 PROTOCOL_SGD = partial(SGD, lr=0.1, momentum=0.9, weight_decay=2e-4)
 """SGD as in the released code of Yang et al. 2022 for the CIFAR sets."""
+
+
+def check_rates(given: Mapping[str, Any]) -> None:
+    """Refuse a model's `layer_decay` and `lr_scale` that no optimizer can use; see `Classifier`.
+
+    Raises:
+        UserError: They are out of range.
+    """
+    require(
+        given, "layer_decay", lambda factor: 0 < factor <= 1, "give a factor from above 0 to 1, 1 for one learning rate"
+    )
+    for part, scale in (given["lr_scale"] or {}).items():
+        if not 0 < scale < math.inf:
+            raise UserError(
+                f"lr_scale of {part} is {scale}: give a positive, finite factor; to freeze it, {argument('fine_tuning.freeze')}"
+            )
+
+
+def assemble(
+    model: nn.Module,
+    make_optimizer: Maker,
+    make_schedule: Maker | None,
+    trainer: Trainer,
+    *,
+    backbone: nn.Module,
+    undecayed: Iterable[nn.Parameter],
+    layer_decay: float = 1.0,
+    lr_scale: Mapping[str, float] | None = None,
+) -> OptimizerLRScheduler:
+    """Make the optimizer over everything trainable, and the schedule, stepped each epoch, as Lightning takes them.
+
+    Args:
+        model: The whole model.
+        make_optimizer: Makes the optimizer from parameters or their groups.
+        make_schedule: Makes the schedule from the optimizer, and from `total_epochs` if it takes this and has no value for it; or None.
+        trainer: The trainer that will train.
+        backbone: The part of the model that timm built.
+        undecayed: The parameters that weight decay leaves alone.
+        layer_decay: The factor of the learning rate from one layer of the backbone to the one before it.
+        lr_scale: Factors of the learning rate for parts of the model, by name.
+
+    Raises:
+        UserError: The parts cannot work together.
+    """
+    fused = {"fused": True} if _can_fuse(make_optimizer, trainer, next(model.parameters()).device) else {}
+    if layer_decay == 1 and not lr_scale:
+        optimizer: Optimizer = make_optimizer((p for p in model.parameters() if p.requires_grad), **fused)
+    else:
+        optimizer = make_optimizer(rate_groups(model, backbone, layer_decay, lr_scale), **fused)
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * group["lr_scale"]
+    spare_from_decay(optimizer, undecayed)
+    if isinstance(optimizer, LBFGS):
+        _refuse_for_lbfgs(trainer)
+        backbone.to(memory_format=torch.contiguous_format)  # it flattens gradients
+    if make_schedule is None:
+        return optimizer
+    schedule = make_schedule(optimizer, **({"total_epochs": trainer.max_epochs} if takes_length(make_schedule) else {}))
+    if "lr_scale" in optimizer.param_groups[0] and not _keeps_scales(optimizer):
+        option = "layer_decay" if layer_decay != 1 else "lr_scale"
+        raise UserError(
+            f"{type(schedule).__name__} gives all layers one learning rate, so {option} would have no effect: "
+            f"choose a schedule that multiplies rates, such as WarmupCosine, or leave {option} out"
+        )
+    return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": _as_lightning_takes(schedule, trainer)})
+
+
+def _as_lightning_takes(schedule: Any, trainer: Trainer) -> dict[str, Any]:
+    """A schedule with what it follows and when; a warning comes for one that ends before its warm-up is over."""
+    if getattr(schedule, "only_rises", False) and trainer.is_global_zero and not is_trial_run(trainer):
+        warn(
+            f"the learning rate only rises: training ends after {trainer.max_epochs} epochs, before the warm-up is over: "
+            f"give a smaller {argument('model.lr_scheduler.warmup_epochs')}"
+        )
+    if not isinstance(schedule, ReduceLROnPlateau):
+        return {"scheduler": schedule}
+    monitor = getattr(schedule, "monitor", "val/loss")
+    # there is a new value of others only after each validation
+    epochs = 1 if monitor.startswith("train/") else trainer.check_val_every_n_epoch or 1
+    return {"scheduler": schedule, "monitor": monitor, "frequency": epochs}
+
+
+def takes_length(make_schedule: Maker | None) -> bool:
+    """Whether a schedule takes the length of training from the trainer."""
+    if make_schedule is None or "total_epochs" not in inspect.signature(make_schedule).parameters:
+        return False
+    return make_schedule.keywords.get("total_epochs") is None
+
+
+def refuse_unlogged_monitor(trainer: Trainer, prefix: str = "") -> None:
+    """Refuse a schedule that follows a number which nothing has logged.
+
+    Args:
+        trainer: The trainer.
+        prefix: The start of the names that should be known by now; empty for those of schedules that need them after this epoch.
+
+    Raises:
+        UserError: There is such a schedule.
+    """
+    for config in trainer.lr_scheduler_configs:
+        monitor, logged = config.monitor or "", list(trainer.callback_metrics)
+        due = monitor.startswith(prefix) if prefix else (trainer.current_epoch + 1) % config.frequency == 0
+        if config.reduce_on_plateau and due and monitor not in logged:
+            near = ", ".join(get_close_matches(monitor, logged)) or "train/loss or, with validation, val/loss"
+            raise UserError(
+                f"lr_scheduler: ReduceLROnPlateau cannot follow its monitor {monitor!r}, which nothing has logged: give another, "
+                f"such as {near}"
+            )
+
+
+def _can_fuse(make: Maker, trainer: Trainer, device: torch.device) -> bool:
+    """Whether to use the optimizer's fused step: it exists here, no other was asked for, and no gradients are clipped.
+
+    Lightning cannot clip gradients for a fused step.
+    """
+    if trainer.gradient_clip_val or "fused" not in inspect.signature(make.func).parameters:
+        return False
+    chosen = any(make.keywords.get(name) not in (None, False) for name in ("foreach", "differentiable"))
+    return not chosen and make.keywords.get("fused") is None and device.type in ("cpu", "cuda")
+
+
+def _refuse_for_lbfgs(trainer: Trainer) -> None:
+    several = "optimizer: LBFGS evaluates the loss several times a step, and"
+    if trainer.world_size > 1:
+        raise UserError(f"{several} each process would decide for itself when a step is over: train on one device")
+    if trainer.accumulate_grad_batches > 1:
+        raise UserError(
+            f"{several} each evaluation of a step would add to the accumulated gradients: "
+            f"raise {argument('data.batch_size')} instead of accumulating"
+        )
 
 
 def rate_groups(
@@ -38,7 +180,7 @@ def rate_groups(
         scales: Further factors for parts of the model, by name; a part within another part has only its own.
 
     Returns:
-        Groups for an optimizer, the fastest first, each with its `lr_scale`, for `scale_rates`.
+        Groups for an optimizer, the fastest first, each with its `lr_scale`.
 
     Raises:
         UserError: The backbone's layers are unknown to timm, or there is no such part.
@@ -83,16 +225,16 @@ def _part(model: nn.Module, name: str) -> list[nn.Parameter]:
     return parameters
 
 
-def scale_rates(optimizer: Optimizer) -> None:
-    """Multiply the learning rate of each group of `rate_groups` by its `lr_scale`."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["lr"] * group["lr_scale"]
-
-
-def keeps_scales(optimizer: Optimizer) -> bool:
+def _keeps_scales(optimizer: Optimizer) -> bool:
     """Whether the rates that a schedule has set for the first epoch or cycle still differ by their `lr_scale`."""
     rates = [float(group.get("initial_lr", group["lr"])) / group["lr_scale"] for group in optimizer.param_groups]
     return all(math.isclose(rate, rates[0], rel_tol=1e-6) for rate in rates)
+
+
+def rate_of_head(optimizers: Sequence[Optimizer]) -> float:
+    """The learning rate of the first optimizer before any `lr_scale`, which is the head's; NaN without an optimizer."""
+    group = optimizers[0].param_groups[0] if optimizers else {"lr": math.nan}
+    return float(group["lr"]) / group.get("lr_scale", 1.0)
 
 
 def spare_from_decay(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
@@ -123,54 +265,6 @@ def match_layouts(optimizer: Optimizer) -> None:
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-@contextmanager
-def at_sharpest_point(parameters: Iterable[nn.Parameter], rho: float, adaptive: bool = False) -> Iterator[None]:
-    """Let parameters be, within the block, where the loss is highest near them, to first order: the ascent of SAM.
-
-    They are moved by `ρ g/‖g‖`, or if adaptive by `ρ w² g/‖w g‖`, with the gradients g that they hold and norms over all of them
-    together; afterwards they have their own values again, bit by bit. A common factor of the gradients, as of a loss scaler, changes
-    nothing.
-
-    Args:
-        parameters: The parameters; those without a gradient stay.
-        rho: The radius ρ > 0.
-        adaptive: Whether the radius is relative to the size of each weight (ASAM), so that it need not know the weights' scale.
-
-    Source:
-        Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization", ICLR 2021, arXiv 2010.01412, equation 2;
-        adaptive: Kwon et al., "ASAM", ICML 2021, arXiv 2102.11600, equation 8, without its constant η.
-    """
-    with torch.no_grad():
-        moved = [parameter for parameter in parameters if parameter.grad is not None]
-        own = [parameter.clone() for parameter in moved]
-        slopes = [cast(Tensor, parameter.grad) for parameter in moved]
-        if adaptive:
-            slopes = [slope * parameter.abs() for slope, parameter in zip(slopes, moved, strict=True)]
-        norm = nn.utils.get_total_norm(slopes)
-        step = rho / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-        for parameter, slope in zip(moved, slopes, strict=True):
-            parameter.add_(slope * step * (parameter.abs() if adaptive else 1))
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in zip(moved, own, strict=True):
-                parameter.copy_(value)
-
-
-@contextmanager
-def kept_statistics(module: nn.Module) -> Iterator[None]:
-    """Let BatchNorm's running statistics be after the block as they were before it."""
-    names = ("running_mean", "running_var", "num_batches_tracked")
-    statistics = [buffer for name, buffer in module.named_buffers() if name.rpartition(".")[2] in names]
-    before = [buffer.clone() for buffer in statistics]
-    try:
-        yield
-    finally:
-        for buffer, value in zip(statistics, before, strict=True):
-            buffer.copy_(value)
 
 
 class WarmupMultiStep(SequentialLR):

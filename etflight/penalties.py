@@ -4,12 +4,27 @@ Each is the mean over the images of this process, of which the mean over process
 whole batch; so are the gradients.
 """
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from etflight.checkpoint.hyperparameters import require
 from etflight.utils.precision import at_least_float32, no_autocast
 from etflight.utils.ranks import sum_over_ranks
+
+
+def check_factors(given: Mapping[str, Any]) -> None:
+    """Refuse a model's factors `feature_penalty` and `center_pull` that are negative or not finite; see `Classifier`.
+
+    Raises:
+        UserError: One of them is.
+    """
+    for name in ("feature_penalty", "center_pull"):
+        require(given, name, lambda factor: 0 <= factor < math.inf, "give a finite factor, not negative, 0 for none")
 
 
 def feature_penalty(features: Tensor) -> Tensor:

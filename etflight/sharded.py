@@ -85,11 +85,11 @@ class ShardedClassVectors(nn.Module):
         """
         embedding = at_least_float32(embedding)
         sizes = _sizes(len(target), target.device)
-        targets = self._targets(target, sizes)
-        own, rows = self._owned(targets)
+        targets = self._all_targets(target, sizes)
+        own, rows = self._rows_of_targets(targets)
         vectors = embedding.new_zeros(len(targets), self.shard.shape[1])
         vectors[own] = self.shard[rows].to(vectors.dtype)
-        return (embedding * sum_over_ranks(vectors)[_mine(sizes)]).sum(1) * self.scale
+        return (embedding * sum_over_ranks(vectors)[_own_slice(sizes)]).sum(1) * self.scale
 
     @torch.no_grad()
     def decide(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,10 +103,10 @@ class ShardedClassVectors(nn.Module):
         """
         embedding = at_least_float32(embedding)
         sizes = _sizes(len(embedding), embedding.device)
-        value, index = self._logits(_all(embedding, sizes)).max(dim=1)
+        value, index = self._logits(_gathered(embedding, sizes)).max(dim=1)
         largest = max_over_ranks(value)
         index = torch.where((value == largest) | value.isnan(), index + self.start, self.num_classes)
-        return -max_over_ranks(-index)[_mine(sizes)], largest[_mine(sizes)]
+        return -max_over_ranks(-index)[_own_slice(sizes)], largest[_own_slice(sizes)]
 
     def extra_repr(self) -> str:
         """Return the sizes, for `print`."""
@@ -116,15 +116,15 @@ class ShardedClassVectors(nn.Module):
         """The logits of this process's classes, `[N, k]`."""
         return self.scale * exact_product(embedding, self.shard)
 
-    def _targets(self, own: Tensor, sizes: list[int]) -> Tensor:
+    def _all_targets(self, own: Tensor, sizes: list[int]) -> Tensor:
         """The targets of all processes."""
-        targets = _all(own, sizes)
+        targets = _gathered(own, sizes)
         outside = targets[(targets < 0) | (targets >= self.num_classes)]
         if len(outside):
             raise UserError(f"target {int(outside[0])} is not a class: give 0 to {self.num_classes - 1}")
         return targets
 
-    def _owned(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _rows_of_targets(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Which samples belong to classes of this process, and the rows of those classes."""
         own = torch.nonzero((targets >= self.start) & (targets < self.start + len(self.shard))).flatten()
         return own, targets[own] - self.start
@@ -134,10 +134,10 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, embedding: Tensor, target: Tensor, vectors: ShardedClassVectors) -> Tensor:
         sizes = _sizes(len(target), target.device)
-        targets = vectors._targets(target, sizes)
-        logits = vectors._logits(_all(embedding, sizes))
+        targets = vectors._all_targets(target, sizes)
+        logits = vectors._logits(_gathered(embedding, sizes))
         logits -= max_over_ranks(logits.amax(dim=1))[:, None]
-        own, rows = vectors._owned(targets)
+        own, rows = vectors._rows_of_targets(targets)
         sums = logits.new_zeros(2, len(targets))  # of the exponentials, and of the targets' logits
         sums[1, own] = logits[own, rows]
         probabilities = logits.exp_()
@@ -147,7 +147,7 @@ class _CrossEntropy(torch.autograd.Function):
         probabilities[own, rows] -= 1  # by now the gradient of the losses with respect to the logits
         ctx.vectors, ctx.sizes = vectors, sizes
         ctx.save_for_backward(probabilities)
-        return (sums[0].log() - sums[1])[_mine(sizes)]
+        return (sums[0].log() - sums[1])[_own_slice(sizes)]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -157,10 +157,10 @@ class _CrossEntropy(torch.autograd.Function):
             )
         (gradient,) = ctx.saved_tensors
         vectors, sizes = ctx.vectors, ctx.sizes
-        weights = vectors.scale * _all(grad.contiguous(), sizes)
+        weights = vectors.scale * _gathered(grad.contiguous(), sizes)
         with no_autocast(gradient.device):
             own = (gradient * weights[:, None]) @ vectors.shard.to(gradient.dtype)
-        return sum_over_ranks(own)[_mine(sizes)], None, None
+        return sum_over_ranks(own)[_own_slice(sizes)], None, None
 
 
 # Collectives, which do nothing on a single process ---------------------------------------------------------------
@@ -176,13 +176,13 @@ def _sizes(own: int, device: torch.device) -> list[int]:
     return sum_over_ranks(sizes).tolist()
 
 
-def _mine(sizes: list[int]) -> slice:
+def _own_slice(sizes: list[int]) -> slice:
     """The place of this process's samples among all."""
     _, rank = world()
     return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
 
 
-def _all(own: Tensor, sizes: list[int]) -> Tensor:
+def _gathered(own: Tensor, sizes: list[int]) -> Tensor:
     """The rows of all processes, without gradient."""
     if len(sizes) == 1:
         return own.detach()

@@ -17,7 +17,7 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from etflight import Classifier, CrossEntropyLoss, DotRegressionLoss, ETFHead, LinearHead, LogitAdjustedLoss, NONLLoss
+from etflight import Classifier, CrossEntropyLoss, DotRegressionLoss, ETFHead, LinearHead, LogitAdjustedLoss
 from etflight.callbacks import NeuralCollapseMonitor
 from etflight.data import Digits
 from etflight.optim import WarmupCosine
@@ -177,10 +177,10 @@ def test_a_subclass_that_changes_the_logits_or_the_loss_trains_with_its_own(mode
 
 
 def test_a_step_of_one_image_is_refused_where_it_has_no_spread():
-    with pytest.raises(UserError, match=r"one image: give --data.batch_size 2"):
+    with pytest.raises(UserError, match=r"one image.*batch_size"):
         small().training_step((IMAGES[:1], TARGET[:1]), 0)
     # its backbone's maps have more than one pixel
-    small(head=LinearHead, loss=CrossEntropyLoss)._training_loss(IMAGES[:1], TARGET[:1])
+    small(head=LinearHead, loss=CrossEntropyLoss).training_step((IMAGES[:1], TARGET[:1]), 0)
 
 
 def test_a_network_in_double_or_half_precision_takes_images_of_float32():
@@ -274,9 +274,9 @@ def test_class_weights_by_name_need_names_and_classes_of_these_names():
         ),
         ({"head": partial(ETFHead, scale=2.0)}, r"scale 2\.0"),
         ({"class_counts": [3, 4]}, "one per class"),
-        ({"class_weights": [1.0, 2.0]}, "class_weights has 2 entries for 10 classes"),
+        ({"class_weights": [1.0, 2.0]}, "class_weights has 2 entries"),
         ({"logit_adjustment": float("nan")}, "logit_adjustment.*finite"),
-        ({"adjustment": "exponential"}, "adjustment is exponential: give one of additive, multiplicative"),
+        ({"adjustment": "exponential"}, "adjustment is exponential.*additive"),
     ],
 )
 def test_parts_that_cannot_work_are_refused_in_one_line(options, reason):
@@ -299,8 +299,9 @@ def test_a_temperature_that_cannot_be_trusted_is_told_once_after_training(capsys
     torch.nn.init.zeros_(model.head.bias)
     trainer(max_epochs=2, limit_train_batches=1).fit(model, Digits(batch_size=64, val_fraction=0.1))
     told = [line for line in capsys.readouterr().err.splitlines() if "temperature" in line]
-    doubt = "all temperatures suit 129 held-out images equally well"
-    assert told == [f"etflight: warning: do not trust the temperature 1: {doubt}; hold out more (--data.val_fraction)"]
+    (line,) = told
+    assert "129 held-out images" in line
+    assert "val_fraction" in line
 
 
 def test_temperature_is_fitted_on_held_out_validation_and_never_on_the_test_set():
@@ -321,30 +322,6 @@ def test_temperature_is_fitted_on_held_out_validation_and_never_on_the_test_set(
     result = run.test(held_out, Digits(batch_size=32, val_fraction=0.2), verbose=False)[0]
     assert torch.equal(held_out.temperature, before)
     assert result["test/ece_calibrated"] < result["test/ece"]
-
-
-@pytest.mark.parametrize(
-    ("loss", "temperature"),
-    [
-        (CrossEntropyLoss, 1.0),
-        (NONLLoss, 0.1),
-        (
-            DotRegressionLoss,
-            (1 + 1 / 9) / math.log(9 * 0.99 / 0.01),
-        ),  # probability 0.99 at the class vector, ten classes
-    ],
-)
-def test_post_hoc_logit_adjustment_divides_the_probabilities_of_any_loss_by_the_prior(loss, temperature):
-    counts = torch.tensor([500, 300, 200, 100, 60, 40, 20, 10, 5, 5])
-    model = small(head=ETFHead, loss=loss, class_counts=counts.tolist(), logit_adjustment=1.0).eval()
-    with torch.no_grad():
-        divided = (model(IMAGES).double() / temperature).softmax(1) / counts
-        torch.testing.assert_close(
-            model.predict_step((IMAGES, TARGET), 0).double(),
-            divided / divided.sum(1, keepdim=True),
-            rtol=1e-4,
-            atol=1e-6,
-        )
 
 
 def test_weights_that_are_loaded_bring_the_loss_its_counts():
@@ -415,29 +392,34 @@ def saved_and_loaded(model, folder, data=None, cls=Classifier, **given):
     return cls.load_from_checkpoint(folder / "c.ckpt", **given)
 
 
-def test_numbers_of_numpy_and_torch_are_saved_as_plain_numbers(tmp_path):
+class Kind(StrEnum):
+    ADDITIVE = "additive"
+
+
+def test_numbers_of_numpy_and_torch_and_subclasses_of_plain_types_are_saved_as_these(tmp_path):
     options = {
         "optimizer": partial(SGD, lr=np.logspace(-3, -1, 3)[1]),
         "head": partial(ETFHead, scale=np.float32(16)),
         "loss": CrossEntropyLoss,
         "feature_penalty": np.float64(0.01),
         "logit_adjustment": torch.tensor(1.0),
+        "adjustment": Kind.ADDITIVE,
+        "lr_scale": OrderedDict(head=np.float64(0.5)),
         "class_weights": np.arange(1.0, 11.0),
         "class_counts": np.arange(1, 11),
     }
     loaded = saved_and_loaded(Classifier(np.int64(10), "resnet20_cifar", in_chans=1, **options), tmp_path)
     assert loaded.hparams["optimizer"]["init_args"] == {"lr": 0.01}
     assert loaded.hparams["class_weights"] == list(range(1, 11))
-    assert {type(loaded.hparams[name]) for name in ("num_classes", "feature_penalty", "logit_adjustment")} == {
-        int,
-        float,
-    }
+    assert loaded.hparams["lr_scale"] == {"head": 0.5}
+    types = {"num_classes": int, "feature_penalty": float, "logit_adjustment": float, "adjustment": str}
+    assert {name: type(loaded.hparams[name]) for name in types} == types
 
 
 def test_what_no_checkpoint_can_hold_is_refused_before_training():
     with pytest.raises(UserError, match=r"model_kwargs=.* cannot be written into a checkpoint"):
         small(model_kwargs={"act_layer": torch.nn.GELU})
-    with pytest.raises(UserError, match="backbone is a Linear: give a name that timm knows"):
+    with pytest.raises(UserError, match="backbone is a Linear"):
         Classifier(10, torch.nn.Linear(2, 2))
 
 
@@ -458,13 +440,10 @@ def test_a_foreign_data_module_may_keep_its_own_facts_its_own_way(kind, tmp_path
 @pytest.mark.parametrize(
     ("attributes", "reason"),
     [
-        ({"class_names": dict.fromkeys("abcdefghij", 0)}, "class_names of Foreign is a dict of"),
-        ({"class_names": 10}, "class_names of Foreign is 10: give a list"),
-        (
-            {"class_names": [*"abcdefgh", "a", "b"]},
-            "Foreign: classes 0 and 8 are both called 'a' .and 1 other name.: give each class",
-        ),
-        ({"class_counts": {0: 8}}, "class_counts is {0: 8}: give the number of training images"),
+        ({"class_names": dict.fromkeys("abcdefghij", 0)}, "class_names of Foreign"),
+        ({"class_names": 10}, "class_names of Foreign is 10"),
+        ({"class_names": [*"abcdefgh", "a", "b"]}, "Foreign: classes 0 and 8 .* 'a' .and 1 other"),
+        ({"class_counts": {0: 8}}, "class_counts is {0: 8}"),
     ],
 )
 def test_facts_that_cannot_be_read_are_refused_in_one_line(attributes, reason):
@@ -474,7 +453,7 @@ def test_facts_that_cannot_be_read_are_refused_in_one_line(attributes, reason):
 
 @pytest.mark.parametrize("images", [IMAGES[0], IMAGES.to(torch.uint8), IMAGES[0, 0]], ids=["one", "raw", "flat"])
 def test_only_batches_of_normalised_images_are_taken(images):
-    with pytest.raises(UserError, match=r"images must be floating \[B, C, H, W\], normalised"):
+    with pytest.raises(UserError, match=r"floating \[B, C, H, W\]"):
         small().eval()(images)
 
 
@@ -507,22 +486,22 @@ ONE_HOT = F.one_hot(TARGET, 10)
 @pytest.mark.parametrize(
     ("labels", "reason"),
     [
-        (ONE_HOT.float(), r"labels are torch\.float32 \[8, 10\]: give class indices \[B\] \(labels\.argmax\(1\) has them\)"),
-        (ONE_HOT, r"labels are torch\.int64 \[8, 10\]: give class indices"),
-        (TARGET[:, None], r"labels are torch\.int64 \[8, 1\]: give class indices \[B\] \(one integer for each image\)"),
-        (TARGET.float(), r"labels are torch\.float32 \[8\]: give class indices"),
-        (TARGET + 1, "label 10 is none of 10 classes: give labels from 0 to 9"),
-        (TARGET - 1, "label -1 is none of 10 classes"),
+        (ONE_HOT.float(), r"float32 \[8, 10\].*argmax"),
+        (ONE_HOT, r"int64 \[8, 10\].*argmax"),
+        (TARGET[:, None], r"int64 \[8, 1\].*one integer"),
+        (TARGET.float(), r"float32 \[8\]"),
+        (TARGET + 1, "label 10"),
+        (TARGET - 1, "label -1"),
     ],
     ids=["one-hot", "integers", "column", "floating", "beyond", "negative"],
 )  # fmt: skip
 def test_labels_that_name_no_class_are_refused_in_one_line(labels, reason):
-    for evaluate in (
-        trainer().test,
-        trainer().validate,
-        partial(trainer(max_epochs=1).fit, train_dataloaders=loader(TARGET)),
+    fit = partial(trainer(max_epochs=1).fit, train_dataloaders=loader(TARGET))
+    for evaluate, name in (
+        (trainer().test, "dataloaders"),
+        (trainer().validate, "dataloaders"),
+        (fit, "val_dataloaders"),
     ):
-        name = "val_dataloaders" if isinstance(evaluate, partial) else "dataloaders"
         with pytest.raises(UserError, match=reason):
             evaluate(small(), **{name: loader(labels)})
     if not labels.is_floating_point():
@@ -564,19 +543,19 @@ class OfDicts(Dataset):
     ids=["images", "three", "dict", "two loaders"],
 )
 def test_batches_that_are_not_images_and_labels_are_refused_in_one_line(batches, what):
-    with pytest.raises(UserError, match=rf"batches must be \(images, labels\), got {what}: change the data loader"):
+    with pytest.raises(UserError, match=what):
         trainer(max_epochs=1).fit(small(), batches)
     if what == "a dict":
-        with pytest.raises(UserError, match=r"batches must be images, or \(images, labels\), got a dict"):
+        with pytest.raises(UserError, match=what):
             trainer().predict(small(), batches)
 
 
 def test_several_loaders_are_predicted_one_by_one_and_not_evaluated_together():
     two = [loader(TARGET), loader(TARGET, -IMAGES)]
-    with pytest.raises(UserError, match="there are 2 val loaders, whose images would be counted together: give one"):
+    with pytest.raises(UserError, match="2 val loaders"):
         trainer(max_epochs=1).fit(small(), loader(TARGET), two)
     for evaluate, name in ((trainer().validate, "val"), (trainer().test, "test")):
-        with pytest.raises(UserError, match=f"there are 2 {name} loaders"):
+        with pytest.raises(UserError, match=f"2 {name} loaders"):
             evaluate(small(), two)
         evaluate(small(), two[:1], verbose=False)
     model = small().eval()
@@ -612,7 +591,7 @@ class Narrow(Classifier):
 class Weighted(Classifier):
     def __init__(self, num_classes, class_weights=None):
         weights = torch.arange(1.0, num_classes + 1) if class_weights is None else class_weights
-        super().__init__(num_classes, "resnet20_cifar", in_chans=1, class_weights=weights)
+        super().__init__(num_classes, "resnet20_cifar", LinearHead, CrossEntropyLoss, in_chans=1, class_weights=weights)
         self.save_hyperparameters()
 
 
@@ -621,22 +600,14 @@ class Narrower(Narrow):
         super().__init__(width=2)
 
 
-class Kind(StrEnum):
-    ADDITIVE = "additive"
-
-
 def test_what_a_subclass_computes_counts_and_is_computed_again_on_loading(tmp_path):
     model = Weighted(10)
-    assert model.loss._given_weights.tolist() == list(range(1, 11))
-    loaded = saved_and_loaded(model, tmp_path, cls=Weighted)
-    assert loaded.loss._given_weights.tolist() == list(range(1, 11))
+    models = model, saved_and_loaded(model, tmp_path, cls=Weighted)
+    logits = torch.randn(16, 10)
+    expected = F.cross_entropy(logits, TARGET, weight=torch.arange(1.0, 11), reduction="sum") / 16
+    for one in models:
+        torch.testing.assert_close(one.loss.train()(logits, TARGET), expected)
     assert saved_and_loaded(Narrower(), tmp_path, cls=Narrower).features(IMAGES).shape == (16, 128)
-
-
-def test_subclasses_of_plain_types_are_saved_as_these(tmp_path):
-    loaded = saved_and_loaded(small(lr_scale=OrderedDict(head=np.float64(0.5)), adjustment=Kind.ADDITIVE), tmp_path)
-    assert loaded.hparams["lr_scale"] == {"head": 0.5}
-    assert type(loaded.hparams["adjustment"]) is str
 
 
 class Fetching(Classifier):

@@ -10,8 +10,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from etflight import CosineHead, DotRegressionLoss, ETFHead, Head, LinearHead, ScaledLinearHead, simplex_etf
+from etflight.checkpoint.weights_to_come import weights_come_next
 from etflight.embedder import Rotation
-from etflight.heads import codes_from_state_dict
 from etflight.utils.errors import UserError
 from tests.tensors import LargestTensor
 
@@ -19,13 +19,6 @@ GENERATOR = torch.Generator().manual_seed(0)
 FEATURES = torch.randn(32, 16, generator=GENERATOR)
 TARGET = torch.arange(32) % 10
 ROWS = torch.arange(32)
-
-
-def test_options_that_would_do_nothing_are_refused():
-    with pytest.raises(UserError, match="linear_projection without projection_dim is no projection"):
-        ETFHead(16, 10, linear_projection=True)
-    with pytest.raises(UserError, match="an embedding of one number and of norm 1 is ±1"):
-        ETFHead(16, 2, projection_dim=1)
 
 
 # --- logits ------------------------------------------------------------------------------------------------------------
@@ -110,22 +103,23 @@ def test_baselines_can_take_the_embedding_of_the_etf_head_which_reaches_negative
 # --- the frame ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_frame_is_saved_but_never_trained():
-    head = ETFHead(16, 10, seed=5)
+@pytest.mark.parametrize("reserved", [0, 4])
+def test_the_frame_is_saved_but_never_trained(reserved):
+    head = ETFHead(16, 10 - reserved, seed=5, reserved_classes=reserved)
     frame = simplex_etf(10, 16, seed=5)
     head(FEATURES).square().sum().backward()
     torch.optim.SGD(head.parameters(), lr=1.0).step()
-    assert torch.equal(head.weight, frame)
-    assert not head.weight.requires_grad
-    other = ETFHead(16, 10, seed=2)
+    assert torch.equal(head.frame, frame)
+    assert not head.frame.requires_grad
+    other = ETFHead(16, 10 - reserved, seed=2, reserved_classes=reserved)
     other.load_state_dict(head.state_dict())
-    assert torch.equal(other.weight, frame)
+    assert torch.equal(other.frame, frame)
 
 
 def test_a_frame_moves_with_its_head_but_is_never_of_half_precision():
     frame = ETFHead(16, 7).weight
     assert torch.equal(ETFHead(16, 7).half().weight, frame)
-    assert torch.equal(ETFHead(16, 7).to(torch.bfloat16).weight, frame)
+    assert torch.equal(ETFHead(16, 6, reserved_classes=1).to(torch.bfloat16).frame, frame)
     assert ETFHead(16, 7).double().weight.dtype == torch.float64
     assert ETFHead(16, 7).to("meta", torch.bfloat16).weight.device.type == "meta"
 
@@ -134,7 +128,7 @@ def test_a_sphere_code_is_not_computed_where_a_state_dict_brings_it():
     trained = ETFHead(5, 20, code="sphere")
     cosines = trained.weight @ trained.weight.T - 2 * torch.eye(20)
     assert cosines.max() < 0.6
-    with codes_from_state_dict():
+    with weights_come_next():
         loaded, simplex = ETFHead(5, 20, code="sphere"), ETFHead(16, 10)
     assert loaded.weight.isnan().all()
     loaded.load_state_dict(trained.state_dict())
@@ -159,28 +153,10 @@ def test_reserved_classes_are_the_rest_of_one_frame_and_become_classes_without_a
     assert head.num_classes == 6
 
 
-def test_a_frame_with_reserved_classes_is_saved_but_never_trained_and_keeps_its_dtype():
-    head = ETFHead(16, 6, reserved_classes=4, batch_norm=False)
-    assert not list(head.parameters())
-    other = ETFHead(16, 6, reserved_classes=4, batch_norm=False, seed=1)
-    other.load_state_dict(head.state_dict())
-    assert torch.equal(other.frame, head.frame)
-    assert head.to(torch.bfloat16).frame.dtype == torch.float32
-
-
 @pytest.mark.parametrize("num_classes", [5, 11])
 def test_more_classes_than_the_frame_has_or_fewer_than_now_are_refused(num_classes):
-    with pytest.raises(
-        UserError, match=f"{num_classes} classes asked for, but the head has 6 and its frame 10 vectors"
-    ):
+    with pytest.raises(UserError, match=f"{num_classes} classes.* has 6 .* 10 vectors"):
         ETFHead(16, 6, reserved_classes=4).extended(num_classes)
-
-
-def test_a_frame_has_room_for_all_classes_to_come_or_is_refused():
-    with pytest.raises(UserError, match="18"):
-        ETFHead(16, 6, reserved_classes=12)
-    with pytest.raises(UserError, match="reserved_classes is -1"):
-        ETFHead(16, 6, reserved_classes=-1)
 
 
 @pytest.mark.parametrize(
@@ -279,9 +255,16 @@ def test_a_frozen_linear_head_trains_its_batch_norm_only():
     [
         (ETFHead, "scale", [0.0, -1.0, math.nan, math.inf]),
         (CosineHead, "scale", [0.0, -1.0, math.nan, math.inf]),
-        (ETFHead, "projection_dim", [0, -1, 10**30]),
+        (ETFHead, "projection_dim", [0, -1, 1, 10**30]),
         (ETFHead, "seed", [-1]),
         (ETFHead, "code", ["cube"]),
+        (ETFHead, "reserved_classes", [-1]),
+        (ETFHead, "linear_projection", [True]),  # of no projection
+        (
+            partial(ETFHead, reserved_classes=8, projection_dim=40),
+            "linear_projection",
+            [True],
+        ),  # 18 classes in 16 dimensions
     ],
 )
 def test_a_bad_argument_is_named(make, name, values):
@@ -292,18 +275,10 @@ def test_a_bad_argument_is_named(make, name, values):
         make(16, 1)
 
 
-def test_a_linear_projection_without_room_for_the_frame_is_refused():
-    ETFHead(16, 17, projection_dim=40, linear_projection=True)
-    with pytest.raises(UserError, match="linear projection of 16 features has no room for the frame of 18 classes"):
-        ETFHead(16, 18, projection_dim=40, linear_projection=True)
-
-
 @pytest.mark.parametrize("method", ["embed", "forward"])
 def test_a_head_that_overrides_what_hooks_and_losses_rely_on_is_refused_with_the_way_out(method):
     head = type("Mine", (LinearHead,), {method: lambda self, features: features})
-    with pytest.raises(
-        UserError, match=r"Mine: a head has no embed and no forward of its own: give super\(\).__init__ an embedder"
-    ):
+    with pytest.raises(UserError, match=r"Mine: .*embedder"):
         head(16, 10)
 
 

@@ -137,5 +137,5 @@ def test_a_resumed_run_with_another_factor_is_refused(tmp_path):
     _, trainer = fit(model())
     trainer.save_checkpoint(tmp_path / "c.ckpt")
     for option, other in (("layer_decay", model(decay=0.6)), ("lr_scale", model(lr_scale={"head": 0.5}))):
-        with pytest.raises(UserError, match=rf"--model\.{option} differs from that of the run being resumed"):
+        with pytest.raises(UserError, match=f"{option} differs"):
             fit(other, epochs=2, ckpt_path=tmp_path / "c.ckpt")

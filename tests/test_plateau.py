@@ -5,14 +5,15 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import ReduceLROnPlateau
-from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from etflight import Classifier
 from etflight.callbacks import LastCheckpoint
 from etflight.data import Digits
 from etflight.utils.errors import UserError
+from tests.training import new_trainer
 
 LAST = "checkpoints/last.ckpt"
 LOGGED = [0.1, 0.5, 0.4, 0.6, 0.6, 0.6]
@@ -25,10 +26,8 @@ class Own(Callback):
         pl_module.log("own/acc", LOGGED[trainer.current_epoch])
 
 
-class Numbers(Logger):
+class Numbers(DummyLogger):
     """Keeps what is logged, by name and epoch."""
-
-    name = version = "numbers"
 
     def __init__(self):
         super().__init__()
@@ -38,18 +37,12 @@ class Numbers(Logger):
         for name, value in metrics.items():
             self.seen[name].append(value)
 
-    def log_hyperparams(self, params, *args, **kwargs):
-        pass
-
 
 def fit(schedule, folder, epochs=6, ckpt_path=None, **options):
     torch.manual_seed(0)
     model, numbers = Classifier(10, "resnet20_cifar", in_chans=1, lr_scheduler=schedule), Numbers()
-    options = {"enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 1, **options}
-    trainer = Trainer(
-        accelerator="cpu", max_epochs=epochs, default_root_dir=folder, enable_checkpointing=False,
-        logger=numbers, callbacks=[LastCheckpoint(), Own()], **options,
-    )  # fmt: skip
+    options = {"logger": numbers, "max_epochs": epochs, "limit_val_batches": 1, "default_root_dir": folder, **options}
+    trainer = new_trainer(LastCheckpoint(), Own(), **options)
     try:
         trainer.fit(model, Digits(max_count=2), ckpt_path=ckpt_path)
     except UserError as error:
@@ -105,7 +98,7 @@ def test_the_schedule_can_monitor_a_loss(schedule, followed, validation, tmp_pat
 )
 def test_a_monitor_that_is_never_logged_is_refused(monitor, options, hint, after_training, tmp_path):
     error, trained = fit(partial(FOLLOW, monitor=monitor), tmp_path, epochs=3, **options)
-    assert f"cannot follow its monitor '{monitor}', which nothing has logged" in error
+    assert repr(monitor) in error
     assert hint in error
     assert trained == after_training
     assert not (tmp_path / LAST).exists()

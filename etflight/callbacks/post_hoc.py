@@ -22,10 +22,11 @@ from etflight.analysis.features import (
 )
 from etflight.callbacks.temperature import decided, evaluation_batches
 from etflight.checkpoint.specs import Spec, from_spec, to_spec
+from etflight.checkpoint.weights_to_come import weights_come_next
 from etflight.classifier import Classifier
 from etflight.data.facts import other_images
 from etflight.embedder import Embedder
-from etflight.heads import CosineHead, ETFHead, Head, LinearHead, ScaledLinearHead, codes_from_state_dict
+from etflight.heads import CosineHead, ETFHead, Head, LinearHead, ScaledLinearHead
 from etflight.losses import CrossEntropyLoss, Loss, temperature_of_cosines
 from etflight.utils.errors import UserError
 from etflight.utils.precision import at_least_float32
@@ -234,7 +235,7 @@ def _head_of(model: Classifier, vectors: Tensor, scale: float | None = None) -> 
     if type(trained) not in _SAME_EMBEDDING:
         return _Replacement(trained, vectors, scale)
     spec = _spec_of(trained, to_spec(model.hparams["head"], "head")["init_args"], scale)
-    with codes_from_state_dict():
+    with weights_come_next():
         head: Head = from_spec(spec, Head, "head")(trained.in_features, trained.num_classes)
     state = trained.state_dict()
     head.load_state_dict({name: state.get(name) for name in head.state_dict()} | {"weight": vectors})

@@ -13,7 +13,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
 from etflight.checkpoint.old_names import with_todays_names
-from etflight.utils.errors import UserError, brief, let_through
+from etflight.utils.errors import UserError, argument, brief, let_through
 from etflight.utils.files import replacing
 from etflight.utils.limits import fits, refuse_aliases, texts
 
@@ -100,7 +100,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= checkpoint.keys():
         raise UserError(
             f"checkpoint {path} is not one of etflight's: it has no state_dict with hyper_parameters: give {_EXAMPLE} "
-            "(weights alone go into a new model's backbone by --fine_tuning.weights)"
+            f"(weights alone go into a new model's backbone by {argument('fine_tuning.weights')})"
         )
     _check_contents(path, checkpoint)
     return with_todays_names(checkpoint)

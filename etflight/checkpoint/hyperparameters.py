@@ -2,13 +2,13 @@
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from textwrap import shorten
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from etflight.checkpoint.specs import as_plain, find_class, is_plain, to_spec
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, argument
 from etflight.utils.limits import refuse_names
 
 Made = TypeVar("Made")
@@ -26,6 +26,26 @@ class Pluggable(Protocol):
     """
 
     PLUGGABLE: ClassVar[Mapping[str, type]]
+
+
+def require(given: Mapping[str, Any], name: str, holds: Callable[[Any], bool], mend: str) -> None:
+    """Refuse an argument that no training can use, before a network is built or its weights are downloaded.
+
+    Args:
+        given: The arguments by name.
+        name: The argument.
+        holds: Whether a value is fine; a `TypeError` says that it is of another kind.
+        mend: What to give instead.
+
+    Raises:
+        UserError: The value is not fine.
+    """
+    try:
+        fine = holds(given[name])
+    except TypeError:
+        fine = False
+    if not fine:
+        raise UserError(f"{name} is {given[name]}: {mend}")
 
 
 def plain_arguments(given: Mapping[str, Any], model: type[Pluggable]) -> dict[str, Any]:
@@ -55,12 +75,12 @@ def plain_arguments(given: Mapping[str, Any], model: type[Pluggable]) -> dict[st
 def differing(saved: Mapping[str, Any], own: Mapping[str, Any], model: type[Pluggable]) -> list[str]:
     """Return the names of the arguments of a model in which a checkpoint differs; one that is left out is at its default."""
     parameters = inspect.signature(model).parameters if saved else {}
-    full = partial(_in_full, model.PLUGGABLE)
+    full = partial(_with_defaults, model.PLUGGABLE)
     both = {name: (saved.get(name, parameters[name].default), own[name]) for name in parameters if name in own}
     return [name for name, (one, other) in both.items() if full(name, one) != full(name, other)]
 
 
-def _in_full(pluggable: Mapping[str, type], name: str, value: Any) -> Any:
+def _with_defaults(pluggable: Mapping[str, type], name: str, value: Any) -> Any:
     if name not in pluggable or value is None:
         return _as_lists(_without_weights(value) if name == "model_kwargs" else value)
     spec = to_spec(value, name)
@@ -98,14 +118,16 @@ def plain_hyperparameters(
             raise UserError(f"the checkpoint's hyper-parameter {name} is not plain data: {value!r}")
         if spec is None:
             refuse_names(
-                _taker(model, name), {name: _without_weights(value) if name == "model_kwargs" else value}, "model"
+                _class_with_argument(model, name),
+                {name: _without_weights(value) if name == "model_kwargs" else value},
+                "model",
             )
         elif (cls := find_class(spec, model.PLUGGABLE[name])) is not None:
             refuse_names(cls, spec["init_args"], name)
     if isinstance(backbone := saved.get("backbone"), str) and ":" in backbone:
         raise UserError(
             f"the checkpoint's backbone {backbone} is described outside of timm: name it yourself if you trust it "
-            f"(--model.backbone {backbone}, or backbone= in Python)"
+            f"({argument('model.backbone', backbone)})"
         )
     if "model_kwargs" in saved:
         saved["model_kwargs"] = _without_weights(saved["model_kwargs"])
@@ -141,7 +163,7 @@ def make_with(model: type[Made], saved: Mapping[str, Any], given: Mapping[str, A
     return make_with(model, {name: value for name, value in saved.items() if name != twice[1]}, given)
 
 
-def _taker(model: type, name: str) -> type:
+def _class_with_argument(model: type, name: str) -> type:
     """The class that has the argument: the model's own, or the next of its bases, to which it is passed on."""
     return next((cls for cls in model.__mro__[:-1] if name in inspect.signature(cls).parameters), model)
 

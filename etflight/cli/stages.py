@@ -42,6 +42,7 @@ from etflight.callbacks.results import TestResults
 from etflight.checkpoint.files import SafeCheckpointIO, read_checkpoint, refuse_others
 from etflight.checkpoint.hyperparameters import plain_hyperparameters
 from etflight.checkpoint.specs import class_called, find_class, to_spec
+from etflight.checkpoint.weights_to_come import weights_come_next
 from etflight.classifier import Classifier
 from etflight.cli import STAGES
 from etflight.cli.argv import EarlyOptions, split_config_files
@@ -54,7 +55,7 @@ from etflight.cli.unsupported import refuse_missing_hardware, refuse_unsupported
 from etflight.data.base import ImageDataModule
 from etflight.data.facts import refuse_other_shape
 from etflight.data.preprocessing import Preprocessing
-from etflight.heads import ETFHead, codes_from_state_dict
+from etflight.heads import ETFHead
 from etflight.losses import DotRegressionLoss
 from etflight.optim import PROTOCOL_SGD
 from etflight.runs.folder import is_own_checkpoint, same_folder
@@ -280,7 +281,7 @@ class EtflightCLI(LightningCLI):
         Raises:
             UserError: A class cannot be built.
         """
-        with nullcontext() if self.subcommand == "fit" else codes_from_state_dict():
+        with nullcontext() if self.subcommand == "fit" else weights_come_next():
             try:
                 super().instantiate_classes()
             except ValueError as error:

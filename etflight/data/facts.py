@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from etflight.data.preprocessing import Preprocessing
 from etflight.utils.errors import UserError
 from etflight.utils.terminal import readable
@@ -57,6 +60,24 @@ def class_names_of(data: Any) -> list[str] | None:
         return None if names is None else list(map(readable, names))
     except TypeError:
         raise UserError(f"class_names of {_name_of_data(data)} is {names!r:.80}: give a list of the names") from None
+
+
+def class_counts_of(given: Any, num_classes: int) -> Tensor:
+    """The number of training images of each class, `[K]`, of a list, an array or a tensor.
+
+    Raises:
+        UserError: They are something else, or not K numbers.
+    """
+    try:
+        counts = torch.as_tensor(given)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"class_counts is {given!r:.80}: give the number of training images of each class, as a list, an array or a tensor"
+        ) from error
+    if counts.shape != (num_classes,):
+        has = f"{len(counts)} entries" if counts.ndim == 1 else f"the shape {list(counts.shape)}"
+        raise UserError(f"class_counts has {has} for {num_classes} classes: give one per class")
+    return counts
 
 
 def refuse_equal_class_names(names: Sequence[str], data: Any) -> None:

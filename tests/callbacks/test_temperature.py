@@ -49,7 +49,7 @@ def test_without_the_images_held_out_from_its_own_training_a_decision_has_no_tem
     model = Classifier.load_from_checkpoint(path, logit_adjustment=1.0)
     new_trainer(FitTemperature()).test(model, images(**options), verbose=False)
     assert not model.is_calibrated
-    assert model.describe_temperature() == "no temperature fitted for this decision: see --data.val_fraction"
+    assert model.describe_temperature() == "no temperature fitted for this decision: see val_fraction"
 
 
 def test_the_temperature_of_the_training_stays_that_of_its_decision(path):

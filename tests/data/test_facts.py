@@ -203,7 +203,7 @@ def test_training_a_loaded_model_on_is_told_of_another_normalisation_and_resumin
         (Digits(max_count=40, seed=1, mean=[MEAN], std=[STD]), "has other training images"),
     ):  # fmt: skip
         model = Classifier(10, "resnet20_cifar", in_chans=1)
-        with pytest.raises(UserError, match=f"{reason}.*give the same --data options"):
+        with pytest.raises(UserError, match=f"{reason}.*data options"):
             new_trainer(max_epochs=4).fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
 
 

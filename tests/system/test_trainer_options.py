@@ -84,7 +84,8 @@ def test_a_step_of_lbfgs_is_torchs_own():
     data, model = Digits(batch_size=64), small()
     expected = copy.deepcopy(model)
     expected.backbone.to(memory_format=torch.contiguous_format)
-    trainer(max_steps=1, limit_val_batches=0).fit(model, datamodule=data)
+    run = trainer(max_steps=1, limit_val_batches=0)
+    run.fit(model, datamodule=data)
 
     images, labels = data.train_transform(next(iter(Digits(batch_size=64).train_dataloader())), 0)
     optimizer = LBFGS([p for p in expected.parameters() if p.requires_grad], lr=0.5, max_iter=3)
@@ -96,6 +97,7 @@ def test_a_step_of_lbfgs_is_torchs_own():
         return loss
 
     before = optimizer.step(closure).item()
+    assert run.callback_metrics["train/loss"].item() == pytest.approx(before, rel=1e-5)  # the first of its evaluations
     assert closure().item() < before
     for name, value in expected.named_parameters():
         torch.testing.assert_close(dict(model.named_parameters())[name], value, rtol=0, atol=2e-6, msg=name)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from etflight import Classifier, CrossEntropyLoss, LinearHead
 from etflight.data import Digits
-from etflight.optim import at_sharpest_point
+from etflight.sam import at_sharpest_point
 from etflight.utils.errors import UserError
 from tests.training import GLOBAL_BATCH, small_vit
 from tests.training import new_trainer as trainer
@@ -37,9 +37,16 @@ def test_at_the_sharpest_point_parameters_have_moved_by_rho_and_afterwards_are_a
     assert all(torch.equal(parameter, before) for parameter, before in zip(parameters, own, strict=True))
 
 
-def classifier(**options):
+class OwnStep(Classifier):
+    """A subclass with a step of its own."""
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+def classifier(kind=Classifier, **options):
     torch.manual_seed(0)
-    return Classifier(
+    return kind(
         10, "resnet20_cifar", LinearHead, CrossEntropyLoss, partial(SGD, lr=0.05, momentum=0.9), in_chans=1, **options
     )
 
@@ -68,9 +75,9 @@ def by_hand(model, batches, rho, steps):
                 buffer.copy_(statistics[name])
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_steps_are_those_of_the_paper_with_the_statistics_of_the_first_pass(accumulate):
-    model, twin = classifier(sam_rho=0.5).double(), classifier().double().train()
+@pytest.mark.parametrize(("accumulate", "kind"), [(1, Classifier), (2, Classifier), (2, OwnStep)])
+def test_steps_are_those_of_the_paper_with_the_statistics_of_the_first_pass(accumulate, kind):
+    model, twin = classifier(kind, sam_rho=0.5).double(), classifier().double().train()
     size = 16 // accumulate
     by_hand(twin, list(zip(IMAGES.split(size), TARGET.split(size), strict=True)), rho=0.5, steps=2)
     loader = DataLoader(TensorDataset(IMAGES, TARGET), batch_size=size)
@@ -113,9 +120,9 @@ def test_two_processes_take_the_steps_of_one(two_ready_processes):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"sam_rho": -1.0}, "sam_rho is -1.0: give a finite radius, 0 for none"),
-        ({"sam_adaptive": True}, "sam_adaptive is True: it needs a radius"),
-        ({"sam_rho": 0.1, "optimizer": partial(LBFGS, lr=0.1)}, "sam_rho: LBFGS evaluates"),
+        ({"sam_rho": -1.0}, "sam_rho is -1.0"),
+        ({"sam_adaptive": True}, "sam_adaptive.*sam_rho"),
+        ({"sam_rho": 0.1, "optimizer": partial(LBFGS, lr=0.1)}, "sam_rho.*LBFGS"),
     ],
 )
 def test_what_cannot_be_sharpness_aware_is_refused_in_one_line(options, reason):
