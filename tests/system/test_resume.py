@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from etflight import LinearHead
 from tests.command_line import ended, start
 from tests.left_by_runs import assert_same_run, read
-from tests.training import QUICK, QUIET, image_folder, read_csv
+from tests.training import QUIET, read_csv
 
 DIGITS = [
     "--data", "Digits", "--data.imbalance_ratio", 20, "--data.batch_size", 32, "--data.crop_padding", 1,
@@ -36,13 +36,13 @@ trainer:
 EVERYTHING = [
     "--model.model_kwargs", '{"drop_rate": 0.2}', "--data.mixup", 0.5, "--data.val_fraction", 0.1,
     "--data.sampler", "balanced", "--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 0.5,
-    "--model.sam_rho", 0.05,
 ]  # fmt: skip
 AUGMENTED = [
     "--data.auto_augment", "randaugment", "--data.cutout", 2, "--data.random_erasing", 0.2, "--data.views", 2,
 ]  # fmt: skip
 KINDS = {
-    "accumulation, validation within the epoch, mixup, dropout, temperature, sharpness-aware steps": (EVERYTHING, [5, 12, 20]),
+    "accumulation, validation within the epoch, mixup, dropout, temperature, sharpness-aware steps": (
+        [*EVERYTHING, "--model.sam_rho", 0.05], [5, 12, 20]),
     "two workers, validation after each epoch, online statistics, views": (["--data.num_workers", 2, *AUGMENTED], [13]),
     "counted in steps": (
         ["--trainer.max_epochs", -1, "--trainer.max_steps", 24, "--model.lr_scheduler.total_epochs", 2], [20]),
@@ -204,17 +204,3 @@ def test_an_epoch_goes_on_where_the_new_batches_leave_no_whole_one(done, etfligh
     assert read(tmp_path / "runs/r")["global_step"] == done + 1 + 6
     rows = read_csv(tmp_path / "runs/r/metrics.csv")
     assert [row["epoch"] for row in rows if row["val/acc"]] == ["0.0", "1.0"]
-
-
-def test_another_folder_is_refused_on_resume_and_the_same_one_elsewhere_goes_on(etflight_command, tmp_path):
-    for name, classes in (("pets", ("cat", "dog")), ("birds", ("auk", "tit")), ("moved/pets", ("cat", "dog"))):
-        image_folder(tmp_path / name, dict.fromkeys(classes, 4))
-
-    def fit(root, epochs):
-        data = ["--data", "FolderImages", "--data.root", root, "--data.image_size", 8, "--data.batch_size", 4]
-        quiet = [*QUICK, "--model.backbone", "resnet20_cifar", "--name", "r", *LAST, "--trainer.max_epochs", epochs]
-        return etflight_command("fit", *data, *quiet, cwd=tmp_path)
-
-    fit("pets", 1).ran()
-    fit("birds", 2).assert_refused("give the same --data options")
-    fit("moved/pets", 2).ran()

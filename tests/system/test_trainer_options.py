@@ -116,25 +116,25 @@ def train_on_two(rank):
 
 def test_lbfgs_on_two_processes_is_refused_by_both(two_ready_processes):
     for message in two_ready_processes(train_on_two, [()] * 2):
-        assert "each process would decide for itself when a step is over: train on one device" in message
+        assert "LBFGS" in message
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------------
 
-SPAWNED = "give --trainer.strategy ddp"
+SPAWNED = "--trainer.strategy ddp"
 REFUSED = {
     "LBFGS while gradients accumulate": (
-        ["--model.optimizer", "LBFGS", "--trainer.accumulate_grad_batches", 2], "raise --data.batch_size instead"),
+        ["--model.optimizer", "LBFGS", "--trainer.accumulate_grad_batches", 2], "--data.batch_size"),
     "LBFGS with a rate for each layer": (
-        ["--model.optimizer", "LBFGS", "--model.layer_decay", 0.5], "LBFGS doesn't support per-parameter options"),
+        ["--model.optimizer", "LBFGS", "--model.layer_decay", 0.5], "LBFGS"),
     "a search for a learning rate": (["--trainer.callbacks+", "LearningRateFinder"], "--model.optimizer.lr"),
     "a search for a batch size": (["--trainer.callbacks+", "BatchSizeFinder"], "--data.batch_size"),
-    "averaging with a rate for each layer": ([*AVERAGING, "--model.layer_decay", 0.5], "layer_decay would have no effect"),
-    "averaging with a rate for a part": ([*AVERAGING, "--model.lr_scale", "{head: 0.1}"], "lr_scale would have no effect"),
+    "averaging with a rate for each layer": ([*AVERAGING, "--model.layer_decay", 0.5], "layer_decay"),
+    "averaging with a rate for a part": ([*AVERAGING, "--model.lr_scale", "{head: 0.1}"], "lr_scale"),
     "no file at all": (["--trainer.barebones", "true"], "barebones"),
-    "no batch makes a step": (["--trainer.accumulate_grad_batches", 0], "--trainer.accumulate_grad_batches is 0"),
-    "an epoch that never comes": (["--trainer.check_val_every_n_epoch", 0], "--trainer.limit_val_batches 0 to leave validation out"),
-    "gradients turned round": (["--trainer.gradient_clip_val", -1], "--trainer.gradient_clip_val is -1"),
+    "no batch makes a step": (["--trainer.accumulate_grad_batches", 0], "--trainer.accumulate_grad_batches"),
+    "an epoch that never comes": (["--trainer.check_val_every_n_epoch", 0], "--trainer.check_val_every_n_epoch"),
+    "gradients turned round": (["--trainer.gradient_clip_val", -1], "--trainer.gradient_clip_val"),
     "spawned processes": (["--trainer.strategy", "ddp_spawn", "--trainer.devices", 2], SPAWNED),
     "a notebook's processes": (["--trainer.strategy", "ddp_notebook", "--trainer.devices", 2], SPAWNED),
 }  # fmt: skip
