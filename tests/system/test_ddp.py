@@ -22,16 +22,16 @@ from etflight import Classifier
 from etflight.data import Digits
 from etflight.utils.errors import UserError
 from tests.command_line import CommandLine, finish, start
-from tests.training import GLOBAL_BATCH, QUIET, read_csv, small_vit
+from tests.left_by_runs import kill
+from tests.training import GLOBAL_BATCH, QUIET, VIT, read_csv, small_vit
 from tests.training import new_trainer as trainer
 from tests.wandb_file import history
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 2
 RECIPE = [
-    *QUIET, "--data.sampler", "balanced", "--data.eval_batch_size", 74, "--model.backbone", "test_vit",
-    "--model.model_kwargs", '{"img_size": 8, "patch_size": 4}', "--model.head.batch_norm", "false",
-    "--model.loss.class_balance", "batch", "--model.optimizer.lr", 0.05, "--trainer.callbacks+", "NeuralCollapseMonitor",
+    *QUIET, *VIT, "--data.sampler", "balanced", "--data.eval_batch_size", 74, "--model.loss.class_balance", "batch",
+    "--model.optimizer.lr", 0.05, "--trainer.callbacks+", "NeuralCollapseMonitor",
 ]  # fmt: skip
 
 
@@ -188,9 +188,6 @@ def test_two_nodes_do_what_two_processes_of_one_do(two, fit, cwd):
     assert_same_bits(cwd / "runs/two_nodes", two[0])
 
 
-KILL = ["--trainer.callbacks+=tests.left_by_runs.Kill", "--trainer.callbacks.after", 9, "--trainer.callbacks.rank", 1]
-
-
 def test_a_slurm_job_out_of_time_requeues_itself_and_ends_as_if_it_had_had_more(two, fit, numbered, cwd):
     scontrol = cwd / "bin" / "scontrol"
     scontrol.parent.mkdir()
@@ -199,7 +196,7 @@ def test_a_slurm_job_out_of_time_requeues_itself_and_ends_as_if_it_had_had_more(
     array = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "1", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
     overlay = ["-c", ROOT / "configs/trainer/ddp_cpu.yaml", "--data.batch_size", GLOBAL_BATCH // 2]
     argv = [*fit, *overlay, "--name", "requeued", "--ckpt_path", "last"]
-    out_of_time = [*KILL, "--trainer.callbacks.signal", signal.SIGUSR1.value]
+    out_of_time = kill(9, rank=1, signal=signal.SIGUSR1.value)
     numbered(*argv, *out_of_time, cwd=cwd, processes=2, by="slurm", **array)
     assert (cwd / "requeued").read_text() == "requeue 70_1\n"
     folder = cwd / "runs/requeued"

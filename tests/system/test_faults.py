@@ -21,7 +21,7 @@ from etflight.data import FashionMNIST, sets
 from etflight.utils.errors import UserError
 from tests.command_line import ended, start
 from tests.data.test_sets import idx
-from tests.left_by_runs import contents
+from tests.left_by_runs import contents, kill
 from tests.training import QUICK, QUIET, fit_digits, image_folder, read_csv
 from tests.wandb_file import history
 
@@ -191,8 +191,7 @@ def test_a_folder_of_another_program_is_refused_and_stays_as_it_is(etflight_comm
 
 
 def test_a_run_killed_before_its_first_checkpoint_may_start_again(etflight_command, tmp_path):
-    kill = ["--trainer.callbacks+", "tests.left_by_runs.Kill", "--trainer.callbacks.after", 0]
-    assert etflight_command("fit", *DIGITS, *kill, "--name", "r", cwd=tmp_path).status == -9
+    assert etflight_command("fit", *DIGITS, *kill(0), "--name", "r", cwd=tmp_path).status == -9
     left = {path.name for path in (tmp_path / "runs/r").iterdir()}
     assert {"config.yaml", "run.json"} <= left
     assert "checkpoints" not in left
