@@ -18,7 +18,7 @@ from tests.left_by_runs import read
 TRAINER = {"max_epochs": 1, "limit_train_batches": 1, "limit_test_batches": 1, "enable_progress_bar": False}
 SET = {
     "seed_everything": 0,
-    "data": {"class_path": "Digits", "init_args": {"imbalance_ratio": 2}},
+    "data": {"class_path": "Digits", "init_args": {"imbalance_ratio": 2, "max_count": 10}},
     "model": {"backbone": "resnet20_cifar"},
     "trainer": TRAINER,
 }
