@@ -79,44 +79,38 @@ def free_port():
     raise AssertionError("no free port")
 
 
-class Numbered:
-    """`etflight …` on processes that somebody else has started and numbered: torchrun or srun, by their environment."""
+def torchrun(rank, processes, port):
+    return {
+        "TORCHELASTIC_RUN_ID": "none", "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0",
+        "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
 
-    def __init__(self, commands):
-        self._commands = commands
 
-    def __call__(self, *argv, cwd, processes, by="torchrun", **env):
-        port = free_port()
-        with ThreadPoolExecutor(processes) as threads:
-            jobs = [
-                threads.submit(command, *argv, cwd=cwd, **getattr(self, by)(rank, processes, port), **env)
-                for rank, command in enumerate(self._commands[:processes])
-            ]
-            results = [job.result() for job in jobs]
-        assert [result.status for result in results] == [0] * processes, "".join(r.err for r in results)
-        return results
-
-    @staticmethod
-    def torchrun(rank, processes, port):
-        return {
-            "TORCHELASTIC_RUN_ID": "none", "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0",
-            "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
-
-    @staticmethod
-    def slurm(rank, processes, port):
-        return {
-            "SLURM_JOB_NAME": "digits", "SLURM_JOB_ID": str(port - 15000), "SLURM_NNODES": "1", "SLURM_NODEID": "0",
-            "SLURM_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(processes), "SLURM_NTASKS_PER_NODE": str(processes),
-            "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
-        }  # fmt: skip
+def slurm(rank, processes, port):
+    return {
+        "SLURM_JOB_NAME": "digits", "SLURM_JOB_ID": str(port - 15000), "SLURM_NNODES": "1", "SLURM_NODEID": "0",
+        "SLURM_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(processes), "SLURM_NTASKS_PER_NODE": str(processes),
+        "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def numbered(tmp_path_factory):
+    """Runs `etflight …` on processes that somebody else has started and numbered: torchrun or srun, by their environment."""
     commands = [CommandLine(tmp_path_factory.mktemp("rank"), RANK=str(rank)) for rank in range(3)]
-    yield Numbered(commands)
+
+    def run(*argv, cwd, processes, by=torchrun, **env):
+        port = free_port()
+        with ThreadPoolExecutor(processes) as threads:
+            jobs = [
+                threads.submit(command, *argv, cwd=cwd, **by(rank, processes, port), **env)
+                for rank, command in enumerate(commands[:processes])
+            ]
+        for job in jobs:
+            job.result().ran()
+
+    yield run
     for command in commands:
         command.close()
 
@@ -197,11 +191,11 @@ def test_a_slurm_job_out_of_time_requeues_itself_and_ends_as_if_it_had_had_more(
     overlay = ["-c", ROOT / "configs/trainer/ddp_cpu.yaml", "--data.batch_size", GLOBAL_BATCH // 2]
     argv = [*fit, *overlay, "--name", "requeued", "--ckpt_path", "last"]
     out_of_time = kill(9, rank=1, signal=signal.SIGUSR1.value)
-    numbered(*argv, *out_of_time, cwd=cwd, processes=2, by="slurm", **array)
+    numbered(*argv, *out_of_time, cwd=cwd, processes=2, by=slurm, **array)
     assert (cwd / "requeued").read_text() == "requeue 70_1\n"
     folder = cwd / "runs/requeued"
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] in (10, 11, 12)
-    numbered(*argv, cwd=cwd, processes=2, by="slurm", **array)
+    numbered(*argv, cwd=cwd, processes=2, by=slurm, **array)
     assert_same_bits(folder, two[0])
 
 
