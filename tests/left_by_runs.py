@@ -12,7 +12,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from etflight.cli.stages import main
 from tests.command_line import CommandLine
-from tests.training import read_csv
 
 
 class Kill(Callback):
@@ -171,15 +170,7 @@ def differences(one: Any, other: Any) -> list[str]:
     return sorted(place for place in ours | theirs if ours.get(place) != theirs.get(place))
 
 
-def count_tensors(content: Any) -> int:
-    return sum(isinstance(leaf, tuple) for leaf in leaves(content).values())
-
-
 def assert_same_run(one: Path, other: Path) -> None:
     """Weights, optimizer, schedule, averages, counters, collapse curves; and every row of `metrics.csv`."""
     assert differences(read(one), read(other)) == []
     assert (one / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
-
-
-def logged_values(folder: Path) -> int:
-    return sum(bool(value) for row in read_csv(folder / "metrics.csv") for value in row.values())
