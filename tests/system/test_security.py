@@ -28,13 +28,9 @@ from etflight.data.sets import read_idx
 from etflight.utils.errors import UserError
 from etflight.utils.limits import refuse_names
 from tests.hostile import Bomb, save_packed
-from tests.training import QUICK, save_arrays
+from tests.training import ONE_BATCH, QUICK, save_arrays
 
 ROOT = Path(__file__).parents[2]
-SMALL = [
-    *QUICK, "--trainer.limit_train_batches", 1, "--trainer.limit_val_batches", 1, "--trainer.limit_test_batches", 1,
-    "--trainer.limit_predict_batches", 1,
-]  # fmt: skip
 TRACES = ("imported", "ran")
 EVIL_MODULE = """
 open("imported", "w").close()
@@ -78,7 +74,7 @@ def last(etflight_command, tmp_path_factory):
 
 
 def stage(name):
-    return [name, "--data", "Digits", *(SMALL if name == "fit" else SMALL[2:])]
+    return [name, "--data", "Digits", *QUICK, *ONE_BATCH]
 
 
 RESUME = [*stage("fit"), "--trainer.max_epochs", 2, "--ckpt_path", "c.ckpt"]

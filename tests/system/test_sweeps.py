@@ -9,14 +9,12 @@ import pytest
 import yaml
 
 from tests.command_line import ended, start
+from tests.training import ONE_BATCH, QUICK
 from tests.wandb_file import run_record
 
 ROOT = Path(__file__).parents[2]
 SWEEPS = sorted((ROOT / "configs/sweeps").glob("*.yaml"))
-STEP = [
-    "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1",
-    "--trainer.accelerator", "cpu", "--trainer.callbacks", "null",
-]  # fmt: skip
+STEP = [*QUICK, *ONE_BATCH, "--trainer.callbacks", "null"]
 
 
 def trials(sweep):
