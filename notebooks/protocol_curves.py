@@ -28,11 +28,8 @@ def curves(run: Path) -> dict[str, Any]:
     for name in LOGGED:
         found[name] = [round(float(row[name]), 4) if row.get(name) else None for row in rows]
     grams = [np.load(run / "gram" / f"epoch_{epoch:03}.npz")["gram"] for epoch in found["epoch"]]
-    K = len(grams[0]) // 2
-    for group, classes in (
-        ("head", slice(3 * K // 10)),
-        ("tail", slice(7 * K // 10, K)),
-    ):  # the largest class is the first
+    K = len(grams[0]) // 2  # the largest class is the first
+    for group, classes in (("head", slice(3 * K // 10)), ("tail", slice(7 * K // 10, K))):
         for name, gram_of in (("means", centred_means), ("vectors", vectors)):
             found[f"cos_{name}_{group}"] = [round(mean_cosine(gram_of(gram)[classes, classes]), 4) for gram in grams]
     return found

@@ -22,10 +22,8 @@ for line in sys.stdin:
     if pid == 0:
         os.chdir(job["cwd"])
         os.environ.update(job["env"])
-        null = os.open(os.devnull, os.O_RDONLY)
-        out = os.open(job["out"], os.O_WRONLY | os.O_CREAT)
-        err = os.open(job["err"], os.O_WRONLY | os.O_CREAT)
-        os.dup2(null, 0); os.dup2(out, 1); os.dup2(err, 2)
+        for number, name in enumerate((os.devnull, job["out"], job["err"])):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
         sys.argv = ["etflight", *job["argv"]]
         try:
             status = run()

@@ -32,18 +32,21 @@ def long_tail(num_classes: int, most: int, fewest: int, total: int) -> NDArray[n
     return counts
 
 
-def lay_out(root: Path, pattern: str, file: str, splits: Mapping[str, NDArray[np.int64]]) -> None:
+def lay_out(root: Path, pattern: str, file: str, sizes: Mapping[str, int]) -> None:
     """Write lists and the files they name, which are hard links of a few small JPEG files.
 
     Args:
         root: Gets the lists, in random order, and the folders.
         pattern: Of a list's name, with the split for `{}`.
         file: A file's path, with `{label}`, `{number}` and `{split}`.
-        splits: `[K]` images of each class, by split.
+        sizes: What is published; training images have a long tail, all others equal classes.
     """
     root.mkdir(parents=True)
-    links = 0
-    for split, counts in splits.items():
+    links, num_classes = 0, sizes["num_classes"]
+    for split in [split for split in ("train", "val", "test") if split in sizes]:
+        counts = np.full(num_classes, sizes[split] // num_classes)
+        if split == "train":
+            counts = long_tail(num_classes, sizes["most"], sizes["fewest"], sizes["train"])
         lines = []
         for label, count in enumerate(counts.tolist()):
             paths = [file.format(split=split, label=label, number=number) for number in range(count)]
@@ -60,23 +63,10 @@ def lay_out(root: Path, pattern: str, file: str, splits: Mapping[str, NDArray[np
 
 
 def inaturalist(root: Path) -> None:
-    """iNaturalist 2018's folders and lists."""
-    sizes = dict(INATURALIST)
-    classes = sizes["num_classes"]
-    splits = {
-        "train": long_tail(classes, sizes["most"], sizes["fewest"], sizes["train"]),
-        "val": np.full(classes, sizes["val"] // classes),
-    }
-    # names as long as the published ones, of 32 digits
-    lay_out(root, "iNaturalist18_{}.txt", "train_val2018/Plantae/{label}/{split}{number:027}.jpg", splits)
+    """iNaturalist 2018's folders and lists, with names as long as the published ones, of 32 digits."""
+    lay_out(root, "iNaturalist18_{}.txt", "train_val2018/Plantae/{label}/{split}{number:027}.jpg", INATURALIST)
 
 
 def imagenet_lt(root: Path) -> None:
     """ImageNet-LT's folders and lists."""
-    sizes = dict(IMAGENET_LT)
-    classes = sizes["num_classes"]
-    splits = {
-        "train": long_tail(classes, sizes["most"], sizes["fewest"], sizes["train"]),
-        **{split: np.full(classes, sizes[split] // classes) for split in ("val", "test")},
-    }
-    lay_out(root, "ImageNet_LT_{}.txt", "{split}/n{label:08}/n{label:08}_{number}.JPEG", splits)
+    lay_out(root, "ImageNet_LT_{}.txt", "{split}/n{label:08}/n{label:08}_{number}.JPEG", IMAGENET_LT)

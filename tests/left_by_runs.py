@@ -1,6 +1,5 @@
 """Comparing what two runs left on disk, bit by bit; and a callback that kills its own process."""
 
-import csv
 import os
 import resource
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from etflight.cli.stages import main
+from tests.command_line import CommandLine
 
 
 class Kill(Callback):
@@ -32,6 +32,13 @@ class Kill(Callback):
         if due and not self.mark.exists():
             self.mark.touch()
             os.kill(os.getpid(), self.signal)
+
+
+def kill(after: int, **options: Any) -> list[Any]:
+    """Words of a command line that give a training such a callback."""
+    given = {"after": after, **options}.items()
+    words = [word for name, value in given for word in (f"--trainer.callbacks.{name}", value)]
+    return ["--trainer.callbacks+=tests.left_by_runs.Kill", *words]
 
 
 class AtBatch(Callback):
@@ -101,6 +108,24 @@ def assert_resumes(
         assert_same_run(root / "whole", root / f"killed_{after}")
 
 
+def assert_killed_run_resumes(command: CommandLine, cwd: Path, fit: list[Any], after: int, every: int = 1) -> None:
+    """Check that a run which was killed at the end of a batch resumes as the run that was not, `runs/whole`.
+
+    Args:
+        command: runs `etflight`.
+        cwd: the current folder of the runs.
+        fit: arguments of `etflight`.
+        after: the batch, counted from 0.
+        every: steps between checkpoints.
+    """
+    name = f"killed_{after}"
+    argv = [*fit, "--name", name, "--checkpoint.every_n_steps", every]
+    assert command(*argv, *kill(after, mark=f"{name}.mark"), cwd=cwd).status == -9
+    assert 0 < read(cwd / "runs" / name)["global_step"] < read(cwd / "runs/whole")["global_step"]
+    assert "Restored all states" in command(*argv, "--ckpt_path", "last", cwd=cwd).ran().err
+    assert_same_run(cwd / "runs/whole", cwd / "runs" / name)
+
+
 class Footprints(Callback):
     """Appends the number of each batch that is trained, counted over the whole run, to a file.
 
@@ -145,16 +170,7 @@ def differences(one: Any, other: Any) -> list[str]:
     return sorted(place for place in ours | theirs if ours.get(place) != theirs.get(place))
 
 
-def count_tensors(content: Any) -> int:
-    return sum(isinstance(leaf, tuple) for leaf in leaves(content).values())
-
-
 def assert_same_run(one: Path, other: Path) -> None:
     """Weights, optimizer, schedule, averages, counters, collapse curves; and every row of `metrics.csv`."""
     assert differences(read(one), read(other)) == []
     assert (one / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
-
-
-def logged_values(folder: Path) -> int:
-    rows = list(csv.DictReader((folder / "metrics.csv").open()))
-    return sum(bool(value) for row in rows for value in row.values())

@@ -19,7 +19,11 @@ QUIET = [
     "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
 ]  # fmt: skip
 QUICK = ["--trainer.max_epochs", 1, *QUIET]
+ONE_BATCH = [word for what in ("train", "val", "test", "predict") for word in (f"--trainer.limit_{what}_batches", 1)]
 DIGITS = ["--data", "Digits", "--data.imbalance_ratio", 20, "--model.backbone", "resnet20_cifar", *QUICK]
+VIT = [  # no batch normalisation anywhere
+    "--model.backbone", "test_vit", "--model.model_kwargs", '{"img_size": 8, "patch_size": 4}', "--model.head.batch_norm", "false",
+]  # fmt: skip
 GLOBAL_BATCH = 60  # divided alike by one, two and three processes
 
 

@@ -3,6 +3,7 @@
 import itertools
 import resource
 from collections import deque
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,28 +18,19 @@ from etflight import Classifier, LinearHead
 from etflight.data import ArrayImages, FolderImages
 from etflight.data.auto_augment import AutoAugment, augment
 from etflight.losses import CrossEntropyLoss
+from tests.training import save_arrays
 
 pytestmark = pytest.mark.benchmark
 
-N = 50_000
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]
 
 
 @pytest.fixture(scope="module")
-def pixels():
-    """CIFAR-10's training set in size and shape, `[N, H, W, C]`."""
-    return np.random.default_rng(0).integers(0, 256, (N, 32, 32, 3), dtype=np.uint8)
-
-
-@pytest.fixture
-def cifar_like(pixels, tmp_path):
-    """`cifar_like(**options)`: a data module on these images."""
-    labels = np.arange(N) % 10
-    file = tmp_path / "images.npz"
-    np.savez(file, train_images=pixels, train_labels=labels, test_images=pixels[:10], test_labels=labels[:10])
-    return lambda **options: ArrayImages(
-        str(file), batch_size=128, crop_padding=4, flip=True, mean=MEAN, std=STD, **options
-    )
+def cifar_like(tmp_path_factory):
+    """A data module on images as many and as large as CIFAR-10's, by its options."""
+    file = tmp_path_factory.mktemp("cifar") / "images.npz"
+    save_arrays(file, train=50_000, test=10, shape=(32, 32, 3))
+    return partial(ArrayImages, str(file), batch_size=128, crop_padding=4, flip=True, mean=MEAN, std=STD)
 
 
 def exhaust(iterator):
@@ -98,9 +90,9 @@ def test_a_batch_in_memory_costs_little_of_a_training_step(
     ],
 )
 def test_a_batch_is_augmented_several_times_as_quickly_as_image_by_image(
-    policy, published, limit, pixels, median_ratio, record_ratio
+    policy, published, limit, median_ratio, record_ratio
 ):
-    images = torch.from_numpy(pixels[:128]).permute(0, 3, 1, 2).contiguous()
+    images = torch.randint(256, (128, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     random, drawn = np.random.default_rng(0), AutoAugment.parse(policy)
 
     def ours():

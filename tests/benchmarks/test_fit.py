@@ -1,6 +1,5 @@
 """`etflight fit` against training loops written by hand: one with the same tricks, one the usual way; and a whole training on a GPU."""
 
-import csv
 import statistics
 import time
 
@@ -16,6 +15,7 @@ from etflight import DotRegressionLoss, ETFHead
 from etflight.backbones import build_backbone
 from etflight.cli.stages import main
 from etflight.data.transforms import TrainTransform
+from tests.training import read_csv, save_arrays
 
 pytestmark = pytest.mark.benchmark
 
@@ -23,20 +23,12 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 BATCH, IMAGES = 128, 1280
 
 
-def save_images(folder, train, test):
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for split, n in (("train", train), ("test", test)):
-        arrays[f"{split}_images"] = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
-        arrays[f"{split}_labels"] = np.arange(n) % 10
-    np.savez(folder / "images.npz", **arrays)
-    return arrays["train_images"], torch.from_numpy(arrays["train_labels"])
-
-
 @pytest.fixture
 def images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return save_images(tmp_path, IMAGES, 128)
+    save_arrays("images.npz", train=IMAGES, test=128, shape=(32, 32, 3))
+    with np.load("images.npz") as arrays:
+        return arrays["train_images"], torch.from_numpy(arrays["train_labels"])
 
 
 @pytest.fixture
@@ -84,14 +76,8 @@ class Pictures(Dataset):
 
     def __init__(self, pixels, labels):
         self.pixels, self.labels = pixels, labels
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomCrop(32, padding=4),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(MEAN, STD),
-            ]
-        )
+        crop, flip = transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()
+        self.transform = transforms.Compose([crop, flip, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
 
     def __len__(self):
         return len(self.pixels)
@@ -189,7 +175,7 @@ def test_a_whole_training_takes_no_longer_than_two_minutes_on_an_h100(
     if "H100" not in torch.cuda.get_device_name():
         pytest.skip("the limit is for an H100")
     monkeypatch.chdir(tmp_path)
-    save_images(tmp_path, 50_000, 10_000)
+    save_arrays("images.npz", train=50_000, test=10_000, shape=(32, 32, 3))
     start = time.perf_counter()
     fit(
         "--data.imbalance_ratio", "100", "--trainer.limit_val_batches", "1.0", "--trainer.accelerator", "gpu", "--trainer.devices", "1",
@@ -197,6 +183,5 @@ def test_a_whole_training_takes_no_longer_than_two_minutes_on_an_h100(
         "--trainer.callbacks+=etflight.callbacks.NeuralCollapseMonitor",
     )  # fmt: skip
     seconds = time.perf_counter() - start
-    with (tmp_path / "runs/r/metrics.csv").open() as file:
-        assert sum(bool(row.get("nc/train/nc1")) for row in csv.DictReader(file)) >= 200
+    assert sum(bool(row.get("nc/train/nc1")) for row in read_csv(tmp_path / "runs/r/metrics.csv")) >= 200
     record_ratio(f"200 epochs of CIFAR-10-LT on an H100, compile {compile} / {limit} s", seconds / limit, 1.0)

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -77,12 +78,9 @@ def steps(rank: int, kind: str) -> tuple[float, float, float]:
         return call
 
     trained.register_comm_hook(None, allreduce_hook)  # which calls the `all_reduce` that is counted
-    names = ("all_reduce", "all_gather")
-    original = {name: getattr(dist, name) for name in names}
     seconds = []
-    try:
-        for name in names:
-            setattr(dist, name, counted(original[name]))
+    collectives = {name: counted(getattr(dist, name)) for name in ("all_reduce", "all_gather")}
+    with patch.multiple(dist, **collectives):
         for _ in range(STEPS):
             features, target = torch.randn(B, FEATURES), torch.randint(K, (B,))
             sent, start = 0, time.perf_counter()
@@ -90,9 +88,6 @@ def steps(rank: int, kind: str) -> tuple[float, float, float]:
             loss(trained(features), target).backward()
             optimizer.step()
             seconds.append(time.perf_counter() - start)
-    finally:
-        for name in names:
-            setattr(dist, name, original[name])
     return statistics.median(seconds[1:]), sent, high_water_mark() - before
 
 

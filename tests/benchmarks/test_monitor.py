@@ -6,13 +6,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from etflight import Classifier
 from etflight.callbacks import NeuralCollapseMonitor
 from etflight.data import ArrayImages
 from etflight.runs.loggers import MetricsCSV
+from tests.training import new_trainer, save_arrays
 
 pytestmark = pytest.mark.benchmark
 
@@ -38,24 +38,12 @@ class EpochSeconds(Callback):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("online", "limit"), [(False, 1.4), (True, 1.03)], ids=["sweep each epoch", "online"])
 def test_the_monitor_adds_little_to_an_epoch(online, limit, tmp_path, record_ratio):
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for split, n in (("train", 768), ("test", 512)):  # in the proportion of Fashion-MNIST at imbalance ratio 100
-        arrays[f"{split}_images"] = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
-        arrays[f"{split}_labels"] = np.arange(n) % 10
-    np.savez(tmp_path / "images.npz", **arrays)
+    # in the proportion of Fashion-MNIST at imbalance ratio 100
+    save_arrays(tmp_path / "images.npz", train=768, test=512, shape=(28, 28))
     seconds = EpochSeconds()
     # every second epoch is measured, so that measured and unmeasured ones alternate within one run
     watch = NeuralCollapseMonitor(every_n_epochs=2, online=online)
-    trainer = Trainer(
-        max_epochs=2 * PAIRS + 3,
-        accelerator="cpu",
-        callbacks=[seconds, watch],
-        logger=MetricsCSV(tmp_path),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = new_trainer(seconds, watch, max_epochs=2 * PAIRS + 3, logger=MetricsCSV(tmp_path))
     torch.manual_seed(0)
     model = Classifier(10, "resnet20_cifar", in_chans=1)
     trainer.fit(model, datamodule=ArrayImages(str(tmp_path / "images.npz"), batch_size=128))

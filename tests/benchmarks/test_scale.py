@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,28 +29,30 @@ LISTS = ("iNaturalist18_train.txt", "iNaturalist18_val.txt")
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """iNaturalist's."""
-    folder = tmp_path_factory.mktemp("large") / "inaturalist"
-    inaturalist(folder)
-    yield folder
-    shutil.rmtree(folder)
+def roots(tmp_path_factory):
+    """The folders of the two sets, each made when it is first asked for."""
+    large = tmp_path_factory.mktemp("large")
+
+    @cache
+    def made(lay_out):
+        lay_out(folder := large / lay_out.__name__)
+        return folder
+
+    yield made
+    shutil.rmtree(large)
 
 
 @pytest.fixture(scope="module")
-def imagenet_root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("large") / "imagenet_lt"
-    imagenet_lt(folder)
-    yield folder
-    shutil.rmtree(folder)
+def root(roots):
+    return roots(inaturalist)
 
 
 @pytest.mark.parametrize("check", [False, True], ids=["lists alone", "and a look for each file"])
-@pytest.mark.parametrize(("set_class", "folder"), [(INaturalist2018, "root"), (ImageNetLT, "imagenet_root")])
+@pytest.mark.parametrize(("set_class", "lay_out"), [(INaturalist2018, inaturalist), (ImageNetLT, imagenet_lt)])
 def test_training_starts_in_twice_the_time_that_the_usual_loop_over_its_lists_takes(
-    set_class, folder, check, request, median_ratio, record_ratio
+    set_class, lay_out, check, roots, median_ratio, record_ratio
 ):
-    root, published = request.getfixturevalue(folder), set_class.published_counts
+    root, published = roots(lay_out), set_class.published_counts
     lists = [set_class.list_files[split] for split in ("train", "val" if "val" in published else "test")]
 
     def start():

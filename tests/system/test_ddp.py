@@ -22,16 +22,16 @@ from etflight import Classifier
 from etflight.data import Digits
 from etflight.utils.errors import UserError
 from tests.command_line import CommandLine, finish, start
-from tests.training import GLOBAL_BATCH, QUIET, read_csv, small_vit
+from tests.left_by_runs import kill
+from tests.training import GLOBAL_BATCH, QUIET, VIT, read_csv, small_vit
 from tests.training import new_trainer as trainer
 from tests.wandb_file import history
 
 ROOT = Path(__file__).parents[2]
-EPOCHS = 3
+EPOCHS = 2
 RECIPE = [
-    *QUIET, "--data.sampler", "balanced", "--data.eval_batch_size", 71, "--model.backbone", "test_vit",
-    "--model.model_kwargs", '{"img_size": 8, "patch_size": 4}', "--model.head.batch_norm", "false",
-    "--model.loss.class_balance", "batch", "--model.optimizer.lr", 0.05, "--trainer.callbacks+", "NeuralCollapseMonitor",
+    *QUIET, *VIT, "--data.sampler", "balanced", "--data.eval_batch_size", 74, "--model.loss.class_balance", "batch",
+    "--model.optimizer.lr", 0.05, "--trainer.callbacks+", "NeuralCollapseMonitor",
 ]  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def data(tmp_path_factory):
         path, train_images=train[1:, 0], train_labels=train_labels[1:],
         test_images=torch.cat([test, train[:1]])[:, 0], test_labels=torch.cat([test_labels, train_labels[:1]]),
     )  # fmt: skip
-    return ["--data", "ArrayImages", "--data.path", path, "--data.imbalance_ratio", 20, "--data.val_fraction", 0.11]
+    return ["--data", "ArrayImages", "--data.path", path, "--data.imbalance_ratio", 20, "--data.val_fraction", 0.115]
 
 
 @pytest.fixture(scope="module")
@@ -79,44 +79,38 @@ def free_port():
     raise AssertionError("no free port")
 
 
-class Numbered:
-    """`etflight …` on processes that somebody else has started and numbered: torchrun or srun, by their environment."""
+def torchrun(rank, processes, port):
+    return {
+        "TORCHELASTIC_RUN_ID": "none", "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0",
+        "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
 
-    def __init__(self, commands):
-        self._commands = commands
 
-    def __call__(self, *argv, cwd, processes, by="torchrun", **env):
-        port = free_port()
-        with ThreadPoolExecutor(processes) as threads:
-            jobs = [
-                threads.submit(command, *argv, cwd=cwd, **getattr(self, by)(rank, processes, port), **env)
-                for rank, command in enumerate(self._commands[:processes])
-            ]
-            results = [job.result() for job in jobs]
-        assert [result.status for result in results] == [0] * processes, "".join(r.err for r in results)
-        return results
-
-    @staticmethod
-    def torchrun(rank, processes, port):
-        return {
-            "TORCHELASTIC_RUN_ID": "none", "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0",
-            "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
-
-    @staticmethod
-    def slurm(rank, processes, port):
-        return {
-            "SLURM_JOB_NAME": "digits", "SLURM_JOB_ID": str(port - 15000), "SLURM_NNODES": "1", "SLURM_NODEID": "0",
-            "SLURM_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(processes), "SLURM_NTASKS_PER_NODE": str(processes),
-            "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
-        }  # fmt: skip
+def slurm(rank, processes, port):
+    return {
+        "SLURM_JOB_NAME": "digits", "SLURM_JOB_ID": str(port - 15000), "SLURM_NNODES": "1", "SLURM_NODEID": "0",
+        "SLURM_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(processes), "SLURM_NTASKS_PER_NODE": str(processes),
+        "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def numbered(tmp_path_factory):
+    """Runs `etflight …` on processes that somebody else has started and numbered: torchrun or srun, by their environment."""
     commands = [CommandLine(tmp_path_factory.mktemp("rank"), RANK=str(rank)) for rank in range(3)]
-    yield Numbered(commands)
+
+    def run(*argv, cwd, processes, by=torchrun, **env):
+        port = free_port()
+        with ThreadPoolExecutor(processes) as threads:
+            jobs = [
+                threads.submit(command, *argv, cwd=cwd, **by(rank, processes, port), **env)
+                for rank, command in enumerate(commands[:processes])
+            ]
+        for job in jobs:
+            job.result().ran()
+
+    yield run
     for command in commands:
         command.close()
 
@@ -162,7 +156,7 @@ def assert_same_bits(folder, other):
 
 
 def test_two_processes_log_and_learn_what_one_does_and_describe_the_step_once(one, two):
-    """The validation images are 143: one counted twice would show, and one process has two batches of them, the other one."""
+    """Of the last batch's 17 images one process has 9 and the other 8; of 149 validation images one has two batches and the other one."""
     columns = set(rows(one[0])[-1])
     assert columns >= {"train/loss", "nc/train/nc1", "nc/train/alignment", "nc/val/nc1", "nc/val/nc4"}
     assert columns >= {f"val/{name}" for name in ("loss", "acc", "acc_macro", "acc_many", "acc_few", "acc_tail", "ece")}
@@ -171,8 +165,7 @@ def test_two_processes_log_and_learn_what_one_does_and_describe_the_step_once(on
     assert_same_weights(weights(two[0]), weights(one[0]))
     assert float(weights(one[0])["temperature"]) != 1  # fitted, on both
     for (_, printed), batch in ((one, "1 process x 60 images"), (two, "2 processes x 30 images")):
-        assert printed.count(f"global batch 60 = {batch}; learning rate 0.05 as given (not scaled") == 1
-        assert printed.count("class balance 'batch' (exponent 1): counts over all processes of a step") == 1
+        assert printed.count(f"global batch 60 = {batch}") == 1
 
 
 def test_two_processes_are_one_wandb_run(two):
@@ -189,9 +182,6 @@ def test_two_nodes_do_what_two_processes_of_one_do(two, fit, cwd):
     assert_same_bits(cwd / "runs/two_nodes", two[0])
 
 
-KILL = ["--trainer.callbacks+=tests.left_by_runs.Kill", "--trainer.callbacks.after", 9, "--trainer.callbacks.rank", 1]
-
-
 def test_a_slurm_job_out_of_time_requeues_itself_and_ends_as_if_it_had_had_more(two, fit, numbered, cwd):
     scontrol = cwd / "bin" / "scontrol"
     scontrol.parent.mkdir()
@@ -200,12 +190,12 @@ def test_a_slurm_job_out_of_time_requeues_itself_and_ends_as_if_it_had_had_more(
     array = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "1", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
     overlay = ["-c", ROOT / "configs/trainer/ddp_cpu.yaml", "--data.batch_size", GLOBAL_BATCH // 2]
     argv = [*fit, *overlay, "--name", "requeued", "--ckpt_path", "last"]
-    out_of_time = [*KILL, "--trainer.callbacks.signal", signal.SIGUSR1.value]
-    numbered(*argv, *out_of_time, cwd=cwd, processes=2, by="slurm", **array)
+    out_of_time = kill(9, rank=1, signal=signal.SIGUSR1.value)
+    numbered(*argv, *out_of_time, cwd=cwd, processes=2, by=slurm, **array)
     assert (cwd / "requeued").read_text() == "requeue 70_1\n"
     folder = cwd / "runs/requeued"
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] in (10, 11, 12)
-    numbered(*argv, cwd=cwd, processes=2, by="slurm", **array)
+    numbered(*argv, cwd=cwd, processes=2, by=slurm, **array)
     assert_same_bits(folder, two[0])
 
 
@@ -267,21 +257,6 @@ class BadOnTheSecondProcess(Classifier):
     def forward(self, images):
         logits = super().forward(images)
         return logits * torch.nan if self.global_rank == 1 and self.global_step == 3 else logits
-
-
-def train_an_epoch(rank, processes=2):
-    torch.manual_seed(0)
-    classifier, strategy = small_vit(), "auto" if processes == 1 else "ddp"
-    data = Digits(imbalance_ratio=20, batch_size=GLOBAL_BATCH // processes)
-    trainer(devices=processes, strategy=strategy, max_epochs=1, limit_val_batches=0).fit(classifier, data)
-    return classifier.state_dict()
-
-
-def test_each_image_counts_the_same_where_processes_have_more_and_fewer(two_ready_processes):
-    """The last batch has 11 images, of which one process has 6."""
-    expected = train_an_epoch(0, processes=1)
-    for found in two_ready_processes(train_an_epoch, [()] * 2):
-        torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
 
 
 def train_a_frame_of_its_own(rank):

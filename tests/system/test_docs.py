@@ -24,13 +24,16 @@ PAGES = {str(path.relative_to(ROOT / "docs")): path.read_text() for path in DOCS
 METHODS = "".join(text for page, text in PAGES.items() if page.startswith("methods/"))
 
 
-@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if blocks(text, "python")])
+PYTHON = {page: found for page, text in {"README.md": README, **PAGES}.items() if (found := blocks(text, "python"))}
+
+
+@pytest.mark.parametrize("page", PYTHON)
 def test_python_runs_as_written(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if "pretrained=True" in PAGES[page]:
+    if any("pretrained=True" in block for block in PYTHON[page]):
         monkeypatch.setattr(timm, "create_model", lambda name, pretrained: torch.nn.Linear(2, 2))  # no download
     names = {"__name__": page}
-    for block in blocks(PAGES[page], "python"):
+    for block in PYTHON[page]:
         exec(compile(block, page, "exec"), names)
 
 
@@ -100,13 +103,17 @@ LONG_TAILED = {
 }
 
 
+def cells_of(table: str) -> list[list[str]]:
+    """The cells of the table that a text begins with, the header's first, without the line below it."""
+    lines = table.split("\n\n", 1)[0].splitlines()
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [header, *rows]
+
+
 def test_published_numbers_are_those_of_the_package():
     page = PAGES["methods/published.md"].split("## What they compare")[0]
     shown = set()
-    for table in page.split("\n\n|")[1:]:
-        header, _, *rows = [
-            [c.strip() for c in line.strip("|").split("|")] for line in table.split("\n\n")[0].splitlines()
-        ]
+    for header, *rows in map(cells_of, page.split("\n\n|")[1:]):
         for row in rows:
             shown |= {(*row[:6], row[-1], column, cell) for column, cell in zip(header[6:-1], row[6:-1], strict=True)}
     recorded = set()
@@ -141,10 +148,8 @@ def records(name: str) -> list[dict[str, Any]]:
 
 
 def table_under(heading: str, page: str) -> list[list[str]]:
-    """Cells of the first table under a heading, the header's first, without the line below it."""
-    lines = PAGES[page].split(f"# {heading}\n", 1)[1].split("\n\n|", 1)[1].split("\n\n", 1)[0].splitlines()
-    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return [header, *rows]
+    """Those of the first table under a heading."""
+    return cells_of(PAGES[page].split(f"# {heading}\n", 1)[1].split("\n\n|", 1)[1])
 
 
 @pytest.mark.parametrize("heading", RECORDED)

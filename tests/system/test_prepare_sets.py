@@ -18,14 +18,10 @@ def archives(tmp_path):
     """A folder with two tracks of each of three signs, five test images, and two characters of each alphabet and of one more."""
     final = tmp_path / "gtsrb/GTSRB"
     for label in range(3):
+        frames = final / f"Final_Training/Images/{label:05}"
         for track, frame in np.ndindex(2, 30):
-            draw(
-                final / f"Final_Training/Images/{label:05}/{track:05}_{frame:05}.ppm",
-                (label, track, frame),
-                "RGB",
-                (20, 25),
-            )
-        (final / f"Final_Training/Images/{label:05}/GT-{label:05}.csv").write_text("Filename;Width")
+            draw(frames / f"{track:05}_{frame:05}.ppm", (label, track, frame), "RGB", (20, 25))
+        (frames / f"GT-{label:05}.csv").write_text("Filename;Width")
     for i in range(5):
         draw(final / f"Final_Test/Images/{i:05}.ppm", (100 + i,) * 3, "RGB", (40, 30))
     lines = "".join(f"{i:05}.ppm;40;30;5;5;35;25;{i % 3}\n" for i in range(5))

@@ -18,7 +18,7 @@ def protocol_of(config, epochs):
     with torch.device("meta"):
         _, d = build_backbone(model["backbone"], model_kwargs=model["model_kwargs"])
     # crop padding, mirroring, mean and standard deviation
-    augmentation = (data._augment.crop_padding, data._augment.flip, *data._statistics)
+    augmentation = (*(data.training_options[name] for name in ("crop_padding", "flip")), *data._statistics)
     found = {"data": type(data).__name__, "ratio": data.imbalance_ratio, "backbone": model["backbone"], "d": d}
     return facts(config, epochs) | found | {"augmentation": augmentation}, data
 

@@ -24,17 +24,6 @@ def blocks(text: str, language: str) -> list[str]:
 TEXT = README + "".join(f"```bash\n{block}```\n" for path in DOCS for block in blocks(path.read_text(), "bash"))
 
 
-def test_python_examples_run_as_written(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    examples = blocks(README, "python")
-    assert len(examples) == 2
-    names = {"__name__": "readme"}
-    for block in examples:
-        exec(compile(block, "README.md", "exec"), names)
-    assert len(names["monitor"].history["nc/train/nc1"]) == 3
-    assert 0 < names["statistics"].compute().counts.sum() == 32
-
-
 def test_every_file_it_names_exists():
     named = re.findall(r"(?:configs|notebooks)/[\w./-]+\.(?:yaml|png|gif|json)", README)
     assert named

@@ -10,8 +10,8 @@ from lightning.pytorch import Callback
 
 from etflight import LinearHead
 from tests.command_line import ended, start
-from tests.left_by_runs import assert_same_run, read
-from tests.training import QUICK, QUIET, image_folder, read_csv
+from tests.left_by_runs import assert_killed_run_resumes, assert_same_run, kill, read
+from tests.training import QUIET, read_csv
 
 DIGITS = [
     "--data", "Digits", "--data.imbalance_ratio", 20, "--data.batch_size", 32, "--data.crop_padding", 1,
@@ -20,7 +20,6 @@ DIGITS = [
 ]  # fmt: skip
 EACH_STEP = ["--checkpoint.every_n_steps", 1]
 LAST = ["--ckpt_path", "last"]
-KILL = ["--trainer.callbacks+=tests.left_by_runs.Kill", "--trainer.callbacks.after"]
 WATCHED = """
 trainer:
   callbacks:
@@ -36,13 +35,13 @@ trainer:
 EVERYTHING = [
     "--model.model_kwargs", '{"drop_rate": 0.2}', "--data.mixup", 0.5, "--data.val_fraction", 0.1,
     "--data.sampler", "balanced", "--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 0.5,
-    "--model.sam_rho", 0.05,
 ]  # fmt: skip
 AUGMENTED = [
     "--data.auto_augment", "randaugment", "--data.cutout", 2, "--data.random_erasing", 0.2, "--data.views", 2,
 ]  # fmt: skip
 KINDS = {
-    "accumulation, validation within the epoch, mixup, dropout, temperature, sharpness-aware steps": (EVERYTHING, [5, 12, 20]),
+    "accumulation, validation within the epoch, mixup, dropout, temperature, sharpness-aware steps": (
+        [*EVERYTHING, "--model.sam_rho", 0.05], [5, 12, 20]),
     "two workers, validation after each epoch, online statistics, views": (["--data.num_workers", 2, *AUGMENTED], [13]),
     "counted in steps": (
         ["--trainer.max_epochs", -1, "--trainer.max_steps", 24, "--model.lr_scheduler.total_epochs", 2], [20]),
@@ -53,16 +52,10 @@ KINDS = {
 def test_a_killed_run_resumes_bit_by_bit(kind, etflight_command, tmp_path):
     options, kills = KINDS[kind]
     (tmp_path / "watched.yaml").write_text(WATCHED)
-    fit = ["fit", "-c", "watched.yaml", *DIGITS, *options, *EACH_STEP]
+    fit = ["fit", "-c", "watched.yaml", *DIGITS, *options]
     etflight_command(*fit, "--name", "whole", cwd=tmp_path).ran()
     for after in kills:
-        name = f"killed_{after}"
-        kill = [*KILL, after, "--trainer.callbacks.mark", f"{name}.mark"]
-        assert etflight_command(*fit, "--name", name, *kill, cwd=tmp_path).status == -9
-        saved = read(tmp_path / "runs" / name)
-        assert 0 < saved["global_step"] < read(tmp_path / "runs/whole")["global_step"]
-        assert "Restored all states" in etflight_command(*fit, "--name", name, *LAST, cwd=tmp_path).ran().err
-        assert_same_run(tmp_path / "runs/whole", tmp_path / "runs" / name)
+        assert_killed_run_resumes(etflight_command, tmp_path, fit, after)
 
 
 # --- two processes -----------------------------------------------------------------------------------------------------
@@ -78,12 +71,8 @@ def killed_on_two(tmp_path_factory):
     one = ["fit", "-c", "watched.yaml", *DIGITS, "--data.batch_size", 16, *EACH_STEP, *odd]
     two = [*one, "--trainer.strategy", "ddp", "--trainer.devices", 2]
     ended(start("etflight", *two, "--name", "whole", cwd=cwd)).ran()
-    killed = ended(start("etflight", *two, "--name", "killed", *kill_the_second("killed"), cwd=cwd))
+    killed = ended(start("etflight", *two, "--name", "killed", *kill(20, rank=1), cwd=cwd))
     return cwd, one, two, killed, time.time() - (cwd / "killed.mark").stat().st_mtime
-
-
-def kill_the_second(name):
-    return [*KILL, 20, "--trainer.callbacks.rank", 1, "--trainer.callbacks.mark", f"{name}.mark"]
 
 
 def test_a_job_whose_process_dies_ends_with_one_message(killed_on_two):
@@ -107,7 +96,7 @@ def test_one_process_goes_on_within_the_epoch_of_two(killed_on_two, etflight_com
 def test_torchrun_restarts_a_dead_process_from_the_last_checkpoint_bit_by_bit(killed_on_two):
     cwd, _, fit, *_ = killed_on_two
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1, "-m", "etflight"]
-    argv = [*fit, "--name", "torchrun", *kill_the_second("torchrun"), *LAST]
+    argv = [*fit, "--name", "torchrun", *kill(20, rank=1, mark="torchrun.mark"), *LAST]
     # without it, the second try finds the first one's addresses in the store
     job = ended(start(*torchrun, *argv, cwd=cwd, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")).ran()
     assert (cwd / "torchrun.mark").exists()
@@ -129,7 +118,7 @@ def whole(etflight_command, tmp_path_factory):
 
 def test_sigterm_saves_at_the_next_batch_and_exits_143(whole, etflight_command):
     fit = ["fit", *DIGITS, "--name", "stopped"]
-    stopped = etflight_command(*fit, *KILL, 16, "--trainer.callbacks.signal", 15, cwd=whole)
+    stopped = etflight_command(*fit, *kill(16, signal=15), cwd=whole)
     assert stopped.status == 143, stopped.err
     assert "SIGTERM: saved step 17" in stopped.err + stopped.out
     assert "Traceback" not in stopped.err
@@ -198,23 +187,9 @@ def test_another_training_is_refused_on_resume(other, words, whole, etflight_com
 @pytest.mark.parametrize("done", [4, 5])  # of 6; more of 16 images than there are in an epoch
 def test_an_epoch_goes_on_where_the_new_batches_leave_no_whole_one(done, etflight_command, tmp_path):
     fit = ["fit", *DIGITS, "--trainer.limit_train_batches", 6, *EACH_STEP, "--name", "r"]
-    assert etflight_command(*fit, *KILL, done, cwd=tmp_path).status == -9
+    assert etflight_command(*fit, *kill(done), cwd=tmp_path).status == -9
     result = etflight_command(*fit, "--data.batch_size", 16, *LAST, cwd=tmp_path).ran()
     assert "goes on after 5 batches of 16" in result.err + result.out
     assert read(tmp_path / "runs/r")["global_step"] == done + 1 + 6
     rows = read_csv(tmp_path / "runs/r/metrics.csv")
     assert [row["epoch"] for row in rows if row["val/acc"]] == ["0.0", "1.0"]
-
-
-def test_another_folder_is_refused_on_resume_and_the_same_one_elsewhere_goes_on(etflight_command, tmp_path):
-    for name, classes in (("pets", ("cat", "dog")), ("birds", ("auk", "tit")), ("moved/pets", ("cat", "dog"))):
-        image_folder(tmp_path / name, dict.fromkeys(classes, 4))
-
-    def fit(root, epochs):
-        data = ["--data", "FolderImages", "--data.root", root, "--data.image_size", 8, "--data.batch_size", 4]
-        quiet = [*QUICK, "--model.backbone", "resnet20_cifar", "--name", "r", *LAST, "--trainer.max_epochs", epochs]
-        return etflight_command("fit", *data, *quiet, cwd=tmp_path)
-
-    fit("pets", 1).ran()
-    fit("birds", 2).assert_refused("give the same --data options")
-    fit("moved/pets", 2).ran()

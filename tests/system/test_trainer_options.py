@@ -11,16 +11,13 @@ from torch.optim import LBFGS
 from etflight import Classifier
 from etflight.data import Digits
 from etflight.utils.errors import UserError
-from tests.left_by_runs import assert_same_run, read
-from tests.training import QUIET, image_folder, read_csv
+from tests.left_by_runs import assert_killed_run_resumes, assert_same_run
+from tests.training import QUIET, VIT, image_folder, read_csv
 from tests.training import new_trainer as trainer
 
 # 3 batches an epoch
 FIT = ["fit", "--data", "Digits", "--data.max_count", 6, "--data.batch_size", 20, *QUIET, "--name"]
 RESNET = ["--model.backbone", "resnet20_cifar"]
-VIT = [
-    "--model.backbone", "test_vit", "--model.model_kwargs", '{"img_size": 8, "patch_size": 4}', "--model.head.batch_norm", "false",
-]  # fmt: skip
 COSINE = ["--model.lr_scheduler", "WarmupCosine", "--model.lr_scheduler.warmup_epochs", 0]
 
 
@@ -33,42 +30,23 @@ AVERAGING = [
 
 
 @pytest.mark.parametrize(
-    # the batch, and the rhythm of checkpoints: before averaging, in its first epoch, after an epoch, after the last step
+    # the batch, and the rhythm of checkpoints: in the first epoch of averaging, after an epoch, after the last step
     ("options", "kills"),
-    [([*RESNET, *COSINE], [(4, 1), (7, 1), (10, 100), (11, 1)]), (VIT, [(10, 1)])],
+    [([*RESNET, *COSINE], [(7, 1), (10, 100), (11, 1)]), (VIT, [(10, 1)])],
     ids=["BatchNorm and a schedule", "neither"],
 )
-def test_averaged_weights_are_what_a_run_ends_with_and_a_resumed_run_averages_on(
+def test_a_run_with_averaged_weights_has_no_epoch_more_and_is_resumed_and_repeated_bit_by_bit(
     options, kills, etflight_command, tmp_path
 ):
     averaging = [*options, *AVERAGING]
     shown = etflight_command(*FIT, "whole", *averaging, cwd=tmp_path).ran().out
-    assert [line.partition(":")[0] for line in shown.splitlines() if line.startswith("epoch")] == [
-        f"epoch {epoch}/4" for epoch in (1, 2, 3, 4)
-    ]
+    told = [line.partition(":")[0] for line in shown.splitlines() if line.startswith("epoch")]
+    assert told == [f"epoch {epoch}/4" for epoch in (1, 2, 3, 4)]
     for table in ("metrics.csv", "speed.csv"):
         assert {float(row["epoch"]) for row in read_csv(tmp_path / "runs/whole" / table)} == {0, 1, 2, 3}
-    last = read(tmp_path / "runs/whole")
-    assert (last["epoch"], last["global_step"]) == (3, 12)
-    average = last["callbacks"]["StochasticWeightAveraging"]["average_model_state"]
-    names = [name for name in average if name.startswith(("backbone.", "head.")) and "running_" not in name]
-    names = [name for name in names if average[name].is_floating_point()]
-    assert len(names) > 50
-    assert all(torch.equal(last["state_dict"][name], average[name]) for name in names)
-    for batch, every in kills:
-        name = f"killed_{batch}"
-        kill = ["--trainer.callbacks+", "tests.left_by_runs.Kill", "--trainer.callbacks.after", batch]
-        fit = [*FIT, name, *averaging, "--checkpoint.every_n_steps", every]
-        assert etflight_command(*fit, *kill, "--trainer.callbacks.mark", name, cwd=tmp_path).status == -9
-        etflight_command(*fit, "--ckpt_path", "last", cwd=tmp_path).ran()
-        assert_same_run(tmp_path / "runs/whole", tmp_path / "runs" / name)
-
-
-def test_a_run_with_averaged_weights_can_be_repeated_from_its_configuration(etflight_command, tmp_path):
-    averaging = [*RESNET, *AVERAGING]
-    etflight_command(*FIT, "whole", *averaging, cwd=tmp_path).ran()
-    again = etflight_command("fit", "-c", "runs/whole/config.yaml", "--name", "again", cwd=tmp_path).ran()
-    assert "Unable to serialize" not in again.err
+    for after, every in kills:
+        assert_killed_run_resumes(etflight_command, tmp_path, [*FIT[:-1], *averaging], after, every)
+    etflight_command("fit", "-c", "runs/whole/config.yaml", "--name", "again", cwd=tmp_path).ran()
     assert_same_run(tmp_path / "runs/whole", tmp_path / "runs/again")
 
 
@@ -118,25 +96,25 @@ def train_on_two(rank):
 
 def test_lbfgs_on_two_processes_is_refused_by_both(two_ready_processes):
     for message in two_ready_processes(train_on_two, [()] * 2):
-        assert "each process would decide for itself when a step is over: train on one device" in message
+        assert "LBFGS" in message
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------------
 
-SPAWNED = "give --trainer.strategy ddp"
+SPAWNED = "--trainer.strategy ddp"
 REFUSED = {
     "LBFGS while gradients accumulate": (
-        ["--model.optimizer", "LBFGS", "--trainer.accumulate_grad_batches", 2], "raise --data.batch_size instead"),
+        ["--model.optimizer", "LBFGS", "--trainer.accumulate_grad_batches", 2], "--data.batch_size"),
     "LBFGS with a rate for each layer": (
-        ["--model.optimizer", "LBFGS", "--model.layer_decay", 0.5], "LBFGS doesn't support per-parameter options"),
+        ["--model.optimizer", "LBFGS", "--model.layer_decay", 0.5], "LBFGS"),
     "a search for a learning rate": (["--trainer.callbacks+", "LearningRateFinder"], "--model.optimizer.lr"),
     "a search for a batch size": (["--trainer.callbacks+", "BatchSizeFinder"], "--data.batch_size"),
-    "averaging with a rate for each layer": ([*AVERAGING, "--model.layer_decay", 0.5], "layer_decay would have no effect"),
-    "averaging with a rate for a part": ([*AVERAGING, "--model.lr_scale", "{head: 0.1}"], "lr_scale would have no effect"),
+    "averaging with a rate for each layer": ([*AVERAGING, "--model.layer_decay", 0.5], "layer_decay"),
+    "averaging with a rate for a part": ([*AVERAGING, "--model.lr_scale", "{head: 0.1}"], "lr_scale"),
     "no file at all": (["--trainer.barebones", "true"], "barebones"),
-    "no batch makes a step": (["--trainer.accumulate_grad_batches", 0], "--trainer.accumulate_grad_batches is 0"),
-    "an epoch that never comes": (["--trainer.check_val_every_n_epoch", 0], "--trainer.limit_val_batches 0 to leave validation out"),
-    "gradients turned round": (["--trainer.gradient_clip_val", -1], "--trainer.gradient_clip_val is -1"),
+    "no batch makes a step": (["--trainer.accumulate_grad_batches", 0], "--trainer.accumulate_grad_batches"),
+    "an epoch that never comes": (["--trainer.check_val_every_n_epoch", 0], "--trainer.check_val_every_n_epoch"),
+    "gradients turned round": (["--trainer.gradient_clip_val", -1], "--trainer.gradient_clip_val"),
     "spawned processes": (["--trainer.strategy", "ddp_spawn", "--trainer.devices", 2], SPAWNED),
     "a notebook's processes": (["--trainer.strategy", "ddp_notebook", "--trainer.devices", 2], SPAWNED),
 }  # fmt: skip
