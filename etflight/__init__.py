@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from etflight.classifier import Classifier
     from etflight.geometry import class_code, largest_cosine, nearest_etf, simplex_etf
     from etflight.heads import CosineHead, ETFHead, Head, LinearHead, ScaledLinearHead
+    from etflight.loading import load
     from etflight.losses import (
         BinaryCrossEntropyLoss,
         CrossEntropyLoss,
@@ -23,10 +24,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # lazy, because torch and Lightning take seconds to import and `etflight --version` should not
-_HOMES = ("geometry", "heads", "losses", "classifier")  # modules of these names, the quickest to import first
+_HOMES = (
+    "geometry",
+    "heads",
+    "losses",
+    "classifier",
+    "loading",
+)  # modules of these names, the quickest to import first
 _SUBMODULES = {
-    "analysis", "backbones", "callbacks", "checkpoint", "classifier", "cli", "data", "embedder", "export", "geometry", "heads", "losses",
-    "metrics", "optim", "penalties", "plotting", "reporting", "runs", "sharded", "utils",
+    "analysis", "backbones", "callbacks", "checkpoint", "classifier", "cli", "data", "embedder", "export", "geometry", "heads", "loading",
+    "losses", "metrics", "optim", "penalties", "plotting", "prediction", "reporting", "runs", "sharded", "utils",
 }  # fmt: skip
 
 __all__ = [
@@ -49,6 +56,7 @@ __all__ = [
     "__version__",
     "class_code",
     "largest_cosine",
+    "load",
     "nearest_etf",
     "simplex_etf",
 ]

@@ -6,9 +6,9 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from etflight.analysis.features import evaluation_mode
 from etflight.classifier import Classifier
 from etflight.data.base import ImageDataModule, Split
+from etflight.utils.modes import evaluation_mode
 from etflight.utils.ranks import gather_objects
 
 

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from etflight.callbacks.checkpoint import LastCheckpoint, SavePoint
-from etflight.runs.loggers import run_folder
+from etflight.runs.folder import run_folder
 from etflight.utils.errors import UserError, print_error
 
 PATIENCE = 40.0  # seconds
