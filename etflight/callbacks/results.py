@@ -18,7 +18,7 @@ from etflight.classifier import PRIOR_SHIFTS, Classifier
 from etflight.metrics.accuracy import FEW_BELOW, MANY_ABOVE, has_order, shot_groups, third_groups
 from etflight.metrics.evaluation import Evaluation
 from etflight.runs.folder import FIGURES, METRICS, PER_CLASS, RESULTS, run_folder, writing_to
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, argument
 from etflight.utils.files import write_json
 from etflight.utils.fingerprints import content_of
 from etflight.utils.terminal import console
@@ -54,7 +54,7 @@ class TestResults(Callback):
         folder, data, model = run_folder(trainer), data_module(trainer), cast(Classifier, pl_module)
         if not (folder / METRICS).is_file() or is_trial_run(trainer):
             return
-        mend = "give the images as in training, or --name"
+        mend = f"give the images as in training, or {argument('name')}"
         known, own = content_of(model.fingerprint), _content(data)
         if known and own and known != own:
             raise UserError(

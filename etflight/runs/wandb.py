@@ -92,7 +92,7 @@ def configure_runs(trainer: Trainer, config: Mapping[str, Any], *, keeps_config:
                 write_json(folder / RECORD, {**record, ID: run.id})
 
 
-def log_checkpoint(trainer: Trainer, loggers: object) -> None:
+def log_checkpoint(trainer: Trainer, loggers: Any) -> None:
     """Upload `last.ckpt` as an artifact of type "model" to each W&B run whose logger has `log_model`.
 
     Args:

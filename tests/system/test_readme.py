@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from etflight.cli import OTHERS
-from tests.training import save_folders
+from tests.training import save_folders, save_pictures
 
 ROOT = Path(__file__).parents[2]
 README, CONTRIBUTING = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
@@ -27,10 +27,14 @@ TEXT = README + "".join(f"```bash\n{block}```\n" for path in DOCS for block in b
 def test_python_examples_run_as_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     examples = blocks(README, "python")
-    assert len(examples) == 2
+    assert len(examples) == 3
+    save_pictures(tmp_path / "photos", "one.jpg", "two.jpg")
     names = {"__name__": "readme"}
     for block in examples:
         exec(compile(block, "README.md", "exec"), names)
+        if "trainer" in names:  # whose model stands for that of the photographs
+            names["trainer"].save_checkpoint("runs/my_photos/checkpoints/last.ckpt")
+    assert names["probabilities"].shape == (2, 2)
     assert len(names["monitor"].history["nc/train/nc1"]) == 3
     assert 0 < names["statistics"].compute().counts.sum() == 32
 
