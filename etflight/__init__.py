@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from etflight.classifier import Classifier
     from etflight.geometry import class_code, largest_cosine, nearest_etf, simplex_etf
     from etflight.heads import CosineHead, ETFHead, Head, LinearHead, ScaledLinearHead
+    from etflight.loading import load
     from etflight.losses import (
         BinaryCrossEntropyLoss,
         CrossEntropyLoss,
@@ -23,11 +24,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # lazy, because torch and Lightning take seconds to import and `etflight --version` should not
-_HOMES = ("geometry", "heads", "losses", "classifier")  # modules of these names, the quickest to import first
+_HOMES = (
+    "geometry",
+    "heads",
+    "losses",
+    "classifier",
+    "loading",
+)  # modules of these names, the quickest to import first
 _SUBMODULES = {
     "analysis", "backbones", "callbacks", "checkpoint", "classifier", "cli", "data", "decision", "divergence", "embedder", "export",
-    "geometry", "heads", "losses", "metrics", "network", "objective", "optim", "penalties", "plotting", "reporting", "runs", "sam",
-    "sharded", "utils",
+    "geometry", "heads", "loading", "losses", "metrics", "network", "objective", "optim", "penalties", "plotting", "prediction",
+    "reporting", "runs", "sam", "sharded", "utils",
 }  # fmt: skip
 
 __all__ = [
@@ -50,6 +57,7 @@ __all__ = [
     "__version__",
     "class_code",
     "largest_cosine",
+    "load",
     "nearest_etf",
     "simplex_etf",
 ]

@@ -16,8 +16,10 @@ from etflight.data.preprocessing import Preprocessing
 from etflight.decision import Decision, is_of_another
 from etflight.heads import Head
 from etflight.losses import Loss
+from etflight.prediction import Picture, Predictions, predict
 from etflight.utils.errors import UserError, let_through, warn
 from etflight.utils.fingerprints import fingerprint_in
+from etflight.utils.modes import evaluation_mode
 from etflight.utils.terminal import readable
 
 if TYPE_CHECKING:
@@ -108,6 +110,27 @@ class Network(LightningModule):
             UserError: There is a `logit_adjustment`, but no training counts.
         """
         return self.calibrated(self(images)).softmax(dim=1)
+
+    def predict(self, images: Picture | Sequence[Picture], batch_size: int = 64, top_k: int = 1) -> Predictions:
+        """Predict the classes of pictures, prepared as the images of the training were, in evaluation mode.
+
+        Args:
+            images: The path of an image file, a picture that Pillow has opened, uint8 `[H, W, C]` or `[H, W]` as an array or tensor, or a
+                list of these; or uint8 `[B, C, H, W]`. Of any size, grey or RGB, with or without transparency.
+            batch_size: The number of images at a time.
+            top_k: The number k of classes for each image, the most probable first.
+
+        Returns:
+            Names, calibrated probabilities `[N, k]` and labels `[N, k]`; the numbers are those of `etflight predict`.
+
+        Raises:
+            UserError: An image cannot be read or has other channels, or the model does not know how its images were prepared.
+        """
+        with evaluation_mode(self):
+            prepare, names, device = self.preprocessing, self.names_or_labels, self.device
+            return predict(
+                self.probabilities, images, prepare, names, device=device, batch_size=batch_size, top_k=top_k
+            )
 
     def calibrated(self, logits: Tensor) -> Tensor:
         """Compute the logits `[B, K]` that decide, whose softmax is the calibrated probabilities, from those of `forward`.

@@ -23,6 +23,7 @@ from etflight.metrics import ClassStatistics, Moments, measures
 from etflight.metrics.statistics import INTEGERS
 from etflight.utils.errors import UserError
 from etflight.utils.lightning_private import before_batch_transfer
+from etflight.utils.modes import evaluation_mode
 from etflight.utils.precision import at_least_float32, with_float64
 from etflight.utils.ranks import gather_objects
 from etflight.utils.torch_private import broadcast_buffers
@@ -189,18 +190,6 @@ def pool(features: Tensor) -> Tensor:
     if features.ndim == 3:
         return features.mean(1)
     return features.flatten(2).mean(2) if features.ndim > 3 else features
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within the block; afterwards each submodule is back in its own mode."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def find_submodule(model: nn.Module, name: str, argument: str) -> nn.Module:

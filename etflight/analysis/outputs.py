@@ -6,10 +6,10 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from etflight.analysis.features import evaluation_mode
 from etflight.classifier import Classifier
 from etflight.data.base import ImageDataModule
 from etflight.data.sources import Split
+from etflight.utils.modes import evaluation_mode
 from etflight.utils.ranks import gather_objects
 
 

@@ -13,8 +13,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics import Metric
 
 from etflight.callbacks.collapse import NeuralCollapseMonitor
-from etflight.runs.folder import last_checkpoint
-from etflight.runs.loggers import MetricsCSV, run_folder
+from etflight.runs.folder import last_checkpoint, run_folder
+from etflight.runs.loggers import MetricsCSV
 from etflight.utils.errors import UserError
 from etflight.utils.lightning_private import (
     batches_done,

@@ -27,7 +27,7 @@ from etflight.analysis.features import (
 )
 from etflight.data.base import ImageDataModule
 from etflight.metrics import Moments, measures
-from etflight.runs.loggers import run_folder
+from etflight.runs.folder import run_folder
 from etflight.utils.arrays import evenly
 from etflight.utils.errors import UserError
 from etflight.utils.files import replacing

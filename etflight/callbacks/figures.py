@@ -12,7 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 import etflight
 from etflight.callbacks.collapse import NeuralCollapseMonitor
-from etflight.runs.loggers import may_fall_silent, run_folder
+from etflight.runs.folder import FIGURES, run_folder
+from etflight.runs.loggers import may_fall_silent
 from etflight.utils.errors import UserError
 from etflight.utils.files import write_csv
 from etflight.utils.trainer import callbacks_of, data_module, is_trial_run
@@ -208,7 +209,7 @@ class CollapseFigures(Callback):
 
 
 def _folder(trainer: Trainer) -> Path:
-    return run_folder(trainer) / "figures"
+    return run_folder(trainer) / FIGURES
 
 
 def _has_embeddings(monitor: NeuralCollapseMonitor) -> bool:

@@ -15,7 +15,6 @@ from etflight.analysis.features import (
     HEAD,
     EmbeddingSource,
     PassStatistics,
-    evaluation_mode,
     plain_tensors,
     sweep,
     undisturbed,
@@ -29,6 +28,7 @@ from etflight.embedder import Embedder
 from etflight.heads import CosineHead, ETFHead, Head, LinearHead, ScaledLinearHead
 from etflight.losses import CrossEntropyLoss, Loss, temperature_of_cosines
 from etflight.utils.errors import UserError
+from etflight.utils.modes import evaluation_mode
 from etflight.utils.precision import at_least_float32
 from etflight.utils.trainer import data_module
 

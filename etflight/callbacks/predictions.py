@@ -25,7 +25,6 @@ from etflight.utils.terminal import readable
 from etflight.utils.trainer import data_module, is_trial_run
 
 SUFFIXES = (".csv", ".parquet", ".npz")
-TABLE = "predictions.csv"  # in a run folder
 
 
 def skipped_beside(path: Path) -> Path:
@@ -128,7 +127,7 @@ class PredictionTable(Callback):
         if self.embeddings:
             self._hook = head.register_forward_pre_hook(lambda _, args: self._features.append(args[0]))
         if trainer.is_global_zero and not is_trial_run(trainer):
-            with writing_to(self.path.parent, "--output"):
+            with writing_to(self.path.parent, "output"):
                 self._writes.enter_context(sole_writer(self.path))
             check_output(self.path)  # another process may have written it since the command line looked
 
@@ -179,7 +178,7 @@ class PredictionTable(Callback):
             )
         model = cast(Classifier, pl_module)
         images = [data.sample_name("test", i) for i in in_order]
-        with self._writes, writing_to(self.path.parent, "--output"):
+        with self._writes, writing_to(self.path.parent, "output"):
             write(self.path, images, labels, probabilities, model.names_or_labels, *rest)
             rank_zero_info(f"predictions: {self.path} (probabilities: {model.describe_temperature()})")
             if skipped:

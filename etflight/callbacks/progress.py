@@ -18,7 +18,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from etflight.classifier import Classifier
 from etflight.losses import Loss
-from etflight.runs.loggers import MetricsCSV, run_folder
+from etflight.runs.folder import SPEED, run_folder
+from etflight.runs.loggers import MetricsCSV
 from etflight.utils.files import write_csv
 from etflight.utils.trainer import data_module, is_trial_run, shows_after
 
@@ -136,7 +137,7 @@ class Speed(Callback):
         self._began_at = time.perf_counter()
         self._is_whole = not trainer.fit_loop.restarted_mid_epoch
         if trainer.is_global_zero and not is_trial_run(trainer):
-            _forget(run_folder(trainer) / "speed.csv", trainer.current_epoch)
+            _forget(run_folder(trainer) / SPEED, trainer.current_epoch)
         self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -188,7 +189,7 @@ class Speed(Callback):
         if self._is_whole:
             values["speed/epoch_s"] = time.perf_counter() - self._began_at
         row = {"epoch": trainer.current_epoch, "step": trainer.global_step, "speed/epoch_s": "", **values}
-        path = run_folder(trainer) / "speed.csv"
+        path = run_folder(trainer) / SPEED
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(row))

@@ -17,9 +17,8 @@ from etflight.callbacks.figures import publish, publish_table
 from etflight.classifier import PRIOR_SHIFTS, Classifier
 from etflight.metrics.accuracy import FEW_BELOW, MANY_ABOVE, has_imbalance, shot_groups, third_groups
 from etflight.metrics.evaluation import Evaluation
-from etflight.runs.folder import writing_to
-from etflight.runs.loggers import run_folder
-from etflight.utils.errors import UserError
+from etflight.runs.folder import FIGURES, METRICS, PER_CLASS, RESULTS, run_folder, writing_to
+from etflight.utils.errors import UserError, argument
 from etflight.utils.files import write_json
 from etflight.utils.fingerprints import content_of
 from etflight.utils.terminal import console
@@ -53,15 +52,15 @@ class TestResults(Callback):
             UserError: The folder is that of a training, and the set is another, or there are results and images are prepared otherwise.
         """
         folder, data, model = run_folder(trainer), data_module(trainer), cast(Classifier, pl_module)
-        if not (folder / "metrics.csv").is_file() or is_trial_run(trainer):
+        if not (folder / METRICS).is_file() or is_trial_run(trainer):
             return
-        mend = "give the images as in training, or --name"
+        mend = f"give the images as in training, or {argument('name')}"
         known, own = content_of(model.fingerprint), _content(data)
         if known and own and known != own:
             raise UserError(
                 f"{data} is not the set that {folder} was trained on, so its results do not go there: {mend}"
             )
-        if (folder / "test_metrics.json").is_file() and (differences := model.differences(data)):
+        if (folder / RESULTS).is_file() and (differences := model.differences(data)):
             raise UserError(f"{differences[0]}; the results in {folder} stay as they are: {mend}")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -74,17 +73,17 @@ class TestResults(Callback):
         folder = run_folder(trainer)
         with writing_to(folder):
             if not is_trial_run(trainer):
-                write_json(folder / "test_metrics.json", metrics)
+                write_json(folder / RESULTS, metrics)
             rows = _rows(model, evaluation)
-            publish_table(trainer, "test/classes", _HEADER, rows, folder / "per_class.csv")
+            publish_table(trainer, "test/classes", _HEADER, rows, folder / PER_CLASS)
             for name, figure in _figures(model, evaluation).items():
-                publish(trainer, f"test/{name}", figure, folder / "figures" / f"{name}.png")
+                publish(trainer, f"test/{name}", figure, folder / FIGURES / f"{name}.png")
         if self.verbose:  # last, since a reader of the output may leave
             out = console()
             for table in _tables(metrics, model, evaluation):
                 out.print(table)
         if not is_trial_run(trainer):
-            rank_zero_info(f"results: {folder / 'test_metrics.json'}, per_class.csv and figures/")
+            rank_zero_info(f"results: {folder / RESULTS}, {PER_CLASS} and {FIGURES}/")
 
 
 def _content(data: Any) -> str | None:

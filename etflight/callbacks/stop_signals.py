@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
+from contextvars import copy_context
 from pathlib import Path
 from select import select
 from types import CodeType
@@ -20,8 +20,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from etflight.callbacks.checkpoint import LastCheckpoint, SavePoint
-from etflight.runs.loggers import run_folder
-from etflight.utils.errors import UserError, print_error
+from etflight.runs.folder import run_folder
+from etflight.utils.errors import UserError, argument, print_error
 
 PATIENCE = 40.0  # seconds
 
@@ -120,7 +120,8 @@ class StopSignals(Callback):
         self._pending = None
         self._stop_watchdog()
         if trainer.world_size > 1:
-            self._watchdog = Watchdog(self._is_saving, partial(_give_up, trainer))
+            here = copy_context()  # of which a thread knows nothing by itself
+            self._watchdog = Watchdog(self._is_saving, lambda number: here.run(_give_up, trainer, number))
             self._watchdog.start()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -193,7 +194,7 @@ class StopSignals(Callback):
         name = signal.Signals(self._agreed).name
         if self._last is not None:
             self._last.save(trainer, between)
-            rank_zero_info(f"{name}: saved step {trainer.global_step}; --ckpt_path last resumes it")
+            rank_zero_info(f"{name}: saved step {trainer.global_step}; {argument('ckpt_path', 'last')} resumes it")
         requeue = self._requeue.get(self._agreed)
         if requeue is not None:
             before = set(run_folder(trainer).glob("hpc_ckpt_*.ckpt"))
@@ -211,7 +212,7 @@ class StopSignals(Callback):
 
 def _give_up(trainer: Trainer, number: int) -> None:
     """End this process, and those that Lightning has started from it, whatever they are doing."""
-    again = "resume with --ckpt_path last" if trainer.state.fn == "fit" else "give the command again"
+    again = f"resume with {argument('ckpt_path', 'last')}" if trainer.state.fn == "fit" else "give the command again"
     print_error(
         UserError(
             f"{signal.Signals(number).name}: ended at once, without saving, because this job makes no progress; perhaps one of its "

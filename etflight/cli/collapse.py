@@ -32,7 +32,7 @@ from etflight.data import ImageDataModule
 from etflight.data.facts import refuse_other_shape
 from etflight.data.sources import Split
 from etflight.metrics import Moments, measures
-from etflight.runs.folder import check_writable, refuse_other_results, writing_to
+from etflight.runs.folder import ROOT, check_writable, refuse_other_results, writing_to
 from etflight.runs.record import data_facts
 from etflight.utils.errors import UserError, brief, let_through
 from etflight.utils.files import write_json
@@ -103,7 +103,7 @@ def main(argv: Sequence[str]) -> None:
         data = parser.instantiate(config).data
         data.prepare_data()
         model = _from_timm(config, data)
-        folder, name = Path("runs", "collapse", re.sub(r"[^\w.-]+", "_", config.timm)), model.name
+        folder, name = Path(ROOT, "collapse", re.sub(r"[^\w.-]+", "_", config.timm)), model.name
     else:
         checkpoint, classifier = load_classifier(config.run)
         data = data_as_trained(parser, config, classifier, str(checkpoint), images=True)
@@ -112,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
     device = device_of(config)
     output, out = Path(config.output or folder), console()
     facts = {"model": name, "data": {**data_facts(data), "folder": data.split("test").source.folder}}
-    check_writable(output, "--output")
+    check_writable(output, "output")
     refuse_other_results(output / "collapse.json", facts, PICTURES)
 
     model.source.model.eval().requires_grad_(False).to(device)
@@ -126,7 +126,7 @@ def main(argv: Sequence[str]) -> None:
         portrait = plotting.portrait(moments, model.source.weight.cpu(), counts=data.class_counts, class_names=names)
         figures |= {f"{split}_{name}": figure for name, figure in portrait.items()}
 
-    with writing_to(output, "--output"):
+    with writing_to(output, "output"):
         write_json(output / "collapse.json", {**facts, **results})
         for name, figure in figures.items():
             plotting.save(figure, output / f"{name}.png")

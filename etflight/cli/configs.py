@@ -66,7 +66,7 @@ def _purpose(path: Path) -> str:
 
 
 def _copy(chosen: Sequence[Path], folder: Path) -> None:
-    check_writable(folder, "--copy")
+    check_writable(folder, "copy")
     there = [path for path in chosen if (folder / path).exists()]
     if there:
         raise UserError(f"{folder / there[0]} exists, and nothing is overwritten: give another folder")

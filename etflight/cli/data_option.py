@@ -2,18 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 
-from etflight.checkpoint.specs import find_class
 from etflight.cli.argv import CommandParser, split_config_files
 from etflight.cli.parser import OneLineParser, import_modules
 from etflight.data import ImageDataModule
-from etflight.runs.folder import run_of
+from etflight.loading import data_section, refuse_imports
+from etflight.runs.folder import CONFIG, run_of
 from etflight.utils.errors import UserError
-from etflight.utils.limits import refuse_names
-from etflight.utils.yaml import guard_parser, read_yaml, to_yaml
+from etflight.utils.yaml import guard_parser, to_yaml
 
 
 def data_parser(command: str, description: str, *, required: bool = True) -> OneLineParser:
@@ -52,9 +50,12 @@ def parse(parser: OneLineParser, argv: Sequence[str], run: str | None = None) ->
     files, words = split_config_files(parser.prog, _without_imports(parser.prog, argv))
     if run is not None:
         folder = run_of(Path(run))
-        config = folder / "config.yaml" if folder is not None else None
+        config = folder / CONFIG if folder is not None else None
         if config is not None and config.is_file() and config not in map(Path, files):
-            _refuse_imports(config)
+            try:
+                refuse_imports(config)
+            except UserError as error:
+                raise UserError(f"{error} (--imports MODULE), or give -c {config} if you trust that file") from None
             files = [str(config), *files]
         elif not Path(run).exists():
             raise UserError(f"{run} does not exist: give a run folder, such as runs/digits/ce, or a checkpoint in one")
@@ -63,7 +64,7 @@ def parse(parser: OneLineParser, argv: Sequence[str], run: str | None = None) ->
                 f"{folder} has no config.yaml that tells the data: give a run folder, such as runs/digits/ce, or --data"
             )
     # the parser knows no other section of a configuration file
-    return parser.parse_args([*(f"--config={to_yaml(_data_section(Path(file)))}" for file in files), *words])
+    return parser.parse_args([*(f"--config={to_yaml(data_section(Path(file)))}" for file in files), *words])
 
 
 def parse_over_run(parser: OneLineParser, argv: Sequence[str]) -> Namespace:
@@ -81,37 +82,3 @@ def _without_imports(prog: str, argv: Sequence[str]) -> list[str]:
     known, rest = parser.parse_known_args(argv)
     import_modules(known.imports)
     return rest
-
-
-def _data_section(path: Path) -> dict[str, Any]:
-    content: Any = read_yaml(path)
-    return {"data": content["data"]} if isinstance(content, dict) and "data" in content else {}
-
-
-def _refuse_imports(config: Path) -> None:
-    """Refuse a run's configuration for which code would be imported: the user has named the run, and not this file.
-
-    Raises:
-        UserError: Its data are of a class that has not been imported, or an argument of theirs could name code.
-    """
-
-    def check(spec: Any) -> None:
-        spec = {"class_path": spec} if isinstance(spec, str) else spec
-        path, arguments = (
-            (spec.get("class_path"), spec.get("init_args") or {}) if isinstance(spec, dict) else (None, {})
-        )
-        if not isinstance(path, str) or not isinstance(arguments, dict):
-            return  # the parser says what is wrong with it
-        cls = find_class({"class_path": path if "." in path else f"etflight.data.{path}"}, ImageDataModule)
-        if cls is None or spec.keys() - {"class_path", "init_args"}:
-            raise UserError(
-                f"{config} has data of {path!r}, which has not been imported: import its module (--imports MODULE), or give -c {config} if "
-                "you trust that file"
-            )
-        inner = {name: value for name, value in arguments.items() if isinstance(value, dict) and "class_path" in value}
-        refuse_names(cls, {name: value for name, value in arguments.items() if name not in inner}, str(config))
-        for value in inner.values():
-            check(value)
-
-    for data in _data_section(config).values():
-        check(data)

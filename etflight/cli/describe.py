@@ -19,7 +19,7 @@ from etflight.data.facts import other_images
 from etflight.data.profiles import positions_by_class
 from etflight.data.sources import Split
 from etflight.metrics.accuracy import by_frequency, shot_groups
-from etflight.runs.folder import check_writable, read_record, refuse_other_results, run_of
+from etflight.runs.folder import ROOT, check_writable, read_record, refuse_other_results, run_of
 from etflight.utils.arrays import evenly
 from etflight.utils.errors import UserError, warn
 from etflight.utils.files import write_json
@@ -52,8 +52,8 @@ def main(argv: Sequence[str]) -> None:
         trained_on = fingerprint_in(read_record(run).get("data"))
         if differ := other_images((), trained_on, data):
             warn(differ)
-    folder = Path(config.output or Path("runs", "describe", f"{record['dataset']}_{record['fingerprint']}"))
-    check_writable(folder, "--output")
+    folder = Path(config.output or Path(ROOT, "describe", f"{record['dataset']}_{record['fingerprint']}"))
+    check_writable(folder, "output")
     refuse_other_results(folder / RECORD, {"dataset": record["dataset"]}, (HISTOGRAM, SHEET))
     out = console()
     write_json(folder / RECORD, record)

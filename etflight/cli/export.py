@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from etflight.callbacks import PostHoc
-from etflight.callbacks.temperature import decided
 from etflight.classifier import Classifier
-from etflight.cli.checkpoint_option import data_as_trained, images_of_training, load_classifier
+from etflight.cli.checkpoint_option import data_as_trained, load_classifier
 from etflight.cli.data_option import data_parser, parse
 from etflight.cli.decision_option import add_decision, asked_decision
 from etflight.cli.parser import OneLineParser, add_imports
@@ -54,10 +53,8 @@ def main(argv: Sequence[str]) -> None:
     run, at_its_end = _run_of(checkpoint.absolute())
     tested_in = run if at_its_end else None
     if asked.is_another:
-        needs = type(asked.method).__name__ if asked.method is not None and asked.method.needs_training_data else None
-        data = data or images_of_training(run, preprocessing, "export", needs)
-        apply = decided if asked.method is None else asked.method.applied
-        classifier = apply(classifier, data, preprocessing.input_size).requires_grad_(False)
+        classifier.preprocessing = preprocessing
+        classifier = asked.applied(classifier, run, data).requires_grad_(False)
         tested_in = asked.folder
     with _new_folder(output) as folder:
         calibrated = _write(config.format, classifier, preprocessing, folder)
@@ -118,7 +115,7 @@ def _in_words(method: PostHoc | None, classifier: Classifier) -> str:
 def _new_folder(output: Path) -> Iterator[Path]:
     """A folder to write into. It takes its name when the block ends without an error; otherwise nothing is left of it."""
     partial = output.absolute().with_name(f".{output.absolute().name}.partial{os.getpid()}")
-    with writing_to(output, "--output"):
+    with writing_to(output, "output"):
         partial.mkdir(parents=True)
         try:
             yield partial

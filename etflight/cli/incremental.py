@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> None:
     )
     learner = _learner(config, base)
     folder = Path(config.output) if config.output else _default_folder(base.checkpoint, config)
-    check_writable(folder, "--output")
+    check_writable(folder, "output")
     settings = _settings(config, base)
     refuse_other_results(folder / RECORD, {"settings": settings}, (FIGURE,))
     refuse_missing_hardware(config.accelerator, "--accelerator")
@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
         for done in run_sessions(learner, _features(base, sessions, learner, fabric.device), before):
             results = done.results
             if fabric.is_global_zero:
-                with writing_to(folder, "--output"):
+                with writing_to(folder, "output"):
                     _save_state(_state_file(folder, len(results) - 1), settings, done)
     if fabric.is_global_zero:
         _report(folder, settings, base, sessions, results)
@@ -269,7 +269,7 @@ def _report(
         }
         for session, row in zip(sessions, results, strict=True)
     ]
-    with writing_to(folder, "--output"):
+    with writing_to(folder, "output"):
         record = {"checkpoint": str(base.checkpoint), "data": data_facts(base.data), "settings": settings}
         write_json(folder / RECORD, {**record, **sums, "sessions": rows})
         figure = plotting.session_curves(results, [session.seen for session in sessions])

@@ -23,7 +23,6 @@ from etflight.cli.checkpoint_option import (
     device_of,
     folder_of,
     load_classifier,
-    prepare_as_trained,
 )
 from etflight.cli.data_option import data_parser, parse
 from etflight.cli.parser import OneLineParser, add_imports
@@ -31,8 +30,9 @@ from etflight.data import ImageDataModule
 from etflight.data.adapted import AdaptedSplit
 from etflight.data.preprocessing import Preprocessing
 from etflight.data.sources import ImageSplit
+from etflight.loading import prepare_as_trained
 from etflight.metrics import ClassStatistics, Moments, measures, ood
-from etflight.runs.folder import check_writable, read_record, refuse_other_results, run_of, writing_to
+from etflight.runs.folder import CONFIG, check_writable, read_record, refuse_other_results, run_of, writing_to
 from etflight.runs.record import data_facts, test_facts
 from etflight.utils.errors import UserError, first_few, warn
 from etflight.utils.files import write_json
@@ -98,7 +98,7 @@ def main(argv: Sequence[str]) -> None:
         },
     }
     folder = Path(config.output or folder_of(checkpoint) / "ood" / _folder_name(unknown))
-    check_writable(folder, "--output")
+    check_writable(folder, "output")
     refuse_other_results(folder / RECORD, facts, (PICTURE,))
 
     out, temperature = console(), model.decision.temperature_of_bare_logits()
@@ -122,7 +122,7 @@ def main(argv: Sequence[str]) -> None:
     }
     panels = {f"{name}: AUROC {100 * results[name].auroc:.1f} %": both for name, both in values.items()}
     known_name, unknown_name = f"known: {known.dataset_name}", f"unknown: {unknown.dataset_name}"
-    with writing_to(folder, "--output"):
+    with writing_to(folder, "output"):
         write_json(folder / RECORD, record)
         plotting.save(plotting.score_histograms(panels, known_name, unknown_name), folder / PICTURE)
     out.print(_table(f"{known.dataset_name} (known) and {unknown.dataset_name} (unknown)", results))
@@ -227,7 +227,7 @@ def _known_data(config: Namespace, model: Classifier, checkpoint: Path) -> Image
     try:
         return data_as_trained(_known_parser(), config, model, str(checkpoint), images=True)
     except UserError as error:
-        place = folder_of(checkpoint) / "config.yaml"
+        place = folder_of(checkpoint) / CONFIG
         raise UserError(
             f"the run's own images, which are the known ones: {error} (their place is that of {place}: try with "
             f"etflight describe -c {place})"
@@ -243,7 +243,7 @@ def _config_of_run(run: Path) -> Namespace:
     if not run.exists():
         raise UserError(f"{run} does not exist: give a run folder, such as runs/digits/ce, or a checkpoint in one")
     folder = run_of(run)
-    if folder is None or not (folder / "config.yaml").is_file():
+    if folder is None or not (folder / CONFIG).is_file():
         raise UserError(
             f"{run} is not in a run folder, whose config.yaml says which images are known: give one, such as runs/digits/ce"
         )

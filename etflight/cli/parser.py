@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 
 from etflight.cli import OTHERS, STAGES
 from etflight.data import ImageDataModule
-from etflight.runs.folder import last_checkpoint
+from etflight.runs.folder import CONFIG, last_checkpoint
 from etflight.utils.errors import UserError, brief, user_error_in
 from etflight.utils.jsonargparse_private import in_one_line
 
@@ -70,7 +70,7 @@ class OneLineParser(ArgumentParser):
 
 def how_to_name_run(word: str) -> str:
     """Write `; for this run give -c … --ckpt_path …` if a word of a command line is a run folder; empty otherwise."""
-    if not os.path.isfile(config := os.path.join(word, "config.yaml")):
+    if not os.path.isfile(config := os.path.join(word, CONFIG)):
         return ""
     return f"; for this run give -c {config} --ckpt_path {last_checkpoint(Path(word))}"
 

@@ -7,9 +7,13 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info
 
-from etflight.callbacks.predictions import TABLE, check_output
+from etflight.callbacks.predictions import check_output
 from etflight.cli.argv import EarlyOptions, set_and_arm
 from etflight.runs.folder import (
+    CONFIG,
+    PREDICTIONS,
+    RESULTS,
+    ROOT,
     check_writable,
     claim,
     claim_for_results,
@@ -60,7 +64,7 @@ class Place:
         name = options.value("name") or "/".join(filter(None, default))
         if stage == "fit":
             name = name_in_sweep(name)
-        root = Path(options.value("trainer.default_root_dir") or "runs").expanduser()
+        root = Path(options.value("trainer.default_root_dir") or ROOT).expanduser()
         folder = root / name
         if ".." in folder.parts:  # checkpoints hold Lightning's places of files, and one with ".." in it is refused
             folder = folder.resolve()
@@ -123,7 +127,7 @@ class Place:
         if config.get("output") is not None:
             output = Path(config["output"])
             check_output(output)
-            check_writable(output.parent, "--output")
+            check_writable(output.parent, "output")
         elif self.stage != "validate" and not config["trainer"]["fast_dev_run"]:
             check_writable(self.folder)
             if self.stage == "fit":
@@ -134,14 +138,14 @@ class Place:
                 if self.stage == "test":
                     _refuse_other_decision(self.folder, config)
                 else:
-                    check_output(self.folder / TABLE)
+                    check_output(self.folder / PREDICTIONS)
 
 
 def _refuse_other_decision(folder: Path, config: Any) -> None:
     """Refuse to replace the results of a test of the same model that decides by other logits."""
-    if not (folder / "test_metrics.json").is_file() or not (folder / "config.yaml").is_file():
+    if not (folder / RESULTS).is_file() or not (folder / CONFIG).is_file():
         return
-    known = read_yaml(folder / "config.yaml")
+    known = read_yaml(folder / CONFIG)
     if isinstance(known, dict) and (before := _decision(known)) != _decision(config):
         tau, adjustment, post_hoc = before
         name = "the trained head" if post_hoc is None else post_hoc["class_path"].rpartition(".")[2]
@@ -159,5 +163,5 @@ def _decision(config: Any) -> tuple[Any, Any, Any]:
 
 def _file_of_arm(file: Path) -> Path:
     """For the `config.yaml` of a run folder, a file that is called as the arm of that run; any other file is itself."""
-    arm = read_record(file.parent).get("arm") if file.name == "config.yaml" else None
+    arm = read_record(file.parent).get("arm") if file.name == CONFIG else None
     return Path("arms", f"{arm}.yaml") if isinstance(arm, str) else file

@@ -9,6 +9,7 @@ from etflight.reporting import tables
 from etflight.reporting.groups import group
 from etflight.reporting.pairs import compare_with
 from etflight.reporting.results import read_results
+from etflight.runs.folder import RESULTS
 from etflight.utils.errors import UserError, warn
 from etflight.utils.terminal import as_it_is, console
 
@@ -64,9 +65,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.against is not None:
         sections = compare_with(arguments.against, sections)
     shown = [r for section in sections for r in section.results]
-    remarks += [
-        f"{r.source} has not been tested: etflight test writes its test_metrics.json" for r in shown if not r.tested
-    ]
+    remarks += [f"{r.source} has not been tested: etflight test writes its {RESULTS}" for r in shown if not r.tested]
     for line in [*(f"left out: {problem}" for problem in problems), *remarks]:
         warn(line)
 

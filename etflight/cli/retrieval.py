@@ -18,12 +18,12 @@ from etflight.cli.checkpoint_option import (
     device_of,
     folder_of,
     load_classifier,
-    prepare_as_trained,
 )
 from etflight.cli.data_option import data_parser, parse, parse_over_run
 from etflight.cli.parser import OneLineParser, add_imports
 from etflight.data import ImageDataModule
 from etflight.data.facts import different_class, other_preprocessing, refuse_other_shape
+from etflight.loading import prepare_as_trained
 from etflight.metrics.retrieval import retrieval_scores
 from etflight.runs.folder import check_writable, refuse_other_results, writing_to
 from etflight.runs.record import test_facts
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
         "preprocessing": [data.preprocessing._asdict() for data in sets],
     }
     output = Path(config.output or folder_of(loaded[0][0]) / "retrieval.json")
-    check_writable(output.parent, "--output")
+    check_writable(output.parent, "output")
     refuse_other_results(output, facts)
 
     models = [
@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
         for (checkpoint, classifier), data, weight in zip(loaded, sets, weights, strict=True)
     ]
     record = {**facts, **compare(models)}
-    with writing_to(output.parent, "--output"):
+    with writing_to(output.parent, "output"):
         write_json(output, record)
     out.print(_table(record, str(sets[0])))
     out.print(as_it_is(output), style="dim", soft_wrap=True)

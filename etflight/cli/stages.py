@@ -36,7 +36,7 @@ from etflight.callbacks import (
 from etflight.callbacks.averaging import StochasticWeightAverage
 from etflight.callbacks.balance import DoubleCorrection
 from etflight.callbacks.checkpoint import KEY as CHECKPOINT_KEY
-from etflight.callbacks.predictions import TABLE, PredictionTable
+from etflight.callbacks.predictions import PredictionTable
 from etflight.callbacks.progress import Progress, StepNotice, is_watched
 from etflight.callbacks.results import TestResults
 from etflight.checkpoint.files import SafeCheckpointIO, read_checkpoint, refuse_others
@@ -46,7 +46,6 @@ from etflight.checkpoint.weights_to_come import weights_come_next
 from etflight.classifier import Classifier
 from etflight.cli import STAGES
 from etflight.cli.argv import EarlyOptions, split_config_files
-from etflight.cli.checkpoint_option import images_of_training, prepare_as_trained
 from etflight.cli.parser import OneLineParser, how_to_name_run, import_modules
 from etflight.cli.place import Place
 from etflight.cli.predict import add_prediction_arguments, as_data, images_of
@@ -56,12 +55,13 @@ from etflight.data.base import ImageDataModule
 from etflight.data.facts import refuse_other_shape
 from etflight.data.preprocessing import Preprocessing
 from etflight.heads import ETFHead
+from etflight.loading import images_of_training, prepare_as_trained
 from etflight.losses import DotRegressionLoss
 from etflight.optim import PROTOCOL_SGD
-from etflight.runs.folder import is_own_checkpoint, same_folder
-from etflight.runs.loggers import FailSafe, MetricsCSV
+from etflight.runs.folder import METRICS, PREDICTIONS, ROOT, is_own_checkpoint, same_folder
+from etflight.runs.loggers import MetricsCSV
 from etflight.runs.record import RunRecord
-from etflight.runs.wandb import choose_names
+from etflight.runs.wandb import choose_names, fail_safe
 from etflight.utils.errors import UserError, options_for_arguments, print_dead_process, user_error_in
 from etflight.utils.jsonargparse_private import mend_of_section, why_not_made
 from etflight.utils.lightning_private import on_dead_process
@@ -155,7 +155,7 @@ class EtflightCLI(LightningCLI):
         parser.set_defaults(
             {
                 "model.optimizer": to_spec(PROTOCOL_SGD, "optimizer"),
-                "trainer.default_root_dir": "runs",
+                "trainer.default_root_dir": str(ROOT),
                 "trainer.enable_autolog_hparams": False,
                 "trainer.enable_model_summary": False,  # one line of `RunRecord` says it
             }
@@ -309,7 +309,7 @@ class EtflightCLI(LightningCLI):
         needs = next(
             (type(each).__name__ for each in takers if isinstance(each, PostHoc) and each.needs_training_data), None
         )
-        data = images_of_training(self.place.trained_in, self.saved_preprocessing, "predict", needs)
+        data = images_of_training(self.place.trained_in, self.saved_preprocessing, needs)
         for each in takers:
             each.training_data = data
 
@@ -373,7 +373,7 @@ class EtflightCLI(LightningCLI):
         callbacks += [user for user in users if not isinstance(user, StochasticWeightAveraging)]
         callbacks += [StepNotice(), DoubleCorrection(), FitTemperature(), TestResults(self.verbose)]
         if self.subcommand == "predict":
-            output = Path(config["output"] or folder / TABLE)
+            output = Path(config["output"] or folder / PREDICTIONS)
             callbacks.append(PredictionTable(output, config["top_k"], config["embeddings"]))
         if self.subcommand == "fit":
             callbacks.append(Speed())  # last, so that an epoch is over when all others have done with it
@@ -383,13 +383,13 @@ class EtflightCLI(LightningCLI):
         """The run's `metrics.csv` in a training, and the user's loggers, which fall silent instead of raising errors."""
         folder = self.place.folder
         if self.subcommand != "fit":
-            return [FailSafe(user, folder) for user in users]
+            return [fail_safe(user, folder) for user in users]
         if any(isinstance(user, CSVLogger) and same_folder(folder, Path(user.log_dir)) for user in users):
             raise UserError(
                 "CSVLogger would write into the run's own metrics.csv: give --trainer.logger.name or leave it out"
             )
         rows = self.saved_rows if is_own_checkpoint(folder, self.place.checkpoint) else 0
-        return [MetricsCSV(folder, rows), *(FailSafe(user, folder / "metrics.csv") for user in users)]
+        return [MetricsCSV(folder, rows), *(fail_safe(user, folder / METRICS) for user in users)]
 
 
 @options_for_arguments()

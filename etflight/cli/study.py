@@ -14,6 +14,7 @@ from pathlib import Path
 
 from etflight.cli import report
 from etflight.cli.argv import CommandParser
+from etflight.runs.folder import RESULTS
 from etflight.runs.study import Cell, read_study
 from etflight.utils.errors import UserError
 from etflight.utils.shipped import find_config
@@ -134,7 +135,7 @@ def _run(cell: Cell, jobs: int, running: set[subprocess.Popen[bytes]]) -> str | 
     """
     if cell.is_done():
         return None
-    if cell.source is not None and not (cell.source / "test_metrics.json").is_file():
+    if cell.source is not None and not (cell.source / RESULTS).is_file():
         return f"{cell.folder} starts from {cell.source}, which has not been trained and tested to its end"
     cell.folder.mkdir(parents=True, exist_ok=True)
     print(f"{cell.folder} …", flush=True)

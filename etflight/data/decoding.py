@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from etflight.utils.errors import UserError, let_through, warn
@@ -105,13 +105,29 @@ def _any_header(content: bytes) -> tuple[str | None, int, int, int]:
 def _by_pillow(content: bytes, mode: Literal["RGB", "GRAY"]) -> Tensor:
     """As `decode_image`, for the first picture."""
     with Image.open(BytesIO(content), formats=_BY_PILLOW) as file:
-        picture: Image.Image = file
-        sixteen_bits = file.mode.startswith("I;16") or (file.mode, file.format) == ("I", "PPM")
-        if sixteen_bits:  # which `convert` would clip
-            picture = Image.fromarray(np.rint(np.asarray(file) / 257).astype(np.uint8))
-        elif file.mode in ("I", "F"):
-            raise ValueError("its pixels are numbers of 32 bits without a range")
-        pixels = np.atleast_3d(np.array(picture.convert("RGB" if mode == "RGB" else "L")))
+        return from_pillow(file, mode)
+
+
+def from_pillow(picture: Image.Image, mode: Literal["RGB", "GRAY"] = "RGB") -> Tensor:
+    """Turn a picture that Pillow has opened into what `decode_file` makes of its file.
+
+    Args:
+        picture: The picture, of any mode.
+        mode: The colours of the result.
+
+    Returns:
+        Uint8 `[3, H, W]`, or `[1, H, W]` for grey.
+
+    Raises:
+        ValueError: Its pixels are numbers without a range.
+    """
+    sixteen_bits = picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PPM")
+    if not sixteen_bits and picture.mode in ("I", "F"):
+        raise ValueError("its pixels are numbers of 32 bits without a range")
+    picture = ImageOps.exif_transpose(picture)
+    if sixteen_bits:  # which `convert` would clip
+        picture = Image.fromarray(np.rint(np.asarray(picture) / 257).astype(np.uint8))
+    pixels = np.atleast_3d(np.array(picture.convert("RGB" if mode == "RGB" else "L")))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 

@@ -11,6 +11,7 @@ from etflight.classifier import Classifier
 from etflight.data.preprocessing import Preprocessing
 from etflight.reporting.reading import noting, read_classes
 from etflight.reporting.results import Result, read_results
+from etflight.runs.folder import CONFIG, PER_CLASS
 from etflight.utils.errors import UserError
 from etflight.utils.terminal import plain
 from etflight.utils.yaml import read_yaml
@@ -183,9 +184,9 @@ def _data(result: Result, *, at_its_end: bool) -> str:
 
 
 def _recipe(run: Path) -> str:
-    content: Any = read_yaml(run / "config.yaml")
+    content: Any = read_yaml(run / CONFIG)
     if not isinstance(content, dict) or not isinstance(content.get("trainer", {}), dict):
-        raise UserError(f"{run / 'config.yaml'} is not whole (it holds no configuration)")
+        raise UserError(f"{run / CONFIG} is not whole (it holds no configuration)")
     trainer = content.get("trainer", {})
     of_trainer = ("max_epochs", "precision", "accumulate_grad_batches", "gradient_clip_val", "callbacks")
     kept = {name: content.get(name) for name in ("seed_everything", "data", "model")}
@@ -213,7 +214,7 @@ def _numbers(result: Result, prefix: str, meaning: str) -> str:
 
 
 def _classes(run: Path) -> str:
-    path = run / "per_class.csv"
+    path = run / PER_CLASS
     if not path.is_file():
         return ""
     rows = read_classes(path)

@@ -14,7 +14,7 @@ from etflight.reporting.frames import frames
 from etflight.reporting.groups import Section
 from etflight.reporting.reading import finite, noting, read_classes, read_json, read_table, series
 from etflight.reporting.results import Result
-from etflight.runs.folder import RECORD
+from etflight.runs.folder import CONFIG, METRICS, PER_CLASS, RECORD
 from etflight.utils.errors import UserError
 from etflight.utils.files import replacing
 from etflight.utils.terminal import plain
@@ -144,7 +144,7 @@ def _run(result: Result, configurations: dict[str, Mapping[str, Any]], remarks: 
 
 def _curves(folder: Path) -> dict[str, Any]:
     """For each metric, the numbers of finished epochs and the values."""
-    path = folder / "metrics.csv"
+    path = folder / METRICS
     rows = read_table(path) if path.is_file() else []
     losses, steps = series(path, rows, "train/loss"), series(path, rows, "train/loss", "step")
     per_epoch = (steps[-1][0] + 1) / (losses[-1][0] + 1) if losses and steps else math.nan
@@ -166,7 +166,7 @@ def _curves(folder: Path) -> dict[str, Any]:
 
 def _classes(folder: Path) -> dict[str, Any] | None:
     """The name, number of training images and test accuracy of each class."""
-    path = folder / "per_class.csv"
+    path = folder / PER_CLASS
     if not path.is_file():
         return None
     rows = read_classes(path)
@@ -183,7 +183,7 @@ def _versions(folder: Path) -> str | None:
 
 
 def _config(folder: Path) -> dict[str, Any] | None:
-    path = folder / "config.yaml"
+    path = folder / CONFIG
     return dict(_flat(read_yaml(path))) if path.is_file() else None
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from etflight.reporting.groups import Group, Section, different
 from etflight.reporting.results import Result
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, argument
 
 CONFIDENCE = 0.95
 
@@ -49,7 +49,9 @@ def compare_with(arm: str, sections: Iterable[Section]) -> list[Section]:
     sections = list(sections)
     arms = list(dict.fromkeys(group.arm for section in sections for group in section.groups))
     if arm not in arms:
-        raise UserError(f"--against {arm}: there is no such arm among these results: give one of {', '.join(arms)}")
+        raise UserError(
+            f"{argument('against', arm)}: there is no such arm among these results: give one of {', '.join(arms)}"
+        )
     return [
         replace(section, against=arm if any(group.arm == arm for group in section.groups) else None)
         for section in sections

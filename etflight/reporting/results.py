@@ -8,7 +8,7 @@ from typing import Any
 
 from etflight.reporting.reading import finite, noting, read_json, read_table, series
 from etflight.runs.based_on import folder_in, is_identity
-from etflight.runs.folder import RECORD
+from etflight.runs.folder import METRICS, RECORD, RESULTS
 from etflight.utils.errors import UserError
 from etflight.utils.fingerprints import choice_of, content_of
 
@@ -216,13 +216,13 @@ def _from_run(folder: Path) -> Result:
         raise UserError(f"{folder} has no {RECORD}: it is no run folder, such as runs/digits/ce")
     record = _names(folder / RECORD)
     data = _part(record, "data")
-    tested = folder / "test_metrics.json"
+    tested = folder / RESULTS
     metrics: dict[str, float] = {}
     if tested.is_file():
         found = {name: value for name, value in _names(tested).items() if name.startswith("test/")}
         defined = {name: v for name, v in found.items() if name in _ALWAYS_DEFINED or finite(v) is not None}
         metrics = _checked(str(tested), defined)
-    epochs, logged = _training(folder / "metrics.csv")
+    epochs, logged = _training(folder / METRICS)
     counts = data.get("class_counts")
     facts = {
         "dataset": data.get("dataset") or data.get("class"),

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from etflight.reporting.groups import Group, Section, Stat, different
 from etflight.reporting.pairs import CONFIDENCE, paired, unpaired
+from etflight.utils.errors import argument
 from etflight.utils.terminal import as_it_is, plain
 
 MISSING = "–"
@@ -224,7 +225,7 @@ def _fitting_table(columns: dict[str, tuple[str, ...]], out: Console) -> Table:
         table = _table(columns := {name: cells for name, cells in columns.items() if name != heading}, one_line=False)
     if left_out:
         names = ", ".join(left_out)
-        table.caption = as_it_is(f"left out in {out.width} columns, but not by --format md: {names}")
+        table.caption = as_it_is(f"left out in {out.width} columns, but not by {argument('format', 'md')}: {names}")
     return table
 
 

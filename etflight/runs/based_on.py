@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from etflight.runs.folder import read_record
+from etflight.runs.folder import CHECKPOINTS, read_record
 
 # options in which the runs of an arm differ, as `etflight.runs.record.config_sha256` has it
 _OF_A_RUN = {
@@ -79,7 +79,7 @@ def folder_in(command: Any) -> tuple[str, ...] | None:
     values = [word.partition("=")[2] for word in words if word.startswith(f"{option}=")]
     values += [value for word, value in pairwise(words) if word == option]
     path = Path(values[-1]) if values else Path()
-    return path.parent.parent.parts if path.parent.name == "checkpoints" else None
+    return path.parent.parent.parts if path.parent.name == CHECKPOINTS else None
 
 
 def _words(command: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""The run folder `<default_root_dir>/<name>/`: one run, one folder, the same with every logger."""
+"""The run folder `<default_root_dir>/<name>/`: where everything of a run is, the same with every logger."""
 
 import csv
 import fcntl
@@ -8,24 +8,57 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from textwrap import shorten
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, argument
 
-_PLACE_OF_RUN = "--name or --trainer.default_root_dir"
+if TYPE_CHECKING:  # Lightning takes seconds to import, which `study` and `report` need not wait for
+    from lightning.pytorch import Trainer
+
+ROOT = Path("runs")  # the folder of all runs, unless another is given
+
+# what lies in a run folder
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.yaml"
 RECORD = "run.json"  # it marks a folder as that of a run
+METRICS = "metrics.csv"
+SPEED = "speed.csv"
+RESULTS = "test_metrics.json"
+PER_CLASS = "per_class.csv"
+PREDICTIONS = "predictions.csv"
+FIGURES = "figures"
+
+
+def run_folder(trainer: "Trainer") -> Path:
+    """The folder of a run's files: the trainer's root, which `etflight fit` makes the folder of this run."""
+    return Path(trainer.default_root_dir)
 
 
 def last_checkpoint(folder: Path) -> Path:
     """The path of a run's newest checkpoint."""
-    return folder / "checkpoints" / "last.ckpt"
+    return folder / CHECKPOINTS / "last.ckpt"
 
 
 def run_of(path: Path) -> Path | None:
     """The run folder that a path leads to: the folder itself, or the run folder of a checkpoint; None if it leads to none."""
     if path.is_dir():
         return path
-    return path.parent.parent if path.parent.name == "checkpoints" else None
+    return path.parent.parent if path.parent.name == CHECKPOINTS else None
+
+
+def checkpoint_of(run: Path) -> Path:
+    """The checkpoint that a path means: the last one of a run folder, or the file itself.
+
+    Raises:
+        UserError: It is a folder without such a checkpoint.
+    """
+    if not run.is_dir():
+        return run
+    if not (last := last_checkpoint(run)).is_file():
+        raise UserError(
+            f"{run} holds no {last.relative_to(run)}: give a run folder, such as runs/digits/ce, or a checkpoint"
+        )
+    return last
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -44,7 +77,7 @@ def same_folder(one: Path, other: Path | None) -> bool:
 
 def is_own_checkpoint(folder: Path, checkpoint: Path | None) -> bool:
     """Whether a checkpoint lies in this run folder."""
-    return checkpoint is not None and checkpoint.resolve().parent == (folder / "checkpoints").resolve()
+    return checkpoint is not None and checkpoint.resolve().parent == (folder / CHECKPOINTS).resolve()
 
 
 def claim(folder: Path, resume_from: Path | None) -> None:
@@ -58,17 +91,18 @@ def claim(folder: Path, resume_from: Path | None) -> None:
     """
     if is_own_checkpoint(folder, resume_from):
         return
-    if any(not path.name.startswith(".") for path in (folder / "checkpoints").glob("*.ckpt")):
+    resume = argument("ckpt_path", "last")
+    if any(not path.name.startswith(".") for path in (folder / CHECKPOINTS).glob("*.ckpt")):
         raise UserError(
-            f"run folder {folder} already holds a checkpoint: give --ckpt_path last to resume it, or a new --name"
+            f"run folder {folder} already holds a checkpoint: give {resume} to resume it, or a new {argument('name')}"
         )
     if _finished_epochs(folder) > 1:  # one may have been logged before its checkpoint was saved
         raise UserError(
-            f"run folder {folder} has the curves of a training but no checkpoint: give a new --name, or remove it"
+            f"run folder {folder} has the curves of a training but no checkpoint: give a new {argument('name')}, or remove it"
         )
-    if os.path.lexists(folder / "test_metrics.json"):
+    if os.path.lexists(folder / RESULTS):
         raise UserError(
-            f"run folder {folder} has the results of a test but no checkpoint: give a new --name, or remove it"
+            f"run folder {folder} has the results of a test but no checkpoint: give a new {argument('name')}, or remove it"
         )
     _refuse_files_of_others(folder)
 
@@ -89,33 +123,36 @@ def claim_for_results(folder: Path, trained_in: Path | None, checkpoint: Path) -
         if last.is_file() and checkpoint.is_file() and not last.samefile(checkpoint):
             raise UserError(
                 f"{checkpoint} is not the last checkpoint of run folder {folder}, whose results are those of {last.name}: "
-                "give its own results a --name"
+                f"give its own results a {argument('name')}"
             )
         return
     known, tested = read_record(folder).get("checkpoint"), str(checkpoint.absolute())
-    if known not in (None, tested) and (folder / "test_metrics.json").is_file():
+    if known not in (None, tested) and (folder / RESULTS).is_file():
         raise UserError(
-            f"run folder {folder} has the results of another checkpoint, {known}, which stay as they are: give a new --name"
+            f"run folder {folder} has the results of another checkpoint, {known}, which stay as they are: give a new {argument('name')}"
         )
-    if (folder / "metrics.csv").is_file() or any((folder / "checkpoints").glob("*.ckpt")):
-        raise UserError(f"run folder {folder} holds a training, whose own results stay as they are: give a new --name")
+    if (folder / METRICS).is_file() or any((folder / CHECKPOINTS).glob("*.ckpt")):
+        raise UserError(
+            f"run folder {folder} holds a training, whose own results stay as they are: give a new {argument('name')}"
+        )
     _refuse_files_of_others(folder)
 
 
 def _finished_epochs(folder: Path) -> int:
     """The number of epochs in a run's `metrics.csv`; 0 without one that can be read."""
     try:
-        with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        with (folder / METRICS).open(newline="", encoding="utf-8") as file:
             return sum(1 for row in csv.DictReader(file) if row.get("train/loss"))
     except (OSError, ValueError, csv.Error):
         return 0
 
 
 def _refuse_files_of_others(folder: Path) -> None:
-    for name in ("config.yaml", "metrics.csv"):
+    for name in (CONFIG, METRICS):
         if os.path.lexists(folder / name) and not (folder / RECORD).is_file():
             raise UserError(
-                f"run folder {folder} has a {name} but no {RECORD}, so it is not one of etflight's and stays as it is: give a new --name"
+                f"run folder {folder} has a {name} but no {RECORD}, so it is not one of etflight's and stays as it is: "
+                f"give a new {argument('name')}"
             )
 
 
@@ -135,11 +172,11 @@ def refuse_other_results(file: Path, facts: Mapping[str, Any], pictures: Sequenc
             if os.path.lexists(file.parent / picture):
                 raise UserError(
                     f"{file.parent / picture} has no {file.name} beside it, so it is not of this command and stays as it is: "
-                    "give another --output"
+                    f"give another {argument('output')}"
                 )
         return
     if file.is_dir():
-        raise UserError(f"{file} is a folder: give --output the name of a file")
+        raise UserError(f"{file} is a folder: give {argument('output')} the name of a file")
     try:
         content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -153,22 +190,22 @@ def refuse_other_results(file: Path, facts: Mapping[str, Any], pictures: Sequenc
             if pair[0] != pair[1]:
                 before, now = (shorten(str(of), 80, placeholder=" …") for of in pair)
                 raise UserError(
-                    f"{file} holds other results ({what}: {before}, not {now}), which stay as they are: give --output"
+                    f"{file} holds other results ({what}: {before}, not {now}), which stay as they are: give {argument('output')}"
                 )
 
 
-def check_writable(folder: Path, options: str = _PLACE_OF_RUN) -> None:
+def check_writable(folder: Path, *arguments: str) -> None:
     """Refuse a folder that cannot be made or written to, as far as this can be seen without touching anything.
 
     Args:
         folder: The folder of a run, or another.
-        options: The options that choose it, for the error.
+        arguments: The arguments that choose it, for the error; by default those of a run folder.
 
     Raises:
         UserError: The folder, or the nearest existing path above it, is not a folder or not writable.
     """
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
-    with writing_to(folder, options):
+    with writing_to(folder, *arguments):
         if not there.is_dir():
             raise NotADirectoryError(0, f"{there} is not a folder")
         if not os.access(there, os.W_OK | os.X_OK):
@@ -176,12 +213,12 @@ def check_writable(folder: Path, options: str = _PLACE_OF_RUN) -> None:
 
 
 @contextmanager
-def writing_to(folder: Path, options: str = _PLACE_OF_RUN) -> Iterator[None]:
+def writing_to(folder: Path, *arguments: str) -> Iterator[None]:
     """Turn an `OSError` of a block that writes into a folder into a `UserError`.
 
     Args:
         folder: The folder of a run, or another.
-        options: The options that choose it, for the error.
+        arguments: The arguments that choose it, for the error; by default those of a run folder.
 
     Raises:
         UserError: The block raised an `OSError`.
@@ -189,8 +226,9 @@ def writing_to(folder: Path, options: str = _PLACE_OF_RUN) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        choices = " or ".join(map(argument, arguments or ("name", "trainer.default_root_dir")))
         raise UserError(
-            f"folder {folder} cannot be written to ({error.strerror or error}): mend that, or give another {options}"
+            f"folder {folder} cannot be written to ({error.strerror or error}): mend that, or give another {choices}"
         ) from error
 
 
@@ -203,7 +241,7 @@ def lock(folder: Path) -> IO[str] | None:
     Raises:
         UserError: Another process has the lock.
     """
-    in_use = f"run folder {folder} is in use, another process trains in it: wait for its end, or give a new --name"
+    in_use = f"run folder {folder} is in use, another process trains in it: wait for its end, or give a new {argument('name')}"
     return _locked(folder / ".lock", in_use)
 
 
@@ -219,7 +257,9 @@ def sole_writer(file: Path) -> Iterator[None]:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     mark = file.with_name(f".{file.name}.lock")
-    in_use = f"{file} is being written by another process: wait for its end, or give another name with --output"
+    in_use = (
+        f"{file} is being written by another process: wait for its end, or give another name with {argument('output')}"
+    )
     with _locked(mark, in_use) or nullcontext() as held:
         # the process that made the mark may have finished and removed it just before it was locked here
         if held is not None and not (mark.exists() and os.path.samestat(os.fstat(held.fileno()), mark.stat())):

@@ -1,8 +1,6 @@
 """The run folder's `metrics.csv`, and loggers whose server may go away."""
 
-import atexit
 import csv
-import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,15 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from etflight.runs.folder import METRICS
 from etflight.utils.errors import UserError, brief, is_of_dead_loader, warn
 from etflight.utils.files import flush_to_disk, replacing
-from etflight.utils.lightning_private import leave_out_anonymous
 
 
 class MetricsCSV(Logger):
@@ -34,7 +31,7 @@ class MetricsCSV(Logger):
 
     def __init__(self, folder: Path, keep_rows: int = 0) -> None:
         super().__init__()
-        self._path = folder / "metrics.csv"
+        self._path = folder / METRICS
         self._columns: list[str] = []
         self.rows = keep_rows
 
@@ -92,32 +89,21 @@ class MetricsCSV(Logger):
             writer.writerows(rows)
 
 
-def run_folder(trainer: Trainer) -> Path:
-    """The folder of a run's files: that of its `metrics.csv`, or else the trainer's root.
-
-    Not that of another logger, as in Lightning, where each try of a run that is resumed has a new one.
-    """
-    for logger in trainer.loggers:
-        if isinstance(logger, MetricsCSV):
-            return Path(logger.save_dir)
-    return Path(trainer.default_root_dir)
-
-
 class FailSafe:
     """A wrapper of a logger that falls silent, with one line of warning, instead of raising errors.
 
     It passes for an instance of the logger's class. Once it is silent, its logging methods do nothing and its `experiment` accepts every
-    call. A W&B run whose server cannot be reached at the start is kept on disk, for `wandb sync`; so is whatever the server has not
-    received at the end.
+    call.
 
     Args:
         logger: The wrapped logger.
         numbers: The place where all numbers are written in any case, for the warning.
+        start: What returns the logger's `experiment` when it is asked for the first time; None: the logger itself.
     """
 
-    def __init__(self, logger: Logger, numbers: Path) -> None:
-        self._logger, self._numbers = logger, numbers
-        self._is_silent = self._has_started = False
+    def __init__(self, logger: Logger, numbers: Path, start: Callable[[], Any] | None = None) -> None:
+        self._logger, self._numbers, self._start = logger, numbers, start
+        self._is_silent = False
 
     @property  # type: ignore[misc]  # read-only
     def __class__(self) -> Any:
@@ -127,7 +113,7 @@ class FailSafe:
     def __getattr__(self, name: str) -> Any:
         """Return the wrapped logger's attribute; errors of its methods that log make this logger silent."""
         if name == "experiment" and hasattr(type(self._logger), name):
-            found = self._call(self._start)
+            found = self._call(self._started)
             return DummyLogger().experiment if found is None else found
         found = getattr(self._logger, name)
         writes = name.startswith("log_") or name in ("save", "finalize", "after_save_checkpoint")
@@ -156,53 +142,11 @@ class FailSafe:
                     f"all numbers are in {self._numbers}"
                 )
 
-    def _start(self) -> Any:
-        starts = (
-            isinstance(self._logger, WandbLogger) and not self._has_started and getattr(rank_zero_only, "rank", 0) == 0
-        )
-        self._has_started = True
-        return _start_wandb(self._logger, self._numbers) if starts else cast(Any, self._logger).experiment
+    def _started(self) -> Any:
+        start, self._start = self._start, None
+        return cast(Any, self._logger).experiment if start is None else start()
 
 
 def may_fall_silent(logger: Logger) -> AbstractContextManager[None]:
     """A block that uses a logger's `experiment`: an error in it silences a `FailSafe` logger, and is raised for any other."""
     return logger.silenced_by_errors() if isinstance(logger, FailSafe) else nullcontext()
-
-
-# by default W&B waits 90 seconds for its server at the start, and for ever at the end; variables that the user has set are kept
-_PATIENCE = {"WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "120", "WANDB_FINISH_TIMEOUT_RAISES": "true"}
-
-
-def _start_wandb(logger: Any, numbers: Path) -> Any:
-    """Start the logger's W&B run; keep it on disk if the server does not answer."""
-    import wandb
-
-    for name, value in _PATIENCE.items():
-        os.environ.setdefault(name, value)
-    if logger.save_dir is not None:  # wandb would use a temporary folder if this one were missing
-        Path(logger.save_dir).mkdir(parents=True, exist_ok=True)
-    leave_out_anonymous(logger)
-    try:
-        run = logger.experiment
-    except wandb.errors.UsageError as error:
-        raise UserError(f"W&B cannot start ({brief(error)}): run wandb login, or set WANDB_MODE=offline") from error
-    except wandb.errors.CommError as error:
-        os.environ["WANDB_MODE"] = "offline"
-        wandb.teardown()  # it reads the environment when it starts
-        run = logger.experiment
-        warn(
-            f"W&B's server cannot be reached ({brief(error)}): this run is kept on disk, all numbers are in {numbers}; "
-            f"upload it later: wandb sync {run.settings.sync_dir}"
-        )
-    atexit.register(_finish_wandb, run)
-    return run
-
-
-def _finish_wandb(run: Any) -> None:
-    """Wait for the server, but not for ever."""
-    try:
-        run.finish()
-    except Exception as error:
-        warn(
-            f"W&B's server has not received everything ({brief(error)}): upload the rest: wandb sync {run.settings.sync_dir}"
-        )

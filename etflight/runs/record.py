@@ -20,8 +20,18 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
 from etflight.runs.based_on import identity
-from etflight.runs.folder import RECORD, lock, read_record, run_of, same_folder, writing_to
-from etflight.runs.loggers import run_folder
+from etflight.runs.folder import (
+    CONFIG,
+    PER_CLASS,
+    RECORD,
+    RESULTS,
+    lock,
+    read_record,
+    run_folder,
+    run_of,
+    same_folder,
+    writing_to,
+)
 from etflight.runs.wandb import ID, configure_runs, log_checkpoint, recorded_id
 from etflight.utils.files import replacing, write_json
 from etflight.utils.trainer import data_module
@@ -94,13 +104,13 @@ class RunRecord(SaveConfigCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the results of the checkpoint that this training goes on from: they are not those of its last epoch."""
         if trainer.is_global_zero:
-            for name in ("test_metrics.json", "per_class.csv"):
+            for name in (RESULTS, PER_CLASS):
                 (run_folder(trainer) / name).unlink(missing_ok=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Upload the last checkpoint to W&B if that was asked for; other callbacks have saved it by now."""
         if trainer.is_global_zero:
-            log_checkpoint(trainer)
+            log_checkpoint(trainer, self._plain_config()["trainer"]["logger"])
 
     def _plain_config(self) -> dict[str, Any]:
         config: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
@@ -130,7 +140,7 @@ class RunRecord(SaveConfigCallback):
             saved = self.config.clone()
             if "checkpoint" not in further:  # with the one that a training goes on from, the file could not repeat it
                 saved.ckpt_path = None
-            with replacing(folder / "config.yaml") as partial:
+            with replacing(folder / CONFIG) as partial:
                 self.parser.save(saved, partial, skip_unset=False, overwrite=True, multifile=False)
 
 

@@ -8,13 +8,11 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from etflight.runs.folder import last_checkpoint
+from etflight.runs.folder import RESULTS, ROOT, last_checkpoint
 from etflight.utils.errors import UserError
 from etflight.utils.jsonargparse_private import in_one_line
 from etflight.utils.shipped import SHIPPED, short_name
 from etflight.utils.yaml import read_yaml, require_file
-
-ROOT = Path("runs")  # the trainer's root, as `etflight fit` sets it
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Cell:
 
     def is_done(self) -> bool:
         """Whether it has been tested."""
-        return (self.folder / "test_metrics.json").is_file()
+        return (self.folder / RESULTS).is_file()
 
     @property
     def set_name(self) -> str:

@@ -1,17 +1,22 @@
-"""What Weights & Biases gets from a run: names and a lasting id, axes, summary, and the checkpoint."""
+"""Weights & Biases: the start and the end of its runs, what they get of a run, and a dashboard that compares arms."""
 
+import atexit
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
-from etflight.runs.folder import RECORD, last_checkpoint, read_record
-from etflight.runs.loggers import may_fall_silent, run_folder
+from etflight.runs.folder import RECORD, last_checkpoint, read_record, run_folder
+from etflight.runs.loggers import FailSafe, may_fall_silent
+from etflight.utils.errors import UserError, argument, brief, warn
 from etflight.utils.files import write_json
-from etflight.utils.lightning_private import uploads_checkpoints
+from etflight.utils.lightning_private import leave_out_anonymous
 
 ID = "wandb_id"  # its name in run.json
 
@@ -50,12 +55,12 @@ def choose_names(arguments: Any, *, folder: Path, name: str, seed: object, data:
         return
     group, _, arm = name.partition("/") if "/" in name else (data.lower(), "", name)
     seeded = isinstance(seed, int) and not isinstance(seed, bool) and not arm.endswith(f"seed{seed}")
-    for argument, variable, value in (
+    for option, variable, value in (
         ("name", "WANDB_NAME", f"{arm}-seed{seed}" if seeded else arm),
         ("group", "WANDB_RUN_GROUP", group),
     ):
-        if arguments.get(argument) is None and not os.environ.get(variable):
-            arguments[argument] = value
+        if arguments.get(option) is None and not os.environ.get(variable):
+            arguments[option] = value
 
 
 def recorded_id(folder: Path) -> str | None:
@@ -87,22 +92,29 @@ def configure_runs(trainer: Trainer, config: Mapping[str, Any], *, keeps_config:
                 write_json(folder / RECORD, {**record, ID: run.id})
 
 
-def log_checkpoint(trainer: Trainer) -> None:
+def log_checkpoint(trainer: Trainer, loggers: Any) -> None:
     """Upload `last.ckpt` as an artifact of type "model" to each W&B run whose logger has `log_model`.
 
     Args:
         trainer: The trainer, with its loggers, after training.
+        loggers: What the configuration says of them, as plain data.
     """
     folder = run_folder(trainer)
     path = last_checkpoint(folder)
-    for logger in _loggers(trainer):
-        if uploads_checkpoints(logger) and path.is_file():
-            import wandb  # takes a second, which runs that upload nothing need not wait for
+    specs = [spec for spec in (loggers if isinstance(loggers, list) else [loggers]) if is_wandb(spec)]
+    for logger, spec in zip(_loggers(trainer), specs, strict=False):
+        if spec["init_args"].get("log_model") and path.is_file():
+            import wandb
 
             with may_fall_silent(logger):
                 artifact = wandb.Artifact(f"model-{logger.experiment.id}", type="model", metadata={"run": str(folder)})
-                artifact.add_file(str(path), name="last.ckpt")
+                artifact.add_file(str(path), name=path.name)
                 logger.experiment.log_artifact(artifact, aliases=["latest", "last"])
+
+
+def is_wandb(spec: Any) -> bool:
+    """Whether the plain data of a logger are those of W&B's."""
+    return isinstance(spec, Mapping) and str(spec.get("class_path")).endswith("WandbLogger")
 
 
 def _loggers(trainer: Trainer) -> list[WandbLogger]:
@@ -119,3 +131,198 @@ def _summary() -> Iterator[tuple[str, str]]:
         for prefix in ("nc", "nc_raw"):
             for split in ("train", "train_online", "val"):
                 yield from ((f"{prefix}/{split}/{measure}", best) for measure in measures)
+
+
+# Start and end ------------------------------------------------------------------------------------------------------
+
+
+def fail_safe(logger: Logger, numbers: Path) -> FailSafe:
+    """Make a logger fall silent instead of raising errors.
+
+    A W&B run whose server cannot be reached at the start is kept on disk, for `wandb sync`; so is whatever the server has not received at
+    the end.
+
+    Args:
+        logger: Any logger.
+        numbers: The place where all numbers are written in any case, for the warning.
+    """
+    return FailSafe(logger, numbers, partial(_started, logger, numbers) if isinstance(logger, WandbLogger) else None)
+
+
+# by default W&B waits 90 seconds for its server at the start, and for ever at the end; variables that the user has set are kept
+_PATIENCE = {"WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "120", "WANDB_FINISH_TIMEOUT_RAISES": "true"}
+
+
+def _started(logger: Any, numbers: Path) -> Any:
+    """Start the logger's W&B run; keep it on disk if the server does not answer."""
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        return logger.experiment
+    import wandb  # takes a second, which runs without it need not wait for
+
+    for name, value in _PATIENCE.items():
+        os.environ.setdefault(name, value)
+    if logger.save_dir is not None:  # wandb would use a temporary folder if this one were missing
+        Path(logger.save_dir).mkdir(parents=True, exist_ok=True)
+    leave_out_anonymous(logger)
+    try:
+        run = logger.experiment
+    except wandb.errors.UsageError as error:
+        raise UserError(f"W&B cannot start ({brief(error)}): run wandb login, or set WANDB_MODE=offline") from error
+    except wandb.errors.CommError as error:
+        os.environ["WANDB_MODE"] = "offline"
+        wandb.teardown()  # it reads the environment when it starts
+        run = logger.experiment
+        warn(
+            f"W&B's server cannot be reached ({brief(error)}): this run is kept on disk, all numbers are in {numbers}; "
+            f"upload it later: wandb sync {run.settings.sync_dir}"
+        )
+    atexit.register(_finish, run)
+    return run
+
+
+def _finish(run: Any) -> None:
+    """Wait for the server, but not for ever."""
+    try:
+        run.finish()
+    except Exception as error:
+        warn(
+            f"W&B's server has not received everything ({brief(error)}): upload the rest: wandb sync {run.settings.sync_dir}"
+        )
+
+
+# The dashboard ------------------------------------------------------------------------------------------------------
+
+_EPOCH = "epoch"
+
+# The log keys that a panel draws over epochs, by section and title.
+CURVES: dict[str, dict[str, list[str]]] = {
+    "Accuracy and shots": {
+        "Accuracy": ["val/acc"],
+        "Balanced accuracy": ["val/acc_macro"],
+        "Worst class": ["val/acc_worst"],
+        "Many": ["val/acc_many"],
+        "Medium": ["val/acc_medium"],
+        "Few": ["val/acc_few"],
+        "Loss": ["train/loss", "val/loss"],
+        "Calibration error": ["val/ece", "val/ece_calibrated"],
+        "Learning rate": ["train/lr"],
+    },
+    "Collapse": {
+        "Variability within classes (NC1)": ["nc/train/nc1", "nc/val/nc1"],
+        "Alignment of means with class vectors": ["nc/train/alignment", "nc/val/alignment"],
+        "Self-duality (NC3)": ["nc/train/nc3", "nc/val/nc3"],
+        "Agreement with the nearest centre (NC4)": ["nc/train/nc4", "nc/val/nc4"],
+    },
+    "Geometry": {
+        "Distance to the nearest ETF": ["nc/train/etf_distance", "nc/val/etf_distance"],
+        "Spread of norms": ["nc/train/nc2_equinorm", "nc/val/nc2_equinorm"],
+        "Spread of angles": ["nc/train/nc2_equiangularity", "nc/val/nc2_equiangularity"],
+        "Cosines between classes": ["nc/train/cos_means", "nc/train/cos_weights", "nc/train/cos_cross"],
+        "Effective rank": ["nc/train/effective_rank", "nc/train/effective_rank_within"],
+    },
+    "Speed": {
+        "Images per second": ["speed/images_per_s"],
+        "Waiting for data": ["speed/data_wait"],
+        "Peak memory (GB)": ["speed/peak_memory_gb"],
+        "Seconds of an epoch": ["speed/epoch_s"],
+    },
+}
+PICTURES = {"Collapse": ["nc/curves"], "Geometry": ["nc/heat_map"]}
+TESTED = {
+    "Test accuracy": ["test/acc"],
+    "Test accuracy, mean of classes": ["test/acc_macro"],
+    "Test accuracy by shots": ["test/acc_many", "test/acc_medium", "test/acc_few"],
+}
+ARM = "config.arm"  # the report groups runs by it: mean and deviation over seeds
+_LOGARITHMIC = {"Variability within classes (NC1)"}
+_IN_REPORT = ("Accuracy", "Few", "Variability within classes (NC1)", "Alignment of means with class vectors")
+
+
+def dashboard(entity: str, project: str, group: str | None) -> tuple[Any, Any]:
+    """Make a saved workspace (accuracy and shots, collapse, geometry, speed), and a report that compares arms.
+
+    Args:
+        entity: The user or team that owns the project.
+        project: The project.
+        group: The group of the runs in the report; None for all.
+
+    Raises:
+        UserError: `wandb-workspaces` is missing.
+    """
+    reports, workspaces = _import()
+    return _workspace(reports, workspaces, entity, project), _report(reports, entity, project, group)
+
+
+def as_sent(made: Any) -> Any:
+    """A workspace or report as the plain data that would be sent to the server; touches the private `_to_model`."""
+    return made._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def _import() -> tuple[ModuleType, ModuleType]:
+    try:
+        from wandb_workspaces import workspaces
+        from wandb_workspaces.reports import v2
+    except ImportError as error:
+        raise UserError(
+            f"etflight dashboard needs the package wandb-workspaces ({error}): pip install 'etflight[dashboard]'"
+        ) from error
+    return v2, workspaces
+
+
+def _workspace(reports: Any, workspaces: Any, entity: str, project: str) -> Any:
+    sections = [
+        workspaces.Section(
+            name=name,
+            panels=[
+                *(_curve(reports, title, keys) for title, keys in panels.items()),
+                *(reports.MediaBrowser(media_keys=[key]) for key in PICTURES.get(name, [])),
+            ],
+            is_open=True,
+        )
+        for name, panels in CURVES.items()
+    ]
+    return workspaces.Workspace(entity=entity, project=project, name="Neural collapse", sections=sections)
+
+
+def _report(reports: Any, entity: str, project: str, group: str | None) -> Any:
+    chosen = {"filters": f"Group = '{group}'"} if group else {}
+    runs = reports.Runset(name="Arms", groupby=[ARM], **chosen)  # without a project of its own it takes the report's
+    curves = {title: keys for panels in CURVES.values() for title, keys in panels.items()}
+    panels = [
+        *(reports.BarPlot(title=title, metrics=keys) for title, keys in TESTED.items()),
+        *(
+            _curve(reports, title, curves[title], groupby_aggfunc="mean", groupby_rangefunc="stddev")
+            for title in _IN_REPORT
+        ),
+    ]
+    return reports.Report(
+        entity=entity,
+        project=project,
+        title=f"Arms of {group}" if group else "Arms",
+        description="Mean and standard deviation over the seeds of each arm.",
+        blocks=[reports.PanelGrid(runsets=[runs], panels=panels)],
+    )
+
+
+def _curve(reports: Any, title: str, keys: list[str], **options: str) -> Any:
+    return reports.LinePlot(title=title, x=_EPOCH, y=keys, log_y=title in _LOGARITHMIC or None, **options)
+
+
+def save(workspace: Any, report: Any) -> list[str]:
+    """Save both, and return their addresses.
+
+    Raises:
+        UserError: Nobody is logged in, or the server or its project cannot be reached.
+    """
+    import wandb
+
+    place = f"{workspace.entity}/{workspace.project}"
+    try:
+        if workspace.project in [project.name for project in wandb.Api().projects(workspace.entity)]:
+            return [workspace.save().url, report.save().url]
+    except Exception as error:  # the client raises the errors of several libraries
+        raise UserError(
+            f"W&B's server cannot be reached, or refuses {place} ({brief(error)}): run wandb login, "
+            f"or look at it with {argument('dry-run')}"
+        ) from error
+    raise UserError(f"W&B has no project {place}: train with -c configs/logger/wandb.yaml first, or mend the name")

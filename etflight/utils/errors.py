@@ -104,7 +104,7 @@ def warn(text: str) -> None:
     print(f"etflight: warning: {plain(text)}", file=sys.stderr, flush=True)
 
 
-# --- the last line of a process that fails -----------------------------------------------------------------------------
+# --- the last line of a process that fails, which the command line alone prints ----------------------------------------
 
 _STARTED = time.time()
 _CAUSE_IS_TOLD_WITHIN = 10.0  # seconds; Lightning looks at its child processes every five

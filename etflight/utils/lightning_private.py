@@ -81,11 +81,6 @@ def only_passes(trainer: Trainer) -> bool:
     return trainer.fit_loop._skip_backward
 
 
-def uploads_checkpoints(logger: WandbLogger) -> bool:
-    """Whether a logger was made with `log_model`. Touches `WandbLogger._log_model`."""
-    return bool(logger._log_model)
-
-
 def leave_out_anonymous(logger: WandbLogger) -> None:
     """Give W&B no `anonymous` unless the user did: it warns of that setting whatever its value. Touches `WandbLogger._wandb_init`."""
     if logger._wandb_init.get("anonymous") is None:

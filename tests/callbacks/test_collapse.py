@@ -15,7 +15,7 @@ from etflight.analysis.features import every_sample_once
 from etflight.callbacks import CollapseFigures, LastCheckpoint, NeuralCollapseMonitor, collapse, features
 from etflight.data import Digits
 from etflight.heads import Head
-from etflight.runs.loggers import MetricsCSV, run_folder
+from etflight.runs.loggers import MetricsCSV
 from etflight.utils.errors import UserError
 from tests.callbacks.plain import TRAIN, VAL, K, Plain, fit, plain_monitor, trainer
 from tests.metrics import oracle
@@ -458,8 +458,7 @@ def test_a_second_fit_starts_a_new_history(tmp_path):
 
 def test_snapshots_and_gram_matrices_lie_in_the_run_folder(tmp_path):
     watch = plain_monitor(snapshots=3)
-    model, runs = fit(tmp_path, watch, epochs=2, logger=MetricsCSV(tmp_path / "run"))
-    assert run_folder(runs) == tmp_path / "run"
+    model, _ = fit(tmp_path / "run", watch, epochs=2)
     for folder in ("snapshots", "gram"):
         files = sorted((tmp_path / "run" / folder).iterdir())
         assert [file.name for file in files] == ["epoch_000.npz", "epoch_001.npz", "epoch_002.npz"]

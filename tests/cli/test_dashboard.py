@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from etflight.cli import dashboard
-from etflight.cli.dashboard import CURVES, PICTURES, TESTED
+from etflight.runs.wandb import CURVES, PICTURES, TESTED
 from etflight.utils.errors import UserError
 
 PLACE = ["--entity", "somebody", "--project", "etflight"]

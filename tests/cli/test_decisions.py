@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 
+import etflight
 from etflight.data import Digits
 
 DATA = ["--data=Digits", "--data.imbalance_ratio=20", "--data.val_fraction=0.2", "--trainer.accelerator=cpu"]
@@ -60,6 +61,11 @@ def test_a_tested_decision_predicts_and_exports_with_the_same_calibrated_probabi
     results = json.loads((folder / f"runs/{name}/test_metrics.json").read_text())
     assert results["test/acc"] == pytest.approx((predicted.argmax(1) == labels).double().mean().item())
     assert results["test/ece_calibrated"] < 0.25
+
+    images = torch.from_numpy(np.load(folder / "digits.npz")["images"])[:, None]
+    in_python = etflight.load(folder / "runs" / name).predict(images, batch_size=500, top_k=10)
+    ordered = torch.zeros_like(predicted).scatter(1, in_python.labels, in_python.probabilities)
+    torch.testing.assert_close(ordered, predicted, rtol=0, atol=2e-6)
 
     formats = ["onnx", "torch-export"] + ["timm"] * (name != "ncm")
     etflight_command.succeed("export", f"runs/{name}", f"--output=of_{name}", "--format", *formats, cwd=folder)

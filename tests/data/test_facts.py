@@ -10,11 +10,11 @@ import yaml
 
 from etflight import Classifier, CrossEntropyLoss, LinearHead
 from etflight.cli import collapse, export
-from etflight.cli.checkpoint_option import prepare_as_trained
 from etflight.cli.data_option import data_parser
 from etflight.cli.stages import main
 from etflight.data import ArrayImages, Digits, FolderImages
 from etflight.data.preprocessing import Preprocessing
+from etflight.loading import prepare_as_trained
 from etflight.utils.errors import UserError
 from tests import training
 from tests.training import image_folder, new_trainer, read_csv, save_arrays, save_trained

@@ -8,8 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from etflight.cli import dashboard
-from etflight.runs.wandb import choose_names
+from etflight.runs.wandb import CURVES, PICTURES, TESTED, choose_names
 from tests.training import QUIET, read_csv
 from tests.wandb_file import artifacts, config_updates, history, run_record, step_metrics, summary
 
@@ -66,7 +65,7 @@ def test_every_scalar_of_metrics_csv_is_there_with_the_same_value(run):
 def test_all_that_the_dashboard_shows_is_there(run):
     keys = {key for file in run[1] for row in history(file) for key in row}
     logged = keys | {key.rpartition("/")[0] for key in keys if key.endswith("/_type")}
-    parts = (*dashboard.CURVES.values(), dashboard.PICTURES, dashboard.TESTED)
+    parts = (*CURVES.values(), PICTURES, TESTED)
     missing = {key for part in parts for shown in part.values() for key in shown} - logged
     # no class of this run has so many or so few images
     assert {key.rpartition("_")[2] for key in missing} <= {"many", "few"}

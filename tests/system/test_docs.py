@@ -18,6 +18,7 @@ import etflight
 from etflight.cli import OTHERS
 from etflight.metrics import ClassStatistics, measures
 from tests.system.test_readme import DOCS, README, blocks
+from tests.training import save_pictures
 
 ROOT = Path(__file__).parents[2]
 PAGES = {str(path.relative_to(ROOT / "docs")): path.read_text() for path in DOCS}
@@ -34,6 +35,9 @@ def test_python_runs_as_written(page, tmp_path, monkeypatch):
         monkeypatch.setattr(timm, "create_model", lambda name, pretrained: torch.nn.Linear(2, 2))  # no download
     names = {"__name__": page}
     for block in PYTHON[page]:
+        if "etflight.load(" in block:  # the model trained before stands for that of the photographs
+            names["trainer"].save_checkpoint("runs/my_photos/checkpoints/last.ckpt")
+            save_pictures(tmp_path / "photos", "one.jpg", "two.jpg")
         exec(compile(block, page, "exec"), names)
 
 

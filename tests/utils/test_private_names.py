@@ -23,7 +23,6 @@ from etflight.utils.lightning_private import (
     replace_hyperparameters,
 )
 from etflight.utils.torch_private import broadcast_buffers, leave_out_of_broadcasts
-from etflight.utils.wandb_private import as_sent
 
 
 def test_torchmetrics_has_the_hooks_and_values_that_exact_metric_overrides_and_changes():
@@ -94,10 +93,9 @@ def test_lightnings_launcher_logs_a_dead_process_as_it_did(monkeypatch):
     assert told == [(1, -9)]
 
 
-def test_lightnings_modules_ddp_strategy_and_wandb_logger_keep_hooks_and_options():
+def test_lightnings_modules_and_ddp_strategy_keep_hooks_and_options():
     assert callable(vars(LightningModule)["_on_before_batch_transfer"])
     assert DDPStrategy(find_unused_parameters=False)._ddp_kwargs == {"find_unused_parameters": False}
-    assert WandbLogger(log_model="all")._log_model == "all"
     assert DummyLogger().experiment.anything("else") is None
 
 
@@ -105,11 +103,6 @@ def test_lightnings_modules_ddp_strategy_and_wandb_logger_keep_hooks_and_options
 def test_lightning_tells_by_the_class_of_the_launcher_how_processes_start(strategy, forks):
     trainer = Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False, enable_progress_bar=False)
     assert forks_processes(trainer.strategy) == forks
-
-
-def test_wandb_workspaces_turn_into_plain_data():
-    workspaces = pytest.importorskip("wandb_workspaces.workspaces")
-    assert as_sent(workspaces.Workspace(entity="e", project="p", name="mine"))["displayName"] == "mine"
 
 
 def test_lightning_gives_wandb_an_anonymous_setting_that_can_be_left_out(tmp_path):
