@@ -6,7 +6,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from etflight.analysis.features import evaluation_mode
+from etflight.analysis.sweep import evaluation_mode
 from etflight.classifier import Classifier
 from etflight.data.base import ImageDataModule, Split
 from etflight.utils.ranks import gather_objects

@@ -17,7 +17,8 @@ from torch import Tensor
 
 import etflight.backbones  # noqa: F401  registers our networks in timm
 from etflight import plotting
-from etflight.analysis.features import HEAD, Caught, EmbeddingSource, PassStatistics, sweep
+from etflight.analysis.features import HEAD, Caught, EmbeddingSource
+from etflight.analysis.sweep import PassStatistics, sweep
 from etflight.checkpoint.files import misfit, read_weights
 from etflight.cli.checkpoint_option import (
     add_device,

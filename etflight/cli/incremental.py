@@ -18,18 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from etflight import plotting
-from etflight.analysis.incremental import (
+from etflight.analysis.incremental import Features, Progress, run_sessions, summary
+from etflight.analysis.learners import (
     CosineLearner,
-    Features,
     FrameLearner,
     Learner,
     Method,
     NearestMeanLearner,
-    Progress,
     Training,
     class_means,
-    run_sessions,
-    summary,
 )
 from etflight.analysis.outputs import outputs
 from etflight.classifier import Classifier

@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities import rank_zero_info
 
+from etflight.analysis.predictions import TABLE
 from etflight.callbacks import (
     FineTuning,
     FitTemperature,
@@ -36,7 +37,7 @@ from etflight.callbacks import (
 from etflight.callbacks.averaging import StochasticWeightAverage
 from etflight.callbacks.balance import DoubleCorrection
 from etflight.callbacks.checkpoint import KEY as CHECKPOINT_KEY
-from etflight.callbacks.predictions import TABLE, PredictionTable
+from etflight.callbacks.predictions import PredictionTable
 from etflight.callbacks.progress import Progress, StepNotice, is_watched
 from etflight.callbacks.results import TestResults
 from etflight.checkpoint.files import SafeCheckpointIO, read_checkpoint, refuse_others

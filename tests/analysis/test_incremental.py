@@ -3,18 +3,15 @@ import pytest
 import torch
 
 from etflight import CosineHead, CrossEntropyLoss, DotRegressionLoss, ETFHead, LinearHead
-from etflight.analysis.incremental import (
+from etflight.analysis.incremental import Features, run_sessions, score, summary
+from etflight.analysis.learners import (
     CosineLearner,
-    Features,
     FrameLearner,
     Learner,
     NearestMeanLearner,
     Training,
     class_means,
-    run_sessions,
-    score,
     session_loss,
-    summary,
 )
 from etflight.utils.errors import UserError
 from tests.left_by_runs import differences
