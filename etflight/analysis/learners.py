@@ -1,5 +1,6 @@
 """Heads that learn new classes session by session, on the pooled features of a backbone that does not change."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -11,11 +12,14 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from etflight.analysis.outputs import class_vectors
+from etflight.classifier import Classifier
 from etflight.heads import CosineHead, ETFHead, Head
 from etflight.losses import CrossEntropyLoss, Loss
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, argument
 
 Method = Literal["frame", "cosine", "ncm"]
+LEARNING_RATES = {"frame": 2.5, "cosine": 0.1}  # of the methods that train
 
 
 class Training(NamedTuple):
@@ -107,12 +111,12 @@ class FrameLearner(Learner):
         if not isinstance(head, ETFHead):
             raise UserError(
                 f"method frame needs an ETFHead with reserved_classes, but the base session has a {type(head).__name__}: "
-                "give --method cosine or ncm"
+                f"give {argument('method', 'cosine')} or ncm"
             )
         if len(head.frame) < num_classes:
             raise UserError(
                 f"the frame of the base session has {len(head.frame)} vectors for {num_classes} classes: train it with "
-                f"--model.head.reserved_classes {num_classes - head.num_classes}"
+                f"{argument('model.head.reserved_classes', num_classes - head.num_classes)}"
             )
         super().__init__(head)
         if not any(True for _ in self.head.parameters()):
@@ -279,7 +283,7 @@ def _descend(parameters: Iterable[Tensor], objective: Callable[[], Tensor], trai
     trained = list(parameters)
     optimizer = SGD(trained, training.lr, momentum=0.9, weight_decay=training.weight_decay)
     schedule = CosineAnnealingLR(optimizer, training.steps)
-    mend = f"give a smaller --lr than {training.lr:g}"
+    mend = f"give a smaller {argument('lr')} than {training.lr:g}"
     for _ in range(training.steps):
         optimizer.zero_grad()
         loss = objective()
@@ -290,3 +294,31 @@ def _descend(parameters: Iterable[Tensor], objective: Callable[[], Tensor], trai
         schedule.step()
     if not all(bool(weights.detach().norm().isfinite()) for weights in trained):
         raise UserError(f"the weights of a session became too large: {mend}")
+
+
+def new_learner(
+    model: Classifier, num_classes: int, method: Method = "frame", *, steps: int = 200, lr: float | None = None
+) -> Learner:
+    """Make a learner from the trained model of a base session.
+
+    Args:
+        model: The model; it stays as it is.
+        num_classes: The number of classes that will come to be known.
+        method: "frame" for `FrameLearner`, "cosine" for `CosineLearner`, "ncm" for `NearestMeanLearner`.
+        steps: The steps of SGD in each session.
+        lr: The learning rate at first; None: 2.5 for "frame", 0.1 for "cosine".
+
+    Raises:
+        UserError: The learning rate is not positive and finite, or the method trains nothing; or the head does not go with the method.
+    """
+    if lr is not None and method == "ncm":
+        raise UserError(f"{argument('lr')}: method ncm trains nothing: leave it out")
+    if lr is not None and not 0 < lr < math.inf:
+        raise UserError(f"{argument('lr')} is {lr}: give a positive, finite number")
+    if method == "ncm":
+        return NearestMeanLearner(model.head)
+    training = Training(steps, LEARNING_RATES[method] if lr is None else lr)
+    if method == "frame":
+        return FrameLearner(model.head, model.loss, training, num_classes)
+    class_vectors(model)  # or an error, if there are none
+    return CosineLearner(model.head, training)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, argument
 from etflight.utils.files import replacing, write_csv
 from etflight.utils.terminal import readable
 
@@ -29,12 +29,12 @@ def check_output(path: Path) -> None:
         UserError: The file, or the list of skipped files beside it, exists; it has another ending; or Parquet's package is missing.
     """
     if path.suffix not in SUFFIXES:
-        raise UserError(f"--output {path}: give a name that ends in {', '.join(SUFFIXES)}")
+        raise UserError(f"{path}: give a name that ends in {', '.join(SUFFIXES)}")
     for file in (path, skipped_beside(path)):
         if os.path.lexists(file):
-            raise UserError(f"{file} exists already and stays as it is: give another name with --output")
+            raise UserError(f"{file} exists already and stays as it is: give another name with {argument('output')}")
     if path.suffix == ".parquet" and find_spec("pyarrow") is None:
-        raise UserError(f"--output {path} needs pyarrow: pip install 'etflight[parquet]', or give .csv or .npz")
+        raise UserError(f"{path} needs pyarrow: pip install 'etflight[parquet]', or give .csv or .npz")
 
 
 def write(

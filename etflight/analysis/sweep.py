@@ -12,11 +12,14 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
+from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from etflight.analysis.features import HEAD, Caught, EmbeddingSource
+from etflight.data.base import ImageDataModule, Split
 from etflight.data.sampler import ShardSampler
+from etflight.data.sources import Batch
 from etflight.metrics import ClassStatistics, Moments, measures
 from etflight.metrics.statistics import INTEGERS
 from etflight.utils.errors import UserError
@@ -40,6 +43,20 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def evaluation_batches(data: ImageDataModule, split: Split, device: torch.device, doing: str = "") -> Iterator[Batch]:
+    """The batches of a split, each image once over all ranks and not augmented, on a device.
+
+    Args:
+        data: The data module.
+        split: The split.
+        device: The device.
+        doing: What a progress bar says is done with them; empty: there is none.
+    """
+    loader = track(data.eval_dataloader(split), f"{doing} {split}", disable=not doing, transient=True)
+    for images, labels in loader:
+        yield data.eval_transform((images.to(device), labels.to(device)))
 
 
 def every_sample_once(loader: DataLoader[Any], world_size: int, rank: int) -> DataLoader[Any]:

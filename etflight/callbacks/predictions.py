@@ -15,7 +15,7 @@ from etflight.analysis.predictions import check_output, skipped_beside, write
 from etflight.classifier import Classifier
 from etflight.data.sources import UNREADABLE
 from etflight.runs.folder import sole_writer, writing_to
-from etflight.utils.errors import UserError, first_few, warn
+from etflight.utils.errors import UserError, argument, first_few, warn
 from etflight.utils.files import write_csv
 from etflight.utils.ranks import gather_objects
 from etflight.utils.trainer import data_module, is_trial_run
@@ -48,11 +48,13 @@ class PredictionTable(Callback):
         """Listen to the input of the head; by now the deciding head is in place."""
         head = cast(Classifier, pl_module).head
         if self.top_k > head.num_classes:
-            raise UserError(f"--top_k {self.top_k}: the model has {head.num_classes} classes: give at most as many")
+            raise UserError(
+                f"{argument('top_k', self.top_k)}: the model has {head.num_classes} classes: give at most as many"
+            )
         if self.embeddings:
             self._hook = head.register_forward_pre_hook(lambda _, args: self._features.append(args[0]))
         if trainer.is_global_zero and not is_trial_run(trainer):
-            with writing_to(self.path.parent, "--output"):
+            with writing_to(self.path.parent, argument("output")):
                 self._writes.enter_context(sole_writer(self.path))
             check_output(self.path)  # another process may have written it since the command line looked
 
@@ -99,11 +101,11 @@ class PredictionTable(Callback):
             first = data.sample_name("test", in_order[broken[0]])
             raise UserError(
                 f"{len(broken)} of {len(order)} images have probabilities that are NaN, the first is {first}: nothing is written; predict "
-                "in float32 (--trainer.precision 32-true), or with weights that have not diverged"
+                f"in float32 ({argument('trainer.precision', '32-true')}), or with weights that have not diverged"
             )
         model = cast(Classifier, pl_module)
         images = [data.sample_name("test", i) for i in in_order]
-        with self._writes, writing_to(self.path.parent, "--output"):
+        with self._writes, writing_to(self.path.parent, argument("output")):
             write(self.path, images, labels, probabilities, model.names_or_labels, *rest)
             rank_zero_info(f"predictions: {self.path} (probabilities: {model.describe_temperature()})")
             if skipped:
