@@ -4,300 +4,28 @@ The backbone does not change after the base session, so everything here works on
 feature is kept. Classes are numbered in the order in which they come.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from copy import deepcopy
-from typing import Any, Literal, NamedTuple, cast
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim import SGD
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from etflight.heads import CosineHead, ETFHead, Head
-from etflight.losses import CrossEntropyLoss, Loss
-from etflight.utils.errors import UserError, brief, let_through
+from etflight.analysis.learners import Learner, class_means
+from etflight.analysis.outputs import outputs, split_features
+from etflight.classifier import Classifier
+from etflight.data import ClassSubset, ImageDataModule
+from etflight.data.sessions import Session
+from etflight.utils.errors import UserError, argument, brief, let_through
+from etflight.utils.files import replacing
 from etflight.utils.precision import refuse_not_finite
 
-Method = Literal["frame", "cosine", "ncm"]
-
-
-class Training(NamedTuple):
-    """How the head is trained in a session: SGD with momentum 0.9 on all samples at once, under a cosine schedule that ends at 0.
-
-    There is no random number in it, so it can be repeated exactly.
-
-    Attributes:
-        steps: The number of steps.
-        lr: The learning rate of the first step.
-        weight_decay: The weight decay.
-    """
-
-    steps: int
-    lr: float
-    weight_decay: float = 5e-5
-
-
-class Learner(ABC):
-    """A head that learns new classes session by session.
-
-    It is in evaluation mode in training, too: statistics of BatchNorm stay those of the base session, since a few images, with one mean
-    for each earlier class, could only spoil them.
-
-    Args:
-        head: The head of the base session; it stays as it is.
-    """
-
-    def __init__(self, head: Head) -> None:
-        self.head = deepcopy(head).eval().requires_grad_(False).cpu()
-
-    def begin(self, embedding: Tensor, labels: Tensor) -> None:  # noqa: B027  # not every learner needs it
-        """Take what is kept of the base session's images: nothing, unless overridden.
-
-        Args:
-            embedding: The embeddings of all training images, `[N, d']`.
-            labels: Their classes, `[N]`, int64.
-        """
-
-    @abstractmethod
-    def learn(self, shots: Tensor, labels: Tensor, memory: Tensor) -> None:
-        """Take on the next classes.
-
-        Args:
-            shots: The features of the new classes' images, `[n, d]`.
-            labels: The classes of the shots, `[n]`, int64, at least m.
-            memory: The mean features of the m earlier classes, `[m, d]`.
-
-        Raises:
-            UserError: The training diverges.
-        """
-
-    @abstractmethod
-    def logits(self, features: Tensor) -> Tensor:
-        """Compute the logits `[N, seen]` of features `[N, d]`, the largest of which decides."""
-
-    @abstractmethod
-    def state(self) -> dict[str, Tensor]:
-        """Return what was learnt, as tensors."""
-
-    @abstractmethod
-    def load(self, state: dict[str, Tensor], seen: int) -> None:
-        """Go back to a state of this learner in which `seen` classes had been seen."""
-
-
-class FrameLearner(Learner):
-    """NC-FSCIL: the class vectors of all classes, those to come too, are a fixed frame; only the embedding before it is trained.
-
-    It minimises `1/S Σ_c 1/n_c Σ_{i in c} L(h_i, w_c)` over the S classes seen so far, where each earlier class has one sample, the
-    embedding of its mean feature, and each new class its shots. L is the loss of the base session: for dot regression `(1 - <w_c, h>)²/2`.
-    All parameters of the head are trained.
-
-    Args:
-        head: An `ETFHead` with reserved classes.
-        loss: The loss of the base session, whose class balance is replaced by the mean over classes above.
-        training: How to train.
-        num_classes: The number of classes that will come to be known, for an early error.
-
-    Raises:
-        UserError: The head has no frame with as many vectors, or nothing to train.
-
-    Source:
-        Yang et al., "Neural Collapse Inspired Feature-Classifier Alignment for Few-Shot Class-Incremental Learning", ICLR 2023, arXiv
-        2302.03004; the mean over classes is that of its released code (`with_len`). Its learning rate of 0.25 on ten times the
-        loss with weight decay 5e-4 is a rate of 2.5 on the loss with 5e-5.
-    """
-
-    def __init__(self, head: Head, loss: Loss, training: Training, num_classes: int) -> None:
-        if not isinstance(head, ETFHead):
-            raise UserError(
-                f"method frame needs an ETFHead with reserved_classes, but the base session has a {type(head).__name__}: "
-                "give --method cosine or ncm"
-            )
-        if len(head.frame) < num_classes:
-            raise UserError(
-                f"the frame of the base session has {len(head.frame)} vectors for {num_classes} classes: train it with "
-                f"--model.head.reserved_classes {num_classes - head.num_classes}"
-            )
-        super().__init__(head)
-        if not any(True for _ in self.head.parameters()):
-            raise UserError(
-                "method frame trains the projection, but the head of the base session has none: give it one"
-            )
-        self.loss = deepcopy(loss).eval().cpu()
-        self.training = training
-
-    def learn(self, shots: Tensor, labels: Tensor, memory: Tensor) -> None:
-        """Train the embedding so that means and shots meet their vectors of the frame."""
-        head = cast(ETFHead, self.head).extended(int(labels.max()) + 1)
-        features, classes = torch.cat([memory, shots]), torch.cat([torch.arange(len(memory)), labels])
-        head.requires_grad_()
-        _descend(head.parameters(), lambda: session_loss(self.loss, head(features), classes), self.training)
-        self.head = head.requires_grad_(False)
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Compute the head's logits."""
-        return cast(Tensor, self.head(features))
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the state dict of the head."""
-        return self.head.state_dict()
-
-    def load(self, state: dict[str, Tensor], seen: int) -> None:
-        """Load a state dict of the head."""
-        self.head = cast(ETFHead, self.head).extended(seen)
-        self.head.load_state_dict(state)
-
-
-class CosineLearner(Learner):
-    """The learnable control: a class vector for each class, compared by cosine; they are trained, the embedding is not.
-
-    The vectors of the base classes are the trained head's, scaled to norm 1 (without biases); those of new classes start at the mean of
-    the normalised embeddings of their shots. All of them are trained by cross-entropy on `scale · cos`, with the samples and the mean over
-    classes of `FrameLearner`.
-
-    Args:
-        head: Any head with class vectors.
-        training: How to train.
-
-    Attributes:
-        scale: The factor of the cosine: that of a `CosineHead`, else 16, the default of one.
-        vectors: The class vectors `[seen, d']`.
-
-    Source:
-        Gidaris & Komodakis, "Dynamic Few-Shot Visual Learning without Forgetting", CVPR 2018, arXiv 1804.09458, for class
-        vectors from means of normalised features.
-    """
-
-    def __init__(self, head: Head, training: Training) -> None:
-        super().__init__(head)
-        self.training = training
-        self.scale = float(head.scale) if isinstance(head, CosineHead) else 16.0
-        self.vectors = F.normalize(self.head.weight.detach().float(), dim=1)
-
-    def learn(self, shots: Tensor, labels: Tensor, memory: Tensor) -> None:
-        """Add the means of the shots, then train all vectors."""
-        features, classes = torch.cat([memory, shots]), torch.cat([torch.arange(len(memory)), labels])
-        embedding = self._embed(features)
-        start = class_means(self._embed(shots), labels - len(memory))
-        vectors = nn.Parameter(torch.cat([self.vectors, F.normalize(start, dim=1)]))
-        loss = CrossEntropyLoss().eval()
-        _descend([vectors], lambda: session_loss(loss, self._cosines(embedding, vectors), classes), self.training)
-        self.vectors = F.normalize(vectors.detach(), dim=1)
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Compute the scaled cosines."""
-        return self._cosines(self._embed(features), self.vectors)
-
-    def _embed(self, features: Tensor) -> Tensor:
-        return F.normalize(self.head.embed(features).float(), dim=1)
-
-    def _cosines(self, embedding: Tensor, vectors: Tensor) -> Tensor:
-        return self.scale * embedding @ F.normalize(vectors, dim=1).T
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the vectors."""
-        return {"vectors": self.vectors}
-
-    def load(self, state: dict[str, Tensor], seen: int) -> None:
-        """Take the vectors."""
-        self.vectors = state["vectors"]
-
-
-class NearestMeanLearner(Learner):
-    """The control that trains nothing: an image belongs to the class whose mean embedding has the largest cosine with its own.
-
-    Args:
-        head: Any head; only its embedding is used.
-
-    Attributes:
-        means: The mean embeddings of the classes seen so far, of new classes those of their shots, `[seen, d']`.
-    """
-
-    def __init__(self, head: Head) -> None:
-        super().__init__(head)
-        self.means = torch.empty(0)
-
-    def begin(self, embedding: Tensor, labels: Tensor) -> None:
-        """Take the mean embedding of each base class."""
-        self.means = class_means(embedding, labels)
-
-    def learn(self, shots: Tensor, labels: Tensor, memory: Tensor) -> None:
-        """Add the mean embeddings of the shots."""
-        self.means = torch.cat([self.means, class_means(self.head.embed(shots), labels - len(memory))])
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Compute the cosines.
-
-        Raises:
-            UserError: `begin` has not been called.
-        """
-        if not len(self.means):
-            raise UserError(
-                "NearestMeanLearner knows no class yet: call its begin with the embeddings of the base classes"
-            )
-        return F.normalize(self.head.embed(features).float(), dim=1) @ F.normalize(self.means, dim=1).T
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the means."""
-        return {"means": self.means}
-
-    def load(self, state: dict[str, Tensor], seen: int) -> None:
-        """Take the means."""
-        self.means = state["means"]
-
-
-# What they share ----------------------------------------------------------------------------------------------------
-
-
-def class_means(values: Tensor, labels: Tensor) -> Tensor:
-    """Average the rows of each class, in float64.
-
-    Args:
-        values: `[N, d]`.
-        labels: The classes `[N]`, int64, each of 0 … K-1 at least once.
-
-    Returns:
-        `[K, d]` float32.
-    """
-    counts = labels.bincount()
-    sums = torch.zeros(len(counts), values.shape[1], dtype=torch.float64).index_add_(0, labels, values.double())
-    return (sums / counts[:, None]).float()
-
-
-def session_loss(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor:
-    """Average a loss over the samples of each class, then over the classes.
-
-    Args:
-        loss: The loss, in evaluation mode.
-        logits: `[B, K]`.
-        labels: `[B]`, int64.
-
-    Returns:
-        The scalar loss.
-    """
-    counts = labels.bincount()
-    return (loss.sample_losses(logits, labels) / counts[labels]).sum() / (counts > 0).sum()
-
-
-def _descend(parameters: Iterable[Tensor], objective: Callable[[], Tensor], training: Training) -> None:
-    trained = list(parameters)
-    optimizer = SGD(trained, training.lr, momentum=0.9, weight_decay=training.weight_decay)
-    schedule = CosineAnnealingLR(optimizer, training.steps)
-    mend = f"give a smaller --lr than {training.lr:g}"
-    for _ in range(training.steps):
-        optimizer.zero_grad()
-        loss = objective()
-        if not bool(loss.isfinite()):
-            raise UserError(f"the loss of a session became {loss.item()}: {mend}")
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-    if not all(bool(weights.detach().norm().isfinite()) for weights in trained):
-        raise UserError(f"the weights of a session became too large: {mend}")
-
-
-# Sessions -----------------------------------------------------------------------------------------------------------
+_METADATA = "etflight"  # the entry of a state file that holds what are not tensors
 
 
 class Progress(NamedTuple):
@@ -326,6 +54,86 @@ class Features(NamedTuple):
     base: Tensor
     shots: Sequence[tuple[Tensor, Tensor]]
     test: tuple[Tensor, Tensor]
+
+
+def all_classes(base: ImageDataModule) -> ClassSubset:
+    """The set of a base session with all its classes: those of the base session first, then the others in their order.
+
+    Raises:
+        UserError: The base session has all classes already.
+    """
+    if not isinstance(base, ClassSubset):
+        raise UserError(
+            f"the base session was trained on all classes of {base}, so none is left to come: train it on some "
+            f"({argument('data', 'ClassSubset')} {argument('data.images', type(base).__name__)} "
+            f"{argument('data.classes', f'0-{max(base.num_classes // 2, 2) - 1}')})"
+        )
+    later = sorted({*range(base.images.num_classes)} - {*base.labels})
+    loading = {name: getattr(base, name) for name in ("mean", "std", "batch_size", "eval_batch_size", "num_workers")}
+    return ClassSubset(images=base.images, classes=",".join(map(str, [*base.labels, *later])), **loading)
+
+
+def session_features(
+    model: Classifier,
+    base: ImageDataModule,
+    every: ClassSubset,
+    sessions: Sequence[Session],
+    learner: Learner,
+    device: torch.device | None = None,
+) -> Features:
+    """Run the backbone over all images once, and let the learner begin; processes share the images.
+
+    Args:
+        model: The model of the base session.
+        base: The data module of the base session.
+        every: That of all classes, `all_classes(base)`.
+        sessions: The sessions, the base session first.
+        learner: The learner.
+        device: The device to compute on, to which the model is moved; None: where the model is.
+
+    Raises:
+        UserError: A class has no image, or a shot cannot be read.
+    """
+    trained_on = outputs(model, base, "train", device)
+    refuse_empty_classes("training", trained_on.labels, base)
+    learner.begin(trained_on.embedding, trained_on.labels)
+    tested_on = split_features(model, every, "test", device)
+    refuse_empty_classes("test", tested_on.labels, every)
+    base_means = class_means(trained_on.features, trained_on.labels)
+    return Features(base_means, _shots(model, every, sessions[1:], device), (tested_on.features, tested_on.labels))
+
+
+def refuse_empty_classes(kind: str, labels: Tensor, data: ImageDataModule) -> None:
+    """Refuse images `[N]` of which a class has none.
+
+    Args:
+        kind: "training" or "test", for the error.
+        labels: The classes of the images that could be read.
+        data: Their data module.
+
+    Raises:
+        UserError: A class has none.
+    """
+    counts = labels.bincount(minlength=data.num_classes).tolist()
+    if 0 in counts:
+        name = data.class_names[counts.index(0)]
+        raise UserError(f"{data}: class {name} has no {kind} image that can be read: add some, or leave the class out")
+
+
+def _shots(
+    model: Classifier, data: ClassSubset, sessions: Sequence[Session], device: torch.device | None
+) -> list[tuple[Tensor, Tensor]]:
+    """The features and classes of each session's shots, not augmented."""
+    split = data.split("train")
+    positions = np.concatenate([session.shots for session in sessions])
+    chosen = data.make_split("train", split.source, split.indices.numpy()[positions])
+    chosen.labels = split.labels[positions]
+    features, labels = split_features(model, data.with_test_images(chosen), "test", device)
+    if len(labels) < len(positions):
+        other = argument("seed")
+        raise UserError(f"{data}: an image that was chosen as a shot cannot be read: mend it, or give another {other}")
+    sizes = [len(session.shots) for session in sessions]
+    return list(zip(torch.split(features.float(), sizes), torch.split(labels, sizes), strict=True))
 
 
 def run_sessions(learner: Learner, features: Features, before: Progress | None = None) -> Iterator[Progress]:
@@ -414,3 +222,65 @@ def summary(results: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def _mean(right: Tensor) -> float:
     return int(right.sum()) / len(right)
+
+
+# States -------------------------------------------------------------------------------------------------------------
+
+
+def state_file(folder: Path, session: int) -> Path:
+    """The file of the state after a session."""
+    return folder / f"session_{session}.safetensors"
+
+
+def save_state(folder: Path, settings: Mapping[str, Any], done: Progress) -> None:
+    """Write the state after the last finished session.
+
+    Args:
+        folder: The folder of all states.
+        settings: All that the numbers depend on, as plain data.
+        done: What is known after the session.
+    """
+    tensors = {"memory": done.memory, **{f"learnt.{name}": value for name, value in done.learnt.items()}}
+    metadata = json.dumps({"settings": settings, "results": done.results})
+    with replacing(state_file(folder, len(done.results) - 1)) as partial:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, partial, {_METADATA: metadata})
+
+
+def last_state(folder: Path, settings: Mapping[str, Any]) -> Progress | None:
+    """The state after the last finished session, or None.
+
+    Args:
+        folder: The folder of all states.
+        settings: All that the numbers depend on, as plain data.
+
+    Raises:
+        UserError: The folder's sessions have other settings, or a state cannot be read.
+    """
+    finished = 0
+    while state_file(folder, finished).is_file():
+        finished += 1
+    if not finished:
+        return None
+    known, done = _read_state(state_file(folder, finished - 1))
+    for name, value in settings.items():
+        if known.get(name) != value:
+            saved, now = (shorten(str(content), 80, placeholder=" …") for content in (known.get(name), value))
+            raise UserError(
+                f"{folder} holds sessions with other settings ({name}: {saved}, not {now}), which stay as they are: "
+                f"give {argument('output')} for another folder"
+            )
+    return done
+
+
+def _read_state(path: Path) -> tuple[dict[str, Any], Progress]:
+    try:
+        with safe_open(path, "pt") as file:
+            content = json.loads(file.metadata()[_METADATA])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        settings, results = content["settings"], content["results"]
+        learnt = {name.removeprefix("learnt."): value for name, value in tensors.items() if name != "memory"}
+        return settings, Progress(learnt, tensors["memory"], results)
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): mend its permissions") from error
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is no state of a session, or is damaged ({brief(error)}): remove it") from error

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from etflight.analysis.features import to_device
+from etflight.analysis.sweep import to_device
 from etflight.callbacks.progress import Speed
 from etflight.utils.errors import UserError, warn
 from etflight.utils.trainer import callbacks_of, is_trial_run, take_buffers_of_rank_zero

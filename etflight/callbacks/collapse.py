@@ -13,13 +13,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from etflight.analysis.features import (
-    HEAD,
+from etflight.analysis.features import HEAD, EmbeddingSource, Space
+from etflight.analysis.sweep import (
     KEEP_BYTES,
-    EmbeddingSource,
     KeptEmbeddings,
     PassStatistics,
-    Space,
     class_indices,
     every_sample_once,
     plain_tensors,

@@ -11,14 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from etflight.analysis.features import (
-    HEAD,
-    EmbeddingSource,
-    PassStatistics,
-    plain_tensors,
-    sweep,
-    undisturbed,
-)
+from etflight.analysis.features import HEAD, EmbeddingSource
+from etflight.analysis.sweep import PassStatistics, plain_tensors, sweep, undisturbed
 from etflight.callbacks.temperature import decided, evaluation_batches
 from etflight.checkpoint.specs import Spec, from_spec, to_spec
 from etflight.checkpoint.weights_to_come import weights_come_next

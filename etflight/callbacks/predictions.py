@@ -1,9 +1,6 @@
-"""The table that `etflight predict` writes (CSV, Parquet or NumPy's `.npz`, by its ending), and the callback that gathers it."""
+"""The callback that gathers the table that `etflight predict` writes."""
 
-import os
-from collections.abc import Sequence
 from contextlib import ExitStack
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,93 +8,21 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from etflight.analysis.predictions import check_output, skipped_beside, write
 from etflight.classifier import Classifier
 from etflight.data.sources import UNREADABLE
 from etflight.runs.folder import sole_writer, writing_to
-from etflight.utils.errors import UserError, first_few, warn
-from etflight.utils.files import replacing, write_csv
+from etflight.utils.errors import UserError, argument, first_few, warn
+from etflight.utils.files import write_csv
 from etflight.utils.ranks import gather_objects
-from etflight.utils.terminal import readable
 from etflight.utils.trainer import data_module, is_trial_run
-
-SUFFIXES = (".csv", ".parquet", ".npz")
-
-
-def skipped_beside(path: Path) -> Path:
-    """The path, beside the table, of the list of files that could not be read."""
-    return path.with_name(f"{path.stem}_skipped.csv")
-
-
-def check_output(path: Path) -> None:
-    """Refuse a file that cannot be written, before any work is done.
-
-    Raises:
-        UserError: The file, or the list of skipped files beside it, exists; it has another ending; or Parquet's package is missing.
-    """
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"--output {path}: give a name that ends in {', '.join(SUFFIXES)}")
-    for file in (path, skipped_beside(path)):
-        if os.path.lexists(file):
-            raise UserError(f"{file} exists already and stays as it is: give another name with --output")
-    if path.suffix == ".parquet" and find_spec("pyarrow") is None:
-        raise UserError(f"--output {path} needs pyarrow: pip install 'etflight[parquet]', or give .csv or .npz")
-
-
-def write(
-    path: Path,
-    images: Sequence[str],
-    labels: NDArray[np.int64],
-    probabilities: NDArray[np.float32],
-    names: Sequence[str],
-    embeddings: NDArray[np.float32] | None = None,
-) -> None:
-    """Write the file completely or not at all.
-
-    CSV and Parquet have the columns `image`, `class`, `probability`, then `class_2`, `probability_2` … up to k, and the embedding:
-    `embedding_0` … in CSV, one list in Parquet. `.npz` has the arrays `image` `[N]`, `label`, `class` and `probability` `[N, k]`
-    and `embedding` `[N, d']`.
-
-    Args:
-        path: The file, with one of the endings `SUFFIXES`.
-        images: The N paths, or positions.
-        labels: The classes, `[N, k]`, most probable first.
-        probabilities: Their calibrated probabilities, `[N, k]`.
-        names: The names of the K classes.
-        embeddings: The embeddings, `[N, d']`, or None.
-    """
-    classes = np.array(names)[labels]
-    columns: dict[str, Any] = {}
-    for k in range(labels.shape[1]):
-        suffix = f"_{k + 1}" if k else ""
-        columns |= {f"class{suffix}": classes[:, k], f"probability{suffix}": probabilities[:, k]}
-    if path.suffix == ".npz":
-        arrays: dict[str, Any] = {"image": np.array(images, dtype=np.str_), "label": labels}
-        arrays |= {"class": classes, "probability": probabilities}
-        arrays |= {} if embeddings is None else {"embedding": embeddings}
-        with replacing(path) as partial:
-            np.savez(partial, **arrays)
-    elif path.suffix == ".parquet":
-        import pyarrow
-        from pyarrow import parquet
-
-        columns = {"image": list(map(readable, images)), **columns}
-        columns |= {} if embeddings is None else {"embedding": list(embeddings)}
-        with replacing(path) as partial:
-            parquet.write_table(pyarrow.table(columns), partial)
-    else:
-        width = 0 if embeddings is None else embeddings.shape[1]
-        columns |= {f"embedding_{i}": cast(Any, embeddings)[:, i] for i in range(width)}
-        formats = [*["", ".6f"] * labels.shape[1], *[".7g"] * width]
-        rows = zip(images, *columns.values(), strict=True)
-        write_csv(path, ["image", *columns], ([image, *map(format, cells, formats)] for image, *cells in rows))
 
 
 class PredictionTable(Callback):
-    """Writes images, classes and calibrated probabilities in the data's order, in the format of `etflight.callbacks.predictions.write`.
+    """Writes images, classes and calibrated probabilities in the data's order, in the format of `etflight.analysis.predictions.write`.
 
     Images that could not be read are left out, counted, and listed with the reason in a file beside the table. There is no table if the
     probabilities of an image are NaN, which is a `UserError`: no class could be right.
@@ -123,11 +48,13 @@ class PredictionTable(Callback):
         """Listen to the input of the head; by now the deciding head is in place."""
         head = cast(Classifier, pl_module).head
         if self.top_k > head.num_classes:
-            raise UserError(f"--top_k {self.top_k}: the model has {head.num_classes} classes: give at most as many")
+            raise UserError(
+                f"{argument('top_k', self.top_k)}: the model has {head.num_classes} classes: give at most as many"
+            )
         if self.embeddings:
             self._hook = head.register_forward_pre_hook(lambda _, args: self._features.append(args[0]))
         if trainer.is_global_zero and not is_trial_run(trainer):
-            with writing_to(self.path.parent, "output"):
+            with writing_to(self.path.parent, argument("output")):
                 self._writes.enter_context(sole_writer(self.path))
             check_output(self.path)  # another process may have written it since the command line looked
 
@@ -174,11 +101,11 @@ class PredictionTable(Callback):
             first = data.sample_name("test", in_order[broken[0]])
             raise UserError(
                 f"{len(broken)} of {len(order)} images have probabilities that are NaN, the first is {first}: nothing is written; predict "
-                "in float32 (--trainer.precision 32-true), or with weights that have not diverged"
+                f"in float32 ({argument('trainer.precision', '32-true')}), or with weights that have not diverged"
             )
         model = cast(Classifier, pl_module)
         images = [data.sample_name("test", i) for i in in_order]
-        with self._writes, writing_to(self.path.parent, "output"):
+        with self._writes, writing_to(self.path.parent, argument("output")):
             write(self.path, images, labels, probabilities, model.names_or_labels, *rest)
             rank_zero_info(f"predictions: {self.path} (probabilities: {model.describe_temperature()})")
             if skipped:

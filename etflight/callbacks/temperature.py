@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, TensorDataset
 
-from etflight.analysis.features import plain_tensors, undisturbed
+from etflight.analysis.sweep import plain_tensors, undisturbed
 from etflight.classifier import Batch, Classifier
 from etflight.data.facts import other_images
 from etflight.data.sources import Split

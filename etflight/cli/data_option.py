@@ -57,9 +57,12 @@ def parse(parser: OneLineParser, argv: Sequence[str], run: str | None = None) ->
             except UserError as error:
                 raise UserError(f"{error} (--imports MODULE), or give -c {config} if you trust that file") from None
             files = [str(config), *files]
-        elif not Path(run).exists():
-            raise UserError(f"{run} does not exist: give a run folder, such as runs/digits/ce, or a checkpoint in one")
-        elif folder is not None and not files and not any(w.startswith(("--data", "-h", "--help")) for w in words):
+        elif (
+            existing(run)
+            and folder is not None
+            and not files
+            and not any(w.startswith(("--data", "-h", "--help")) for w in words)
+        ):
             raise UserError(
                 f"{folder} has no config.yaml that tells the data: give a run folder, such as runs/digits/ce, or --data"
             )
@@ -73,6 +76,17 @@ def parse_over_run(parser: OneLineParser, argv: Sequence[str]) -> Namespace:
     pairs = zip(["", *words], words, strict=False)
     run = next((w for before, w in pairs if w[:1] != "-" and (before[:1] != "-" or "=" in before)), None)
     return parse(parser, words, run)
+
+
+def existing(run: str) -> Path:
+    """The path of a run folder or a checkpoint.
+
+    Raises:
+        UserError: There is none.
+    """
+    if not (path := Path(run)).exists():
+        raise UserError(f"{run} does not exist: give a run folder, such as runs/digits/ce, or a checkpoint in one")
+    return path
 
 
 def _without_imports(prog: str, argv: Sequence[str]) -> list[str]:

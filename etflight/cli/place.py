@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info
 
-from etflight.callbacks.predictions import check_output
+from etflight.analysis.predictions import check_output
 from etflight.cli.argv import EarlyOptions, set_and_arm
 from etflight.runs.folder import (
     CONFIG,

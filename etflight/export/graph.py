@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 from etflight.classifier import Classifier
 from etflight.data.preprocessing import Preprocessing
 from etflight.embedder import Rotation
-from etflight.utils.errors import UserError, brief, let_through
+from etflight.utils.errors import UserError, argument, brief, let_through
 
 TOLERANCE = 1e-4  # of logits, relative to the largest
 Run = Callable[[Tensor], Tensor]
@@ -108,7 +108,7 @@ def save_onnx(program: ExportedProgram, classifier: Classifier, facts: Mapping[s
         import onnxscript  # noqa: F401  torch's exporter needs it
     except ImportError as error:
         raise UserError(
-            f"--format onnx needs {error.name}: install the extra (pip install 'etflight[export]'), or leave it out"
+            f"format onnx needs {error.name}: install the extra (pip install 'etflight[export]'), or leave it out"
         ) from error
     with _speaking_for("ONNX", classifier):
         written = torch.onnx.export(
@@ -141,9 +141,13 @@ def _speaking_for(kind: str, classifier: Classifier) -> Iterator[None]:
     except Exception as error:  # errors of torch.export, the ONNX exporter and the network's own code
         let_through(error)
         if isinstance(error, OSError):
-            raise UserError(f"{kind} cannot be written ({error.strerror or error}): give another --output") from error
+            raise UserError(
+                f"{kind} cannot be written ({error.strerror or error}): give another {argument('output')}"
+            ) from error
         name = classifier.hparams["backbone"]
-        raise UserError(f"{name} cannot be written as {kind} ({brief(error, 300)}): give another --format") from error
+        raise UserError(
+            f"{name} cannot be written as {kind} ({brief(error, 300)}): give another {argument('format')}"
+        ) from error
 
 
 @torch.no_grad()
@@ -154,6 +158,7 @@ def _check(run: Run, program: ExportedProgram, classifier: Classifier, kind: str
     expected = classifier.calibrated(classifier(images))
     error = float((run(images) - expected).abs().max() / expected.abs().max())
     if not error <= TOLERANCE:
+        name = classifier.hparams["backbone"]
         raise UserError(
-            f"{classifier.hparams['backbone']} as {kind} gives other logits, by {error:.1e} of the largest: give another --format"
+            f"{name} as {kind} gives other logits, by {error:.1e} of the largest: give another {argument('format')}"
         )

@@ -13,9 +13,8 @@ from etflight.classifier import Classifier
 from etflight.data.preprocessing import Preprocessing
 from etflight.embedder import Embedder
 from etflight.heads import Head
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, argument
 
-_OTHERS = "export it with --format onnx torch-export, which take heads that are not linear"
 # the part of timm's configuration that is about layers; the rest is about other weights and images
 _OF_LAYERS = ("architecture", "first_conv", "classifier", "fixed_input_size")
 
@@ -61,6 +60,10 @@ def save_timm(classifier: Classifier, preprocessing: Preprocessing, folder: Path
     return layer.calibrated
 
 
+def _others() -> str:
+    return f"export it with {argument('format', 'onnx torch-export')}, which take heads that are not linear"
+
+
 @torch.no_grad()
 def linear_decisions(classifier: Classifier) -> Linear:
     """The linear layer on pooled features that makes the decisions of the classifier's head, logit adjustment and temperature.
@@ -82,7 +85,7 @@ def linear_decisions(classifier: Classifier) -> Linear:
     linear = torch.allclose(exact(features.double()), found, rtol=1e-6, atol=1e-6)
     lost = logits.amax(1) - logits.gather(1, found.argmax(1, keepdim=True))[:, 0]
     if not linear or (lost > 1e-4 * logits.abs().amax()).any():
-        raise UserError(f"no linear layer decides as a {type(head).__name__} with these options does: {_OTHERS}")
+        raise UserError(f"no linear layer decides as a {type(head).__name__} with these options does: {_others()}")
     calibrated = torch.allclose(logits, found, rtol=1e-4, atol=1e-4)
     shift, one = (classifier.calibrated(torch.full((1, head.num_classes), value))[0].double() for value in (0.0, 1.0))
     if calibrated:  # then the adjustment of each class and the temperature belong to the layer
@@ -90,7 +93,7 @@ def linear_decisions(classifier: Classifier) -> Linear:
     elif shift.any():
         tau: float = classifier.hparams["logit_adjustment"]
         raise UserError(
-            f"the logit adjustment of {tau} is added to cosines, for which a linear layer lacks the normalisation: {_OTHERS}"
+            f"the logit adjustment of {tau} is added to cosines, for which a linear layer lacks the normalisation: {_others()}"
         )
     else:
         weight, bias = weight * one[:, None], bias * one
@@ -105,7 +108,7 @@ def _network(classifier: Classifier, layer: Linear) -> Any:
     own: Any = network.get_classifier()
     linear = isinstance(own, nn.Linear | nn.Conv2d) and own.bias is not None
     if not linear or own.weight.numel() != layer.weight.numel():
-        raise UserError(f"timm's {name} has no linear classifier on its pooled features: {_OTHERS}")
+        raise UserError(f"timm's {name} has no linear classifier on its pooled features: {_others()}")
     prefix = next(key for key, module in network.named_modules() if module is own)
     state = dict(classifier.backbone.state_dict())
     state |= {f"{prefix}.weight": layer.weight.view_as(own.weight), f"{prefix}.bias": layer.bias}
@@ -124,4 +127,4 @@ def _check(classifier: Classifier, layer: Linear, preprocessing: Preprocessing, 
     expected = classifier.features(images) @ layer.weight.T + layer.bias
     found = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(images)
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
-        raise UserError(f"timm does not read the exported {classifier.hparams['backbone']} as it was: {_OTHERS}")
+        raise UserError(f"timm does not read the exported {classifier.hparams['backbone']} as it was: {_others()}")

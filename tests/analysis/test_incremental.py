@@ -3,18 +3,15 @@ import pytest
 import torch
 
 from etflight import CosineHead, CrossEntropyLoss, DotRegressionLoss, ETFHead, LinearHead
-from etflight.analysis.incremental import (
+from etflight.analysis.incremental import Features, run_sessions, score, summary
+from etflight.analysis.learners import (
     CosineLearner,
-    Features,
     FrameLearner,
     Learner,
     NearestMeanLearner,
     Training,
     class_means,
-    run_sessions,
-    score,
     session_loss,
-    summary,
 )
 from etflight.utils.errors import UserError
 from tests.left_by_runs import differences
@@ -251,7 +248,7 @@ def test_class_means_keep_what_float32_sums_lose():
         ),
         (
             lambda: frame_head(reserved_classes=1),
-            "has 4 vectors for 5 classes: train it with --model.head.reserved_classes 2",
+            "has 4 vectors for 5 classes: train it with reserved_classes=2",
         ),
         (lambda: frame_head(projection_dim=None, batch_norm=False), "trains the projection, but the head .* has none"),
     ],
@@ -264,7 +261,7 @@ def test_a_head_that_cannot_learn_more_is_refused(head, message):
 def test_a_session_that_diverges_says_so():
     for steps, message in ((50, "the loss of a session became .*"), (1, "the weights of a session became too large")):
         learner = CosineLearner(CosineHead(DIM, BASE), Training(steps, 1e38))
-        with pytest.raises(UserError, match=rf"{message}: give a smaller --lr than 1e"):
+        with pytest.raises(UserError, match=rf"{message}: give a smaller lr than 1e"):
             learner.learn(*samples()[0])
 
 

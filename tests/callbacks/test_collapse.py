@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from etflight import Classifier, CosineHead, CrossEntropyLoss, ETFHead, LinearHead
-from etflight.analysis.features import every_sample_once
+from etflight.analysis.sweep import every_sample_once
 from etflight.callbacks import CollapseFigures, LastCheckpoint, NeuralCollapseMonitor, collapse, features
 from etflight.data import Digits
 from etflight.heads import Head

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from etflight.cli import describe
+from etflight.analysis.describe import contact_sheet
 from etflight.data import ArrayImages, Digits, FolderImages
 from etflight.utils.errors import UserError
 from tests.training import image_folder, save_numbered
@@ -85,7 +85,7 @@ def test_classes_that_lose_a_third_or_more_of_their_images_to_validation_are_cou
 
 def test_each_row_of_the_sheet_has_images_of_its_class_from_first_to_last(numbered):
     data = ArrayImages(numbered())
-    (axes,) = describe.sheet(data, 4).axes
+    (axes,) = contact_sheet(data, 4).axes
     sheet = axes.images[0].get_array()
     assert [text.get_text() for text in axes.get_yticklabels()] == ["0 (150)", "1 (30)", "2 (5)"]
     cells = sheet.reshape(3, 3, 4, 5, 3)[:, :2, :, :4]  # rows and columns of 2 × 4 images, a white line after each
@@ -102,8 +102,8 @@ def test_a_corrupt_image_ends_it_or_is_left_out_of_its_row_and_told(tmp_path, ca
     file.write_bytes(b"no image")
     data = FolderImages(str(root), image_size=4)
     with pytest.raises(UserError, match=rf"{file} cannot be read as an image"):
-        describe.sheet(data, 8)
-    (axes,) = describe.sheet(FolderImages(str(root), image_size=4, skip_corrupt=True), 8).axes
+        contact_sheet(data, 8)
+    (axes,) = contact_sheet(FolderImages(str(root), image_size=4, skip_corrupt=True), 8).axes
     assert [text.get_text() for text in axes.get_yticklabels()] == ["dog (4)", "cat (3)"]
     assert f"1 image could not be read and was skipped: {file}" in capfd.readouterr().err
 
@@ -111,7 +111,7 @@ def test_a_corrupt_image_ends_it_or_is_left_out_of_its_row_and_told(tmp_path, ca
 def test_of_many_classes_an_even_choice_is_shown(numbered, etflight_command, tmp_path):
     path = numbered(tuple(range(210, 0, -1)))
     data = ArrayImages(path)
-    figure = describe.sheet(data, 2)
+    figure = contact_sheet(data, 2)
     names = [int(text.get_text().split()[0]) for axes in figure.axes for text in axes.get_yticklabels()]
     assert len(names) == 44
     assert names == [round(i * 209 / 43) for i in range(44)]
@@ -169,7 +169,7 @@ def test_bad_input_ends_in_one_line_that_says_the_mend(numbered, etflight_comman
 
 def test_the_contact_sheet_shows_images_as_a_training_step_gets_them_if_asked():
     def pixels(augmented, **options):
-        figure = describe.sheet(Digits(crop_padding=0, flip=False, **options), 3, augmented=augmented)
+        figure = contact_sheet(Digits(crop_padding=0, flip=False, **options), 3, augmented=augmented)
         return figure.axes[0].images[0].get_array()
 
     stored = pixels(False)

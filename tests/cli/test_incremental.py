@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from etflight import Classifier
+from etflight.analysis.incremental import refuse_empty_classes
 from etflight.cli import incremental
 from etflight.data import ClassSubset, Digits
 from etflight.utils.errors import UserError
@@ -188,7 +189,7 @@ def test_a_state_without_what_the_method_has_learnt_is_named(runs, folder, tmp_p
 def test_a_class_without_images_is_named():
     data = ClassSubset(images=Digits(), classes="2,0,5")
     with pytest.raises(UserError, match="classes 2,0,5 of Digits: class 0 has no test image that can be read"):
-        incremental._refuse_empty_classes("test", torch.tensor([0, 2, 2]), data)
+        refuse_empty_classes("test", torch.tensor([0, 2, 2]), data)
 
 
 def test_bad_input_is_one_line(runs, folder, tmp_path):

@@ -314,7 +314,7 @@ def test_bad_input_ends_in_one_line_that_says_the_mend(run, noise, tmp_path, mon
         (["nowhere", *given], 1, "nowhere does not exist: give a run folder"),
         (["alone.ckpt", *given], 1, "alone.ckpt is not in a run folder, whose config.yaml says which images are known"),
         ([".", *given], 1, "is not in a run folder"),
-        ([str(run), "--data=Digits"], 1, "--data Digits holds test images of the run itself, which are known"),
+        ([str(run), "--data=Digits"], 1, "Digits holds test images of the run itself, which are known"),
         ([str(run), "--data=ArrayImages", "--data.path=none.npz"], 1, "none.npz"),
         (
             [str(run), *given, f"--k={size + 1}"],
@@ -327,7 +327,7 @@ def test_bad_input_ends_in_one_line_that_says_the_mend(run, noise, tmp_path, mon
             1,
             "--components 64 leave none of 64 dimensions out: give less than 64",
         ),
-        ([str(run), *given, "--device=tpu9"], 1, "tpu9"),
+        ([str(run), *given, "--accelerator=tpu9"], 1, "tpu9"),
         ([str(run), *given, "--output=file"], 1, "file cannot be written to"),
         ([str(run), *given, "--imports", "no_such"], 1, "--imports no_such"),
     ):

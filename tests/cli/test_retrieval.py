@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from etflight import Classifier, CrossEntropyLoss, ETFHead, simplex_etf
+from etflight.analysis.outputs import Outputs
+from etflight.analysis.retrieval import Embedded, compare
 from etflight.cli import retrieval
 from etflight.data import Digits
 from etflight.metrics.retrieval import retrieval_scores
@@ -56,16 +58,12 @@ def test_a_rotation_of_one_models_space_is_undone_by_the_rotated_space():
     embedding = weight[labels] + 1.5 * torch.randn(80, 16).double()
     turn = torch.linalg.qr(torch.randn(16, 16).double()).Q
     models = [
-        retrieval.Embedded(
-            Path(name), retrieval.Outputs(embedding @ R, embedding @ R, embedding @ weight.T, labels), weight @ R
-        )
-        for name, R in (("a", torch.eye(16).double()), ("b", turn))
+        Embedded(Outputs(embedding @ R, embedding @ R, embedding @ weight.T, labels), weight @ R)
+        for R in (torch.eye(16).double(), turn)
     ]
     span = embedding @ torch.linalg.pinv(weight) @ weight
     expected = retrieval_scores(span, labels, span, labels, same_images=True)
-    pairs = {
-        (p["space"], p["query"], p["gallery"]): p["mean_average_precision"] for p in retrieval.compare(models)["pairs"]
-    }
+    pairs = {(p["space"], p["query"], p["gallery"]): p["mean_average_precision"] for p in compare(models)["pairs"]}
     assert pairs["embedding", 0, 1] < 0.5 * pairs["embedding", 0, 0]
     for query, gallery in product((0, 1), repeat=2):
         assert pairs["rotated", query, gallery] == pytest.approx(expected.mean_average_precision, abs=1e-9)
@@ -81,23 +79,17 @@ def test_the_rotated_space_does_not_depend_on_rounding_of_the_class_vectors():
     for noise in (0, 1e-7, 1e-6):
         vectors = weight @ turn + noise * torch.randn(10, 64)
         models = [
-            retrieval.Embedded(Path(name), retrieval.Outputs(h, h, h @ w.T, labels), w)
-            for name, h, w in (("a", embedding, weight), ("b", embedding @ turn, vectors))
+            Embedded(Outputs(h, h, h @ w.T, labels), w) for h, w in ((embedding, weight), (embedding @ turn, vectors))
         ]
-        (pair,) = [
-            p for p in retrieval.compare(models)["pairs"] if (p["space"], p["query"], p["gallery"]) == ("rotated", 1, 0)
-        ]
+        (pair,) = [p for p in compare(models)["pairs"] if (p["space"], p["query"], p["gallery"]) == ("rotated", 1, 0)]
         found.append(pair["mean_average_precision"])
     assert found == pytest.approx([found[0]] * 3, abs=1e-4)
 
 
 def test_the_difference_of_class_vectors_is_the_largest_of_any_two_models():
     weight, h = torch.zeros(4, 4), torch.eye(4)
-    models = [
-        retrieval.Embedded(Path("m"), retrieval.Outputs(h, h, h, torch.arange(4) % 2), weight + shift)
-        for shift in (0, 1, -1)
-    ]
-    assert retrieval.compare(models)["class_vectors_differ"] == 2
+    models = [Embedded(Outputs(h, h, h, torch.arange(4) % 2), weight + shift) for shift in (0, 1, -1)]
+    assert compare(models)["class_vectors_differ"] == 2
 
 
 def test_only_test_images_are_read_and_fetched_if_they_are_missing(runs, tmp_path, monkeypatch):

@@ -73,5 +73,5 @@ def test_one_linear_layer_decides_as_the_head(name, adjustment):
     ],
 )
 def test_what_no_linear_layer_can_do_is_refused_with_the_way_out(head, options, reason):
-    with pytest.raises(UserError, match=f"{reason}.*--format onnx torch-export"):
+    with pytest.raises(UserError, match=f"{reason}.*format='onnx torch-export'"):
         linear_decisions(trained(head, **options))
