@@ -4,10 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -25,19 +24,11 @@ from etflight.analysis.features import (
     plain_tensors,
     trainer_sweep,
 )
-from etflight.data.base import ImageDataModule
+from etflight.callbacks.collapse_record import History, write_gram, write_snapshot
+from etflight.callbacks.sweep_rhythm import SweepRhythm, epochs_trained
 from etflight.metrics import Moments, measures
-from etflight.runs.loggers import run_folder
-from etflight.utils.arrays import evenly
 from etflight.utils.errors import UserError
-from etflight.utils.files import replacing
 from etflight.utils.trainer import averaged, callbacks_of, data_module, is_trial_run
-
-_SMALL = 10**8  # up to this many pixels of training images, a sweep is worth its time in each epoch
-# the most images of all sweeps over more pixels, as a part of the images that train; less than a tenth of the time, since on a frozen
-# backbone an image takes 1.0 to 1.2 times as long to sweep as to train, and less where the backbone learns (0.25 to 0.3 times)
-_SHARE = 1 / 12
-_MOST_CLASSES = 100  # the most classes of a Gram matrix on disk: 162 KB an epoch, whatever the width
 
 
 class NeuralCollapseMonitor(Callback):
@@ -88,8 +79,6 @@ class NeuralCollapseMonitor(Callback):
         spectra: Whether to measure `effective_rank` and `effective_rank_within`, whose eigenvalues cost O(d³).
 
     Attributes:
-        epochs: The number of finished epochs at each measurement, 0 before training; a fraction within an epoch.
-        history: The values at `epochs` by log name, NaN if not measured. Checkpoints hold it, and the anchors.
         latest: The last class statistics by split ("train", "val", "train_online"), on the CPU.
         weight_of: The class vectors `[K, d]` with which `latest` was measured, by split.
         latest_weight: The class vectors `[K, d]` of the last measurement, on the CPU.
@@ -161,16 +150,14 @@ class NeuralCollapseMonitor(Callback):
             if not holds:
                 raise UserError(f"NeuralCollapseMonitor: {name} is {getattr(self, name)!r}: {rule}")
 
-        self.epochs: list[float] = []
-        self.history: dict[str, list[float]] = {}
         self.latest: dict[str, Moments] = {}
         self.latest_weight: Tensor | None = None
         self.latest_bias: Tensor | None = None
         self.weight_of: dict[str, Tensor | None] = {}
 
         self._anchors: dict[str, Tensor] = {}
-        self._sweeps_every: int | None = None  # in epochs; None for never
-        self._is_rationed = False  # whether validations within an epoch go without a sweep
+        self._record = History()
+        self._rhythm = SweepRhythm(every_n_epochs, before_training)
         self._swept_at = -1.0
         self._source: EmbeddingSource | None = None
         self._loader: DataLoader[Any] | None = None
@@ -179,6 +166,16 @@ class NeuralCollapseMonitor(Callback):
         self._val: PassStatistics | None = None
         self._is_ready = True  # whether the next validation batch needs no preparation
         self._values: dict[str, float] = {}
+
+    @property
+    def epochs(self) -> list[float]:
+        """The number of finished epochs at each measurement, 0 before training; a fraction within an epoch."""
+        return self._record.epochs
+
+    @property
+    def history(self) -> dict[str, list[float]]:
+        """The values at `epochs` by log name, NaN if not measured. Checkpoints hold it, and the anchors."""
+        return self._record.series
 
     @property
     def prefix(self) -> str:
@@ -191,8 +188,7 @@ class NeuralCollapseMonitor(Callback):
         """Find the head, the layers and the training images, or raise an error that says what is missing."""
         self._source = EmbeddingSource(pl_module, self.head, self.space, self.layers)
         self._loader = self._val = self._online = None
-        self._sweeps_every = 1 if self.every_n_epochs == "auto" else self.every_n_epochs
-        self._is_rationed = False
+        self._rhythm.start()
         if averaging := callbacks_of(trainer, WeightAveraging):
             rank_zero_info(f"neural collapse is measured with the averaged weights of {type(averaging[0]).__name__}")
         for other in callbacks_of(trainer, NeuralCollapseMonitor):
@@ -211,10 +207,7 @@ class NeuralCollapseMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the untrained model, at step 0."""
-        first = self.before_training
-        if self._sweeps and self.every_n_epochs == "auto" and self._is_large(trainer):
-            first = self._ration(trainer)
-        if trainer.global_step == 0 and first and self._sweeps:
+        if self._sweeps and self._rhythm.decide(trainer) and trainer.global_step == 0:
             self._sweep(trainer, pl_module, 0.0)
             self._log_outside_of_epochs(trainer, 0.0, epoch=trainer.current_epoch, step=0)
 
@@ -224,7 +217,7 @@ class NeuralCollapseMonitor(Callback):
         self._is_ready = True
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
-        due = self._is_due(trainer)
+        due = self._rhythm.is_due(trainer)
         if "val" in self.splits and (due or self.every_n_epochs == "auto"):
             self._val = self._new_pass(trainer, "val")
         self._is_ready = not due and self._val is None
@@ -268,7 +261,7 @@ class NeuralCollapseMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Catch the training forward."""
-        if self.online and "train" in self.splits and self._is_due(trainer):
+        if self.online and "train" in self.splits and self._rhythm.is_due(trainer):
             if self._online is None:
                 self._online = self._new_pass(trainer, "train_online")
                 for state in self._online_states:
@@ -304,18 +297,24 @@ class NeuralCollapseMonitor(Callback):
                 self._remember_weights()
                 with plain_tensors():
                     self._finish(passed, "train_online")
-        elif self._sweeps and self._is_due(trainer) and self._swept_at <= trainer.current_epoch:
+        elif self._sweeps and self._rhythm.is_due(trainer) and self._swept_at <= trainer.current_epoch:
             with averaged(trainer, pl_module):
-                self._sweep(trainer, pl_module, _epochs(trainer))
+                self._sweep(trainer, pl_module, epochs_trained(trainer))
         self._log(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the final weights, unless they have been measured; callbacks that need them may call this earlier.
+        """Measure the final weights, unless another callback has asked for it."""
+        self.measure_final_weights(trainer, pl_module)
+
+    def measure_final_weights(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the weights of a training that ends, unless they have been measured; callbacks ask for it before they save or draw.
 
         A training may end within an epoch, or after an epoch that was not due.
         """
-        epochs = _epochs(trainer) - 1  # Lightning has counted the last one as completed, even if it was cut short
-        if self._sweeps and self._sweeps_every is not None and self._swept_at < epochs:
+        epochs = (
+            epochs_trained(trainer) - 1
+        )  # Lightning has counted the last one as completed, even if it was cut short
+        if self._sweeps and self._rhythm.sweeps_at_the_end and self._swept_at < epochs:
             with averaged(trainer, pl_module):
                 self._sweep(trainer, pl_module, epochs)
             self._log_outside_of_epochs(trainer, epochs, epoch=trainer.current_epoch - 1, step=trainer.global_step - 1)
@@ -341,64 +340,12 @@ class NeuralCollapseMonitor(Callback):
     def _sweeps(self) -> bool:
         return "train" in self.splits and not self.online
 
-    def _is_due(self, trainer: Trainer) -> bool:
-        """Whether the training images are measured in this epoch."""
-        every, epoch = self._sweeps_every, trainer.current_epoch + 1
-        if epoch == trainer.max_epochs and callbacks_of(trainer, StochasticWeightAveraging):
-            return False  # its average becomes the model after the last epoch, and `on_train_end` measures that
-        if self._is_rationed and not _epochs(trainer).is_integer():
-            return False
-        return (
-            every is not None
-            and trainer.state.fn == TrainerFn.FITTING
-            and (epoch % every == 0 or epoch == trainer.max_epochs)
-        )
-
-    def _is_large(self, trainer: Trainer) -> bool:
-        """Whether a sweep in each epoch would take too long."""
-        data = data_module(trainer)
-        if not isinstance(data, ImageDataModule) or is_trial_run(trainer):
-            return False  # nothing is known of what its images cost, or there is one epoch of one batch
-        _, height, width = data.preprocessing.input_size
-        return int(data.class_counts.sum()) * height * width > _SMALL
-
-    def _ration(self, trainer: Trainer) -> bool:
-        """Choose the epochs of the sweeps so that they take little of the training; return whether the untrained model is measured too.
-
-        Images are counted, and no seconds, so that each repetition of a run measures the same epochs.
-        """
-        data, batches = data_module(trainer), int(trainer.num_training_batches)
-        images = int(data.class_counts.sum())
-        epochs = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches / batches
-        if trainer.max_epochs not in (None, -1):
-            epochs = min(epochs, trainer.max_epochs)
-        an_epoch = _SHARE * min(1.0, data.batch_size * trainer.world_size * batches / images)  # sweeps that it pays for
-        what = f"neural collapse of the {images:,} training images"
-        sweeps = epochs * an_epoch + 1e-9  # twelve epochs pay for one
-        if sweeps < 1:
-            self._sweeps_every = None
-            rank_zero_info(
-                f"{what} is not measured, since one sweep over them would add more than a tenth to this training: "
-                "monitor.every_n_epochs 1 measures it nevertheless, etflight collapse afterwards"
-            )
-            return False
-        self._is_rationed = True
-        first = self.before_training and sweeps >= 2
-        every: int = math.ceil(1 / an_epoch) if math.isinf(epochs) else math.ceil(epochs / (int(sweeps) - first))
-        self._sweeps_every = every
-        when = ["before the training"] * first + [f"every {every} epochs"] * (every < epochs)
-        rank_zero_info(
-            f"{what} is measured {', '.join(when)}{' and ' if when else ''}at the end, so that it adds less than a tenth to the training; "
-            "that of the validation images is measured whenever they are validated: monitor.every_n_epochs 1 measures both in each epoch"
-        )
-        return first
-
     # --- what --------------------------------------------------------------------------------------------------------------
 
     def _before_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._is_ready = True
-        if self._sweeps and self._is_due(trainer):
-            centres = self._sweep(trainer, pl_module, _epochs(trainer))
+        if self._sweeps and self._rhythm.is_due(trainer):
+            centres = self._sweep(trainer, pl_module, epochs_trained(trainer))
             if self._val is not None:
                 self._val.centres = measures.Centres.of(centres)
         else:
@@ -421,10 +368,16 @@ class NeuralCollapseMonitor(Callback):
             else:
                 self._values[name] = share
             if limit is None and epoch == int(epoch):
-                self._write_gram(trainer, moments.means, int(epoch))
-                if self.snapshots:
-                    self._write_snapshot(trainer, kept, int(epoch))
+                self._write_files(trainer, int(epoch), moments.means, kept)
         return moments
+
+    def _write_files(self, trainer: Trainer, epoch: int, means: Tensor, kept: KeptEmbeddings) -> None:
+        assert self.latest_weight is not None
+        if self.space == "embedding":
+            write_gram(trainer, epoch, means, self.latest_weight)
+        if self.snapshots:
+            folder = self.prefix.replace("nc", "snapshots")
+            write_snapshot(trainer, folder, epoch, kept.snapshot(trainer), self.latest_weight)
 
     def _new_pass(self, trainer: Trainer, split: str) -> PassStatistics:
         device = trainer.strategy.root_device
@@ -461,7 +414,7 @@ class NeuralCollapseMonitor(Callback):
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._values:
-            pl_module.log_dict(self._publish(_epochs(trainer)), sync_dist=True)
+            pl_module.log_dict(self._publish(epochs_trained(trainer)), sync_dist=True)
 
     def _log_outside_of_epochs(self, trainer: Trainer, at: float, *, epoch: int, step: int) -> None:
         """Log before the first step or after the last, when Lightning's own `log` cannot be used."""
@@ -473,17 +426,7 @@ class NeuralCollapseMonitor(Callback):
     def _publish(self, epoch: float) -> dict[str, float]:
         """Put the collected values into the history, and return them."""
         values, self._values = self._values, {}
-        # another fit began, or one that was resumed from an earlier epoch
-        while self.epochs and self.epochs[-1] > epoch:
-            self.epochs.pop()
-            for series in self.history.values():
-                series.pop()
-        if not self.epochs or self.epochs[-1] < epoch:
-            self.epochs.append(epoch)
-            for series in self.history.values():
-                series.append(math.nan)
-        for name, value in values.items():
-            self.history.setdefault(name, [math.nan] * len(self.epochs))[-1] = value
+        self._record.add(epoch, values)
         return values
 
     def _remember_weights(self) -> None:
@@ -505,23 +448,6 @@ class NeuralCollapseMonitor(Callback):
                 self._loader = every_sample_once(self.train_dataloader, trainer.world_size, trainer.global_rank)
         return self._loader
 
-    def _write_gram(self, trainer: Trainer, means: Tensor, epoch: int) -> None:
-        if not trainer.is_global_zero or self.space != "embedding" or self.latest_weight is None:
-            return
-        K = len(means)
-        classes = torch.from_numpy(evenly(K, _MOST_CLASSES))
-        means = means.cpu()
-        rows = torch.cat([means[classes], self.latest_weight.double()[classes], means.nanmean(0, keepdim=True)])
-        _write(trainer, "gram", epoch, classes=classes.numpy(), gram=(rows @ rows.T).float().numpy())
-
-    def _write_snapshot(self, trainer: Trainer, kept: KeptEmbeddings, epoch: int) -> None:
-        content = kept.snapshot(trainer)
-        if not trainer.is_global_zero or self.latest_weight is None:
-            return
-        _write(
-            trainer, self.prefix.replace("nc", "snapshots"), epoch, **content, weight=self.latest_weight.float().numpy()
-        )
-
     # --- checkpoints -------------------------------------------------------------------------------------------------------
 
     @property
@@ -532,17 +458,11 @@ class NeuralCollapseMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return history and anchors as plain data and tensors."""
-        return {
-            "epochs": list(self.epochs),
-            "history": {name: list(series) for name, series in self.history.items()},
-            "anchors": dict(self._anchors),
-            "swept_at": self._swept_at,
-        }
+        return {**self._record.state_dict(), "anchors": dict(self._anchors), "swept_at": self._swept_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the history."""
-        self.epochs = list(state_dict["epochs"])
-        self.history = {name: list(series) for name, series in state_dict["history"].items()}
+        self._record.load_state_dict(state_dict)
         self._anchors = dict(state_dict["anchors"])
         self._swept_at = state_dict["swept_at"]
 
@@ -562,14 +482,3 @@ def _share(trainer: Trainer, agrees: Tensor) -> float:
         agrees = cast(Tensor, trainer.strategy.reduce(agrees.to(trainer.strategy.root_device), reduce_op="sum"))
     agreeing, total = agrees.tolist()
     return agreeing / total if total else math.nan
-
-
-def _write(trainer: Trainer, folder: str, epoch: int, **content: Any) -> None:
-    with replacing(run_folder(trainer) / folder / f"epoch_{epoch:03d}.npz") as partial:
-        np.savez_compressed(partial, **content, epoch=np.int64(epoch))
-
-
-def _epochs(trainer: Trainer) -> float:
-    """The number of epochs that have been trained, a fraction within an epoch."""
-    done, batches = trainer.fit_loop.batch_idx + 1, trainer.num_training_batches
-    return trainer.current_epoch + (1.0 if trainer.is_last_batch or done >= batches else done / batches)

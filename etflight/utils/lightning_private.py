@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -34,14 +35,6 @@ def on_dead_process(tell: Callable[[int, int], None]) -> None:
 def forks_processes(strategy: Strategy) -> bool:
     """Whether a strategy starts its processes by Python's `multiprocessing`, as in notebooks; touches its launcher's private class."""
     return isinstance(strategy.launcher, _MultiProcessingLauncher)
-
-
-def before_batch_transfer(module: LightningModule, batch: Any) -> Any:
-    """Pass a batch through the `on_before_batch_transfer` of the data module or the module.
-
-    Touches `LightningModule._on_before_batch_transfer`.
-    """
-    return module._on_before_batch_transfer(batch, dataloader_idx=0)
 
 
 def ignore_remarks_on_hooks() -> None:
@@ -71,6 +64,12 @@ def let_parameters_be_unused(strategy: object) -> None:
     """
     if isinstance(strategy, DDPStrategy):
         strategy._ddp_kwargs["find_unused_parameters"] = True
+
+
+def swap_with_average(callback: WeightAveraging, module: LightningModule) -> None:
+    """Exchange a module's weights for their average, if there is one yet; touches `WeightAveraging._average_model` and `_swap_models`."""
+    if callback._average_model is not None:
+        callback._swap_models(module)
 
 
 def only_passes(trainer: Trainer) -> bool:
