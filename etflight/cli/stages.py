@@ -11,13 +11,7 @@ from typing import Any, ClassVar
 import torch
 from jsonargparse.typing import register_type
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import (
-    Checkpoint,
-    EarlyStopping,
-    ProgressBar,
-    RichProgressBar,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
@@ -29,16 +23,11 @@ from etflight.callbacks import (
     LastCheckpoint,
     NeuralCollapseMonitor,
     PostHoc,
-    Speed,
-    StepSeed,
-    StopSignals,
+    default_callbacks,
 )
-from etflight.callbacks.averaging import StochasticWeightAverage
-from etflight.callbacks.balance import DoubleCorrection
 from etflight.callbacks.checkpoint import KEY as CHECKPOINT_KEY
 from etflight.callbacks.predictions import TABLE, PredictionTable
-from etflight.callbacks.progress import Progress, StepNotice, is_watched
-from etflight.callbacks.results import TestResults
+from etflight.callbacks.progress import is_watched
 from etflight.checkpoint.files import SafeCheckpointIO, read_checkpoint, refuse_others
 from etflight.checkpoint.hyperparameters import plain_hyperparameters
 from etflight.checkpoint.specs import class_called, find_class, to_spec
@@ -46,7 +35,7 @@ from etflight.classifier import Classifier
 from etflight.cli import STAGES
 from etflight.cli.argv import EarlyOptions, split_config_files
 from etflight.cli.checkpoint_option import images_of_training, prepare_as_trained
-from etflight.cli.parser import OneLineParser, how_to_name_run, import_modules
+from etflight.cli.parser import OneLineParser, hint_for_run, import_modules
 from etflight.cli.place import Place
 from etflight.cli.predict import add_prediction_arguments, as_data, images_of
 from etflight.cli.second_stage import leave_out_first_stage
@@ -62,7 +51,7 @@ from etflight.runs.loggers import FailSafe, MetricsCSV
 from etflight.runs.record import RunRecord
 from etflight.runs.wandb import choose_names
 from etflight.utils.errors import UserError, options_for_arguments, print_dead_process, user_error_in
-from etflight.utils.jsonargparse_private import mend_of_section, why_not_made
+from etflight.utils.jsonargparse_private import in_one_line
 from etflight.utils.lightning_private import on_dead_process
 from etflight.utils.trainer import callbacks_of, is_trial_run
 from etflight.utils.yaml import guard_parser
@@ -188,7 +177,7 @@ class EtflightCLI(LightningCLI):
             _start_from_own_defaults(parser, stage, options)
             self.config = parser.parse_args([*argv, *words])
         else:
-            hint = next(filter(None, map(how_to_name_run, words)), "")
+            hint = next(filter(None, map(hint_for_run, words)), "")
             raise UserError(
                 f"{stage} needs a trained model: give --ckpt_path FILE, or --ckpt_path last with the name of its run{hint}"
             )
@@ -284,9 +273,9 @@ class EtflightCLI(LightningCLI):
             try:
                 super().instantiate_classes()
             except ValueError as error:
-                if user_error_in(error) or (reason := why_not_made(str(error))) is None:
+                if user_error_in(error) or "Problem with given class_path" not in str(error):
                     raise
-                raise UserError(reason) from error
+                raise UserError(in_one_line(str(error), {})) from error
 
     def after_instantiate_classes(self) -> None:
         """Give the data module its images without labels; refuse a checkpoint of other shapes before Lightning fails on its tensors.
@@ -330,13 +319,27 @@ class EtflightCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; the loggers and callbacks that write the run folder come before the user's own."""
-        config, place = self.config_init[self.subcommand]["trainer"], self.place
+        options, place = self.config_init[self.subcommand], self.place
+        config = options["trainer"]
         refuse_missing_hardware(config["accelerator"])
         self.save_config_kwargs = {"name": place.name, "arm": place.arm, "trained_in": place.trained_in}
         fits = self.subcommand == "fit"
         users = [user for user in _as_list(config["callbacks"]) if fits or not isinstance(user, Checkpoint)]
         saves = fits and config["enable_checkpointing"] is not False
-        callbacks = self._callbacks(users, saves=saves)
+        table = None
+        if self.subcommand == "predict":
+            output = Path(options["output"] or place.folder / TABLE)
+            table = PredictionTable(output, options["top_k"], options["embeddings"])
+        callbacks = default_callbacks(
+            users,
+            stage=self.subcommand,
+            checkpoint=saves and options["checkpoint"],
+            monitor=options.get("monitor") or False,
+            fine_tuning=options["fine_tuning"],
+            post_hoc=options["post_hoc"],
+            verbose=self.verbose,
+            predictions=table,
+        )
         # else Lightning would add a checkpoint of its own
         kwargs["enable_checkpointing"] = saves and any(isinstance(callback, Checkpoint) for callback in users)
         if not any(isinstance(callback, ProgressBar) for callback in users):
@@ -356,27 +359,6 @@ class EtflightCLI(LightningCLI):
         # whatever Lightning itself writes belongs to the run, too
         kwargs["default_root_dir"] = str(place.folder)
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
-
-    def _callbacks(self, users: list[Any], *, saves: bool) -> list[Any]:
-        """The run's callbacks and the user's, in an order that matters."""
-        config, folder = self.config_init[self.subcommand], self.place.folder
-        last = config["checkpoint"] if saves else None
-        averaging = [StochasticWeightAverage.of(user) for user in users if isinstance(user, StochasticWeightAveraging)]
-        # the callback that saves comes before anything of the next step has happened, but after those that make the final weights
-        callbacks = [StopSignals(last), *averaging, *_as_list(last)]
-        if self.subcommand == "fit":
-            callbacks += [StepSeed(), Progress(), config["fine_tuning"]]
-            if not any(isinstance(callback, NeuralCollapseMonitor) for callback in users):
-                callbacks += _as_list(config["monitor"])
-        callbacks += _as_list(config["post_hoc"])
-        callbacks += [user for user in users if not isinstance(user, StochasticWeightAveraging)]
-        callbacks += [StepNotice(), DoubleCorrection(), FitTemperature(), TestResults(self.verbose)]
-        if self.subcommand == "predict":
-            output = Path(config["output"] or folder / TABLE)
-            callbacks.append(PredictionTable(output, config["top_k"], config["embeddings"]))
-        if self.subcommand == "fit":
-            callbacks.append(Speed())  # last, so that an epoch is over when all others have done with it
-        return callbacks
 
     def _loggers(self, users: list[Any]) -> list[Any]:
         """The run's `metrics.csv` in a training, and the user's loggers, which fall silent instead of raising errors."""
@@ -436,7 +418,9 @@ def _refuse_null_sections(config: Any, options: EarlyOptions) -> None:
     for section in ("model", "checkpoint", "fine_tuning"):
         if config[section] is None:
             named = [path for path, said in zip(options.files, options.contents, strict=True) if section in said]
-            raise UserError(f"{named[-1] if named else '-c'}: {section} is null, but {mend_of_section(section)}")
+            raise UserError(
+                f"{named[-1] if named else '-c'}: {section} is null: give options below it, or leave it out"
+            )
 
 
 _PROFILERS: dict[Any, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
