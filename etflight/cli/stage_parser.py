@@ -72,7 +72,8 @@ class StageParser(OneLineParser, LightningArgumentParser):
             "--first_stage",
             type=str | None,
             default=None,
-            help=SUPPRESS,  # a key of an arm's file; the command line has --fine_tuning.checkpoint
+            help="For the file of an arm: the arm whose run on the same set it starts from. Any other run is given by "
+            "--fine_tuning.checkpoint FILE.",
         )
         self.add_class_arguments(LastCheckpoint, "checkpoint")
         self.add_class_arguments(FineTuning, "fine_tuning")
