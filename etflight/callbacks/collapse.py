@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -24,7 +24,7 @@ from etflight.analysis.features import (
     plain_tensors,
     trainer_sweep,
 )
-from etflight.callbacks.collapse_record import History, write_gram, write_snapshot
+from etflight.callbacks.collapse_record import History, share_over_ranks, write_gram, write_snapshot
 from etflight.callbacks.sweep_rhythm import SweepRhythm, epochs_trained
 from etflight.metrics import Moments, measures
 from etflight.utils.errors import UserError
@@ -94,18 +94,7 @@ class NeuralCollapseMonitor(Callback):
         >>> monitor = NeuralCollapseMonitor(head="fc", train_dataloader=DataLoader([(torch.zeros(3), 0)]))
         >>> trainer = Trainer(callbacks=[monitor], accelerator="cpu", logger=False, enable_checkpointing=False)
 
-        In a plain PyTorch loop, the statistics and the measures work without it:
-
-        >>> from etflight.metrics import ClassStatistics, measures
-        >>> body, fc = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
-        >>> loader = DataLoader([(torch.randn(3), i % 2) for i in range(8)], batch_size=4)
-        >>> statistics = ClassStatistics(num_classes=2, feature_dim=4)
-        >>> with torch.no_grad():
-        ...     for inputs, labels in loader:
-        ...         statistics.update(body(inputs), labels)
-        >>> values = measures.summary(statistics.compute(), fc.weight, fc.bias)
-        >>> sorted(values)[:3]
-        ['alignment', 'alignment_std', 'cdnv']
+        In a plain PyTorch loop, `etflight.metrics` has the statistics and the measures.
     """
 
     def __init__(
@@ -133,11 +122,6 @@ class NeuralCollapseMonitor(Callback):
         self.before_training = before_training
         self.spectra = spectra
         for name, holds, rule in (
-            (
-                "every_n_epochs",
-                every_n_epochs == "auto" or (isinstance(every_n_epochs, int) and every_n_epochs >= 1),
-                'give 1 or more, or "auto"',
-            ),
             ("splits", len(splits) > 0 and set(splits) <= {"train", "val"}, 'give "train", "val", or both'),
             ("space", space in ("embedding", "backbone"), 'give "embedding" or "backbone"'),
             ("snapshots", snapshots >= 0, "give 0 (none) or more per class"),
@@ -165,7 +149,6 @@ class NeuralCollapseMonitor(Callback):
         self._online_states: list[dict[str, Any]] = []
         self._val: PassStatistics | None = None
         self._is_ready = True  # whether the next validation batch needs no preparation
-        self._values: dict[str, float] = {}
 
     @property
     def epochs(self) -> list[float]:
@@ -209,7 +192,7 @@ class NeuralCollapseMonitor(Callback):
         """Measure the untrained model, at step 0."""
         if self._sweeps and self._rhythm.decide(trainer) and trainer.global_step == 0:
             self._sweep(trainer, pl_module, 0.0)
-            self._log_outside_of_epochs(trainer, 0.0, epoch=trainer.current_epoch, step=0)
+            self._record.log_outside_of_epochs(trainer, 0.0, epoch=trainer.current_epoch, step=0)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare a sweep, which waits for the first batch, because by then every callback has put its weights into the model."""
@@ -255,7 +238,7 @@ class NeuralCollapseMonitor(Callback):
             with plain_tensors():
                 self._finish(self._val, "val")
                 if self._val.centres is not None:
-                    self._values[f"{self._group(HEAD)}/val/nc4"] = _share(trainer, self._val.agrees)
+                    self._record.pending[f"{self._group(HEAD)}/val/nc4"] = share_over_ranks(trainer, self._val.agrees)
             self._val = None
         self._log(trainer, pl_module)
 
@@ -317,7 +300,9 @@ class NeuralCollapseMonitor(Callback):
         if self._sweeps and self._rhythm.sweeps_at_the_end and self._swept_at < epochs:
             with averaged(trainer, pl_module):
                 self._sweep(trainer, pl_module, epochs)
-            self._log_outside_of_epochs(trainer, epochs, epoch=trainer.current_epoch - 1, step=trainer.global_step - 1)
+            self._record.log_outside_of_epochs(
+                trainer, epochs, epoch=trainer.current_epoch - 1, step=trainer.global_step - 1
+            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
@@ -333,7 +318,7 @@ class NeuralCollapseMonitor(Callback):
             self._source.detach()
         self._val = self._online = None
         self._is_ready = True
-        self._values = {}
+        self._record.pending = {}
         self._swept_at = -1.0
 
     @property
@@ -361,12 +346,12 @@ class NeuralCollapseMonitor(Callback):
         trainer_sweep(trainer, pl_module, self._training_images(trainer), source, passed, kept.add, limit)
         with plain_tensors():
             moments = self._finish(passed, "train")
-            share, name = _share(trainer, kept.agrees(moments)), f"{self._group(HEAD)}/train/nc4"
+            share, name = share_over_ranks(trainer, kept.agrees(moments)), f"{self._group(HEAD)}/train/nc4"
             if math.isnan(share):
                 most = f"{KEEP_BYTES / 2**30:g} GiB"
                 rank_zero_warn(f"{name} is left out: embeddings take more than {most}, or the model decides nothing")
             else:
-                self._values[name] = share
+                self._record.pending[name] = share
             if limit is None and epoch == int(epoch):
                 self._write_files(trainer, int(epoch), moments.means, kept)
         return moments
@@ -396,7 +381,7 @@ class NeuralCollapseMonitor(Callback):
             weight = None if weight is None else weight.to(moments.means.device)
             scalars = measures.summary(moments, weight, bias, spectra=self.spectra)
             numbers = torch.stack(list(scalars.values())).tolist()  # one wait for the device
-            self._values |= {
+            self._record.pending |= {
                 f"{self._group(name)}/{split}/{key}": value for key, value in zip(scalars, numbers, strict=True)
             }
             self._anchors[f"{split}/{name}"] = moments.means.to("cpu", torch.float32)
@@ -413,21 +398,8 @@ class NeuralCollapseMonitor(Callback):
         return self.prefix if name == HEAD else f"nc_{name}"
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._values:
-            pl_module.log_dict(self._publish(epochs_trained(trainer)), sync_dist=True)
-
-    def _log_outside_of_epochs(self, trainer: Trainer, at: float, *, epoch: int, step: int) -> None:
-        """Log before the first step or after the last, when Lightning's own `log` cannot be used."""
-        values = self._publish(at)
-        for logger in trainer.loggers:
-            logger.log_metrics({**values, "epoch": epoch}, step=step)
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
-
-    def _publish(self, epoch: float) -> dict[str, float]:
-        """Put the collected values into the history, and return them."""
-        values, self._values = self._values, {}
-        self._record.add(epoch, values)
-        return values
+        if self._record.pending:
+            pl_module.log_dict(self._record.close(epochs_trained(trainer)), sync_dist=True)
 
     def _remember_weights(self) -> None:
         """Keep the class vectors that are measured."""
@@ -474,11 +446,3 @@ class NeuralCollapseMonitor(Callback):
     def load_rank_states(self, states: list[dict[str, Any]]) -> None:
         """Continue from the statistics of one process, or from the sum of several."""
         self._online_states = [state for state in states if state]
-
-
-def _share(trainer: Trainer, agrees: Tensor) -> float:
-    """The share of agreeing decisions over all ranks."""
-    if trainer.world_size > 1:
-        agrees = cast(Tensor, trainer.strategy.reduce(agrees.to(trainer.strategy.root_device), reduce_op="sum"))
-    agreeing, total = agrees.tolist()
-    return agreeing / total if total else math.nan

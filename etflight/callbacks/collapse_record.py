@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,17 +22,20 @@ class History:
     Attributes:
         epochs: The number of finished epochs at each measurement, in ascending order.
         series: The values at `epochs` by log name, NaN if not measured.
+        pending: Values by log name that have no epoch yet.
     """
 
     def __init__(self) -> None:
         self.epochs: list[float] = []
         self.series: dict[str, list[float]] = {}
+        self.pending: dict[str, float] = {}
 
-    def add(self, epoch: float, values: Mapping[str, float]) -> None:
-        """Add the values of an epoch, perhaps to others of the same epoch; later epochs are forgotten.
+    def close(self, epoch: float) -> dict[str, float]:
+        """Give the pending values their epoch, which may have some already, and return them; later epochs are forgotten.
 
         There are later ones if another training began, or one that was resumed from an earlier epoch.
         """
+        values, self.pending = self.pending, {}
         while self.epochs and self.epochs[-1] > epoch:
             self.epochs.pop()
             for values_of_one in self.series.values():
@@ -43,6 +46,21 @@ class History:
                 values_of_one.append(math.nan)
         for name, value in values.items():
             self.series.setdefault(name, [math.nan] * len(self.epochs))[-1] = value
+        return values
+
+    def log_outside_of_epochs(self, trainer: Trainer, at: float, *, epoch: int, step: int) -> None:
+        """Log the pending values before the first step or after the last, when Lightning's own `log` cannot be used.
+
+        Args:
+            trainer: The trainer.
+            at: The number of finished epochs.
+            epoch: The index of the epoch in the loggers.
+            step: The step in the loggers.
+        """
+        values = self.close(at)
+        for logger in trainer.loggers:
+            logger.log_metrics({**values, "epoch": epoch}, step=step)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy as plain data."""
@@ -52,6 +70,19 @@ class History:
         """Continue from `state_dict`."""
         self.epochs = list(state_dict["epochs"])
         self.series = {name: list(series) for name, series in state_dict["history"].items()}
+
+
+def share_over_ranks(trainer: Trainer, agrees: Tensor) -> float:
+    """The share of agreeing decisions over all ranks, NaN if there are none.
+
+    Args:
+        trainer: The trainer.
+        agrees: The numbers of agreeing decisions and of all, of this rank.
+    """
+    if trainer.world_size > 1:
+        agrees = cast(Tensor, trainer.strategy.reduce(agrees.to(trainer.strategy.root_device), reduce_op="sum"))
+    agreeing, total = agrees.tolist()
+    return agreeing / total if total else math.nan
 
 
 def write_gram(trainer: Trainer, epoch: int, means: Tensor, weight: Tensor) -> None:

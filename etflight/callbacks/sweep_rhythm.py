@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from etflight.data.base import ImageDataModule
-from etflight.utils.errors import argument
+from etflight.utils.errors import UserError, argument
 from etflight.utils.trainer import callbacks_of, data_module, is_trial_run
 
 _SMALL = 10**8  # up to this many pixels of training images, a sweep is worth its time in each epoch
@@ -24,9 +24,14 @@ class SweepRhythm:
     Args:
         every_n_epochs: The monitor's option of this name.
         before_training: The monitor's option of this name.
+
+    Raises:
+        UserError: `every_n_epochs` is no number of epochs.
     """
 
     def __init__(self, every_n_epochs: int | Literal["auto"], before_training: bool) -> None:
+        if every_n_epochs != "auto" and not (isinstance(every_n_epochs, int) and every_n_epochs >= 1):
+            raise UserError(f'NeuralCollapseMonitor: every_n_epochs is {every_n_epochs!r}: give 1 or more, or "auto"')
         self._asked, self._before_training = every_n_epochs, before_training
         self.start()
 

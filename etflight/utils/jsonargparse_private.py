@@ -24,15 +24,16 @@ def in_one_line(message: str, bases: Mapping[str, type]) -> str:
         '--data.batch_size: expected int, got x'
     """
     key = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message)))
-    reason = _innermost(message)
-    prefix = f"--{key}: " if key else ""
+    reason, prefix = _innermost(message), f"--{key}: " if key else ""
     if option := re.search(r"Option '([^']+)' is not accepted", reason):
         chosen = re.findall(r"class_path[= ]'([\w.]+)'", reason)
         near = _near_matches(option[1], _arguments(chosen[-1]) if chosen else [])
-        return f"--{key}.{option[1]}: there is no such option{near}"
+        return f"--{key}{'.' if key else ''}{option[1]}: there is no such option{near}"
     if missing := re.search(r"arguments are required: (.+?)(\. Got value.*)?$", reason, re.MULTILINE):
-        paths = (f"{key}.{name}" if key else name.partition(".")[2] for name in missing[1].split(", "))  # "fit.data"
-        return f"these arguments are required: {', '.join(f'--{path}' if path else missing[1] for path in paths)}"
+        options = [f"--{key}.{name}" if key else re.sub(r"^\w+\.", "--", name) for name in missing[1].split(", ")]
+        return f"these arguments are required: {', '.join(options)}"
+    if told := re.search(r"Multiple subclasses with name .*|Problem with given class_path '[\w.]+':\n.*", reason):
+        return prefix + " ".join(told[0].split())
     types = re.findall(r"(?:Expected an? (?:<class '(?:[\w.]*\.)?|typing\.)|Not of type )(\w+(?:\[[^\]]*\])?)", reason)
     expected = " or ".join(dict.fromkeys(types))
     name = re.search(r"Expected a path but (\S+) either|Expected a dot import path string: (\S+)", reason)
@@ -65,8 +66,7 @@ def _near_matches(name: str, known: Iterable[str]) -> str:
 def _arguments(path: str) -> list[str]:
     """The arguments of a class that has been imported."""
     module, _, name = path.rpartition(".")
-    cls = getattr(sys.modules.get(module), name, None)
-    return list(inspect.signature(cls).parameters) if inspect.isclass(cls) else []
+    return list(inspect.signature(getattr(sys.modules.get(module), name, object)).parameters)
 
 
 def _names(base: type) -> list[str]:
