@@ -212,7 +212,7 @@ class NeuralCollapseMonitor(Callback):
         if not self._is_ready:
             self._before_validation(trainer, pl_module)
         if self._val is not None and dataloader_idx == 0:
-            self._found().attach()
+            self._required_source().attach()
 
     def on_validation_batch_end(
         self,
@@ -227,8 +227,8 @@ class NeuralCollapseMonitor(Callback):
         if self._val is None or dataloader_idx != 0:
             return
         labels = class_indices(batch)
-        self._val.add(self._found().take(len(labels)), labels)
-        self._found().detach()
+        self._val.add(self._required_source().take(len(labels)), labels)
+        self._required_source().detach()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the sweep and the validation pass."""
@@ -250,12 +250,12 @@ class NeuralCollapseMonitor(Callback):
                 for state in self._online_states:
                     self._online.add_state(state)
                 self._online_states = []
-            self._found().attach()
+            self._required_source().attach()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Catch no more: what follows in this step, such as the second pass of a sharpness-aware one, is of other weights."""
         if self._online is not None:
-            self._found().stop()
+            self._required_source().stop()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -269,8 +269,8 @@ class NeuralCollapseMonitor(Callback):
             rank_zero_warn("online neural-collapse statistics leave out batches whose labels are probabilities (mixup)")
         else:
             labels = class_indices(batch)
-            self._online.add(self._found().take(len(labels)), labels)
-        self._found().detach()
+            self._online.add(self._required_source().take(len(labels)), labels)
+        self._required_source().detach()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the online pass, and sweep if no validation of this epoch did."""
@@ -339,7 +339,7 @@ class NeuralCollapseMonitor(Callback):
     def _sweep(self, trainer: Trainer, pl_module: LightningModule, epoch: float) -> Moments:
         """Sweep over the training images, and return the statistics of the embedding, on the device."""
         self._swept_at = epoch
-        source, passed = self._found(), self._new_pass(trainer, "train")
+        source, passed = self._required_source(), self._new_pass(trainer, "train")
         limit = int(trainer.num_training_batches) if is_trial_run(trainer) else None
         kept = KeptEmbeddings(trainer.global_rank, trainer.world_size, self.snapshots)
         self._remember_weights()
@@ -369,11 +369,11 @@ class NeuralCollapseMonitor(Callback):
         anchors = {
             key.removeprefix(f"{split}/"): value for key, value in self._anchors.items() if key.startswith(f"{split}/")
         }
-        return PassStatistics(self._found().num_classes, device, anchors)
+        return PassStatistics(self._required_source().num_classes, device, anchors)
 
     def _finish(self, passed: PassStatistics, split: str) -> Moments:
         """Compute over all ranks, and keep values, statistics and anchors."""
-        source = self._found()
+        source = self._required_source()
         computed = passed.compute()
         for name, moments in computed.items():
             meets = name == HEAD and source.meets_weight
@@ -403,7 +403,7 @@ class NeuralCollapseMonitor(Callback):
 
     def _remember_weights(self) -> None:
         """Keep the class vectors that are measured."""
-        source = self._found()
+        source = self._required_source()
         with plain_tensors():
             self.latest_weight = source.weight.cpu().clone()
             self.latest_bias = None if source.bias is None else source.bias.cpu().clone()

@@ -16,7 +16,7 @@ from etflight.data.preprocessing import Preprocessing
 from etflight.heads import ETFHead, Head
 from etflight.optim import start_momentum
 from etflight.utils.errors import UserError, argument, warn
-from etflight.utils.lightning_private import let_parameters_be_unused
+from etflight.utils.lightning_private import find_unused_parameters
 from etflight.utils.trainer import data_module, refuse_if_never_reached
 
 _NEAR = 0.05  # between means, or deviations, of pixels in [0, 1]; common roundings of the same differ by less
@@ -110,7 +110,7 @@ class FineTuning(Callback):
             what = argument("fine_tuning.unfreeze_epoch", self.unfreeze_epoch)
             refuse_if_never_reached(trainer, self.unfreeze_epoch, what)
             until = f" until epoch {self.unfreeze_epoch}"
-            let_parameters_be_unused(trainer.strategy)
+            find_unused_parameters(trainer.strategy)
         rank_zero_info(f"frozen{until}: {', '.join(self.freeze)}; {rest:,} of {total:,} parameters train")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

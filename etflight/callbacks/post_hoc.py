@@ -1,5 +1,6 @@
 """Classifiers that replace a trained model's head in an evaluation, found without training."""
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from functools import partial
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from etflight.analysis.features import (
     HEAD,
@@ -20,7 +22,7 @@ from etflight.analysis.features import (
     sweep,
     undisturbed,
 )
-from etflight.callbacks.temperature import decided, evaluation_batches
+from etflight.callbacks.temperature import FitTemperature, evaluation_batches
 from etflight.checkpoint.specs import Spec, from_spec, to_spec
 from etflight.classifier import Classifier
 from etflight.data.facts import other_images
@@ -130,12 +132,19 @@ class PostHoc(Callback, ABC):
         Returns:
             The classifier, in evaluation mode, on the CPU.
         """
-        known = self.training_data
+        model, known = copy.deepcopy(model), self.training_data
+        trainer = Trainer(
+            callbacks=[self, FitTemperature(data)], devices=1,
+            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        image = torch.zeros(1, *(image_shape or data.preprocessing.input_size))
         self.training_data, self._stays = data, True
         try:
-            return decided(model, data, image_shape or data.preprocessing.input_size, self)
+            trainer.predict(model, DataLoader(TensorDataset(image)), return_predictions=False)
         finally:
             self.training_data, self._stays = known, False
+        model.trainer = None
+        return model.cpu().eval()
 
 
 class TauNormalization(PostHoc):

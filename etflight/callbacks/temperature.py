@@ -1,13 +1,10 @@
 """The temperature of a decision that training did not make."""
 
-import copy
 from collections.abc import Iterator
 from typing import Any, cast
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader, TensorDataset
 
 from etflight.analysis.features import plain_tensors, undisturbed
 from etflight.classifier import Batch, Classifier
@@ -73,25 +70,3 @@ def evaluation_batches(model: Classifier, data: Any, split: Split) -> Iterator[B
     """The batches of a split of a data module of etflight's, which need not be the trainer's, on the model's device."""
     for images, labels in data.eval_dataloader(split):
         yield data.eval_transform((images.to(model.device), labels.to(model.device)))
-
-
-def decided(model: Classifier, data: Any, image_shape: tuple[int, ...], *methods: Callback) -> Classifier:
-    """Return a copy of a model that decides as an evaluation with these callbacks lets it.
-
-    Args:
-        model: The trained model.
-        data: The data module of its training, or None.
-        image_shape: The shape `[C, H, W]` of its images.
-        methods: Callbacks such as a `PostHoc` that leave their head in the model.
-
-    Returns:
-        The copy, in evaluation mode, on the CPU, with a temperature if the data have held-out images.
-    """
-    model = copy.deepcopy(model)
-    silent: dict[str, Any] = dict.fromkeys(
-        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    )
-    trainer = Trainer(callbacks=[*methods, FitTemperature(data)], devices=1, **silent)
-    trainer.predict(model, DataLoader(TensorDataset(torch.zeros(1, *image_shape))), return_predictions=False)
-    model.trainer = None
-    return model.cpu().eval()

@@ -247,7 +247,7 @@ class EtflightCLI(LightningCLI):
             table = PredictionTable(output, options["top_k"], options["embeddings"])
         callbacks = default_callbacks(
             users,
-            stage=self.subcommand,
+            stage=self.subcommand,  # type: ignore[arg-type]  # one of STAGES
             checkpoint=saves and options["checkpoint"],
             monitor=options.get("monitor") or False,
             fine_tuning=options["fine_tuning"],
@@ -299,7 +299,7 @@ def main(args: Sequence[str] | None = None) -> EtflightCLI:
         UserError: What the user gave cannot work.
         SystemExit: With status 2 for a usage error, 0 after help.
     """
-    _quieten()
+    _silence_warnings()
     guard_parser()
     # an argument of StochasticWeightAveraging, which config.yaml has to hold
     register_type(torch.device, fail_already_registered=False)
@@ -334,7 +334,7 @@ def _dataset_name(data: Any) -> str:
     return str(cls.name_with(options)) if cls else data.class_path.rpartition(".")[2]
 
 
-def _quieten() -> None:
+def _silence_warnings() -> None:
     """Silence warnings that are noise here: about workers that sets in memory do not need, and the like."""
     for pattern in (
         r".*does not have many workers.*",

@@ -57,7 +57,7 @@ def hide_tips() -> None:
     warnings.filterwarnings("ignore", "The `srun` command is available")
 
 
-def let_parameters_be_unused(strategy: object) -> None:
+def find_unused_parameters(strategy: object) -> None:
     """Let DDP know all parameters from the start, but not wait for those without gradients; do nothing with other strategies.
 
     Touches `DDPStrategy._ddp_kwargs`.
