@@ -408,7 +408,7 @@ class NeuralCollapseMonitor(Callback):
             self.latest_weight = source.weight.cpu().clone()
             self.latest_bias = None if source.bias is None else source.bias.cpu().clone()
 
-    def _found(self) -> EmbeddingSource:
+    def _required_source(self) -> EmbeddingSource:
         assert self._source is not None
         return self._source
 
