@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.progress import track
 from torch import Tensor
@@ -23,12 +24,11 @@ from etflight.data.sources import Batch, Split
 from etflight.metrics import ClassStatistics, Moments, measures
 from etflight.metrics.statistics import INTEGERS
 from etflight.utils.errors import UserError
-from etflight.utils.lightning_private import before_batch_transfer
 from etflight.utils.modes import evaluation_mode
 from etflight.utils.precision import with_float64
 from etflight.utils.ranks import gather_objects
 from etflight.utils.torch_private import broadcast_buffers
-from etflight.utils.trainer import take_buffers_of_rank_zero
+from etflight.utils.trainer import data_module, take_buffers_of_rank_zero
 
 KEEP_BYTES = 2**30  # the most embeddings kept in host memory, for `nc/train/nc4`
 OnBatch = Callable[[Caught, Tensor], None]
@@ -122,7 +122,9 @@ def _buffers_of_rank_zero(trainer: Trainer, pl_module: LightningModule) -> Itera
 def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
     """Move a batch to the device as Lightning's loops do, with the hooks of the data module and of the module."""
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = before_batch_transfer(pl_module, batch)
+    data = data_module(trainer)
+    owner = data if data is not None and is_overridden("on_before_batch_transfer", data) else pl_module
+    batch = owner.on_before_batch_transfer(batch, 0)
     batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
     return trainer.precision_plugin.convert_input(batch)
 

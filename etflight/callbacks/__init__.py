@@ -4,6 +4,7 @@ from etflight.callbacks.averaging import ExponentialMovingAverage, StochasticWei
 from etflight.callbacks.balance import DeferredBalance
 from etflight.callbacks.checkpoint import LastCheckpoint, StepSeed
 from etflight.callbacks.collapse import NeuralCollapseMonitor
+from etflight.callbacks.defaults import default_callbacks
 from etflight.callbacks.figures import CollapseFigures
 from etflight.callbacks.fine_tuning import FineTuning
 from etflight.callbacks.post_hoc import NearestClassMean, PostHoc, TauNormalization
@@ -26,4 +27,5 @@ __all__ = [
     "StochasticWeightAverage",
     "StopSignals",
     "TauNormalization",
+    "default_callbacks",
 ]

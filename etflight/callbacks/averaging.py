@@ -12,7 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from etflight.analysis.sweep import to_device
 from etflight.callbacks.progress import Speed
-from etflight.utils.errors import UserError, warn
+from etflight.utils.errors import UserError, argument, warn
 from etflight.utils.trainer import callbacks_of, is_trial_run, take_buffers_of_rank_zero
 
 
@@ -48,7 +48,8 @@ class ExponentialMovingAverage(WeightAveraging):
             return
         if trainer.precision in ("bf16-true", "16-true"):
             raise UserError(
-                f"a moving average needs weights in float32: give --trainer.precision {trainer.precision.replace('true', 'mixed')}"
+                "a moving average needs weights in float32: give "
+                + argument("trainer.precision", trainer.precision.replace("true", "mixed"))
             )
         self._device = trainer.strategy.root_device
         self._latest_update_step, self._latest_update_epoch = 0, -1
@@ -137,8 +138,13 @@ class StochasticWeightAverage(StochasticWeightAveraging):
         if self.swa_start > self.swa_end and not is_trial_run(trainer):
             raise UserError(
                 f"swa_epoch_start {self._swa_epoch_start} is never reached in {trainer.max_epochs} epochs, counted from 1: give an earlier "
-                "one, or more --trainer.max_epochs"
+                f"one, or more {argument('trainer.max_epochs')}"
             )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on within an epoch that is resumed; Lightning does not announce its start."""
+        if trainer.fit_loop.restarted_mid_epoch:
+            self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with the schedule in the first of its epochs."""
@@ -193,7 +199,7 @@ def renew_statistics(trainer: Trainer, pl_module: LightningModule) -> None:
     before = counted.ready
     clocks = callbacks_of(trainer, Speed)
     for clock in clocks:
-        clock.on_validation_start(trainer, pl_module)
+        clock.stop(trainer)
     try:
         with torch.no_grad():
             for batch in islice(cast(Any, trainer.train_dataloader), int(trainer.num_training_batches)):
@@ -206,5 +212,5 @@ def renew_statistics(trainer: Trainer, pl_module: LightningModule) -> None:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
     for clock in clocks:
-        clock.on_validation_end(trainer, pl_module)
+        clock.restart(trainer)
     take_buffers_of_rank_zero(pl_module)

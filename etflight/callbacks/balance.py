@@ -76,7 +76,8 @@ class DeferredBalance(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse now what would otherwise fail in that epoch; switch to the new balance if the run is resumed after it."""
-        refuse_if_never_reached(trainer, self._first_epoch(trainer), "DeferredBalance: epoch")
+        first = self._first_epoch(trainer)
+        refuse_if_never_reached(trainer, first, f"DeferredBalance: epoch {first}")
         if self.class_balance in ("global", "effective"):
             self._loss(pl_module).training_counts()
         for other in callbacks_of(trainer, DeferredBalance):  # before any of them changes the policy

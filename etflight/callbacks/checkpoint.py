@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics import Metric
 
 from etflight.callbacks.collapse import NeuralCollapseMonitor
 from etflight.runs.folder import last_checkpoint, run_folder
 from etflight.runs.loggers import MetricsCSV
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, argument
 from etflight.utils.lightning_private import (
     batches_done,
     set_back_epoch,
@@ -63,15 +62,9 @@ class LastCheckpoint(Callback):
     # --- when --------------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from here, and tell weight averaging that the epoch continues.
-
-        Lightning does not announce the start of an epoch that is resumed.
-        """
+        """Count from here."""
         self._saved_step, self._saved_epoch = trainer.global_step, trainer.current_epoch
         self._has_just_validated = False
-        if trainer.fit_loop.restarted_mid_epoch:
-            for averaging in callbacks_of(trainer, StochasticWeightAveraging):
-                averaging.on_train_epoch_start(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the validation: resumed right after one within an epoch, the trainer would skip the bookkeeping of a batch."""
@@ -98,7 +91,7 @@ class LastCheckpoint(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last steps, after the other callbacks have finished their work."""
         for monitor in callbacks_of(trainer, NeuralCollapseMonitor):
-            monitor.on_train_end(trainer, pl_module)
+            monitor.measure_final_weights(trainer, pl_module)
         if trainer.global_step > self._saved_step or trainer.current_epoch > self._saved_epoch:
             self.save(trainer, "end")
 
@@ -166,7 +159,7 @@ class LastCheckpoint(Callback):
             return
         for name, value in _identity(trainer).items():
             if added.get(name) != value:
-                option = "--seed_everything" if name == "seed" else "--data options"
+                option = argument("seed_everything") if name == "seed" else f"{argument('data')} options"
                 raise UserError(
                     f"the run being resumed has the {name} {added.get(name)}, not {value}: give the same {option}, or start a new run"
                 )

@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -23,19 +22,11 @@ from etflight.analysis.sweep import (
     plain_tensors,
     trainer_sweep,
 )
-from etflight.data.base import ImageDataModule
+from etflight.callbacks.collapse_record import History, share_over_ranks, write_gram, write_snapshot
+from etflight.callbacks.sweep_rhythm import SweepRhythm, epochs_trained
 from etflight.metrics import Moments, measures
-from etflight.runs.folder import run_folder
-from etflight.utils.arrays import evenly
 from etflight.utils.errors import UserError
-from etflight.utils.files import replacing
 from etflight.utils.trainer import averaged, callbacks_of, data_module, is_trial_run
-
-_SMALL = 10**8  # up to this many pixels of training images, a sweep is worth its time in each epoch
-# the most images of all sweeps over more pixels, as a part of the images that train; less than a tenth of the time, since on a frozen
-# backbone an image takes 1.0 to 1.2 times as long to sweep as to train, and less where the backbone learns (0.25 to 0.3 times)
-_SHARE = 1 / 12
-_MOST_CLASSES = 100  # the most classes of a Gram matrix on disk: 162 KB an epoch, whatever the width
 
 
 class NeuralCollapseMonitor(Callback):
@@ -86,8 +77,6 @@ class NeuralCollapseMonitor(Callback):
         spectra: Whether to measure `effective_rank` and `effective_rank_within`, whose eigenvalues cost O(d³).
 
     Attributes:
-        epochs: The number of finished epochs at each measurement, 0 before training; a fraction within an epoch.
-        history: The values at `epochs` by log name, NaN if not measured. Checkpoints hold it, and the anchors.
         latest: The last class statistics by split ("train", "val", "train_online"), on the CPU.
         weight_of: The class vectors `[K, d]` with which `latest` was measured, by split.
         latest_weight: The class vectors `[K, d]` of the last measurement, on the CPU.
@@ -103,18 +92,7 @@ class NeuralCollapseMonitor(Callback):
         >>> monitor = NeuralCollapseMonitor(head="fc", train_dataloader=DataLoader([(torch.zeros(3), 0)]))
         >>> trainer = Trainer(callbacks=[monitor], accelerator="cpu", logger=False, enable_checkpointing=False)
 
-        In a plain PyTorch loop, the statistics and the measures work without it:
-
-        >>> from etflight.metrics import ClassStatistics, measures
-        >>> body, fc = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
-        >>> loader = DataLoader([(torch.randn(3), i % 2) for i in range(8)], batch_size=4)
-        >>> statistics = ClassStatistics(num_classes=2, feature_dim=4)
-        >>> with torch.no_grad():
-        ...     for inputs, labels in loader:
-        ...         statistics.update(body(inputs), labels)
-        >>> values = measures.summary(statistics.compute(), fc.weight, fc.bias)
-        >>> sorted(values)[:3]
-        ['alignment', 'alignment_std', 'cdnv']
+        In a plain PyTorch loop, `etflight.metrics` has the statistics and the measures.
     """
 
     def __init__(
@@ -142,11 +120,6 @@ class NeuralCollapseMonitor(Callback):
         self.before_training = before_training
         self.spectra = spectra
         for name, holds, rule in (
-            (
-                "every_n_epochs",
-                every_n_epochs == "auto" or (isinstance(every_n_epochs, int) and every_n_epochs >= 1),
-                'give 1 or more, or "auto"',
-            ),
             ("splits", len(splits) > 0 and set(splits) <= {"train", "val"}, 'give "train", "val", or both'),
             ("space", space in ("embedding", "backbone"), 'give "embedding" or "backbone"'),
             ("snapshots", snapshots >= 0, "give 0 (none) or more per class"),
@@ -159,16 +132,14 @@ class NeuralCollapseMonitor(Callback):
             if not holds:
                 raise UserError(f"NeuralCollapseMonitor: {name} is {getattr(self, name)!r}: {rule}")
 
-        self.epochs: list[float] = []
-        self.history: dict[str, list[float]] = {}
         self.latest: dict[str, Moments] = {}
         self.latest_weight: Tensor | None = None
         self.latest_bias: Tensor | None = None
         self.weight_of: dict[str, Tensor | None] = {}
 
         self._anchors: dict[str, Tensor] = {}
-        self._sweeps_every: int | None = None  # in epochs; None for never
-        self._is_rationed = False  # whether validations within an epoch go without a sweep
+        self._record = History()
+        self._rhythm = SweepRhythm(every_n_epochs, before_training)
         self._swept_at = -1.0
         self._source: EmbeddingSource | None = None
         self._loader: DataLoader[Any] | None = None
@@ -176,7 +147,16 @@ class NeuralCollapseMonitor(Callback):
         self._online_states: list[dict[str, Any]] = []
         self._val: PassStatistics | None = None
         self._is_ready = True  # whether the next validation batch needs no preparation
-        self._values: dict[str, float] = {}
+
+    @property
+    def epochs(self) -> list[float]:
+        """The number of finished epochs at each measurement, 0 before training; a fraction within an epoch."""
+        return self._record.epochs
+
+    @property
+    def history(self) -> dict[str, list[float]]:
+        """The values at `epochs` by log name, NaN if not measured. Checkpoints hold it, and the anchors."""
+        return self._record.series
 
     @property
     def prefix(self) -> str:
@@ -189,8 +169,7 @@ class NeuralCollapseMonitor(Callback):
         """Find the head, the layers and the training images, or raise an error that says what is missing."""
         self._source = EmbeddingSource(pl_module, self.head, self.space, self.layers)
         self._loader = self._val = self._online = None
-        self._sweeps_every = 1 if self.every_n_epochs == "auto" else self.every_n_epochs
-        self._is_rationed = False
+        self._rhythm.start()
         if averaging := callbacks_of(trainer, WeightAveraging):
             rank_zero_info(f"neural collapse is measured with the averaged weights of {type(averaging[0]).__name__}")
         for other in callbacks_of(trainer, NeuralCollapseMonitor):
@@ -209,12 +188,9 @@ class NeuralCollapseMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the untrained model, at step 0."""
-        first = self.before_training
-        if self._sweeps and self.every_n_epochs == "auto" and self._is_large(trainer):
-            first = self._ration(trainer)
-        if trainer.global_step == 0 and first and self._sweeps:
+        if self._sweeps and self._rhythm.decide(trainer) and trainer.global_step == 0:
             self._sweep(trainer, pl_module, 0.0)
-            self._log_outside_of_epochs(trainer, 0.0, epoch=trainer.current_epoch, step=0)
+            self._record.log_outside_of_epochs(trainer, 0.0, epoch=trainer.current_epoch, step=0)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare a sweep, which waits for the first batch, because by then every callback has put its weights into the model."""
@@ -222,7 +198,7 @@ class NeuralCollapseMonitor(Callback):
         self._is_ready = True
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
-        due = self._is_due(trainer)
+        due = self._rhythm.is_due(trainer)
         if "val" in self.splits and (due or self.every_n_epochs == "auto"):
             self._val = self._new_pass(trainer, "val")
         self._is_ready = not due and self._val is None
@@ -234,7 +210,7 @@ class NeuralCollapseMonitor(Callback):
         if not self._is_ready:
             self._before_validation(trainer, pl_module)
         if self._val is not None and dataloader_idx == 0:
-            self._found().attach()
+            self._required_source().attach()
 
     def on_validation_batch_end(
         self,
@@ -249,8 +225,8 @@ class NeuralCollapseMonitor(Callback):
         if self._val is None or dataloader_idx != 0:
             return
         labels = class_indices(batch)
-        self._val.add(self._found().take(len(labels)), labels)
-        self._found().detach()
+        self._val.add(self._required_source().take(len(labels)), labels)
+        self._required_source().detach()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the sweep and the validation pass."""
@@ -260,24 +236,24 @@ class NeuralCollapseMonitor(Callback):
             with plain_tensors():
                 self._finish(self._val, "val")
                 if self._val.centres is not None:
-                    self._values[f"{self._group(HEAD)}/val/nc4"] = _share(trainer, self._val.agrees)
+                    self._record.pending[f"{self._group(HEAD)}/val/nc4"] = share_over_ranks(trainer, self._val.agrees)
             self._val = None
         self._log(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Catch the training forward."""
-        if self.online and "train" in self.splits and self._is_due(trainer):
+        if self.online and "train" in self.splits and self._rhythm.is_due(trainer):
             if self._online is None:
                 self._online = self._new_pass(trainer, "train_online")
                 for state in self._online_states:
                     self._online.add_state(state)
                 self._online_states = []
-            self._found().attach()
+            self._required_source().attach()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Catch no more: what follows in this step, such as the second pass of a sharpness-aware one, is of other weights."""
         if self._online is not None:
-            self._found().stop()
+            self._required_source().stop()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -291,8 +267,8 @@ class NeuralCollapseMonitor(Callback):
             rank_zero_warn("online neural-collapse statistics leave out batches whose labels are probabilities (mixup)")
         else:
             labels = class_indices(batch)
-            self._online.add(self._found().take(len(labels)), labels)
-        self._found().detach()
+            self._online.add(self._required_source().take(len(labels)), labels)
+        self._required_source().detach()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the online pass, and sweep if no validation of this epoch did."""
@@ -302,21 +278,29 @@ class NeuralCollapseMonitor(Callback):
                 self._remember_weights()
                 with plain_tensors():
                     self._finish(passed, "train_online")
-        elif self._sweeps and self._is_due(trainer) and self._swept_at <= trainer.current_epoch:
+        elif self._sweeps and self._rhythm.is_due(trainer) and self._swept_at <= trainer.current_epoch:
             with averaged(trainer, pl_module):
-                self._sweep(trainer, pl_module, _epochs(trainer))
+                self._sweep(trainer, pl_module, epochs_trained(trainer))
         self._log(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the final weights, unless they have been measured; callbacks that need them may call this earlier.
+        """Measure the final weights, unless another callback has asked for it."""
+        self.measure_final_weights(trainer, pl_module)
+
+    def measure_final_weights(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the weights of a training that ends, unless they have been measured; callbacks ask for it before they save or draw.
 
         A training may end within an epoch, or after an epoch that was not due.
         """
-        epochs = _epochs(trainer) - 1  # Lightning has counted the last one as completed, even if it was cut short
-        if self._sweeps and self._sweeps_every is not None and self._swept_at < epochs:
+        epochs = (
+            epochs_trained(trainer) - 1
+        )  # Lightning has counted the last one as completed, even if it was cut short
+        if self._sweeps and self._rhythm.sweeps_at_the_end and self._swept_at < epochs:
             with averaged(trainer, pl_module):
                 self._sweep(trainer, pl_module, epochs)
-            self._log_outside_of_epochs(trainer, epochs, epoch=trainer.current_epoch - 1, step=trainer.global_step - 1)
+            self._record.log_outside_of_epochs(
+                trainer, epochs, epoch=trainer.current_epoch - 1, step=trainer.global_step - 1
+            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
@@ -332,71 +316,19 @@ class NeuralCollapseMonitor(Callback):
             self._source.detach()
         self._val = self._online = None
         self._is_ready = True
-        self._values = {}
+        self._record.pending = {}
         self._swept_at = -1.0
 
     @property
     def _sweeps(self) -> bool:
         return "train" in self.splits and not self.online
 
-    def _is_due(self, trainer: Trainer) -> bool:
-        """Whether the training images are measured in this epoch."""
-        every, epoch = self._sweeps_every, trainer.current_epoch + 1
-        if epoch == trainer.max_epochs and callbacks_of(trainer, StochasticWeightAveraging):
-            return False  # its average becomes the model after the last epoch, and `on_train_end` measures that
-        if self._is_rationed and not _epochs(trainer).is_integer():
-            return False
-        return (
-            every is not None
-            and trainer.state.fn == TrainerFn.FITTING
-            and (epoch % every == 0 or epoch == trainer.max_epochs)
-        )
-
-    def _is_large(self, trainer: Trainer) -> bool:
-        """Whether a sweep in each epoch would take too long."""
-        data = data_module(trainer)
-        if not isinstance(data, ImageDataModule) or is_trial_run(trainer):
-            return False  # nothing is known of what its images cost, or there is one epoch of one batch
-        _, height, width = data.preprocessing.input_size
-        return int(data.class_counts.sum()) * height * width > _SMALL
-
-    def _ration(self, trainer: Trainer) -> bool:
-        """Choose the epochs of the sweeps so that they take little of the training; return whether the untrained model is measured too.
-
-        Images are counted, and no seconds, so that each repetition of a run measures the same epochs.
-        """
-        data, batches = data_module(trainer), int(trainer.num_training_batches)
-        images = int(data.class_counts.sum())
-        epochs = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches / batches
-        if trainer.max_epochs not in (None, -1):
-            epochs = min(epochs, trainer.max_epochs)
-        an_epoch = _SHARE * min(1.0, data.batch_size * trainer.world_size * batches / images)  # sweeps that it pays for
-        what = f"neural collapse of the {images:,} training images"
-        sweeps = epochs * an_epoch + 1e-9  # twelve epochs pay for one
-        if sweeps < 1:
-            self._sweeps_every = None
-            rank_zero_info(
-                f"{what} is not measured, since one sweep over them would add more than a tenth to this training: "
-                "monitor.every_n_epochs 1 measures it nevertheless, etflight collapse afterwards"
-            )
-            return False
-        self._is_rationed = True
-        first = self.before_training and sweeps >= 2
-        every: int = math.ceil(1 / an_epoch) if math.isinf(epochs) else math.ceil(epochs / (int(sweeps) - first))
-        self._sweeps_every = every
-        when = ["before the training"] * first + [f"every {every} epochs"] * (every < epochs)
-        rank_zero_info(
-            f"{what} is measured {', '.join(when)}{' and ' if when else ''}at the end, so that it adds less than a tenth to the training; "
-            "that of the validation images is measured whenever they are validated: monitor.every_n_epochs 1 measures both in each epoch"
-        )
-        return first
-
     # --- what --------------------------------------------------------------------------------------------------------------
 
     def _before_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._is_ready = True
-        if self._sweeps and self._is_due(trainer):
-            centres = self._sweep(trainer, pl_module, _epochs(trainer))
+        if self._sweeps and self._rhythm.is_due(trainer):
+            centres = self._sweep(trainer, pl_module, epochs_trained(trainer))
             if self._val is not None:
                 self._val.centres = measures.Centres.of(centres)
         else:
@@ -405,35 +337,41 @@ class NeuralCollapseMonitor(Callback):
     def _sweep(self, trainer: Trainer, pl_module: LightningModule, epoch: float) -> Moments:
         """Sweep over the training images, and return the statistics of the embedding, on the device."""
         self._swept_at = epoch
-        source, passed = self._found(), self._new_pass(trainer, "train")
+        source, passed = self._required_source(), self._new_pass(trainer, "train")
         limit = int(trainer.num_training_batches) if is_trial_run(trainer) else None
         kept = KeptEmbeddings(trainer.global_rank, trainer.world_size, self.snapshots)
         self._remember_weights()
         trainer_sweep(trainer, pl_module, self._training_images(trainer), source, passed, kept.add, limit)
         with plain_tensors():
             moments = self._finish(passed, "train")
-            share, name = _share(trainer, kept.agrees(moments)), f"{self._group(HEAD)}/train/nc4"
+            share, name = share_over_ranks(trainer, kept.agrees(moments)), f"{self._group(HEAD)}/train/nc4"
             if math.isnan(share):
                 most = f"{KEEP_BYTES / 2**30:g} GiB"
                 rank_zero_warn(f"{name} is left out: embeddings take more than {most}, or the model decides nothing")
             else:
-                self._values[name] = share
+                self._record.pending[name] = share
             if limit is None and epoch == int(epoch):
-                self._write_gram(trainer, moments.means, int(epoch))
-                if self.snapshots:
-                    self._write_snapshot(trainer, kept, int(epoch))
+                self._write_files(trainer, int(epoch), moments.means, kept)
         return moments
+
+    def _write_files(self, trainer: Trainer, epoch: int, means: Tensor, kept: KeptEmbeddings) -> None:
+        assert self.latest_weight is not None
+        if self.space == "embedding":
+            write_gram(trainer, epoch, means, self.latest_weight)
+        if self.snapshots:
+            folder = self.prefix.replace("nc", "snapshots")
+            write_snapshot(trainer, folder, epoch, kept.snapshot(trainer), self.latest_weight)
 
     def _new_pass(self, trainer: Trainer, split: str) -> PassStatistics:
         device = trainer.strategy.root_device
         anchors = {
             key.removeprefix(f"{split}/"): value for key, value in self._anchors.items() if key.startswith(f"{split}/")
         }
-        return PassStatistics(self._found().num_classes, device, anchors)
+        return PassStatistics(self._required_source().num_classes, device, anchors)
 
     def _finish(self, passed: PassStatistics, split: str) -> Moments:
         """Compute over all ranks, and keep values, statistics and anchors."""
-        source = self._found()
+        source = self._required_source()
         computed = passed.compute()
         for name, moments in computed.items():
             meets = name == HEAD and source.meets_weight
@@ -441,7 +379,7 @@ class NeuralCollapseMonitor(Callback):
             weight = None if weight is None else weight.to(moments.means.device)
             scalars = measures.summary(moments, weight, bias, spectra=self.spectra)
             numbers = torch.stack(list(scalars.values())).tolist()  # one wait for the device
-            self._values |= {
+            self._record.pending |= {
                 f"{self._group(name)}/{split}/{key}": value for key, value in zip(scalars, numbers, strict=True)
             }
             self._anchors[f"{split}/{name}"] = moments.means.to("cpu", torch.float32)
@@ -458,40 +396,17 @@ class NeuralCollapseMonitor(Callback):
         return self.prefix if name == HEAD else f"nc_{name}"
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._values:
-            pl_module.log_dict(self._publish(_epochs(trainer)), sync_dist=True)
-
-    def _log_outside_of_epochs(self, trainer: Trainer, at: float, *, epoch: int, step: int) -> None:
-        """Log before the first step or after the last, when Lightning's own `log` cannot be used."""
-        values = self._publish(at)
-        for logger in trainer.loggers:
-            logger.log_metrics({**values, "epoch": epoch}, step=step)
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
-
-    def _publish(self, epoch: float) -> dict[str, float]:
-        """Put the collected values into the history, and return them."""
-        values, self._values = self._values, {}
-        # another fit began, or one that was resumed from an earlier epoch
-        while self.epochs and self.epochs[-1] > epoch:
-            self.epochs.pop()
-            for series in self.history.values():
-                series.pop()
-        if not self.epochs or self.epochs[-1] < epoch:
-            self.epochs.append(epoch)
-            for series in self.history.values():
-                series.append(math.nan)
-        for name, value in values.items():
-            self.history.setdefault(name, [math.nan] * len(self.epochs))[-1] = value
-        return values
+        if self._record.pending:
+            pl_module.log_dict(self._record.close(epochs_trained(trainer)), sync_dist=True)
 
     def _remember_weights(self) -> None:
         """Keep the class vectors that are measured."""
-        source = self._found()
+        source = self._required_source()
         with plain_tensors():
             self.latest_weight = source.weight.cpu().clone()
             self.latest_bias = None if source.bias is None else source.bias.cpu().clone()
 
-    def _found(self) -> EmbeddingSource:
+    def _required_source(self) -> EmbeddingSource:
         assert self._source is not None
         return self._source
 
@@ -503,23 +418,6 @@ class NeuralCollapseMonitor(Callback):
                 self._loader = every_sample_once(self.train_dataloader, trainer.world_size, trainer.global_rank)
         return self._loader
 
-    def _write_gram(self, trainer: Trainer, means: Tensor, epoch: int) -> None:
-        if not trainer.is_global_zero or self.space != "embedding" or self.latest_weight is None:
-            return
-        K = len(means)
-        classes = torch.from_numpy(evenly(K, _MOST_CLASSES))
-        means = means.cpu()
-        rows = torch.cat([means[classes], self.latest_weight.double()[classes], means.nanmean(0, keepdim=True)])
-        _write(trainer, "gram", epoch, classes=classes.numpy(), gram=(rows @ rows.T).float().numpy())
-
-    def _write_snapshot(self, trainer: Trainer, kept: KeptEmbeddings, epoch: int) -> None:
-        content = kept.snapshot(trainer)
-        if not trainer.is_global_zero or self.latest_weight is None:
-            return
-        _write(
-            trainer, self.prefix.replace("nc", "snapshots"), epoch, **content, weight=self.latest_weight.float().numpy()
-        )
-
     # --- checkpoints -------------------------------------------------------------------------------------------------------
 
     @property
@@ -530,17 +428,11 @@ class NeuralCollapseMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return history and anchors as plain data and tensors."""
-        return {
-            "epochs": list(self.epochs),
-            "history": {name: list(series) for name, series in self.history.items()},
-            "anchors": dict(self._anchors),
-            "swept_at": self._swept_at,
-        }
+        return {**self._record.state_dict(), "anchors": dict(self._anchors), "swept_at": self._swept_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the history."""
-        self.epochs = list(state_dict["epochs"])
-        self.history = {name: list(series) for name, series in state_dict["history"].items()}
+        self._record.load_state_dict(state_dict)
         self._anchors = dict(state_dict["anchors"])
         self._swept_at = state_dict["swept_at"]
 
@@ -552,22 +444,3 @@ class NeuralCollapseMonitor(Callback):
     def load_rank_states(self, states: list[dict[str, Any]]) -> None:
         """Continue from the statistics of one process, or from the sum of several."""
         self._online_states = [state for state in states if state]
-
-
-def _share(trainer: Trainer, agrees: Tensor) -> float:
-    """The share of agreeing decisions over all ranks."""
-    if trainer.world_size > 1:
-        agrees = cast(Tensor, trainer.strategy.reduce(agrees.to(trainer.strategy.root_device), reduce_op="sum"))
-    agreeing, total = agrees.tolist()
-    return agreeing / total if total else math.nan
-
-
-def _write(trainer: Trainer, folder: str, epoch: int, **content: Any) -> None:
-    with replacing(run_folder(trainer) / folder / f"epoch_{epoch:03d}.npz") as partial:
-        np.savez_compressed(partial, **content, epoch=np.int64(epoch))
-
-
-def _epochs(trainer: Trainer) -> float:
-    """The number of epochs that have been trained, a fraction within an epoch."""
-    done, batches = trainer.fit_loop.batch_idx + 1, trainer.num_training_batches
-    return trainer.current_epoch + (1.0 if trainer.is_last_batch or done >= batches else done / batches)

@@ -127,7 +127,7 @@ class CollapseFigures(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the last measurement, and make the film."""
         for monitor in self._monitors.values():
-            monitor.on_train_end(trainer, pl_module)  # it may come later in the list
+            monitor.measure_final_weights(trainer, pl_module)  # it may come later in the list
         self._draw_what_is_due(trainer, pl_module, last=True)
         if trainer.is_global_zero and not is_trial_run(trainer):
             for key, monitor in self._monitors.items():

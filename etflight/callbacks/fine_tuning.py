@@ -15,8 +15,8 @@ from etflight.data.facts import other_preprocessing
 from etflight.data.preprocessing import Preprocessing
 from etflight.heads import ETFHead, Head
 from etflight.optim import start_momentum
-from etflight.utils.errors import UserError, warn
-from etflight.utils.lightning_private import let_parameters_be_unused
+from etflight.utils.errors import UserError, argument, warn
+from etflight.utils.lightning_private import find_unused_parameters
 from etflight.utils.trainer import data_module, refuse_if_never_reached
 
 _NEAR = 0.05  # between means, or deviations, of pixels in [0, 1]; common roundings of the same differ by less
@@ -69,14 +69,15 @@ class FineTuning(Callback):
     ) -> None:
         super().__init__()
         if (checkpoint is None) != (not load):
-            raise UserError("--fine_tuning.checkpoint and --fine_tuning.load go together: give both, or neither")
+            both = f"{argument('fine_tuning.checkpoint')} and {argument('fine_tuning.load')}"
+            raise UserError(f"{both} go together: give both, or neither")
         if checkpoint is not None and weights is not None:
-            raise UserError(
-                "fine-tuning starts from --fine_tuning.checkpoint or --fine_tuning.weights, not from both: leave one out (null)"
-            )
+            either = f"{argument('fine_tuning.checkpoint')} or {argument('fine_tuning.weights')}"
+            raise UserError(f"fine-tuning starts from {either}, not from both: leave one out (null)")
         if unfreeze_epoch is not None and (unfreeze_epoch < 1 or not freeze):
             raise UserError(
-                f"--fine_tuning.unfreeze_epoch is {unfreeze_epoch}: give an epoch of 1 or more, and --fine_tuning.freeze"
+                f"{argument('fine_tuning.unfreeze_epoch')} is {unfreeze_epoch}: give an epoch of 1 or more, and "
+                f"{argument('fine_tuning.freeze')}"
             )
         self.checkpoint = checkpoint
         self.load = {old_names.part(source): old_names.part(target) for source, target in (load or {}).items()}
@@ -98,15 +99,18 @@ class FineTuning(Callback):
         total = sum(parameter.numel() for parameter in pl_module.parameters())
         rest = sum(parameter.numel() for parameter in trained if id(parameter) not in frozen)
         if rest == 0:
-            raise UserError(f"nothing is left to train: --fine_tuning.freeze {list(self.freeze)} is the whole model")
+            raise UserError(
+                f"nothing is left to train: {argument('fine_tuning.freeze', list(self.freeze))} is the whole model"
+            )
         until = ""
         if self.unfreeze_epoch is None:
             for parameter in self._held:
                 parameter.requires_grad_(False)
         else:
-            refuse_if_never_reached(trainer, self.unfreeze_epoch, "--fine_tuning.unfreeze_epoch")
+            what = argument("fine_tuning.unfreeze_epoch", self.unfreeze_epoch)
+            refuse_if_never_reached(trainer, self.unfreeze_epoch, what)
             until = f" until epoch {self.unfreeze_epoch}"
-            let_parameters_be_unused(trainer.strategy)
+            find_unused_parameters(trainer.strategy)
         rank_zero_info(f"frozen{until}: {', '.join(self.freeze)}; {rest:,} of {total:,} parameters train")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -174,9 +178,12 @@ class FineTuning(Callback):
         known = None if content is None else content["state_dict"].get("head.weight")
         if known is not None and known.shape == head.weight.shape and torch.allclose(known, head.weight.to(known)):
             return None
-        mend = "let the backbone train (--fine_tuning.unfreeze_epoch)"
+        mend = f"let the backbone train ({argument('fine_tuning.unfreeze_epoch')})"
         if isinstance(head, ETFHead):
-            width = f"--model.head.projection_dim {head.in_features}, or a wider one with --model.head.linear_projection true"
+            width = (
+                f"{argument('model.head.projection_dim', head.in_features)}, or a wider one with "
+                f"{argument('model.head.linear_projection', True)}"
+            )
             mend = f"give {width}, or {mend}"
         name = type(head).__name__
         return f"{name} cannot learn on a frozen backbone, since nothing turns its features to the fixed class vectors: {mend}"
@@ -188,19 +195,19 @@ class FineTuning(Callback):
             part.train(not (frozen and self.freeze_statistics))
 
     def _frozen(self, pl_module: LightningModule) -> list[nn.Module]:
-        return [find_submodule(pl_module, name, "--fine_tuning.freeze:") for name in self.freeze]
+        return [find_submodule(pl_module, name, f"{argument('fine_tuning.freeze')}:") for name in self.freeze]
 
     def _take_weights(self, path: str, pl_module: LightningModule) -> None:
         from etflight.backbones import load_weights  # timm takes a second, which `--help` need not wait for
 
-        left_out = load_weights(find_submodule(pl_module, "backbone", "--fine_tuning.weights:"), path)
+        left_out = load_weights(find_submodule(pl_module, "backbone", f"{argument('fine_tuning.weights')}:"), path)
         classifier = f"; its classifier is left out ({', '.join(left_out)})" if left_out else ""
         rank_zero_info(f"weights of the backbone taken from {path}{classifier}")
 
     def _take_parts(self, path: str, content: Mapping[str, Any], pl_module: LightningModule) -> None:
         for source, target in self.load.items():
             state = _part(content["state_dict"], source)
-            module = find_submodule(pl_module, target, "--fine_tuning.load:")
+            module = find_submodule(pl_module, target, f"{argument('fine_tuning.load')}:")
             problem = misfit(state, module.state_dict()) if state else "the checkpoint has no such part"
             if problem:
                 raise UserError(
@@ -220,7 +227,7 @@ def _other_normalisation(model: LightningModule, data: Any) -> str | None:
         expected, there = known.get(name) or (), getattr(own, name)
         near = all(abs(one - other) < _NEAR for one, other in zip(expected, there, strict=False))
         if len(expected) == len(there) and not near:
-            options.append(f"--data.{name} '{list(expected)}'")
+            options.append(argument(f"data.{name}", list(expected)))
     return " ".join(options) or None
 
 

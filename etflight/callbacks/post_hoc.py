@@ -21,7 +21,7 @@ from etflight.data.facts import other_images
 from etflight.embedder import Embedder
 from etflight.heads import CosineHead, ETFHead, Head, LinearHead, ScaledLinearHead
 from etflight.losses import CrossEntropyLoss, Loss, temperature_of_cosines
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, argument
 from etflight.utils.modes import evaluation_mode
 from etflight.utils.precision import at_least_float32
 from etflight.utils.trainer import data_module
@@ -76,7 +76,7 @@ class PostHoc(Callback, ABC):
         if tau := pl_module.hparams["logit_adjustment"]:
             raise UserError(
                 f"logit_adjustment {tau:g} is for the logits of the trained head, in place of which {type(self).__name__} decides: "
-                "give --model.logit_adjustment 0"
+                f"give {argument('model.logit_adjustment', 0)}"
             )
         if stage == "fit":
             raise UserError(
@@ -194,7 +194,7 @@ class NearestClassMean(PostHoc):
             )
         if differ := other_images(model.class_counts.tolist(), model.fingerprint, data):
             raise UserError(
-                f"NearestClassMean: {differ}: give the data options of its training (--data.imbalance_ratio and the like)"
+                f"NearestClassMean: {differ}: give the data options of its training ({argument('data.imbalance_ratio')} and the like)"
             )
         passed = PassStatistics(model.head.num_classes, model.device, scatter=False)
         source, batches = EmbeddingSource(model, "head"), evaluation_batches(model, data, "train")

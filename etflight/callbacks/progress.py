@@ -147,13 +147,21 @@ class Speed(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
-        self._stopped_at, self._waited_until = time.perf_counter(), _waited(trainer)
+        self.stop(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restart the clock."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._counts_from += time.perf_counter() - self._stopped_at
-            self._waited_before += _waited(trainer) - self._waited_until
+            self.restart(trainer)
+
+    def stop(self, trainer: Trainer) -> None:
+        """Stop the clock, within an epoch, for what is no training step."""
+        self._stopped_at, self._waited_until = time.perf_counter(), _waited(trainer)
+
+    def restart(self, trainer: Trainer) -> None:
+        """Let a clock that was stopped go on."""
+        self._counts_from += time.perf_counter() - self._stopped_at
+        self._waited_before += _waited(trainer) - self._waited_until
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -14,7 +14,7 @@ from etflight.classifier import Batch, Classifier
 from etflight.data.facts import other_images
 from etflight.data.sources import Split
 from etflight.metrics.accuracy import TemperatureFit
-from etflight.utils.errors import UserError, warn
+from etflight.utils.errors import UserError, argument, warn
 from etflight.utils.trainer import data_module
 
 
@@ -65,7 +65,8 @@ def fit_temperature(trainer: Trainer, model: Classifier, data: Any) -> None:
         model.set_temperature(temperature)
     rank_zero_info(f"temperature {float(temperature):.3g} fitted for this decision on held-out images")
     if fit.doubt is not None and trainer.is_global_zero:
-        warn(f"do not trust the temperature {float(temperature):.3g}: {fit.doubt}; hold out more (--data.val_fraction)")
+        more = argument("data.val_fraction")
+        warn(f"do not trust the temperature {float(temperature):.3g}: {fit.doubt}; hold out more ({more})")
 
 
 def evaluation_batches(model: Classifier, data: Any, split: Split) -> Iterator[Batch]:

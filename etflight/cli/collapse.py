@@ -11,6 +11,7 @@ from etflight.analysis.timm_model import timm_model
 from etflight.cli.checkpoint_option import compare_with_training
 from etflight.cli.command import Asked, Results, command, show, show_place
 from etflight.cli.decision_option import load_trained
+from etflight.runs.folder import ROOT
 from etflight.runs.record import data_facts
 from etflight.utils.errors import UserError
 from etflight.utils.terminal import as_it_is
@@ -79,7 +80,7 @@ def main(asked: Asked[Options]) -> None:
         what, class_names, folder = (
             {"model": title},
             None,
-            Path("runs", "collapse", re.sub(r"[^\w.-]+", "_", options.timm)),
+            Path(ROOT, "collapse", re.sub(r"[^\w.-]+", "_", options.timm)),
         )
     else:
         checkpoint, model, folder, what = load_trained(asked.run)

@@ -15,7 +15,7 @@ from etflight.analysis.describe import contact_sheet, describe
 from etflight.cli.command import Asked, Results, command, show, show_place
 from etflight.data.facts import other_images
 from etflight.metrics.accuracy import by_frequency
-from etflight.runs.folder import read_record, run_of
+from etflight.runs.folder import ROOT, read_record, run_of
 from etflight.utils.errors import warn
 from etflight.utils.fingerprints import fingerprint_in
 from etflight.utils.terminal import as_it_is
@@ -56,7 +56,7 @@ def main(asked: Asked[Options]) -> None:
         trained_on = fingerprint_in(read_record(run).get("data"))
         if differ := other_images((), trained_on, data):
             warn(differ)
-    folder = Path(asked.output or Path("runs", "describe", f"{record['dataset']}_{record['fingerprint']}"))
+    folder = Path(asked.output or Path(ROOT, "describe", f"{record['dataset']}_{record['fingerprint']}"))
     results = Results(folder / RECORD, {"dataset": record["dataset"]}, (HISTOGRAM, SHEET))
     histogram = plotting.class_histogram(record["class_counts"]["train"], data.class_names, title=str(data))
     results.write(record, {HISTOGRAM: histogram, SHEET: contact_sheet(data, **vars(asked.options))})

@@ -1,6 +1,5 @@
 """A parser that says in one line what is wrong with a command line, and `--imports`."""
 
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -48,31 +47,26 @@ class OneLineParser(ArgumentParser):
             super().error(message, ex)
         words = (*self.prog.split(), *getattr(self, "args", ()))
         command = " ".join(["etflight", *[word for word in words if word in STAGES | OTHERS][:1]])
-        text = in_one_line(message, self.bases) + self._meant(message)
+        text = in_one_line(message, self.bases) + self._hint(message)
         print(f"etflight: error: {text} (see {command} --help)", file=sys.stderr)
         raise SystemExit(2)
 
-    def _meant(self, message: str) -> str:
-        """Write `; did you mean --model.optimizer?` for an unknown `--optimizer`, which is that of LightningCLI, and how to name a run."""
-        word = re.search(r"unrecognized arguments: ([^-\s]\S*)", message)
-        if word is not None and (hint := how_to_name_run(word[1])):
-            return hint
-        unknown = re.search(r"unrecognized arguments: --(\w+)", message)
-        if unknown is None:
+    def _hint(self, message: str) -> str:
+        """Say what was meant by a run folder in the place of its files, or by an `--optimizer`, which is `--model.optimizer`."""
+        found = re.search(r"unrecognized arguments: (--)?(\S+)", message)
+        if found is None:
             return ""
-        full = dict.fromkeys(
-            f"--{group}.{name}"
-            for group, _, rest in (key.partition(".") for key, _ in self.get_defaults().items())
-            if (name := rest.partition(".")[0]) == unknown[1]
-        )
+        if not found[1]:
+            return hint_for_run(found[2])
+        options = {".".join(key.split(".")[:2]) for key, _ in self.get_defaults().items()}
+        full = [f"--{option}" for option in sorted(options) if option.partition(".")[2] == found[2].partition("=")[0]]
         return f"; did you mean {' or '.join(full)}?" if full else ""
 
 
-def how_to_name_run(word: str) -> str:
+def hint_for_run(word: str) -> str:
     """Write `; for this run give -c … --ckpt_path …` if a word of a command line is a run folder; empty otherwise."""
-    if not os.path.isfile(config := os.path.join(word, CONFIG)):
-        return ""
-    return f"; for this run give -c {config} --ckpt_path {last_checkpoint(Path(word))}"
+    config = Path(word, CONFIG)
+    return f"; for this run give -c {config} --ckpt_path {last_checkpoint(Path(word))}" if config.is_file() else ""
 
 
 def add_imports(parser: ArgumentParser) -> None:

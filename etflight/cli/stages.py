@@ -2,68 +2,51 @@
 
 import sys
 import warnings
-from argparse import SUPPRESS
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jsonargparse.typing import register_type
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import (
-    Checkpoint,
-    EarlyStopping,
-    ProgressBar,
-    RichProgressBar,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities import rank_zero_info
 
 from etflight.callbacks import (
-    FineTuning,
     FitTemperature,
-    LastCheckpoint,
-    NeuralCollapseMonitor,
     PostHoc,
-    Speed,
-    StepSeed,
-    StopSignals,
+    default_callbacks,
 )
-from etflight.callbacks.averaging import StochasticWeightAverage
-from etflight.callbacks.balance import DoubleCorrection
 from etflight.callbacks.checkpoint import KEY as CHECKPOINT_KEY
 from etflight.callbacks.predictions import PredictionTable
-from etflight.callbacks.progress import Progress, StepNotice, is_watched
-from etflight.callbacks.results import TestResults
+from etflight.callbacks.progress import is_watched
 from etflight.checkpoint.files import SafeCheckpointIO, read_checkpoint, refuse_others
 from etflight.checkpoint.hyperparameters import plain_hyperparameters
-from etflight.checkpoint.specs import class_called, find_class, to_spec
+from etflight.checkpoint.specs import find_class
 from etflight.checkpoint.weights_to_come import weights_come_next
 from etflight.classifier import Classifier
 from etflight.cli import STAGES
 from etflight.cli.argv import EarlyOptions, split_config_files
-from etflight.cli.parser import OneLineParser, how_to_name_run, import_modules
+from etflight.cli.parser import hint_for_run, import_modules
 from etflight.cli.place import Place
-from etflight.cli.predict import add_prediction_arguments, as_data, images_of
+from etflight.cli.predict import as_data, images_of
 from etflight.cli.second_stage import leave_out_first_stage
+from etflight.cli.stage_parser import StageParser, refuse_null_sections
 from etflight.cli.unsupported import refuse_missing_hardware, refuse_unsupported
 from etflight.data.base import ImageDataModule
 from etflight.data.facts import refuse_other_shape
 from etflight.data.preprocessing import Preprocessing
-from etflight.heads import ETFHead
 from etflight.loading import images_of_training, prepare_as_trained
-from etflight.losses import DotRegressionLoss
-from etflight.optim import PROTOCOL_SGD
-from etflight.runs.folder import METRICS, PREDICTIONS, ROOT, is_own_checkpoint, same_folder
+from etflight.runs.folder import METRICS, PREDICTIONS, is_own_checkpoint, same_folder
 from etflight.runs.loggers import MetricsCSV
 from etflight.runs.record import RunRecord
 from etflight.runs.wandb import choose_names, fail_safe
 from etflight.utils.errors import UserError, options_for_arguments, print_dead_process, user_error_in
-from etflight.utils.jsonargparse_private import mend_of_section, why_not_made
+from etflight.utils.jsonargparse_private import in_one_line
 from etflight.utils.lightning_private import on_dead_process
 from etflight.utils.trainer import callbacks_of, is_trial_run
 from etflight.utils.yaml import guard_parser
@@ -74,94 +57,14 @@ _CHECKPOINT_HELP = (
 )
 
 
-class Parser(OneLineParser, LightningArgumentParser):
-    """LightningCLI's parser, with one-line usage errors.
-
-    Args:
-        args: Arguments of LightningCLI's parser.
-        stage: The command whose options it parses; empty for all of them.
-        kwargs: Keyword arguments of LightningCLI's parser.
-    """
-
-    bases: ClassVar[Mapping[str, type]] = {
-        **OneLineParser.bases,
-        **{f"model.{name}": base for name, base in Classifier.PLUGGABLE.items()},
-        "post_hoc": PostHoc,
-    }
-
-    def __init__(self, *args: Any, stage: str = "", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.stage = stage
-
-    def add_class_arguments(self, class_type: type, *args: Any, **kwargs: Any) -> list[str]:
-        """Add them as LightningCLI does, but give a logger that asks for a folder the run's, which "." stands for."""
-        added: list[str] = super().add_class_arguments(class_type, *args, **kwargs)
-        if issubclass(class_type, Logger) and "save_dir" in added and self.get_default("save_dir") is None:
-            self.set_defaults(save_dir=".")
-        return added
-
-    def add_method_arguments(self, *args: Any, skip: set[str | int] | None = None, **kwargs: Any) -> list[str]:
-        """Add those of the trainer's method, with our own words for the checkpoint, which `Place` finds and `SafeCheckpointIO` reads."""
-        ours = {"ckpt_path", "weights_only"}
-        added: list[str] = super().add_method_arguments(*args, skip={*(skip or ()), *ours}, **kwargs)
-        what = "to go on from" if self.stage == "fit" else "with the trained model"
-        self.add_argument(
-            "--ckpt_path",
-            type=str | None,
-            default=None,
-            help=f"Checkpoint {what}: a file, or `last` for that of the run's own folder.",
-        )
-        self.add_argument("--weights_only", type=bool | None, default=None, help=SUPPRESS)  # nothing else is ever read
-        return [*added, *ours]
-
-
 class EtflightCLI(LightningCLI):
     """LightningCLI with run folders, a checkpoint's model as the default, and sizes linked to the data."""
 
-    def add_arguments_to_parser(self, parser: "Parser") -> None:  # type: ignore[override]
+    def add_arguments_to_parser(self, parser: StageParser) -> None:  # type: ignore[override]
         """Add our arguments, links and defaults for every stage."""
-        parser.add_argument(
-            "--name",
-            type=str | None,
-            default=None,
-            help="Name of the run: its folder is <default_root_dir>/<name>. By default that of its configuration files, "
-            "<set>/<arm> for -c configs/data/<set>.yaml -c configs/arms/<arm>.yaml.",
-        )
-        parser.add_argument(
-            "--first_stage",
-            type=str | None,
-            default=None,
-            help="Arm whose run on the same set this one starts from: it gives --fine_tuning.checkpoint.",
-        )
-        parser.add_class_arguments(LastCheckpoint, "checkpoint")
-        parser.add_class_arguments(FineTuning, "fine_tuning")
-        parser.add_argument(
-            "--monitor",
-            type=NeuralCollapseMonitor | None,
-            default={"class_path": "etflight.callbacks.NeuralCollapseMonitor", "init_args": {"every_n_epochs": "auto"}},
-            help="What measures neural collapse in training (--monitor.every_n_epochs, --monitor.online, …); null: nothing does. "
-            "A NeuralCollapseMonitor in trainer.callbacks takes its place.",
-        )
-        parser.add_argument(
-            "--post_hoc",
-            type=PostHoc | None,
-            default=None,
-            help="What decides in place of the trained head, in an evaluation: TauNormalization, NearestClassMean.",
-        )
-        if parser.stage == "predict":
-            add_prediction_arguments(parser)
-        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
-        parser.link_arguments("data.num_channels", "model.in_chans", apply_on="instantiate")
-        parser.set_defaults(
-            {
-                "model.optimizer": to_spec(PROTOCOL_SGD, "optimizer"),
-                "trainer.default_root_dir": str(ROOT),
-                "trainer.enable_autolog_hparams": False,
-                "trainer.enable_model_summary": False,  # one line of `RunRecord` says it
-            }
-        )
+        parser.add_stage_arguments()
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+    def parse_arguments(self, parser: StageParser, args: Any) -> None:  # type: ignore[override]
         """Parse with three sources, the lowest first: the checkpoint's model, configuration files, command line.
 
         Raises:
@@ -186,14 +89,14 @@ class EtflightCLI(LightningCLI):
         if self.place.checkpoint is not None:
             self._parse_over_checkpoint(parser, argv, words, options, self.place.checkpoint)
         elif stage == "fit" or "--print_config" in words:
-            _start_from_own_defaults(parser, stage, options)
+            parser.start_from_own_defaults(stage, options)
             self.config = parser.parse_args([*argv, *words])
         else:
-            hint = next(filter(None, map(how_to_name_run, words)), "")
+            hint = next(filter(None, map(hint_for_run, words)), "")
             raise UserError(
                 f"{stage} needs a trained model: give --ckpt_path FILE, or --ckpt_path last with the name of its run{hint}"
             )
-        _refuse_null_sections(self.config[stage], options)
+        refuse_null_sections(self.config[stage], options)
         seed = self.config[stage]["seed_everything"]
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise UserError(f"--seed_everything is {seed}: give a whole number from 0 to {2**32 - 1}")
@@ -285,9 +188,9 @@ class EtflightCLI(LightningCLI):
             try:
                 super().instantiate_classes()
             except ValueError as error:
-                if user_error_in(error) or (reason := why_not_made(str(error))) is None:
+                if user_error_in(error) or "Problem with given class_path" not in str(error):
                     raise
-                raise UserError(reason) from error
+                raise UserError(in_one_line(str(error), {})) from error
 
     def after_instantiate_classes(self) -> None:
         """Give the data module its images without labels; refuse a checkpoint of other shapes before Lightning fails on its tensors.
@@ -331,13 +234,27 @@ class EtflightCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; the loggers and callbacks that write the run folder come before the user's own."""
-        config, place = self.config_init[self.subcommand]["trainer"], self.place
+        options, place = self.config_init[self.subcommand], self.place
+        config = options["trainer"]
         refuse_missing_hardware(config["accelerator"])
         self.save_config_kwargs = {"name": place.name, "arm": place.arm, "trained_in": place.trained_in}
         fits = self.subcommand == "fit"
         users = [user for user in _as_list(config["callbacks"]) if fits or not isinstance(user, Checkpoint)]
         saves = fits and config["enable_checkpointing"] is not False
-        callbacks = self._callbacks(users, saves=saves)
+        table = None
+        if self.subcommand == "predict":
+            output = Path(options["output"] or place.folder / PREDICTIONS)
+            table = PredictionTable(output, options["top_k"], options["embeddings"])
+        callbacks = default_callbacks(
+            users,
+            stage=self.subcommand,  # type: ignore[arg-type]  # one of STAGES
+            checkpoint=saves and options["checkpoint"],
+            monitor=options.get("monitor") or False,
+            fine_tuning=options["fine_tuning"],
+            post_hoc=options["post_hoc"],
+            verbose=self.verbose,
+            predictions=table,
+        )
         # else Lightning would add a checkpoint of its own
         kwargs["enable_checkpointing"] = saves and any(isinstance(callback, Checkpoint) for callback in users)
         if not any(isinstance(callback, ProgressBar) for callback in users):
@@ -357,27 +274,6 @@ class EtflightCLI(LightningCLI):
         # whatever Lightning itself writes belongs to the run, too
         kwargs["default_root_dir"] = str(place.folder)
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
-
-    def _callbacks(self, users: list[Any], *, saves: bool) -> list[Any]:
-        """The run's callbacks and the user's, in an order that matters."""
-        config, folder = self.config_init[self.subcommand], self.place.folder
-        last = config["checkpoint"] if saves else None
-        averaging = [StochasticWeightAverage.of(user) for user in users if isinstance(user, StochasticWeightAveraging)]
-        # the callback that saves comes before anything of the next step has happened, but after those that make the final weights
-        callbacks = [StopSignals(last), *averaging, *_as_list(last)]
-        if self.subcommand == "fit":
-            callbacks += [StepSeed(), Progress(), config["fine_tuning"]]
-            if not any(isinstance(callback, NeuralCollapseMonitor) for callback in users):
-                callbacks += _as_list(config["monitor"])
-        callbacks += _as_list(config["post_hoc"])
-        callbacks += [user for user in users if not isinstance(user, StochasticWeightAveraging)]
-        callbacks += [StepNotice(), DoubleCorrection(), FitTemperature(), TestResults(self.verbose)]
-        if self.subcommand == "predict":
-            output = Path(config["output"] or folder / PREDICTIONS)
-            callbacks.append(PredictionTable(output, config["top_k"], config["embeddings"]))
-        if self.subcommand == "fit":
-            callbacks.append(Speed())  # last, so that an epoch is over when all others have done with it
-        return callbacks
 
     def _loggers(self, users: list[Any]) -> list[Any]:
         """The run's `metrics.csv` in a training, and the user's loggers, which fall silent instead of raising errors."""
@@ -403,7 +299,7 @@ def main(args: Sequence[str] | None = None) -> EtflightCLI:
         UserError: What the user gave cannot work.
         SystemExit: With status 2 for a usage error, 0 after help.
     """
-    _quieten()
+    _silence_warnings()
     guard_parser()
     # an argument of StochasticWeightAveraging, which config.yaml has to hold
     register_type(torch.device, fail_already_registered=False)
@@ -413,7 +309,7 @@ def main(args: Sequence[str] | None = None) -> EtflightCLI:
         subclass_mode_data=True,
         seed_everything_default=0,
         save_config_callback=RunRecord,
-        parser_class=Parser,
+        parser_class=StageParser,
         auto_configure_optimizers=False,
         args=None if args is None else list(args),
         parser_kwargs={
@@ -421,23 +317,6 @@ def main(args: Sequence[str] | None = None) -> EtflightCLI:
             **{stage: {"stage": stage, "description": f"{text} {_CHECKPOINT_HELP}"} for stage, text in STAGES.items()},
         },
     )
-
-
-def _start_from_own_defaults(parser: LightningArgumentParser, stage: str, options: EarlyOptions) -> None:
-    """Give a part of the model that the user names its own defaults; the parser would keep those of our default part."""
-    for name, ours in (("head", ETFHead), ("loss", DotRegressionLoss), ("optimizer", PROTOCOL_SGD.func)):
-        path = options.class_of(f"model.{name}")
-        cls = None if path is None else class_called(path, Classifier.PLUGGABLE[name])
-        if cls is not None and cls is not ours:
-            parser.set_defaults({f"{stage}.model.{name}": {"class_path": f"{cls.__module__}.{cls.__qualname__}"}})
-
-
-def _refuse_null_sections(config: Any, options: EarlyOptions) -> None:
-    """Refuse a section that a file makes null; `data` and `trainer` the parser looks after."""
-    for section in ("model", "checkpoint", "fine_tuning"):
-        if config[section] is None:
-            named = [path for path, said in zip(options.files, options.contents, strict=True) if section in said]
-            raise UserError(f"{named[-1] if named else '-c'}: {section} is null, but {mend_of_section(section)}")
 
 
 _PROFILERS: dict[Any, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
@@ -455,7 +334,7 @@ def _dataset_name(data: Any) -> str:
     return str(cls.name_with(options)) if cls else data.class_path.rpartition(".")[2]
 
 
-def _quieten() -> None:
+def _silence_warnings() -> None:
     """Silence warnings that are noise here: about workers that sets in memory do not need, and the like."""
     for pattern in (
         r".*does not have many workers.*",

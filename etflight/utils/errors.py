@@ -59,6 +59,8 @@ def argument(path: str, value: object = _NOT_GIVEN) -> str:
     if value is _NOT_GIVEN:
         return f"--{path}"
     in_yaml = {None: "null", True: "true", False: "false"}
+    if isinstance(value, list | dict):
+        return f"--{path} '{value}'"  # one word of a shell
     return f"--{path} {in_yaml[value] if value is None or isinstance(value, bool) else value}"
 
 

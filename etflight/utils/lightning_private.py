@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -36,14 +37,6 @@ def forks_processes(strategy: Strategy) -> bool:
     return isinstance(strategy.launcher, _MultiProcessingLauncher)
 
 
-def before_batch_transfer(module: LightningModule, batch: Any) -> Any:
-    """Pass a batch through the `on_before_batch_transfer` of the data module or the module.
-
-    Touches `LightningModule._on_before_batch_transfer`.
-    """
-    return module._on_before_batch_transfer(batch, dataloader_idx=0)
-
-
 def ignore_remarks_on_hooks() -> None:
     """Hide the remark that a model's hook is used beside a data module, which is as it should be; touches its text."""
     warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule` but")
@@ -64,13 +57,19 @@ def hide_tips() -> None:
     warnings.filterwarnings("ignore", "The `srun` command is available")
 
 
-def let_parameters_be_unused(strategy: object) -> None:
+def find_unused_parameters(strategy: object) -> None:
     """Let DDP know all parameters from the start, but not wait for those without gradients; do nothing with other strategies.
 
     Touches `DDPStrategy._ddp_kwargs`.
     """
     if isinstance(strategy, DDPStrategy):
         strategy._ddp_kwargs["find_unused_parameters"] = True
+
+
+def swap_with_average(callback: WeightAveraging, module: LightningModule) -> None:
+    """Exchange a module's weights for their average, if there is one yet; touches `WeightAveraging._average_model` and `_swap_models`."""
+    if callback._average_model is not None:
+        callback._swap_models(module)
 
 
 def only_passes(trainer: Trainer) -> bool:

@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAv
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from etflight.utils.errors import UserError
+from etflight.utils.errors import UserError, argument
+from etflight.utils.lightning_private import swap_with_average
 from etflight.utils.ranks import world
 from etflight.utils.torch_private import broadcast_buffers
 
@@ -58,7 +59,7 @@ def refuse_if_never_reached(trainer: Trainer, epoch: int, what: str) -> None:
     Args:
         trainer: The trainer, about to train; a trial run may end before the epoch.
         epoch: The epoch, counted from 0.
-        what: The option that gives it, for the error.
+        what: The argument that gives it, with its value, for the error.
 
     Raises:
         UserError: The training has fewer epochs.
@@ -66,7 +67,8 @@ def refuse_if_never_reached(trainer: Trainer, epoch: int, what: str) -> None:
     last = trainer.max_epochs
     if not is_trial_run(trainer) and last not in (None, -1) and epoch >= last:
         raise UserError(
-            f"{what} {epoch} is never reached in {last} epochs, counted from 0: give an earlier one, or more --trainer.max_epochs"
+            f"{what} is never reached in {last} epochs, counted from 0: give an earlier one, "
+            f"or more {argument('trainer.max_epochs')}"
         )
 
 
@@ -75,12 +77,12 @@ def averaged(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     """Let the module hold the averaged weights (EMA) within the block, as in a validation; nothing changes if nothing is averaged."""
     callbacks = callbacks_of(trainer, WeightAveraging)
     for callback in callbacks:
-        callback.on_validation_epoch_start(trainer, pl_module)
+        swap_with_average(callback, pl_module)
     try:
         yield
     finally:
         for callback in callbacks:
-            callback.on_validation_epoch_end(trainer, pl_module)
+            swap_with_average(callback, pl_module)
 
 
 def take_buffers_of_rank_zero(module: nn.Module) -> None:

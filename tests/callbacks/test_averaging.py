@@ -130,7 +130,7 @@ def test_an_average_is_in_double_precision_with_the_weights_and_refused_in_half(
     new_trainer(states, ExponentialMovingAverage(0.8), precision="64-true", **options).fit(model, Digits(batch_size=32))
     first, second = (state["backbone.conv1.weight"] for state in states.after)
     torch.testing.assert_close(model.backbone.conv1.weight.detach(), 0.8 * first + 0.2 * second, rtol=1e-14, atol=0)
-    with pytest.raises(UserError, match=r"needs weights in float32: give --trainer.precision bf16-mixed"):
+    with pytest.raises(UserError, match=r"needs weights in float32: give precision='bf16-mixed'"):
         new_trainer(ExponentialMovingAverage(), precision="bf16-true", **options).fit(small(), Digits())
 
 

@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from etflight import Classifier, CosineHead, CrossEntropyLoss, ETFHead, LinearHead
+from etflight.analysis import features, sweep
 from etflight.analysis.sweep import every_sample_once
-from etflight.callbacks import CollapseFigures, LastCheckpoint, NeuralCollapseMonitor, collapse, features
+from etflight.callbacks import CollapseFigures, LastCheckpoint, NeuralCollapseMonitor, sweep_rhythm
 from etflight.data import Digits
 from etflight.heads import Head
 from etflight.runs.loggers import MetricsCSV
@@ -285,7 +286,7 @@ class Counts(Callback):
 def test_auto_sweeps_over_a_large_set_for_less_than_a_tenth_of_the_images_that_train(
     tmp_path, monkeypatch, options, at
 ):
-    monkeypatch.setattr(collapse, "_SMALL", 1000)  # pixels, of 20 images of 8 x 8
+    monkeypatch.setattr(sweep_rhythm, "_SMALL", 1000)  # pixels, of 20 images of 8 x 8
     watch = NeuralCollapseMonitor("auto", before_training=options.pop("before_training", True), spectra=False)
     counts, data = Counts(), Digits(max_count=2, batch_size=8)
     options = {"max_epochs": options.pop("epochs"), **options}
@@ -302,7 +303,7 @@ def test_auto_measures_the_validation_images_of_a_large_set_always_and_says_when
     tmp_path, monkeypatch, caplog
 ):
     caplog.set_level("INFO")
-    monkeypatch.setattr(collapse, "_SMALL", 1000)
+    monkeypatch.setattr(sweep_rhythm, "_SMALL", 1000)
     watch = NeuralCollapseMonitor(every_n_epochs="auto")
     trainer(tmp_path, watch, epochs=36, limit_val_batches=1).fit(classifier(), datamodule=digits())
     assert watch.epochs == list(range(37))
@@ -323,7 +324,7 @@ def swept(watch):
 
 
 def test_a_resumed_training_sweeps_over_a_large_set_as_one_that_was_not_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(collapse, "_SMALL", 1000)
+    monkeypatch.setattr(sweep_rhythm, "_SMALL", 1000)
 
     class Save(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
@@ -340,7 +341,7 @@ def test_a_resumed_training_sweeps_over_a_large_set_as_one_that_was_not_stopped(
 
 
 def test_epochs_given_by_hand_are_kept_however_large_the_set(tmp_path, monkeypatch):
-    monkeypatch.setattr(collapse, "_SMALL", 1000)
+    monkeypatch.setattr(sweep_rhythm, "_SMALL", 1000)
     watch = NeuralCollapseMonitor(every_n_epochs=2)
     trainer(tmp_path, watch, epochs=3, val_check_interval=0.5).fit(classifier(), datamodule=digits())
     assert swept(watch) == [0, 1.5, 2, 2.5, 3]
@@ -494,7 +495,7 @@ def test_the_gram_matrix_does_not_grow_with_the_number_of_classes(tmp_path):
 
 
 def test_train_nc4_is_left_out_with_a_notice_when_embeddings_take_too_much_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "KEEP_BYTES", 100)
+    monkeypatch.setattr(sweep, "KEEP_BYTES", 100)
     watch = plain_monitor()
     with pytest.warns(UserWarning, match="nc/train/nc4 is left out"):
         fit(tmp_path, watch)

@@ -156,7 +156,7 @@ def test_the_backbone_stays_as_it_was_given_until_its_epoch_and_all_of_it_moves_
         (0.502, ""),  # another rounding of timm's 0.5
         (
             0.229,
-            "etflight: warning: timm's weights expect --data.std '[0.5, 0.5, 0.5]': give these, unless your weights are others\n",
+            "etflight: warning: timm's weights expect std=[0.5, 0.5, 0.5]: give these, unless your weights are others\n",
         ),
     ],
 )
@@ -256,7 +256,7 @@ def test_parts_and_epochs_that_are_not_there_are_refused_in_one_line(stage_one):
     assert "did you mean layer1" in refused(new_model(), freeze=["layer11"])
     assert "nothing is left to train" in refused(new_model(), freeze=["backbone", "head"])
     never = refused(new_model(), freeze=["backbone"], unfreeze_epoch=3)
-    assert "unfreeze_epoch 3 is never reached in 3 epochs, counted from 0" in never
+    assert "unfreeze_epoch=3 is never reached in 3 epochs, counted from 0" in never
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_parts_and_epochs_that_are_not_there_are_refused_in_one_line(stage_one):
     [
         ({"checkpoint": "c.ckpt"}, "go together"),
         ({"load": {"backbone": "backbone"}}, "go together"),
-        ({"unfreeze_epoch": 1}, "unfreeze_epoch is 1: give .* --fine_tuning.freeze"),
+        ({"unfreeze_epoch": 1}, "unfreeze_epoch is 1: give .* freeze"),
         ({"unfreeze_epoch": 0, "freeze": ["backbone"]}, "unfreeze_epoch is 0: give an epoch of 1 or more"),
         ({"checkpoint": "c.ckpt", "load": {"a": "b"}, "weights": "w.pth"}, "not from both"),
     ],
@@ -297,7 +297,7 @@ def tuned(head, *, unfreeze_epoch=None, **tuning):
 def test_fixed_class_vectors_on_a_backbone_that_stays_frozen_are_refused_with_the_way_out(head, capsys):
     with pytest.raises(UserError, match=r"cannot learn on a frozen backbone.*unfreeze_epoch") as error:
         tuned(head)
-    assert ("--model.head.projection_dim 64" in str(error.value)) == (head is ETFHead)
+    assert ("projection_dim=64" in str(error.value)) == (head is ETFHead)
     tuned(head, unfreeze_epoch=1)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("etflight: warning: until epoch 1 ")

