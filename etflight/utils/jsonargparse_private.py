@@ -30,7 +30,9 @@ def in_one_line(message: str, bases: Mapping[str, type]) -> str:
         near = _near_matches(option[1], _arguments(chosen[-1]) if chosen else [])
         return f"--{key}{'.' if key else ''}{option[1]}: there is no such option{near}"
     if missing := re.search(r"arguments are required: (.+?)(\. Got value.*)?$", reason, re.MULTILINE):
-        options = [f"--{key}.{name}" if key else re.sub(r"^\w+\.", "--", name) for name in missing[1].split(", ")]
+        names = [f"{key}.{name}" if key else name for name in missing[1].split(", ")]
+        names = names if key else [name.partition(".")[2] or name for name in names]  # without the stage
+        options = [f"--{name}" if key or name in bases else name for name in names]
         return f"these arguments are required: {', '.join(options)}"
     if told := re.search(r"Multiple subclasses with name .*|Problem with given class_path '[\w.]+':\n.*", reason):
         return prefix + " ".join(told[0].split())

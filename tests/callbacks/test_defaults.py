@@ -24,7 +24,8 @@ def test_a_training_in_python_is_that_of_the_command_line(tmp_path):
     ]
     main(["fit", *words, *QUIET, "--trainer.default_root_dir", str(tmp_path), "--name", "cli"])
     seed_everything(0)
-    trainer = new_trainer(*default_callbacks(), max_epochs=2, logger=MetricsCSV(tmp_path / "python"))
+    folder = tmp_path / "python"
+    trainer = new_trainer(*default_callbacks(), max_epochs=2, default_root_dir=folder, logger=MetricsCSV(folder))
     model, data = Classifier(10, "resnet20_cifar", in_chans=1), Digits(max_count=20)
     trainer.fit(model, datamodule=data)
     assert read_csv(tmp_path / "python/metrics.csv") == read_csv(tmp_path / "cli/metrics.csv")
