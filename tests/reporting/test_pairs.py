@@ -89,7 +89,7 @@ def test_one_pair_has_no_interval_and_tells_nothing_apart():
 
 def test_an_unknown_arm_is_refused_with_the_arms_that_there_are():
     sections, _ = group([*runs("ce", [0.5]), *runs("etf", [0.5]), *runs("crt", [0.5], ratio=50.0)])
-    with pytest.raises(UserError, match=r"^--against cee: .*: give one of ce, etf, crt$"):
+    with pytest.raises(UserError, match=r"^against=.cee.: .*: give one of ce, etf, crt$"):
         compare_with("cee", sections)
     assert [section.against for section in compare_with("crt", sections)] == [None, "crt"]
 
