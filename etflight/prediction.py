@@ -55,6 +55,9 @@ def predict(
         device: The device of the prepared images.
         batch_size: The number of images at a time.
         top_k: The number k of classes for each image.
+
+    Raises:
+        UserError: An image cannot be read or has other channels, the preprocessing is unknown, or a number is out of range.
     """
     if preprocessing is None:
         raise UserError(

@@ -53,7 +53,7 @@ class Separations(NamedTuple):
         scores: The scores of the known and of the unknown images, `[N]` and `[M]`, by the score's name.
         separations: What they are worth, by name.
         left_out: Why others do not apply, by name.
-        nc5: The mean |cos| of class means and the mean of the unknown images: `nc5`, and `nc5_raw` of pooled features that differ.
+        nc5: The mean `|cos|` of class means and the mean of the unknown images: `nc5`, and `nc5_raw` of pooled features that differ.
         temperature: The temperature of `msp` and `energy`.
         train_images: The number of training images that the scores were fitted to.
         test_images: The number of known test images.

@@ -8,6 +8,7 @@ from etflight.callbacks.defaults import default_callbacks
 from etflight.callbacks.figures import CollapseFigures
 from etflight.callbacks.fine_tuning import FineTuning
 from etflight.callbacks.post_hoc import NearestClassMean, PostHoc, TauNormalization
+from etflight.callbacks.predictions import PredictionTable
 from etflight.callbacks.progress import Speed
 from etflight.callbacks.stop_signals import StopSignals
 from etflight.callbacks.temperature import FitTemperature
@@ -22,6 +23,7 @@ __all__ = [
     "NearestClassMean",
     "NeuralCollapseMonitor",
     "PostHoc",
+    "PredictionTable",
     "Speed",
     "StepSeed",
     "StochasticWeightAverage",

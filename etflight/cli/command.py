@@ -34,6 +34,12 @@ class NoOptions:
 class Asked(Generic[Options]):
     """What a command line asks for.
 
+    Args:
+        parser: The parser of the command.
+        config: What it has parsed.
+        options: The dataclass of the command's own options.
+        has_own_data: See below.
+
     Attributes:
         options: The command's own options.
         runs: The runs or checkpoints.
@@ -111,6 +117,9 @@ def command(
         data: Whether `--data` is by default that of the run, must be given, or may be missing.
         accelerator: Whether it computes, so that there is `--accelerator`.
         more: Adds options that a dataclass cannot have.
+
+    Raises:
+        UserError: By the function that is made: what the user gave cannot work.
     """
 
     def parsed(argv: Sequence[str]) -> Asked[Options]:

@@ -1,17 +1,19 @@
 """Losses on logits; each has class balance as a named option."""
 
-from etflight.losses.base import ClassBalance, Loss, check_class_balance
-from etflight.losses.class_weights import class_weights_of
+from etflight.losses.base import ClassBalance as ClassBalance
+from etflight.losses.base import Loss
+from etflight.losses.base import check_class_balance as check_class_balance
+from etflight.losses.class_weights import class_weights_of as class_weights_of
 from etflight.losses.contrastive import NONLLoss, NTCELoss
 from etflight.losses.cross_entropy import CrossEntropyLoss, FocalLoss
-from etflight.losses.frame import SURE, DotRegressionLoss, temperature_of_cosines
+from etflight.losses.frame import SURE as SURE
+from etflight.losses.frame import DotRegressionLoss
+from etflight.losses.frame import temperature_of_cosines as temperature_of_cosines
 from etflight.losses.frequency import BinaryCrossEntropyLoss, LabelAwareSmoothingLoss, LDAMLoss, LogitAdjustedLoss
-from etflight.losses.terms import log_prior
+from etflight.losses.terms import log_prior as log_prior
 
 __all__ = [
-    "SURE",
     "BinaryCrossEntropyLoss",
-    "ClassBalance",
     "CrossEntropyLoss",
     "DotRegressionLoss",
     "FocalLoss",
@@ -21,10 +23,6 @@ __all__ = [
     "Loss",
     "NONLLoss",
     "NTCELoss",
-    "check_class_balance",
-    "class_weights_of",
-    "log_prior",
-    "temperature_of_cosines",
 ]
 
 # checkpoints and configurations name a loss by this path, whichever file holds it

@@ -59,6 +59,7 @@ def test_every_public_name_has_an_entry():
     packages = [module.name for module in pkgutil.walk_packages(etflight.__path__, "etflight.") if module.ispkg]
     modules = [importlib.import_module(name) for name in ("etflight", *packages)]
     public = {f"{module.__name__}.{name}" for module in modules for name in getattr(module, "__all__", [])}
+    public -= {f"etflight.losses.{name}" for name in etflight.__all__}  # they are documented as etflight's own
     assert len(public) > 75
     assert public - {"etflight.__version__"} | {"etflight.geometry.simplex_equiangular_tight_frame"} <= documented()
 
