@@ -4,13 +4,14 @@ from argparse import ArgumentError
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 from etflight.callbacks import PostHoc
 from etflight.callbacks.temperature import decided
 from etflight.checkpoint.specs import find_class, from_spec, to_spec
 from etflight.classifier import Classifier
 from etflight.data import ImageDataModule
+from etflight.data.as_trained import prepare_as_trained
 from etflight.data.preprocessing import Preprocessing
 from etflight.runs.folder import CONFIG, checkpoint_of, last_checkpoint, read_record, run_of
 from etflight.utils.errors import UserError, brief, user_error_in
@@ -136,24 +137,6 @@ def images_of_training(
         reason = brief(user_error_in(error) or error, 500)
         raise UserError(f"{needed_by} needs the images of the training: {reason}") from error
     return data
-
-
-def prepare_as_trained(data: Namespace, known: Preprocessing | None) -> None:
-    """Let the checkpoint decide how images are sized and normalised wherever the user has not.
-
-    Args:
-        data: The parsed option of the data module, changed in place; an option that is null counts as not given.
-        known: What the checkpoint knows of its images, or None.
-    """
-    cls: Any = find_class({"class_path": data.class_path}, ImageDataModule)
-    if cls is None or known is None:
-        return
-    for name, value in cls.options_for(known).items():
-        if name in data.init_args and data.init_args[name] is None:
-            data.init_args[name] = value
-    for inner in vars(data.init_args).values():
-        if isinstance(inner, Namespace) and "class_path" in inner and "init_args" in inner:
-            prepare_as_trained(inner, known)  # the set that a ClassSubset takes its images from
 
 
 def data_section(path: Path) -> dict[str, Any]:
