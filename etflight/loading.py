@@ -8,14 +8,13 @@ from jsonargparse import ArgumentParser
 
 from etflight.callbacks import PostHoc
 from etflight.callbacks.temperature import decided
-from etflight.checkpoint.specs import find_class, from_spec, to_spec
+from etflight.checkpoint.specs import from_spec, to_spec
 from etflight.classifier import Classifier
 from etflight.data import ImageDataModule
-from etflight.data.as_trained import prepare_as_trained
 from etflight.data.preprocessing import Preprocessing
+from etflight.data.run_options import data_section, prepare_as_trained, refuse_imports
 from etflight.runs.folder import CONFIG, checkpoint_of, last_checkpoint, read_record, run_of
 from etflight.utils.errors import UserError, brief, user_error_in
-from etflight.utils.limits import refuse_names
 from etflight.utils.yaml import read_yaml
 
 ADJUSTMENT = ("logit_adjustment", "adjustment")  # the model's options that adjust its logits
@@ -137,35 +136,3 @@ def images_of_training(
         reason = brief(user_error_in(error) or error, 500)
         raise UserError(f"{needed_by} needs the images of the training: {reason}") from error
     return data
-
-
-def data_section(path: Path) -> dict[str, Any]:
-    """What a configuration file says of the data, under `data`; empty if it says nothing."""
-    content: Any = read_yaml(path)
-    return {"data": content["data"]} if isinstance(content, dict) and "data" in content else {}
-
-
-def refuse_imports(config: Path) -> None:
-    """Refuse a run's configuration for which code would be imported: the user has named the run, and not this file.
-
-    Raises:
-        UserError: Its data are of a class that has not been imported, or an argument of theirs could name code.
-    """
-
-    def check(spec: Any) -> None:
-        spec = {"class_path": spec} if isinstance(spec, str) else spec
-        path, arguments = (
-            (spec.get("class_path"), spec.get("init_args") or {}) if isinstance(spec, dict) else (None, {})
-        )
-        if not isinstance(path, str) or not isinstance(arguments, dict):
-            return  # the parser says what is wrong with it
-        cls = find_class({"class_path": path if "." in path else f"etflight.data.{path}"}, ImageDataModule)
-        if cls is None or spec.keys() - {"class_path", "init_args"}:
-            raise UserError(f"{config} has data of {path!r}, which has not been imported: import its module")
-        inner = {name: value for name, value in arguments.items() if isinstance(value, dict) and "class_path" in value}
-        refuse_names(cls, {name: value for name, value in arguments.items() if name not in inner}, str(config))
-        for value in inner.values():
-            check(value)
-
-    for data in data_section(config).values():
-        check(data)

@@ -7,9 +7,9 @@ from typing import Any
 from etflight.classifier import Classifier
 from etflight.cli.data_option import data_parser, parse
 from etflight.data import ImageDataModule
-from etflight.data.as_trained import prepare_as_trained
 from etflight.data.facts import refuse_other_shape
 from etflight.data.preprocessing import Preprocessing
+from etflight.data.run_options import prepare_as_trained
 from etflight.runs.folder import checkpoint_of, run_of
 from etflight.utils.errors import warn
 

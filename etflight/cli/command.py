@@ -16,8 +16,8 @@ from etflight.cli.data_option import data_parser, parse, parse_over_run
 from etflight.cli.parser import OneLineParser, add_imports
 from etflight.cli.unsupported import refuse_missing_hardware
 from etflight.data import ImageDataModule
-from etflight.data.as_trained import prepare_as_trained
 from etflight.data.preprocessing import Preprocessing
+from etflight.data.run_options import prepare_as_trained
 from etflight.runs.folder import check_writable, refuse_other_results, writing_to
 from etflight.utils.errors import UserError, options_for_arguments
 from etflight.utils.files import write_json

@@ -8,7 +8,7 @@ from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-define
 from etflight.cli.argv import CommandParser, split_config_files
 from etflight.cli.parser import OneLineParser, import_modules
 from etflight.data import ImageDataModule
-from etflight.loading import data_section, refuse_imports
+from etflight.data.run_options import data_section, refuse_imports
 from etflight.runs.folder import CONFIG, run_of
 from etflight.utils.errors import UserError
 from etflight.utils.yaml import guard_parser, to_yaml

@@ -37,10 +37,10 @@ from etflight.cli.predict import as_data, images_of
 from etflight.cli.second_stage import leave_out_first_stage
 from etflight.cli.stage_parser import StageParser, refuse_null_sections
 from etflight.cli.unsupported import refuse_missing_hardware, refuse_unsupported
-from etflight.data.as_trained import prepare_as_trained
 from etflight.data.base import ImageDataModule
 from etflight.data.facts import refuse_other_shape
 from etflight.data.preprocessing import Preprocessing
+from etflight.data.run_options import prepare_as_trained
 from etflight.loading import images_of_training
 from etflight.runs.folder import METRICS, PREDICTIONS, is_own_checkpoint, same_folder
 from etflight.runs.loggers import MetricsCSV

@@ -14,7 +14,7 @@ from etflight.cli.data_option import data_parser
 from etflight.cli.stages import main
 from etflight.data import ArrayImages, Digits, FolderImages
 from etflight.data.preprocessing import Preprocessing
-from etflight.loading import prepare_as_trained
+from etflight.data.run_options import prepare_as_trained
 from etflight.utils.errors import UserError
 from tests import training
 from tests.training import image_folder, new_trainer, read_csv, save_arrays, save_trained
