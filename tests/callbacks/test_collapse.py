@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from etflight import Classifier, CosineHead, CrossEntropyLoss, ETFHead, LinearHead
+from etflight.analysis import features
 from etflight.analysis.features import every_sample_once
-from etflight.callbacks import CollapseFigures, LastCheckpoint, NeuralCollapseMonitor, collapse, features
+from etflight.callbacks import CollapseFigures, LastCheckpoint, NeuralCollapseMonitor, collapse
 from etflight.data import Digits
 from etflight.heads import Head
 from etflight.runs.loggers import MetricsCSV, run_folder
