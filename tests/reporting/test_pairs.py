@@ -1,5 +1,6 @@
 import csv
 import io
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,8 @@ def test_intervals_are_those_of_a_paired_t_test_on_every_committed_record(file):
                 )
                 assert (found.verdict != "not told apart") == (oracle.pvalue < 0.05)
                 checked += 1
-    assert checked >= 4 or max(map(len, by_arm.values())) == 1
+    most_in_common = max((len(one.keys() & other.keys()) for one, other in combinations(by_arm.values(), 2)), default=0)
+    assert checked >= 4 or most_in_common < 2
 
 
 def test_what_moves_every_seed_alike_drops_out():
