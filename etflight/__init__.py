@@ -32,9 +32,9 @@ _HOMES = (
     "loading",
 )  # modules of these names, the quickest to import first
 _SUBMODULES = {
-    "analysis", "backbones", "callbacks", "checkpoint", "classifier", "cli", "data", "decision", "divergence", "embedder", "export",
-    "geometry", "heads", "loading", "losses", "metrics", "network", "objective", "optim", "penalties", "plotting", "prediction",
-    "reporting", "runs", "sam", "sharded", "utils",
+    "analysis", "backbones", "callbacks", "checkpoint", "classifier", "cli", "closed_form", "data", "decision",
+    "divergence", "embedder", "export", "geometry", "heads", "loading", "losses", "metrics", "network",
+    "objective", "optim", "penalties", "plotting", "prediction", "reporting", "runs", "sam", "sharded", "utils",
 }  # fmt: skip
 
 __all__ = [

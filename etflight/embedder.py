@@ -1,4 +1,4 @@
-"""What stands between pooled features and class vectors: projection, batch normalisation, L2 normalisation, rotation."""
+"""What stands between pooled features and class vectors: projection, batch or L2 normalisation, rotation, a computed map."""
 
 from typing import cast
 
@@ -66,6 +66,46 @@ class Embedder(nn.Module):
         embedding = F.normalize(embedding, dim=1) if self.normalize else embedding
         rotated: Tensor = self.rotation(embedding)
         return rotated
+
+
+class FeatureMap(nn.Module):
+    """A fixed embedder that was computed, not trained: optionally unit features, minus a shift, times a matrix, optionally unit embeddings.
+
+    Whitening of features is one. In a new map the shift is 0 and the matrix the identity.
+
+    Args:
+        in_features: The width d of the features.
+        has_matrix: Whether there is a matrix.
+        unit_features: Whether features are scaled to norm 1 first.
+        normalize: Whether embeddings are scaled to norm 1.
+
+    Attributes:
+        shift: What is subtracted, a buffer `[d]`.
+        matrix: The matrix M `[d, d]` of `M (h - shift)`, a buffer, or None.
+        unit_features: Whether features are scaled to norm 1 first.
+        normalize: Whether embeddings have norm 1.
+    """
+
+    shift: Tensor
+    matrix: Tensor | None
+
+    def __init__(self, in_features: int, *, has_matrix: bool, unit_features: bool, normalize: bool) -> None:
+        super().__init__()
+        self.unit_features, self.normalize = unit_features, normalize
+        self.register_buffer("shift", torch.zeros(in_features))
+        self.register_buffer("matrix", torch.eye(in_features) if has_matrix else None)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Compute embeddings `[B, d]` of features `[B, d]`, in float32 even under autocast, or in float64."""
+        rows = at_least_float32(features)
+        return self.mapped(F.normalize(rows, dim=1) if self.unit_features else rows)
+
+    def mapped(self, rows: Tensor) -> Tensor:
+        """Compute what comes after `unit_features`, as of means of unit features: rows `[B, d]`, float32 or float64, to `[B, d]`."""
+        rows = rows - at_least_float32(self.shift)
+        if self.matrix is not None:
+            rows = exact_product(rows, at_least_float32(self.matrix))
+        return F.normalize(rows, dim=1) if self.normalize else rows
 
 
 class Rotation(nn.Module):

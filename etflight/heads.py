@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from etflight.checkpoint.weights_to_come import do_weights_come_next
-from etflight.embedder import Embedder
+from etflight.embedder import Embedder, FeatureMap
 from etflight.geometry import class_code, orthant_code, simplex_etf
 from etflight.utils.errors import UserError
 from etflight.utils.precision import at_least_float32, exact_product
@@ -81,7 +81,7 @@ class Head(nn.Module):
     @property
     def normalize(self) -> bool:
         """Whether embeddings have norm 1."""
-        return isinstance(self.embedder, Embedder) and self.embedder.normalize
+        return isinstance(self.embedder, Embedder | FeatureMap) and self.embedder.normalize
 
     @property
     def gives_cosines(self) -> bool:
@@ -383,6 +383,46 @@ class CosineHead(Head):
     def class_vectors(self) -> Tensor:
         """The unit vectors `[K, d]`; the norms of `weight` decide nothing."""
         return F.normalize(at_least_float32(self.weight), dim=1)
+
+
+class FittedHead(Head):
+    """A head whose class vectors and embedder were computed from features, as `etflight probe` does, and not trained.
+
+    The logits are `scale · <c_k, M (h - m)> + b_k`, with features and embeddings of norm 1 where asked for. A new one has no class vectors
+    yet (they are 0). Fine-tuning changes class vectors and biases unless they are `frozen`; the map of the features stays as it is.
+
+    Args:
+        in_features: The width d of the features.
+        num_classes: The number of classes K.
+        has_matrix: Whether features are mapped by a matrix, such as one that whitens them.
+        unit_features: Whether features are scaled to norm 1 first.
+        normalize: Whether embeddings are scaled to norm 1.
+        use_bias: Whether there is a bias.
+        scale: The factor of the products, > 0.
+        frozen: Whether class vectors and biases are fixed, as those of a frame.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        has_matrix: bool = False,
+        unit_features: bool = True,
+        normalize: bool = True,
+        use_bias: bool = False,
+        scale: float = 1.0,
+        frozen: bool = False,
+    ) -> None:
+        embedder = FeatureMap(in_features, has_matrix=has_matrix, unit_features=unit_features, normalize=normalize)
+        super().__init__(in_features, num_classes, embedder=embedder, scale=scale)
+        weight, bias = torch.zeros(num_classes, in_features), torch.zeros(num_classes) if use_bias else None
+        if frozen:
+            self.register_buffer("weight", weight)
+            self.register_buffer("bias", bias)
+        else:
+            self.weight = nn.Parameter(weight)
+            self.bias = None if bias is None else nn.Parameter(bias)
 
 
 def _class_vectors(code: Code, num_classes: int, width: int, seed: int) -> Tensor:

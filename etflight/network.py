@@ -63,7 +63,8 @@ class Network(LightningModule):
         """Compute the pooled features that the head receives.
 
         Args:
-            images: Images `[B, C, H, W]`, float32, normalised as in training (`preprocessing`).
+            images: Images `[B, C, H, W]`, float32, normalised as in training (`preprocessing`); or their pooled features `[B, d]`, computed
+                before, which come back as they are.
 
         Returns:
             Pooled features `[B, d]`, of the network's dtype.
@@ -71,6 +72,8 @@ class Network(LightningModule):
         Raises:
             UserError: They are not such images, or the backbone does not take this size.
         """
+        if images.ndim == 2 and images.is_floating_point() and images.shape[1] == self.head.in_features:
+            return images
         if images.ndim != 4 or not images.is_floating_point():
             mend = "normalised, as the data module's eval_transform returns them, or train with Trainer.fit(model, datamodule=…)"
             raise UserError(f"images must be floating [B, C, H, W], {mend}; got {images.dtype} {list(images.shape)}")

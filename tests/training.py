@@ -27,6 +27,25 @@ VIT = [  # no batch normalisation anywhere
 GLOBAL_BATCH = 60  # divided alike by one, two and three processes
 
 
+def small_resnet(model: Callable[..., Classifier] = Classifier, **options: Any) -> Classifier:
+    """Ten classes of digits, with the same first weights each time; `options` are those of the model."""
+    torch.manual_seed(0)
+    return model(10, "resnet20_cifar", in_chans=1, **options)
+
+
+def save_untrained(path: Path, model: Classifier, **more: Any) -> Path:
+    """Saves a model as a trainer would that has not trained it, with `more` entries."""
+    checkpoint = {
+        "state_dict": model.state_dict(),
+        "hyper_parameters": dict(model.hparams),
+        "pytorch-lightning_version": "2.6.6",
+    }
+    model.on_save_checkpoint(checkpoint)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint | more, path)
+    return path
+
+
 def small_vit(model: Callable[..., Classifier] = Classifier, seed: int = 0) -> Classifier:
     """Ten classes of digits, without batch normalisation anywhere."""
     head = partial(ETFHead, batch_norm=False, seed=seed)
@@ -120,3 +139,9 @@ def save_numbered(
         members[f"{split}_labels"] = labels
     np.savez(path, **{name: array for name, array in (members | changes).items() if array is not None})
     return str(path)
+
+
+def written(folder: Path) -> dict[str, int]:
+    """The files below a folder, with the times at which they were written last."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in files}

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-_SUBMODULES = ("collapse", "describe", "features", "incremental", "learners", "ood", "outputs", "retrieval")
+_SUBMODULES = ("collapse", "describe", "features", "incremental", "learners", "ood", "outputs", "retrieval", "store")
 
 
 def __getattr__(name: str) -> object:

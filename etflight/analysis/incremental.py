@@ -6,6 +6,7 @@ feature is kept. Classes are numbered in the order in which they come.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
@@ -80,6 +81,8 @@ def session_features(
     sessions: Sequence[Session],
     learner: Learner,
     device: torch.device | None = None,
+    *,
+    folder: Path | None = None,
 ) -> Features:
     """Run the backbone over all images once, and let the learner begin; processes share the images.
 
@@ -90,17 +93,20 @@ def session_features(
         sessions: The sessions, the base session first.
         learner: The learner.
         device: The device to compute on, to which the model is moved; None: where the model is.
+        folder: A folder of stores as of `split_features`, with one in it for the images of all classes; None: nothing is stored.
 
     Raises:
-        UserError: A class has no image, or a shot cannot be read.
+        UserError: A class has no image, a shot cannot be read, or the folder has other features.
     """
-    trained_on = outputs(model, base, "train", device)
+    trained_on = outputs(model, base, "train", device, folder=folder)
     refuse_empty_classes("training", trained_on.labels, base)
     learner.begin(trained_on.embedding, trained_on.labels)
-    tested_on = split_features(model, every, "test", device)
+    folder = folder and folder / "all_classes"
+    tested_on = split_features(model, every, "test", device, folder=folder)
     refuse_empty_classes("test", tested_on.labels, every)
     base_means = class_means(trained_on.features, trained_on.labels)
-    return Features(base_means, _shots(model, every, sessions[1:], device), (tested_on.features, tested_on.labels))
+    shots = _shots(model, every, sessions[1:], device, folder)
+    return Features(base_means, shots, (tested_on.features, tested_on.labels))
 
 
 def refuse_empty_classes(kind: str, labels: Tensor, data: ImageDataModule) -> None:
@@ -121,14 +127,16 @@ def refuse_empty_classes(kind: str, labels: Tensor, data: ImageDataModule) -> No
 
 
 def _shots(
-    model: Classifier, data: ClassSubset, sessions: Sequence[Session], device: torch.device | None
+    model: Classifier, data: ClassSubset, sessions: Sequence[Session], device: torch.device | None, folder: Path | None
 ) -> list[tuple[Tensor, Tensor]]:
     """The features and classes of each session's shots, not augmented."""
     split = data.split("train")
     positions = np.concatenate([session.shots for session in sessions])
     chosen = data.make_split("train", split.source, split.indices.numpy()[positions])
     chosen.labels = split.labels[positions]
-    features, labels = split_features(model, data.with_test_images(chosen), "test", device)
+    # other shots are other images: each choice has its own store
+    folder = folder and folder / f"shots_{sha256(split.indices.numpy()[positions].astype('<i8').data).hexdigest()[:12]}"
+    features, labels = split_features(model, data.with_test_images(chosen), "test", device, folder=folder)
     if len(labels) < len(positions):
         other = argument("seed")
         raise UserError(f"{data}: an image that was chosen as a shot cannot be read: mend it, or give another {other}")

@@ -34,7 +34,9 @@ KEEP_BYTES = 2**30  # the most embeddings kept in host memory, for `nc/train/nc4
 OnBatch = Callable[[Caught, Tensor], None]
 
 
-def evaluation_batches(data: ImageDataModule, split: Split, device: torch.device, doing: str = "") -> Iterator[Batch]:
+def evaluation_batches(
+    data: ImageDataModule, split: Split, device: torch.device, doing: str = "", start: int = 0
+) -> Iterator[Batch]:
     """The batches of a split, each image once over all ranks and not augmented, on a device.
 
     Args:
@@ -42,8 +44,9 @@ def evaluation_batches(data: ImageDataModule, split: Split, device: torch.device
         split: The split.
         device: The device.
         doing: What a progress bar says is done with them; empty: there is none.
+        start: The number of images of this rank to leave out.
     """
-    loader = track(data.eval_dataloader(split), f"{doing} {split}", disable=not doing, transient=True)
+    loader = track(data.eval_dataloader(split, start), f"{doing} {split}", disable=not doing, transient=True)
     for images, labels in loader:
         yield data.eval_transform((images.to(device), labels.to(device)))
 

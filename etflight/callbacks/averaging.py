@@ -13,10 +13,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from etflight.analysis.sweep import to_device
 from etflight.callbacks.progress import Speed
 from etflight.utils.errors import UserError, argument, warn
-from etflight.utils.trainer import callbacks_of, is_trial_run, take_buffers_of_rank_zero
+from etflight.utils.trainer import GivesBack, callbacks_of, is_trial_run, take_buffers_of_rank_zero
 
 
-class ExponentialMovingAverage(WeightAveraging):
+class ExponentialMovingAverage(GivesBack, WeightAveraging):
     """Validates, tests and saves the exponential moving average of the weights, as `EMAWeightAveraging` of Lightning does.
 
     Unlike there, BatchNorm's running statistics are averaged as the weights are, so they fit each other while the learning rate is high;
@@ -60,10 +60,6 @@ class ExponentialMovingAverage(WeightAveraging):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the average, which the model has taken over: what is validated next may be another model."""
         self._average_model = None
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Forget the average; Lightning does not call `teardown` then."""
-        self.teardown(trainer, pl_module, "fit")
 
     def _average(self, averages: list[Tensor], current: list[Tensor], number: Tensor) -> None:
         if averages[0].is_floating_point():

@@ -10,10 +10,10 @@ from etflight.classifier import Classifier
 from etflight.data.sampler import EXPONENTS, ImbalancedSampler, resolve_policy
 from etflight.losses import ClassBalance, LogitAdjustedLoss, Loss, check_class_balance
 from etflight.utils.errors import UserError
-from etflight.utils.trainer import callbacks_of, data_module, refuse_if_never_reached
+from etflight.utils.trainer import GivesBack, callbacks_of, data_module, refuse_if_never_reached
 
 
-class DeferredBalance(Callback):
+class DeferredBalance(GivesBack):
     """Changes, from an epoch on, how the loss weighs classes (deferred re-weighting, DRW), how they are sampled (re-sampling), or both.
 
     The balance in force depends on the epoch alone, so a resumed run continues as if it had not stopped. The new balance takes its
@@ -70,10 +70,6 @@ class DeferredBalance(Callback):
             sampler.set_policy(policy)
             self._drawing = None
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give loss and sampler their own balance back; Lightning does not call `teardown` then."""
-        self.teardown(trainer, pl_module, "fit")
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse now what would otherwise fail in that epoch; switch to the new balance if the run is resumed after it."""
         first = self._first_epoch(trainer)
@@ -81,17 +77,13 @@ class DeferredBalance(Callback):
         if self.class_balance in ("global", "effective"):
             self._loss(pl_module).training_counts()
         for other in callbacks_of(trainer, DeferredBalance):  # before any of them changes the policy
-            other._keep_policy(trainer)
+            if other.sampler is not None and other._drawing is None:
+                other._drawing = (sampler := self._sampler(trainer)), sampler.policy
         self._apply_if_due(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Change the balance; the epoch's images have not been drawn yet."""
         self._apply_if_due(trainer, pl_module)
-
-    def _keep_policy(self, trainer: Trainer) -> None:
-        if self.sampler is not None and self._drawing is None:
-            sampler = self._sampler(trainer)
-            self._drawing = sampler, sampler.policy
 
     def _apply_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         changes = []

@@ -22,7 +22,7 @@ from etflight.analysis.sweep import (
     plain_tensors,
     trainer_sweep,
 )
-from etflight.callbacks.collapse_record import History, share_over_ranks, write_gram, write_snapshot
+from etflight.callbacks.collapse_record import History, share_over_ranks, write_arrays, write_gram
 from etflight.callbacks.sweep_rhythm import SweepRhythm, epochs_trained
 from etflight.metrics import Moments, measures
 from etflight.utils.errors import UserError
@@ -351,16 +351,13 @@ class NeuralCollapseMonitor(Callback):
             else:
                 self._record.pending[name] = share
             if limit is None and epoch == int(epoch):
-                self._write_files(trainer, int(epoch), moments.means, kept)
+                assert self.latest_weight is not None
+                if self.space == "embedding":
+                    write_gram(trainer, int(epoch), moments.means, self.latest_weight)
+                if self.snapshots:
+                    folder, weight = self.prefix.replace("nc", "snapshots"), self.latest_weight.float().numpy()
+                    write_arrays(trainer, folder, int(epoch), **kept.snapshot(trainer), weight=weight)
         return moments
-
-    def _write_files(self, trainer: Trainer, epoch: int, means: Tensor, kept: KeptEmbeddings) -> None:
-        assert self.latest_weight is not None
-        if self.space == "embedding":
-            write_gram(trainer, epoch, means, self.latest_weight)
-        if self.snapshots:
-            folder = self.prefix.replace("nc", "snapshots")
-            write_snapshot(trainer, folder, epoch, kept.snapshot(trainer), self.latest_weight)
 
     def _new_pass(self, trainer: Trainer, split: str) -> PassStatistics:
         device = trainer.strategy.root_device

@@ -94,27 +94,21 @@ def write_gram(trainer: Trainer, epoch: int, means: Tensor, weight: Tensor) -> N
         means: The class means `[K, d]`.
         weight: The class vectors `[K, d]`, on the CPU.
     """
-    if not trainer.is_global_zero:
-        return
     classes, means = torch.from_numpy(evenly(len(means), _MOST_CLASSES)), means.cpu()
     rows = torch.cat([means[classes], weight.double()[classes], means.nanmean(0, keepdim=True)])
-    _write(trainer, "gram", epoch, classes=classes.numpy(), gram=(rows @ rows.T).float().numpy())
+    write_arrays(trainer, "gram", epoch, classes=classes.numpy(), gram=(rows @ rows.T).float().numpy())
 
 
-def write_snapshot(trainer: Trainer, folder: str, epoch: int, content: Mapping[str, Any], weight: Tensor) -> None:
-    """Write `<folder>/epoch_XXX.npz`: embeddings and the class vectors that they are compared with.
+def write_arrays(trainer: Trainer, folder: str, epoch: int, **content: Any) -> None:
+    """Write `<folder>/epoch_XXX.npz` on the first process.
 
     Args:
-        trainer: The trainer, whose first process writes.
+        trainer: The trainer.
         folder: The folder within the run folder.
         epoch: The number of finished epochs.
-        content: What `KeptEmbeddings.snapshot` gives.
-        weight: The class vectors `[K, d]`, on the CPU.
+        content: The arrays by name.
     """
-    if trainer.is_global_zero:
-        _write(trainer, folder, epoch, **content, weight=weight.float().numpy())
-
-
-def _write(trainer: Trainer, folder: str, epoch: int, **content: Any) -> None:
+    if not trainer.is_global_zero:
+        return
     with replacing(run_folder(trainer) / folder / f"epoch_{epoch:03d}.npz") as partial:
         np.savez_compressed(partial, **content, epoch=np.int64(epoch))

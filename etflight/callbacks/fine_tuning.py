@@ -4,25 +4,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from etflight.analysis.features import find_submodule
+from etflight.callbacks.stored_features import train_on_features
 from etflight.checkpoint import old_names
 from etflight.checkpoint.files import misfit, read_checkpoint
+from etflight.data.base import ImageDataModule
 from etflight.data.facts import other_preprocessing
 from etflight.data.preprocessing import Preprocessing
 from etflight.heads import ETFHead, Head
 from etflight.optim import start_momentum
 from etflight.utils.errors import UserError, argument, warn
 from etflight.utils.lightning_private import find_unused_parameters
-from etflight.utils.trainer import data_module, refuse_if_never_reached
+from etflight.utils.trainer import GivesBack, data_module, refuse_if_never_reached
 
 _NEAR = 0.05  # between means, or deviations, of pixels in [0, 1]; common roundings of the same differ by less
 
 
-class FineTuning(Callback):
+class FineTuning(GivesBack):
     """Starts training from a file of weights or parts of a checkpoint, and keeps parts of the model as they are.
 
     - Transfer, a fresh head that learns for 3 epochs before the backbone does: `weights="resnet50.safetensors", freeze=["backbone"],
@@ -44,6 +46,8 @@ class FineTuning(Callback):
             weights; its classifier is left out. Images must be normalised (`mean`, `std` of the data) like those it was trained on; a
             warning says where timm expects something else.
         unfreeze_epoch: The first epoch, counted from 0, in which the frozen parts train too; with None they never do.
+        store_features: Whether a backbone that is frozen for good, its statistics too, goes over images that are not augmented only once:
+            the training reads its features, which the run folder keeps in `features/`. Numbers are the same up to rounding.
         freeze_statistics: Whether frozen parts are in evaluation mode; if not, they are in training mode without gradients, so BatchNorm
             normalises by the batch and keeps updating its statistics (MiSLAS' `shift_bn`).
 
@@ -66,6 +70,7 @@ class FineTuning(Callback):
         weights: str | None = None,
         unfreeze_epoch: int | None = None,
         freeze_statistics: bool = True,
+        store_features: bool = True,
     ) -> None:
         super().__init__()
         if (checkpoint is None) != (not load):
@@ -85,7 +90,9 @@ class FineTuning(Callback):
         self.weights = weights
         self.unfreeze_epoch = unfreeze_epoch
         self.freeze_statistics = freeze_statistics
+        self.store_features = store_features
         self._resumes = False
+        self._data: ImageDataModule | None = None  # which gives features in place of images
         self._held: list[nn.Parameter] = []  # the parameters of the frozen parts that would train otherwise
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -114,23 +121,32 @@ class FineTuning(Callback):
         rank_zero_info(f"frozen{until}: {', '.join(self.freeze)}; {rest:,} of {total:,} parameters train")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let the parts train again, in another training of the same model."""
+        """Let the parts train again, in another training of the same model, and the data give their images."""
+        if self._data is not None:
+            self._data.use_images()
+            self._data = None
         for parameter in self._held:
             parameter.requires_grad_(True)
         self._held = []
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let the parts train again; Lightning does not call `teardown` then."""
-        self.teardown(trainer, pl_module, "fit")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note that the checkpoint has brought all weights."""
         self._resumes = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the given weights into the model."""
-        if self._resumes:
-            return
+        """Put the given weights into the model, and let it read features where a frozen backbone would compute them again and again."""
+        if not self._resumes:
+            self._take_given(trainer, pl_module)
+        if self.store_features and self._keeps_backbone(pl_module):
+            self._data = train_on_features(trainer, pl_module)
+
+    def _keeps_backbone(self, pl_module: LightningModule) -> bool:
+        """Whether the backbone is the same function of its images in the whole training."""
+        backbone = getattr(pl_module, "backbone", None)
+        is_frozen = any(part is backbone for part in self._frozen(pl_module))
+        return is_frozen and self.unfreeze_epoch is None and self.freeze_statistics
+
+    def _take_given(self, trainer: Trainer, pl_module: LightningModule) -> None:
         content = None if self.checkpoint is None else read_checkpoint(self.checkpoint)
         if (why := self._why_frame_never_meets(pl_module, content)) is not None:
             if self.unfreeze_epoch is None:

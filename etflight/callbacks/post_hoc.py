@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ from etflight.losses import CrossEntropyLoss, Loss, temperature_of_cosines
 from etflight.utils.errors import UserError, argument
 from etflight.utils.modes import evaluation_mode
 from etflight.utils.precision import at_least_float32
-from etflight.utils.trainer import data_module
+from etflight.utils.trainer import GivesBack, data_module
 
 
 class _Trained(NamedTuple):
@@ -37,7 +37,7 @@ class _Trained(NamedTuple):
     arguments: dict[str, Any]
 
 
-class PostHoc(Callback, ABC):
+class PostHoc(GivesBack, ABC):
     """Validates, tests and predicts with another head of a `Classifier`.
 
     Meanwhile the model is an ordinary classifier of this head and of cross-entropy, since no loss has trained the head: its temperature is
@@ -107,10 +107,6 @@ class PostHoc(Callback, ABC):
             model.head, model.loss, model.temperature, model.is_calibrated = self._own[:4]
             model.hparams.update(self._own.arguments)
         self._own = None
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the model its head back."""
-        self.teardown(trainer, pl_module, "")
 
     def applied(self, model: Classifier, data: Any, image_shape: tuple[int, ...] | None = None) -> Classifier:
         """Return the ordinary classifier that decides as this method does with a trained model, which stays as it is.
@@ -254,11 +250,11 @@ class _Replacement(Head):
     """Fixed class vectors, without biases, on the embedder of a trained head of the user's own."""
 
     def __init__(self, trained: Head, vectors: Tensor, scale: float | None) -> None:
-        embedder = trained.embedder if scale is None else nn.Sequential(trained.embedder, _unit(vectors))
+        embedder = (
+            trained.embedder
+            if scale is None
+            else nn.Sequential(trained.embedder, Embedder(vectors.shape[1], normalize=True))
+        )
         super().__init__(trained.in_features, trained.num_classes, embedder=embedder, scale=scale or 1.0)
         self.register_buffer("weight", vectors)
         self.bias = None
-
-
-def _unit(vectors: Tensor) -> Embedder:
-    return Embedder(vectors.shape[1], normalize=True)

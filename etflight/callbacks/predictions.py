@@ -1,6 +1,5 @@
 """The callback that gathers the table that `etflight predict` writes."""
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from etflight.analysis.predictions import check_output, skipped_beside, write
 from etflight.classifier import Classifier
 from etflight.data.sources import UNREADABLE
-from etflight.runs.folder import sole_writer, writing_to
+from etflight.runs.folder import writing_to
 from etflight.utils.errors import UserError, argument, first_few, warn
 from etflight.utils.files import write_csv
 from etflight.utils.ranks import gather_objects
@@ -33,7 +32,7 @@ class PredictionTable(Callback):
         embeddings: Whether to write the embeddings too.
 
     Raises:
-        UserError: No image can be read, the model has fewer classes than `top_k`, or another process writes the file.
+        UserError: No image can be read, the model has fewer classes than `top_k`, or the file exists.
     """
 
     def __init__(self, path: Path, top_k: int = 1, embeddings: bool = False) -> None:
@@ -42,7 +41,6 @@ class PredictionTable(Callback):
         self._readable: list[bool] = []
         self._features: list[Tensor] = []
         self._hook: RemovableHandle | None = None
-        self._writes = ExitStack()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to the input of the head; by now the deciding head is in place."""
@@ -54,13 +52,7 @@ class PredictionTable(Callback):
         if self.embeddings:
             self._hook = head.register_forward_pre_hook(lambda _, args: self._features.append(args[0]))
         if trainer.is_global_zero and not is_trial_run(trainer):
-            with writing_to(self.path.parent, argument("output")):
-                self._writes.enter_context(sole_writer(self.path))
-            check_output(self.path)  # another process may have written it since the command line looked
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let others write the file."""
-        self._writes.close()
+            check_output(self.path)
 
     def on_predict_batch_end(
         self,
@@ -105,7 +97,8 @@ class PredictionTable(Callback):
             )
         model = cast(Classifier, pl_module)
         images = [data.sample_name("test", i) for i in in_order]
-        with self._writes, writing_to(self.path.parent, argument("output")):
+        check_output(self.path)  # another process may have written it meanwhile
+        with writing_to(self.path.parent, argument("output")):
             write(self.path, images, labels, probabilities, model.names_or_labels, *rest)
             rank_zero_info(f"predictions: {self.path} (probabilities: {model.describe_temperature()})")
             if skipped:

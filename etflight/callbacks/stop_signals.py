@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextvars import copy_context
-from pathlib import Path
 from select import select
 from types import CodeType
 from typing import Any
@@ -15,13 +14,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from etflight.callbacks.checkpoint import LastCheckpoint, SavePoint
 from etflight.runs.folder import run_folder
 from etflight.utils.errors import UserError, argument, print_error
+from etflight.utils.trainer import GivesBack
 
 PATIENCE = 40.0  # seconds
 
@@ -91,7 +91,7 @@ class Watchdog(threading.Thread):
         return place
 
 
-class StopSignals(Callback):
+class StopSignals(GivesBack):
     """On SIGTERM, saves at the next place where nothing is pending and exits with status 143 (128 + 15).
 
     If SLURM has told Lightning to requeue the job on a signal (SIGUSR1), Lightning's own handler is called at such a place instead
@@ -121,23 +121,18 @@ class StopSignals(Callback):
         self._stop_watchdog()
         if trainer.world_size > 1:
             here = copy_context()  # of which a thread knows nothing by itself
-            self._watchdog = Watchdog(self._is_saving, lambda number: here.run(_give_up, trainer, number))
+            last = self._last
+            is_saving = (lambda: False) if last is None else (lambda: last.is_saving)
+            self._watchdog = Watchdog(is_saving, lambda number: here.run(_give_up, trainer, number))
             self._watchdog.start()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """End the watch."""
         self._stop_watchdog()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """End the watch: the process ends by itself."""
-        self._stop_watchdog()
-
     def _stop_watchdog(self) -> None:
         if self._watchdog is not None:
             self._watchdog.stop()
-
-    def _is_saving(self) -> bool:
-        return self._last is not None and self._last.is_saving
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare as in `on_train_start`, because training comes next."""
@@ -199,15 +194,12 @@ class StopSignals(Callback):
         if requeue is not None:
             before = set(run_folder(trainer).glob("hpc_ckpt_*.ckpt"))
             requeue(self._agreed, None)
-            self._remove_copies(trainer, before)
+            if trainer.is_global_zero and self._last is not None:
+                # what Lightning's handler has saved is the same as `last.ckpt`, and nothing else would ever remove it
+                for copy in set(run_folder(trainer).glob("hpc_ckpt_*.ckpt")) - before:
+                    copy.unlink()
             sys.exit(0)
         sys.exit(0 if _is_child_of_lightning(trainer) else 128 + self._agreed)
-
-    def _remove_copies(self, trainer: Trainer, before: set[Path]) -> None:
-        """Remove what Lightning's handler has saved: the same as `last.ckpt`, in a file that nothing else would ever remove."""
-        if trainer.is_global_zero and self._last is not None:
-            for copy in set(run_folder(trainer).glob("hpc_ckpt_*.ckpt")) - before:
-                copy.unlink()
 
 
 def _give_up(trainer: Trainer, number: int) -> None:

@@ -109,7 +109,7 @@ def from_spec(spec: Spec, base: type, argument: str) -> Maker:
     Nothing is imported and nothing but the constructor can be called, so a spec from a file that somebody else wrote is safe.
 
     Raises:
-        UserError: There is no such class, it does not take the arguments, or a number is NaN or beyond 1e30.
+        UserError: There is no such class, its arguments are no plain data, or a number is NaN or beyond 1e30.
     """
     path, init_args = spec["class_path"], spec["init_args"]
     cls = find_class(spec, base)
@@ -158,11 +158,6 @@ def _check_arguments(cls: type, init_args: dict[str, Any], argument: str) -> Non
     if not is_plain(init_args):
         raise UserError(f"{argument}: the arguments of {cls.__name__} are not plain data: {init_args!r}")
     parameters = inspect.signature(cls).parameters
-    unknown = [name for name in init_args if name not in parameters]
-    if unknown and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        raise UserError(
-            f"{argument}: {cls.__name__} takes no argument {unknown[0]!r}; it takes {', '.join(parameters)}"
-        )
     for name, value in init_args.items():
         default = parameters[name].default if name in parameters else None
         if value is None and default not in (None, inspect.Parameter.empty):

@@ -32,6 +32,20 @@ def split_config_files(prog: str, argv: Sequence[str]) -> tuple[list[str], list[
     return [file if file.lstrip().startswith("{") else str(find_config(file)) for file in known.config], rest
 
 
+def with_named_data(files: Sequence[str], words: Sequence[str]) -> list[str]:
+    """The words of a command line, with FolderImages for the data where they give `--data.root` and nothing says of which set.
+
+    Args:
+        files: The command's configuration files.
+        words: The command line without these files.
+    """
+    names = {word.partition("=")[0] for word in words}
+    says = {"--data", "--data.class_path", "--images"} & names or any(
+        file.lstrip().startswith("{") or _at("data", read_yaml(Path(file))) is not None for file in files
+    )
+    return list(words) if says or "--data.root" not in names else ["--data=FolderImages", *words]
+
+
 FINE_TUNING = (
     "weights",
     "freeze",
@@ -96,25 +110,21 @@ class EarlyOptions:
 
     def value(self, key: str, kind: type = str) -> Any:
         """The value of an option: that of the command line, or else of the last configuration file that has one of this type."""
-        if self.given[key] is not None:
-            return self.given[key]
-        for value in reversed(self.contents):
-            for part in key.split("."):
-                value = value.get(part) if isinstance(value, dict) else None
-            if value is not None and isinstance(value, kind):
-                return value
-        return None
+        found = [self.given[key], *(_at(key, content) for content in reversed(self.contents))]
+        return next((value for value in found if isinstance(value, kind) and value is not None), None)
 
     def class_of(self, key: str) -> str | None:
         """The name of the class that an option takes: that of the command line, or else of the last configuration file that says which."""
-        if self.given[key] is not None:
-            return str(self.given[key])
-        for value in reversed(self.contents):
-            for part in (*key.split("."), "class_path"):
-                value = value.get(part) if isinstance(value, dict) else value if part == "class_path" else None
-            if isinstance(value, str):
-                return value
-        return None
+        named = (_at(key, content) for content in reversed(self.contents))
+        found = [self.given[key], *(_at("class_path", value) if isinstance(value, dict) else value for value in named)]
+        return next((value for value in found if isinstance(value, str)), None)
+
+
+def _at(key: str, content: Any) -> Any:
+    """What a configuration has for an option; None if it has nothing."""
+    for part in key.split("."):
+        content = content.get(part) if isinstance(content, dict) else None
+    return content
 
 
 _SETS, _ARMS, _ADDITIONS = "data", "arms", ("trainer", "logger")  # folders of configuration files

@@ -11,6 +11,7 @@ from etflight.analysis.timm_model import timm_model
 from etflight.cli.checkpoint_option import compare_with_training
 from etflight.cli.command import Asked, Results, command, show, show_place
 from etflight.cli.decision_option import load_trained
+from etflight.network import Network
 from etflight.runs.folder import ROOT
 from etflight.runs.record import data_facts
 from etflight.utils.errors import UserError
@@ -75,6 +76,10 @@ def main(asked: Asked[Options]) -> None:
     if options.weights is not None and options.timm is None:
         raise UserError("--weights goes with --timm NAME: a checkpoint of etflight is given alone")
     if options.timm is not None:
+        if asked.features is not None:
+            raise UserError(
+                "--features goes with a run: leave it out with --timm, or train the model's head first (etflight fit)"
+            )
         data = asked.data()
         title, model, head = timm_model(options.timm, data, options.weights)
         what, class_names, folder = (
@@ -90,6 +95,8 @@ def main(asked: Asked[Options]) -> None:
     facts = {**what, "data": {**data_facts(data), "folder": data.split("test").source.folder}}
     results = Results(folder / RECORD, facts, PICTURES)
 
+    if isinstance(model, Network):
+        data = asked.stored(model, data, SPLITS)
     found = neural_collapse(model, data, head=head, device=device, quiet=asked.quiet)
     figures = {f"{own}.png": figure for own, figure in portraits(found, data, class_names).items()}
     results.write({**facts, **found.measures}, figures)

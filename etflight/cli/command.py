@@ -1,9 +1,9 @@
 """The skeleton of the commands that look at a run: what they share of a command line, and where their results go."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import torch
 from jsonargparse import Namespace
@@ -18,10 +18,14 @@ from etflight.cli.unsupported import refuse_missing_hardware
 from etflight.data import ImageDataModule
 from etflight.data.preprocessing import Preprocessing
 from etflight.data.run_options import prepare_as_trained
+from etflight.data.sources import Split
 from etflight.runs.folder import check_writable, refuse_other_results, writing_to
 from etflight.utils.errors import UserError, options_for_arguments
 from etflight.utils.files import write_json
 from etflight.utils.terminal import as_it_is, console
+
+if TYPE_CHECKING:  # a command without a model need not wait for it
+    from etflight.network import Network
 
 Options = TypeVar("Options")
 
@@ -46,6 +50,7 @@ class Asked(Generic[Options]):
         has_own_data: Whether it names a data set, which replaces that of the run.
         output: What `--output` gives, or None.
         accelerator: What `--accelerator` gives.
+        features: The folder that `--features` names, or None.
         config: All that was parsed.
     """
 
@@ -58,6 +63,7 @@ class Asked(Generic[Options]):
         self.runs: list[str] = [] if run is None else run if isinstance(run, list) else [run]
         self.output: str | None = config.output
         self.accelerator: str = config.get("accelerator", "auto")
+        self.features: Path | None = Path(folder) if (folder := config.get("features")) else None
 
     @property
     def run(self) -> str:
@@ -90,6 +96,26 @@ class Asked(Generic[Options]):
         data.prepare_data()
         return data
 
+    def stored(
+        self, model: "Network", data: ImageDataModule, splits: Iterable[Split], part: str = ""
+    ) -> ImageDataModule:
+        """The data module itself or, with `--features`, a copy that gives features from there in place of the images.
+
+        Args:
+            model: The model whose backbone computes what is not there yet.
+            data: The data module.
+            splits: The splits that are needed.
+            part: The folder in that of `--features` for these images, beside others of the command.
+
+        Raises:
+            UserError: The folder has other features, or cannot be written to.
+        """
+        if self.features is None:
+            return data
+        from etflight.analysis.outputs import with_stored_features  # which a command without a model need not import
+
+        return with_stored_features(model, data, splits, self.features / part, self.device(), quiet=self.quiet)
+
 
 def command(
     name: str,
@@ -115,7 +141,7 @@ def command(
         output_required: Whether `--output` must be given.
         runs: How many runs it takes.
         data: Whether `--data` is by default that of the run, must be given, or may be missing.
-        accelerator: Whether it computes, so that there is `--accelerator`.
+        accelerator: Whether a model goes over images, so that there are `--accelerator` and `--features`.
         more: Adds options that a dataclass cannot have.
 
     Raises:
@@ -138,6 +164,12 @@ def command(
         if accelerator:
             parser.add_argument(
                 "--accelerator", type=str, default="auto", help="cpu, gpu …; by default a GPU if there is one."
+            )
+            parser.add_argument(
+                "--features",
+                type=str | None,
+                default=None,
+                help="Folder for the features of the images: read if they are there, else computed and written.",
             )
         add_imports(parser)
         own = data != "of the run" or (runs == "several" and not {"--data", "-c", "--config"}.isdisjoint(names))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 
-from etflight.cli.argv import CommandParser, split_config_files
+from etflight.cli.argv import CommandParser, split_config_files, with_named_data
 from etflight.cli.parser import OneLineParser, import_modules
 from etflight.data import ImageDataModule
 from etflight.data.run_options import data_section, refuse_imports
@@ -66,6 +66,7 @@ def parse(parser: OneLineParser, argv: Sequence[str], run: str | None = None) ->
             raise UserError(
                 f"{folder} has no config.yaml that tells the data: give a run folder, such as runs/digits/ce, or --data"
             )
+    words = with_named_data(files, words)
     # the parser knows no other section of a configuration file
     return parser.parse_args([*(f"--config={to_yaml(data_section(Path(file)))}" for file in files), *words])
 

@@ -89,7 +89,7 @@ def main(asked: Asked[Options]) -> None:
     before = fabric.broadcast(last_state(folder, settings) if fabric.is_global_zero else None)
     rows = [] if before is None else before.results
     if len(rows) < len(sessions):
-        features = session_features(model, base, every, sessions, learner, fabric.device)
+        features = session_features(model, base, every, sessions, learner, fabric.device, folder=asked.features)
         for done in run_sessions(learner, features, before):
             rows = done.results
             if fabric.is_global_zero:

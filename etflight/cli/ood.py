@@ -10,14 +10,12 @@ from rich.table import Table
 from etflight import plotting
 from etflight.analysis.ood import ask, separations
 from etflight.analysis.outputs import class_vectors
-from etflight.classifier import Classifier
 from etflight.cli.checkpoint_option import compare_with_training, data_of_run
 from etflight.cli.command import Asked, Results, command, show, show_place
 from etflight.cli.data_option import existing
 from etflight.cli.decision_option import load_trained
-from etflight.data import ImageDataModule
 from etflight.metrics.ood import Separation
-from etflight.runs.folder import read_record, run_of
+from etflight.runs.folder import CONFIG, read_record, run_of
 from etflight.runs.record import data_facts, test_facts
 from etflight.utils.errors import UserError
 from etflight.utils.terminal import as_it_is
@@ -51,10 +49,20 @@ class Options:
 )
 def main(asked: Asked[Options]) -> None:
     """Print a table of scores, and write `ood.json` and histograms."""
-    config = _config_of(existing(asked.run))
+    if (run := run_of(existing(asked.run))) is None or not (run / CONFIG).is_file():
+        raise UserError(
+            f"{asked.run} is not in a run folder, whose config.yaml says which images are known: give one, such as runs/digits/ce"
+        )
     checkpoint, model, folder, what = load_trained(asked.run)
     class_vectors(model, f"checkpoint {checkpoint}")  # or an error, if there are none
-    known = _known_data(asked.run, config, model, checkpoint)
+    try:
+        known = data_of_run(run, model.preprocessing, "ood")
+        compare_with_training(known, model, checkpoint, images=True)
+    except UserError as error:
+        raise UserError(
+            f"the run's own images, which are the known ones: {error} (their place is that of {run / CONFIG}: try with "
+            f"etflight describe -c {run / CONFIG})"
+        ) from error
     unknown = asked.data(known.preprocessing)
     device = asked.device()
     question = ask(model, known, unknown, **vars(asked.options))
@@ -72,10 +80,13 @@ def main(asked: Asked[Options]) -> None:
         },
     }
     seed = read_record(folder).get("seed")
-    folder = Path(asked.output or folder / "ood" / _folder_name(unknown))
+    name = re.sub(r"[^\w.-]+", "_", unknown.dataset_name).strip(".") or type(unknown).__name__
+    folder = Path(asked.output or folder / "ood" / name)
     results = Results(folder / RECORD, facts, (PICTURE,))
 
-    found = separations(question, device, quiet=asked.quiet)
+    others = asked.stored(model, known.with_test_images(question.unknown), ("test",), name)
+    known = asked.stored(model, known, ("train", "test"))
+    found = separations(question._replace(known=known, unknown=others.split("test")), device, quiet=asked.quiet)
     record = {
         **facts,
         "seed": seed,
@@ -99,40 +110,6 @@ def main(asked: Asked[Options]) -> None:
         f"{nc5}: mean |cos| of class means and the mean of the unknown images",
     )
     show_place(folder, f"{RECORD}, {PICTURE}")
-
-
-def _config_of(run: Path) -> Path:
-    """The configuration that says which images are known.
-
-    Raises:
-        UserError: There is none.
-    """
-    folder = run_of(run)
-    if folder is None or not (config := folder / "config.yaml").is_file():
-        raise UserError(
-            f"{run} is not in a run folder, whose config.yaml says which images are known: give one, such as runs/digits/ce"
-        )
-    return config
-
-
-def _known_data(run: str, config: Path, model: Classifier, checkpoint: Path) -> ImageDataModule:
-    """The run's own images.
-
-    Raises:
-        UserError: They cannot be read.
-    """
-    try:
-        data = data_of_run(Path(run), model.preprocessing, "ood")
-        return compare_with_training(data, model, checkpoint, images=True)
-    except UserError as error:
-        raise UserError(
-            f"the run's own images, which are the known ones: {error} (their place is that of {config}: try with "
-            f"etflight describe -c {config})"
-        ) from error
-
-
-def _folder_name(unknown: ImageDataModule) -> str:
-    return re.sub(r"[^\w.-]+", "_", unknown.dataset_name).strip(".") or type(unknown).__name__
 
 
 def _table(title: str, results: dict[str, Separation]) -> Table:

@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from etflight.analysis.retrieval import refuse_other_classes, retrieval
+from etflight.analysis.store import weights_of
 from etflight.classifier import Classifier
 from etflight.cli.command import Asked, NoOptions, Results, command, show, show_place
 from etflight.cli.decision_option import load_trained
@@ -39,7 +40,10 @@ def main(asked: Asked[NoOptions]) -> None:
     if any("decides" in each.facts for each in loaded):
         facts["decides"] = [each.facts.get("decides") for each in loaded]
     results = Results(Path(asked.output or loaded[0].folder / "retrieval.json"), facts)
-    found = retrieval([each.model for each in loaded], sets, device, quiet=asked.quiet)
+    models = [each.model for each in loaded]
+    parts = [weights_of(model.backbone)[:12] for model in models] if asked.features else [""] * len(models)
+    sets = [asked.stored(model, data, ("test",), part) for model, data, part in zip(models, sets, parts, strict=True)]
+    found = retrieval(models, sets, device, quiet=asked.quiet)
     results.write({**facts, **found})
     show(_table(found, str(sets[0])))
     show_place(results.file.parent, results.file.name)

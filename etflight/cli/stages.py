@@ -30,7 +30,7 @@ from etflight.checkpoint.specs import find_class
 from etflight.checkpoint.weights_to_come import weights_come_next
 from etflight.classifier import Classifier
 from etflight.cli import STAGES
-from etflight.cli.argv import EarlyOptions, split_config_files
+from etflight.cli.argv import EarlyOptions, split_config_files, with_named_data
 from etflight.cli.parser import hint_for_run, import_modules
 from etflight.cli.place import Place
 from etflight.cli.predict import as_data, images_of
@@ -46,8 +46,7 @@ from etflight.runs.folder import METRICS, PREDICTIONS, is_own_checkpoint, same_f
 from etflight.runs.loggers import MetricsCSV
 from etflight.runs.record import RunRecord
 from etflight.runs.wandb import choose_names, fail_safe
-from etflight.utils.errors import UserError, options_for_arguments, print_dead_process, user_error_in
-from etflight.utils.jsonargparse_private import in_one_line
+from etflight.utils.errors import UserError, options_for_arguments, print_dead_process
 from etflight.utils.lightning_private import on_dead_process
 from etflight.utils.trainer import callbacks_of, is_trial_run
 from etflight.utils.yaml import guard_parser
@@ -81,6 +80,7 @@ class EtflightCLI(LightningCLI):
             raise UserError(f"the command comes first: give one of {', '.join(STAGES)} in front of its options")
         stage = argv[0]
         files, words = split_config_files(f"etflight {stage}", argv[1:])
+        words = with_named_data(files, words)
         self.options = options = EarlyOptions.of(f"etflight {stage}", files, words)
         self.place = Place.of(stage, options)
         self.saved_model: dict[str, Any] = {}  # the arguments of the checkpoint's model
@@ -180,18 +180,9 @@ class EtflightCLI(LightningCLI):
             choose_names(arguments, folder=folder, name=self.place.name, seed=config["seed_everything"], data=data)
 
     def instantiate_classes(self) -> None:
-        """Build them as LightningCLI does, but compute nothing that the checkpoint of an evaluation brings.
-
-        Raises:
-            UserError: A class cannot be built.
-        """
+        """Build them as LightningCLI does, but compute nothing that the checkpoint of an evaluation brings."""
         with nullcontext() if self.subcommand == "fit" else weights_come_next():
-            try:
-                super().instantiate_classes()
-            except ValueError as error:
-                if user_error_in(error) or "Problem with given class_path" not in str(error):
-                    raise
-                raise UserError(in_one_line(str(error), {})) from error
+            super().instantiate_classes()
 
     def after_instantiate_classes(self) -> None:
         """Give the data module its images without labels; refuse a checkpoint of other shapes before Lightning fails on its tensors.

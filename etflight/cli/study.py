@@ -1,6 +1,5 @@
 """`etflight study FILE`: runs everything in a study, then prints its table; finished runs are left alone."""
 
-import argparse
 import os
 import shlex
 import signal
@@ -52,8 +51,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--jobs is {arguments.jobs}: give at least 1")
     arguments.file = find_config(arguments.file)
     whole = list(read_study(arguments.file).stages())
-    stages = [[cell for cell in stage if _is_chosen(cell, arguments)] for stage in whole]
-    cells = [cell for stage in stages for cell in stage]
+    stages = whole
     for kind, attribute, asked in (
         ("set", "set_name", arguments.sets),
         ("arm", "arm", arguments.arms),
@@ -64,6 +62,8 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(
                 f"{arguments.file} has no {kind} {unknown[0]}: give some of {', '.join(map(str, there))} to --{kind}s"
             )
+        stages = [[cell for cell in stage if getattr(cell, attribute) in (asked or there)] for stage in stages]
+    cells = [cell for stage in stages for cell in stage]
     if arguments.download == "true":
         asked = {cell: _download_option(cell) for cell in cells}
         if not any(asked.values()):
@@ -86,11 +86,6 @@ def main(argv: Sequence[str]) -> None:
         report.main([str(cell.folder) for cell in done])
     if failed:
         raise UserError(f"{len(failed)} of {len(cells)} runs failed, the first: {failed[0]}")
-
-
-def _is_chosen(cell: Cell, arguments: argparse.Namespace) -> bool:
-    chosen = ((cell.set_name, arguments.sets), (cell.arm, arguments.arms), (cell.seed, arguments.seeds))
-    return all(only is None or value in only for value, only in chosen)
 
 
 def _download_option(cell: Cell) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from etflight.data.auto_augment import AutoAugment
@@ -27,7 +28,7 @@ from etflight.data.profiles import (
     fingerprint,
 )
 from etflight.data.sampler import ImbalancedSampler, ShardSampler, resolve_policy
-from etflight.data.sources import Batch, ImageSource, ImageSplit, Split
+from etflight.data.sources import Batch, FeatureSplit, ImageSource, ImageSplit, Split
 from etflight.data.transforms import TrainTransform, normalize
 from etflight.utils.errors import UserError
 from etflight.utils.ranks import world
@@ -243,6 +244,14 @@ class ImageDataModule(LightningDataModule, ABC):
         return {"sampler": resolve_policy("instance" if self.sampler is None else self.sampler), **self._recipe}
 
     @property
+    def changing(self) -> dict[str, Any]:
+        """The options by which a training image is not the same in every epoch, with the values that leave it as it is."""
+        neutral = {option.name: option.default for option in fields(TrainTransform)}
+        return {
+            f"{self.option}.{name}": neutral[name] for name, value in self._recipe.items() if value != neutral[name]
+        }
+
+    @property
     def _labels_are_free(self) -> bool:
         """Whether the labels do not follow from the choice of images."""
         return bool(self.label_noise)
@@ -280,7 +289,7 @@ class ImageDataModule(LightningDataModule, ABC):
         """
         if name not in get_args(Split):
             raise UserError(f"split {name!r} is unknown: give one of {names_of(Split)}")
-        if name == "val" and not self.val_is_held_out:
+        if name == "val" and name not in self._splits and not self.val_is_held_out:
             name = "test"
         if name not in self._splits:
             if name == "train" or (name == "val" and self.val_fraction > 0):
@@ -307,6 +316,29 @@ class ImageDataModule(LightningDataModule, ABC):
         twin = copy(self)
         twin._splits = {**self._splits, "test": images}
         return twin
+
+    def with_features(self, features: Mapping[Split, Tensor]) -> Self:
+        """A copy of this module that gives, in place of the images of some splits, the features that a backbone has computed of them.
+
+        `Network.features` returns such batches as they are, so whatever runs the model over the module needs no backbone.
+
+        Args:
+            features: For each of these splits the pooled features `[N, d]` of all its images, in the order of `eval_dataloader`.
+        """
+        twin = copy(self)
+        known = {name: self.split(name) for name in features}  # validation may be the test set, watched
+        twin._splits = {**self._splits, **{name: FeatureSplit(known[name], rows) for name, rows in features.items()}}
+        return twin
+
+    def use_features(self, features: Mapping[Split, Tensor]) -> None:
+        """Give features as a copy by `with_features` does, until `use_images`."""
+        self._splits = self.with_features(features)._splits
+
+    def use_images(self) -> None:
+        """Give images again wherever `use_features` has put features in their place."""
+        self._splits = {
+            name: split.images if isinstance(split, FeatureSplit) else split for name, split in self._splits.items()
+        }
 
     def make_split(self, name: Split, source: ImageSource, indices: NDArray[np.int64]) -> ImageSplit:
         """The data set that loaders read, made of the chosen images."""
@@ -422,14 +454,16 @@ class ImageDataModule(LightningDataModule, ABC):
             labels = data.labels[order]  # the split's own, which need not be its source's
             data = self.make_split("train", data.source, data.indices.numpy()[order])
             data.labels = labels
-        loader = TrainLoader(
-            data, sampler=sampler, batch_size=self.batch_size, **loader_options(self.num_workers, self.trainer)
-        )
+        loader = TrainLoader(data, sampler=sampler, batch_size=self.batch_size, **self._loading(data))
         loader.trainer = self.trainer
         return loader
 
-    def eval_dataloader(self, split: Split) -> DataLoader[Batch]:
+    def eval_dataloader(self, split: Split, start: int = 0) -> DataLoader[Batch]:
         """Every image of a split exactly once over all ranks, in order; `eval_transform` prepares the batches.
+
+        Args:
+            split: The split.
+            start: The number of images of this rank to leave out, because an interrupted pass has had them.
 
         Raises:
             UserError: There are fewer images than ranks.
@@ -439,9 +473,9 @@ class ImageDataModule(LightningDataModule, ABC):
         batch_size = self.eval_batch_size or self.batch_size * (1 if on_cpu else 4)
         return EvalLoader(
             data,
-            sampler=ShardSampler(data, *self._world()),
+            sampler=ShardSampler(data, *self._world(), start),
             batch_size=batch_size,
-            **loader_options(self.num_workers, self.trainer),
+            **self._loading(data),
         )
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -468,14 +502,14 @@ class ImageDataModule(LightningDataModule, ABC):
 
         Returns:
             Images float32 `[views·B, C, H, W]`, one view of all after the other, and labels int64 `[views·B]` or, with mixup or CutMix,
-            float32 `[B, K]`.
+            float32 `[B, K]`. Features `[B, d]` stay as they are.
         """
-        return self._augment(*batch, step, rank)
+        return batch if batch[0].ndim == 2 else self._augment(*batch, step, rank)
 
     def eval_transform(self, batch: Batch) -> Batch:
-        """Normalise: uint8 to float32 `[B, C, H, W]`, labels untouched."""
+        """Normalise: uint8 to float32 `[B, C, H, W]`, labels untouched; features `[B, d]` stay as they are."""
         images, labels = batch
-        return normalize(images, *self._statistics), labels
+        return (images if images.ndim == 2 else normalize(images, *self._statistics)), labels
 
     @cached_property
     def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -493,6 +527,10 @@ class ImageDataModule(LightningDataModule, ABC):
     @property
     def _run_seed(self) -> int:
         return int(os.environ.get("PL_GLOBAL_SEED", self.seed))  # where Lightning's seed_everything puts it
+
+    def _loading(self, data: ImageSplit) -> dict[str, Any]:
+        # features need no decoding
+        return loader_options(0 if isinstance(data, FeatureSplit) else self.num_workers, self.trainer)
 
     def _world(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else world()

@@ -164,6 +164,18 @@ class FileSource(ImageSource):
         """The paths below the folder, independent of where it is; no file is read."""
         return self.paths.marks()
 
+    def sizes(self, indices: Tensor) -> NDArray[np.int64]:
+        """The sizes of the files in bytes, -1 for a file that is missing."""
+
+        def size(index: int) -> int:
+            try:
+                return os.stat(self.paths[index]).st_size
+            except OSError:
+                return -1
+
+        with ThreadPool(_THREADS) as threads:
+            return np.array(threads.map(size, indices.tolist(), _CHUNK), np.int64)
+
 
 class FileSplit(ImageSplit):
     """The image files that one split uses.
@@ -299,6 +311,13 @@ class FileImages(ImageDataModule):
     def training_options(self) -> dict[str, Any]:
         """As in the base class, plus how pictures are cut."""
         return {**super().training_options, "min_crop_scale": self._or_standard("min_crop_scale")}
+
+    @property
+    def changing(self) -> dict[str, Any]:
+        """As in the base class, plus how pictures are cut, and whether another may take the place of one that cannot be read."""
+        own = {"min_crop_scale": (self._or_standard("min_crop_scale"), 1.0), "skip_corrupt": (self.skip_corrupt, False)}
+        off = {f"{self.option}.{name}": neutral for name, (value, neutral) in own.items() if value != neutral}
+        return off | super().changing
 
     def _checked(self, name: Split) -> ImageSource:
         source = super()._checked(name)

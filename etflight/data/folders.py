@@ -1,13 +1,16 @@
 """Sets of image files whose folders tell the classes: one folder per class, CUB-200, Tiny ImageNet."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from etflight.data.files import FileImages, FileSource, ListedFileImages, Paths, PhotoRecipe, files_below
@@ -21,20 +24,33 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", "
 
 @dataclass(eq=False)
 class FolderImages(FileImages):
-    """Image files in `root/train/<class>/`, `root/test/<class>/` and, optionally, `root/val/<class>/`.
+    """Image files in `root/train/<class>/`, `root/test/<class>/` and, optionally, `root/val/<class>/`; or all in `root/<class>/`.
 
     Files are JPEG, PNG, WebP, GIF, BMP, TIFF or PPM; classes are the folder names of `train`, sorted. Nothing is known of what the images
     show, so by default they are neither cropped at random nor mirrored.
 
+    Without folders `train`, `val` and `test`, a part of each class's images is the test set. Which ones depends on nothing but the names of
+    the class and its files: it is the same choice on every machine and for every `seed`, and new files change it little.
+
     Args:
         root: The folder.
+        test_fraction: That part, above 0 and below 1: of a class at least one image, but never its last.
     """
 
     named_after: ClassVar[str | None] = "root"
 
+    test_fraction: float = field(default=0.2, kw_only=True)
+
+    _division_told: bool = field(default=False, init=False, repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check the options that need no file."""
+        super().__post_init__()
+        self._refuse_unless(0 < self.test_fraction < 1, "test_fraction", "give a part above 0 and below 1")
+
     @cached_property
     def class_names(self) -> list[str]:
-        """Folder names of `train`, sorted."""
+        """Folder names of `train`, or else of `root`, sorted."""
         return [readable(folder.name) for folder in self._class_folders("train")]
 
     @property
@@ -51,9 +67,15 @@ class FolderImages(FileImages):
         paths: list[str] = []
         labels: list[int] = []
         for folder, label in self._labelled(self._class_folders(split)):
-            files = files_below(str(folder), SUFFIXES)
-            paths += [f"{split}/{folder.name}/{file}" for file in files]
+            files = self._of_split(split, folder)
+            paths += [str(folder.relative_to(self.root) / file) for file in files]
             labels += [label] * len(files)
+        if self.draws_test and not self._division_told:
+            self._division_told = True
+            rank_zero_info(
+                f"{self}: without folders train and test, {self.test_fraction:.3g} of each class's images, chosen by their names, are "
+                f"test images ({argument(f'{self.option}.test_fraction')})"
+            )
         return self.make_source(Paths(self.root, paths), torch.tensor(labels))
 
     def untested(self) -> set[int]:
@@ -62,8 +84,10 @@ class FolderImages(FileImages):
         Raises:
             UserError: A class of `test` is not in `train`.
         """
+        if self.draws_test:
+            self.split("test")
         known = super().untested()
-        if not (folders := self._folders("test")):
+        if self.draws_test or not (folders := self._folders("test")):
             return known
         return known | set(range(self.num_classes)).difference(label for _, label in self._labelled(folders))
 
@@ -74,18 +98,37 @@ class FolderImages(FileImages):
                 raise UserError(f"{folder}: no class of train has this name: rename it, or add it to train")
             yield folder, label_of[folder.name]
 
+    @cached_property
+    def draws_test(self) -> bool:
+        """Whether there are classes with images, but no folder of a split, so that test images are drawn."""
+        root = Path(self.root)
+        return not any((root / split).is_dir() for split in get_args(Split)) and any(
+            path.suffix.lower() in SUFFIXES for path in root.glob("[!.]*/[!.]*")
+        )
+
+    def _of_split(self, split: Split, folder: Path) -> list[str]:
+        """The files of a class's folder that belong to a split."""
+        files = files_below(str(folder), SUFFIXES)
+        if not self.draws_test:
+            return files
+        by_hash = sorted(files, key=lambda file: sha256(os.fsencode(f"{folder.name}/{file}")).digest())
+        count = min(max(round(self.test_fraction * len(files)), 1), max(len(files) - 1, 0))
+        test = set(by_hash[:count])
+        return [file for file in files if (file in test) == (split == "test")]
+
     def _class_folders(self, split: Split) -> list[Path]:
         if not (folders := self._folders(split)):
             parent = Path(self.root) / split
             reason = "holds no class folder" if parent.is_dir() else "does not exist"
             raise UserError(
-                f"{parent} {reason}: put train/<class>/*.jpg, test/<class>/*.jpg and optionally val/<class>/*.jpg below "
-                f"{argument('data.root')}"
+                f"{parent} {reason}: put train/<class>/*.jpg, test/<class>/*.jpg and optionally val/<class>/*.jpg, or <class>/*.jpg alone, "
+                f"below {argument('data.root')}"
             )
         return folders
 
     def _folders(self, split: Split) -> list[Path]:
-        return sorted(folder for folder in (Path(self.root) / split).glob("[!.]*") if folder.is_dir())
+        parent = Path(self.root) if self.draws_test else Path(self.root) / split
+        return sorted(folder for folder in parent.glob("[!.]*") if folder.is_dir())
 
 
 @dataclass(eq=False)

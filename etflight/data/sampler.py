@@ -191,20 +191,27 @@ class ShardSampler(_Sharded):
         dataset: Anything with a length N.
         num_replicas: W; None takes torch.distributed's world size where it is initialised, else 1.
         rank: r; None takes torch.distributed's, or 0.
+        start: The number of images of this rank to leave out, because an interrupted pass has had them.
 
     Raises:
         UserError: There are fewer images than ranks, so that one rank would have none.
     """
 
-    def __init__(self, dataset: Sized, num_replicas: int | None = None, rank: int | None = None) -> None:
+    def __init__(
+        self, dataset: Sized, num_replicas: int | None = None, rank: int | None = None, start: int = 0
+    ) -> None:
         super().__init__(dataset, len(dataset), num_replicas, rank)
+        self.start = start
         if self.total_size < self.num_replicas:
             raise UserError(
                 f"{self.total_size} images cannot be shared by {self.num_replicas} ranks: use at most as many devices"
             )
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.rank, self.total_size, self.num_replicas))
+        return iter(range(self.rank, self.total_size, self.num_replicas)[self.start :])
+
+    def __len__(self) -> int:
+        return max(0, self.num_samples - self.start)
 
 
 def resolve_policy(policy: str | float) -> str | float:

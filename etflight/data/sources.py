@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from etflight.data.sampler import Draw
 from etflight.utils.errors import UserError
+from etflight.utils.precision import at_least_float32
 
 Batch = tuple[Tensor, Tensor]
 Split = Literal["train", "val", "test"]
@@ -74,6 +76,10 @@ class ImageSource(ABC):
     def marks(self) -> Iterable[bytes | memoryview]:
         """What identifies these images besides their labels; here, their names."""
         return (self.name(i).encode(errors="surrogateescape") + b"\0" for i in range(len(self.labels)))
+
+    def sizes(self, indices: Tensor) -> NDArray[np.int64]:
+        """The sizes in bytes of the files of the images at `indices`, `[B]`; empty for images that are no files, whose `marks` tell all."""
+        return np.empty(0, np.int64)
 
 
 class ArraySource(ImageSource):
@@ -145,3 +151,26 @@ class ImageSplit(Dataset[Batch]):
 
     def end_pass(self) -> None:
         """Loaders call this after the last batch of a pass."""
+
+
+class FeatureSplit(ImageSplit):
+    """The images of a split by the features that a backbone has computed of them; loaders read these in place of the images.
+
+    Args:
+        images: The images.
+        features: Their pooled features `[N, d]`, in the same order.
+
+    Attributes:
+        images: The images.
+    """
+
+    def __init__(self, images: ImageSplit, features: Tensor) -> None:
+        super().__init__(images.source, images.indices.numpy())
+        self.images = images
+        self.labels = images.labels
+        self.features = features
+
+    def __getitems__(self, positions: Sequence[int | Draw]) -> Batch:
+        """Features `[B, d]`, float32 or float64, and labels int64 `[B]`."""
+        where = torch.tensor([position.position if isinstance(position, Draw) else position for position in positions])
+        return at_least_float32(self.features.index_select(0, where)), self.labels.index_select(0, where)

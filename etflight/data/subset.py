@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from etflight.data.base import ImageDataModule
+from etflight.data.base import RECIPE, ImageDataModule
 from etflight.data.sources import ImageSource, ImageSplit, Split
 from etflight.utils.errors import UserError
 
@@ -98,6 +98,12 @@ class ClassSubset(ImageDataModule):
         return self.images.training_options | super().training_options
 
     @property
+    def changing(self) -> dict[str, Any]:
+        """Its own, and what only the set has; the recipe of `images` is an option of this module."""
+        inner = {name: value for name, value in self.images.changing.items() if name.rpartition(".")[2] not in RECIPE}
+        return inner | super().changing
+
+    @property
     def _labels_are_free(self) -> bool:
         return super()._labels_are_free or self.labels != sorted(self.labels)
 
@@ -147,6 +153,9 @@ class _SubsetSource(ImageSource):
 
     def name(self, index: int) -> str:
         return self.all.name(int(self.positions[index]))
+
+    def sizes(self, indices: Tensor) -> NDArray[np.int64]:
+        return self.all.sizes(self.positions[indices])
 
 
 def _parse_labels(text: str) -> list[int]:

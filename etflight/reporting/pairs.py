@@ -75,19 +75,11 @@ def unpaired(section: Section) -> list[str]:
     reference, others = _arms(section)
     if reference is None:
         return []
-    known = {_pair(result) for result in reference.results}
-    alone = [
-        f"seed {'?' if result.seed is None else result.seed} of {group.arm}"
-        for group in others
-        for result in group.results
-        if result.seed is None or _pair(result) not in known
-    ]
+    known = {_pair(result) for result in reference.results if result.seed is not None}
     shared = {_pair(result) for group in others for result in group.results if result.seed is not None}
-    return alone + [
-        f"seed {'?' if result.seed is None else result.seed} of {reference.arm}"
-        for result in reference.results
-        if others and (result.seed is None or _pair(result) not in shared)
-    ]
+    alone = [(r, group) for group in others for r in group.results if _pair(r) not in known]
+    alone += [(r, reference) for r in reference.results if others and _pair(r) not in shared]
+    return [f"seed {'?' if r.seed is None else r.seed} of {group.arm}" for r, group in alone]
 
 
 def _arms(section: Section) -> tuple[Group | None, list[Group]]:

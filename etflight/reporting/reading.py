@@ -2,7 +2,7 @@
 
 import csv
 import json
-import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import StringIO
@@ -102,10 +102,6 @@ def series(path: Path, rows: list[dict[str, str]], name: str, over: str = "epoch
 
 def finite(value: object) -> float | None:
     """The value as a float, or None if it is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
+    return float(value)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from etflight.runs.folder import CHECKPOINTS, read_record
+from etflight.utils.limits import fits
 
 # options in which the runs of an arm differ, as `etflight.runs.record.config_sha256` has it
 _OF_A_RUN = {
@@ -14,6 +15,7 @@ _OF_A_RUN = {
     "trainer.default_root_dir", "trainer.logger", "data.download", "data.images.download",
 }  # fmt: skip
 _MOST_STAGES = 10  # one based on the other
+_SHAPES = {"config_sha256": str, "commit": str, "options": [str], "based_on": object}
 
 
 def identity(folder: Path | None) -> dict[str, Any] | None:
@@ -37,19 +39,15 @@ def identity(folder: Path | None) -> dict[str, Any] | None:
     return known if is_identity(known) else None
 
 
-def is_identity(value: Any) -> bool:
+def is_identity(value: Any, most_stages: int = _MOST_STAGES) -> bool:
     """Whether a value is an `identity`."""
-    for _ in range(_MOST_STAGES):
-        if not isinstance(value, dict) or not isinstance(value.get("config_sha256"), str):
-            return False
-        options, commit = value.get("options", []), value.get("commit", "")
-        whole = value.keys() <= {"config_sha256", "commit", "options", "based_on"} and isinstance(commit, str)
-        if not (whole and isinstance(options, list) and all(isinstance(option, str) for option in options)):
-            return False
-        value = value.get("based_on")
-        if value is None:
-            return True
-    return False
+    return (
+        most_stages > 0
+        and isinstance(value, dict)
+        and {"config_sha256"} <= value.keys() <= _SHAPES.keys()
+        and all(fits(part, _SHAPES[name]) for name, part in value.items())
+        and (value.get("based_on") is None or is_identity(value["based_on"], most_stages - 1))
+    )
 
 
 def chain(based_on: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:

@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 from typing import IO, TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ RESULTS = "test_metrics.json"
 PER_CLASS = "per_class.csv"
 PREDICTIONS = "predictions.csv"
 FIGURES = "figures"
+FEATURES = "features"
 
 
 def run_folder(trainer: "Trainer") -> Path:
@@ -96,14 +97,17 @@ def claim(folder: Path, resume_from: Path | None) -> None:
         raise UserError(
             f"run folder {folder} already holds a checkpoint: give {resume} to resume it, or a new {argument('name')}"
         )
-    if _finished_epochs(folder) > 1:  # one may have been logged before its checkpoint was saved
-        raise UserError(
-            f"run folder {folder} has the curves of a training but no checkpoint: give a new {argument('name')}, or remove it"
-        )
-    if os.path.lexists(folder / RESULTS):
-        raise UserError(
-            f"run folder {folder} has the results of a test but no checkpoint: give a new {argument('name')}, or remove it"
-        )
+    for left, what in (
+        (
+            _finished_epochs(folder) > 1,
+            "curves of a training",
+        ),  # one may have been logged before its checkpoint was saved
+        (os.path.lexists(folder / RESULTS), "results of a test"),
+    ):
+        if left:
+            raise UserError(
+                f"run folder {folder} has the {what} but no checkpoint: give a new {argument('name')}, or remove it"
+            )
     _refuse_files_of_others(folder)
 
 
@@ -178,20 +182,25 @@ def refuse_other_results(file: Path, facts: Mapping[str, Any], pictures: Sequenc
     if file.is_dir():
         raise UserError(f"{file} is a folder: give {argument('output')} the name of a file")
     try:
-        content = json.loads(file.read_text("utf-8"))
+        known = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
-        content = None
-    known = content if isinstance(content, dict) else {}
-    for name, value in json.loads(json.dumps(facts)).items():
-        pairs = {name: (known.get(name), value)}
-        if isinstance(saved := known.get(name), dict) and isinstance(value, dict):
-            pairs = {f"{name} {part}": (saved.get(part), value.get(part)) for part in {**value, **saved}}
-        for what, pair in pairs.items():
-            if pair[0] != pair[1]:
-                before, now = (shorten(str(of), 80, placeholder=" …") for of in pair)
-                raise UserError(
-                    f"{file} holds other results ({what}: {before}, not {now}), which stay as they are: give {argument('output')}"
-                )
+        known = {}
+    before, now = (_told(plain, facts) for plain in (known, json.loads(json.dumps(facts))))
+    for name in {**now, **before}:
+        if before.get(name) != now.get(name):
+            values = (shorten(str(of.get(name)), 80, placeholder=" …") for of in (before, now))
+            raise UserError(
+                f"{file} holds other results ({name}: {', not '.join(values)}), which stay as they are: give {argument('output')}"
+            )
+
+
+def _told(content: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts in the content of a JSON file, with those of a dict by names of their own."""
+    found: dict[str, Any] = {}
+    for name in facts if isinstance(content, dict) else ():
+        value = content.get(name)
+        found |= {f"{name} {part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
+    return found
 
 
 def check_writable(folder: Path, *arguments: str) -> None:
@@ -241,42 +250,14 @@ def lock(folder: Path) -> IO[str] | None:
     Raises:
         UserError: Another process has the lock.
     """
-    in_use = f"run folder {folder} is in use, another process trains in it: wait for its end, or give a new {argument('name')}"
-    return _locked(folder / ".lock", in_use)
-
-
-@contextmanager
-def sole_writer(file: Path) -> Iterator[None]:
-    """Keep other processes from writing a file too until the block ends, or this process does, in whatever way.
-
-    Args:
-        file: The file, in a folder that is made if it does not exist; it gets a hidden neighbour meanwhile.
-
-    Raises:
-        UserError: Another process writes it.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    mark = file.with_name(f".{file.name}.lock")
-    in_use = (
-        f"{file} is being written by another process: wait for its end, or give another name with {argument('output')}"
-    )
-    with _locked(mark, in_use) or nullcontext() as held:
-        # the process that made the mark may have finished and removed it just before it was locked here
-        if held is not None and not (mark.exists() and os.path.samestat(os.fstat(held.fileno()), mark.stat())):
-            raise UserError(in_use)
-        try:
-            yield
-        finally:
-            mark.unlink(missing_ok=True)
-
-
-def _locked(path: Path, in_use: str) -> IO[str] | None:
-    file = path.open("w")
+    file = (folder / ".lock").open("w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader processes would inherit flock's lock
     except (BlockingIOError, PermissionError):
         file.close()
-        raise UserError(in_use) from None
+        raise UserError(
+            f"run folder {folder} is in use, another process trains in it: wait for its end, or give a new {argument('name')}"
+        ) from None
     except OSError:
         file.close()
         return None

@@ -125,12 +125,27 @@ class RunRecord(SaveConfigCallback):
         resumes = same_folder(folder, self.trained_in)
         based_on = _based_on(config, self.trained_in, resumes=resumes)
         record = {
-            **facts(name=self.name, arm=self.arm, config=config, based_on=based_on, trainer=trainer),
+            "name": self.name,
+            "arm": self.arm,
+            "command": shlex.join(["etflight", *sys.argv[1:]]),
+            "config_sha256": config_sha256(config, based_on),
+            "commit": _commit(),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+            "hardware": {
+                "cpu": _processor(),
+                "threads": torch.get_num_threads(),
+                "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+                "device": trainer.strategy.root_device.type,
+                "processes": trainer.world_size,
+            },
             **({} if based_on is None else {"based_on": based_on}),
             **further,
         }
-        if resumes:
-            record |= resumed_facts(folder, record)
+        if resumes:  # how it began stays, and `resumed` gets one more entry
+            before, again = read_record(folder), {name: record[name] for name in ("command", "commit", "started")}
+            record |= {name: before.get(name, value) for name, value in again.items()}
+            record["resumed"] = [*before.get("resumed", []), again]
         if (known := recorded_id(folder)) is not None:
             record[ID] = known
         with writing_to(folder):
@@ -144,43 +159,8 @@ class RunRecord(SaveConfigCallback):
                 self.parser.save(saved, partial, skip_unset=False, overwrite=True, multifile=False)
 
 
-def facts(
-    *,
-    name: str,
-    arm: str | None,
-    config: Mapping[str, Any],
-    based_on: Mapping[str, Any] | None = None,
-    trainer: Trainer,
-) -> dict[str, Any]:
-    """Collect what is needed to repeat any run: command, configuration, commit, versions, hardware.
-
-    Args:
-        name: The name of the run.
-        arm: The name of the arm that its configuration files describe, or None.
-        config: All arguments as plain data.
-        based_on: The `etflight.runs.based_on.identity` of the run whose checkpoint it starts from, or None.
-        trainer: The trainer, about to run.
-    """
-    return {
-        "name": name,
-        "arm": arm,
-        "command": shlex.join(["etflight", *sys.argv[1:]]),
-        "config_sha256": config_sha256(config, based_on),
-        "commit": _commit(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
-        "hardware": {
-            "cpu": _processor(),
-            "threads": torch.get_num_threads(),
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-            "device": trainer.strategy.root_device.type,
-            "processes": trainer.world_size,
-        },
-    }
-
-
 def training_facts(*, seed: Any, data: Any) -> dict[str, Any]:
-    """Collect what is needed to repeat a training in addition to `facts`: the seed, and the choice of images."""
+    """What a training is repeated by beside command, configuration and versions: the seed, and the choice of images."""
     return {
         "seed": seed,
         "data": {**data_facts(data), **data.ratios, "validation": data.validation},
@@ -211,18 +191,6 @@ def test_facts(data: Any) -> dict[str, Any]:
     }
 
 
-def resumed_facts(folder: Path, now: Mapping[str, Any]) -> dict[str, Any]:
-    """Update the record of a run that is resumed: how it began stays, and `resumed` gets one more entry.
-
-    Args:
-        folder: The run folder, with the record so far.
-        now: The `facts` of the process that resumes it.
-    """
-    record, start = read_record(folder), ("command", "commit", "started")
-    again = {name: now[name] for name in start}
-    return {**{name: record.get(name, now[name]) for name in start}, "resumed": [*record.get("resumed", []), again]}
-
-
 def config_sha256(config: Mapping[str, Any], based_on: Mapping[str, Any] | None = None) -> str:
     """Hash a configuration without what differs between the runs of one arm: seeds, name, place, loggers, download, paths of checkpoints.
 
@@ -245,7 +213,8 @@ def config_sha256(config: Mapping[str, Any], based_on: Mapping[str, Any] | None 
         )
     tuning = content.get("fine_tuning")
     if tuning:
-        content["fine_tuning"] = {**tuning, "checkpoint": None}
+        told = {key: value for key, value in tuning.items() if key != "store_features"}  # which changes no number
+        content["fine_tuning"] = {**told, "checkpoint": None}
     if based_on is not None:
         content["based_on"] = based_on["config_sha256"]
     text = json.dumps({**content, "trainer": trainer}, sort_keys=True, default=str)

@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -192,8 +191,6 @@ def _finish(run: Any) -> None:
 
 # The dashboard ------------------------------------------------------------------------------------------------------
 
-_EPOCH = "epoch"
-
 # The log keys that a panel draws over epochs, by section and title.
 CURVES: dict[str, dict[str, list[str]]] = {
     "Accuracy and shots": {
@@ -249,24 +246,19 @@ def dashboard(entity: str, project: str, group: str | None) -> tuple[Any, Any]:
     Raises:
         UserError: `wandb-workspaces` is missing.
     """
-    reports, workspaces = _import()
+    try:
+        from wandb_workspaces import workspaces
+        from wandb_workspaces.reports import v2 as reports
+    except ImportError as error:
+        raise UserError(
+            f"etflight dashboard needs the package wandb-workspaces ({error}): pip install 'etflight[dashboard]'"
+        ) from error
     return _workspace(reports, workspaces, entity, project), _report(reports, entity, project, group)
 
 
 def as_sent(made: Any) -> Any:
     """A workspace or report as the plain data that would be sent to the server; touches the private `_to_model`."""
     return made._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
-
-
-def _import() -> tuple[ModuleType, ModuleType]:
-    try:
-        from wandb_workspaces import workspaces
-        from wandb_workspaces.reports import v2
-    except ImportError as error:
-        raise UserError(
-            f"etflight dashboard needs the package wandb-workspaces ({error}): pip install 'etflight[dashboard]'"
-        ) from error
-    return v2, workspaces
 
 
 def _workspace(reports: Any, workspaces: Any, entity: str, project: str) -> Any:
@@ -305,7 +297,7 @@ def _report(reports: Any, entity: str, project: str, group: str | None) -> Any:
 
 
 def _curve(reports: Any, title: str, keys: list[str], **options: str) -> Any:
-    return reports.LinePlot(title=title, x=_EPOCH, y=keys, log_y=title in _LOGARITHMIC or None, **options)
+    return reports.LinePlot(title=title, x="epoch", y=keys, log_y=title in _LOGARITHMIC or None, **options)
 
 
 def save(workspace: Any, report: Any) -> list[str]:

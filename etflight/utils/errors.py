@@ -112,8 +112,6 @@ _STARTED = time.time()
 _CAUSE_IS_TOLD_WITHIN = 10.0  # seconds; Lightning looks at its child processes every five
 _RESUME = "then resume with --ckpt_path last"
 _OUT_OF_MEMORY = r"(can't|Cannot) allocate memory|not enough memory|out of memory"
-_FEWER_LOADERS = "give fewer --data.num_workers, or more memory"
-_CRASHES = ("SIGSEGV", "SIGABRT", "SIGILL", "SIGFPE")  # signals that a process brings upon itself
 _LOST_CONNECTION = r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Timed out|The client socket|Socket"
 # the variables that identify a job; processes of SLURM get their master's address only after the start
 _SLURM_JOB = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
@@ -157,27 +155,15 @@ def describe_error(error: BaseException) -> str:
             "or give --trainer.precision bf16-mixed"
         )
     if is_of_dead_loader(error):
-        return _describe_dead_loader(error)
+        cause = error.__cause__ or error.__context__  # it names the signal where torch knows it
+        told = cause if cause is not None and is_of_dead_loader(cause) else error
+        mend = "give fewer --data.num_workers, or more memory; with 0 its own error is shown"
+        return f"a loader process died, often for want of memory ({_message(told)[:160]}): {mend}"
     if "InvalidCxxCompiler" in message:  # of torch.compile on a CPU
         return "torch.compile finds no C++ compiler that works: install g++, name yours in CXX, or give --model.compile false"
     if type(error).__name__ == "MisconfigurationException":  # Lightning's own, whose text is for people
         return message
     return f"{type(error).__name__}: {message} (ETFLIGHT_DEBUG=1 shows where)"
-
-
-def _describe_dead_loader(error: BaseException) -> str:
-    """Say which signal has killed a loader process, if torch's error or one before it tells, and what to do."""
-    names = {signal.strsignal(number): number.name for number in signal.Signals}
-    told: BaseException | None = error
-    while told is not None:
-        if found := re.search(r"DataLoader worker .* is killed by signal: (.*?)\.", str(told)):
-            name = names.get(found[1], found[1])
-            mend = "give --data.num_workers 0, which shows where" if name in _CRASHES else _FEWER_LOADERS
-            return (
-                f"a loader process was killed by {name}{', often for want of memory' * (name not in _CRASHES)}: {mend}"
-            )
-        told = told.__cause__ or told.__context__
-    return f"a loader process died ({_message(error)[:160]}), often for want of memory: {_FEWER_LOADERS}"
 
 
 def _message(error: BaseException) -> str:

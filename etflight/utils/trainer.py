@@ -19,6 +19,14 @@ from etflight.utils.torch_private import broadcast_buffers
 _Kind = TypeVar("_Kind")
 
 
+class GivesBack(Callback):
+    """A callback whose `teardown` gives back what it has taken, after an exception too, when Lightning does not call it."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Tear down."""
+        self.teardown(trainer, pl_module, "fit")
+
+
 def data_module(trainer: Trainer) -> Any:
     """The trainer's data module, or None."""
     return trainer.datamodule  # type: ignore[attr-defined]

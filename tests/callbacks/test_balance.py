@@ -5,19 +5,12 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 from torch.utils.data import DataLoader, TensorDataset
 
-from etflight import (
-    BinaryCrossEntropyLoss,
-    Classifier,
-    CrossEntropyLoss,
-    DotRegressionLoss,
-    LDAMLoss,
-    LinearHead,
-    LogitAdjustedLoss,
-)
+from etflight import Classifier, CrossEntropyLoss, DotRegressionLoss, LDAMLoss, LinearHead, LogitAdjustedLoss
 from etflight.callbacks import DeferredBalance, TauNormalization
 from etflight.callbacks.balance import DoubleCorrection, corrections
 from etflight.data import Digits
 from etflight.data.sampler import ImbalancedSampler
+from etflight.losses import BinaryCrossEntropyLoss
 from etflight.utils.errors import UserError
 from tests.left_by_runs import assert_resumes
 from tests.training import QUIET, new_trainer
@@ -61,11 +54,6 @@ def test_the_loss_and_the_sampler_change_in_the_named_epoch_and_not_before():
         sampler = ImbalancedSampler(labels.numpy(), policy, seed=0)
         sampler.set_epoch(epoch)
         assert watch.labels[epoch] == labels[sampler.draw()].tolist()
-
-
-def test_the_next_training_of_the_model_begins_with_the_losss_own_balance():
-    model = train(DeferredBalance(epoch=1, class_balance="batch"), epochs=2, limit_train_batches=1)
-    assert model.loss.class_balance == "none"
 
 
 def test_a_loader_of_ones_own_is_drawn_from_as_before_in_the_next_training():

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from etflight import Classifier, CosineHead, CrossEntropyLoss, ETFHead, LinearHead
+from etflight import CosineHead, CrossEntropyLoss, ETFHead, LinearHead
 from etflight.analysis import features, sweep
 from etflight.analysis.sweep import every_sample_once
 from etflight.callbacks import CollapseFigures, LastCheckpoint, NeuralCollapseMonitor, sweep_rhythm
@@ -22,15 +22,16 @@ from tests.callbacks.plain import TRAIN, VAL, K, Plain, fit, plain_monitor, trai
 from tests.metrics import oracle
 from tests.metrics.oracle import assert_measures, measure
 from tests.training import fit_digits, new_trainer, read_csv, seen
-
-
-def classifier(**kwargs):
-    torch.manual_seed(0)
-    return Classifier(10, "resnet20_cifar", in_chans=1, model_kwargs={"width": 1}, **kwargs)
+from tests.training import small_resnet as classifier
 
 
 def digits(**kwargs):
     return Digits(max_count=12, batch_size=32, **kwargs)
+
+
+def swept(watch):
+    pairs = zip(watch.epochs, watch.history.get("nc/train/nc1", []), strict=False)
+    return [epoch for epoch, value in pairs if not math.isnan(value)]
 
 
 def assert_equal_values(history, prefix, values, rel=1e-6):
@@ -247,9 +248,8 @@ def test_the_final_weights_are_measured_wherever_training_ends_and_the_checkpoin
     assert watch.epochs == pytest.approx(measured)
     assert_equal_values(watch.history, "nc/train", plain_values(model, TRAIN)[0])
     state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
-    assert state["callbacks"][watch.state_key]["history"]["nc/train/nc1"] == pytest.approx(
-        watch.history["nc/train/nc1"]
-    )
+    saved = state["callbacks"][watch.state_key]["history"]
+    assert saved["nc/train/nc1"] == pytest.approx(watch.history["nc/train/nc1"])
     logged = read_csv(tmp_path / "metrics.csv")
     assert state["etflight"]["metrics_rows"] == len(logged)
     final = [row for row in logged if row["nc/train/nc1"]][-1]
@@ -290,13 +290,10 @@ def test_auto_sweeps_over_a_large_set_for_less_than_a_tenth_of_the_images_that_t
     watch = NeuralCollapseMonitor("auto", before_training=options.pop("before_training", True), spectra=False)
     counts, data = Counts(), Digits(max_count=2, batch_size=8)
     options = {"max_epochs": options.pop("epochs"), **options}
-    new_trainer(watch, counts, default_root_dir=tmp_path, num_sanity_val_steps=0, limit_val_batches=1, **options).fit(
-        classifier(), datamodule=data
-    )
-    values = watch.history.get("nc/train/nc1", [])
-    swept = [epoch for epoch, value in zip(watch.epochs, values, strict=False) if not math.isnan(value)]
-    assert swept == pytest.approx(at)
-    assert len(swept) * int(data.class_counts.sum()) < counts.trained / 10
+    options |= {"default_root_dir": tmp_path, "num_sanity_val_steps": 0, "limit_val_batches": 1}
+    new_trainer(watch, counts, **options).fit(classifier(), datamodule=data)
+    assert swept(watch) == pytest.approx(at)
+    assert len(swept(watch)) * int(data.class_counts.sum()) < counts.trained / 10
 
 
 def test_auto_measures_the_validation_images_of_a_large_set_always_and_says_when_it_sweeps(
@@ -317,10 +314,6 @@ def test_auto_measures_the_validation_images_of_a_large_set_always_and_says_when
     assert watch.epochs == [1, 2]
     assert {name.split("/")[1] for name in watch.history} == {"val"}
     assert "is not measured, since one sweep over them would add more than a tenth to this training" in caplog.text
-
-
-def swept(watch):
-    return [at for at, value in zip(watch.epochs, watch.history["nc/train/nc1"], strict=True) if not math.isnan(value)]
 
 
 def test_a_resumed_training_sweeps_over_a_large_set_as_one_that_was_not_stopped(tmp_path, monkeypatch):
@@ -625,22 +618,18 @@ def test_an_iterable_data_set_is_refused_on_several_processes():
 def test_what_is_missing_is_said_before_training(tmp_path):
     x, y = TRAIN.tensors
     soft = TensorDataset(x, nn.functional.one_hot(y, K).float())
+    own, other = plain_monitor(), NeuralCollapseMonitor(head="body.0", train_dataloader=DataLoader(TRAIN))
     for watch, message in (
-        (NeuralCollapseMonitor(head="fcc"), "did you mean fc"),
-        (NeuralCollapseMonitor(head="body"), "class vectors"),
-        (NeuralCollapseMonitor(head="fc"), "train_dataloader="),
-        (plain_monitor(layers=("body.9",)), "layers 'body.9'"),
-        (NeuralCollapseMonitor(head="fc", train_dataloader=DataLoader(soft)), "class indices"),
+        ([NeuralCollapseMonitor(head="fcc")], "did you mean fc"),
+        ([NeuralCollapseMonitor(head="body")], "class vectors"),
+        ([NeuralCollapseMonitor(head="fc")], "train_dataloader="),
+        ([plain_monitor(layers=("body.9",))], "layers 'body.9'"),
+        ([NeuralCollapseMonitor(head="fc", train_dataloader=DataLoader(soft))], "class indices"),
+        ([own, other], "under the same names"),
+        ([other, own], "under the same names"),
     ):
         with pytest.raises(UserError, match=message):
-            fit(tmp_path, watch)
-
-
-def test_two_heads_under_the_same_names_are_refused(tmp_path):
-    other = NeuralCollapseMonitor(head="body.0", train_dataloader=DataLoader(TRAIN))
-    for monitors in ([plain_monitor(), other], [other, plain_monitor()]):
-        with pytest.raises(UserError, match="under the same names: measure one head in a training"):
-            fit(tmp_path, *monitors)
+            fit(tmp_path, *watch)
 
 
 def test_invalid_options_are_refused_at_once():

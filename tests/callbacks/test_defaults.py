@@ -5,30 +5,19 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from etflight import Classifier
 from etflight.callbacks import NeuralCollapseMonitor, StochasticWeightAverage, default_callbacks
-from etflight.cli.stages import main
 from etflight.data import Digits
 from etflight.runs.loggers import MetricsCSV
-from tests.training import QUIET, new_trainer, read_csv
+from tests.training import fit_digits, new_trainer, read_csv
 
 
 def test_a_training_in_python_is_that_of_the_command_line(tmp_path):
-    words = [
-        "--data",
-        "Digits",
-        "--data.max_count",
-        "20",
-        "--model.backbone",
-        "resnet20_cifar",
-        "--trainer.max_epochs",
-        "2",
-    ]
-    main(["fit", *words, *QUIET, "--trainer.default_root_dir", str(tmp_path), "--name", "cli"])
+    run = fit_digits(tmp_path, "--data.max_count", 20, "--trainer.max_epochs", 2)
     seed_everything(0)
     folder = tmp_path / "python"
     trainer = new_trainer(*default_callbacks(), max_epochs=2, default_root_dir=folder, logger=MetricsCSV(folder))
     model, data = Classifier(10, "resnet20_cifar", in_chans=1), Digits(max_count=20)
     trainer.fit(model, datamodule=data)
-    assert read_csv(tmp_path / "python/metrics.csv") == read_csv(tmp_path / "cli/metrics.csv")
+    assert read_csv(tmp_path / "python/metrics.csv") == read_csv(run / "metrics.csv")
     assert {"checkpoints", "speed.csv", "gram"} <= {path.name for path in (tmp_path / "python").iterdir()}
 
     trainer.test(model, datamodule=data, verbose=False)

@@ -150,23 +150,15 @@ def test_the_backbone_stays_as_it_was_given_until_its_epoch_and_all_of_it_moves_
     assert states.modes == [(epoch, {epoch == 2}) for epoch in (0, 0, 1, 1, 2, 2)]
 
 
-@pytest.mark.parametrize(
-    ("std", "said"),
-    [
-        (0.502, ""),  # another rounding of timm's 0.5
-        (
-            0.229,
-            "etflight: warning: timm's weights expect std=[0.5, 0.5, 0.5]: give these, unless your weights are others\n",
-        ),
-    ],
-)
-def test_images_normalised_otherwise_than_the_weights_expect_are_told(std, said, tmp_path, capsys):
+@pytest.mark.parametrize(("std", "lines"), [(0.502, 0), (0.229, 1)])  # the first is another rounding of timm's 0.5
+def test_images_normalised_otherwise_than_the_weights_expect_are_told(std, lines, tmp_path, capsys):
     save_weights(tmp_path / "w.safetensors", "test_resnet")
     training.save_arrays(tmp_path / "a.npz", shape=(8, 8, 3), classes=3)
     data = ArrayImages(tmp_path / "a.npz", mean=[0.498] * 3, std=[std] * 3, batch_size=8)
     model = Classifier(3, "test_resnet", head=LinearHead, loss=CrossEntropyLoss)
     new_trainer(FineTuning(weights=str(tmp_path / "w.safetensors")), fast_dev_run=True).fit(model, data)
-    assert capsys.readouterr().err == said
+    told = capsys.readouterr().err
+    assert told.count("\n") == told.count("timm's weights expect std=[0.5, 0.5, 0.5]") == lines
 
 
 def test_parts_alone_stay_and_a_parameter_that_never_trains_is_not_set_free_with_its_part():
@@ -286,11 +278,8 @@ BRIEF = {"limit_train_batches": 1, "max_epochs": 2}
 
 
 def tuned(head, *, unfreeze_epoch=None, **tuning):
-    model = new_model(head=head)
-    new_trainer(FineTuning(unfreeze_epoch=unfreeze_epoch, **{"freeze": ["backbone"], **tuning}), **BRIEF).fit(
-        model, full_batch()
-    )
-    return model
+    callback = FineTuning(unfreeze_epoch=unfreeze_epoch, **{"freeze": ["backbone"], **tuning})
+    new_trainer(callback, **BRIEF).fit(new_model(head=head), full_batch())
 
 
 @pytest.mark.parametrize("head", FIXED.values(), ids=FIXED)

@@ -29,9 +29,7 @@ def long_tailed(**options):
 
 
 def new_model(head):
-    return Classifier(
-        10, in_chans=1, backbone="resnet20_cifar", model_kwargs={"width": 1}, head=head, loss=CrossEntropyLoss
-    )
+    return Classifier(10, "resnet20_cifar", head, CrossEntropyLoss, in_chans=1)
 
 
 def trained(head=LinearHead):
@@ -159,13 +157,10 @@ def test_a_negative_or_infinite_tau_is_refused(tau):
 
 
 def test_heads_and_images_that_do_not_go_with_a_method_are_refused_in_one_line(linear):
-    of_another = (
-        "60 training images of class 1, but the checkpoint was trained on 43: give the data options of its training"
-    )
     for model, method, data, message in (
         (new_model(ETFHead), TauNormalization(), long_tailed(), "ETFHead have norms that decide nothing"),
         (new_model(CosineHead), TauNormalization(), long_tailed(), "CosineHead have norms that decide nothing"),
-        (linear, NearestClassMean(), Digits(max_count=60), of_another),
+        (linear, NearestClassMean(), Digits(max_count=60), "trained on 43: give the data options"),
     ):
         with pytest.raises(UserError, match=message) as error:
             new_trainer(method).test(model, data, verbose=False)
@@ -240,9 +235,7 @@ def test_logits_of_another_head_are_not_adjusted(run, etflight_command):
     cwd, of_checkpoint = run
     both = ["--post_hoc", "NearestClassMean", "--model.logit_adjustment", 1, "--name", "both"]
     refused = etflight_command("test", *of_checkpoint, *both, cwd=cwd)
-    refused.assert_refused(
-        "logit_adjustment 1 is for the logits of the trained head", "give --model.logit_adjustment 0"
-    )
+    refused.assert_refused("logit_adjustment 1 is for the logits of the trained head", "--model.logit_adjustment 0")
 
 
 def test_training_with_a_post_hoc_method_is_one_line_and_leaves_nothing(etflight_command, tmp_path):

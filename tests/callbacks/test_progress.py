@@ -176,17 +176,15 @@ def test_an_epoch_within_which_a_run_goes_on_has_its_line_but_no_time_of_its_own
 
 
 @pytest.mark.parametrize(
-    ("shape", "lr", "loss", "line"),
+    ("shape", "lr", "loss", "words"),
     [
-        ((2, 64, 2), 0.1, DotRegressionLoss(class_balance="batch"),
-         "global batch 256 = 2 processes x 64 images x 2 accumulated; learning rate 0.1 as given (not scaled with the batch); "
-         "class balance 'batch' (exponent 1): counts over all processes of a step, not over accumulated micro-batches"),
-        ((1, 32, 1), 0.003, CrossEntropyLoss(class_balance="global", exponent=0.5),
-         "global batch 32 = 1 process x 32 images; learning rate 0.003 as given (not scaled with the batch); "
-         "class balance 'global' (exponent 0.5): counts over the training set"),
-        ((1, 32, 1), None, CrossEntropyLoss(), "global batch 32 = 1 process x 32 images; class balance 'none'"),
+        ((2, 64, 2), 0.1, DotRegressionLoss(class_balance="batch"), "256 = 2 processes x 64 images x 2 acc.*0.1 .*'batch' .exponent 1"),
+        ((1, 32, 1), 0.003, CrossEntropyLoss(class_balance="global", exponent=0.5), "32 = 1 process x 32 .*0.003.*'global' .exponent 0.5"),
+        ((1, 32, 1), None, CrossEntropyLoss(), "32 = 1 process x 32 images; class balance 'none'$"),
     ],
 )  # fmt: skip
-def test_the_line_says_what_one_step_is_made_of(shape, lr, loss, line):
+def test_the_line_says_what_one_step_is_made_of(shape, lr, loss, words):
     processes, batch_size, accumulated = shape
-    assert describe_step(processes=processes, batch_size=batch_size, accumulated=accumulated, lr=lr, loss=loss) == line
+    assert re.search(
+        words, describe_step(processes=processes, batch_size=batch_size, accumulated=accumulated, lr=lr, loss=loss)
+    )

@@ -23,10 +23,7 @@ COUNTS = [128, 91, 65, 47, 33, 24, 17, 12, 8, 6]
 def untrained(num_classes=10, **options):
     """A model that decides for all kinds of classes."""
     seed_everything(0, verbose=False)
-    model = Classifier(
-        num_classes, "resnet20_cifar", head=LinearHead, loss=CrossEntropyLoss, in_chans=1,
-        model_kwargs={"width": 1}, **options,
-    )  # fmt: skip
+    model = Classifier(num_classes, "resnet20_cifar", LinearHead, CrossEntropyLoss, in_chans=1, **options)
     with torch.no_grad():
         logits = model.eval()(torch.rand(100, 1, 8, 8).round() * 2 - 1)
         model.head.weight /= logits.std(0)[:, None]

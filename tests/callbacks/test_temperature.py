@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from etflight import Classifier, CrossEntropyLoss, LinearHead
 from etflight.callbacks import FitTemperature
 from etflight.data import Digits
-from tests.training import new_trainer, seen
+from tests.training import new_trainer, save_trained, seen
 
 images = partial(Digits, imbalance_ratio=20, max_count=60, batch_size=50)
 
@@ -20,11 +20,8 @@ def path(tmp_path_factory):
     torch.manual_seed(0)
     network = {"img_size": 8, "patch_size": 4}
     model = Classifier(10, "test_vit", LinearHead, CrossEntropyLoss, in_chans=1, model_kwargs=network)
-    trainer = new_trainer(max_epochs=6)
-    trainer.fit(model, images(val_fraction=0.2))
-    file = tmp_path_factory.mktemp("run") / "m.ckpt"
-    trainer.save_checkpoint(file)
-    return file
+    path, options = tmp_path_factory.mktemp("run") / "m.ckpt", {"max_epochs": 6, "limit_val_batches": 1.0}
+    return save_trained(path, model, images(val_fraction=0.2), **options)
 
 
 def test_an_adjusted_decision_gets_the_temperature_of_the_held_out_images_and_not_of_the_test_images(path):

@@ -27,8 +27,8 @@ def test_a_path_that_leads_to_no_head_is_refused(path):
 
 
 def test_arguments_are_checked_by_name_and_must_be_plain():
-    with pytest.raises(UserError, match="takes no argument 'sale'"):
-        from_spec({"class_path": "etflight.ETFHead", "init_args": {"sale": 1}}, Head, "head")
+    with pytest.raises(UserError, match=r"head: ETFHead\(sale=1\) cannot work: .* unexpected keyword argument 'sale'"):
+        from_spec({"class_path": "etflight.ETFHead", "init_args": {"sale": 1}}, Head, "head")(8, 3)
     nested = {"scale": {"class_path": "os.system", "init_args": {}}}
     with pytest.raises(UserError, match="not plain"):
         from_spec({"class_path": "etflight.ETFHead", "init_args": nested}, Head, "head")

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from etflight import Classifier, LinearHead, __main__
+from etflight.backbones.cifar import CifarNet
 from etflight.cli import collapse, describe
 from etflight.data import Digits
 from etflight.losses import CrossEntropyLoss
@@ -67,6 +68,39 @@ def normalised(path: Path, split: str, model: torch.nn.Module) -> torch.Tensor:
         pixels = torch.tensor(arrays[f"{split}_images"]).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     return (pixels - mean) / std
+
+
+def test_stored_features_give_the_same_numbers_and_are_not_computed_again(run, printed, tmp_path, monkeypatch):
+    words = [str(run), "--features", str(tmp_path / "features")]
+    collapse.main([*words, "--output", str(tmp_path / "first")])
+    stores = training.written(tmp_path / "features")
+    assert stores.keys() == {"train.safetensors", "test.safetensors"}
+    monkeypatch.setattr(CifarNet, "forward", None)  # nothing may call it
+    collapse.main([*words, "--output", str(tmp_path / "second")])
+    assert training.written(tmp_path / "features") == stores
+    plain, *others = (
+        json.loads((place / "collapse.json").read_text())
+        for place in (run / "collapse", tmp_path / "first", tmp_path / "second")
+    )
+    for split in ("train", "test"):
+        for record in others:
+            assert record[split] == pytest.approx(plain[split], rel=1e-4, abs=1e-7)
+
+
+def test_features_of_other_weights_and_of_a_timm_model_are_refused(run, last, tmp_path):
+    features = ["--features", str(tmp_path / "features")]
+    collapse.main([str(run), *features, "--output", str(tmp_path / "first")])
+    checkpoint = torch.load(last, weights_only=True)
+    name = next(name for name in checkpoint["state_dict"] if name.startswith("backbone."))
+    checkpoint["state_dict"][name] += 1
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    config = ["-c", str(run / "config.yaml")]
+    with pytest.raises(
+        UserError, match=r"train\.safetensors has features of other weights: remove it, or name another folder"
+    ):
+        collapse.main([str(tmp_path / "other.ckpt"), *config, *features, "--output", str(tmp_path / "second")])
+    with pytest.raises(UserError, match="--features goes with a run"):
+        collapse.main(["--timm", "resnet20_cifar", "--data", "Digits", *features])
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 
 from etflight import Classifier
 from etflight.analysis.incremental import refuse_empty_classes
+from etflight.backbones.cifar import CifarNet
 from etflight.cli import incremental
 from etflight.data import ClassSubset, Digits
 from etflight.utils.errors import UserError
-from tests.training import QUIET, seen
+from tests.training import QUIET, seen, written
 
 FRAME = ["--model.head", "ETFHead", "--model.head.projection_dim", 16, "--model.head.reserved_classes", 4]
 COSINE = ["--model.head", "CosineHead", "--model.loss", "CrossEntropyLoss"]
@@ -106,6 +107,22 @@ def test_nearest_class_means_of_any_run_are_those_computed_from_scratch(runs, ru
         decided = (unit @ (stacked / stacked.norm(dim=1, keepdim=True)).T).argmax(1)
         hits = torch.tensor(ORDER)[decided] == right
         assert row["acc"] == pytest.approx(float(hits[known].double().mean()), abs=0.004)  # a decision may be a tie
+
+
+def test_stored_features_give_the_same_sessions_and_are_not_computed_again(runs, folder, tmp_path, monkeypatch):
+    features = ["--features", tmp_path / "features"]
+    learn(runs["frame"], *features, "--output", tmp_path / "first")
+    learn(runs["frame"], *features, "--output", tmp_path / "other_shots", "--seed", 1)
+    stores = written(tmp_path / "features")
+    assert len(stores) == 4
+    assert {"train.safetensors", "all_classes/test.safetensors"} < stores.keys()
+    monkeypatch.setattr(CifarNet, "forward", None)  # nothing may call it
+    learn(runs["frame"], *features, "--output", tmp_path / "second")
+    assert written(tmp_path / "features") == stores
+    rows = [json.loads((place / "incremental.json").read_text())["sessions"] for place in (folder, tmp_path / "first")]
+    assert [row["acc"] for row in rows[1]] == pytest.approx([row["acc"] for row in rows[0]], abs=0.004)
+    again = json.loads((tmp_path / "second" / "incremental.json").read_text())["sessions"]
+    assert again == rows[1]
 
 
 def test_a_cosine_head_and_a_frame_learn_with_the_method_cosine(runs, tmp_path):

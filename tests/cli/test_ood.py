@@ -13,6 +13,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 from etflight import Classifier, LinearHead, __main__
+from etflight.backbones.cifar import CifarNet
 from etflight.cli import ood
 from etflight.data import ArrayImages, Digits
 from etflight.losses import CrossEntropyLoss
@@ -115,6 +116,20 @@ def test_numbers_are_those_computed_from_scratch_and_by_scikit_learn(run, noise,
         assert own["aupr_unknown"] == pytest.approx(average_precision_score(1 - is_known, -values), abs=2e-3), name
         assert 0 <= own["fpr95"] <= 1
         assert f"{100 * own['auroc']:.1f}" in printed
+
+
+def test_stored_features_give_the_same_numbers_and_are_not_computed_again(run, noise, printed, tmp_path, monkeypatch):
+    words = [str(run), *arrays(noise), "--features", str(tmp_path / "features")]
+    ood.main([*words, "--output", str(tmp_path / "first")])
+    stores = training.written(tmp_path / "features")
+    assert stores.keys() == {"train.safetensors", "test.safetensors", "noise/test.safetensors"}
+    monkeypatch.setattr(CifarNet, "forward", None)  # nothing may call it
+    ood.main([*words, "--output", str(tmp_path / "second")])
+    assert training.written(tmp_path / "features") == stores
+    plain = record(run / "ood" / "noise")["scores"]
+    for found in (record(tmp_path / "first")["scores"], record(tmp_path / "second")["scores"]):
+        for name, score in plain.items():
+            assert found[name]["auroc"] == pytest.approx(score["auroc"], abs=2e-4)
 
 
 def test_the_record_says_what_was_compared(run, noise, printed):

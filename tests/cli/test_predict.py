@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
 from PIL import Image
 from pyarrow import parquet
 
@@ -156,45 +155,30 @@ def test_images_of_12_bits_that_are_stored_in_16_are_told_of(grey, tmp_path, cap
     assert len(told) == 2  # of the file, and of the array
 
 
-WRITES = """
-import sys
-from pathlib import Path
-from etflight.runs.folder import sole_writer
-with sole_writer(Path(sys.argv[1])):
-    print("writes", flush=True)
-    sys.stdin.read()
-"""
+class Meanwhile(Callback):
+    """Another process that writes the file while this one predicts."""
+
+    def __init__(self, path: str):
+        self.path = Path(path)
+
+    def on_predict_batch_end(self, *_):
+        self.path.write_text("theirs")
 
 
 def test_of_two_predictions_into_one_file_at_once_the_second_is_refused(rgb, tmp_path):
     picture().save(image := tmp_path / "one.png")
-    output = tmp_path / "new" / "out.csv"
-    other = subprocess.Popen(
-        [sys.executable, "-c", WRITES, output], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdout.readline() == "writes\n"
-    with pytest.raises(
-        UserError, match=r"out\.csv is being written by another process: wait for its end, or give"
-    ) as caught:
-        predict(rgb, output, "--images", image)
-    assert "\n" not in str(caught.value)
-    other.communicate()
-    predict(rgb, output, "--images", image)
-    assert [file.name for file in output.parent.iterdir()] == ["out.csv"]
+    output = tmp_path / "out.csv"
+    other = [f"--trainer.callbacks+={__name__}.Meanwhile", "--trainer.callbacks.path", output]
+    with pytest.raises(UserError, match=r"out\.csv exists already and stays as it is: give another name"):
+        predict(rgb, output, "--images", image, *other)
+    assert output.read_text() == "theirs"
 
 
-def test_a_prediction_that_failed_or_was_killed_does_not_keep_others_from_the_file(rgb, tmp_path):
+def test_a_prediction_that_failed_does_not_keep_others_from_the_file(rgb, tmp_path):
     picture().save(image := tmp_path / "one.png")
-    other = subprocess.Popen(
-        [sys.executable, "-c", WRITES, tmp_path / "out.csv"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdout.readline() == "writes\n"
-    other.kill()
-    other.communicate()
     (tmp_path / "broken.png").write_bytes(b"")
     with pytest.raises(UserError, match="none of the 1 images can be read"):
         predict(rgb, tmp_path / "out.csv", "--images", tmp_path / "broken.png")
-    assert not (tmp_path / ".out.csv.lock").exists()
     predict(rgb, tmp_path / "out.csv", "--images", image)
     assert len(read_csv(tmp_path / "out.csv")) == 1
 

@@ -10,11 +10,12 @@ import torch
 from etflight import Classifier, CrossEntropyLoss, ETFHead, simplex_etf
 from etflight.analysis.outputs import Outputs
 from etflight.analysis.retrieval import Embedded, compare
+from etflight.backbones.cifar import CifarNet
 from etflight.cli import retrieval
 from etflight.data import Digits
 from etflight.metrics.retrieval import retrieval_scores
 from etflight.utils.errors import UserError
-from tests.training import fit_digits, save_arrays, save_trained, seen
+from tests.training import fit_digits, save_arrays, save_trained, seen, written
 
 ARM = ["--model.loss=CrossEntropyLoss", "--monitor=null", "--data.max_count=20", "--trainer.max_epochs=1"]
 
@@ -44,6 +45,28 @@ def test_each_model_searches_among_the_embeddings_of_each(runs, capsys):
     turned = {(p["query"], p["gallery"]): p for p in record["pairs"] if p["space"] == "rotated"}
     assert turned[0, 1]["mean_average_precision"] == pytest.approx(pairs[0, 1]["mean_average_precision"], abs=0.02)
     assert record["class_vectors_differ"] > 0
+
+
+def test_stored_features_give_the_same_scores_and_are_not_computed_again(runs, tmp_path, monkeypatch):
+    words, features = [*map(str, runs[:2])], ["--features", str(tmp_path / "features")]
+    retrieval.main([*words, "--output", str(tmp_path / "plain.json")])
+    retrieval.main([*words, *features, "--output", str(tmp_path / "first.json")])
+    stores = written(tmp_path / "features")
+    assert len(stores) == 2  # one for each backbone
+    monkeypatch.setattr(CifarNet, "forward", None)  # nothing may call it
+    retrieval.main([*words[::-1], *features, "--output", str(tmp_path / "second.json")])
+    assert written(tmp_path / "features") == stores
+    plain, first, second = (
+        {
+            (p["space"], p["query"], p["gallery"]): p["mean_average_precision"]
+            for p in json.loads(file.read_text())["pairs"]
+        }
+        for file in (tmp_path / "plain.json", tmp_path / "first.json", tmp_path / "second.json")
+    )
+    for (space, query, gallery), score in plain.items():
+        assert first[space, query, gallery] == pytest.approx(score, abs=1e-4)
+        if space == "embedding":  # the models have changed places
+            assert second[space, 1 - query, 1 - gallery] == pytest.approx(score, abs=1e-4)
 
 
 def test_the_same_frame_is_said_to_be_the_same(runs):

@@ -17,7 +17,7 @@ from etflight.data.preprocessing import Preprocessing
 from etflight.data.run_options import prepare_as_trained
 from etflight.utils.errors import UserError
 from tests import training
-from tests.training import image_folder, new_trainer, read_csv, save_arrays, save_trained
+from tests.training import image_folder, new_trainer, read_csv, save_arrays, save_folders, save_trained
 
 MEAN, STD = 0.1, 2.0
 QUIET = [*training.QUIET, "--trainer.logger", "false"]
@@ -113,6 +113,18 @@ def test_held_out_images_of_another_choice_may_have_been_trained_on_which_is_tol
     evaluated("validate", checkpoint, tmp_path, "--data.val_fraction=0.1")
     (line,) = told(capsys)
     assert "has other training images" in line
+
+
+def test_test_images_of_another_draw_may_have_been_trained_on_which_is_told(tmp_path, capsys):
+    save_folders(tmp_path / "pets", **{".": {"cat": 4, "dog": 4}})
+    model = Classifier(2, "resnet20_cifar", head=LinearHead, loss=CrossEntropyLoss)
+    trained_on = FolderImages(str(tmp_path / "pets"), image_size=8, batch_size=4)
+    save_trained(tmp_path / "m.ckpt", model, trained_on, limit_train_batches=0)
+    test = ["test", "--ckpt_path", str(tmp_path / "m.ckpt"), "--data.root", str(tmp_path / "pets"), *QUIET]
+    for name, given, lines in (("same", [], 0), ("other", ["--data.test_fraction", "0.5"], 1)):
+        cli = main([*test, *given, "--trainer.default_root_dir", str(tmp_path), "--name", name])
+        assert isinstance(cli.datamodule, FolderImages)  # without its name
+        assert len([line for line in told(capsys) if "training images" in line]) == lines
 
 
 def test_weights_taken_from_a_checkpoint_are_told_of_another_normalisation(checkpoint, tmp_path, capsys):

@@ -117,3 +117,45 @@ def test_a_corrupt_image_is_named_even_from_a_worker(tree, workers):
     (tree / "train/cat/2.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(UserError, match=r"train/cat/2\.png cannot be read as an image"):
         list(FolderImages(str(tree), image_size=4, num_workers=workers).train_dataloader())
+
+
+def drawn(data):
+    """The files of the training and of the test, below the folder."""
+    return [{data.sample_name(split, i) for i in range(len(data.split(split)))} for split in ("train", "test")]
+
+
+def test_a_folder_of_classes_alone_is_divided_by_class_and_by_nothing_but_names(tmp_path):
+    sizes = {"ant": 1, "bee": 2, "cat": 10, "dog": 21}
+    save_folders(tmp_path / "a", **{".": sizes})
+    train, test = drawn(data := FolderImages(str(tmp_path / "a"), image_size=8))
+    assert data.class_names == ["ant", "bee", "cat", "dog"]
+    assert np.bincount(data.split("test").labels).tolist() == [0, 1, 2, 4]
+    assert np.bincount(data.split("train").labels).tolist() == [1, 1, 8, 17]
+    assert not train & test
+    assert train | test == {str(path) for path in (tmp_path / "a").rglob("*.png")}
+    assert drawn(FolderImages(str(tmp_path / "a"), seed=3)) == [train, test]
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    elsewhere = drawn(FolderImages(str(tmp_path / "b")))
+    assert [{name.replace("/b/", "/a/") for name in names} for names in elsewhere] == [train, test]
+    half = FolderImages(str(tmp_path / "a"), test_fraction=0.5)
+    assert np.bincount(half.split("test").labels).tolist() == [0, 1, 5, 10]
+
+
+def test_the_division_is_told_in_one_line_with_the_classes_that_no_test_image_is_left_for(tmp_path, caplog, capsys):
+    save_folders(tmp_path, **{".": {"ant": 1, "bee": 5, "cat": 5}})
+    with caplog.at_level("INFO"):
+        FolderImages(str(tmp_path), val_fraction=0.3).setup("fit")
+    (line,) = [text for text in caplog.messages if "test_fraction" in text]
+    assert "0.2 of each class's images, chosen by their names, are test images" in line
+    assert "test has no image of ant, 1 of 3 classes" in capsys.readouterr().err
+
+
+def test_folders_of_splits_under_other_names_are_no_classes(tmp_path):
+    save_folders(tmp_path, Training={"dog": 2, "cat": 2}, Testing={"dog": 2, "cat": 2})
+    assert_refused(FolderImages(str(tmp_path)), "fit", r"train does not exist: put train/<class>/\*.jpg")
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_division_without_training_or_test_images_is_refused(tmp_path, part):
+    with pytest.raises(UserError, match=r"test_fraction is .: give a part above 0 and below 1"):
+        FolderImages(str(tmp_path), test_fraction=part)

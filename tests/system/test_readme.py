@@ -59,10 +59,11 @@ def trained(etflight_command, tmp_path_factory):
         etflight_command(*argv, cwd=folder).ran()
     run = folder / "runs/digits/etf_dr_balanced"
     checkpoints = set(re.findall(r"runs/[\w/]+/checkpoints/\w+\.ckpt", TEXT))
-    for name in {
+    named = {
         *(name.rpartition("/checkpoints/")[0] for name in checkpoints),
         *(word for command in commands(TEXT) for word in command.split() if re.fullmatch(r"runs/[\w/]+", word)),
-    }:
+    }
+    for name in sorted(named):  # a run before the folders inside it
         if not (folder / name).exists():
             shutil.copytree(run, folder / name)
     for name in checkpoints:
