@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 from etflight.callbacks import stop_signals
 from tests.command_line import ended, start
 from tests.training import QUIET
+from tests.waiting import wait_until
 
 FIT = [
     "fit", "--data", "Digits", "--data.max_count", 10, "--data.batch_size", 8, "--model.backbone", "resnet20_cifar", *QUIET,
@@ -42,9 +43,7 @@ def test_a_job_of_which_one_process_takes_no_part_ends_within_a_minute_of_sigter
     assert stop_signals.PATIENCE <= 45  # what is shortened here
     job, pid = start("etflight", *FIT, cwd=tmp_path), tmp_path / "absent.pid"
     try:
-        while not (pid.exists() and pid.read_text()):
-            assert job.poll() is None, job.communicate()
-            time.sleep(0.1)
+        wait_until(lambda: pid.exists() and pid.read_text(), process=job)
         time.sleep(1)  # for the other to come to wait
         job.send_signal(signal.SIGTERM)
         result = ended(job, timeout=60)
@@ -54,4 +53,4 @@ def test_a_job_of_which_one_process_takes_no_part_ends_within_a_minute_of_sigter
     (line,) = result.error_lines
     assert "SIGTERM" in line
     assert "Traceback" not in result.out + result.err
-    assert not is_running(int(pid.read_text()))
+    wait_until(lambda: not is_running(int(pid.read_text())))  # the system may still be ending it
