@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SEED ?= 0
 JOBS ?= 2
 
-.PHONY: demo reproduce-fashion notebooks test test-all test-slow test-oldest test-newest soak wheel lint bench gpu docs clean
+.PHONY: demo reproduce-fashion notebooks test test-all test-twice test-slow test-oldest test-newest soak wheel lint bench gpu docs clean
 
 $(VENV)/.package: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -65,6 +65,10 @@ test: $(VENV)/.test
 # With the program as a whole: every configuration through a step, kills and faults, several processes, hostile files, notebooks.
 test-all: $(VENV)/.test
 	$(PYTEST)
+
+# As .ci/run has it: the few that fail are tried once more, since a busy machine is no reason to refuse a change, and named.
+test-twice: $(VENV)/.test
+	$(PYTEST) --cache-clear || $(BIN)/python .ci/second_try $$?
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from tests.waiting import DEADLINE
+
 ROOT = Path(__file__).parent.parent
 SERVER = """
 import json, os, sys, traceback, wandb
@@ -141,7 +143,7 @@ def start(*words: object, cwd: Path, **env: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def ended(process: subprocess.Popen[str], timeout: float = 250) -> Result:
+def ended(process: subprocess.Popen[str], timeout: float = DEADLINE) -> Result:
     """Wait for its end."""
     out, err = process.communicate(timeout=timeout)
     return Result(process.returncode, out, err)

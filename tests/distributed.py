@@ -15,6 +15,8 @@ from typing import Any
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.waiting import DEADLINE
+
 _CONTEXT = mp.get_context("forkserver")  # one process imports what all of them need
 _CONTEXT.set_forkserver_preload(["lightning.pytorch", "etflight"])
 
@@ -32,7 +34,7 @@ class ProcessPool:
     torn down, since its ranks may disagree about the next collective, and starts again with the next call.
     """
 
-    def __init__(self, world_size: int, timeout: float = 60.0) -> None:
+    def __init__(self, world_size: int, timeout: float = DEADLINE) -> None:
         self.world_size = world_size
         self.timeout = timeout
         self._ranks: list[Pool] = []

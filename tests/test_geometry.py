@@ -31,7 +31,7 @@ def brute_force(W):
 # --- the simplex -------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(2, 24).flatmap(lambda K: st.tuples(st.just(K), st.integers(K - 1, 40))), st.integers(0, 2**31 - 1))
 def test_a_simplex_for_every_size_and_seed(size, seed):
     W = simplex_etf(*size, seed=seed, dtype=torch.float64)
@@ -40,7 +40,7 @@ def test_a_simplex_for_every_size_and_seed(size, seed):
     assert torch.equal(W, simplex_etf(*size, seed=seed, dtype=torch.float64))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(2, 24).flatmap(lambda K: st.tuples(st.just(K), st.integers(K, 60))), st.integers(0, 2**31 - 1))
 def test_an_orthant_code_is_orthonormal_without_negative_entries_and_centred_a_simplex(size, seed):
     W = orthant_code(*size, seed=seed, dtype=torch.float64)
@@ -95,7 +95,7 @@ def test_impossible_sizes_are_refused_with_ways_out(make, arguments, reason):
 # --- the nearest one ---------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(2, 10), st.integers(0, 12), st.integers(0, 10**6))
 def test_nearest_etf_agrees_with_procrustes(K, extra, seed):
     d = K - 1 + extra
@@ -132,7 +132,7 @@ def test_nearest_etf_refuses_what_has_no_unique_answer(M):
 # --- codes of more classes ---------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(2, 16).flatmap(lambda d: st.tuples(st.integers(2, 2 * d), st.just(d))), st.integers(0, 1000))
 def test_a_class_code_with_a_closed_form_reaches_rankins_bound(size, seed):
     K, d = size

@@ -24,6 +24,41 @@ from etflight.utils.errors import UserError, argument, print_error
 from etflight.utils.trainer import GivesBack
 
 PATIENCE = 40.0  # seconds
+_INTERVAL = 1.0  # seconds between two looks
+
+
+class Patience:
+    """Tells when a process that has received a signal is stuck.
+
+    Progress means that the main thread moves from one call to another, anywhere in the program. It is stuck once it has been in one and
+    the same call for 40 seconds after the signal, and for twice as long as it ever was in one before. So neither a long validation, sweep
+    or figure nor a long step of a big model is cut short; only the very first step may be, and before it nothing is lost.
+
+    Args:
+        now: The time in seconds of the first look.
+        place: The place of the main thread then.
+    """
+
+    def __init__(self, now: float, place: object) -> None:
+        self._since, self._place = now, place
+        self._longest = 0.0
+        self._told: float | None = None
+
+    def is_over(self, now: float, place: object, *, is_busy: bool = False, is_told: bool = False) -> bool:
+        """Whether it is stuck, by a later look.
+
+        Args:
+            now: The time in seconds.
+            place: The place of the main thread.
+            is_busy: Whether it does something, such as saving, that must not be cut short.
+            is_told: Whether a signal has come since the last look.
+        """
+        if is_told and self._told is None:
+            self._told = now
+        if place != self._place or is_busy:
+            self._longest = max(self._longest, now - self._since)
+            self._since, self._place = now, place
+        return self._told is not None and now - max(self._since, self._told) > max(PATIENCE, 2 * self._longest)
 
 
 class Watchdog(threading.Thread):
@@ -33,23 +68,18 @@ class Watchdog(threading.Thread):
     another which has stopped taking part never sees the signal. This thread does, through the wake-up file that C's own handler
     writes to.
 
-    Progress means that the main thread moves from one call to another, anywhere in the program. It is considered stuck once it has been
-    in one and the same call for 40 seconds after the signal, and for twice as long as it ever was in one before. So neither a long
-    validation, sweep or figure nor a long step of a big model is cut short; only the very first step may be, and before it nothing is
-    lost. While `is_busy` is true, nothing is cut short.
+    `Patience` says when. While `is_busy` is true, nothing is cut short.
 
     Args:
         is_busy: A function that tells whether the main thread does something, such as saving, that must not be cut short.
         end: A function that is called with the signal's number, in this thread.
-        interval: The seconds between two looks.
-
     Source:
         "Execution of Python signal handlers" and `set_wakeup_fd`, https://docs.python.org/3/library/signal.html
     """
 
-    def __init__(self, is_busy: Callable[[], bool], end: Callable[[int], None], interval: float = 1.0) -> None:
+    def __init__(self, is_busy: Callable[[], bool], end: Callable[[int], None]) -> None:
         super().__init__(name="etflight-watchdog", daemon=True)
-        self._is_busy, self._end, self._interval = is_busy, end, interval
+        self._is_busy, self._end = is_busy, end
         self._main = threading.main_thread().ident or 0
         self._inbox, outbox = os.pipe()
         os.set_blocking(outbox, False)
@@ -58,16 +88,13 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         """Look at the main thread until the process ends or `stop` is called."""
-        place, since, longest, number, told = self._place(), time.monotonic(), 0.0, 0, 0.0
+        patience, number = Patience(time.monotonic(), self._place()), 0
         while not self._is_over:
-            ready, _, _ = select([self._inbox], [], [], self._interval)
-            now, here = time.monotonic(), self._place()
+            ready, _, _ = select([self._inbox], [], [], _INTERVAL)
             received = {signal.SIGTERM, signal.SIGINT} & {*(os.read(self._inbox, 64) if ready else b"")}
-            if received and not number:
-                number, told = max(received), now
-            if here != place or self._is_busy():
-                longest, place, since = max(longest, now - since), here, now
-            if number and not self._is_over and now - max(since, told) > max(PATIENCE, 2 * longest):
+            number = number or max(received, default=0)
+            told = {"is_busy": self._is_busy(), "is_told": bool(number)}
+            if patience.is_over(time.monotonic(), self._place(), **told) and not self._is_over:
                 self._end(number)
                 return
 

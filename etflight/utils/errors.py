@@ -122,10 +122,10 @@ def print_error(error: BaseException) -> None:
     """Print an error in one line, unless another process of this job on this machine has printed the cause or soon will."""
     if _may_have_several_processes() and _is_lost_connection(error):
         end = time.monotonic() + _CAUSE_IS_TOLD_WITHIN
-        while time.monotonic() < end:
-            if _is_of_this_job(_mark_of_job()):
-                return
+        while not (is_told := _is_of_this_job(_mark_of_job())) and time.monotonic() < end:
             time.sleep(0.1)
+        if is_told:
+            return
         seen = re.sub(r"^\[\S+\] ", "", _message(error)).partition(". ")[0][:160]
         _print_once(f"lost another process of this job ({seen}): see its last message, {_RESUME}")
     else:

@@ -2,17 +2,16 @@
 
 import re
 import sys
-import time
 
 import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
 from etflight import Classifier, CrossEntropyLoss, DotRegressionLoss
-from etflight.callbacks import LastCheckpoint, Speed
+from etflight.callbacks import LastCheckpoint, Speed, progress
 from etflight.callbacks.progress import Progress, describe_step, is_watched
 from etflight.cli.stages import main
-from etflight.data import Digits
+from etflight.data import Digits, loaders
 from etflight.runs.loggers import MetricsCSV
 from tests.left_by_runs import Interrupt, InterruptError, differences, read
 from tests.training import new_trainer, read_csv
@@ -87,58 +86,80 @@ def test_a_file_gets_the_lines_without_the_bar_unless_it_is_asked_for(asked, bar
 # --- speed -------------------------------------------------------------------------------------------------------------
 
 
-class Sleepy(Digits):
-    """Its images come slowly."""
+class Clock:
+    """Stands still but where a test lets time pass."""
 
-    pause = 0.0
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(loaders, "time", clock)
+    return clock
+
+
+class Slow(Digits):
+    """Its batches take time."""
+
+    def __init__(self, clock, seconds):
+        super().__init__(batch_size=16, views=2)
+        self.clock, self.seconds = clock, seconds
 
     def train_dataloader(self):
         loader = super().train_dataloader()
-        fetch, pause = loader.dataset.__getitems__, self.pause
+        fetch, clock, seconds = loader.dataset.__getitems__, self.clock, self.seconds
 
-        class Slow(type(loader.dataset)):
+        class SlowSplit(type(loader.dataset)):
             def __getitems__(self, positions):
-                time.sleep(pause)
+                clock.now += seconds
                 return fetch(positions)
 
-        loader.dataset.__class__ = Slow
+        loader.dataset.__class__ = SlowSplit
         return loader
 
 
-class Pause(Callback):
-    """Takes time in validation, which is none of training's, and when the epoch has ended."""
+class Takes(Callback):
+    """Takes time in a step; in validation, which is none of training's; and when the epoch has ended."""
+
+    def __init__(self, clock):
+        self.clock = clock
+
+    def on_train_batch_end(self, *_):
+        self.clock.now += 0.25
 
     def on_validation_epoch_end(self, *_):
-        time.sleep(1.0)
+        self.clock.now += 1.0
 
     def on_train_epoch_end(self, *_):
-        time.sleep(0.5)
+        self.clock.now += 0.5
 
 
-def fit(folder, pause):
-    data = Sleepy(batch_size=16, views=2)
-    data.pause = pause
+def fit(folder, clock, seconds):
+    """Three batches before the validation and two after it."""
     runs = new_trainer(
-        LastCheckpoint(), Pause(), Speed(), max_epochs=1, limit_train_batches=5, limit_val_batches=1, val_check_interval=3,
+        LastCheckpoint(), Takes(clock), Speed(), max_epochs=1, limit_train_batches=5, limit_val_batches=1, val_check_interval=3,
         num_sanity_val_steps=0, log_every_n_steps=2, default_root_dir=folder,
         logger=[MetricsCSV(folder), CSVLogger(folder, name="other", version="")],
     )  # fmt: skip
     folder.mkdir()
     # of a training whose checkpoint has gone
     (folder / "speed.csv").write_text("epoch,step,speed/epoch_s\n0,5,3.5\n7,40,2")
-    runs.fit(Classifier(10, "resnet20_cifar", in_chans=1), datamodule=data)
+    runs.fit(Classifier(10, "resnet20_cifar", in_chans=1), datamodule=Slow(clock, seconds))
     (row,) = read_csv(folder / "speed.csv")
     return {name: float(value) for name, value in row.items()}
 
 
-def test_the_share_of_waiting_is_the_loaders_and_validation_does_not_count(tmp_path):
-    quick, slow = fit(tmp_path / "quick", 0.0), fit(tmp_path / "slow", 0.3)
-    assert quick["speed/data_wait"] < slow["speed/data_wait"] < 1
-    seconds = 5 * 16 / slow["speed/images_per_s"]
-    assert seconds * slow["speed/data_wait"] >= 5 * 0.3
-    seconds = 5 * 16 / quick["speed/images_per_s"]
-    assert quick["speed/data_wait"] * seconds < 1.5
-    assert quick["speed/epoch_s"] >= seconds + 1.5
+def test_the_share_of_waiting_is_the_loaders_and_validation_does_not_count(clock, tmp_path):
+    quick, slow = fit(tmp_path / "quick", clock, 0.0), fit(tmp_path / "slow", clock, 0.75)
+    for measured, waiting in ((quick, 0.0), (slow, 0.75)):
+        assert measured["speed/data_wait"] == pytest.approx(waiting / (waiting + 0.25))
+        assert measured["speed/images_per_s"] == pytest.approx(16 / (waiting + 0.25))
+        assert measured["speed/epoch_s"] == pytest.approx(5 * (waiting + 0.25) + 1.0 + 0.5)
     assert 0.05 < quick["speed/peak_memory_gb"] < 50
     assert set(quick) - {"step"} <= set((tmp_path / "quick/other/metrics.csv").read_text().splitlines()[0].split(","))
     assert "speed" not in (tmp_path / "quick/metrics.csv").read_text()

@@ -50,7 +50,7 @@ def batches_of(data, processes, rank, epoch, served=0):
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_process_has_as_many_batches_and_together_they_are_those_of_one_process(data):
     processes, batch_size = data.draw(st.integers(1, 5), "processes"), data.draw(st.integers(1, 20), "batch size")
     most = min(5 * processes * batch_size + 3, 256)  # a pixel tells no more apart

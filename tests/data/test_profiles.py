@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from etflight.data import class_counts
@@ -64,7 +64,6 @@ def test_the_fingerprint_is_of_the_little_endian_int64_bytes():
     assert fingerprint([2, 1]) != fingerprint([1, 2])
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 3000), min_size=2, max_size=12),
     st.floats(1, 5),

@@ -65,7 +65,7 @@ def test_no_image_comes_again_before_all_others_of_its_class():
         assert all(one.tolist() != other.tolist() for one, other in pairwise(passes))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(0, 5), min_size=1, max_size=40),
     st.sampled_from([*POLICIES, 0.7]),

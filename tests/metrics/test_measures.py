@@ -202,7 +202,7 @@ def test_perfect_collapse_gives_the_theoretical_values(K, d, counts):
     close(measures.nc4(features, stats, weight, bias), 1)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), K=st.integers(2, 9), d=st.integers(1, 12), scale=st.sampled_from([1e-3, 1.0, 50.0]))
 def test_permuting_classes_rotating_shifting_and_scaling_change_no_measure(seed, K, d, scale):
     features, labels = clusters(K, d, seed=seed, dtype=torch.float64)

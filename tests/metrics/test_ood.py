@@ -154,7 +154,7 @@ def test_scores_of_zeros_are_those_of_a_feature_orthogonal_to_all():
     close(ood.knn(nothing, frame, 1), [-(2**0.5)])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 1000), st.floats(0.01, 100))
 def test_scores_do_not_depend_on_what_they_must_not(seed, scale):
     g = np.random.default_rng(seed)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 from sklearn.metrics.pairwise import cosine_similarity
@@ -30,7 +30,6 @@ def expected(queries, query_labels, gallery, gallery_labels, *, same_images=Fals
     return np.mean(first), np.mean(precision)
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), size=st.integers(2, 40), classes=st.integers(1, 6))
 def test_scores_are_those_of_scikit_learn_query_by_query(seed, size, classes):
     queries, gallery = embedded(seed, size, classes), embedded(seed + 1, 30, classes)
@@ -50,7 +49,6 @@ def test_an_image_does_not_find_itself_whatever_the_chunks(chunk, monkeypatch):
         assert found < retrieval_scores(queries, labels, gallery, labels)
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_scores_do_not_depend_on_lengths_or_on_a_common_rotation(seed):
     (queries, labels), (gallery, others) = embedded(seed, 20, 2), embedded(seed + 1, 20, 2)

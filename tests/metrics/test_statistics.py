@@ -84,7 +84,7 @@ def test_nc1_keeps_its_digits_from_1_down_to_1e_13(exponent, dtype, tolerance, o
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(owners=st.lists(st.integers(0, 3), min_size=150, max_size=150), seed=st.integers(0, 100))
 def test_any_order_any_batches_and_any_split_that_is_merged_give_the_same(name, owners, seed):
     options = CONFIGS[name]

@@ -130,7 +130,7 @@ def test_latex_and_markdown_show_names_as_they_are():
     assert tables.escape_markdown("etf_dr_balanced") == "etf_dr_balanced"
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.text(max_size=30))
 def test_any_name_stays_in_its_cell(name):
     ((section,), _) = group([run(0, 0.5, arm=name)])

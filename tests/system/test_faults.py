@@ -23,6 +23,7 @@ from tests.command_line import ended, start
 from tests.data.test_sets import idx
 from tests.left_by_runs import contents, kill
 from tests.training import QUICK, QUIET, fit_digits, image_folder, read_csv
+from tests.waiting import DEADLINE, wait_until
 from tests.wandb_file import history
 
 ROOT = Path(__file__).parents[2]
@@ -114,12 +115,12 @@ def assert_all_is_to_be_synced(warning, cwd):
     (file,) = folder.glob("*.wandb")
     written = [float(row["train/loss"]) for row in read_csv(cwd / "runs/w" / "metrics.csv") if row["train/loss"]]
     assert len(written) == EPOCHS
-    for _ in range(60):  # W&B's own process may still be writing
-        kept = [row["train/loss"] for row in history(file) if "train/loss" in row]
-        if len(kept) == EPOCHS:
-            break
-        time.sleep(0.5)
-    assert kept == pytest.approx(written)
+
+    def kept():
+        return [row["train/loss"] for row in history(file) if "train/loss" in row]
+
+    wait_until(lambda: len(kept()) == EPOCHS)  # W&B's own process may still be writing
+    assert kept() == pytest.approx(written)
 
 
 def test_wandb_goes_on_offline_where_its_server_does_not_answer(etflight_command, tmp_path):
@@ -131,11 +132,11 @@ def test_wandb_goes_on_offline_where_its_server_does_not_answer(etflight_command
 
 
 def test_wandb_keeps_what_a_server_that_went_away_has_not_taken(tmp_path):
-    patience = {"WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "4", "WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "1"}
+    patience = {"WANDB_INIT_TIMEOUT": "300", "WANDB_FINISH_TIMEOUT": "4", "WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "1"}
     fit = ["etflight", "fit", *WANDB, *wait_for(tmp_path / "gone"), "--name", "w"]
     with serving(WandbServer) as (server, address):
         process = start(*fit, cwd=tmp_path, WANDB_BASE_URL=address, **ACCOUNT | patience)
-        assert server.reached.wait(120)
+        wait_until(server.reached.is_set, process=process)
     (tmp_path / "gone").touch()
     result = ended(process).ran()
     (warning,) = warnings_in(result)
@@ -210,9 +211,7 @@ def test_two_processes_do_not_train_in_one_folder(etflight_command, tmp_path):
     fit = ["fit", *DIGITS, "--name", "shared"]
     folder = tmp_path / "runs/shared"
     first = start("etflight", *fit, *wait_for(tmp_path / "never"), "--data.num_workers", 1, cwd=tmp_path)
-    while not (folder / "checkpoints/last.ckpt").is_file():
-        assert first.poll() is None, first.communicate()
-        time.sleep(0.05)
+    wait_until((folder / "checkpoints/last.ckpt").is_file, process=first)
     before = contents(tmp_path)
     etflight_command(*fit, "--ckpt_path", "last", cwd=tmp_path).assert_refused("runs/shared is in use")
     assert contents(tmp_path) == before
@@ -289,12 +288,11 @@ class Mirror(Silent):
         self.wfile.write(content if fault in (None, "wrong checksum") else content[:half])
         if fault == "falls silent":
             self.server.reached.set()
-            self.server.released.wait(120)
+            self.server.released.wait(DEADLINE)
 
 
 @pytest.fixture
 def mirror(monkeypatch):
-    monkeypatch.setattr(sets, "PATIENCE", 1.0)
     with serving(Mirror) as (server, address):
         monkeypatch.setattr(Published, "mirrors", [f"{address}/"])
         yield server
@@ -307,24 +305,25 @@ def assert_40_training_images(data):
 
 
 @pytest.mark.parametrize("fault", ["wrong checksum", "404", "closes half way", "falls silent", "hangs up"])
-def test_a_failed_download_is_one_line_and_the_next_try_works(fault, mirror, tmp_path):
+def test_a_failed_download_is_one_line_and_the_next_try_works(fault, mirror, monkeypatch, tmp_path):
     data = Clothes(root=str(tmp_path / "data"), download=True)
     mirror.fault = fault
-    with pytest.raises(UserError, match="data: the download failed"):
-        data.prepare_data()
+    with monkeypatch.context() as hurried:
+        hurried.setattr(sets, "PATIENCE", 1.0 if fault == "falls silent" else sets.PATIENCE)
+        with pytest.raises(UserError, match="data: the download failed"):
+            data.prepare_data()
     mirror.fault = None
     assert_40_training_images(data)
     mirror.fault = "404"  # nothing is asked for again
     assert_40_training_images(Clothes(root=str(tmp_path / "data"), download=True))
 
 
-def test_a_killed_download_does_not_confuse_the_next_one(mirror, monkeypatch, tmp_path):
+def test_a_killed_download_does_not_confuse_the_next_one(mirror, tmp_path):
     data = Clothes(root=str(tmp_path / "data"), download=True)
-    monkeypatch.setattr(sets, "PATIENCE", 60.0)
     mirror.fault = "falls silent"
     process = multiprocessing.get_context("fork").Process(target=data.prepare_data)
     process.start()
-    assert mirror.reached.wait(60)
+    wait_until(mirror.reached.is_set)
     process.kill()
     process.join()
     mirror.fault = None

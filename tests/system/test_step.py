@@ -210,7 +210,6 @@ def test_a_compiled_backbone_changes_neither_names_nor_results_nor_what_is_watch
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("mode", ["true", "reduce-overhead"])
 def test_the_real_compiler_trains(mode, etflight_command, tmp_path):
     few = ["--model.compile", mode, "--trainer.limit_train_batches", 3, "--name", "r"]

@@ -1,7 +1,6 @@
 """A study as its processes run it."""
 
 import json
-import time
 
 import pytest
 import safetensors.torch
@@ -14,6 +13,7 @@ from etflight.cli.study import main
 from etflight.utils.errors import UserError
 from tests.command_line import ended, start
 from tests.left_by_runs import read
+from tests.waiting import wait_until
 
 TRAINER = {"max_epochs": 1, "limit_train_batches": 1, "limit_test_batches": 1, "enable_progress_bar": False}
 SET = {
@@ -46,7 +46,6 @@ def write(folder, trainer=TRAINER, protocol=None, **study):
         (folder / f"{file}.yaml").write_text(yaml.safe_dump(content))
 
 
-@pytest.mark.timeout(900)  # a dozen processes
 def test_what_can_be_trained_and_tested_is_once_and_what_fails_is_named(etflight_command, tmp_path):
     write(tmp_path, arms=["broken", "ce"], post_hoc={"la": "ce"})
     first = etflight_command("study", "study.yaml", "--jobs", "2", cwd=tmp_path)
@@ -78,7 +77,6 @@ def test_nothing_starts_from_a_training_that_has_not_ended(tmp_path, monkeypatch
     assert not (tmp_path / "runs/tiny/la").exists()
 
 
-@pytest.mark.timeout(900)
 def test_a_second_stage_of_a_fine_tuned_first_starts_from_it_and_its_backbone_stays_frozen(etflight_command, tmp_path):
     """Whichever file says how the first one is tuned; `tests/cli/test_second_stage.py` has the others."""
     torch.manual_seed(0)
@@ -96,15 +94,11 @@ def test_a_second_stage_of_a_fine_tuned_first_starts_from_it_and_its_backbone_st
     assert not torch.equal(before["backbone.layer1.0.conv1.weight"], network.state_dict()["layer1.0.conv1.weight"])
 
 
-@pytest.mark.timeout(600)
 def test_sigterm_reaches_the_run_which_saves_and_starts_no_other(tmp_path):
     write(tmp_path, TRAINER | {"max_epochs": 100}, seeds=[0, 1])
     process = start("etflight", "study", "study.yaml", cwd=tmp_path)
-    runs, until = tmp_path / "runs/tiny/ce", time.monotonic() + 200
-    while not (runs / "seed0/checkpoints/last.ckpt").exists():
-        assert process.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    runs = tmp_path / "runs/tiny/ce"
+    wait_until((runs / "seed0/checkpoints/last.ckpt").exists, process=process)
     process.terminate()
     assert ended(process).status == 143
     assert "SIGTERM: saved step" in (runs / "seed0/fit.log").read_text()
