@@ -386,7 +386,7 @@ class CosineHead(Head):
 
 
 class FittedHead(Head):
-    """A head whose class vectors and embedder were computed from features, as `etflight probe` does, and not trained.
+    """A head whose class vectors and embedder were computed from features, as `etflight.closed_form` does, and not trained.
 
     The logits are `scale · <c_k, M (h - m)> + b_k`, with features and embeddings of norm 1 where asked for. A new one has no class vectors
     yet (they are 0). Fine-tuning changes class vectors and biases unless they are `frozen`; the map of the features stays as it is.
