@@ -253,9 +253,8 @@ class Classifier(Network):
     def _tell_differences(self) -> None:
         data = data_module(self.trainer)
         held_out = self.trainer.state.fn == "validate" and getattr(data, "val_fraction", 0) > 0
-        drawn = held_out or getattr(
-            data, "draws_test", False
-        )  # with another draw some of them may have been trained on
+        # with another draw some of the test images may have been trained on
+        drawn = held_out or getattr(data, "draws_test", False)
         if data is not None and self.global_rank == 0:
             for line in self.differences(data, images=drawn):
                 warn(line)

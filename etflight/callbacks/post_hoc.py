@@ -250,11 +250,9 @@ class _Replacement(Head):
     """Fixed class vectors, without biases, on the embedder of a trained head of the user's own."""
 
     def __init__(self, trained: Head, vectors: Tensor, scale: float | None) -> None:
-        embedder = (
-            trained.embedder
-            if scale is None
-            else nn.Sequential(trained.embedder, Embedder(vectors.shape[1], normalize=True))
-        )
+        embedder = trained.embedder
+        if scale is not None:
+            embedder = nn.Sequential(embedder, Embedder(vectors.shape[1], normalize=True))
         super().__init__(trained.in_features, trained.num_classes, embedder=embedder, scale=scale or 1.0)
         self.register_buffer("weight", vectors)
         self.bias = None

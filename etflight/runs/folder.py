@@ -97,17 +97,12 @@ def claim(folder: Path, resume_from: Path | None) -> None:
         raise UserError(
             f"run folder {folder} already holds a checkpoint: give {resume} to resume it, or a new {argument('name')}"
         )
-    for left, what in (
-        (
-            _finished_epochs(folder) > 1,
-            "curves of a training",
-        ),  # one may have been logged before its checkpoint was saved
-        (os.path.lexists(folder / RESULTS), "results of a test"),
-    ):
-        if left:
-            raise UserError(
-                f"run folder {folder} has the {what} but no checkpoint: give a new {argument('name')}, or remove it"
-            )
+    has_curves = _finished_epochs(folder) > 1  # one epoch may have been logged before its checkpoint was saved
+    if has_curves or os.path.lexists(folder / RESULTS):
+        what = "curves of a training" if has_curves else "results of a test"
+        raise UserError(
+            f"run folder {folder} has the {what} but no checkpoint: give a new {argument('name')}, or remove it"
+        )
     _refuse_files_of_others(folder)
 
 

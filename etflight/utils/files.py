@@ -1,11 +1,12 @@
 """Writing files completely or not at all."""
 
 import csv
+import fcntl
 import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from typing import Any
 def replacing(path: str | Path) -> Iterator[Path]:
     """Replace a file by one that the block writes elsewhere; a reader sees the old file or the new one.
 
-    The new file is on the disk before it gets its name, so that a machine that stops leaves one of the two, complete.
+    The new file is on the disk before it gets its name, so that a machine that stops leaves one of the two, complete. Of two that replace a
+    file at the same time, one waits for the other.
 
     Args:
         path: The file to replace or create; its folder is made if it does not exist.
@@ -25,13 +27,37 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    with _held(partial):
+        try:
+            yield partial
+            flush_to_disk(partial)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    flush_to_disk(path.parent)
+
+
+@contextmanager
+def _held(file: Path) -> Iterator[None]:
+    """Make a file and lock it, after those that hold one of this name; without a lock where the file system has none."""
+    while True:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if _is_at(file, descriptor):  # whoever held it may have given it another name, or removed it
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _is_at(file: Path, descriptor: int) -> bool:
     try:
-        yield partial
-        flush_to_disk(partial)
-        os.replace(partial, path)
-        flush_to_disk(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 def flush_to_disk(path: Path) -> None:

@@ -1,9 +1,11 @@
 import json
 import math
+import threading
 
 import pytest
 
 from etflight.utils.files import replacing, write_json
+from tests.waiting import DEADLINE
 
 
 def _write_half(path):
@@ -22,6 +24,26 @@ def test_a_file_is_replaced_only_when_its_writing_ends_well(tmp_path):
         _write_half(path)
     assert path.read_text() == "old"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_of_two_that_write_a_file_at_once_one_waits_for_the_other(tmp_path):
+    path, begun = tmp_path / "a.txt", []
+
+    def write(text, *, meanwhile=None):
+        with replacing(path) as partial, partial.open("w") as file:
+            begun.append(text)
+            if meanwhile is not None:
+                meanwhile.start()
+                meanwhile.join(0.3)
+                assert begun == [text]
+            file.write(text)
+
+    second = threading.Thread(target=write, args=("second",))
+    write("the first", meanwhile=second)
+    second.join(DEADLINE)
+    assert begun == ["the first", "second"]
+    assert path.read_text() == "second"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):
